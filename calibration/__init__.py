@@ -1,0 +1,1 @@
+"""Recipes from prompts, and quality reports."""

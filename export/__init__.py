@@ -1,0 +1,1 @@
+"""Checkpoint to torch decoder to ONNX graphs to engine folder."""

@@ -1,0 +1,1 @@
+"""The custom ops: one folder per op."""

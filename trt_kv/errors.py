@@ -1,0 +1,69 @@
+"""Every error that trt-kv raises on purpose.
+
+    TrtKvError                 exit code 1
+    ├── UsageError             exit code 2: the caller asked for something impossible
+    │   └── UnknownNameError   a policy, model, score ... that nobody has registered
+    ├── CheckpointError        a checkpoint that is missing, broken or not supported
+    ├── RecipeError            a recipe that is malformed or belongs to another model
+    ├── EngineError            an engine folder that is half-built, tampered with or of another format
+    ├── CapacityError          a request that does not fit into the KV pool
+    └── MissingDependencyError an optional package that is not installed
+"""
+
+from collections.abc import Iterable
+
+
+class TrtKvError(Exception):
+    """One problem, told in four parts: what happened, what was found, what was expected, how to fix it."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
+        self.what = what
+        self.got = got
+        self.expected = expected
+        self.fix = fix
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        lines = [self.what]
+        lines += [f"  got: {self.got}"] if self.got is not None else []
+        lines += [f"  expected: {self.expected}"] if self.expected is not None else []
+        lines += [f"  fix: {self.fix}"] if self.fix is not None else []
+        return "\n".join(lines)
+
+
+class UsageError(TrtKvError):
+    """The request itself is wrong: a bad option, prompt or value."""
+
+    exit_code = 2
+
+
+class UnknownNameError(UsageError):
+    """A name that is not in a registry; the message lists the known ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        super().__init__(
+            f"unknown {kind}", got=repr(name), expected="one of " + ", ".join(known), fix=f"pick one of the known {kind} names"
+        )
+
+
+class CheckpointError(TrtKvError):
+    """A checkpoint that is missing, broken, mixed up or of an unsupported architecture."""
+
+
+class RecipeError(TrtKvError):
+    """A recipe that is malformed or was calibrated for another model."""
+
+
+class EngineError(TrtKvError):
+    """An engine folder that is half-built, tampered with or written in another format."""
+
+
+class CapacityError(TrtKvError):
+    """A request that does not fit into the KV pool; nothing was allocated for it."""
+
+
+class MissingDependencyError(TrtKvError):
+    """An optional package that is not installed."""
