@@ -94,3 +94,8 @@ class Policy:
         if unknown:
             raise UsageError("a policy has fields this version does not know", got=unknown, expected=sorted(known))
         return cls(**data)
+
+
+def kept_tokens(n_cached: int, kept_share: float) -> int:
+    """How many of ``n_cached`` tokens a share in (0, 1] keeps: n - round((1 - kept_share) * n), halves to the even neighbour."""
+    return n_cached - round((1.0 - kept_share) * n_cached)

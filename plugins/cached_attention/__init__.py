@@ -1,0 +1,1 @@
+"""The op CachedAttention: spec, reference, ONNX node and kernels."""

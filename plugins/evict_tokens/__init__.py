@@ -1,0 +1,1 @@
+"""The op EvictTokens: spec, reference, ONNX node and kernels."""

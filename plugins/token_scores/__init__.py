@@ -1,0 +1,1 @@
+"""The op TokenScores: spec, reference, ONNX node and kernels."""

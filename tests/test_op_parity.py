@@ -1,0 +1,75 @@
+"""Every implementation of every op agrees with its reference on every case of its spec."""
+
+import copy
+
+import numpy as np
+import pytest
+
+from trt_kv.opspec import Case, OpSpec
+from trt_kv.plugins.cases import case_inputs
+from trt_kv.plugins.registry import IMPLEMENTATIONS, kernel, op_specs
+
+SPECS = op_specs()
+CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases]
+KERNELS = [name for name in IMPLEMENTATIONS if name != "reference"]
+
+
+def run(spec: OpSpec, implementation: str, inputs: dict) -> dict[str, np.ndarray]:
+    """All outputs by name, updated states included."""
+    inputs = copy.deepcopy(inputs)
+    results = kernel(spec.name, implementation)(**inputs)
+    return dict(zip(spec.output_names, [*results, *(by_slot(inputs[t.name]) for t in spec.states)], strict=True))
+
+
+def by_slot(state: np.ndarray) -> np.ndarray:
+    """A state with its slot as the first two axes [M, P, ...]: kv is [M, 2, K, P, D], the others are already so."""
+    return state.transpose(0, 3, 1, 2, 4) if state.ndim == 5 else state
+
+
+def live_slots(spec: OpSpec, inputs: dict, outputs: dict[str, np.ndarray]) -> np.ndarray:
+    """[M, P] bool: slots whose content the op defines (an eviction frees the slots behind the survivors)."""
+    page_size = inputs["kv"].shape[3]
+    live = np.ones(inputs["token_positions"].shape, bool)
+    if "kept" in outputs:
+        for b, kept in enumerate(outputs["kept"]):
+            for slot in range(kept, inputs["kv_len"][inputs["layer"], b]):
+                live[inputs["page_table"][inputs["layer"], b, slot // page_size], slot % page_size] = False
+    return live
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_kernel_equals_reference(spec: OpSpec, case: Case, implementation: str) -> None:
+    inputs = case_inputs(spec, case)
+    expected, got = run(spec, "reference", inputs), run(spec, implementation, inputs)
+    live = live_slots(spec, inputs, expected)
+    for name, reference in expected.items():
+        where = live if name in {"kv_out", "token_positions_out", "scores_out"} else ...
+        np.testing.assert_allclose(
+            got[name][where], reference[where], atol=spec.tolerance.atol, rtol=spec.tolerance.rtol, err_msg=name
+        )
+
+
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_op_leaves_other_layers_and_sequences_alone(spec: OpSpec, case: Case) -> None:
+    inputs = case_inputs(spec, case)
+    mine = inputs["page_table"][inputs["layer"]]
+    others = np.setdiff1d(np.arange(len(inputs["kv"])), mine[mine >= 0])
+    for implementation in IMPLEMENTATIONS:
+        outputs = run(spec, implementation, inputs)
+        for state in spec.states:
+            np.testing.assert_array_equal(outputs[f"{state.name}_out"][others], by_slot(inputs[state.name])[others])
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_kernels_have_the_signature_the_spec_tells(spec: OpSpec) -> None:
+    names = [t.name for t in spec.inputs if not t.optional] + [a.name for a in spec.attributes]
+    for implementation in IMPLEMENTATIONS:
+        annotations = set(kernel(spec.name, implementation).__annotations__) - {"return"}
+        assert annotations == {*names, *(t.name for t in spec.inputs if t.optional)}
+
+
+def test_each_case_dimension_is_somewhere_the_largest() -> None:
+    for spec in SPECS.values():
+        largest = {max(case.dims, key=case.dims.__getitem__) for case in spec.cases}
+        assert len(largest) >= 3, f"{spec.name}: only {largest} is ever the largest dimension"

@@ -1,0 +1,89 @@
+"""OpSpec: everything about a custom op that is data. Schemas, docs, cases and tolerances are derived from it.
+
+Axis letters: N tokens of this step over all sequences, B sequences, H query heads, K KV heads, D head size, P page size,
+M pages in the pool, T pages a page table can name, L layers. ``B+1`` is one more than B.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+DOMAIN = "trt_kv"
+OP_VERSION = 1
+
+DType = Literal["float", "float32", "int64"]
+AttributeType = Literal["int", "float", "string"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or output. ``dtype`` "float" is the engine's compute type; ``state`` is read and updated in place."""
+
+    name: str
+    axes: tuple[str, ...]
+    dtype: DType
+    doc: str
+    state: bool = False
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeSpec:
+    """One attribute; ``default`` None means that every node must carry it."""
+
+    name: str
+    type: AttributeType
+    doc: str
+    default: int | float | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One situation an op must handle: ``cached`` tokens and ``new`` tokens of each sequence, and the dims that are free.
+
+    ``values`` fixes inputs that the case is about; every other input is drawn at random.
+    """
+
+    name: str
+    cached: tuple[int, ...]
+    new: tuple[int, ...]
+    dims: Mapping[str, int]
+    attributes: Mapping[str, int | float | str] = field(default_factory=dict)
+    values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far a kernel may be from the fp32 reference, and why."""
+
+    atol: float
+    rtol: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """The meaning of one op in domain ``trt_kv``. State tensors come out under their input name plus ``_out``."""
+
+    name: str
+    summary: str
+    source: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    attributes: tuple[AttributeSpec, ...]
+    cases: tuple[Case, ...]
+    tolerance: Tolerance
+
+    @property
+    def folder(self) -> str:
+        """The op's folder in ``plugins``: CachedAttention -> cached_attention."""
+        return "".join("_" + c.lower() if c.isupper() else c for c in self.name).lstrip("_")
+
+    @property
+    def states(self) -> tuple[TensorSpec, ...]:
+        return tuple(tensor for tensor in self.inputs if tensor.state)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the node's outputs: results first, then the updated states."""
+        return tuple(t.name for t in self.outputs) + tuple(f"{t.name}_out" for t in self.states)
