@@ -1,0 +1,106 @@
+"""JSON documents on disk: read strictly into frozen dataclasses, written whole or not at all."""
+
+import dataclasses
+import json
+import math
+import os
+import secrets
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trt_kv.errors import TrtKvError
+
+T = TypeVar("T")
+ErrorType = type[TrtKvError]
+
+
+def read_json(path: Path, *, kind: str, error: ErrorType) -> Any:
+    """The parsed document at ``path``; ``error`` when it is missing, unreadable or not JSON. ``kind``: what it should be."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as cause:
+        raise error(f"there is no {kind} at this path", got=str(path), expected=f"a {kind} file") from cause
+    except OSError as cause:
+        raise error(f"cannot read the {kind}", got=f"{path}: {cause.strerror or cause}") from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(
+            f"the {kind} {path} is not JSON", got=str(cause), expected="a JSON document in UTF-8", fix="make the file again"
+        ) from cause
+
+
+def write_atomically(path: Path, content: bytes, *, kind: str, error: ErrorType) -> None:
+    """Write ``content`` to a temporary file beside ``path`` and rename it into place.
+
+    Whatever happens (full disk, Ctrl-C), ``path`` holds its old content or all of the new one, and no temporary file stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as cause:
+        reason = cause.strerror or str(cause)
+        raise error(f"cannot write the {kind}", got=f"{path}: {reason}", fix="check the folder and its free space") from cause
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def dataclass_from_json(cls: type[T], data: object, *, where: str, error: ErrorType) -> T:
+    """An instance of the dataclass ``cls`` from a parsed JSON object that has exactly its fields, each of its type.
+
+    Knows str, int, float, ``X | None``, ``tuple[X, ...]`` and nested dataclasses; numbers are finite, and no bool is
+    a number. ``where`` names the object in errors, e.g. ``recipe.calibration``. Ranges are for ``__post_init__`` to check.
+    """
+    if not isinstance(data, Mapping):
+        raise error(f"{where} is not a JSON object", got=_shown(data), expected="an object in braces")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    missing = sorted(set(hints) - set(data))
+    if missing:
+        raise error(f"{where} lacks fields", got=f"missing {missing}", expected=sorted(hints), fix="make the file again")
+    if unknown:
+        raise error(
+            f"{where} has fields that this version does not know", got=unknown, expected=sorted(hints), fix="update trt-kv"
+        )
+    return cls(**{name: _value(hint, data[name], f"{where}.{name}", error) for name, hint in hints.items()})
+
+
+def _value(hint: Any, value: object, where: str, error: ErrorType) -> Any:
+    """``value`` as the annotated type ``hint``, or ``error``."""
+    if isinstance(hint, types.UnionType):
+        (inner,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
+        return None if value is None else _value(inner, value, where, error)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise error(f"{where} is not a list", got=_shown(value), expected="a list in brackets")
+        return tuple(_value(typing.get_args(hint)[0], item, f"{where}[{index}]", error) for index, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return dataclass_from_json(typing.cast(type[Any], hint), value, where=where, error=error)
+    if hint is float:
+        return _number(value, where, error)
+    if not isinstance(value, hint) or isinstance(value, bool):
+        raise error(f"{where} has the wrong type", got=_shown(value), expected=hint.__name__)
+    return value
+
+
+def _number(value: object, where: str, error: ErrorType) -> float:
+    """``value`` as a finite float."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise error(f"{where} is not a number", got=_shown(value), expected="a finite number")
+
+
+def _shown(value: object) -> str:
+    """A value for an error message: short, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,295 @@
+"""A recipe: which share of its tokens each layer keeps, and how that was found.
+
+One JSON file, readable by people. Shares are always the KEPT part; only the published list format, read and written at the end
+of this file, holds forgotten fractions.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trt_kv import __version__
+from trt_kv.errors import RecipeError, UsageError
+from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
+from trt_kv.policy import kept_tokens
+
+FORMAT = "trt-kv-recipe"
+VERSION = 1
+METHODS = ("prefixkv",)
+SCORE_NAMES = ("mass", "window")
+CREATED_BY = f"trt-kv {__version__}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeScore:
+    """The ranking that the shares belong to; ``window`` counts queries (score "window" only, else None)."""
+
+    name: str
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in SCORE_NAMES:
+            raise RecipeError("the recipe's score is unknown", got=repr(self.name), expected=f"one of {', '.join(SCORE_NAMES)}")
+        if (self.name == "window") != (self.window is not None and self.window >= 1):
+            raise RecipeError(
+                f"score {self.name!r} with window {self.window}", expected="a window >= 1 with score 'window', null with 'mass'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protected:
+    """The ``sinks`` first and ``recent`` last tokens of a prompt, which no layer ever evicts."""
+
+    sinks: int = 1
+    recent: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.recent < 0:
+            raise RecipeError("protected tokens are counted", got=f"{self.sinks}, {self.recent}", expected="integers >= 0")
+
+    @property
+    def n_tokens(self) -> int:
+        """Protected tokens of a prompt that is long enough to have them all."""
+        return self.sinks + self.recent
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeModel:
+    """The model that a recipe is for; ``digest`` is its checkpoint's."""
+
+    name: str
+    digest: str
+    n_layers: int
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.digest or self.n_layers < 1:
+            raise RecipeError(
+                "the recipe does not say which model it is for",
+                got=f"name {self.name!r}, digest {self.digest!r}, {self.n_layers} layers",
+                expected="a name, a digest and at least 1 layer",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSample:
+    """What the search found for one calibration prompt of ``n_tokens``: kept share per layer, common cumulative mass."""
+
+    n_tokens: int
+    kept: tuple[float, ...]
+    mass: float
+
+    def __post_init__(self) -> None:
+        if self.n_tokens < 1:
+            raise RecipeError("a calibration sample has no tokens", got=self.n_tokens, expected="n_tokens >= 1")
+        _check_shares("a calibration sample's kept shares", self.kept)
+        _check_mass("a calibration sample's mass", self.mass)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRecord:
+    """Where the calibration prompts came from. ``seed`` is None when they were not generated."""
+
+    source: str
+    seed: int | None
+    samples: tuple[RecipeSample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Cumulative importance of each layer's tokens, most important first, averaged over samples.
+
+    ``layers[l][i]`` is the share of layer l's importance that its best ``kept_share[i]`` of tokens hold. ``sinks`` "in": over
+    all tokens, as published; "out": the protected first tokens are left out of tokens and importance.
+    """
+
+    sinks: str
+    kept_share: tuple[float, ...]
+    layers: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if self.sinks not in ("in", "out"):
+            raise RecipeError("curves.sinks is unknown", got=repr(self.sinks), expected="'in' or 'out'")
+        named = {"curves.kept_share": self.kept_share, **{f"curves.layers[{i}]": c for i, c in enumerate(self.layers)}}
+        for name, values in named.items():
+            if len(values) != len(self.kept_share):
+                raise RecipeError(f"{name} has the wrong length", got=len(values), expected=len(self.kept_share))
+            if not all(0.0 <= value <= 1.0 for value in values) or list(values) != sorted(values):
+                raise RecipeError(f"{name} is not a cumulative curve", expected="numbers from 0 to 1 that never fall")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Kept shares per layer for one model, score and budget; raises ``RecipeError`` on any inconsistent value.
+
+    ``budget``: mean kept share asked for, in (0, 1]. ``kept``: L kept shares in (0, 1]. ``mass``: the common cumulative mass p,
+    mean over samples; None, like ``curves``, when a published list was imported.
+    """
+
+    method: str
+    score: RecipeScore
+    budget: float
+    kept: tuple[float, ...]
+    mass: float | None
+    protected: Protected
+    model: RecipeModel
+    calibration: CalibrationRecord
+    curves: Curves | None
+    created_by: str
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise RecipeError("the recipe's method is unknown", got=repr(self.method), expected=f"one of {', '.join(METHODS)}")
+        _check_shares("the recipe's budget", (self.budget,))
+        _check_shares("the recipe's kept shares", self.kept)
+        if self.mass is not None:
+            _check_mass("the recipe's mass", self.mass)
+        lists: list[tuple[str, int]] = [("kept", len(self.kept))]
+        lists += [(f"calibration.samples[{i}].kept", len(s.kept)) for i, s in enumerate(self.calibration.samples)]
+        lists += [("curves.layers", len(self.curves.layers))] if self.curves is not None else []
+        for name, length in lists:
+            if length != self.model.n_layers:
+                raise RecipeError(f"the recipe's {name} has not one value per layer", got=length, expected=self.model.n_layers)
+
+    def kept_tokens(self, n_tokens: int) -> list[int]:
+        """Tokens that each layer keeps of a prompt of ``n_tokens``: L counts, at least the protected tokens each.
+
+        The rule is EvictTokens': n - round((1 - share) * n), halves to the even neighbour.
+        """
+        if n_tokens < 0:
+            raise UsageError("a prompt has no negative length", got=n_tokens, expected="an integer >= 0")
+        return [max(kept_tokens(n_tokens, share), min(n_tokens, self.protected.n_tokens)) for share in self.kept]
+
+    def check_model(self, *, digest: str, n_layers: int) -> None:
+        """``RecipeError`` unless this recipe was made for the model with this checkpoint digest and number of layers."""
+        for what, got, expected in (("number of layers", self.model.n_layers, n_layers), ("digest", self.model.digest, digest)):
+            if got != expected:
+                raise RecipeError(
+                    f"the recipe is for another model ({self.model.name}): its {what} is not this checkpoint's",
+                    got=got,
+                    expected=expected,
+                    fix="calibrate a recipe for this checkpoint: trt-kv calibrate",
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as a JSON object, format and version first."""
+        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: object) -> "Recipe":
+        """Read what ``to_json`` wrote; ``RecipeError`` on any unknown, missing, mistyped or impossible value."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise RecipeError(
+                "this is not a trt-kv recipe",
+                got=f"format {data.get('format')!r}" if isinstance(data, dict) else f"a JSON {type(data).__name__}",
+                expected=f'an object with "format": "{FORMAT}"',
+                fix="import published lists with recipe_from_published" if isinstance(data, list) else None,
+            )
+        version = data.get("version")
+        if version != VERSION or isinstance(version, bool):
+            raise RecipeError(
+                "the recipe has a version that this trt-kv cannot read",
+                got=repr(version),
+                expected=VERSION,
+                fix="use the trt-kv that wrote it, or calibrate again",
+            )
+        fields = {key: value for key, value in data.items() if key not in ("format", "version")}
+        return dataclass_from_json(cls, fields, where="recipe", error=RecipeError)
+
+    def to_text(self) -> str:
+        """The JSON file's text: short values on one line, one sample and one layer's curve per line."""
+        return _json_text(self.to_json()) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write the recipe to ``path``, whole or not at all."""
+        write_atomically(path, self.to_text().encode(), kind="recipe", error=RecipeError)
+
+    @classmethod
+    def load(cls, path: Path) -> "Recipe":
+        """Read a recipe file; ``RecipeError`` names the file and what is wrong with it."""
+        data = read_json(path, kind="recipe", error=RecipeError)
+        try:
+            return cls.from_json(data)
+        except RecipeError as cause:
+            raise RecipeError(f"{path}: {cause.what}", got=cause.got, expected=cause.expected, fix=cause.fix) from cause
+
+    def to_published(self, folder: Path) -> Path:
+        """Write the published format into ``folder``: a JSON list of L FORGOTTEN fractions. Returns the file's path."""
+        path = folder / published_name(self.model.name, self.budget)
+        text = json.dumps([_complement(share) for share in self.kept]) + "\n"
+        write_atomically(path, text.encode(), kind="published recipe", error=RecipeError)
+        return path
+
+
+def published_name(model_name: str, budget: float) -> str:
+    """``prefixkv_{model}_{ratio}.json``; the ratio is the forgotten fraction, with as many decimals as it needs."""
+    whole, _, decimals = f"{1.0 - budget:.6f}".partition(".")
+    return f"prefixkv_{re.sub(r'[^A-Za-z0-9.-]+', '-', model_name)}_{whole}.{decimals.rstrip('0') or '0'}.json"
+
+
+def recipe_from_published(path: Path, *, model: RecipeModel, score: RecipeScore | None = None) -> Recipe:
+    """Read a published PrefixKV list (L FORGOTTEN fractions) whose file name ends in ``_{forgotten ratio}.json``.
+
+    The list does not say for which weights it was made: it is bound to ``model``. ``score`` None: the published "mass".
+    """
+    data = read_json(path, kind="published recipe", error=RecipeError)
+    named = re.search(r"_(\d(?:\.\d+)?)\.json$", path.name)
+    if named is None:
+        raise RecipeError("the file name does not tell the ratio", got=path.name, expected="prefixkv_{model}_{ratio}.json")
+    if not isinstance(data, list) or not data or not all(type(x) in (int, float) and 0.0 <= x < 1.0 for x in data):
+        raise RecipeError(f"{path} is not a published recipe", expected="a JSON list of forgotten fractions in [0, 1)")
+    forgotten = float(named.group(1))
+    mean = sum(data) / len(data)
+    if abs(mean - forgotten) > 0.1:
+        raise RecipeError(
+            f"the list in {path} does not fit its file name",
+            got=f"a mean of {mean:.3f}",
+            expected=f"a mean forgotten fraction of about {forgotten}",
+            fix="published lists hold FORGOTTEN fractions; were these kept ones?",
+        )
+    return Recipe(
+        method="prefixkv",
+        score=score or RecipeScore(name="mass"),
+        budget=_complement(forgotten),
+        kept=tuple(_complement(fraction) for fraction in data),
+        mass=None,
+        protected=Protected(),
+        model=model,
+        calibration=CalibrationRecord(source=f"published list {path.name}", seed=None, samples=()),
+        curves=None,
+        created_by=CREATED_BY,
+    )
+
+
+def _complement(fraction: float) -> float:
+    """1 - fraction, rounded so that the complement of the complement is the fraction again (up to 15 decimals)."""
+    return round(1.0 - fraction, 15)
+
+
+def _check_shares(name: str, shares: tuple[float, ...]) -> None:
+    for index, share in enumerate(shares):
+        if not 0.0 < share <= 1.0:
+            raise RecipeError(f"{name}: value {index} is not a kept share", got=share, expected="a number in (0, 1]")
+
+
+def _check_mass(name: str, mass: float) -> None:
+    if not 0.0 <= mass <= 1.0:
+        raise RecipeError(f"{name} is not a share of the importance", got=mass, expected="a number in [0, 1]")
+
+
+def _json_text(value: Any, indent: str = "") -> str:
+    """JSON in which only containers of containers are broken into lines."""
+    inner = indent + "  "
+    if isinstance(value, dict) and (not indent or any(_is_nested(item) for item in value.values())):
+        items = [f"{inner}{json.dumps(key)}: {_json_text(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if _is_nested(value):
+        items = [f"{inner}{json.dumps(item, allow_nan=False)}" for item in value]
+        return "[\n" + ",\n".join(items) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value)
