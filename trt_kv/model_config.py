@@ -1,0 +1,154 @@
+"""What a decoder-only transformer is, as data: one ``ModelConfig`` for every supported architecture.
+
+Read from a Hugging Face ``config.json`` by ``trt_kv.hf_config``; kept in engine manifests as JSON.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trt_kv.errors import CheckpointError
+
+RopeKind = Literal["default", "linear", "llama3"]
+ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: base ``theta`` and how its frequencies are rescaled for contexts beyond training.
+
+    ``factor`` belongs to ``linear`` and ``llama3``; the last three to ``llama3`` only.
+    """
+
+    theta: float
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise CheckpointError("unsupported RoPE type", got=repr(self.kind), expected="one of " + ", ".join(ROPE_KINDS))
+        for field in ("theta", "factor"):
+            if not getattr(self, field) > 0.0:
+                raise CheckpointError(f"RoPE {field} must be positive", got=getattr(self, field), expected="a number > 0")
+        if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0.0:
+            raise CheckpointError(
+                "RoPE type llama3 blends between two frequencies",
+                got=f"low_freq_factor {self.low_freq_factor}, high_freq_factor {self.high_freq_factor}",
+                expected="0 < low_freq_factor < high_freq_factor",
+            )
+        if self.kind == "llama3" and self.original_max_positions < 1:
+            raise CheckpointError(
+                "RoPE type llama3 needs original_max_position_embeddings",
+                got=self.original_max_positions,
+                expected="an integer >= 1",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that decides a decoder's shapes and arithmetic. Sizes are counts of elements, ``max_positions`` of tokens.
+
+    ``qkv_bias``/``output_bias``: biases of the q, k, v and of the output projection; ``qk_norm``: RMSNorm over each query and
+    key head before RoPE (Qwen3). ``tie_embeddings``: the output matrix is the embedding matrix.
+    """
+
+    architecture: str
+    n_layers: int
+    hidden_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_positions: int
+    rope: RopeConfig
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise CheckpointError(f"{field.name} is a count", got=getattr(self, field.name), expected="an integer >= 1")
+        if self.n_heads % self.n_kv_heads:
+            raise CheckpointError(
+                "query heads must divide evenly over KV heads",
+                got=f"{self.n_heads} query heads, {self.n_kv_heads} KV heads",
+                expected="num_attention_heads a multiple of num_key_value_heads",
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(
+                "RoPE rotates pairs of channels", got=f"head size {self.head_dim}", expected="an even head size"
+            )
+        stray = [
+            token
+            for token in (self.bos_token_id, *self.eos_token_ids)
+            if token is not None and not 0 <= token < self.vocab_size
+        ]
+        if stray:
+            raise CheckpointError(
+                "a special token is outside the vocabulary", got=stray, expected=f"ids below {self.vocab_size}"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head (G = H / K)."""
+        return self.n_heads // self.n_kv_heads
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight, named as Hugging Face names them; a tied output matrix is not listed."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        for layer in range(self.n_layers):
+            shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in self._layer_shapes().items()}
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, q_width, kv_width = self.hidden_size, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        linears = {
+            "self_attn.q_proj": (q_width, hidden, self.qkv_bias),
+            "self_attn.k_proj": (kv_width, hidden, self.qkv_bias),
+            "self_attn.v_proj": (kv_width, hidden, self.qkv_bias),
+            "self_attn.o_proj": (hidden, q_width, self.output_bias),
+            "mlp.gate_proj": (self.intermediate_size, hidden, self.mlp_bias),
+            "mlp.up_proj": (self.intermediate_size, hidden, self.mlp_bias),
+            "mlp.down_proj": (hidden, self.intermediate_size, self.mlp_bias),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+        for name, (n_out, n_in, bias) in linears.items():
+            shapes[f"{name}.weight"] = (n_out, n_in)
+            if bias:
+                shapes[f"{name}.bias"] = (n_out,)
+        if self.qk_norm:
+            shapes |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+        return shapes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data; ``from_json`` reads it back to an equal config."""
+        return {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ModelConfig":
+        """Read what ``to_json`` wrote. Raises ``CheckpointError`` on a missing or unknown field."""
+        fields = _known_fields(cls, data, "model config")
+        rope = RopeConfig(**_known_fields(RopeConfig, fields["rope"], "model config's rope"))
+        return cls(**{**fields, "rope": rope, "eos_token_ids": tuple(fields["eos_token_ids"])})
+
+
+def _known_fields(cls: type, data: Any, what: str) -> dict[str, Any]:
+    expected = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(data, Mapping) or set(data) != expected:
+        got = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+        raise CheckpointError(f"a {what} must have exactly its own fields", got=got, expected=sorted(expected))
+    return dict(data)
