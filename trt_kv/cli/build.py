@@ -1,0 +1,67 @@
+"""``trt-kv build``: a checkpoint becomes an engine."""
+
+from pathlib import Path
+
+import click
+
+from trt_kv.cli.options import any_path, calibration_options, debug_option, existing_file, model_options, policy_options
+from trt_kv.cli.requests import CalibrationPlan, ModelSource
+from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.policy import Policy
+
+TARGETS = ("onnxruntime",)
+
+
+@click.command("build", short_help="Build an engine from a checkpoint.")
+@model_options
+@policy_options
+@click.option("--recipe", type=existing_file, metavar="FILE", help="Use this recipe instead of calibrating one.")
+@calibration_options
+@click.option("--target", default="onnxruntime", show_default=True, metavar="NAME", help="What runs the dense parts.")
+@click.option("--out", type=any_path, metavar="FOLDER", help="The engine. Default: engines/MODEL-POLICY.")
+@click.option("--force", is_flag=True, help="Replace an engine that is already there.")
+@debug_option
+def command(
+    *,
+    source: ModelSource,
+    policy: Policy,
+    recipe: Path | None,
+    calibration: CalibrationPlan,
+    target: str,
+    out: Path | None,
+    force: bool,
+) -> None:
+    """Build an engine from a checkpoint.
+
+    A policy with calibrated budgets is calibrated on the way, unless --recipe brings a recipe. The engine folder
+    appears whole or not at all.
+
+    \b
+    Examples:
+      trt-kv build
+      trt-kv build --policy prefixkv --budget 0.3 --score window --out engines/small
+      trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/yardstick
+    """
+    check_target(target)
+    if recipe is not None and not policy.needs_recipe:
+        raise UsageError(f"policy {policy.name!r} reads no recipe", got=f"--recipe {recipe}", fix="leave --recipe out")
+    from trt_kv.cli.pipeline import build_engine
+
+    engine = build_engine(
+        source=source,
+        policy=policy,
+        recipe=recipe,
+        calibration=calibration,
+        out=out or Path("engines") / f"{source.model}-{policy.name}",
+        replace=force,
+    )
+    click.echo(f"engine: {engine}")
+    click.echo(f"next:   trt-kv generate {engine} 'a prompt'")
+
+
+def check_target(target: str) -> None:
+    """Raise ``UsageError`` unless this version can build engines for ``target``."""
+    if target == "tensorrt":
+        raise UsageError("TensorRT engines are not in this version", got="--target tensorrt", fix="use --target onnxruntime")
+    if target not in TARGETS:
+        raise UnknownNameError("target", target, TARGETS)

@@ -1,0 +1,86 @@
+"""``trt-kv generate``: an engine continues a prompt."""
+
+from pathlib import Path
+
+import click
+
+from trt_kv.cli.options import any_path, debug_option
+from trt_kv.cli.requests import GenerationRequest
+from trt_kv.errors import UsageError
+
+
+@click.command("generate", short_help="Continue a prompt with an engine.")
+@click.argument("engine", type=any_path)
+@click.argument("prompt", required=False)
+@click.option(
+    "--prompt-file",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help="Read the prompt from FILE.",
+)
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, metavar="N", help="Stop after N tokens.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token.")
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Sample from the likeliest tokens of mass P."
+)
+@click.option(
+    "--top-k", type=int, default=0, show_default=True, metavar="K", help="Sample from the K likeliest tokens; 0: all."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the sampling.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times.")
+@debug_option
+def command(
+    *,
+    engine: Path,
+    prompt: str | None,
+    prompt_file: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    stop: tuple[str, ...],
+) -> None:
+    """Continue PROMPT with ENGINE, printing the text as it comes. PROMPT - reads the prompt from standard input.
+
+    \b
+    Examples:
+      trt-kv generate engines/llama3-prefixkv "the keeper of the tower"
+      trt-kv generate engines/llama3-prefixkv - < prompt.txt
+      trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --top-p 0.95 --seed 7 --stop "."
+    """
+    request = GenerationRequest(
+        prompt=read_prompt(prompt, prompt_file),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+    )
+    from trt_kv.cli.pipeline import stream_text
+
+    for piece in stream_text(engine=engine, request=request):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt from the argument, from a file or from standard input (``-``); ``UsageError`` unless exactly one is given."""
+    if (prompt is None) == (prompt_file is None):
+        raise UsageError(
+            "generate continues one prompt",
+            got="no prompt" if prompt is None else "a prompt and --prompt-file",
+            expected="PROMPT, PROMPT - for standard input, or --prompt-file FILE",
+        )
+    if prompt is not None and prompt != "-":
+        return prompt
+    name = prompt_file or "-"
+    with click.open_file(name, "rb") as file:
+        content: bytes = file.read()
+    try:
+        return content.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            "the prompt is not UTF-8 text", got=f"byte {error.start} of {name!r}", fix="convert the file to UTF-8"
+        ) from error

@@ -1,0 +1,22 @@
+"""``trt-kv inspect``: what is in an engine."""
+
+from pathlib import Path
+
+import click
+
+from trt_kv.cli.options import any_path, debug_option
+
+
+@click.command("inspect", short_help="Show what is in an engine.")
+@click.argument("engine", type=any_path)
+@debug_option
+def command(*, engine: Path) -> None:
+    """Show an engine's model, policy, budgets per layer and sizes, and where each number came from.
+
+    \b
+    Example:
+      trt-kv inspect engines/llama3-prefixkv
+    """
+    from trt_kv.cli.pipeline import describe_engine
+
+    click.echo(describe_engine(engine))

@@ -1,0 +1,117 @@
+"""Options that several commands share; each decorator turns its options into one checked object."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trt_kv.cli.requests import CalibrationPlan, ModelSource
+from trt_kv.errors import UsageError
+from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policy import SCORES, Policy
+
+CommandFunction = Callable[..., None]
+
+existing_file = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
+any_path = click.Path(path_type=Path)
+
+
+@dataclass
+class Invocation:
+    """State of one run of ``trt-kv`` that outlives click's contexts."""
+
+    debug: bool = False
+
+
+def _remember_debug(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and isinstance(ctx.obj, Invocation):
+        ctx.obj.debug = True
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Show the traceback when something fails."
+)
+
+
+def model_options(command: CommandFunction) -> CommandFunction:
+    """Add --model and --checkpoint; ``command`` receives ``source``, a ``ModelSource``."""
+
+    @click.option("--model", default="llama3", show_default=True, metavar="NAME", help="Model preset.")
+    @click.option(
+        "--checkpoint",
+        metavar="FOLDER|ID",
+        help="Hugging Face checkpoint: a folder, or a hub id. Without it the preset's bundled checkpoint is used.",
+    )
+    @functools.wraps(command)
+    def collected(*, model: str, checkpoint: str | None, **others: Any) -> None:
+        command(source=ModelSource(model=model, checkpoint=checkpoint or None), **others)
+
+    return collected
+
+
+def policy_options(command: CommandFunction) -> CommandFunction:
+    """Add --policy, --budget, --score and --window; ``command`` receives ``policy``, a ``Policy``."""
+
+    @click.option(
+        "--policy",
+        default="prefixkv",
+        show_default=True,
+        metavar="NAME",
+        help=f"Which tokens each layer keeps: one of {', '.join(policy_names())}.",
+    )
+    @click.option(
+        "--budget",
+        type=float,
+        metavar="SHARE",
+        help="Kept share of the cache, mean over layers, in (0, 1]. Default: the policy's.",
+    )
+    @click.option("--score", metavar="NAME", help=f"How tokens are ranked: one of {', '.join(SCORES)}. Default: the policy's.")
+    @click.option(
+        "--window",
+        type=int,
+        metavar="QUERIES",
+        help="Last prompt queries that count; with --score window. Default: the policy's.",
+    )
+    @functools.wraps(command)
+    def collected(*, policy: str, budget: float | None, score: str | None, window: int | None, **others: Any) -> None:
+        command(policy=policy_from_options(policy, budget=budget, score=score, window=window), **others)
+
+    return collected
+
+
+def policy_from_options(name: str, *, budget: float | None, score: str | None, window: int | None) -> Policy:
+    """The preset ``name`` with the given parts replaced; raises ``UsageError`` for a combination that means nothing."""
+    given: dict[str, Any] = {"kept": budget, "score": score, "window": window}
+    policy = dataclasses.replace(
+        policy_from_name(name), **{field: value for field, value in given.items() if value is not None}
+    )
+    if window is not None and policy.score != "window":
+        raise UsageError(
+            "--window is the length of the observation window",
+            got=f"--window {window} with score {policy.score!r}",
+            expected="score 'window'",
+            fix="add --score window, or leave --window out",
+        )
+    return policy
+
+
+def calibration_options(command: CommandFunction) -> CommandFunction:
+    """Add --prompts, --samples and --seed; ``command`` receives ``calibration``, a ``CalibrationPlan``."""
+
+    @click.option(
+        "--prompts",
+        type=existing_file,
+        metavar="FILE",
+        help="Calibration prompts, one per line. Default: prompts of the bundled task.",
+    )
+    @click.option("--samples", type=int, default=10, show_default=True, metavar="N", help="Calibration prompts to use.")
+    @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of their choice.")
+    @functools.wraps(command)
+    def collected(*, prompts: Path | None, samples: int, seed: int, **others: Any) -> None:
+        command(calibration=CalibrationPlan(prompts=prompts, samples=samples, seed=seed), **others)
+
+    return collected

@@ -1,0 +1,42 @@
+"""What the commands hand to ``trt_kv.cli.pipeline``: the options of the command line, grouped and checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trt_kv.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where the weights come from: the preset ``model``, or ``checkpoint`` (a folder or a hub id) read as that preset."""
+
+    model: str
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPlan:
+    """How a recipe is found: ``samples`` prompts drawn with ``seed`` from ``prompts`` (a file; None: the bundled task)."""
+
+    prompts: Path | None = None
+    samples: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UsageError("a recipe needs at least one prompt", got=self.samples, expected="--samples >= 1")
+        if self.seed < 0:
+            raise UsageError("a seed counts from zero", got=self.seed, expected="--seed >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One prompt and how to continue it; the values are checked by the runtime, for its Python callers as well."""
+
+    prompt: str
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: tuple[str, ...]
