@@ -71,8 +71,8 @@ class _PagedCase:
                 return self._normal(n_new, self.n_kv_heads, self.head_size)
             case "lse":
                 return self._normal(n_new, self.n_heads) + np.float32(math.log(self.kv_len.max()))
-            case "score_weights":
-                return (self.rng.random(n_new) < 0.7).astype(np.float32)
+            case "prompt_remaining":
+                return self.rng.integers(-1, 8, n_new)
             case "evict":
                 return np.ones(len(self.kv_len), np.int64)
             case "kv_len":

@@ -11,7 +11,7 @@ def run(
     lse: Floats,
     positions: Ints,
     cu_tokens: Ints,
-    score_weights: Floats,
+    prompt_remaining: Ints,
     slots: Ints,
     page_table: Ints,
     kv_len: Ints,
@@ -20,6 +20,7 @@ def run(
     scores: Floats,
     layer: int,
     scale: float,
+    window: int = 0,
 ) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place."""
     n_heads = q.shape[1]
@@ -33,9 +34,11 @@ def run(
         positions_S = gather_slots(token_positions, pages, n_cached)
         scores_S = gather_slots(scores, pages, n_cached)
         for i in range(cu_tokens[b], cu_tokens[b + 1]):
+            if prompt_remaining[i] < 0 or (window and prompt_remaining[i] >= window):
+                continue
             visible = positions_S <= positions[i]
             for h in range(n_heads):
                 logits = k_KSD[h * n_kv_heads // n_heads, visible] @ q[i, h] * np.float32(scale)
-                scores_S[visible] += score_weights[i] * np.exp(logits - lse[i, h]) / n_heads
+                scores_S[visible] += np.exp(logits - lse[i, h]) / n_heads
         scatter_slots(scores, pages, scores_S)
     return ()

@@ -1,0 +1,27 @@
+"""The seam between a decoder's dense parts and its KV ops."""
+
+from typing import Protocol
+
+from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.step import Ints
+
+
+class Attend(Protocol):
+    """Everything that happens to the KV cache in one layer of one step."""
+
+    def __call__(self, layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
+        """Attention output [N, H, D] fp32; q [N, H, D] and k, v [N, K, D] are rotated. Called once per layer, in order."""
+        ...
+
+
+class DenseExecutor(Protocol):
+    """The dense parts of a decoder. Holds no state between steps: a failed step changes nothing here."""
+
+    @property
+    def description(self) -> str:
+        """What runs the dense parts, for reports: library, version, device."""
+        ...
+
+    def run(self, input_ids: Ints, positions: Ints, logit_rows: Ints, attend: Attend) -> Floats:
+        """Logits [R, V] fp32 of the rows ``logit_rows`` of the token-flat batch ``input_ids`` [N] at ``positions`` [N]."""
+        ...

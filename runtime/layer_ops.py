@@ -1,0 +1,61 @@
+"""Runs the KV ops between the dense pieces, in place on the pool."""
+
+from typing import Any
+
+import numpy as np
+
+from trt_kv.plugins.paging import Floats
+from trt_kv.plugins.registry import Kernel, kernel, op_specs
+from trt_kv.program import Program
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.step import Ints, Step
+
+
+class LayerOps:
+    """A program whose kernels have been looked up; ``for_step`` binds it to the tensors of one step."""
+
+    def __init__(self, program: Program, *, implementation: str = "cpu") -> None:
+        specs = op_specs()
+        self._layers = [
+            [(specs[node.op], kernel(node.op, implementation), dict(node.attributes)) for node in nodes] for nodes in program
+        ]
+
+    @property
+    def n_layers(self) -> int:
+        return len(self._layers)
+
+    def for_step(self, step: Step, pool: KvPool) -> "BoundLayerOps":
+        return BoundLayerOps(self._layers, step, pool)
+
+
+class BoundLayerOps:
+    """``Attend`` for one step: called by the dense program once per layer."""
+
+    def __init__(self, layers: list[list[tuple[Any, Kernel, dict[str, Any]]]], step: Step, pool: KvPool) -> None:
+        self._layers = layers
+        self._tensors = {
+            "positions": step.positions,
+            "cu_tokens": step.cu_tokens,
+            "slots": step.slots,
+            "page_table": step.page_table,
+            "kv_len": step.kv_len,
+            "prompt_remaining": step.prompt_remaining,
+            "evict": step.evict,
+            "kv": pool.kv,
+            "token_positions": pool.token_positions,
+            "scores": pool.scores,
+        }
+        self.kept: Ints = step.kv_len.copy()
+        """Cached tokens [L, B] after the step."""
+
+    def __call__(self, layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
+        """Attention output [N, H, D] of ``layer``; q is [N, H, D], k and v are [N, K, D]. Updates the pool."""
+        tensors: dict[str, Any] = {**self._tensors, "q": q, "k": k, "v": v}
+        for spec, run, attributes in self._layers[layer]:
+            inputs = {t.name: tensors[t.name] for t in spec.inputs if not t.optional}
+            results = run(**inputs, **attributes)
+            tensors.update(zip((t.name for t in spec.outputs), results, strict=True))
+        if "kept" in tensors:
+            self.kept[layer] = tensors["kept"]
+        out: np.ndarray = tensors["out"]
+        return out

@@ -1,0 +1,160 @@
+"""Token ids in, logits out: prefill in chunks, batched decode, eviction when the program says so."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from trt_kv.plugins.paging import Floats, gather_slots, pages_of
+from trt_kv.plugins.registry import kernel
+from trt_kv.program import OpNode, Program
+from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.layer_ops import LayerOps
+from trt_kv.runtime.sequence_cache import SequenceCache
+from trt_kv.runtime.step import Ints, Step
+
+NOT_PROMPT = -1
+DEFAULT_CHUNK = 512
+
+
+class ModelRunner:
+    """One model on one executor with one KV pool.
+
+    ``programs`` holds the KV ops of the phases "prefill" and "decode". Prefill runs one sequence at a time, so that a
+    sequence's chunks, and with them its rounding, do not depend on its neighbours.
+    """
+
+    def __init__(
+        self,
+        executor: DenseExecutor,
+        pool: KvPool,
+        programs: Mapping[str, Program],
+        *,
+        chunk: int = DEFAULT_CHUNK,
+        decode_distance: int = 25,
+        implementation: str = "cpu",
+    ) -> None:
+        self.pool = pool
+        self.chunk = chunk
+        self._executor = executor
+        self._decode_distance = decode_distance
+        self._prefill_ops = LayerOps(programs["prefill"], implementation=implementation)
+        self._decode_ops = LayerOps(programs["decode"], implementation=implementation)
+        self._evict_nodes = [_evict_node(nodes) for nodes in programs["prefill"]]
+        self._evict = kernel("EvictTokens", implementation)
+
+    def new_sequence(self) -> SequenceCache:
+        return SequenceCache(self.pool, n_layers=self._decode_ops.n_layers, decode_distance=self._decode_distance)
+
+    def prefill(
+        self,
+        sequence: SequenceCache,
+        token_ids: Sequence[int],
+        *,
+        evict: bool = True,
+        all_logits: bool = False,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> Floats:
+        """Run a whole prompt, evicting with its last chunk; ``on_chunk`` is told the number of tokens done.
+
+        Returns the last token's logits [V], or every token's [N, V] with ``all_logits``. Memory: O(N * chunk).
+        Raises ``CapacityError`` when the pool is full; the sequence keeps what it had and must be released by its owner.
+        """
+        ids = np.asarray(token_ids, np.int64)
+        logits = []
+        for start in range(0, len(ids), self.chunk):
+            chunk_ids = ids[start : start + self.chunk]
+            end = start + len(chunk_ids)
+            is_last = end == len(ids)
+            rows = np.arange(len(chunk_ids)) if all_logits else np.array([len(chunk_ids) - 1])
+            remaining = len(ids) - 1 - np.arange(start, end)
+            evicts = is_last and evict and self._evict_nodes[0] is not None
+            chunk_logits = self._step(self._prefill_ops, [sequence], [chunk_ids], rows, remaining, evict=evicts)
+            if all_logits or is_last:
+                logits.append(chunk_logits)
+            if on_chunk is not None:
+                on_chunk(end)
+        return np.concatenate(logits) if all_logits else logits[-1][0]
+
+    def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Floats:
+        """One token for each of B sequences; returns the next token's logits [B, V]."""
+        ids = [np.array([token_id], np.int64) for token_id in token_ids]
+        remaining = np.full(len(ids), NOT_PROMPT)
+        return self._step(self._decode_ops, sequences, ids, np.arange(len(ids)), remaining, evict=False)
+
+    def evict(self, sequence: SequenceCache, budget: Sequence[int], *, sinks: int, recent: int) -> None:
+        """Keep ``budget[l]`` tokens of layer l by the scores in the pool, outside any graph (per-request budgets)."""
+        kept = sequence.kv_len.copy()
+        for layer, target in enumerate(budget):
+            (kept_B,) = self._evict(
+                evict=np.ones(1, np.int64),
+                page_table=sequence.page_table[:, None],
+                kv_len=sequence.kv_len[:, None],
+                kv=self.pool.kv,
+                token_positions=self.pool.token_positions,
+                scores=self.pool.scores,
+                layer=layer,
+                kept_share=1.0,
+                sinks=sinks,
+                recent=recent,
+                budget=np.array([target]),
+            )
+            kept[layer] = kept_B[0]
+        sequence.shrink(kept, [int(n) / sequence.n_seen for n in budget])
+
+    def scores(self, sequence: SequenceCache) -> Floats:
+        """The importance accumulated by each cached token: [L, S] fp32; all layers must hold the same number of tokens."""
+        return np.stack([self._of_slots(self.pool.scores, sequence, layer) for layer in range(sequence.n_layers)])
+
+    def kept_positions(self, sequence: SequenceCache, layer: int) -> Ints:
+        """True absolute positions of the tokens cached in ``layer``, in slot order: [S] int64."""
+        return self._of_slots(self.pool.token_positions, sequence, layer)
+
+    def _of_slots(self, pool_MP: np.ndarray, sequence: SequenceCache, layer: int) -> np.ndarray:
+        n_cached = int(sequence.kv_len[layer])
+        pages = pages_of(sequence.page_table[:, None], layer, 0, n_cached, self.pool.page_size)
+        return gather_slots(pool_MP, pages, n_cached)
+
+    def _step(
+        self,
+        ops: LayerOps,
+        sequences: Sequence[SequenceCache],
+        ids: Sequence[Ints],
+        logit_rows: Ints,
+        prompt_remaining: Ints,
+        *,
+        evict: bool,
+    ) -> Floats:
+        firsts = [sequence.n_seen for sequence in sequences]
+        slots = np.concatenate([s.append(len(i)) for s, i in zip(sequences, ids, strict=True)], axis=1)
+        step = Step(
+            input_ids=np.concatenate(ids),
+            positions=np.concatenate([np.arange(first, first + len(i)) for first, i in zip(firsts, ids, strict=True)]),
+            logit_rows=logit_rows,
+            cu_tokens=np.cumsum([0, *(len(i) for i in ids)]),
+            slots=slots,
+            page_table=_stacked_page_tables(sequences),
+            kv_len=np.stack([s.kv_len for s in sequences], axis=1),
+            prompt_remaining=prompt_remaining,
+            evict=np.full(len(ids), int(evict)),
+        )
+        attend = ops.for_step(step, self.pool)
+        logits = self._executor.run(step.input_ids, step.positions, step.logit_rows, attend)
+        if evict:
+            shares = [float(node.attributes["kept_share"]) for node in self._evict_nodes if node is not None]
+            for b, sequence in enumerate(sequences):
+                sequence.shrink(attend.kept[:, b], shares)
+        return logits
+
+
+def _evict_node(nodes: Sequence[OpNode]) -> OpNode | None:
+    return next((node for node in nodes if node.op == "EvictTokens"), None)
+
+
+def _stacked_page_tables(sequences: Sequence[SequenceCache]) -> Ints:
+    """The sequences' page tables side by side: [L, B, T], -1 beyond a sequence's own width."""
+    width = max(sequence.page_table.shape[1] for sequence in sequences)
+    stacked = np.full((sequences[0].n_layers, len(sequences), width), -1)
+    for b, sequence in enumerate(sequences):
+        stacked[:, b, : sequence.page_table.shape[1]] = sequence.page_table
+    return stacked

@@ -1,0 +1,106 @@
+"""One sequence's cached tokens: its pages per layer, its lengths, and the slot the next token takes."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from trt_kv.policy import Policy
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.step import Ints
+
+
+class SequenceCache:
+    """Pages, lengths and decode-time eviction of one sequence over L layers."""
+
+    def __init__(self, pool: KvPool, *, n_layers: int, decode_distance: int = Policy.decode_distance) -> None:
+        self.pool = pool
+        self.n_seen = 0
+        """Prompt and generated tokens so far; also the position of the next token."""
+        self.kv_len: Ints = np.zeros(n_layers, np.int64)
+        self.page_table: Ints = np.full((n_layers, 8), -1, np.int64)
+        self._n_pages: Ints = np.zeros(n_layers, np.int64)
+        self._decode_distance = decode_distance
+        self._kept_shares: list[float] | None = None
+        self._reuse_order: list[deque[int]] = []
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.kv_len)
+
+    @property
+    def pages(self) -> list[int]:
+        """Every page this sequence owns, over all layers."""
+        return [int(page) for layer in range(self.n_layers) for page in self.page_table[layer, : self._n_pages[layer]]]
+
+    def append(self, n_new: int) -> Ints:
+        """Make room for ``n_new`` tokens and return their slots [L, n_new].
+
+        All or nothing: on ``CapacityError`` the sequence is as it was. A single token of a sequence that has been evicted from
+        takes the slot of an older token in every layer that is over its kept share (see ``_evicts_for_next``).
+        """
+        reuse = n_new == 1 and self._kept_shares is not None
+        grows = np.array([not (reuse and self._evicts_for_next(layer)) for layer in range(self.n_layers)])
+        new_len = self.kv_len + n_new * grows
+        self._grow_tables(-(-new_len // self.pool.page_size))
+        slots = np.empty((self.n_layers, n_new), np.int64)
+        for layer in range(self.n_layers):
+            slots[layer] = self._slots(layer, range(self.kv_len[layer], new_len[layer])) if grows[layer] else self._reuse_order[layer].popleft()
+            if self._kept_shares is not None:
+                self._reuse_order[layer].extend(int(slot) for slot in slots[layer])
+        self.kv_len = new_len
+        self.n_seen += n_new
+        return slots
+
+    def shrink(self, kept: Ints, kept_shares: Sequence[float]) -> None:
+        """After EvictTokens: layer l now holds ``kept[l]`` tokens in order of position. Pages behind them return to the pool.
+
+        From here on layer l grows at ``kept_shares[l]`` per generated token: decode-time eviction of PrefixKV's released code,
+        which deletes the row ``decode_distance`` before the end of the compressed prompt (or its middle, if it is shorter).
+        """
+        self._kept_shares = list(kept_shares)
+        self._reuse_order = []
+        for layer in range(self.n_layers):
+            n_kept = int(kept[layer])
+            n_pages = -(-n_kept // self.pool.page_size)
+            self.pool.release(int(page) for page in self.page_table[layer, n_pages : self._n_pages[layer]])
+            self.page_table[layer, n_pages:] = -1
+            self._n_pages[layer] = n_pages
+            fixed = n_kept - self._decode_distance
+            first = fixed if fixed >= 1 else n_kept // 2
+            self._reuse_order.append(deque(int(slot) for slot in self._slots(layer, range(first, n_kept))))
+        self.kv_len = np.array(kept, np.int64)
+
+    def release(self) -> None:
+        """Give every page back; the sequence is empty afterwards."""
+        self.pool.release(self.pages)
+        self.page_table[:] = -1
+        self._n_pages[:] = 0
+        self.kv_len = np.zeros_like(self.kv_len)
+        self._kept_shares = None
+        self.n_seen = 0
+
+    def _evicts_for_next(self, layer: int) -> bool:
+        """Whether the layer holds a token more than its share of the tokens seen (papers: int(len - T * kept) > 0)."""
+        assert self._kept_shares is not None
+        over = int(self.kv_len[layer] - self.n_seen * self._kept_shares[layer]) > 0
+        return over and bool(self._reuse_order[layer])
+
+    def _slots(self, layer: int, indices: range) -> Ints:
+        """Pool slots of the sequence's cached tokens ``indices``."""
+        index = np.arange(indices.start, indices.stop)
+        return self.page_table[layer, index // self.pool.page_size] * self.pool.page_size + index % self.pool.page_size
+
+    def _grow_tables(self, n_pages: Ints) -> None:
+        """Own ``n_pages[l]`` pages in layer l, at least those owned now; all layers or none."""
+        n_pages = np.maximum(n_pages, self._n_pages)
+        pages = self.pool.allocate(int((n_pages - self._n_pages).sum()))
+        if n_pages.max() > self.page_table.shape[1]:
+            wider = np.full((self.n_layers, 2 * int(n_pages.max())), -1, np.int64)
+            wider[:, : self.page_table.shape[1]] = self.page_table
+            self.page_table = wider
+        for layer in range(self.n_layers):
+            n_more = int(n_pages[layer] - self._n_pages[layer])
+            self.page_table[layer, self._n_pages[layer] : n_pages[layer]] = pages[:n_more]
+            del pages[:n_more]
+        self._n_pages = n_pages
