@@ -1,0 +1,105 @@
+# Every target sets up $(VENV) by itself, once; `make` alone prints what there is.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help engine generate test check bench report clean
+
+# The machine: these may come from the environment. PIP_ARGS goes to every pip install, e.g. an index with CPU builds.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell command -v $(name))) python3.11)
+VENV ?= .venv
+PIP_ARGS ?=
+
+# The request: from make's command line only, so that a variable left in the environment changes nothing.
+MODEL = llama3
+POLICY = prefixkv
+CHECKPOINT =
+BUDGET =
+SCORE =
+WINDOW =
+RECIPE =
+PROMPTS =
+SAMPLES =
+SEED =
+TARGET =
+OUT = engines/$(MODEL)-$(POLICY)
+FORCE =
+ENGINE = $(OUT)
+PROMPT =
+PROMPT_FILE =
+ARGS =
+# Through the shell's environment a prompt may hold quotes and spaces.
+export PROMPT
+
+help: ## this list
+	@echo 'make TARGET [NAME=value ...]'
+	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	echo
+	echo '  engine    MODEL=$(MODEL) POLICY=$(POLICY) [CHECKPOINT= BUDGET= SCORE= WINDOW= RECIPE= PROMPTS= SAMPLES= SEED= OUT= FORCE=1]'
+	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
+	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]'
+
+engine: $(VENV)/.ready-build ## checkpoint -> engine folder
+	@$(VENV)/bin/trt-kv build --model '$(MODEL)' --policy '$(POLICY)' --out '$(OUT)' \
+		$(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') \
+		$(if $(BUDGET),--budget '$(BUDGET)') \
+		$(if $(SCORE),--score '$(SCORE)') \
+		$(if $(WINDOW),--window '$(WINDOW)') \
+		$(if $(RECIPE),--recipe '$(RECIPE)') \
+		$(if $(PROMPTS),--prompts '$(PROMPTS)') \
+		$(if $(SAMPLES),--samples '$(SAMPLES)') \
+		$(if $(SEED),--seed '$(SEED)') \
+		$(if $(TARGET),--target '$(TARGET)') \
+		$(if $(FORCE),--force)
+
+generate: $(VENV)/.ready-build ## engine + prompt -> text
+	@$(VENV)/bin/trt-kv generate $(ARGS) $(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- '$(ENGINE)' $(if $(PROMPT),"$$PROMPT")
+
+test: $(VENV)/.ready-dev ## the tests that need no GPU and no patience
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/.ready-dev ## lint, format, types, import rules
+	@$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+bench: $(VENV)/.ready-dev ## measure speed and memory
+	@$(VENV)/bin/python -m benchmarks $(ARGS)
+
+report: $(VENV)/.ready-dev ## measure quality against budget and write the report
+	@$(VENV)/bin/python -m benchmarks.report $(ARGS)
+
+clean: ## remove caches and build leftovers; engines and the virtual environment stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	find trt_kv export plugins runtime calibration tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call set_up,EXTRA): the virtual environment with trt-kv[EXTRA], silent unless pip fails.
+define set_up
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || {
+		echo "trt-kv needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=/path/to/python" >&2
+		exit 1
+	}
+	echo 'setting up $(VENV) for $(1) (once, a few minutes)' >&2
+	log='$(VENV)/set-up.log'
+	mkdir -p '$(VENV)'
+	{
+		{ test -x '$(VENV)/bin/pip' || $(PYTHON) -m venv '$(VENV)'; } &&
+		$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt setuptools &&
+		$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[$(1)]'
+	} > "$$log" 2>&1 || {
+		tail -n 25 "$$log" >&2
+		echo "setting up $(VENV) failed; the whole log is $$log" >&2
+		exit 1
+	}
+endef
+
+$(VENV)/.ready-build: pyproject.toml constraints.txt
+	$(call set_up,build)
+	touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt
+	$(call set_up,dev)
+	touch $@ $(VENV)/.ready-build
