@@ -1,0 +1,32 @@
+"""What holds in every test: fixed seeds, reproducible properties, GPU tests only where there is a GPU."""
+
+import random
+import sys
+
+import hypothesis
+import numpy as np
+import pytest
+
+# derandomize: the same examples in CI and at home; no deadline: the first call of a compiled kernel takes seconds.
+hypothesis.settings.register_profile("trt-kv", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("trt-kv")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  for third-party code that still draws from the global state
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu``, with a reason, where torch finds no CUDA device."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
