@@ -1,0 +1,63 @@
+"""A user's own calibration prompts, read from a text file or a JSON-lines file."""
+
+import json
+from pathlib import Path
+
+from trt_kv.errors import UsageError
+
+
+def prompts_from_file(path: Path) -> list[str]:
+    """The prompts in ``path``, in order, each as it stands there.
+
+    ``.txt``: one prompt per line. ``.jsonl``: one object per line with the prompt under ``prompt`` (other keys are
+    ignored), which is also the way to give prompts with line breaks. ``UsageError``, with the line number, for an empty
+    or malformed line; also for an unreadable or empty file and another file type.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UsageError(
+            "prompts come from a text or a JSON-lines file", got=path.name, expected="a name ending in .txt or .jsonl"
+        )
+    lines = _lines(path)
+    if not lines:
+        raise UsageError("the file with the prompts is empty", got=str(path), expected="one prompt per line")
+    read = _prompt_of_json_line if path.suffix == ".jsonl" else _prompt_of_text_line
+    return [read(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, without their ends; only line feeds (after CR or not) separate them, as in JSON lines."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as cause:
+        raise UsageError("cannot read the file with the prompts", got=f"{path}: {cause.strerror or cause}") from cause
+    except UnicodeDecodeError as cause:
+        line = cause.object[: cause.start].count(b"\n") + 1
+        raise UsageError("the prompts are not UTF-8 text", got=f"byte {cause.start} in line {line} of {path}") from cause
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _prompt_of_text_line(line: str, where: str) -> str:
+    if not line.strip():
+        raise UsageError(
+            f"{where} is empty",
+            expected="one prompt per line",
+            fix="remove the line; prompts with line breaks go into a .jsonl file",
+        )
+    return line
+
+
+def _prompt_of_json_line(line: str, where: str) -> str:
+    expected = '{"prompt": "..."}'
+    if not line.strip():
+        raise UsageError(f"{where} is empty", expected=expected, fix="remove the line")
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as cause:
+        raise UsageError(f"{where} is not JSON", got=str(cause), expected=expected) from cause
+    prompt = data.get("prompt") if isinstance(data, dict) else None
+    if not isinstance(prompt, str):
+        raise UsageError(f"{where} holds no prompt", got=line if len(line) <= 80 else f"{line[:77]}...", expected=expected)
+    if not prompt.strip():
+        raise UsageError(f"{where} holds an empty prompt", got=repr(prompt), expected=expected)
+    return prompt

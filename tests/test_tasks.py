@@ -1,0 +1,227 @@
+"""What the synthetic tasks promise: the bundled model's language, the asked-for difficulty, and splits that never meet."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trt_kv.calibration.prompt_files import prompts_from_file
+from trt_kv.calibration.synthetic_english import (
+    LONGEST_FACT,
+    LONGEST_FILLER,
+    LONGEST_QUESTION,
+    NAMES,
+    SPLITS,
+    VOCABULARY,
+    Fact,
+    draw_facts,
+    filler_sentence,
+    place_sentence,
+)
+from trt_kv.calibration.tasks import REGIONS, Region, Task, calibration_prompts, evaluation_tasks, plain_text_tasks
+from trt_kv.errors import UsageError
+
+TOKENIZER = Path(__file__).parents[1] / "trt_kv" / "models" / "llama3-tiny" / "tokenizer.json"
+
+
+def _facts_told(task: Task) -> set[tuple[str, ...]]:
+    """The facts in a document, read back from its words: sentences that tell a code, a thing or a home of somebody."""
+    body = task.prompt.partition("question :")[0].split(" . ")
+    told = [tuple(sentence.removesuffix(" .").split()) for sentence in body]
+    return {(*words, ".") for words in told if {"code", "holds", "lives"} & set(words)}
+
+
+def test_the_vocabulary_is_the_bundled_tokenizers() -> None:
+    vocabulary = json.loads(TOKENIZER.read_text())["model"]["vocab"]
+    assert {word: index for index, word in enumerate(VOCABULARY)} == vocabulary
+
+
+def test_the_bundled_tokenizer_reads_a_prompt_word_by_word_and_adds_bos_itself() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(TOKENIZER))
+    for task in [*calibration_prompts(4), *plain_text_tasks(2, context_length=300)]:
+        tokens = tokenizer.encode(task.prompt).tokens
+        assert tokens == ["<bos>", *task.prompt.split(" ")]
+        assert len(tokens) == task.n_prompt_tokens
+        assert "<unk>" not in tokenizer.encode(task.answer).tokens
+
+
+def test_the_sentence_forms_are_those_the_model_was_trained_on() -> None:
+    rng = random.Random(1)
+    lengths = {len(filler_sentence(rng)) for _ in range(200)}
+    assert lengths == {8, 9, 11}
+    assert max(lengths) == LONGEST_FILLER
+    facts = [fact for split in SPLITS for fact in draw_facts(rng, 72, split)]
+    assert max(len(fact.sentence) for fact in facts) == LONGEST_FACT
+    assert max(len(fact.question) for fact in facts) == LONGEST_QUESTION
+    by_question: dict[tuple[str, ...], set[int]] = {}
+    for fact in facts:
+        by_question.setdefault(fact.question[2:4], set()).add(len(fact.sentence))
+    assert by_question == {("what", "is"): {8}, ("what", "does"): {6}, ("where", "does"): {7}}
+
+
+def test_a_question_restates_its_fact_as_the_answer() -> None:
+    for task in evaluation_tasks(20, context_length=256, n_facts=5):
+        question = task.prompt[task.prompt.index("question :") :]
+        assert task.prompt.endswith(" ? answer :")
+        assert task.answer.endswith(" .")
+        assert task.prompt.count("question :") == 1
+        assert f" {task.answer} " in f" {task.prompt} "
+        (name,) = set(task.answer.split()) & set(NAMES)
+        assert name in question.split()
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["calibration", "evaluation"]), st.integers(1, 30))
+@settings(max_examples=50)
+def test_every_fact_of_a_document_belongs_to_its_split(seed: int, split: str, n_facts: int) -> None:
+    if split == "calibration":
+        (task,) = calibration_prompts(1, context_length=512, n_facts=[n_facts], seed=seed)
+    else:
+        (task,) = evaluation_tasks(1, context_length=512, n_facts=n_facts, seed=seed)
+    told = _facts_told(task)
+    assert len(told) == n_facts
+    assert {Fact(name="", sentence=words, question=()).split for words in told} == {split}
+
+
+def test_the_splits_share_no_document_and_no_fact() -> None:
+    calibration = calibration_prompts(30, context_length=600, seed=3)
+    evaluation = [task for n in (4, 16, 32) for task in evaluation_tasks(10, context_length=600, n_facts=n, seed=3)]
+    assert not {task.prompt for task in calibration} & {task.prompt for task in evaluation}
+    told = [set().union(*map(_facts_told, tasks)) for tasks in (calibration, evaluation)]
+    assert not told[0] & told[1]
+    assert min(map(len, told)) > 100
+
+
+def test_the_same_seed_draws_the_same_tasks_and_another_seed_others() -> None:
+    few = evaluation_tasks(3, context_length=300, n_facts=4, seed=5)
+    many = evaluation_tasks(6, context_length=300, n_facts=4, seed=5)
+    assert many[:3] == few
+    assert len({task.prompt for task in many}) == 6
+    assert evaluation_tasks(3, context_length=300, n_facts=4, seed=6) != few
+    assert [task.index for task in many] == list(range(6))
+
+
+def test_a_seed_draws_these_very_words_on_every_machine() -> None:
+    (task,) = evaluation_tasks(1, context_length=60, n_facts=2, seed=0)
+    assert f"{task.prompt} {task.answer}" == (
+        "a road was often ancient and the wind drifted slowly . alice lives in the ancient tower . a ship was often old and the "
+        "wind drifted slowly . code of ivan is 8 1 6 . question : what is the code of ivan ? answer : code of ivan is 8 1 6 ."
+    )
+
+
+@pytest.mark.parametrize("context_length", [64, 255, 1024])
+def test_a_document_fills_its_context_to_within_a_sentence(context_length: int) -> None:
+    tasks = calibration_prompts(8, context_length=context_length) + plain_text_tasks(
+        2, context_length=context_length, answer_length=20
+    )
+    for task in tasks:
+        assert context_length - LONGEST_FILLER <= task.n_prompt_tokens + task.n_answer_tokens <= context_length
+
+
+def test_calibration_documents_tell_various_numbers_of_facts() -> None:
+    assert [task.n_facts for task in calibration_prompts(5)] == [4, 8, 16, 32, 4]
+    assert [task.n_facts for task in calibration_prompts(3, context_length=128)] == [4, 8, 4]
+    assert [task.n_facts for task in calibration_prompts(3, n_facts=(3, 1))] == [3, 1, 3]
+
+
+@pytest.mark.parametrize("distance", [0, 40, 200, 399])
+def test_the_asked_fact_stands_as_far_from_the_end_as_asked(distance: int) -> None:
+    for task in evaluation_tasks(10, context_length=450, n_facts=4, distance=distance):
+        body = task.prompt[: task.prompt.index(" question :")]
+        words_after = len(body[body.rindex(task.answer) + len(task.answer) :].split())
+        assert words_after == task.fact_distance
+        assert abs(words_after - distance) <= LONGEST_FILLER / 2
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_near_middle_and_far_are_the_thirds_of_the_document(region: Region) -> None:
+    third = REGIONS.index(region)
+    for task in evaluation_tasks(20, context_length=700, n_facts=6, distance=region):
+        assert task.fact_distance is not None
+        assert (third / 3) * 640 - LONGEST_FILLER <= task.fact_distance <= (third + 1) / 3 * 700 + LONGEST_FILLER
+
+
+def test_without_a_wish_the_asked_fact_stands_anywhere() -> None:
+    tasks = evaluation_tasks(60, context_length=300, n_facts=6)
+    distances = [task.fact_distance for task in tasks if task.fact_distance is not None]
+    assert min(distances) < 60
+    assert max(distances) > 200
+
+
+def test_a_sentence_is_placed_as_close_to_its_distance_as_sentences_allow() -> None:
+    others = [["a"] * 4, ["b"] * 3, ["c"] * 5]
+    assert place_sentence(others, ["x"], 0) == ([*others, ["x"]], 0)
+    assert place_sentence(others, ["x"], 6) == ([others[0], others[1], ["x"], others[2]], 5)
+    assert place_sentence(others, ["x"], 12) == ([["x"], *others], 12)
+
+
+def test_plain_text_tells_no_facts_and_its_answer_goes_on() -> None:
+    for task in plain_text_tasks(5, context_length=256, answer_length=48, seed=2):
+        assert not _facts_told(task)
+        assert task.n_answer_tokens == 48
+        assert (task.kind, task.n_facts, task.fact_distance) == ("text", 0, None)
+
+
+def test_impossible_tasks_are_refused() -> None:
+    with pytest.raises(UsageError, match="do not fit"):
+        evaluation_tasks(1, context_length=100, n_facts=20)
+    with pytest.raises(UsageError, match="do not fit"):
+        calibration_prompts(1, context_length=30)
+    for n_facts in (0, 73):
+        with pytest.raises(UsageError, match="1 to 72"):
+            evaluation_tasks(1, context_length=5000, n_facts=n_facts)
+    with pytest.raises(UsageError, match="so far from the end"):
+        evaluation_tasks(1, context_length=200, n_facts=4, distance=200)
+    with pytest.raises(UsageError, match="so far from the end"):
+        evaluation_tasks(1, context_length=200, n_facts=4, distance=-1)
+    with pytest.raises(UsageError, match="distance"):
+        evaluation_tasks(1, context_length=200, n_facts=4, distance="further")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="count"):
+        calibration_prompts(0)
+    with pytest.raises(UsageError, match="number of facts"):
+        calibration_prompts(1, n_facts=[])
+    with pytest.raises(UsageError, match="too short for its answer"):
+        plain_text_tasks(1, context_length=64, answer_length=64)
+
+
+def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffthe first\r\n  the second, as it stands \nthe third".encode())
+    assert prompts_from_file(path) == ["the first", "  the second, as it stands ", "the third"]
+
+
+def test_json_lines_may_hold_line_breaks_and_other_keys(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "two\\nlines\u2028here", "id": 1}\n{"id": 2, "prompt": "x"}\n', encoding="utf-8")
+    assert prompts_from_file(path) == ["two\nlines\u2028here", "x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.txt", b"one\n\ntwo\n", "line 2 of .*is empty"),
+        ("p.txt", b"one\n  \n", "line 2 of .*is empty"),
+        ("p.txt", b"", "file with the prompts is empty"),
+        ("p.txt", b"one\ntw\xffo\n", "line 2"),
+        ("p.jsonl", b"", "file with the prompts is empty"),
+        ("p.jsonl", b'{"prompt": "x"}\n\n', "line 2 of .*is empty"),
+        ("p.jsonl", b'{"prompt": "x"}\n{"prompt": ', "line 2 of .*is not JSON"),
+        ("p.jsonl", b'{"text": "x"}\n', "line 1 of .*holds no prompt"),
+        ("p.jsonl", b'["x"]\n', "line 1 of .*holds no prompt"),
+        ("p.jsonl", b'{"prompt": 3}\n', "line 1 of .*holds no prompt"),
+        ("p.jsonl", b'{"prompt": " "}\n', "line 1 of .*holds an empty prompt"),
+        ("p.csv", b"x", "txt or .jsonl"),
+    ],
+)
+def test_a_wrong_prompt_file_is_refused_with_the_line(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=words):
+        prompts_from_file(tmp_path / name)
+
+
+def test_a_missing_prompt_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read"):
+        prompts_from_file(tmp_path / "prompts.txt")
