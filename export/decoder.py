@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.model.layers:
             x = layer(x, cos, sin, attend)
-        x = self.model.norm(x[logit_rows])
+        x = self.model.norm(x.index_select(0, logit_rows))
         return functional.linear(x, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
 
 

@@ -57,7 +57,7 @@ class _Fields:
         if value is None:
             if default is None:
                 raise self._missing(name)
-            return default
+            return float(default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._mistyped(name, "a number")
         return float(value)

@@ -1,0 +1,112 @@
+"""The decoder computes what transformers computes, for every architecture, through prefill and decoding."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional
+
+from tests.checkpoints import SAMPLES, spell_rope_the_old_way, write_checkpoint
+from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.decoder import Decoder, decoder_from_checkpoint
+from trt_kv.presets import preset
+
+N_PROMPT, N_DECODED = 37, 32
+ATOL = 1e-4
+"""Between two fp32 implementations whose sums run in different orders; logits here spread over several units."""
+
+
+class ContiguousCache:
+    """Plain attention over everything seen so far, one sequence; an ``Attend``."""
+
+    def __init__(self) -> None:
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        if layer in self.kv:
+            k_NKD, v_NKD = torch.cat((self.kv[layer][0], k_NKD)), torch.cat((self.kv[layer][1], v_NKD))
+        self.kv[layer] = (k_NKD, v_NKD)
+        n_new, n_cached = q_NHD.shape[0], k_NKD.shape[0]
+        causal = torch.ones(n_new, n_cached, dtype=torch.bool).tril(n_cached - n_new)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_NHD, k_NKD, v_NKD))
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
+        return attended.squeeze(0).transpose(0, 1)
+
+
+def decoder_steps(decoder: Decoder, prompt: Tensor, tokens: list[int]) -> Iterator[Tensor]:
+    """Logits ``[R, V]`` of the prompt's rows, then of each token of ``tokens``."""
+    cache = ContiguousCache()
+    positions = torch.arange(len(prompt))
+    yield decoder(prompt, positions, positions, cache)
+    for step, token in enumerate(tokens):
+        yield decoder(torch.tensor([token]), torch.tensor([len(prompt) + step]), torch.tensor([0]), cache)
+
+
+def transformers_steps(folder: Path, prompt: Tensor, n_steps: int) -> Iterator[Tensor]:
+    """The same from transformers, which also chooses the tokens greedily."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    output = model(prompt[None], use_cache=True)
+    yield output.logits[0]
+    for _ in range(n_steps):
+        output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+        yield output.logits[0]
+
+
+@torch.no_grad()
+def assert_parity(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    prompt = torch.randint(3, checkpoint.config.vocab_size, (N_PROMPT,), generator=torch.Generator().manual_seed(5))
+    expected = list(transformers_steps(folder, prompt, N_DECODED))
+    tokens = [int(logits[-1].argmax()) for logits in expected]
+    got = list(decoder_steps(decoder_from_checkpoint(checkpoint), prompt, tokens[:-1]))
+    assert [int(logits[-1].argmax()) for logits in got] == tokens
+    assert min(float(logits.std()) for logits in expected) > 1.0, "logits too flat for the comparison to mean anything"
+    torch.testing.assert_close(torch.cat(got), torch.cat(expected), atol=ATOL, rtol=0.0)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_logits_and_greedy_tokens_equal_those_of_transformers(sample: str, tmp_path: Path) -> None:
+    assert_parity(write_checkpoint(tmp_path, sample))
+
+
+@pytest.mark.parametrize("sample", ["llama3-rope", "llama-linear-rope", "mistral"])
+def test_the_old_rope_spelling_means_the_same(sample: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, sample)
+    config = open_checkpoint(folder).config
+    spell_rope_the_old_way(folder)
+    assert open_checkpoint(folder).config == config
+    assert_parity(folder)
+
+
+def test_sharded_bfloat16_weights_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    assert_parity(write_checkpoint(tmp_path, "qwen3", shard_size="40KB", dtype=torch.bfloat16))
+
+
+def test_the_bundled_checkpoint_has_parity() -> None:
+    assert_parity(preset("llama3").bundled_folder)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_on_the_meta_device_a_decoder_allocates_nothing_and_names_every_weight(sample: str, tmp_path: Path) -> None:
+    config = open_checkpoint(write_checkpoint(tmp_path, sample)).config
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    assert all(parameter.is_meta for parameter in decoder.parameters())
+    assert {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()} == config.tensor_shapes()
+
+
+@torch.no_grad()
+def test_logits_come_only_for_the_rows_asked_for_and_in_their_order(tmp_path: Path) -> None:
+    decoder = decoder_from_checkpoint(open_checkpoint(write_checkpoint(tmp_path)))
+    ids, positions, rows = torch.arange(3, 14), torch.arange(11), torch.tensor([7, 2])
+    every = decoder(ids, positions, positions, ContiguousCache())
+    torch.testing.assert_close(decoder(ids, positions, rows, ContiguousCache()), every[rows], atol=ATOL, rtol=0.0)
+
+
+def test_weights_that_already_have_the_dtype_stay_memory_mapped(tmp_path: Path) -> None:
+    decoder = decoder_from_checkpoint(open_checkpoint(write_checkpoint(tmp_path, dtype=torch.bfloat16)), torch.bfloat16)
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in decoder.parameters()} == {(torch.bfloat16, False)}
+    assert str(tmp_path / "model.safetensors") in Path("/proc/self/maps").read_text()
