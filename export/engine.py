@@ -1,0 +1,181 @@
+"""Checkpoint + policy + recipe -> engine folder, built beside its destination and renamed into place."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+import trt_kv
+from trt_kv.errors import EngineError, RecipeError, TrtKvError, UsageError
+from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.graph import graph_from_checkpoint, save_graphs
+from trt_kv.export.split import pieces_from_graph, program_from_graph, save_pieces
+from trt_kv.manifest import FILE_NAME, AttentionPort, Manifest, Piece, file_records
+from trt_kv.opspec import OP_VERSION
+from trt_kv.plugins.registry import op_specs
+from trt_kv.policy import Policy
+from trt_kv.program import PHASES, program_of
+from trt_kv.recipe import Recipe
+
+DEFAULT_PAGE_SIZE = 32
+GRAPHS = "graphs"
+
+OnProgress = Callable[[str, int, int], None]
+"""Told (stage, done, total) while something long runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """What to build. ``reproduce`` is the command that makes the same engine again."""
+
+    checkpoint: Checkpoint
+    policy: Policy
+    recipe: Recipe | None = None
+    page_size: int = DEFAULT_PAGE_SIZE
+    model_source: str = ""
+    reproduce: str = ""
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1:
+            raise UsageError("a page holds tokens", got=self.page_size, expected="an integer >= 1")
+        if self.policy.needs_recipe and self.recipe is None:
+            raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
+        if self.recipe is not None:
+            self.recipe.check_model(digest=self.checkpoint.digest, n_layers=self.checkpoint.config.n_layers)
+
+    @property
+    def kept_shares(self) -> list[float] | None:
+        return list(self.recipe.kept) if self.recipe is not None and self.policy.needs_recipe else None
+
+
+def export_graphs(request: EngineRequest, folder: Path, on_progress: OnProgress | None = None) -> None:
+    """Write the monolithic graphs ``prefill.onnx`` and ``decode.onnx`` and the ``weights.data`` they share into ``folder``."""
+    config = request.checkpoint.config
+    graphs = {}
+    for done, phase in enumerate(PHASES):
+        _tell(on_progress, "tracing graphs", done, len(PHASES))
+        program = program_of(
+            request.policy,
+            phase=phase,
+            n_layers=config.n_layers,
+            scale=config.head_dim**-0.5,
+            kept_shares=request.kept_shares,
+        )
+        graphs[phase] = graph_from_checkpoint(request.checkpoint, program, page_size=request.page_size)
+    _tell(on_progress, "tracing graphs", len(PHASES), len(PHASES))
+    save_graphs(graphs, folder, lambda done, total: _tell(on_progress, "writing weights", done, total))
+
+
+def build_engine(
+    request: EngineRequest, destination: Path, *, replace: bool = False, on_progress: OnProgress | None = None, extra_files: Sequence[Path] = ()
+) -> Manifest:
+    """Build the engine at ``destination``; ``extra_files`` (a picture of the recipe, say) are copied into it.
+
+    All or nothing: the folder is made under another name and renamed when complete. Raises ``UsageError`` where something
+    else stands at ``destination``, ``EngineError`` where the disk is full or cannot be written.
+    """
+    with new_folder(destination, replace=replace) as folder:
+        graphs = folder / GRAPHS
+        graphs.mkdir()
+        export_graphs(request, graphs, on_progress)
+        programs = {phase: program_from_graph(_load_graph(graphs, phase)) for phase in PHASES}
+        models, pieces, ports = pieces_from_graph(_load_graph(graphs, "decode"))
+        save_pieces(models, pieces, graphs)
+        for path in (*request.checkpoint.tokenizer_files, *extra_files):
+            shutil.copyfile(path, folder / path.name)
+        if request.recipe is not None:
+            request.recipe.save(folder / "recipe.json")
+        _tell(on_progress, "computing digests", 0, 1)
+        manifest = _manifest(request, folder, programs, pieces, ports)
+        manifest.save(folder)
+        _tell(on_progress, "computing digests", 1, 1)
+    return manifest
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder that becomes ``destination`` when the block ends, and vanishes when it fails or is interrupted.
+
+    With ``replace`` an older engine at ``destination`` is exchanged for the new one, and only at the end.
+    """
+    destination = destination.absolute()
+    if destination.exists() and not (replace and (destination / FILE_NAME).is_file()):
+        raise UsageError(
+            f"{destination} exists already" + (" and is not an engine" if replace else ""),
+            fix="choose another --out" if replace else "choose another --out, or --force to replace an engine",
+        )
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.building-", dir=destination.parent))
+    except OSError as error:
+        raise _disk_error(destination, error) from error
+    try:
+        folder.chmod(0o755)
+        yield folder
+        _move_into_place(folder, destination)
+    except OSError as error:
+        raise _disk_error(destination, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_into_place(folder: Path, destination: Path) -> None:
+    old = folder.with_name(f"{folder.name}.old")
+    if destination.exists():
+        destination.rename(old)
+    folder.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _disk_error(destination: Path, error: OSError) -> TrtKvError:
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(_nearest_existing(destination)).free
+        return EngineError(
+            f"the disk is full; nothing was left at {destination}",
+            got=f"{free / 2**20:.0f} MiB free",
+            fix="free some space or choose --out on another disk",
+        )
+    return EngineError(f"cannot write the engine {destination}", got=str(error), fix="choose another --out")
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _load_graph(folder: Path, name: str) -> onnx.ModelProto:
+    return onnx.load(os.fspath(folder / f"{name}.onnx"), load_external_data=False)
+
+
+def _manifest(
+    request: EngineRequest, folder: Path, programs: dict, pieces: list[Piece], ports: list[AttentionPort]
+) -> Manifest:
+    checkpoint = request.checkpoint
+    ops = {node.op for program in programs.values() for nodes in program for node in nodes}
+    return Manifest(
+        model_name=checkpoint.name,
+        model_digest=checkpoint.digest,
+        model_source=request.model_source,
+        config=checkpoint.config,
+        policy=request.policy,
+        target="onnxruntime",
+        dtype="float32",
+        page_size=request.page_size,
+        op_versions={op: OP_VERSION for op in sorted(ops & set(op_specs()))},
+        programs=programs,
+        pieces=tuple(pieces),
+        attention_ports=tuple(ports),
+        files=file_records(folder),
+        reproduce=request.reproduce,
+        created_by=f"trt-kv {trt_kv.__version__}",
+    )
+
+
+def _tell(on_progress: OnProgress | None, stage: str, done: int, total: int) -> None:
+    if on_progress is not None:
+        on_progress(stage, done, total)

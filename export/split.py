@@ -1,0 +1,111 @@
+"""Pass: cut a monolithic graph at its KV ops into dense pieces that ONNX Runtime can run.
+
+requires: CachedAttention nodes of layers 0 .. L-1, each depending on the one before it.
+ensures: piece l computes everything between layer l-1's attention and layer l's; pieces refer to the same external weights.
+modified: nothing; the pieces are new models.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+
+from trt_kv.errors import EngineError
+from trt_kv.manifest import AttentionPort, Piece
+from trt_kv.opspec import DOMAIN
+from trt_kv.program import OpNode, Program
+
+
+def program_from_graph(model: ModelProto) -> Program:
+    """The KV ops that stand in the graph, by layer, with the attributes on their nodes."""
+    layers: dict[int, list[OpNode]] = {}
+    for node in _kv_nodes(model.graph):
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        decoded = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
+        layers.setdefault(int(decoded["layer"]), []).append(OpNode(op=node.op_type, attributes=decoded))
+    return tuple(tuple(layers[layer]) for layer in sorted(layers))
+
+
+def pieces_from_graph(model: ModelProto) -> tuple[list[ModelProto], list[Piece], list[AttentionPort]]:
+    """The L+1 dense pieces, their descriptions, and the values each layer's attention reads and makes.
+
+    Raises ``EngineError`` where a node would need values of two pieces at once in the wrong order.
+    """
+    graph = model.graph
+    attentions = [node for node in _kv_nodes(graph) if node.op_type == "CachedAttention"]
+    stage_of = _stages(graph, attentions)
+    made_in = {name: stage_of[node.output[0]] for node in graph.node if node.domain != DOMAIN for name in node.output}
+    read_in = _readers(graph, stage_of)
+    models, pieces = [], []
+    for stage in range(len(attentions) + 1):
+        nodes = [node for node in graph.node if node.domain != DOMAIN and stage_of[node.output[0]] == stage]
+        made = {name for node in nodes for name in node.output}
+        read = dict.fromkeys(name for node in nodes for name in node.input if name)
+        weights = [w for w in graph.initializer if w.name in read]
+        inputs = [name for name in read if name not in made and name not in {w.name for w in weights}]
+        outputs = [name for node in nodes for name in node.output if read_in.get(name, set()) - {stage}]
+        piece = Piece(file=f"piece_{stage:02d}.onnx", inputs=tuple(inputs), outputs=tuple(outputs))
+        _check_order(piece, stage, made_in)
+        models.append(_piece_model(model, piece, nodes, weights))
+        pieces.append(piece)
+    ports = [AttentionPort(q=node.input[0], k=node.input[1], v=node.input[2], out=node.output[0]) for node in attentions]
+    return models, pieces, ports
+
+
+def save_pieces(models: Iterable[ModelProto], pieces: Iterable[Piece], folder: Path) -> None:
+    """Write the pieces beside the weights they refer to."""
+    for model, piece in zip(models, pieces, strict=True):
+        (folder / piece.file).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _kv_nodes(graph: GraphProto) -> list[NodeProto]:
+    return [node for node in graph.node if node.domain == DOMAIN]
+
+
+def _stages(graph: GraphProto, attentions: list[NodeProto]) -> dict[str, int]:
+    """For each node, by its first output, how many attentions stand before it (0 .. L); nodes are in topological order."""
+    after: dict[str, int] = {}
+    stages = {}
+    for node in graph.node:
+        stage = max((after.get(name, 0) for name in node.input), default=0)
+        stages[node.output[0]] = stage
+        is_attention = node.domain == DOMAIN and node.op_type == "CachedAttention"
+        after.update(dict.fromkeys(node.output, stage + is_attention))
+    in_order = [stages[node.output[0]] for node in attentions]
+    if in_order != list(range(len(attentions))):
+        raise EngineError("the graph's attention ops do not follow one another", got=in_order, expected="stages 0, 1, 2 ...")
+    return stages
+
+
+def _readers(graph: GraphProto, stage_of: dict[str, int]) -> dict[str, set[int]]:
+    """For each value the pieces that read it; KV ops and graph outputs count as piece -1."""
+    readers: dict[str, set[int]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(-1 if node.domain == DOMAIN else stage_of[node.output[0]])
+    for output in graph.output:
+        readers.setdefault(output.name, set()).add(-1)
+    return readers
+
+
+def _check_order(piece: Piece, stage: int, made_in: dict[str, int]) -> None:
+    late = [name for name in piece.inputs if made_in.get(name, -1) >= stage]
+    if late:
+        raise EngineError(f"{piece.file} reads values that a later piece makes", got=late)
+
+
+def _piece_model(model: ModelProto, piece: Piece, nodes: list[NodeProto], weights: list[onnx.TensorProto]) -> ModelProto:
+    infos = {info.name: info for info in (*model.graph.input, *model.graph.output, *model.graph.value_info)}
+    graph = onnx.helper.make_graph(
+        nodes, piece.file.removesuffix(".onnx"), _infos(piece.inputs, infos), _infos(piece.outputs, infos), weights
+    )
+    opsets = [opset for opset in model.opset_import if opset.domain != DOMAIN]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version, producer_name=model.producer_name)
+
+
+def _infos(names: Iterable[str], infos: dict[str, ValueInfoProto]) -> list[ValueInfoProto]:
+    missing = [name for name in names if name not in infos]
+    if missing:
+        raise EngineError("the graph does not tell the types of values at a cut", got=missing)
+    return [infos[name] for name in names]

@@ -1,0 +1,199 @@
+"""manifest.json: what an engine is, so that loading can verify it and ``inspect`` can explain it."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trt_kv.errors import EngineError
+from trt_kv.model_config import ModelConfig
+from trt_kv.policy import Policy
+from trt_kv.program import PHASES, OpNode, Program
+
+FORMAT = "trt-kv-engine"
+VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A dense part of the graph between two attentions: a file under ``graphs/`` and its values by name."""
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPort:
+    """The values one layer's KV ops read (q, k, v) and make (out)."""
+
+    q: str
+    k: str
+    v: str
+    out: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Digest ("sha256:<hex>") and size of one file of the engine."""
+
+    digest: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything the runtime needs to know before it opens a graph.
+
+    ``programs`` are the KV ops per phase as they stand in the graphs; ``files`` covers every file but the manifest.
+    """
+
+    model_name: str
+    model_digest: str
+    model_source: str
+    config: ModelConfig
+    policy: Policy
+    target: str
+    dtype: str
+    page_size: int
+    op_versions: Mapping[str, int]
+    programs: Mapping[str, Program]
+    pieces: tuple[Piece, ...]
+    attention_ports: tuple[AttentionPort, ...]
+    files: Mapping[str, FileRecord]
+    reproduce: str
+    created_by: str
+
+    @property
+    def kept_shares(self) -> list[float]:
+        """Kept share per layer, as the prefill graph's eviction ops have it; 1 where nothing is evicted."""
+        return [_kept_share(nodes) for nodes in self.programs["prefill"]]
+
+    def to_json(self) -> dict[str, Any]:
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data |= {
+            "config": self.config.to_json(),
+            "policy": self.policy.to_json(),
+            "programs": {phase: [[n.to_json() for n in nodes] for nodes in layers] for phase, layers in self.programs.items()},
+            "pieces": [dataclasses.asdict(piece) for piece in self.pieces],
+            "attention_ports": [dataclasses.asdict(port) for port in self.attention_ports],
+            "files": {name: dataclasses.asdict(record) for name, record in sorted(self.files.items())},
+            "op_versions": dict(self.op_versions),
+        }
+        document = {"format": FORMAT, "version": VERSION, **data}
+        return {**document, "digest": _document_digest(document)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], *, source: Path) -> "Manifest":
+        """Read what ``to_json`` wrote. Raises ``EngineError`` naming ``source`` for another format, version or shape."""
+        if data.get("format") != FORMAT or data.get("version") != VERSION:
+            raise EngineError(
+                f"{source} is not an engine manifest of this version",
+                got=f"format {data.get('format')!r}, version {data.get('version')!r}",
+                expected=f"format {FORMAT!r}, version {VERSION}",
+                fix="build the engine again with this version of trt-kv",
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        fields = {name: value for name, value in data.items() if name not in {"format", "version", "digest"}}
+        if set(fields) != names:
+            raise EngineError(
+                f"{source} does not have the fields of an engine manifest",
+                got=f"missing {sorted(names - set(fields))}, unknown {sorted(set(fields) - names)}",
+                fix="build the engine again",
+            )
+        if data.get("digest") != (found := _document_digest({name: data[name] for name in data if name != "digest"})):
+            raise EngineError(f"{source} was changed after the build", got=found, expected=data.get("digest"), fix="build the engine again")
+        try:
+            return cls(**(fields | _parsed(fields)))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise EngineError(f"{source} is malformed", got=repr(error), fix="build the engine again") from error
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of an engine folder; ``EngineError`` where there is none or it cannot be read."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise EngineError(
+            f"{folder} is not an engine",
+            got="no such folder" if not folder.is_dir() else f"a folder without {FILE_NAME}",
+            expected="a folder made by `trt-kv build`",
+            fix="make engine MODEL=llama3 POLICY=prefixkv",
+        )
+    try:
+        data = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise EngineError(f"{path} is not JSON", got=str(error), fix="build the engine again") from error
+    if not isinstance(data, dict):
+        raise EngineError(f"{path} is not an engine manifest", got=type(data).__name__, expected="a JSON object")
+    return Manifest.from_json(data, source=path)
+
+
+def digest_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """sha256 of a file as "sha256:<hex>"; ``on_bytes`` is told the size of each block read."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return f"sha256:{sha.hexdigest()}"
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Records of every file under ``folder`` but the manifest, by path relative to it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE_NAME)
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(digest=digest_of(path), n_bytes=path.stat().st_size) for path in paths
+    }
+
+
+def verify_files(folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] | None = None) -> None:
+    """Raise ``EngineError`` for a file that is missing or not what was built; sizes are compared before any digest."""
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise EngineError(f"the engine {folder} is incomplete", got=f"{name} is missing", fix="build the engine again")
+        if path.stat().st_size != record.n_bytes:
+            raise EngineError(
+                f"{path} is not the file that was built",
+                got=f"{path.stat().st_size} bytes",
+                expected=f"{record.n_bytes} bytes",
+                fix="build the engine again",
+            )
+    for name, record in manifest.files.items():
+        if (found := digest_of(folder / name, on_bytes)) != record.digest:
+            raise EngineError(
+                f"{folder / name} is not the file that was built", got=found, expected=record.digest, fix="build the engine again"
+            )
+
+
+def _document_digest(document: Mapping[str, Any]) -> str:
+    """Digest of a JSON document, independent of white space and key order."""
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+
+
+def _kept_share(nodes: Sequence[OpNode]) -> float:
+    return next((float(node.attributes["kept_share"]) for node in nodes if node.op == "EvictTokens"), 1.0)
+
+
+def _parsed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "config": ModelConfig.from_json(fields["config"]),
+        "policy": Policy.from_json(fields["policy"]),
+        "programs": {
+            phase: tuple(tuple(OpNode.from_json(n) for n in nodes) for nodes in fields["programs"][phase]) for phase in PHASES
+        },
+        "pieces": tuple(
+            Piece(file=p["file"], inputs=tuple(p["inputs"]), outputs=tuple(p["outputs"])) for p in fields["pieces"]
+        ),
+        "attention_ports": tuple(AttentionPort(**port) for port in fields["attention_ports"]),
+        "files": {name: FileRecord(**record) for name, record in fields["files"].items()},
+    }
