@@ -75,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(error: BaseException) -> int:
     """Print what ``error`` means to the user and return the exit code it stands for."""
+    if isinstance(error, click.Abort) and error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, ModuleNotFoundError):
         error = missing_dependency(error) or error
-    if isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, click.Abort) and isinstance(error.__cause__, KeyboardInterrupt)
-    ):
+    if isinstance(error, KeyboardInterrupt):
         return _say("interrupted", INTERRUPTED)
     if isinstance(error, TrtKvError):
         return _say(f"error: {error}", error.exit_code)
