@@ -102,6 +102,7 @@ def test_a_misspelt_command_line_exits_with_2(arguments: list[str], capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["build", "--model", "gpt1"], "one of llama3"),
         (["build", "--policy", "lru"], "one of full, prefixkv"),
         (["build", "--score", "luck"], "unknown score"),
         (["build", "--budget", "0"], "(0, 1]"),

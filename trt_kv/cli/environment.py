@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from pathlib import Path
 
 from trt_kv import __file__ as package_file
 from trt_kv import __version__
+from trt_kv.errors import CheckpointError
+from trt_kv.presets import PRESETS, Preset
 from trt_kv.require import BASE, EXTRAS, SEPARATE, install_command, require
 
-BUNDLED_MODEL = Path(package_file).parent / "models" / "llama3-tiny"
 GIB = 1024**3
 
 
@@ -42,7 +42,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at this machine and this installation; takes seconds, because torch and onnxruntime are really imported."""
-    return [*_machine(), *_packages(), *_backends(), _bundled_model(BUNDLED_MODEL)]
+    return [*_machine(), *_packages(), *_backends(), *map(_bundled_model, PRESETS.values())]
 
 
 def _machine() -> Iterator[Finding]:
@@ -123,37 +123,28 @@ def _torch(section: str) -> Iterator[Finding]:
         yield Finding(section=section, name="torch CUDA", state=State.OPTIONAL, text="no usable GPU; the CPU does the work")
 
 
-def _bundled_model(folder: Path) -> Finding:
-    """Whether the bundled checkpoint has its files, readable JSON and weights of the length their header announces."""
-    section, name = "bundled model", folder.name
+def _bundled_model(preset: Preset) -> Finding:
+    """Whether the preset's bundled checkpoint has its files, readable JSON and weights as long as their header says."""
+    from trt_kv.export.safetensors_file import read_safetensors_header
+
+    folder = preset.bundled_folder
+    section, name = "bundled models", f"{preset.name} ({preset.bundled})"
     try:
         for file in ("config.json", "tokenizer.json"):
             json.loads((folder / file).read_text(encoding="utf-8"))
-        n_parameters = _count_parameters(folder / "model.safetensors")
-    except (OSError, ValueError) as error:
-        return Finding(
-            section=section,
-            name=name,
-            state=State.MISSING,
-            text=f"not readable: {error}",
-            fix="install trt-kv again; its files are damaged",
-        )
+        tensors = read_safetensors_header(folder / "model.safetensors")
+    except (OSError, ValueError, CheckpointError) as error:
+        fix = "install trt-kv again; its files are damaged"
+        return Finding(section=section, name=name, state=State.MISSING, text=_first_line(error), fix=fix)
+    n_parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     return Finding(section=section, name=name, state=State.OK, text=f"{n_parameters / 1e6:.1f} M parameters in {folder}")
-
-
-def _count_parameters(weights: Path) -> int:
-    """Read a safetensors header; ``ValueError`` where the file is shorter or longer than the header says."""
-    with weights.open("rb") as file:
-        (header_length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        header = file.read(header_length)
-    tensors = [tensor for key, tensor in json.loads(header).items() if key != "__metadata__"]
-    expected = 8 + header_length + max(tensor["data_offsets"][1] for tensor in tensors)
-    if weights.stat().st_size != expected:
-        raise ValueError(f"{weights.name} has {weights.stat().st_size} bytes, its header says {expected}")
-    return sum(math.prod(tensor["shape"]) for tensor in tensors)
 
 
 def _unusable(section: str, name: str, package: str, error: Exception) -> Finding:
     """A base package that is installed and does not load, e.g. for want of a shared library."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return Finding(section=section, name=name, state=State.MISSING, text=reason, fix=install_command(package) or "")
+    fix = install_command(package) or ""
+    return Finding(section=section, name=name, state=State.MISSING, text=_first_line(error), fix=fix)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from trt_kv.cli.requests import CalibrationPlan, ModelSource
 from trt_kv.errors import UsageError
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import SCORES, Policy
+from trt_kv.presets import PRESETS
 
 CommandFunction = Callable[..., None]
 
@@ -40,7 +41,9 @@ debug_option = click.option(
 def model_options(command: CommandFunction) -> CommandFunction:
     """Add --model and --checkpoint; ``command`` receives ``source``, a ``ModelSource``."""
 
-    @click.option("--model", default="llama3", show_default=True, metavar="NAME", help="Model preset.")
+    @click.option(
+        "--model", default="llama3", show_default=True, metavar="NAME", help=f"Model preset: one of {', '.join(PRESETS)}."
+    )
     @click.option(
         "--checkpoint",
         metavar="FOLDER|ID",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trt_kv.errors import UsageError
+from trt_kv.presets import preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,6 +13,9 @@ class ModelSource:
 
     model: str
     checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        preset(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,112 @@
+"""doctor tells what is there, what is missing and what to install, and fails exactly when something needed is missing."""
+
+import importlib.metadata
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trt_kv.cli import environment, main
+from trt_kv.cli.environment import Finding, State, examine
+from trt_kv.presets import PRESETS, Preset
+from trt_kv.require import BASE, EXTRAS
+
+
+def finding(name: str) -> Finding:
+    (found,) = [finding for finding in examine() if finding.name == name]
+    return found
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Let ``packages`` look uninstalled to metadata look-ups and to imports."""
+    version, find_spec = importlib.metadata.version, importlib.util.find_spec
+
+    def hidden_version(name: str) -> str:
+        if name in packages:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    def hidden_spec(name: str, package: str | None = None) -> Any:
+        return None if name in packages else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.metadata, "version", hidden_version)
+    monkeypatch.setattr(importlib.util, "find_spec", hidden_spec)
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+
+
+def test_a_whole_installation_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for name in (*BASE, *EXTRAS["build"], "CPUExecutionProvider", "llama3-tiny"):
+        assert name in captured.out
+
+
+def test_every_package_stands_in_the_report_once() -> None:
+    names = [finding.name for finding in examine()]
+    assert len(names) == len(set(names))
+    assert {*BASE, *EXTRAS["build"], "tensorrt", "tensorrt_rtx", "triton"} <= set(names)
+
+
+@pytest.mark.parametrize("package", ["numpy", "onnxruntime", "torch"])
+def test_a_missing_base_package_fails_once_and_says_what_to_install(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hide(monkeypatch, package)
+    assert main(["doctor"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "1 missing: install what the lines above say\n"
+    (line,) = [line for line in captured.out.splitlines() if line.startswith("  missing")]
+    assert package in line
+    assert "pip install trt-kv" in line
+
+
+def test_a_missing_build_package_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "onnxscript")
+    assert finding("onnxscript").state is State.OPTIONAL
+    assert finding("onnxscript").fix == "pip install 'trt-kv[build]'"
+    assert main(["doctor"]) == 0
+
+
+def test_a_base_package_that_does_not_load_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(module: str) -> None:
+        raise ImportError(f"{module}: libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(environment, "require", fail)
+    found = finding("onnxruntime providers")
+    assert found.state is State.MISSING
+    assert "libgomp.so.1" in found.text
+
+
+def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1, get_device_name=lambda index: f"GPU {index}")
+    torch = SimpleNamespace(get_num_threads=lambda: 2, cuda=cuda, version=SimpleNamespace(cuda="12.9"))
+    providers = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(environment, "require", {"torch": torch, "onnxruntime": providers}.__getitem__)
+    assert finding("torch CUDA").text == "CUDA 12.9: GPU 0"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no header", "absent", "not JSON"])
+def test_a_damaged_bundled_model_is_missing(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(PRESETS["llama3"].bundled_folder, folder)
+    weights = folder / "model.safetensors"
+    match damage:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-1])
+        case "no header":
+            weights.write_bytes(b"\x10")
+        case "absent":
+            weights.unlink()
+        case "not JSON":
+            (folder / "config.json").write_text("{")
+    preset = Preset(name="damaged", summary="", bundled=str(folder), hub_id="")
+    monkeypatch.setattr(environment, "PRESETS", {"damaged": preset})
+    found = finding(f"damaged ({folder})")
+    assert found.state is State.MISSING
+    assert "install trt-kv again" in found.fix
