@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from trt_kv.errors import CheckpointError
 from trt_kv.export.safetensors_file import StoredTensor, read_safetensors_header
 from trt_kv.hf_config import model_config_from_hf, token_ids_from_hf
 from trt_kv.model_config import ModelConfig
+from trt_kv.require import require
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -79,9 +79,19 @@ class Checkpoint:
         return f"sha256:{digest.hexdigest()}"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One weight in its stored dtype, memory-mapped: bytes are read when they are used."""
-        with safe_open(self.stored[name].path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+        """One weight in its stored dtype, memory-mapped: bytes are read when they are used.
+
+        Raises ``CheckpointError`` where the file has changed since the checkpoint was opened.
+        """
+        safetensors = require("safetensors")
+        path = self.stored[name].path
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot read tensor {name!r} of {path}", got=str(error), expected="the file as opened"
+            ) from error
         return tensor
 
 
@@ -111,7 +121,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing", expected="a checkpoint folder in Hugging Face layout") from error
+        raise CheckpointError(
+            f"{path} is missing",
+            expected="a checkpoint in Hugging Face layout: config.json, safetensors, tokenizer.json",
+            fix="pass the folder that holds config.json; convert other layouts with transformers first",
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}", got=str(error), expected="a JSON file") from error
     if not isinstance(data, dict):
@@ -229,17 +243,26 @@ def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
     path = folder / "tokenizer.json"
     if not path.exists():
         return
-    data = _read_json(path)
-    vocabulary = data.get("model", {}).get("vocab", {})
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-    ids += [token["id"] for token in data.get("added_tokens", [])]
-    if max(ids, default=0) >= config.vocab_size:
+    largest = _largest_token_id(path)
+    if largest >= config.vocab_size:
         raise CheckpointError(
             f"{path} belongs to a model with a larger vocabulary",
-            got=f"token ids up to {max(ids)}",
+            got=f"token ids up to {largest}",
             expected=f"ids below the vocab_size {config.vocab_size} of config.json",
             fix="take tokenizer.json and the weights from the same checkpoint",
         )
+
+
+def _largest_token_id(path: Path) -> int:
+    data = _read_json(path)
+    try:
+        vocabulary = data["model"]["vocab"]
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        return max(map(int, [*ids, *(token["id"] for token in data.get("added_tokens") or [])]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a tokenizer", got=repr(error), expected="a tokenizers file with model.vocab"
+        ) from error
 
 
 def _some(names: list[str]) -> str:

@@ -65,7 +65,11 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
         raise _broken(path, f"a header that is not JSON ({error})", "a JSON header") from error
     data_start = _PREFIX_BYTES + header_bytes
     tensors = {name: _stored_tensor(path, name, entry, data_start) for name, entry in _entries(path, header)}
-    end = max((tensor.start + tensor.n_bytes for tensor in tensors.values()), default=data_start)
+    end = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.n_bytes)):
+        if tensor.start != end:
+            raise _broken(path, f"tensors that overlap or leave a gap at byte {end}", "tensors one after the other")
+        end += tensor.n_bytes
     if end != file_bytes:
         raise _broken(path, f"{file_bytes} bytes", f"{end} bytes, as the header says")
     return tensors

@@ -42,7 +42,8 @@ ARCHITECTURES = {
 
 
 _LENIENT_THETA = 10000.0
-_MISTRAL_WINDOW = 4096
+_DEFAULT_WINDOW = 4096
+_DEFAULT_WINDOW_LAYERS = 28
 
 
 class _Fields:
@@ -187,17 +188,17 @@ def _refuse_sliding_window(fields: _Fields, architecture: Architecture, *, n_lay
 
 
 def _sliding_window(fields: _Fields, architecture: Architecture, n_layers: int) -> int | None:
-    data = fields.data
-    slides = "sliding_attention" in (data.get("layer_types") or [])
-    if architecture.window_field == "none":
-        return fields.integer("sliding_window") if slides else None
-    if architecture.window_field == "sliding_window":
-        return None if data.get("sliding_window", 0) is None else fields.integer("sliding_window", _MISTRAL_WINDOW)
-    if data.get("layer_types") is None:
-        slides = fields.integer("max_window_layers", 0) < n_layers
-    if not fields.flag("use_sliding_window") or not slides:
+    """Tokens in the window of the layers that slide, None where none does; absent fields have transformers' defaults."""
+    if architecture.window_field == "none" or fields.data.get("sliding_window", _DEFAULT_WINDOW) is None:
         return None
-    return fields.integer("sliding_window", _MISTRAL_WINDOW)
+    if architecture.window_field == "use_sliding_window":
+        layer_types = fields.data.get("layer_types")
+        some_slide = fields.integer("max_window_layers", _DEFAULT_WINDOW_LAYERS) < n_layers
+        if layer_types is not None:
+            some_slide = "sliding_attention" in layer_types
+        if not fields.flag("use_sliding_window") or not some_slide:
+            return None
+    return fields.integer("sliding_window", _DEFAULT_WINDOW)
 
 
 def _rope_config(fields: _Fields, default_theta: float | None) -> RopeConfig:

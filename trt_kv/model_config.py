@@ -85,6 +85,8 @@ class ModelConfig:
                 got=f"{self.n_heads} query heads, {self.n_kv_heads} KV heads",
                 expected="num_attention_heads a multiple of num_key_value_heads",
             )
+        if not self.rms_norm_eps > 0.0:
+            raise CheckpointError("rms_norm_eps must be positive", got=self.rms_norm_eps, expected="a number > 0")
         if self.head_dim % 2:
             raise CheckpointError(
                 "RoPE rotates pairs of channels", got=f"head size {self.head_dim}", expected="an even head size"
