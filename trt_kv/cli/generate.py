@@ -18,7 +18,7 @@ from trt_kv.errors import UsageError
     metavar="FILE",
     help="Read the prompt from FILE.",
 )
-@click.option("--max-new-tokens", type=int, default=64, show_default=True, metavar="N", help="Stop after N tokens.")
+@click.option("--max-new-tokens", type=int, default=128, show_default=True, metavar="N", help="Stop after N tokens.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token.")
 @click.option(
     "--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Sample from the likeliest tokens of mass P."

@@ -109,7 +109,7 @@ def calibration_options(command: CommandFunction) -> CommandFunction:
         "--prompts",
         type=existing_file,
         metavar="FILE",
-        help="Calibration prompts, one per line. Default: prompts of the bundled task.",
+        help="Calibration prompts: .txt with one per line, or .jsonl. Default: prompts of the bundled task.",
     )
     @click.option("--samples", type=int, default=10, show_default=True, metavar="N", help="Calibration prompts to use.")
     @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of their choice.")
