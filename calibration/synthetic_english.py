@@ -58,7 +58,7 @@ LONGEST_QUESTION = 11
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """One fact about ``name``: its sentence, and the question that it answers; both are lists of words."""
+    """One fact about ``name``: the words of its sentence and of the question that it answers."""
 
     name: str
     sentence: tuple[str, ...]
