@@ -51,7 +51,7 @@ class Checkpoint:
         """The folder's name; a hub snapshot is named after its repository."""
         cache_name = self.folder.parent.parent.name
         if self.folder.parent.name == "snapshots" and cache_name.startswith("models--"):
-            return cache_name.removeprefix("models--").replace("--", "/")
+            return cache_name.removeprefix("models--").replace("--", "/", 1)
         return self.folder.name
 
     @property

@@ -1,0 +1,344 @@
+"""A checkpoint opens only if everything in its folder fits together; what does not fit is named."""
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import SAMPLES, edit_config, read_config, write_checkpoint
+from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from trt_kv.presets import preset
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def masters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One single-file and one sharded copy of the same model, not to be written to."""
+    folder = tmp_path_factory.mktemp("masters")
+    return {
+        "single": write_checkpoint(folder / "single"),
+        "sharded": write_checkpoint(folder / "sharded", shard_size="40KB"),
+        "tied": write_checkpoint(folder / "tied", "llama-tied"),
+    }
+
+
+@pytest.fixture
+def single(masters: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(masters["single"], tmp_path / "single"))
+
+
+@pytest.fixture
+def sharded(masters: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(masters["sharded"], tmp_path / "sharded"))
+
+
+@pytest.fixture
+def tied(masters: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(masters["tied"], tmp_path / "tied"))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / SINGLE_FILE)
+    edit(tensors)
+    save_file(tensors, folder / SINGLE_FILE)
+
+
+def write_raw(path: Path, header: object, data: bytes = b"") -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def refusal(folder: Path) -> CheckpointError:
+    """The error that opening ``folder`` ends in; it says what was expected."""
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert caught.value.expected is not None
+    return caught.value
+
+
+def test_tensors_are_those_that_were_saved_in_their_dtype(single: Path) -> None:
+    checkpoint = open_checkpoint(single)
+    saved = load_file(single / SINGLE_FILE)
+    assert set(checkpoint.tensor_names) == set(saved)
+    for name in checkpoint.tensor_names:
+        torch.testing.assert_close(checkpoint.tensor(name), saved[name], atol=0.0, rtol=0.0)
+
+
+def test_sharding_changes_neither_tensors_nor_digest(single: Path, sharded: Path) -> None:
+    one, many = open_checkpoint(single), open_checkpoint(sharded)
+    assert len({tensor.path for tensor in many.stored.values()}) > 2
+    assert one.digest == many.digest
+    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.tensor_names)
+
+
+def test_the_digest_is_of_known_form_and_stable_for_the_bundled_checkpoint() -> None:
+    checkpoint = open_checkpoint(preset("llama3").bundled_folder)
+    assert checkpoint.digest.startswith("sha256:")
+    assert len(checkpoint.digest) == len("sha256:") + hashlib.sha256().digest_size * 2
+    assert checkpoint.name == "llama3-tiny"
+
+
+def test_the_digest_changes_with_any_weight_and_with_the_arithmetic_but_not_with_labels(single: Path) -> None:
+    digests = [open_checkpoint(single).digest]
+    edit_config(single, eos_token_id=5, torch_dtype="bfloat16")
+    assert open_checkpoint(single).digest == digests[0]
+    edit_config(single, rms_norm_eps=1e-4)
+    digests.append(open_checkpoint(single).digest)
+    edit_tensors(single, lambda tensors: tensors[Q_PROJ].view(-1)[-1].add_(1.0))
+    digests.append(open_checkpoint(single).digest)
+    assert len(set(digests)) == 3
+
+
+def test_end_tokens_of_both_configs_are_joined(single: Path) -> None:
+    (single / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 2, 4]}))
+    assert open_checkpoint(single).eos_token_ids == (2, 9, 4)
+    (single / "generation_config.json").unlink()
+    assert open_checkpoint(single).eos_token_ids == (2,)
+
+
+def test_tokenizer_files_are_listed_as_far_as_they_exist(single: Path) -> None:
+    names = {path.name for path in open_checkpoint(single).tokenizer_files}
+    assert names == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_hub_snapshot_is_named_after_its_repository(single: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--some-org--some--model" / "snapshots" / "abc123"
+    shutil.copytree(single, snapshot)
+    assert open_checkpoint(snapshot).name == "some-org/some--model"
+
+
+def test_a_copy_of_the_tied_embedding_and_old_rope_buffers_are_ignored(tied: Path) -> None:
+    digest = open_checkpoint(tied).digest
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    edit_tensors(tied, add)
+    assert open_checkpoint(tied).digest == digest
+    edit_tensors(tied, lambda tensors: tensors["lm_head.weight"].add_(1.0))
+    assert "also has another output matrix" in refusal(tied).what
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_every_sample_opens(sample: str, tmp_path: Path) -> None:
+    assert open_checkpoint(write_checkpoint(tmp_path, sample)).config.vocab_size == 269
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "nowhere").got == str(tmp_path / "nowhere")
+
+
+def test_a_missing_config(single: Path) -> None:
+    (single / "config.json").unlink()
+    assert "config.json is missing" in refusal(single).what
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_a_damaged_json_file_is_named(single: Path, name: str, text: str) -> None:
+    (single / name).write_bytes(text.encode("latin-1"))
+    assert name in refusal(single).what
+
+
+def test_missing_weights(single: Path) -> None:
+    (single / SINGLE_FILE).unlink()
+    error = refusal(single)
+    assert "safetensors only" in str(error.expected)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickles_are_refused_and_never_opened(single: Path, name: str) -> None:
+    (single / SINGLE_FILE).unlink()
+    (single / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    error = refusal(single)
+    assert name in str(error.got)
+    assert "safetensors only" in str(error.expected)
+    assert "save_pretrained" in str(error.fix)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(data=st.data())
+def test_weights_cut_off_anywhere_are_refused(single: Path, masters: dict[str, Path], data: st.DataObject) -> None:
+    whole = (masters["single"] / SINGLE_FILE).read_bytes()
+    length = data.draw(st.one_of(st.integers(0, 20), st.integers(0, len(whole) - 1)))
+    (single / SINGLE_FILE).write_bytes(whole[:length])
+    error = refusal(single)
+    assert "truncated or damaged" in error.what
+    assert SINGLE_FILE in error.what
+    assert "again" in str(error.fix)
+
+
+def test_weights_with_bytes_after_the_end_are_refused(single: Path) -> None:
+    with (single / SINGLE_FILE).open("ab") as file:
+        file.write(b"\0")
+    assert "truncated or damaged" in refusal(single).what
+
+
+ENTRY: dict[str, Any] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        [],
+        {"a": 1},
+        {"a": {**ENTRY, "shape": None}},
+        {"a": {**ENTRY, "shape": [-2]}},
+        {"a": {**ENTRY, "shape": [3]}},
+        {"a": {**ENTRY, "data_offsets": [0]}},
+        {"a": {**ENTRY, "data_offsets": [8, 0]}},
+        {"a": {**ENTRY, "data_offsets": [4, 12]}},
+        {"a": ENTRY, "b": ENTRY},
+    ],
+    ids=["not-json", "no-object", "no-entry", "no-shape", "negative", "too-large", "one-offset", "backwards", "gap", "overlap"],
+)
+def test_headers_that_contradict_themselves_are_refused(single: Path, header: object) -> None:
+    write_raw(single / SINGLE_FILE, header, bytes(8))
+    assert "truncated or damaged" in refusal(single).what
+
+
+def test_a_git_lfs_pointer_is_recognised(single: Path) -> None:
+    (single / SINGLE_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in str(refusal(single).fix)
+
+
+def test_quantised_dtypes_are_refused_with_the_tensor_named(single: Path) -> None:
+    edit_tensors(single, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(torch.int8)}))
+    error = refusal(single)
+    assert Q_PROJ in error.what
+    assert error.got == "I8"
+
+
+def test_weights_that_are_a_folder_are_refused(single: Path) -> None:
+    (single / SINGLE_FILE).unlink()
+    (single / SINGLE_FILE).mkdir()
+    assert "cannot read" in refusal(single).what
+
+
+def test_a_missing_tensor_is_named(single: Path) -> None:
+    edit_tensors(single, lambda tensors: tensors.pop(Q_PROJ))
+    assert f"missing {Q_PROJ}; left over nothing" in str(refusal(single).got)
+
+
+def test_a_left_over_tensor_is_named(single: Path) -> None:
+    edit_tensors(single, lambda tensors: tensors.update({"model.layers.3.more": torch.ones(1)}))
+    assert "missing nothing; left over model.layers.3.more" in str(refusal(single).got)
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(single: Path) -> None:
+    edit_tensors(single, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].T.contiguous()}))
+    error = refusal(single)
+    assert Q_PROJ in error.what
+    assert (error.got, error.expected) == ([48, 96], [96, 48])
+
+
+def test_a_config_of_another_vocabulary_is_refused(single: Path) -> None:
+    edit_config(single, vocab_size=300)
+    error = refusal(single)
+    assert "model.embed_tokens.weight" in error.what
+    assert (error.got, error.expected) == ([269, 48], [300, 48])
+
+
+def test_a_config_of_more_layers_is_refused(single: Path) -> None:
+    edit_config(single, num_hidden_layers=4)
+    assert "missing model.layers.3.input_layernorm.weight" in str(refusal(single).got)
+
+
+def test_a_config_that_unties_a_tied_model_is_refused(tied: Path) -> None:
+    edit_config(tied, tie_word_embeddings=False)
+    assert "missing lm_head.weight" in str(refusal(tied).got)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(single: Path) -> None:
+    tokenizer = json.loads((single / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 269})
+    (single / "tokenizer.json").write_text(json.dumps(tokenizer))
+    error = refusal(single)
+    assert "larger vocabulary" in error.what
+    assert error.got == "token ids up to 269"
+
+
+def test_generation_config_with_an_end_token_outside_the_vocabulary_is_refused(single: Path) -> None:
+    (single / "generation_config.json").write_text('{"eos_token_id": [2, 269]}')
+    assert refusal(single).got == [269]
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def edit_index(folder: Path, edit: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((folder / INDEX_FILE).read_text())
+    edit(index["weight_map"])
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+
+
+def test_missing_shards_are_named(sharded: Path) -> None:
+    gone = shards_of(sharded)[1]
+    gone.unlink()
+    assert f"missing {gone.name}" in str(refusal(sharded).got)
+
+
+def test_a_truncated_shard_is_named(sharded: Path) -> None:
+    shard = shards_of(sharded)[2]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert refusal(sharded).what == f"{shard} is truncated or damaged"
+
+
+def test_swapped_shards_are_refused(sharded: Path) -> None:
+    first, second = shards_of(sharded)[:2]
+    first.rename(sharded / "aside")
+    second.rename(first)
+    (sharded / "aside").rename(second)
+    error = refusal(sharded)
+    assert f"{first} is not the shard" in error.what
+    assert "swapped" in str(error.fix)
+
+
+def test_an_index_that_lists_a_tensor_its_shard_does_not_hold_is_refused(sharded: Path) -> None:
+    edit_index(sharded, lambda shard_of: shard_of.update({"model.more": shards_of(sharded)[0].name}))
+    assert "model.more not in the file" in str(refusal(sharded).got)
+
+
+def test_an_index_that_forgets_a_tensor_is_refused(sharded: Path) -> None:
+    edit_index(sharded, lambda shard_of: shard_of.pop(Q_PROJ))
+    assert f"{Q_PROJ} not listed" in str(refusal(sharded).got)
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", 3, ".."])
+def test_an_index_that_points_out_of_the_folder_is_refused(sharded: Path, shard: object) -> None:
+    edit_index(sharded, lambda shard_of: shard_of.update({Q_PROJ: shard}))  # type: ignore[dict-item]
+    error = refusal(sharded)
+    assert INDEX_FILE in error.what or "cannot read" in error.what
+
+
+def test_an_index_without_a_weight_map_is_refused(sharded: Path) -> None:
+    (sharded / INDEX_FILE).write_text("{}")
+    assert "no usable weight_map" in refusal(sharded).what
+
+
+def test_a_config_from_another_checkpoint_is_refused(single: Path, tied: Path) -> None:
+    (single / "config.json").write_text(json.dumps(read_config(tied)))
+    assert "from the same checkpoint" in str(refusal(single).fix)
+
+
+def test_a_file_that_changes_after_opening_is_an_error_and_not_a_crash(single: Path) -> None:
+    checkpoint = open_checkpoint(single)
+    (single / SINGLE_FILE).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cannot read tensor"):
+        checkpoint.tensor(Q_PROJ)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        assert checkpoint.digest

@@ -1,0 +1,284 @@
+"""config.json is read as transformers reads it, or refused with the field's name."""
+
+import json
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trt_kv.errors import CheckpointError
+from trt_kv.hf_config import ARCHITECTURES, model_config_from_hf
+from trt_kv.model_config import ModelConfig, RopeConfig
+
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA_3_1_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3"},
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+
+
+def read(**changes: Any) -> ModelConfig:
+    """The Llama 3.1 8B config with ``changes``; ``...`` removes a field."""
+    data = {**LLAMA_3_1_8B, **changes}
+    return model_config_from_hf({name: value for name, value in data.items() if value is not ...}, source="config.json")
+
+
+def read_qwen(**changes: Any) -> ModelConfig:
+    return read(model_type="qwen2", architectures=["Qwen2ForCausalLM"], rope_scaling=None, **changes)
+
+
+def read_mistral(**changes: Any) -> ModelConfig:
+    return read(model_type="mistral", architectures=["MistralForCausalLM"], rope_scaling=None, **changes)
+
+
+def test_llama_3_1_8b_is_read_in_full() -> None:
+    assert read() == ModelConfig(
+        architecture="llama",
+        n_layers=32,
+        hidden_size=4096,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        vocab_size=128256,
+        rms_norm_eps=1e-5,
+        max_positions=131072,
+        rope=RopeConfig(
+            theta=500000.0,
+            kind="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_positions=8192,
+        ),
+        bos_token_id=128000,
+        eos_token_ids=(128001, 128008, 128009),
+    )
+
+
+def test_llama_3_1_8b_has_the_published_number_of_weights() -> None:
+    sizes = {name: shape[0] * (shape[1] if len(shape) == 2 else 1) for name, shape in read().tensor_shapes().items()}
+    assert sum(sizes.values()) == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {
+            "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **LLAMA3_SCALING},
+            "rope_scaling": ...,
+            "rope_theta": ...,
+        },
+        {"rope_parameters": {"rope_type": "llama3", **LLAMA3_SCALING}, "rope_scaling": ...},
+        {"rope_scaling": {"type": "llama3", **LLAMA3_SCALING}},
+        {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **LLAMA3_SCALING}},
+    ],
+    ids=["new", "new-with-theta-outside", "oldest", "both-alike"],
+)
+def test_every_spelling_of_rope_means_the_same(spelling: dict[str, Any]) -> None:
+    assert read(**spelling).rope == read().rope
+
+
+def test_two_spellings_of_rope_that_disagree_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="spells RoPE twice"):
+        read(rope_parameters={"rope_theta": 10000.0, "rope_type": "default"})
+
+
+def test_old_llama_configs_may_leave_out_what_the_first_llama_did_not_have() -> None:
+    config = read(num_key_value_heads=..., rope_theta=..., rope_scaling=...)
+    assert (config.n_kv_heads, config.rope) == (32, RopeConfig(theta=10000.0))
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_defaults_of_every_architecture_are_those_of_transformers(name: str) -> None:
+    theirs = transformers.AutoConfig.for_model(name, **({"sliding_window": None} if name == "mistral" else {}))
+    data = {**json.loads(theirs.to_json_string(use_diff=False)), "architectures": [ARCHITECTURES[name].class_name]}
+    ours = model_config_from_hf(data, source="config.json")
+    assert ours.head_dim == getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert ours.n_kv_heads == theirs.num_key_value_heads
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+        "rms_norm_eps",
+        "max_position_embeddings",
+    ],
+)
+def test_a_needed_field_that_is_missing_is_named(field: str) -> None:
+    with pytest.raises(CheckpointError, match=f"config.json has no field '{field}'"):
+        read(**{field: ...})
+
+
+@pytest.mark.parametrize("field", ["num_key_value_heads", "rope_theta"])
+def test_only_old_llamas_may_leave_out_fields(field: str) -> None:
+    with pytest.raises(CheckpointError, match=f"no field '{field}'"):
+        read_qwen(**{field: ...})
+
+
+@pytest.mark.parametrize("field", ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])
+def test_a_needed_rope_field_that_is_missing_is_named(field: str) -> None:
+    scaling = {name: value for name, value in LLAMA3_SCALING.items() if name != field}
+    with pytest.raises(CheckpointError, match=f"rope_scaling in config.json has no field '{field}'"):
+        read(rope_scaling={**scaling, "rope_type": "llama3"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "4096"),
+        ("hidden_size", 4096.5),
+        ("hidden_size", True),
+        ("hidden_size", float("inf")),
+        ("tie_word_embeddings", "yes"),
+        ("eos_token_id", ["</s>"]),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named(field: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=f"field '{field}' in config.json has a bad value"):
+        read(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 0}, "n_layers is a count"),
+        ({"num_key_value_heads": 5}, "divide evenly"),
+        ({"head_dim": 7}, "pairs of channels"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be positive"),
+        ({"eos_token_id": 128256}, "outside the vocabulary"),
+        ({"rope_theta": -1.0}, "theta must be positive"),
+        ({"rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3", "low_freq_factor": 4.0}}, "between two frequencies"),
+        ({"rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3", "original_max_position_embeddings": 0}}, "original_max"),
+        ({"hidden_act": "gelu"}, "another activation"),
+        ({"rope_scaling": [1.0]}, "not one flat object"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}, "rope_scaling": None}, "not one flat object"),
+        ({"partial_rotary_factor": 0.5}, "over 0.5 of each head"),
+    ],
+)
+def test_impossible_values_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(**changes)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "longrope", "dynamic", "mrope", None])
+def test_unknown_rope_types_are_refused_and_the_known_ones_listed(kind: str | None) -> None:
+    with pytest.raises(CheckpointError, match=rf"type {kind!r}\n.*'default', 'linear', 'llama3'"):
+        read(rope_scaling={"rope_type": kind, "factor": 4.0})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"model_type": ...},
+    ],
+)
+def test_an_unknown_architecture_lists_the_known_ones(changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"'llama'.*'mistral'.*'qwen2'.*'qwen3'"):
+        read(**changes)
+
+
+def test_quantised_checkpoints_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"quantised weights\n.*'awq'"):
+        read(quantization_config={"quant_method": "awq", "bits": 4})
+
+
+@pytest.mark.parametrize("window", [4096, ...])
+def test_mistral_with_a_window_smaller_than_its_context_is_refused(window: object) -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        read_mistral(sliding_window=window, max_position_embeddings=32768)
+    assert refusal.value.got == "a window of 4096 tokens in a context of 32768"
+    assert '"max_position_embeddings": 4096' in str(refusal.value.fix)
+
+
+@pytest.mark.parametrize(("window", "context"), [(None, 32768), (4096, 4096), (32768, 4096)])
+def test_mistral_is_accepted_where_its_window_changes_nothing(window: int | None, context: int) -> None:
+    assert read_mistral(sliding_window=window, max_position_embeddings=context).max_positions == context
+
+
+@pytest.mark.parametrize(
+    ("changes", "slides"),
+    [
+        ({"use_sliding_window": False}, False),
+        ({}, False),
+        ({"use_sliding_window": True}, True),
+        ({"use_sliding_window": True, "max_window_layers": 32}, False),
+        ({"use_sliding_window": True, "sliding_window": None}, False),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 32}, False),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 31 + ["sliding_attention"]}, True),
+    ],
+)
+def test_qwen_is_refused_exactly_where_some_layer_slides_inside_the_context(changes: dict[str, Any], slides: bool) -> None:
+    changes = {"sliding_window": 4096, "max_window_layers": 28, **changes}
+    if slides:
+        with pytest.raises(CheckpointError, match="sliding-window attention"):
+            read_qwen(**changes)
+    else:
+        assert read_qwen(**changes).qkv_bias
+
+
+@given(
+    kv_heads=st.integers(1, 9),
+    group=st.integers(1, 7),
+    half_head=st.integers(1, 80),
+    biases=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    eos=st.lists(st.integers(0, 16), max_size=3, unique=True),
+)
+def test_json_round_trip(kv_heads: int, group: int, half_head: int, biases: tuple[bool, bool, bool], eos: list[int]) -> None:
+    config = ModelConfig(
+        architecture="llama",
+        n_layers=3,
+        hidden_size=48,
+        n_heads=kv_heads * group,
+        n_kv_heads=kv_heads,
+        head_dim=2 * half_head,
+        intermediate_size=80,
+        vocab_size=17,
+        rms_norm_eps=1e-6,
+        max_positions=128,
+        rope=RopeConfig(theta=1e4, kind="linear", factor=2.0),
+        qkv_bias=biases[0],
+        output_bias=biases[1],
+        mlp_bias=biases[2],
+        eos_token_ids=tuple(eos),
+    )
+    assert config.group_size == group
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("damage", [{"rope": None}, {"more": 1}, {"rope": {"theta": 1.0}}])
+def test_json_with_missing_or_unknown_fields_is_refused(damage: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="exactly its own fields"):
+        ModelConfig.from_json({**read().to_json(), **damage})
