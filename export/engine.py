@@ -73,7 +73,12 @@ def export_graphs(request: EngineRequest, folder: Path, on_progress: OnProgress 
 
 
 def build_engine(
-    request: EngineRequest, destination: Path, *, replace: bool = False, on_progress: OnProgress | None = None, extra_files: Sequence[Path] = ()
+    request: EngineRequest,
+    destination: Path,
+    *,
+    replace: bool = False,
+    on_progress: OnProgress | None = None,
+    extra_files: Sequence[Path] = (),
 ) -> Manifest:
     """Build the engine at ``destination``; ``extra_files`` (a picture of the recipe, say) are copied into it.
 
@@ -98,18 +103,23 @@ def build_engine(
     return manifest
 
 
+def check_destination(destination: Path, *, replace: bool = False) -> None:
+    """Raise ``UsageError`` where something stands at ``destination`` that may not be replaced."""
+    if destination.exists() and not (replace and (destination / FILE_NAME).is_file()):
+        raise UsageError(
+            f"{destination} exists already" + (" and is not an engine" if replace else ""),
+            fix="choose another --out" if replace else "choose another --out, or --force (make: FORCE=1) to replace an engine",
+        )
+
+
 @contextlib.contextmanager
 def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder that becomes ``destination`` when the block ends, and vanishes when it fails or is interrupted.
 
     With ``replace`` an older engine at ``destination`` is exchanged for the new one, and only at the end.
     """
+    check_destination(destination, replace=replace)
     destination = destination.absolute()
-    if destination.exists() and not (replace and (destination / FILE_NAME).is_file()):
-        raise UsageError(
-            f"{destination} exists already" + (" and is not an engine" if replace else ""),
-            fix="choose another --out" if replace else "choose another --out, or --force to replace an engine",
-        )
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.building-", dir=destination.parent))

@@ -58,7 +58,9 @@ def graph_from_checkpoint(checkpoint: Checkpoint, program: Program, *, page_size
             verbose=False,
             input_names=list(inputs),
             output_names=module.output_names,
-            dynamic_shapes={"tensors": tuple({i: _DIMS[a] for i, a in enumerate(t.axes) if a in _DIMS} for t in inputs.values())},
+            dynamic_shapes={
+                "tensors": tuple({i: _DIMS[a] for i, a in enumerate(t.axes) if a in _DIMS} for t in inputs.values())
+            },
         )
     assert exported is not None
     _use_checkpoint_weights(exported.model, checkpoint)

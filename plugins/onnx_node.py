@@ -31,5 +31,3 @@ def emit_node(spec: OpSpec, tensors: dict[str, Tensor], attributes: Mapping[str,
 
 def _torch_dtype(dtype: DType, compute_dtype: torch.dtype) -> torch.dtype:
     return {"float": compute_dtype, "float32": torch.float32, "int64": torch.int64}[dtype]
-
-

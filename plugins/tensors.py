@@ -5,11 +5,15 @@ from trt_kv.opspec import AttributeSpec, TensorSpec
 Q = TensorSpec(name="q", axes=("N", "H", "D"), dtype="float", doc="queries of this step, rotated")
 LSE = TensorSpec(name="lse", axes=("N", "H"), dtype="float32", doc="log of the softmax denominator of each query row")
 POSITIONS = TensorSpec(name="positions", axes=("N",), dtype="int64", doc="true absolute position of each token of this step")
-CU_TOKENS = TensorSpec(name="cu_tokens", axes=("B+1",), dtype="int64", doc="sequence b owns rows cu_tokens[b] .. cu_tokens[b+1]")
+CU_TOKENS = TensorSpec(
+    name="cu_tokens", axes=("B+1",), dtype="int64", doc="sequence b owns rows cu_tokens[b] .. cu_tokens[b+1]"
+)
 SLOTS = TensorSpec(
     name="slots", axes=("L", "N"), dtype="int64", doc="pool slot (page * P + offset) that each token of this step is written to"
 )
-PAGE_TABLE = TensorSpec(name="page_table", axes=("L", "B", "T"), dtype="int64", doc="pool pages of each sequence, -1 beyond its last")
+PAGE_TABLE = TensorSpec(
+    name="page_table", axes=("L", "B", "T"), dtype="int64", doc="pool pages of each sequence, -1 beyond its last"
+)
 KV_LEN = TensorSpec(
     name="kv_len", axes=("L", "B"), dtype="int64", doc="cached tokens of each sequence, this step's tokens included"
 )

@@ -63,4 +63,6 @@ class KvPool:
         counts = Counter([*self._free, *owned])
         wrong = {page: counts[page] for page in range(self.n_pages) if counts[page] != 1}
         if wrong or len(counts) != self.n_pages:
-            raise CapacityError("the KV pool lost track of its pages", got=f"pages by number of owners: {wrong}", expected="1 each")
+            raise CapacityError(
+                "the KV pool lost track of its pages", got=f"pages by number of owners: {wrong}", expected="1 each"
+            )

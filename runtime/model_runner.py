@@ -106,6 +106,15 @@ class ModelRunner:
         """The importance accumulated by each cached token: [L, S] fp32; all layers must hold the same number of tokens."""
         return np.stack([self._of_slots(self.pool.scores, sequence, layer) for layer in range(sequence.n_layers)])
 
+    def importance(self, token_ids: Sequence[int]) -> Floats:
+        """Importance of each token of a prompt per layer, as the program's TokenScores sees it, nothing evicted: [L, N] fp32."""
+        sequence = self.new_sequence()
+        try:
+            self.prefill(sequence, token_ids, evict=False)
+            return self.scores(sequence)
+        finally:
+            sequence.release()
+
     def kept_positions(self, sequence: SequenceCache, layer: int) -> Ints:
         """True absolute positions of the tokens cached in ``layer``, in slot order: [S] int64."""
         return self._of_slots(self.pool.token_positions, sequence, layer)

@@ -45,7 +45,11 @@ class SequenceCache:
         self._grow_tables(-(-new_len // self.pool.page_size))
         slots = np.empty((self.n_layers, n_new), np.int64)
         for layer in range(self.n_layers):
-            slots[layer] = self._slots(layer, range(self.kv_len[layer], new_len[layer])) if grows[layer] else self._reuse_order[layer].popleft()
+            slots[layer] = (
+                self._slots(layer, range(self.kv_len[layer], new_len[layer]))
+                if grows[layer]
+                else self._reuse_order[layer].popleft()
+            )
             if self._kept_shares is not None:
                 self._reuse_order[layer].extend(int(slot) for slot in slots[layer])
         self.kv_len = new_len

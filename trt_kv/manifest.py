@@ -106,7 +106,9 @@ class Manifest:
                 fix="build the engine again",
             )
         if data.get("digest") != (found := _document_digest({name: data[name] for name in data if name != "digest"})):
-            raise EngineError(f"{source} was changed after the build", got=found, expected=data.get("digest"), fix="build the engine again")
+            raise EngineError(
+                f"{source} was changed after the build", got=found, expected=data.get("digest"), fix="build the engine again"
+            )
         try:
             return cls(**(fields | _parsed(fields)))
         except (TypeError, KeyError, AttributeError) as error:
@@ -170,7 +172,10 @@ def verify_files(folder: Path, manifest: Manifest, on_bytes: Callable[[int], Non
     for name, record in manifest.files.items():
         if (found := digest_of(folder / name, on_bytes)) != record.digest:
             raise EngineError(
-                f"{folder / name} is not the file that was built", got=found, expected=record.digest, fix="build the engine again"
+                f"{folder / name} is not the file that was built",
+                got=found,
+                expected=record.digest,
+                fix="build the engine again",
             )
 
 

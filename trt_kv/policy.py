@@ -58,7 +58,10 @@ class Policy:
                 raise UnknownNameError(kind, value, known)
         if not 0.0 < self.kept <= 1.0:
             raise UsageError(
-                "the budget is the share of tokens to keep", got=self.kept, expected="a number in (0, 1]", fix="e.g. --budget 0.5"
+                "the budget is the share of tokens to keep",
+                got=self.kept,
+                expected="a number in (0, 1]",
+                fix="e.g. --budget 0.5",
             )
         for field in ("window", "decode_distance"):
             if getattr(self, field) < 1:
@@ -72,7 +75,9 @@ class Policy:
                 expected="score 'none' exactly with budget 'full': a smaller budget needs a ranking, and a full one ignores it",
             )
         if self.budget == "full" and self.kept != 1.0:
-            raise UsageError("budget 'full' keeps everything", got=self.kept, expected=1.0, fix="choose another policy or budget 1")
+            raise UsageError(
+                "budget 'full' keeps everything", got=self.kept, expected=1.0, fix="choose another policy or budget 1"
+            )
 
     @property
     def evicts(self) -> bool:

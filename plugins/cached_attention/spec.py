@@ -38,4 +38,3 @@ SPEC = OpSpec(
     ),
     tolerance=Tolerance(atol=2e-5, rtol=2e-5, reason="fp32 sums of up to a few dozen products in another order"),
 )
-

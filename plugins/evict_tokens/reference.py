@@ -32,7 +32,9 @@ def run(
         others.sort(key=lambda slot: -scores[slot])
         chosen = protected | set(others[: max(0, target - len(protected))])
         survivors = [slot for slot in by_position if slot in chosen]
-        rows = [(kv[page, :, :, offset].copy(), token_positions[page, offset], scores[page, offset]) for page, offset in survivors]
+        rows = [
+            (kv[page, :, :, offset].copy(), token_positions[page, offset], scores[page, offset]) for page, offset in survivors
+        ]
         for (page, offset), (kv_2KD, position, score) in zip(slots, rows, strict=False):
             kv[page, :, :, offset] = kv_2KD
             token_positions[page, offset] = position

@@ -34,11 +34,27 @@ SPEC = OpSpec(
     ),
     cases=(
         Case(name="half", cached=(23,), new=(0,), dims=DIMS, attributes={"kept_share": 0.5}),
-        Case(name="ragged", cached=(31, 4, 17), new=(0, 0, 0), dims=DIMS, attributes={"kept_share": 0.3, "sinks": 2, "recent": 3}),
+        Case(
+            name="ragged", cached=(31, 4, 17), new=(0, 0, 0), dims=DIMS, attributes={"kept_share": 0.3, "sinks": 2, "recent": 3}
+        ),
         Case(name="keep_all", cached=(12, 9), new=(0, 0), dims={**DIMS, "P": 17}, attributes={"kept_share": 1.0}),
-        Case(name="protected_only", cached=(40,), new=(0,), dims=DIMS, attributes={"kept_share": 0.01, "sinks": 3, "recent": 4}),
-        Case(name="unprotected", cached=(19, 2), new=(0, 0), dims={**DIMS, "H": 9, "K": 3}, attributes={"kept_share": 0.5, "sinks": 0, "recent": 0}),
-        Case(name="shorter_than_protected", cached=(2,), new=(0,), dims=DIMS, attributes={"kept_share": 0.1, "sinks": 2, "recent": 2}),
+        Case(
+            name="protected_only", cached=(40,), new=(0,), dims=DIMS, attributes={"kept_share": 0.01, "sinks": 3, "recent": 4}
+        ),
+        Case(
+            name="unprotected",
+            cached=(19, 2),
+            new=(0, 0),
+            dims={**DIMS, "H": 9, "K": 3},
+            attributes={"kept_share": 0.5, "sinks": 0, "recent": 0},
+        ),
+        Case(
+            name="shorter_than_protected",
+            cached=(2,),
+            new=(0,),
+            dims=DIMS,
+            attributes={"kept_share": 0.1, "sinks": 2, "recent": 2},
+        ),
         Case(
             name="some_left_alone",
             cached=(14, 15, 16),

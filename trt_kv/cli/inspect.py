@@ -17,6 +17,6 @@ def command(*, engine: Path) -> None:
     Example:
       trt-kv inspect engines/llama3-prefixkv
     """
-    from trt_kv.cli.pipeline import describe_engine
+    from trt_kv.cli.inspection import describe_engine
 
     click.echo(describe_engine(engine))

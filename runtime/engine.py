@@ -1,0 +1,246 @@
+"""Engine folder -> text."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Unpack
+
+from tokenizers import Tokenizer
+
+from trt_kv.errors import CapacityError, EngineError, UsageError
+from trt_kv.manifest import Manifest, load_manifest, verify_files
+from trt_kv.opspec import OP_VERSION
+from trt_kv.plugins.registry import op_specs
+from trt_kv.policy import kept_tokens
+from trt_kv.recipe import Recipe
+from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
+from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
+
+Prompt = str | Sequence[int]
+"""Text, or token ids that are used as they are."""
+
+OnProgress = Callable[[str, int, int], None]
+FLOAT32_ROUNDING = 1e-6
+"""ONNX attributes are fp32; recipes are written in decimal."""
+
+
+class Engine:
+    """A loaded engine.
+
+    >>> engine = Engine.load("engines/llama3-prefixkv")
+    >>> engine.generate("the old man ...", max_new_tokens=32).text
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, runner: ModelRunner, tokenizer: Tokenizer) -> None:
+        """Use ``Engine.load``."""
+        self.folder = folder
+        self.manifest = manifest
+        self.runner = runner
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        verify: bool = True,
+        cache_tokens: int | None = None,
+        chunk: int = DEFAULT_CHUNK,
+        n_threads: int = 0,
+        on_progress: OnProgress | None = None,
+    ) -> "Engine":
+        """Open an engine folder.
+
+        ``verify`` checks every file's digest. ``cache_tokens`` bounds the KV pool: tokens over all layers divided by the number
+        of layers; by default twice the model's positions, or what fits into half of the free memory. ``chunk`` is the number of
+        prompt tokens per prefill step. Raises ``EngineError`` for anything that is not a complete, untouched engine whose policy
+        this version applies.
+        """
+        folder = Path(path)
+        manifest = load_manifest(folder)
+        _check_applicable(folder, manifest)
+        if verify:
+            _verify_with_progress(folder, manifest, on_progress)
+        _check_recipe(folder, manifest)
+        executor = OnnxRuntimeExecutor(
+            folder / "graphs",
+            manifest.pieces,
+            manifest.attention_ports,
+            n_threads=n_threads,
+            on_piece=None if on_progress is None else lambda done, total: on_progress("opening graphs", done, total),
+        )
+        pool = _pool(manifest, cache_tokens)
+        runner = ModelRunner(executor, pool, manifest.programs, chunk=chunk, decode_distance=manifest.policy.decode_distance)
+        return cls(folder, manifest, runner, Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+    def generate(self, prompt: Prompt, **sampling: Unpack[SamplingOptions]) -> Generation:
+        """Continue one prompt; options as in ``SamplingParams``. Raises ``UsageError`` or ``CapacityError`` before it starts."""
+        return self.generate_batch([prompt], **sampling)[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], **sampling: Unpack[SamplingOptions]) -> list[Generation]:
+        """Continue several prompts together; each gets the tokens it would get alone."""
+        requests = self._admit(prompts, SamplingParams(**sampling))
+        for _ in self._run(requests):
+            pass
+        return [request.result() for request in requests]
+
+    def stream(
+        self, prompt: Prompt, *, on_prefill: Callable[[int], None] | None = None, **sampling: Unpack[SamplingOptions]
+    ) -> "Stream":
+        """Continue one prompt, piece by piece; ``on_prefill`` is told how many prompt tokens are done."""
+        (request,) = self._admit([prompt], SamplingParams(**sampling))
+        return Stream(request, self._run([request], on_prefill))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, special tokens as the tokenizer adds them."""
+        return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else [int(token) for token in prompt]
+
+    def _admit(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Request]:
+        """Requests for prompts that fit the model and, together and at their largest, the pool."""
+        config = self.manifest.config
+        requests = []
+        for prompt in prompts:
+            ids = self.encode(prompt)
+            _check_prompt(prompt, ids, config.max_positions, config.vocab_size)
+            requests.append(
+                Request(
+                    prompt_ids=ids,
+                    params=params,
+                    tokenizer=self.tokenizer,
+                    eos_token_ids=config.eos_token_ids,
+                    limit=min(params.max_new_tokens, config.max_positions - len(ids) + 1),
+                    sequence=self.runner.new_sequence(),
+                )
+            )
+        self._check_capacity(requests)
+        return requests
+
+    def _check_capacity(self, requests: Sequence[Request]) -> None:
+        """Refuse requests that cannot all be served to their end: prompts are prefilled one after the other, then all decode."""
+        pool, shares = self.runner.pool, self.manifest.kept_shares
+        settled = 0
+        for request in requests:
+            n_prompt = len(request.prompt_ids)
+            prefilling = settled + len(shares) * _pages(n_prompt, pool.page_size)
+            protected = self.manifest.policy.sinks + self.manifest.policy.recent
+            tokens = (kept_tokens(n_prompt, share) + protected + request.limit for share in shares)
+            settled += sum(_pages(n, pool.page_size) for n in tokens)
+            if max(prefilling, settled) > pool.n_free:
+                raise CapacityError(
+                    "the KV pool is too small for this request",
+                    got=f"up to {max(prefilling, settled)} pages needed, {pool.n_free} free of {pool.n_pages}",
+                    fix="load the engine with more cache_tokens, or send shorter or fewer prompts at once",
+                )
+
+    def _run(self, requests: Sequence[Request], on_prefill: Callable[[int], None] | None = None) -> Iterator[tuple[int, str]]:
+        """Prefill each request, then decode all unfinished ones together; yields (request index, new text)."""
+        try:
+            for index, request in enumerate(requests):
+                logits_V = self.runner.prefill(request.sequence, request.prompt_ids, on_chunk=on_prefill)
+                yield index, request.accept(logits_V)
+            while running := [i for i, request in enumerate(requests) if request.finish_reason is None]:
+                batch = [requests[i] for i in running]
+                logits_BV = self.runner.decode([r.sequence for r in batch], [r.token_ids[-1] for r in batch])
+                for index, logits_V in zip(running, logits_BV, strict=True):
+                    yield index, requests[index].accept(logits_V)
+        finally:
+            for request in requests:
+                request.close()
+
+
+class Stream(Iterator[str]):
+    """Text pieces of one request as they become certain; ``result`` afterwards."""
+
+    def __init__(self, request: Request, events: Iterator[tuple[int, str]]) -> None:
+        self._request = request
+        self._pieces = (piece for _, piece in events if piece)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def result(self) -> Generation:
+        """What has been generated so far."""
+        return self._request.result()
+
+
+def _check_prompt(prompt: Prompt, ids: Sequence[int], max_positions: int, vocab_size: int) -> None:
+    if not ids or (isinstance(prompt, str) and not prompt.strip()):
+        raise UsageError("the prompt is empty", expected="at least one token", fix="pass some text")
+    if len(ids) > max_positions:
+        raise UsageError(
+            "the prompt is longer than the model's positions",
+            got=f"{len(ids)} tokens",
+            expected=f"at most {max_positions}",
+            fix="shorten the prompt or use a checkpoint with a longer context",
+        )
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise UsageError(
+            "the prompt has token ids outside the vocabulary", got=[min(ids), max(ids)], expected=f"0 .. {vocab_size - 1}"
+        )
+
+
+def _check_applicable(folder: Path, manifest: Manifest) -> None:
+    """Refuse an engine whose target or ops this version does not run."""
+    known = dict.fromkeys(op_specs(), OP_VERSION)
+    unknown = {op: version for op, version in manifest.op_versions.items() if known.get(op) != version}
+    if unknown or manifest.target != "onnxruntime":
+        raise EngineError(
+            f"this version of trt-kv does not run {folder}",
+            got=f"target {manifest.target!r}, ops {dict(manifest.op_versions)}",
+            expected=f"target 'onnxruntime', ops among {known}",
+            fix="build the engine again",
+        )
+
+
+def _check_recipe(folder: Path, manifest: Manifest) -> None:
+    """The recipe beside the graphs must be the one whose shares stand in them."""
+    if not manifest.policy.needs_recipe:
+        return
+    recipe = Recipe.load(folder / "recipe.json")
+    recipe.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
+    differences = [abs(a - b) for a, b in zip(recipe.kept, manifest.kept_shares, strict=True)]
+    if max(differences) > FLOAT32_ROUNDING:
+        raise EngineError(
+            f"{folder} does not apply its recipe",
+            got=manifest.kept_shares,
+            expected=list(recipe.kept),
+            fix="build the engine again",
+        )
+
+
+def _verify_with_progress(folder: Path, manifest: Manifest, on_progress: OnProgress | None) -> None:
+    total = sum(record.n_bytes for record in manifest.files.values())
+    done = 0
+
+    def on_bytes(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        if on_progress is not None:
+            on_progress("checking digests", done, total)
+
+    verify_files(folder, manifest, on_bytes)
+
+
+def _pool(manifest: Manifest, cache_tokens: int | None) -> KvPool:
+    """A pool for ``cache_tokens`` tokens in every layer."""
+    config = manifest.config
+    token_bytes = config.n_layers * (2 * config.n_kv_heads * config.head_dim * 4 + 12)
+    if cache_tokens is None:
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        cache_tokens = min(2 * config.max_positions, free_bytes // 2 // token_bytes)
+    if cache_tokens < 1:
+        raise UsageError("the KV pool must hold tokens", got=cache_tokens, expected="cache_tokens >= 1")
+    return KvPool(
+        n_pages=config.n_layers * _pages(cache_tokens, manifest.page_size),
+        page_size=manifest.page_size,
+        n_kv_heads=config.n_kv_heads,
+        head_size=config.head_dim,
+    )
+
+
+def _pages(n_tokens: int, page_size: int) -> int:
+    return -(-n_tokens // page_size)

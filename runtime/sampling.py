@@ -1,0 +1,62 @@
+"""Next-token choice: greedy, or temperature with top-k and nucleus (top-p, arXiv 1904.09751) filtering."""
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+
+from trt_kv.errors import UsageError
+from trt_kv.plugins.paging import Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is continued. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter nothing.
+
+    The same ``seed`` gives the same tokens, whatever else is in the batch.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "an integer >= 1"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "a number >= 0; 0 is greedy"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
+            ("top_k", self.top_k >= 0, "an integer >= 0; 0 is no limit"),
+            ("seed", self.seed >= 0, "an integer >= 0"),
+            ("stop", "" not in self.stop, "strings that are not empty"),
+        ):
+            if not valid:
+                raise UsageError(f"bad {name}", got=getattr(self, name), expected=expected)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of ``SamplingParams`` as keyword arguments."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: tuple[str, ...]
+
+
+def next_token(logits_V: Floats, params: SamplingParams, rng: np.random.Generator) -> int:
+    """One token id drawn from logits [V]; equal logits go to the lower id when greedy."""
+    if params.temperature == 0.0:
+        return int(np.argmax(logits_V))
+    order = np.argsort(-logits_V, kind="stable")
+    if params.top_k:
+        order = order[: params.top_k]
+    scaled = (logits_V[order].astype(np.float64) - logits_V[order[0]]) / params.temperature
+    probabilities = np.exp(scaled)
+    probabilities /= probabilities.sum()
+    nucleus = np.cumsum(probabilities) - probabilities < params.top_p
+    probabilities = np.where(nucleus, probabilities, 0.0)
+    return int(rng.choice(order, p=probabilities / probabilities.sum()))

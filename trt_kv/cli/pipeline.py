@@ -1,0 +1,237 @@
+"""Wires export, calibration and runtime together; the only place that knows all three.
+
+Heavy imports stand inside the functions, because the commands import this module.
+"""
+
+import dataclasses
+import random
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from trt_kv.cli.progress import OnProgress, progress_bars
+from trt_kv.cli.requests import CalibrationPlan, GenerationRequest, ModelSource
+from trt_kv.errors import UsageError
+from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policy import Policy
+from trt_kv.recipe import Protected, Recipe, RecipeModel, RecipeScore, recipe_from_published
+
+if TYPE_CHECKING:
+    from trt_kv.calibration.prefixkv import Importance
+    from trt_kv.export.checkpoint import Checkpoint
+
+CALIBRATION_TOKENS = 1024
+
+
+def build_engine(
+    *, source: ModelSource, policy: Policy, recipe: Path | None, calibration: CalibrationPlan, out: Path, replace: bool
+) -> Path:
+    """Build the engine at ``out``, calibrating a recipe first where the policy needs one and none is given."""
+    from trt_kv.export import engine
+
+    engine.check_destination(out, replace=replace)
+    checkpoint = _open(source)
+    loaded = Recipe.load(recipe) if recipe is not None else None
+    if loaded is not None:
+        policy = _policy_of_recipe(policy, loaded)
+    with progress_bars() as on_progress, tempfile.TemporaryDirectory() as scratch:
+        pictures = []
+        if policy.needs_recipe:
+            from trt_kv.calibration.recipe_plot import plot_recipe
+
+            loaded = loaded or _calibrated(checkpoint, policy, calibration, on_progress)
+            pictures = [Path(scratch) / "recipe.png"]
+            plot_recipe(loaded, pictures[0])
+        request = engine.EngineRequest(
+            checkpoint=checkpoint,
+            policy=policy,
+            recipe=loaded,
+            model_source=source.checkpoint or f"bundled {source.model}",
+            reproduce=_command_line(source, policy, recipe, calibration),
+        )
+        engine.build_engine(request, out, replace=replace, on_progress=on_progress, extra_files=pictures)
+    return out
+
+
+def calibrate_recipe(
+    *,
+    source: ModelSource,
+    policy: Policy,
+    calibration: CalibrationPlan,
+    from_published: Path | None,
+    to_published: Path | None,
+    out: Path,
+) -> Path:
+    """Write a recipe to ``out`` and its picture beside it; optionally also in the published form."""
+    from trt_kv.calibration.recipe_plot import plot_recipe
+
+    checkpoint = _open(source)
+    if from_published is not None:
+        recipe = recipe_from_published(from_published, model=_recipe_model(checkpoint), score=_recipe_score(policy))
+        _policy_of_recipe(policy, recipe)
+    else:
+        with progress_bars() as on_progress:
+            recipe = _calibrated(checkpoint, policy, calibration, on_progress)
+    recipe.save(out)
+    plot_recipe(recipe, out.with_suffix(".png"))
+    if to_published is not None:
+        click.echo(f"published form: {recipe.to_published(to_published)}")
+    return out
+
+
+def export_graphs(*, source: ModelSource, policy: Policy, recipe: Path | None, out: Path) -> list[Path]:
+    """Write the monolithic graphs into the new folder ``out`` and return their paths."""
+    from trt_kv.export import engine
+
+    checkpoint = _open(source)
+    loaded = Recipe.load(recipe) if recipe is not None else None
+    if loaded is not None:
+        policy = _policy_of_recipe(policy, loaded)
+    request = engine.EngineRequest(checkpoint=checkpoint, policy=policy, recipe=loaded)
+    with progress_bars() as on_progress, engine.new_folder(out) as folder:
+        engine.export_graphs(request, folder, on_progress)
+    return sorted(out.glob("*.onnx"))
+
+
+def stream_text(*, engine: Path, request: GenerationRequest) -> Iterator[str]:
+    """Pieces of generated text; afterwards one line on the error stream says what it took."""
+    from trt_kv.runtime.engine import Engine
+
+    options = dataclasses.asdict(request)
+    prompt = options.pop("prompt")
+    with progress_bars() as on_progress:
+        loaded = Engine.load(engine, on_progress=on_progress)
+        n_prompt = len(loaded.encode(prompt))
+        stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **options)
+        first = next(stream, "")
+    yield first
+    yield from stream
+    result = stream.result
+    held, seen = sum(result.kv_tokens) / len(result.kv_tokens), result.n_seen
+    click.echo(
+        f"\n[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
+        f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%})]",
+        err=True,
+        nl=False,
+    )
+
+
+def importance_of(checkpoint: "Checkpoint", policy: Policy, max_tokens: int, page_size: int = 32) -> "Importance":
+    """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the ops that score at run time."""
+    import torch
+
+    from trt_kv.export.decoder import decoder_from_checkpoint
+    from trt_kv.program import PHASES, program_of
+    from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
+    from trt_kv.runtime.kv_pool import KvPool
+    from trt_kv.runtime.model_runner import ModelRunner
+
+    config = checkpoint.config
+    n_pages = config.n_layers * -(-max_tokens // page_size)
+    pool = KvPool(n_pages=n_pages, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+    scale = config.head_dim**-0.5
+    programs = {phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=scale) for phase in PHASES}
+    decoder = decoder_from_checkpoint(checkpoint, torch.float32)
+    runner = ModelRunner(TorchDecoderExecutor(decoder), pool, programs)
+    return runner.importance
+
+
+def _open(source: ModelSource) -> "Checkpoint":
+    from trt_kv.export.checkpoint import open_checkpoint
+    from trt_kv.export.hub import resolve_checkpoint
+
+    folder = resolve_checkpoint(source.model, source.checkpoint)
+    if source.checkpoint is None:
+        click.echo(f"no CHECKPOINT given: using the small {source.model} checkpoint that comes with trt-kv", err=True)
+    return open_checkpoint(folder)
+
+
+def _calibrated(checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan, on_progress: OnProgress) -> Recipe:
+    from trt_kv.calibration.prefixkv import calibrate_prefixkv
+
+    prompts, where = _calibration_prompts(checkpoint, plan)
+    return calibrate_prefixkv(
+        prompts,
+        importance_of(checkpoint, policy, max(len(ids) for ids in prompts)),
+        budget=policy.kept,
+        score=_recipe_score(policy),
+        model=_recipe_model(checkpoint),
+        source=where,
+        seed=plan.seed,
+        protected=Protected(sinks=policy.sinks, recent=policy.recent),
+        on_sample=lambda done, total: on_progress("calibrating", done, total),
+    )
+
+
+def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan) -> tuple[list[list[int]], str]:
+    """Token ids of the calibration prompts, and where they come from."""
+    from tokenizers import Tokenizer
+
+    from trt_kv.calibration.prompt_files import prompts_from_file
+    from trt_kv.calibration.tasks import calibration_prompts
+
+    limit = checkpoint.config.max_positions
+    if plan.prompts is None:
+        tasks = calibration_prompts(plan.samples, context_length=min(CALIBRATION_TOKENS, limit), seed=plan.seed)
+        texts, where = [task.prompt for task in tasks], "bundled synthetic English, calibration split"
+    else:
+        texts, where = prompts_from_file(plan.prompts), plan.prompts.name
+        texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    prompts = [list(tokenizer.encode(text).ids) for text in texts]
+    for text, ids in zip(texts, prompts, strict=True):
+        if len(ids) > limit:
+            raise UsageError(
+                "a calibration prompt is longer than the model's positions",
+                got=f"{len(ids)} tokens: {text[:40]!r}...",
+                expected=f"at most {limit}",
+            )
+    return prompts, where
+
+
+def _policy_of_recipe(policy: Policy, recipe: Recipe) -> Policy:
+    """``policy`` with the recipe's budget. Raises ``UsageError`` where the command line asks for something else."""
+    if _recipe_score(policy) != recipe.score:
+        score = recipe.score
+        raise UsageError(
+            "the recipe was calibrated for another score",
+            got=f"recipe: {score}, policy: {_recipe_score(policy)}",
+            fix=f"add --score {score.name}" + (f" --window {score.window}" if score.name == "window" else ""),
+        )
+    asked = policy.kept != policy_from_name(policy.name).kept if policy.name in policy_names() else True
+    if asked and abs(policy.kept - recipe.budget) > 1e-6:
+        raise UsageError(
+            "the recipe was made for another budget",
+            got=f"--budget {policy.kept}",
+            expected=recipe.budget,
+            fix="leave --budget out",
+        )
+    protected = recipe.protected
+    return dataclasses.replace(policy, kept=recipe.budget, sinks=protected.sinks, recent=protected.recent)
+
+
+def _recipe_score(policy: Policy) -> RecipeScore:
+    return RecipeScore(name=policy.score, window=policy.window) if policy.score == "window" else RecipeScore(name=policy.score)
+
+
+def _recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
+    return RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
+
+
+def _command_line(source: ModelSource, policy: Policy, recipe: Path | None, plan: CalibrationPlan) -> str:
+    """The command that builds the same engine again."""
+    words: list[str | Path | int | float] = ["trt-kv", "build", "--model", source.model]
+    words += ["--checkpoint", source.checkpoint] if source.checkpoint else []
+    words += ["--policy", policy.name]
+    words += ["--budget", policy.kept, "--score", policy.score] if policy.evicts else []
+    words += ["--window", policy.window] if policy.score == "window" else []
+    if recipe is not None:
+        words += ["--recipe", recipe]
+    elif policy.needs_recipe:
+        words += ["--samples", plan.samples, "--seed", plan.seed]
+        words += ["--prompts", plan.prompts] if plan.prompts else []
+    return shlex.join(str(word) for word in words)
