@@ -1,13 +1,13 @@
 """Every error that trt-kv raises on purpose.
 
-    TrtKvError                 exit code 1
-    ├── UsageError             exit code 2: the caller asked for something impossible
-    │   └── UnknownNameError   a policy, model, score ... that nobody has registered
-    ├── CheckpointError        a checkpoint that is missing, broken or not supported
-    ├── RecipeError            a recipe that is malformed or belongs to another model
-    ├── EngineError            an engine folder that is half-built, tampered with or of another format
-    ├── CapacityError          a request that does not fit into the KV pool
-    └── MissingDependencyError an optional package that is not installed
+TrtKvError                 exit code 1
+├── UsageError             exit code 2: the caller asked for something impossible
+│   └── UnknownNameError   a policy, model, score ... that nobody has registered
+├── CheckpointError        a checkpoint that is missing, broken or not supported
+├── RecipeError            a recipe that is malformed or belongs to another model
+├── EngineError            an engine folder that is half-built, tampered with or of another format
+├── CapacityError          a request that does not fit into the KV pool
+└── MissingDependencyError an optional package that is not installed
 """
 
 from collections.abc import Iterable
