@@ -50,6 +50,7 @@ def _folder_or_snapshot(checkpoint: str) -> Path:
             f"no such folder: {checkpoint!r}",
             got="a path that does not exist",
             expected="a checkpoint's folder, or a hub id such as meta-llama/Llama-3.1-8B-Instruct",
+            fix="check the spelling; owner/name is read as a path where there is a folder called owner",
         )
     return _snapshot(checkpoint)
 
