@@ -1,0 +1,129 @@
+"""A recipe's picture: what each layer keeps, and the cumulative curves that decided it."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trt_kv.errors import TrtKvError
+from trt_kv.json_file import write_atomically
+from trt_kv.recipe import Curves, Recipe
+from trt_kv.require import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#22262b"
+FAINT = "#8a9199"
+ACCENT = "#c2410c"
+_SHARE_TICKS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def picture_from_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a PNG of ``recipe`` to ``path``, whole or not at all.
+
+    Left: kept share per layer, the mean budget as a line, the range over the calibration prompts as whiskers. Right: each
+    layer's cumulative importance against its kept share, a dot where the recipe cuts it, and the common mass as a line; left
+    out for recipes without curves. Layers are coloured by depth. ``MissingDependencyError`` without matplotlib.
+    """
+    png = io.BytesIO()
+    _figure(recipe).savefig(png, format="png", dpi=150, metadata={"Software": recipe.created_by})
+    write_atomically(path, png.getvalue(), kind="recipe's picture", error=TrtKvError)
+
+
+def _figure(recipe: Recipe) -> "Figure":
+    """The figure, on the Agg canvas: no display, no global pyplot state."""
+    figure: Figure = require("matplotlib.figure").Figure(figsize=(11.0 if recipe.curves else 6.0, 4.4), layout="constrained")
+    require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    colors = _depth_colors(len(recipe.kept))
+    axes = figure.subplots(1, 2 if recipe.curves else 1, squeeze=False)[0]
+    _draw_shares(axes[0], recipe, colors)
+    if recipe.curves is not None:
+        _draw_curves(axes[1], recipe, recipe.curves, colors)
+        _add_depth_bar(figure, axes[1], colors)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=INK, labelsize=9)
+    window = f" (last {recipe.score.window} queries)" if recipe.score.window else ""
+    figure.suptitle(
+        f"{recipe.model.name}: {_percent(recipe.budget)} kept, score {recipe.score.name}{window}", color=INK, fontsize=12
+    )
+    return figure
+
+
+def _draw_shares(axis: "Axes", recipe: Recipe, colors: list[Any]) -> None:
+    layers = range(len(recipe.kept))
+    axis.bar(layers, recipe.kept, width=0.8, color=colors)
+    samples = recipe.calibration.samples
+    if len(samples) > 1:
+        lowest = np.min([sample.kept for sample in samples], axis=0)
+        highest = np.max([sample.kept for sample in samples], axis=0)
+        label = f"range over {len(samples)} prompts"
+        if _few(colors):
+            axis.vlines(layers, lowest, highest, color="white", linewidth=2.6)
+        axis.vlines(layers, lowest, highest, color=INK, linewidth=1.2, label=label)
+    axis.axhline(recipe.budget, color=ACCENT, linewidth=1.4, linestyle="--", label=f"mean budget {_percent(recipe.budget)}")
+    axis.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(nbins=12, integer=True))
+    axis.yaxis.set_major_formatter(lambda share, _position: _percent(share))
+    axis.set_xlim(-0.7, len(recipe.kept) - 0.3)
+    axis.set_ylim(0.0, 1.18 * max(*recipe.kept, recipe.budget))
+    axis.set_title("Kept share of each layer", loc="left", fontsize=10, color=INK)
+    axis.set_xlabel("layer", color=INK)
+    axis.set_ylabel("kept tokens", color=INK)
+    axis.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+
+
+def _draw_curves(axis: "Axes", recipe: Recipe, curves: Curves, colors: list[Any]) -> None:
+    few = _few(colors)
+    for curve, share, color in zip(curves.layers, recipe.kept, colors, strict=True):
+        axis.plot(curves.kept_share, curve, color=color, linewidth=1.6 if few else 0.9)
+        mass = np.interp(share, curves.kept_share, curve)
+        axis.plot(
+            share, mass, "o", color=color, markersize=6 if few else 3, markeredgecolor="white" if few else color, zorder=4
+        )
+    if recipe.mass is not None:
+        axis.axhline(recipe.mass, color=ACCENT, linewidth=1.4, linestyle="--", label=f"common mass {_percent(recipe.mass)}")
+        axis.legend(frameon=False, fontsize=9, loc="lower right")
+    axis.set_xscale("function", functions=(lambda share: np.sqrt(np.maximum(share, 0.0)), np.square))
+    axis.set_xlim(0.0, 1.0)
+    axis.set_ylim(0.0, 1.02)
+    axis.set_xticks(_SHARE_TICKS, [_percent(share) for share in _SHARE_TICKS])
+    axis.yaxis.set_major_formatter(lambda share, _position: _percent(share))
+    axis.grid(color=FAINT, alpha=0.25, linewidth=0.6)
+    sinks = "" if curves.sinks == "in" else ", sinks left out"
+    axis.set_title(f"Importance held by the best tokens{sinks}", loc="left", fontsize=10, color=INK)
+    axis.set_xlabel("kept tokens, most important first (square-root scale)", color=INK)
+    axis.set_ylabel("cumulative importance", color=INK)
+
+
+def _add_depth_bar(figure: "Figure", axis: "Axes", colors: list[Any]) -> None:
+    """The key to the colours: one patch per layer, first layer at the bottom."""
+    n_layers = len(colors)
+    matplotlib_colors = require("matplotlib.colors")
+    scale = require("matplotlib.cm").ScalarMappable(
+        norm=matplotlib_colors.BoundaryNorm(np.arange(n_layers + 1) - 0.5, n_layers),
+        cmap=matplotlib_colors.ListedColormap(colors),
+    )
+    bar = figure.colorbar(scale, ax=axis, pad=0.02, aspect=30)
+    step = max(1, n_layers // 8)
+    bar.set_ticks(list(range(0, n_layers, step)), labels=[str(layer) for layer in range(0, n_layers, step)])
+    bar.set_label("layer", color=INK)
+    bar.minorticks_off()
+    bar.outline.set_visible(False)
+
+
+def _depth_colors(n_layers: int) -> list[Any]:
+    """One colour per layer, from dark for the first to bright for the last; the palest yellows would vanish as thin lines."""
+    colormap = require("matplotlib").colormaps["viridis"]
+    return [colormap(0.12 + 0.78 * layer / max(1, n_layers - 1)) for layer in range(n_layers)]
+
+
+def _few(colors: list[Any]) -> bool:
+    """Whether the layers leave room for halos and wide lines."""
+    return len(colors) <= 16
+
+
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.3g}%"
