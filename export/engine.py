@@ -18,9 +18,8 @@ from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.split import pieces_from_graph, program_from_graph, save_pieces
 from trt_kv.manifest import FILE_NAME, AttentionPort, Manifest, Piece, file_records
 from trt_kv.opspec import OP_VERSION
-from trt_kv.plugins.registry import op_specs
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, program_of
+from trt_kv.program import PHASES, Program, program_of
 from trt_kv.recipe import Recipe
 
 DEFAULT_PAGE_SIZE = 32
@@ -163,7 +162,7 @@ def _load_graph(folder: Path, name: str) -> onnx.ModelProto:
 
 
 def _manifest(
-    request: EngineRequest, folder: Path, programs: dict, pieces: list[Piece], ports: list[AttentionPort]
+    request: EngineRequest, folder: Path, programs: dict[str, Program], pieces: list[Piece], ports: list[AttentionPort]
 ) -> Manifest:
     checkpoint = request.checkpoint
     ops = {node.op for program in programs.values() for nodes in program for node in nodes}
@@ -176,7 +175,7 @@ def _manifest(
         target="onnxruntime",
         dtype="float32",
         page_size=request.page_size,
-        op_versions={op: OP_VERSION for op in sorted(ops & set(op_specs()))},
+        op_versions=dict.fromkeys(sorted(ops), OP_VERSION),
         programs=programs,
         pieces=tuple(pieces),
         attention_ports=tuple(ports),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.decoder import Decoder
 from trt_kv.model_config import ModelConfig
-from trt_kv.opspec import OpSpec, TensorSpec
+from trt_kv.opspec import TensorSpec
 from trt_kv.plugins.onnx_node import emit_node
 from trt_kv.plugins.registry import op_specs
 from trt_kv.plugins.tensors import POSITIONS
@@ -28,7 +28,7 @@ from trt_kv.program import Program
 OPSET = 23
 WEIGHTS_FILE = "weights.data"
 TRACED_EXACTLY = 4096
-"""Weights of at most this many elements are traced with their values: the exporter compares small tensors to share equal ones."""
+"""Weights of at most this many elements are traced with their values: the exporter shares small tensors that are equal."""
 
 ALIGNMENT = 4096
 
@@ -43,7 +43,8 @@ def graph_from_checkpoint(checkpoint: Checkpoint, program: Program, *, page_size
     """The monolithic graph of one phase, fp32, opset 23; big weights are still lazy references into the checkpoint.
 
     Inputs, by name: input_ids [N], positions [N], logit_rows [R], the step tensors the program's ops read, and each layer's
-    KV state ``<state>_<layer>``. Outputs: logits [R, V], ``kept_<layer>`` [B] where the program evicts, ``<state>_<layer>_out``.
+    KV state ``<state>_<layer>``. Outputs: logits [R, V], ``kept_<layer>`` [B] where the program evicts, and
+    ``<state>_<layer>_out``.
     """
     module = _TokenFlatModule(_traceable_decoder(checkpoint), program)
     sizes = _EXAMPLE_SIZES | _fixed_sizes(checkpoint.config, page_size)
@@ -149,15 +150,19 @@ def _use_checkpoint_weights(model: ir.Model, checkpoint: Checkpoint) -> None:
         name = (value.name or "").removeprefix("decoder.")
         value.name = name
         if _is_big(value):
-            shape = ir.Shape([int(size) for size in value.shape or ()])
-            value.const_value = ir.LazyTensor(
-                lambda name=name: ir.tensor(checkpoint.tensor(name).float()), dtype=ir.DataType.FLOAT, shape=shape, name=name
-            )
+            value.const_value = _lazy_weight(checkpoint, name)
+
+
+def _lazy_weight(checkpoint: Checkpoint, name: str) -> ir.LazyTensor:
+    shape = ir.Shape(checkpoint.config.tensor_shapes()[name])
+    return ir.LazyTensor(
+        lambda: ir.tensor(checkpoint.tensor(name).float().numpy()), dtype=ir.DataType.FLOAT, shape=shape, name=name
+    )
 
 
 def _is_big(value: ir.Value) -> bool:
     assert value.shape is not None
-    return math.prod(int(size) for size in value.shape) > TRACED_EXACTLY
+    return math.prod(value.shape.numpy()) > TRACED_EXACTLY
 
 
 def _append_tensor(file: BinaryIO, name: str, tensor: ir.TensorProtocol | None, folder: Path) -> ir.ExternalTensor:

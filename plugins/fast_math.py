@@ -11,7 +11,7 @@ C0, C1, C2, C3, C4, C5, C6 = (
 )
 
 
-@numba.njit(inline="always", fastmath={"contract"})  # type: ignore[untyped-decorator]
+@numba.njit(inline="always", fastmath={"contract"})
 def exp_nonpositive(x: np.float32) -> np.float32:
     """exp(x) for x <= 0 in fp32; below -87 the result is exp(-87), which no fp32 sum with 1 can tell from 0."""
     y = max(x, SMALLEST) * LOG2_E

@@ -12,7 +12,7 @@ from trt_kv.program import AttributeValue
 def emit_node(spec: OpSpec, tensors: dict[str, Tensor], attributes: Mapping[str, AttributeValue]) -> None:
     """Emit the op on ``tensors`` (by the spec's names) and put its results there; an updated state replaces its old value.
 
-    Every attribute stands on the node, defaults too: the TensorRT plugin sees only what the node carries.
+    Every attribute stands on the node, with no default left out: the TensorRT plugin sees only what the node carries.
     """
     inputs = [t for t in spec.inputs if not t.optional]
     sizes = {axis: size for t in inputs for axis, size in zip(t.axes, tensors[t.name].shape, strict=True)}
@@ -21,7 +21,7 @@ def emit_node(spec: OpSpec, tensors: dict[str, Tensor], attributes: Mapping[str,
     results = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{spec.name}",
         [tensors[t.name] for t in inputs],
-        attrs={a.name: attributes.get(a.name, a.default) for a in spec.attributes},
+        attrs={a.name: attributes[a.name] for a in spec.attributes},
         dtypes=[_torch_dtype(t.dtype, compute_dtype) for t in outputs],
         shapes=[[sizes[axis] for axis in t.axes] for t in outputs],
         version=OP_VERSION,

@@ -9,7 +9,7 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 
-def pages_of(page_table: Ints, layer: int, sequence: int, n_tokens: int, page_size: int) -> Ints:
+def pages_of(page_table: Ints, layer: int, sequence: int | np.integer[Any], n_tokens: int, page_size: int) -> Ints:
     """The pages that hold the sequence's first ``n_tokens`` cached tokens, in order: [ceil(n_tokens / P)] int64."""
     return page_table[layer, sequence, : -(-n_tokens // page_size)]
 

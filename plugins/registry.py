@@ -16,6 +16,7 @@ Kernel = Callable[..., tuple[Any, ...]]
 
 
 def op_folders() -> list[str]:
+    """The folders of ``plugins`` that hold an op."""
     return sorted(module.name for module in pkgutil.iter_modules(plugins.__path__) if module.ispkg)
 
 

@@ -54,10 +54,10 @@ class Engine:
     ) -> "Engine":
         """Open an engine folder.
 
-        ``verify`` checks every file's digest. ``cache_tokens`` bounds the KV pool: tokens over all layers divided by the number
-        of layers; by default twice the model's positions, or what fits into half of the free memory. ``chunk`` is the number of
-        prompt tokens per prefill step. Raises ``EngineError`` for anything that is not a complete, untouched engine whose policy
-        this version applies.
+        ``verify`` checks every file's digest. ``cache_tokens`` sizes the KV pool: it holds that many tokens in every layer; by
+        default twice the model's positions, or what fits into half of the free memory. ``chunk`` is the number of prompt
+        tokens per prefill step. ``n_threads`` 0: one per core. Raises ``EngineError`` for anything that is not a complete,
+        untouched engine whose policy this version applies.
         """
         folder = Path(path)
         manifest = load_manifest(folder)
@@ -77,7 +77,7 @@ class Engine:
         return cls(folder, manifest, runner, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
     def generate(self, prompt: Prompt, **sampling: Unpack[SamplingOptions]) -> Generation:
-        """Continue one prompt; options as in ``SamplingParams``. Raises ``UsageError`` or ``CapacityError`` before it starts."""
+        """Continue one prompt; options as in ``SamplingParams``. ``UsageError`` and ``CapacityError`` come before it starts."""
         return self.generate_batch([prompt], **sampling)[0]
 
     def generate_batch(self, prompts: Sequence[Prompt], **sampling: Unpack[SamplingOptions]) -> list[Generation]:
@@ -119,7 +119,7 @@ class Engine:
         return requests
 
     def _check_capacity(self, requests: Sequence[Request]) -> None:
-        """Refuse requests that cannot all be served to their end: prompts are prefilled one after the other, then all decode."""
+        """Refuse requests that cannot all be served to their end; prompts are read one after the other, then all decode."""
         pool, shares = self.runner.pool, self.manifest.kept_shares
         settled = 0
         for request in requests:

@@ -107,7 +107,7 @@ class ModelRunner:
         return np.stack([self._of_slots(self.pool.scores, sequence, layer) for layer in range(sequence.n_layers)])
 
     def importance(self, token_ids: Sequence[int]) -> Floats:
-        """Importance of each token of a prompt per layer, as the program's TokenScores sees it, nothing evicted: [L, N] fp32."""
+        """Importance of each token of a prompt per layer as the program scores it, nothing evicted: [L, N] fp32."""
         sequence = self.new_sequence()
         try:
             self.prefill(sequence, token_ids, evict=False)

@@ -93,7 +93,8 @@ class SequenceCache:
     def _slots(self, layer: int, indices: range) -> Ints:
         """Pool slots of the sequence's cached tokens ``indices``."""
         index = np.arange(indices.start, indices.stop)
-        return self.page_table[layer, index // self.pool.page_size] * self.pool.page_size + index % self.pool.page_size
+        slots: Ints = self.page_table[layer, index // self.pool.page_size] * self.pool.page_size + index % self.pool.page_size
+        return slots
 
     def _grow_tables(self, n_pages: Ints) -> None:
         """Own ``n_pages[l]`` pages in layer l, at least those owned now; all layers or none."""

@@ -1,6 +1,7 @@
 """Every implementation of every op agrees with its reference on every case of its spec."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPE
 KERNELS = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
-def run(spec: OpSpec, implementation: str, inputs: dict) -> dict[str, np.ndarray]:
+def run(spec: OpSpec, implementation: str, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
     """All outputs by name, updated states included."""
     inputs = copy.deepcopy(inputs)
     results = kernel(spec.name, implementation)(**inputs)
@@ -26,7 +27,7 @@ def by_slot(state: np.ndarray) -> np.ndarray:
     return state.transpose(0, 3, 1, 2, 4) if state.ndim == 5 else state
 
 
-def live_slots(spec: OpSpec, inputs: dict, outputs: dict[str, np.ndarray]) -> np.ndarray:
+def live_slots(spec: OpSpec, inputs: dict[str, Any], outputs: dict[str, np.ndarray]) -> np.ndarray:
     """[M, P] bool: slots whose content the op defines (an eviction frees the slots behind the survivors)."""
     page_size = inputs["kv"].shape[3]
     live = np.ones(inputs["token_positions"].shape, bool)

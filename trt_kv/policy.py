@@ -102,5 +102,5 @@ class Policy:
 
 
 def kept_tokens(n_cached: int, kept_share: float) -> int:
-    """How many of ``n_cached`` tokens a share in (0, 1] keeps: n - round((1 - kept_share) * n), halves to the even neighbour."""
+    """How many of ``n_cached`` tokens a share in (0, 1] keeps: n - round((1 - share) * n), halves to the even neighbour."""
     return n_cached - round((1.0 - kept_share) * n_cached)

@@ -70,7 +70,7 @@ def attend_chunk(q_NHD: Floats, k_KSD: Floats, v_KSD: Floats, visible_NS: np.nda
     return out.numpy(), lse.numpy()
 
 
-@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
 def attend_one(
     q_NHD: Floats,
     rows_B: Ints,

@@ -62,4 +62,5 @@ def attention_received(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS:
             log_weights.view(-1, group, n_cached).sub_(lse_NKG[block, head, :, None])
             log_weights.view(-1, group, n_cached).masked_fill_(hidden_NS[block, None], float("-inf"))
             received_S += log_weights.exp_().sum(dim=0)
-    return (received_S / n_heads).numpy()
+    received: Floats = (received_S / n_heads).numpy()
+    return received

@@ -1,7 +1,6 @@
 """The torch decoder module as a dense executor: the reference, used for calibration and parity."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -31,5 +30,6 @@ class TorchDecoderExecutor:
             return _numpy(self._decoder(*arguments, attend_torch))
 
 
-def _numpy(tensor: torch.Tensor) -> Any:
-    return tensor.float().contiguous().numpy()
+def _numpy(tensor: torch.Tensor) -> Floats:
+    array: Floats = tensor.float().contiguous().numpy()
+    return array

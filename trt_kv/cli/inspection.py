@@ -35,9 +35,10 @@ def bar(share: float, width: int = BAR_WIDTH) -> str:
 def _model(folder: Path, manifest: Manifest) -> list[str]:
     config = manifest.config
     heads = f"{config.n_heads} query / {config.n_kv_heads} KV heads of size {config.head_dim}"
+    layers = f"{config.n_layers} layers of width {config.hidden_size}"
     return [
         f"engine    {folder}",
-        f"model     {manifest.model_name}: {config.architecture}, {config.n_layers} layers of width {config.hidden_size}, {heads}",
+        f"model     {manifest.model_name}: {config.architecture}, {layers}, {heads}",
         f"          {config.max_positions} positions, vocabulary {config.vocab_size}",
         f"target    {manifest.target}, {manifest.dtype}, pages of {manifest.page_size} tokens",
     ]
@@ -73,9 +74,10 @@ def _sizes(manifest: Manifest) -> list[str]:
     kept = token_bytes * config.max_positions * sum(manifest.kept_shares)
     total = sum(record.n_bytes for record in manifest.files.values())
     weights = manifest.files["graphs/weights.data"].n_bytes
+    instead = f"at {config.max_positions} tokens, instead of {_megabytes(full)}"
     return [
         f"size      {_megabytes(total)}, of which weights {_megabytes(weights)}",
-        f"KV cache  {_megabytes(kept)} at {config.max_positions} tokens, instead of {_megabytes(full)} (computed from shapes and shares)",
+        f"KV cache  {_megabytes(kept)} {instead} (computed from shapes and shares)",
     ]
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import random
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,11 +41,11 @@ def build_engine(
     with progress_bars() as on_progress, tempfile.TemporaryDirectory() as scratch:
         pictures = []
         if policy.needs_recipe:
-            from trt_kv.calibration.recipe_plot import plot_recipe
+            from trt_kv.calibration.recipe_plot import picture_from_recipe
 
             loaded = loaded or _calibrated(checkpoint, policy, calibration, on_progress)
             pictures = [Path(scratch) / "recipe.png"]
-            plot_recipe(loaded, pictures[0])
+            picture_from_recipe(loaded, pictures[0])
         request = engine.EngineRequest(
             checkpoint=checkpoint,
             policy=policy,
@@ -67,7 +67,7 @@ def calibrate_recipe(
     out: Path,
 ) -> Path:
     """Write a recipe to ``out`` and its picture beside it; optionally also in the published form."""
-    from trt_kv.calibration.recipe_plot import plot_recipe
+    from trt_kv.calibration.recipe_plot import picture_from_recipe
 
     checkpoint = _open(source)
     if from_published is not None:
@@ -77,7 +77,7 @@ def calibrate_recipe(
         with progress_bars() as on_progress:
             recipe = _calibrated(checkpoint, policy, calibration, on_progress)
     recipe.save(out)
-    plot_recipe(recipe, out.with_suffix(".png"))
+    picture_from_recipe(recipe, out.with_suffix(".png"))
     if to_published is not None:
         click.echo(f"published form: {recipe.to_published(to_published)}")
     return out
