@@ -8,6 +8,7 @@ Named policies are presets of these three; each stands in its own file in ``trt_
 """
 
 import dataclasses
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,5 +103,9 @@ class Policy:
 
 
 def kept_tokens(n_cached: int, kept_share: float) -> int:
-    """How many of ``n_cached`` tokens a share in (0, 1] keeps: n - round((1 - share) * n), halves to the even neighbour."""
-    return n_cached - round((1.0 - kept_share) * n_cached)
+    """How many of ``n_cached`` tokens a share in (0, 1] keeps: n - round((1 - share) * n), halves to the even neighbour.
+
+    The share is taken in fp32, as it stands on a node of the graph, so that a recipe and its engine never differ by a token.
+    """
+    (share_on_node,) = struct.unpack("f", struct.pack("f", kept_share))
+    return n_cached - round((1.0 - share_on_node) * n_cached)

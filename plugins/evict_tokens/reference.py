@@ -27,7 +27,8 @@ def run(
         slots = [(int(page_table[layer, b, s // page_size]), s % page_size) for s in range(n_cached)]
         by_position = sorted(slots, key=lambda slot: token_positions[slot])
         protected = set(by_position[:sinks]) | set(by_position[max(0, n_cached - recent) :])
-        target = n_cached - round((1.0 - kept_share) * n_cached) if budget is None else int(budget[b])
+        forgotten = (1.0 - float(np.float32(kept_share))) * n_cached
+        target = n_cached - round(forgotten) if budget is None else int(budget[b])
         others = [slot for slot in by_position if slot not in protected]
         others.sort(key=lambda slot: -scores[slot])
         chosen = protected | set(others[: max(0, target - len(protected))])

@@ -9,9 +9,10 @@ SPEC = OpSpec(
     name="EvictTokens",
     summary=(
         "For every sequence whose evict flag is 1: of its n cached tokens keep n - round((1 - kept_share) * n), or exactly "
-        "budget[b] where the input budget is given; the `sinks` lowest and `recent` highest positions always, the others by "
+        "budget[b] where the input budget is given: the `sinks` lowest and `recent` highest positions always, the others by "
         "score, equal scores by lower position. Kept tokens move to the front of the sequence's pages in order of position. "
-        "round() takes halves to the even neighbour. A budget below the protected tokens keeps the protected tokens."
+        "The share is fp32, the product fp64; round() takes halves to the even neighbour. A budget below the protected tokens "
+        "keeps the protected tokens."
     ),
     source="PrefixKV (arXiv 2412.03409), eviction once after prefill; protected tokens as in the released code (1 and 1)",
     inputs=(
