@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_kv.errors import EngineError
+from trt_kv.json_file import read_json
 from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, OpNode, Program
@@ -128,10 +129,7 @@ def load_manifest(folder: Path) -> Manifest:
             expected="a folder made by `trt-kv build`",
             fix="make engine MODEL=llama3 POLICY=prefixkv",
         )
-    try:
-        data = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EngineError(f"{path} is not JSON", got=str(error), fix="build the engine again") from error
+    data = read_json(path, kind="manifest", error=EngineError)
     if not isinstance(data, dict):
         raise EngineError(f"{path} is not an engine manifest", got=type(data).__name__, expected="a JSON object")
     return Manifest.from_json(data, source=path)
