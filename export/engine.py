@@ -1,6 +1,7 @@
 """Checkpoint + policy + recipe -> engine folder, built beside its destination and renamed into place."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
@@ -170,7 +171,7 @@ def _manifest(
         model_name=checkpoint.name,
         model_digest=checkpoint.digest,
         model_source=request.model_source,
-        config=checkpoint.config,
+        config=dataclasses.replace(checkpoint.config, eos_token_ids=checkpoint.eos_token_ids),
         policy=request.policy,
         target="onnxruntime",
         dtype="float32",

@@ -107,5 +107,5 @@ def kept_tokens(n_cached: int, kept_share: float) -> int:
 
     The share is taken in fp32, as it stands on a node of the graph, so that a recipe and its engine never differ by a token.
     """
-    (share_on_node,) = struct.unpack("f", struct.pack("f", kept_share))
+    share_on_node: float = struct.unpack("f", struct.pack("f", kept_share))[0]
     return n_cached - round((1.0 - share_on_node) * n_cached)
