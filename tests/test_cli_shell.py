@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import click
 import pytest
 
+from tests.bare_python import make_bare_environment
 from trt_kv import __version__
 from trt_kv.cli.app import COMMANDS, main
 from trt_kv.cli.build import check_target
@@ -30,12 +29,8 @@ HEAVY = ("huggingface_hub", "matplotlib", "numba", "numpy", "onnx", "onnxruntime
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python that has trt-kv (as a user's site-packages would hold it) and click, and nothing else, pip included."""
     folder = tmp_path_factory.mktemp("bare")
-    venv.create(folder, with_pip=False, symlinks=True)
-    site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    assert click.__file__ is not None
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(click.__file__).parent, site / "click", ignore=ignored)
-    shutil.copytree(ROOT / "trt_kv", site / "trt_kv", ignore=ignored)
+    site = make_bare_environment(folder)
+    shutil.copytree(ROOT / "trt_kv", site / "trt_kv", ignore=shutil.ignore_patterns("__pycache__"))
     return folder / "bin" / "python"
 
 

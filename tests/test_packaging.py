@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import NormalizedName, canonicalize_name
 
+from tests.bare_python import make_bare_environment
 from trt_kv import require
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +79,17 @@ def test_the_wheel_holds_files_instead_of_links(distributions: Path) -> None:
             assert info.external_attr >> 28 != 0xA, f"{info.filename} is a symbolic link"
         for name in LINKED:
             assert archive.read(f"trt_kv/{name}/__init__.py") == (ROOT / name / "__init__.py").read_bytes()
+
+
+def test_the_installed_wheel_answers_help_with_click_alone(distributions: Path, tmp_path: Path) -> None:
+    (wheel,) = distributions.glob("*.whl")
+    make_bare_environment(tmp_path)
+    python = tmp_path / "bin" / "python"
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel]
+    installed = subprocess.run(pip, capture_output=True, text=True, check=False)
+    assert installed.returncode == 0, installed.stderr
+    answer = subprocess.run([python.with_name("trt-kv"), "--help"], capture_output=True, text=True, check=True, cwd="/")
+    assert answer.stdout.startswith("Usage: trt-kv")
 
 
 def test_bare_names_of_the_code_folders_are_not_installed() -> None:
