@@ -108,7 +108,8 @@ def test_a_seed_draws_these_very_words_on_every_machine() -> None:
     (task,) = evaluation_tasks(1, context_length=60, n_facts=2, seed=0)
     assert f"{task.prompt} {task.answer}" == (
         "a road was often ancient and the wind drifted slowly . alice lives in the ancient tower . a ship was often old and "
-        "the wind drifted slowly . code of ivan is 8 1 6 . question : what is the code of ivan ? answer : code of ivan is 8 1 6 ."
+        "the wind drifted slowly . code of ivan is 8 1 6 . question : what is the code of ivan ? answer : "
+        "code of ivan is 8 1 6 ."
     )
 
 
