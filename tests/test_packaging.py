@@ -85,19 +85,10 @@ def test_the_installed_wheel_answers_help_with_click_alone(distributions: Path, 
     (wheel,) = distributions.glob("*.whl")
     make_bare_environment(tmp_path)
     python = tmp_path / "bin" / "python"
-    pip: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        wheel,
-    ]
-    installed = subprocess.run(pip, capture_output=True, text=True, check=False)
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    installed = subprocess.run(
+        [*pip, "install", "--quiet", "--no-index", "--no-deps", wheel], capture_output=True, text=True, check=False
+    )
     assert installed.returncode == 0, installed.stderr
     answer = subprocess.run([python.with_name("trt-kv"), "--help"], capture_output=True, text=True, check=True, cwd="/")
     assert answer.stdout.startswith("Usage: trt-kv")
