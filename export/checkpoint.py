@@ -126,7 +126,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             expected="a checkpoint in Hugging Face layout: config.json, safetensors, tokenizer.json",
             fix="pass the folder that holds config.json; convert other layouts with transformers first",
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}", got=str(error), expected="a JSON file") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds no JSON object", got=type(data).__name__, expected="an object")

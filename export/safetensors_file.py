@@ -61,7 +61,7 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(header_bytes))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}", got=error.strerror, expected="a readable safetensors file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _broken(path, f"a header that is not JSON ({error})", "a JSON header") from error
     data_start = _PREFIX_BYTES + header_bytes
     tensors = {name: _stored_tensor(path, name, entry, data_start) for name, entry in _entries(path, header)}
@@ -87,6 +87,8 @@ def _entries(path: Path, header: Any) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise _broken(path, f"header entry {name!r}: {entry!r}", "a dtype's name")
     if dtype not in ITEM_BYTES:
         raise CheckpointError(
             f"tensor {name!r} in {path} has a dtype that trt-kv does not read",

@@ -3,15 +3,11 @@
 import hashlib
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import SAMPLES, edit_config, read_config, write_checkpoint
@@ -52,11 +48,6 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
     tensors = load_file(folder / SINGLE_FILE)
     edit(tensors)
     save_file(tensors, folder / SINGLE_FILE)
-
-
-def write_raw(path: Path, header: object, data: bytes = b"") -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def refusal(folder: Path) -> CheckpointError:
@@ -168,64 +159,10 @@ def test_pickles_are_refused_and_never_opened(single: Path, name: str) -> None:
     assert "save_pretrained" in str(error.fix)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
-@given(data=st.data())
-def test_weights_cut_off_anywhere_are_refused(single: Path, masters: dict[str, Path], data: st.DataObject) -> None:
-    whole = (masters["single"] / SINGLE_FILE).read_bytes()
-    length = data.draw(st.one_of(st.integers(0, 20), st.integers(0, len(whole) - 1)))
-    (single / SINGLE_FILE).write_bytes(whole[:length])
-    error = refusal(single)
-    assert "truncated or damaged" in error.what
-    assert SINGLE_FILE in error.what
-    assert "again" in str(error.fix)
-
-
-def test_weights_with_bytes_after_the_end_are_refused(single: Path) -> None:
-    with (single / SINGLE_FILE).open("ab") as file:
-        file.write(b"\0")
-    assert "truncated or damaged" in refusal(single).what
-
-
-ENTRY: dict[str, Any] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"not json",
-        [],
-        {"a": 1},
-        {"a": {**ENTRY, "shape": None}},
-        {"a": {**ENTRY, "shape": [-2]}},
-        {"a": {**ENTRY, "shape": [3]}},
-        {"a": {**ENTRY, "data_offsets": [0]}},
-        {"a": {**ENTRY, "data_offsets": [8, 0]}},
-        {"a": {**ENTRY, "data_offsets": [4, 12]}},
-        {"a": ENTRY, "b": ENTRY},
-    ],
-    ids=["not-json", "no-object", "no-entry", "no-shape", "negative", "too-large", "one-offset", "backwards", "gap", "overlap"],
-)
-def test_headers_that_contradict_themselves_are_refused(single: Path, header: object) -> None:
-    write_raw(single / SINGLE_FILE, header, bytes(8))
-    assert "truncated or damaged" in refusal(single).what
-
-
-def test_a_git_lfs_pointer_is_recognised(single: Path) -> None:
-    (single / SINGLE_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert "git lfs pull" in str(refusal(single).fix)
-
-
-def test_quantised_dtypes_are_refused_with_the_tensor_named(single: Path) -> None:
-    edit_tensors(single, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(torch.int8)}))
-    error = refusal(single)
-    assert Q_PROJ in error.what
-    assert error.got == "I8"
-
-
-def test_weights_that_are_a_folder_are_refused(single: Path) -> None:
-    (single / SINGLE_FILE).unlink()
-    (single / SINGLE_FILE).mkdir()
-    assert "cannot read" in refusal(single).what
+def test_a_damaged_weight_file_is_named(single: Path) -> None:
+    path = single / SINGLE_FILE
+    path.write_bytes(path.read_bytes()[:-1])
+    assert refusal(single).what == f"{path} is truncated or damaged"
 
 
 def test_a_missing_tensor_is_named(single: Path) -> None:

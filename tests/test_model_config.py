@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trt_kv.errors import CheckpointError
@@ -247,6 +247,24 @@ def test_qwen_is_refused_exactly_where_some_layer_slides_inside_the_context(chan
             read_qwen(**changes)
     else:
         assert read_qwen(**changes).qkv_bias
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["llama3", 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_type", "factor", "rope_theta"]), inner),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("field", [*LLAMA_3_1_8B, "rope_parameters", "head_dim", "layer_types"])
+@settings(max_examples=50)
+@given(value=JSON_VALUES, qwen=st.booleans())
+def test_any_json_in_any_field_is_read_or_refused_but_never_a_crash(field: str, value: object, qwen: bool) -> None:
+    other = {"model_type": "qwen2", "architectures": None, "use_sliding_window": True} if qwen else {}
+    try:
+        read(**{**other, field: value})
+    except CheckpointError:
+        return
 
 
 @given(

@@ -44,6 +44,7 @@ ARCHITECTURES = {
 _LENIENT_THETA = 10000.0
 _DEFAULT_WINDOW = 4096
 _DEFAULT_WINDOW_LAYERS = 28
+_LARGEST_NUMBER = 2**53
 
 
 class _Fields:
@@ -59,7 +60,7 @@ class _Fields:
             if default is None:
                 raise self._missing(name)
             return float(default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST_NUMBER:
             raise self._mistyped(name, "a number")
         return float(value)
 
@@ -75,6 +76,12 @@ class _Fields:
             return default
         if not isinstance(value, bool):
             raise self._mistyped(name, "true or false")
+        return value
+
+    def names(self, name: str) -> list[str]:
+        value = self.data.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._mistyped(name, "a list of names")
         return value
 
     def token_ids(self, name: str) -> tuple[int, ...]:
@@ -192,10 +199,9 @@ def _sliding_window(fields: _Fields, architecture: Architecture, n_layers: int) 
     if architecture.window_field == "none" or fields.data.get("sliding_window", _DEFAULT_WINDOW) is None:
         return None
     if architecture.window_field == "use_sliding_window":
-        layer_types = fields.data.get("layer_types")
-        some_slide = fields.integer("max_window_layers", _DEFAULT_WINDOW_LAYERS) < n_layers
-        if layer_types is not None:
-            some_slide = "sliding_attention" in layer_types
+        some_slide = "sliding_attention" in fields.names("layer_types")
+        if fields.data.get("layer_types") is None:
+            some_slide = fields.integer("max_window_layers", _DEFAULT_WINDOW_LAYERS) < n_layers
         if not fields.flag("use_sliding_window") or not some_slide:
             return None
     return fields.integer("sliding_window", _DEFAULT_WINDOW)
