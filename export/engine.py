@@ -12,7 +12,6 @@ from pathlib import Path
 
 import onnx
 
-import trt_kv
 from trt_kv.errors import EngineError, RecipeError, TrtKvError, UsageError
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
@@ -21,7 +20,7 @@ from trt_kv.manifest import FILE_NAME, AttentionPort, Manifest, Piece, file_reco
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
-from trt_kv.recipe import Recipe
+from trt_kv.recipe import CREATED_BY, Recipe
 
 DEFAULT_PAGE_SIZE = 32
 GRAPHS = "graphs"
@@ -182,7 +181,7 @@ def _manifest(
         attention_ports=tuple(ports),
         files=file_records(folder),
         reproduce=request.reproduce,
-        created_by=f"trt-kv {trt_kv.__version__}",
+        created_by=CREATED_BY,
     )
 
 

@@ -75,6 +75,26 @@ class SequenceCache:
             self._reuse_order.append(deque(int(slot) for slot in self._slots(layer, range(first, n_kept))))
         self.kv_len = np.array(kept, np.int64)
 
+    def fork(self) -> "SequenceCache":
+        """A sequence that holds the same tokens in pages of its own, and from here on grows and shrinks by itself.
+
+        All or nothing: ``CapacityError`` when the pool has not as many free pages as this sequence owns.
+        """
+        twin = SequenceCache(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance)
+        twin._grow_tables(self._n_pages)
+        for array in (self.pool.kv, self.pool.token_positions, self.pool.scores):
+            array[twin.pages] = array[self.pages]
+        twin.n_seen = self.n_seen
+        twin.kv_len = self.kv_len.copy()
+        if self._kept_shares is not None:
+            twin._kept_shares = list(self._kept_shares)
+            slot_of_page = dict(zip(self.pages, twin.pages, strict=True))
+            size = self.pool.page_size
+            twin._reuse_order = [
+                deque(slot_of_page[slot // size] * size + slot % size for slot in slots) for slots in self._reuse_order
+            ]
+        return twin
+
     def release(self) -> None:
         """Give every page back; the sequence is empty afterwards."""
         self.pool.release(self.pages)

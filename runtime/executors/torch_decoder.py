@@ -23,7 +23,7 @@ class TorchDecoderExecutor:
         """See ``DenseExecutor.run``."""
 
         def attend_torch(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(attend(layer, _numpy(q), _numpy(k), _numpy(v)))
+            return torch.from_numpy(attend(layer, _numpy(q), _numpy(k), _numpy(v))).to(q.dtype)
 
         with torch.inference_mode():
             arguments = [torch.from_numpy(a) for a in (input_ids, positions, logit_rows)]

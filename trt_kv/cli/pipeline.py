@@ -4,6 +4,8 @@ Heavy imports stand inside the functions, because the commands import this modul
 """
 
 import dataclasses
+import math
+import os
 import random
 import shlex
 import tempfile
@@ -15,12 +17,16 @@ import click
 
 from trt_kv.cli.progress import OnProgress, progress_bars
 from trt_kv.cli.requests import CalibrationPlan, GenerationRequest, ModelSource
-from trt_kv.errors import UsageError
+from trt_kv.errors import EngineError, UsageError
+from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
+from trt_kv.manifest import load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
-from trt_kv.recipe import Protected, Recipe, RecipeModel, RecipeScore, recipe_from_published
+from trt_kv.recipe import CREATED_BY, Protected, Recipe, RecipeModel, RecipeScore, recipe_from_published
 
 if TYPE_CHECKING:
+    import torch
+
     from trt_kv.calibration.prefixkv import Importance
     from trt_kv.export.checkpoint import Checkpoint
 
@@ -30,11 +36,20 @@ CALIBRATION_TOKENS = 1024
 def build_engine(
     *, source: ModelSource, policy: Policy, recipe: Path | None, calibration: CalibrationPlan, out: Path, replace: bool
 ) -> Path:
-    """Build the engine at ``out``, calibrating a recipe first where the policy needs one and none is given."""
+    """Build the engine at ``out``, calibrating a recipe first where the policy needs one and none is given.
+
+    An engine that stands there already and was made by the same command from the same weights is left as it is.
+    """
     from trt_kv.export import engine
 
-    engine.check_destination(out, replace=replace)
+    if not (out / MANIFEST_FILE).is_file():
+        engine.check_destination(out, replace=replace)
     checkpoint = _open(source)
+    command_line = _command_line(source, policy, recipe, calibration)
+    if not replace and recipe is None and calibration.prompts is None and _is_built(out, command_line, checkpoint):
+        click.echo(f"{out} is up to date", err=True)
+        return out
+    engine.check_destination(out, replace=replace)
     loaded = Recipe.load(recipe) if recipe is not None else None
     if loaded is not None:
         policy = _policy_of_recipe(policy, loaded)
@@ -51,7 +66,7 @@ def build_engine(
             policy=policy,
             recipe=loaded,
             model_source=source.checkpoint or f"bundled {source.model}",
-            reproduce=_command_line(source, policy, recipe, calibration),
+            reproduce=command_line,
         )
         engine.build_engine(request, out, replace=replace, on_progress=on_progress, extra_files=pictures)
     return out
@@ -122,8 +137,6 @@ def stream_text(*, engine: Path, request: GenerationRequest) -> Iterator[str]:
 
 def importance_of(checkpoint: "Checkpoint", policy: Policy, max_tokens: int, page_size: int = 32) -> "Importance":
     """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the ops that score at run time."""
-    import torch
-
     from trt_kv.export.decoder import decoder_from_checkpoint
     from trt_kv.program import PHASES, program_of
     from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
@@ -135,9 +148,17 @@ def importance_of(checkpoint: "Checkpoint", policy: Policy, max_tokens: int, pag
     pool = KvPool(n_pages=n_pages, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     scale = config.head_dim**-0.5
     programs = {phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=scale) for phase in PHASES}
-    decoder = decoder_from_checkpoint(checkpoint, torch.float32)
-    runner = ModelRunner(TorchDecoderExecutor(decoder), pool, programs)
-    return runner.importance
+    decoder = decoder_from_checkpoint(checkpoint, _calibration_dtype(checkpoint))
+    return ModelRunner(TorchDecoderExecutor(decoder), pool, programs).importance
+
+
+def _calibration_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
+    """fp32 where the weights then fit into half of the free memory; else the checkpoint's own type, mapped from its files."""
+    import torch
+
+    n_weights = sum(math.prod(shape) for shape in checkpoint.config.tensor_shapes().values())
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.float32 if 4 * n_weights < free_bytes // 2 else checkpoint.tensor(checkpoint.tensor_names[0]).dtype
 
 
 def _open(source: ModelSource) -> "Checkpoint":
@@ -212,6 +233,17 @@ def _policy_of_recipe(policy: Policy, recipe: Recipe) -> Policy:
         )
     protected = recipe.protected
     return dataclasses.replace(policy, kept=recipe.budget, sinks=protected.sinks, recent=protected.recent)
+
+
+def _is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool:
+    """Whether ``folder`` holds a whole engine made by this version, by this command, from these weights."""
+    try:
+        manifest = load_manifest(folder)
+        verify_files(folder, manifest)
+    except EngineError:
+        return False
+    made = (manifest.reproduce, manifest.created_by, manifest.model_digest)
+    return made == (command_line, CREATED_BY, checkpoint.digest)
 
 
 def _recipe_score(policy: Policy) -> RecipeScore:
