@@ -1,5 +1,6 @@
 """docs/ops.md from the specs: ``python -m trt_kv.plugins.ops_docs > docs/ops.md``."""
 
+import sys
 from collections.abc import Iterable
 
 from trt_kv.opspec import DOMAIN, OP_VERSION, OpSpec, TensorSpec
@@ -49,4 +50,4 @@ def _table(columns: tuple[str, ...], rows: Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(ops_markdown())
+    sys.stdout.write(ops_markdown() + "\n")

@@ -1,7 +1,7 @@
 """The KV pool: one allocation of pages that all layers and sequences draw from.
 
 One pool for all layers, because budgets differ per layer: pages that one layer gives up serve any other
-(docs/decisions/0003-one-pool.md).
+(docs/decisions/0001-one-page-pool.md).
 """
 
 from collections import Counter

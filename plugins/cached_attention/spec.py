@@ -9,7 +9,7 @@ SPEC = OpSpec(
         "Write k and v to their slots, then let every query attend to the tokens of its own sequence whose position is not "
         "greater than its own. Slot order carries no meaning; lengths differ per layer and sequence."
     ),
-    source="paged attention (arXiv 2309.06180, section 4.1) with per-layer lengths; slot reuse: docs/decisions/0003",
+    source="paged attention (arXiv 2309.06180, section 4.1) with per-layer lengths; slot reuse: docs/decisions/0003-decode-eviction-by-slot-reuse.md",
     inputs=(
         t.Q,
         TensorSpec(name="k", axes=("N", "K", "D"), dtype="float", doc="keys of this step, rotated"),
