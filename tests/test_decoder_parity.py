@@ -95,6 +95,7 @@ def test_on_the_meta_device_a_decoder_allocates_nothing_and_names_every_weight(s
     with torch.device("meta"):
         decoder = Decoder(config)
     assert all(parameter.is_meta for parameter in decoder.parameters())
+    assert not decoder.frequencies.is_meta
     assert {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()} == config.tensor_shapes()
 
 
