@@ -1,4 +1,7 @@
-"""CachedAttention: append this step's K and V, then attend over each sequence's cached tokens of one layer."""
+"""CachedAttention: append this step's K and V, then attend over each sequence's cached tokens of one layer.
+
+Why slot order means nothing: docs/decisions/0003-decode-eviction-by-slot-reuse.md.
+"""
 
 from trt_kv.opspec import Case, OpSpec, TensorSpec, Tolerance
 from trt_kv.plugins import tensors as t
@@ -9,7 +12,7 @@ SPEC = OpSpec(
         "Write k and v to their slots, then let every query attend to the tokens of its own sequence whose position is not "
         "greater than its own. Slot order carries no meaning; lengths differ per layer and sequence."
     ),
-    source="paged attention (arXiv 2309.06180, section 4.1) with per-layer lengths; slot reuse: docs/decisions/0003-decode-eviction-by-slot-reuse.md",
+    source="paged attention (arXiv 2309.06180, section 4.1), with lengths per layer",
     inputs=(
         t.Q,
         TensorSpec(name="k", axes=("N", "K", "D"), dtype="float", doc="keys of this step, rotated"),
