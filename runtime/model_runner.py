@@ -82,8 +82,19 @@ class ModelRunner:
         remaining = np.full(len(ids), NOT_PROMPT)
         return self._step(self._decode_ops, sequences, ids, np.arange(len(ids)), remaining, evict=False)
 
-    def evict(self, sequence: SequenceCache, budget: Sequence[int], *, sinks: int, recent: int) -> None:
-        """Keep ``budget[l]`` tokens of layer l by the scores in the pool, outside any graph (per-request budgets)."""
+    def evict(
+        self,
+        sequence: SequenceCache,
+        budget: Sequence[int],
+        *,
+        sinks: int,
+        recent: int,
+        kept_shares: Sequence[float] | None = None,
+    ) -> None:
+        """Keep ``budget[l]`` tokens of layer l by the scores in the pool, outside any graph (per-request budgets).
+
+        While decoding, layer l then grows at ``kept_shares[l]`` per token; None: at its budget's share of the tokens seen.
+        """
         kept = sequence.kv_len.copy()
         for layer, target in enumerate(budget):
             (kept_B,) = self._evict(
@@ -100,7 +111,7 @@ class ModelRunner:
                 budget=np.array([target]),
             )
             kept[layer] = kept_B[0]
-        sequence.shrink(kept, [int(n) / sequence.n_seen for n in budget])
+        sequence.shrink(kept, kept_shares or [int(n) / sequence.n_seen for n in budget])
 
     def scores(self, sequence: SequenceCache) -> Floats:
         """The importance accumulated by each cached token: [L, S] fp32; all layers must hold the same number of tokens."""
