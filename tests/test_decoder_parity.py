@@ -19,6 +19,15 @@ ATOL = 1e-4
 """Between two fp32 implementations whose sums run in different orders; logits here spread over several units."""
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small lose more to waiting threads than they gain, up to tenfold on a busy machine."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 class ContiguousCache:
     """Plain attention over everything seen so far, one sequence; an ``Attend``."""
 
