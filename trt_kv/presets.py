@@ -44,3 +44,8 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UnknownNameError("model", name, PRESETS)
     return PRESETS[name]
+
+
+def is_bundled(folder: Path) -> bool:
+    """Whether ``folder`` is a checkpoint that comes with the package."""
+    return folder.resolve().parent == _MODELS_FOLDER.resolve()

@@ -22,6 +22,7 @@ from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
 from trt_kv.manifest import load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
+from trt_kv.presets import is_bundled
 from trt_kv.recipe import CREATED_BY, Protected, Recipe, RecipeModel, RecipeScore, recipe_from_published
 
 if TYPE_CHECKING:
@@ -174,6 +175,8 @@ def _open(source: ModelSource) -> "Checkpoint":
 def _calibrated(checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan, on_progress: OnProgress) -> Recipe:
     from trt_kv.calibration.prefixkv import calibrate_prefixkv
 
+    if plan.prompts is None and not is_bundled(checkpoint.folder):
+        click.echo("no PROMPTS given: calibrating on trt-kv's synthetic English; prompts like your users' are better", err=True)
     prompts, where = _calibration_prompts(checkpoint, plan)
     return calibrate_prefixkv(
         prompts,

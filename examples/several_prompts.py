@@ -1,0 +1,20 @@
+"""Continue several prompts together and show what the KV cache held: python examples/several_prompts.py ENGINE FILE..."""
+
+import sys
+from pathlib import Path
+
+from trt_kv.runtime.engine import Engine
+
+
+def main() -> None:
+    """Read each FILE as one prompt; all of them share one batch."""
+    folder, *files = sys.argv[1:]
+    engine = Engine.load(folder)
+    prompts = [Path(file).read_text() for file in files]
+    for file, result in zip(files, engine.generate_batch(prompts, max_new_tokens=16, stop=(" .",)), strict=True):
+        held = sum(result.kv_tokens) / len(result.kv_tokens)
+        print(f"{file}: {result.text} [{held:.0f} of {result.n_seen} tokens held per layer]")
+
+
+if __name__ == "__main__":
+    main()
