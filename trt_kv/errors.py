@@ -7,6 +7,7 @@ TrtKvError                 exit code 1
 ├── RecipeError            a recipe that is malformed or belongs to another model
 ├── EngineError            an engine folder that is half-built, tampered with or of another format
 ├── CapacityError          a request that does not fit into the KV pool
+├── ReportError            a results file that cannot be read or lacks what a report needs
 └── MissingDependencyError an optional package that is not installed
 """
 
@@ -63,6 +64,10 @@ class EngineError(TrtKvError):
 
 class CapacityError(TrtKvError):
     """A request that does not fit into the KV pool; nothing was allocated for it."""
+
+
+class ReportError(TrtKvError):
+    """A results file that cannot be read, or does not hold what a report needs."""
 
 
 class MissingDependencyError(TrtKvError):
