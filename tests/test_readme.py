@@ -1,0 +1,73 @@
+"""What the README shows is what happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trt_kv.cli import main
+from trt_kv.cli.app import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make engine MODEL=llama3 POLICY=prefixkv` builds."""
+    out = tmp_path_factory.mktemp("readme") / "engines" / "llama3-prefixkv"
+    assert main(["build", "--model", "llama3", "--policy", "prefixkv", "--out", str(out)]) == 0
+    return out
+
+
+def test_inspect_shows_the_bars_of_the_readme(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(engine)]) == 0
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    bars = [line.strip() for line in README.splitlines() if "█" in line]
+    assert len(bars) >= 3
+    assert set(bars) <= set(shown)
+
+
+def test_the_example_prompt_generates(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = ROOT / "examples" / "late_question.txt"
+    assert main(["generate", str(engine), "--prompt-file", str(prompt), "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith("code of trent is")
+
+
+def test_the_python_block_runs(engine: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert '"engines/llama3-prefixkv"' in block
+    done = subprocess.run([sys.executable, "-c", block], cwd=engine.parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_example_script_runs(engine: Path) -> None:
+    prompt = ROOT / "examples" / "late_question.txt"
+    command = [sys.executable, str(ROOT / "examples" / "several_prompts.py"), str(engine), str(prompt), str(prompt)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == second
+
+
+def test_every_command_and_target_in_the_readme_exists() -> None:
+    targets = set(re.findall(r"(?:^    |`)make ([a-z]+)", README, flags=re.MULTILINE))
+    commands = set(re.findall(r"(?:^    \$ \.venv/bin/|`)trt-kv ([a-z]+)", README, flags=re.MULTILINE))
+    assert {"engine", "generate", "test"} <= targets
+    assert all(re.search(rf"^{target}:", MAKEFILE, flags=re.MULTILINE) for target in targets)
+    assert commands <= set(COMMANDS)
+
+
+def test_every_link_in_the_readme_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_summary_in_the_readme_is_the_reports() -> None:
+    shown = re.search(r"<!-- report summary: begin -->\n(.*?)<!-- report summary: end -->", README, flags=re.DOTALL)
+    assert shown is not None
+    assert shown.group(1).strip() == (ROOT / "docs" / "report" / "summary.md").read_text().strip(), "make report"
