@@ -30,6 +30,7 @@ from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.sequence_cache import SequenceCache
 
 Floats = npt.NDArray[np.floating[Any]]
+Ints = npt.NDArray[np.int64]
 SCORED = ("mass", "window")
 
 
@@ -54,6 +55,7 @@ class Outcome:
     kept_by_layer: tuple[float, ...]
     kept_place: float
     fact_kept: float | None
+    question_kept: float | None
 
 
 class Harness:
@@ -124,13 +126,13 @@ class Harness:
         """What the sequence holds right after eviction, as fields of ``Outcome``."""
         positions = [self.runners["mass"].kept_positions(sequence, layer) for layer in range(self._n_layers)]
         n_tokens = len(case.prompt)
-        of_fact = [np.isin(case.fact, kept).mean() for kept in positions] if case.fact else []
         return {
             "kept_tokens": int(sequence.kv_len.sum()),
             "kv_bytes": len(sequence.pages) * self.pool.page_bytes,
             "kept_by_layer": tuple((sequence.kv_len / n_tokens).tolist()),
             "kept_place": float(np.concatenate(positions).mean()) / (n_tokens - 1),
-            "fact_kept": float(np.mean(of_fact)) if of_fact else None,
+            "fact_kept": _share_kept(case.fact, positions),
+            "question_kept": _share_kept(case.question, positions),
         }
 
     def _decode(self, forks: Sequence[SequenceCache], fed: Sequence[int], logits_V: Floats) -> Floats:
@@ -173,3 +175,8 @@ def _outcome(case: Case, logits_TV: Floats, held: Mapping[str, Any]) -> Outcome:
         loss=float(losses_T[case.first_counted :].sum()),
         **held,
     )
+
+
+def _share_kept(span: range, positions: Sequence[Ints]) -> float | None:
+    """The share of ``span`` that is among the kept ``positions`` of each layer, mean over layers; None for an empty span."""
+    return float(np.mean([np.isin(span, kept).mean() for kept in positions])) if span else None

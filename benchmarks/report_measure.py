@@ -69,7 +69,6 @@ class TaskPlan:
     name: str
     title: str
     description: str
-    asks: bool
     tasks: tuple[Task, ...]
     regions: tuple[str | None, ...]
     question_known: bool = True
@@ -101,7 +100,6 @@ def task_plans(settings: Settings) -> list[TaskPlan]:
             name="late_question",
             title="Late question",
             description="the question stands at the end of the prompt, so it is known when tokens are evicted",
-            asks=True,
             tasks=tuple(task for task, _ in asked),
             regions=tuple(region for _, region in asked),
         ),
@@ -109,7 +107,6 @@ def task_plans(settings: Settings) -> list[TaskPlan]:
             name="follow_up",
             title="Question after eviction",
             description="the same documents, but the question comes only after tokens have been evicted",
-            asks=True,
             tasks=tuple(task for task, _ in followed),
             regions=tuple(region for _, region in followed),
             question_known=False,
@@ -118,7 +115,6 @@ def task_plans(settings: Settings) -> list[TaskPlan]:
             name="plain_text",
             title="Plain text",
             description="more text after text without facts",
-            asks=False,
             tasks=tuple(text),
             regions=(None,) * len(text),
         ),
@@ -206,7 +202,6 @@ def measure_task(
         name=plan.name,
         title=plan.title,
         description=plan.description,
-        asks=plan.asks,
         documents=tuple(
             Document(
                 n_prompt_tokens=len(case.prompt),
@@ -224,7 +219,6 @@ def measure_task(
 
 
 def _row(variant: Variant, share: float, outcomes: Sequence[Outcome]) -> Row:
-    facts = [outcome.fact_kept for outcome in outcomes if outcome.fact_kept is not None]
     return Row(
         variant=variant.name,
         budget=share,
@@ -234,8 +228,14 @@ def _row(variant: Variant, share: float, outcomes: Sequence[Outcome]) -> Row:
         kv_bytes=round(float(np.mean([outcome.kv_bytes for outcome in outcomes])), 1),
         kept_by_layer=tuple(np.mean([outcome.kept_by_layer for outcome in outcomes], axis=0).round(5).tolist()),
         kept_place=round(float(np.mean([outcome.kept_place for outcome in outcomes])), 4),
-        fact_kept=round(float(np.mean(facts)), 4) if facts else None,
+        fact_kept=_mean_known([outcome.fact_kept for outcome in outcomes]),
+        question_kept=_mean_known([outcome.question_kept for outcome in outcomes]),
     )
+
+
+def _mean_known(shares: Sequence[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return round(float(np.mean(known)), 4) if known else None
 
 
 def _cpu_name() -> str:

@@ -30,7 +30,7 @@ class Variant:
 
     ``score``: "mass" and "window" as in ``trt_kv.policy``; "random" ranks tokens by lot, "recency" by position. ``allocation``:
     the same share for every layer, a calibrated recipe's shares, or shares searched for the very input. ``recipe_score``: whose
-    recipe (or search) it is, where that is not ``score``. ``sinks`` first tokens are never evicted, nor is the last one.
+    recipe (or search) it is, where that is not ``score``. ``sinks`` first and ``recent`` last tokens are never evicted.
     """
 
     name: str
@@ -39,10 +39,11 @@ class Variant:
     allocation: Allocation
     recipe_score: Literal["mass", "window"] | None = None
     sinks: int = 1
+    recent: int = 1
 
     @property
     def protected(self) -> Protected:
-        return Protected(sinks=self.sinks, recent=1)
+        return Protected(sinks=self.sinks, recent=self.recent)
 
     @property
     def budget_score(self) -> Literal["mass", "window"] | None:
@@ -57,6 +58,7 @@ VARIANTS = (
     Variant(name="prefixkv", label="mass score, its recipe (prefixkv)", score="mass", allocation="recipe"),
     Variant(name="mass-online", label="mass score, searched per input", score="mass", allocation="online"),
     Variant(name="mass-uniform", label="mass score, uniform layers", score="mass", allocation="uniform"),
+    Variant(name="mass-recent", label="prefixkv, last 32 tokens protected", score="mass", allocation="recipe", recent=32),
     Variant(name="window", label="window score, its recipe", score="window", allocation="recipe"),
     Variant(name="window-online", label="window score, searched per input", score="window", allocation="online"),
     Variant(name="window-uniform", label="window score, uniform layers", score="window", allocation="uniform"),
@@ -105,13 +107,14 @@ def layer_budgets(
 class Case:
     """One task as token ids: ``prompt`` is prefilled (and evicted from), ``given`` is fed token by token, ``answer`` is due.
 
-    ``fact``: positions of the asked fact in the prompt, empty where nothing is asked.
+    ``fact`` and ``question``: where the asked fact and the question stand in the prompt; empty where they do not.
     """
 
     prompt: tuple[int, ...]
     given: tuple[int, ...]
     answer: tuple[int, ...]
     fact: range
+    question: range
 
     @property
     def fed(self) -> tuple[int, ...]:
@@ -143,7 +146,13 @@ def case_from_task(task: Task, encode: Encode, *, question_known: bool = True) -
         )
     fact_end = 1 + n_document - task.fact_distance if task.fact_distance is not None else 0
     fact = range(fact_end - len(answer), fact_end) if task.fact_distance is not None else range(0)
-    return Case(prompt=tuple(prompt), given=tuple(given), answer=tuple(answer), fact=fact)
+    return Case(
+        prompt=tuple(prompt),
+        given=tuple(given),
+        answer=tuple(answer),
+        fact=fact,
+        question=range(1 + n_document, len(prompt)),
+    )
 
 
 def answer_losses(logits_TV: Floats, fed: Sequence[int]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:

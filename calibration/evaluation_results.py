@@ -102,7 +102,8 @@ class Row:
     ``right``: one character per document, "1" where the greedy answer is exact. ``losses``: summed negative log-likelihood of
     each document's counted answer tokens, in nats. Means over documents, after eviction and before decoding: ``kept_tokens``
     over all layers, ``kv_bytes`` of the pages that hold them, ``kept_by_layer`` shares, ``kept_place`` of the kept tokens in
-    the prompt (0 first, 1 last), ``fact_kept`` share of the asked fact's tokens (None where nothing is asked).
+    the prompt (0 first, 1 last), shares ``fact_kept`` and ``question_kept`` of the asked fact's and the question's tokens (None
+    where the prompt has none).
     """
 
     variant: str
@@ -114,6 +115,7 @@ class Row:
     kept_by_layer: tuple[float, ...]
     kept_place: float
     fact_kept: float | None
+    question_kept: float | None
 
     @property
     def answers(self) -> list[bool]:
@@ -128,12 +130,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResults:
-    """All rows of one task; ``asks`` tells whether its answers can be right or wrong."""
+    """All rows of one task."""
 
     name: str
     title: str
     description: str
-    asks: bool
     documents: tuple[Document, ...]
     rows: tuple[Row, ...]
 
@@ -145,6 +146,11 @@ class TaskResults:
                     got=f"{len(row.right)} answers, {len(row.losses)} losses",
                     expected=len(self.documents),
                 )
+
+    @property
+    def asks(self) -> bool:
+        """Whether answers can be right or wrong; more of a text is only more or less likely."""
+        return any(document.region is not None for document in self.documents)
 
     def row(self, variant: str, budget: float) -> Row:
         """The row of ``variant`` at ``budget``; the full cache has one row, whatever the budget."""

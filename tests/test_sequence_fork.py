@@ -40,7 +40,8 @@ def _cached(sequence: SequenceCache, slots: np.ndarray) -> list[np.ndarray]:
 
 def _all_slots(sequence: SequenceCache, layer: int) -> np.ndarray:
     index = np.arange(sequence.kv_len[layer])
-    return sequence.page_table[layer, index // PAGE_SIZE] * PAGE_SIZE + index % PAGE_SIZE
+    slots: np.ndarray = sequence.page_table[layer, index // PAGE_SIZE] * PAGE_SIZE + index % PAGE_SIZE
+    return slots
 
 
 kept_counts = st.none() | st.tuples(*[st.integers(1, 40)] * N_LAYERS)
