@@ -1,22 +1,20 @@
 """Checkpoint + policy + recipe -> engine folder, built beside its destination and renamed into place."""
 
-import contextlib
 import dataclasses
-import errno
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
-from trt_kv.errors import EngineError, RecipeError, TrtKvError, UsageError
+from trt_kv.errors import RecipeError, UsageError
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
+from trt_kv.export.new_folder import new_folder
 from trt_kv.export.split import pieces_from_graph, program_from_graph, save_pieces
-from trt_kv.manifest import FILE_NAME, AttentionPort, Manifest, Piece, file_records
+from trt_kv.manifest import AttentionPort, Manifest, Piece, file_records
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
@@ -100,61 +98,6 @@ def build_engine(
         manifest.save(folder)
         _tell(on_progress, "computing digests", 1, 1)
     return manifest
-
-
-def check_destination(destination: Path, *, replace: bool = False) -> None:
-    """Raise ``UsageError`` where something stands at ``destination`` that may not be replaced."""
-    if destination.exists() and not (replace and (destination / FILE_NAME).is_file()):
-        raise UsageError(
-            f"{destination} exists already" + (" and is not an engine" if replace else ""),
-            fix="choose another --out" if replace else "choose another --out, or --force (make: FORCE=1) to replace an engine",
-        )
-
-
-@contextlib.contextmanager
-def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder that becomes ``destination`` when the block ends, and vanishes when it fails or is interrupted.
-
-    With ``replace`` an older engine at ``destination`` is exchanged for the new one, and only at the end.
-    """
-    check_destination(destination, replace=replace)
-    destination = destination.absolute()
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.building-", dir=destination.parent))
-    except OSError as error:
-        raise _disk_error(destination, error) from error
-    try:
-        folder.chmod(0o755)
-        yield folder
-        _move_into_place(folder, destination)
-    except OSError as error:
-        raise _disk_error(destination, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move_into_place(folder: Path, destination: Path) -> None:
-    old = folder.with_name(f"{folder.name}.old")
-    if destination.exists():
-        destination.rename(old)
-    folder.rename(destination)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _disk_error(destination: Path, error: OSError) -> TrtKvError:
-    if error.errno == errno.ENOSPC:
-        free = shutil.disk_usage(_nearest_existing(destination)).free
-        return EngineError(
-            f"the disk is full; nothing was left at {destination}",
-            got=f"{free / 2**20:.0f} MiB free",
-            fix="free some space or choose --out on another disk",
-        )
-    return EngineError(f"cannot write the engine {destination}", got=str(error), fix="choose another --out")
-
-
-def _nearest_existing(path: Path) -> Path:
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _load_graph(folder: Path, name: str) -> onnx.ModelProto:

@@ -17,6 +17,7 @@ import click
 
 from trt_kv.cli.progress import OnProgress, progress_bars
 from trt_kv.cli.requests import CalibrationPlan, GenerationRequest, ModelSource
+from trt_kv.cli.termination import termination_unwinds
 from trt_kv.errors import EngineError, UsageError
 from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
 from trt_kv.manifest import load_manifest, verify_files
@@ -42,19 +43,20 @@ def build_engine(
     An engine that stands there already and was made by the same command from the same weights is left as it is.
     """
     from trt_kv.export import engine
+    from trt_kv.export.new_folder import check_destination
 
     if not (out / MANIFEST_FILE).is_file():
-        engine.check_destination(out, replace=replace)
+        check_destination(out, replace=replace)
     checkpoint = _open(source)
     command_line = _command_line(source, policy, recipe, calibration)
     if not replace and recipe is None and calibration.prompts is None and _is_built(out, command_line, checkpoint):
         click.echo(f"{out} is up to date", err=True)
         return out
-    engine.check_destination(out, replace=replace)
+    check_destination(out, replace=replace)
     loaded = Recipe.load(recipe) if recipe is not None else None
     if loaded is not None:
         policy = _policy_of_recipe(policy, loaded)
-    with progress_bars() as on_progress, tempfile.TemporaryDirectory() as scratch:
+    with termination_unwinds(), progress_bars() as on_progress, tempfile.TemporaryDirectory() as scratch:
         pictures = []
         if policy.needs_recipe:
             from trt_kv.calibration.recipe_plot import picture_from_recipe
@@ -102,13 +104,14 @@ def calibrate_recipe(
 def export_graphs(*, source: ModelSource, policy: Policy, recipe: Path | None, out: Path) -> list[Path]:
     """Write the monolithic graphs into the new folder ``out`` and return their paths."""
     from trt_kv.export import engine
+    from trt_kv.export.new_folder import new_folder
 
     checkpoint = _open(source)
     loaded = Recipe.load(recipe) if recipe is not None else None
     if loaded is not None:
         policy = _policy_of_recipe(policy, loaded)
     request = engine.EngineRequest(checkpoint=checkpoint, policy=policy, recipe=loaded)
-    with progress_bars() as on_progress, engine.new_folder(out) as folder:
+    with termination_unwinds(), progress_bars() as on_progress, new_folder(out) as folder:
         engine.export_graphs(request, folder, on_progress)
     return sorted(out.glob("*.onnx"))
 
