@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.detokenizer import Detokenizer
 from trt_kv.runtime.sampling import SamplingParams, next_token
 from trt_kv.runtime.sequence_cache import SequenceCache
 
@@ -42,7 +42,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self._rng = np.random.default_rng(self.params.seed)
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._detokenizer = Detokenizer(self.tokenizer)
         self._text = ""
         self._n_emitted = 0
         self._held: tuple[int, tuple[int, ...]] | None = None
@@ -55,15 +55,17 @@ class Request:
         token_id = next_token(logits_V, self.params, self._rng)
         if token_id in self.eos_token_ids:
             self.finish_reason = "stop"
-            return self._emit(len(self._text))
-        self.token_ids.append(token_id)
-        self._text += self._stream.step(self.tokenizer, token_id) or ""
+        else:
+            self.token_ids.append(token_id)
+            self._text += self._detokenizer.step(token_id)
+            if len(self.token_ids) >= self.limit:
+                self.finish_reason = "length"
+        if self.finish_reason is not None:
+            self._text += self._detokenizer.finish()
         found = [at for at in (self._text.find(stop) for stop in self.params.stop) if at >= 0]
         if found:
             self.finish_reason = "stop"
             self._text = self._text[: min(found)]
-        elif len(self.token_ids) >= self.limit:
-            self.finish_reason = "length"
         return self._emit(len(self._text) if self.finish_reason else len(self._text) - self._n_held_back())
 
     def close(self) -> None:

@@ -1,0 +1,107 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from trt_kv.errors import EngineError, TrtKvError, UsageError
+from trt_kv.manifest import FILE_NAME
+
+
+def check_destination(destination: Path, *, replace: bool = False) -> None:
+    """Raise ``UsageError`` where something stands at ``destination`` that may not be replaced."""
+    if os.path.lexists(destination) and not (replace and (destination / FILE_NAME).is_file()):
+        raise UsageError(
+            f"{destination} exists already" + (" and is not an engine" if replace else ""),
+            fix="choose another --out" if replace else "choose another --out, or --force (make: FORCE=1) to replace an engine",
+        )
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder that becomes ``destination`` when the block ends, and vanishes when it fails or is interrupted.
+
+    With ``replace`` an older engine at ``destination`` is exchanged for the new one, and only at the end. Raises ``UsageError``
+    where something else stands there, ``EngineError`` where the disk is full or cannot be written. A process that is killed
+    leaves its hidden folder behind; the next one for the same destination removes it.
+    """
+    check_destination(destination, replace=replace)
+    destination = destination.absolute()
+    folder = destination.with_name(f"{_prefix(destination)}{secrets.token_hex(4)}")
+    try:
+        _remove_leftovers(destination)
+        folder.mkdir(parents=True)
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):  # not every file system has locks; then nothing is ever taken for a leftover
+                held.enter_context(_locked(folder))
+            yield folder
+            _move_into_place(folder, destination)
+    except OSError as error:
+        raise _disk_error(destination, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prefix(destination: Path) -> str:
+    return f".{destination.name}.building-"
+
+
+def _remove_leftovers(destination: Path) -> None:
+    """Remove what killed processes left; a folder whose maker is alive is locked, and one set aside may be the only copy."""
+    if not destination.parent.is_dir():
+        return
+    for leftover in destination.parent.iterdir():
+        if leftover.name.startswith(_prefix(destination)) and (leftover.suffix != ".old" or destination.exists()):
+            with contextlib.suppress(OSError), _locked(leftover):
+                shutil.rmtree(leftover)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process; ``BlockingIOError`` where another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(folder: Path, destination: Path) -> None:
+    """Rename; what stands at ``destination`` is set aside meanwhile and comes back if anything goes wrong."""
+    old = folder.with_name(f"{folder.name}.old")
+    try:
+        if os.path.lexists(destination):
+            destination.rename(old)
+        folder.rename(destination)
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(destination):
+            old.rename(destination)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _disk_error(destination: Path, error: OSError) -> TrtKvError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(_nearest_existing(destination)).free
+        return EngineError(
+            f"the disk is full; nothing was left at {destination}",
+            got=f"{free / 2**20:.0f} MiB free",
+            fix="free some space or choose --out on another disk",
+        )
+    return EngineError(f"cannot write {destination}", got=str(error), fix="check the folder, or choose another --out")
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.exists())
