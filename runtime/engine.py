@@ -60,20 +60,24 @@ class Engine:
         untouched engine whose policy this version applies.
         """
         folder = Path(path)
+        tell = on_progress or _tell_nobody
         manifest = load_manifest(folder)
         _check_applicable(folder, manifest)
         if verify:
-            _verify_with_progress(folder, manifest, on_progress)
+            _verify_with_progress(folder, manifest, tell)
         _check_recipe(folder, manifest)
         executor = OnnxRuntimeExecutor(
             folder / "graphs",
             manifest.pieces,
             manifest.attention_ports,
             n_threads=n_threads,
-            on_piece=None if on_progress is None else lambda done, total: on_progress("opening graphs", done, total),
+            on_piece=lambda done, total: tell("opening graphs", done, total),
         )
         pool = _pool(manifest, cache_tokens)
         runner = ModelRunner(executor, pool, manifest.programs, chunk=chunk, decode_distance=manifest.policy.decode_distance)
+        tell("compiling kernels", 0, 1)
+        runner.warm_up()
+        tell("compiling kernels", 1, 1)
         return cls(folder, manifest, runner, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
     def generate(self, prompt: Prompt, **sampling: Unpack[SamplingOptions]) -> Generation:
@@ -212,15 +216,18 @@ def _check_recipe(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _verify_with_progress(folder: Path, manifest: Manifest, on_progress: OnProgress | None) -> None:
+def _tell_nobody(stage: str, done: int, total: int) -> None:
+    """The progress callback of callers that gave none."""
+
+
+def _verify_with_progress(folder: Path, manifest: Manifest, on_progress: OnProgress) -> None:
     total = sum(record.n_bytes for record in manifest.files.values())
     done = 0
 
     def on_bytes(n_bytes: int) -> None:
         nonlocal done
         done += n_bytes
-        if on_progress is not None:
-            on_progress("checking digests", done, total)
+        on_progress("checking digests", done, total)
 
     verify_files(folder, manifest, on_bytes)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.registry import Kernel, kernel, op_specs
 from trt_kv.program import Program
@@ -19,6 +20,11 @@ class LayerOps:
         self._layers = [
             [(specs[node.op], kernel(node.op, implementation), dict(node.attributes)) for node in nodes] for nodes in program
         ]
+
+    def warm_up(self) -> None:
+        """Run each op once on its spec's first case: kernels that are compiled at their first call are compiled now."""
+        for spec, run in {spec.name: (spec, run) for nodes in self._layers for spec, run, _ in nodes}.values():
+            run(**case_inputs(spec, spec.cases[0]))
 
     @property
     def n_layers(self) -> int:

@@ -43,6 +43,11 @@ class ModelRunner:
         self._evict_nodes = [_evict_node(nodes) for nodes in programs["prefill"]]
         self._evict = kernel("EvictTokens", implementation)
 
+    def warm_up(self) -> None:
+        """Compile what is compiled at its first call (seconds on a fresh installation, milliseconds afterwards)."""
+        self._prefill_ops.warm_up()
+        self._decode_ops.warm_up()
+
     def new_sequence(self) -> SequenceCache:
         return SequenceCache(self.pool, n_layers=self._decode_ops.n_layers, decode_distance=self._decode_distance)
 
