@@ -37,7 +37,7 @@ def wilson_interval(n_right: int, n: int) -> Estimate:
 
 
 def perplexity_interval(losses_D: Sequence[float], n_tokens_D: Sequence[int]) -> Estimate:
-    """exp of the mean loss per token, its interval from the normal approximation of that mean over documents.
+    """exp of the mean loss per token, its interval from the normal approximation of that mean over documents, cut at 1.
 
     ``losses_D``: summed negative log-likelihood of each document's answer in nats; ``n_tokens_D``: the tokens summed over.
     """
@@ -46,7 +46,7 @@ def perplexity_interval(losses_D: Sequence[float], n_tokens_D: Sequence[int]) ->
     mean = losses.sum() / tokens.sum()
     residuals_D = (losses - mean * tokens) / tokens.mean()
     half = Z_95 * float(np.sqrt((residuals_D**2).sum() / (len(losses) - 1) / len(losses)))
-    return Estimate(value=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half))
+    return Estimate(value=math.exp(mean), low=math.exp(max(0.0, mean - half)), high=math.exp(mean + half))
 
 
 def compare_shares(right_D: Sequence[bool], other_D: Sequence[bool]) -> Verdict:

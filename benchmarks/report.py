@@ -1,0 +1,88 @@
+"""``python -m benchmarks.report``: measure quality against kept share on the bundled model, and write the report."""
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from benchmarks import report_measure, report_plots, report_text
+from trt_kv.calibration.evaluation_results import Results
+from trt_kv.cli.progress import progress_bars
+from trt_kv.errors import ReportError, TrtKvError
+from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.engine import EngineRequest, build_engine
+from trt_kv.json_file import write_atomically
+from trt_kv.policies import policy_from_name
+from trt_kv.presets import preset
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMITTED = ROOT / "docs" / "report"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
+
+
+@click.command(help=__doc__)
+@click.option("--quick", is_flag=True, help="a few short documents and two kept shares: a minute, and wide intervals")
+@click.option("--from-results", type=click.Path(path_type=Path), help="measure nothing; render this results file again")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="where to write; default docs/report, with --quick build/report",
+)
+def main(quick: bool, from_results: Path | None, out: Path | None) -> None:
+    """Measure or load results, then write tables and pictures; the committed report also fills the README's table."""
+    out = out or (ROOT / "build" / "report" if quick else COMMITTED)
+    try:
+        results = Results.load(from_results) if from_results else measured(quick=quick)
+        write_report(results, out)
+        if out.resolve() == COMMITTED:
+            content = readme_with_summary(README.read_text(encoding="utf-8"), report_text.summary_markdown(results))
+            write_atomically(README, content.encode(), kind="README", error=ReportError)
+    except TrtKvError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    click.echo(f"report: {out / 'report.md'}")
+
+
+def measured(*, quick: bool) -> Results:
+    """Results on the bundled checkpoint, through an engine built for the purpose."""
+    checkpoint = open_checkpoint(preset("llama3").bundled_folder)
+    settings = report_measure.QUICK_SETTINGS if quick else report_measure.FULL_SETTINGS
+    command = shlex.join(["python", "-m", "benchmarks.report", *(["--quick"] if quick else [])])
+    with progress_bars() as on_progress, tempfile.TemporaryDirectory() as scratch:
+        engine = Path(scratch) / "engine"
+        build_engine(EngineRequest(checkpoint=checkpoint, policy=policy_from_name("full")), engine, on_progress=on_progress)
+        return report_measure.measure(checkpoint, engine, settings, command, on_progress)
+
+
+def write_report(results: Results, out: Path) -> None:
+    """``results.json``, ``report.md``, ``summary.md`` and the pictures, into the folder ``out``."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise ReportError("cannot write the report", got=f"{out}: {cause.strerror or cause}") from cause
+    results.save(out / "results.json")
+    files = {
+        "report.md": report_text.report_markdown(results).encode(),
+        "summary.md": (report_text.summary_markdown(results) + "\n").encode(),
+        **report_plots.pictures(results),
+    }
+    for name, content in files.items():
+        write_atomically(out / name, content, kind="report", error=ReportError)
+
+
+def readme_with_summary(text: str, summary: str) -> str:
+    """``text`` with ``summary`` between its markers. ``ReportError`` where they are not there once, in order."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        raise ReportError(
+            "the README has no place for the report's summary", expected=f"{BEGIN} and {END}, once each, in order"
+        )
+    return f"{before}{BEGIN}\n{summary}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    main()
