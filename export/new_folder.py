@@ -40,6 +40,7 @@ def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # not every file system has locks; then nothing is ever taken for a leftover
                 held.enter_context(_locked(folder))
             yield folder
+            check_destination(destination, replace=replace)
             _move_into_place(folder, destination)
     except OSError as error:
         raise _disk_error(destination, error) from error

@@ -7,6 +7,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+pytest_plugins = ["tests.engines"]
+
 # derandomize: the same examples in CI and at home; no deadline: the first call of a compiled kernel takes seconds.
 hypothesis.settings.register_profile("trt-kv", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("trt-kv")

@@ -1,0 +1,135 @@
+"""Engines that many tests run, each built once per session, and the model they are compared with."""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.checkpoints import write_checkpoint
+from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.engine import EngineRequest, build_engine
+from trt_kv.policies import policy_from_name
+from trt_kv.presets import PRESETS
+from trt_kv.recipe import CREATED_BY, CalibrationRecord, Protected, Recipe, RecipeModel, RecipeScore
+from trt_kv.runtime.engine import Engine
+
+SHARES = (0.72, 0.28, 0.54, 0.5, 0.62, 0.49, 0.53, 0.32)
+"""Kept shares of the 50 % engine: all different, mean 0.5, much like calibrated ones."""
+
+CACHE_TOKENS = 10_000
+CHUNK = 64
+"""Prompt tokens per prefill step, small enough that many prompts need several."""
+
+
+def recipe_for(checkpoint: Checkpoint, kept: Sequence[float], *, budget: float, score: RecipeScore | None = None) -> Recipe:
+    """A recipe with given shares, as if somebody had calibrated it."""
+    return Recipe(
+        method="prefixkv",
+        score=score or RecipeScore(name="mass"),
+        budget=budget,
+        kept=tuple(kept),
+        mass=None,
+        protected=Protected(),
+        model=RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers),
+        calibration=CalibrationRecord(source="made for a test", seed=None, samples=()),
+        curves=None,
+        created_by=CREATED_BY,
+    )
+
+
+def prefixkv_request(checkpoint: Checkpoint, kept: Sequence[float], *, budget: float) -> EngineRequest:
+    policy = dataclasses.replace(policy_from_name("prefixkv"), kept=budget)
+    return EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe_for(checkpoint, kept, budget=budget))
+
+
+def load_for_test(folder: Path) -> Engine:
+    return Engine.load(folder, cache_tokens=CACHE_TOKENS, chunk=CHUNK)
+
+
+def assert_nothing_leaked(engine: Engine) -> None:
+    """Every page of the engine's pool is free again."""
+    engine.runner.pool.check_integrity([])
+
+
+@pytest.fixture(scope="session")
+def bundled_checkpoint() -> Checkpoint:
+    return open_checkpoint(PRESETS["llama3"].bundled_folder)
+
+
+@pytest.fixture(scope="session")
+def bundled_model() -> transformers.PreTrainedModel:
+    """The bundled checkpoint as transformers runs it, in fp32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(PRESETS["llama3"].bundled_folder, dtype="float32")
+    assert isinstance(model, transformers.PreTrainedModel)
+    model.eval()
+    return model
+
+
+@pytest.fixture(scope="session")
+def full_folder(tmp_path_factory: pytest.TempPathFactory, bundled_checkpoint: Checkpoint) -> Path:
+    """An engine of the bundled checkpoint that keeps everything. Not to be changed: copy it first."""
+    folder = tmp_path_factory.mktemp("engines") / "full"
+    build_engine(EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full")), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def half_folder(tmp_path_factory: pytest.TempPathFactory, bundled_checkpoint: Checkpoint) -> Path:
+    """An engine of the bundled checkpoint whose layers keep ``SHARES``. Not to be changed: copy it first."""
+    folder = tmp_path_factory.mktemp("engines") / "half"
+    build_engine(prefixkv_request(bundled_checkpoint, SHARES, budget=0.5), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_folder(tmp_path_factory: pytest.TempPathFactory, bundled_checkpoint: Checkpoint) -> Path:
+    """A prefixkv engine of the bundled checkpoint with a budget of 100 %."""
+    folder = tmp_path_factory.mktemp("engines") / "whole"
+    build_engine(prefixkv_request(bundled_checkpoint, [1.0] * len(SHARES), budget=1.0), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint of 3 layers with odd sizes and the bundled tokenizer."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "qwen3-biases", "qwen3-biases")
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
+    """A prefixkv engine of the small random checkpoint, pages of 5 tokens. Not to be changed: copy it first."""
+    folder = tmp_path_factory.mktemp("engines") / "small"
+    request = prefixkv_request(open_checkpoint(small_checkpoint_folder), (0.6, 0.3, 0.9), budget=0.6)
+    build_engine(dataclasses.replace(request, page_size=5), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_engine(full_folder: Path) -> Engine:
+    return load_for_test(full_folder)
+
+
+@pytest.fixture(scope="session")
+def half_engine(half_folder: Path) -> Engine:
+    return load_for_test(half_folder)
+
+
+@pytest.fixture(scope="session")
+def whole_engine(whole_folder: Path) -> Engine:
+    return load_for_test(whole_folder)
+
+
+@pytest.fixture(scope="session")
+def small_engine(small_folder: Path) -> Engine:
+    return load_for_test(small_folder)
+
+
+@pytest.fixture
+def broken(small_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the small engine that a test may break."""
+    folder = tmp_path / "engine"
+    shutil.copytree(small_folder, folder)
+    return folder

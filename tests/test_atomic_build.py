@@ -1,0 +1,375 @@
+"""A build leaves a whole engine or nothing: on every failure, every interruption and a full disk."""
+
+import errno
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from tests.engines import prefixkv_request
+from trt_kv.cli.app import main
+from trt_kv.errors import EngineError, RecipeError, UsageError
+from trt_kv.export import engine as engine_module
+from trt_kv.export import new_folder as new_folder_module
+from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.engine import EngineRequest, build_engine
+from trt_kv.export.graph import graph_from_checkpoint
+from trt_kv.export.new_folder import new_folder
+from trt_kv.manifest import load_manifest, verify_files
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@pytest.fixture(scope="module")
+def request_(small_checkpoint_folder: Path) -> EngineRequest:
+    return prefixkv_request(open_checkpoint(small_checkpoint_folder), (0.6, 0.3, 0.9), budget=0.6)
+
+
+@pytest.fixture
+def build(request_: EngineRequest, traced: dict[str, ir.Model], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``build_engine`` of the small checkpoint, with graphs that were traced once and are copied for every build."""
+
+    def copied(_checkpoint: Any, program: Any, *, page_size: int) -> ir.Model:
+        return traced["prefill" if len(program[0]) > 1 else "decode"].clone()
+
+    def build_small(destination: Path, *, replace: bool = False, on_progress: OnProgress | None = None) -> None:
+        build_engine(request_, destination, replace=replace, on_progress=on_progress)
+
+    monkeypatch.setattr(engine_module, "graph_from_checkpoint", copied)
+    return build_small
+
+
+@pytest.fixture(scope="module")
+def traced(request_: EngineRequest) -> dict[str, ir.Model]:
+    graphs: dict[str, ir.Model] = {}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def remember(checkpoint: Any, program: Any, *, page_size: int) -> ir.Model:
+            model = graph_from_checkpoint(checkpoint, program, page_size=page_size)
+            graphs["prefill" if len(program[0]) > 1 else "decode"] = model
+            return model
+
+        patch.setattr(engine_module, "graph_from_checkpoint", remember)
+        patch.setattr(engine_module, "save_graphs", stop_here)
+        with pytest.raises(NotImplementedError):
+            engine_module.export_graphs(request_, Path("nowhere"))
+    return graphs
+
+
+def stop_here(*_: Any) -> None:
+    raise NotImplementedError
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    return folder
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and modification time of every file: the very same files, untouched."""
+    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_whole_engine(folder: Path) -> None:
+    verify_files(folder, load_manifest(folder))
+
+
+def progress_calls(build: Callable[..., None], folder: Path) -> int:
+    calls = []
+    build(folder, on_progress=lambda *call: calls.append(call))
+    shutil.rmtree(folder)
+    return len(calls)
+
+
+def raise_at_call(number: int, error: BaseException) -> OnProgress:
+    calls = iter(range(number + 1))
+
+    def on_progress(*_: Any) -> None:
+        if next(calls) == number:
+            raise error
+
+    return on_progress
+
+
+@pytest.fixture
+def no_trace_left() -> Iterator[None]:
+    trace = sys.gettrace()
+    yield
+    sys.settrace(trace)
+
+
+def interrupted_at_line(number: int, module: ModuleType, work: Callable[[], None]) -> bool:
+    """Run ``work`` and raise KeyboardInterrupt at the given line executed in ``module``; False if it never gets there."""
+    remaining = number
+
+    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
+        nonlocal remaining
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        if event == "line":
+            remaining -= 1
+            if remaining < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_ctrl_c_at_any_report_of_progress_leaves_nothing(build: Callable[..., None], home: Path) -> None:
+    n_calls = progress_calls(build, home / "engine")
+    assert n_calls > 10
+    for number in range(n_calls):
+        with pytest.raises(KeyboardInterrupt):
+            build(home / "engine", on_progress=raise_at_call(number, KeyboardInterrupt()))
+        assert contents(home) == []
+
+
+def test_ctrl_c_at_any_line_of_a_build_leaves_nothing_half_made(
+    build: Callable[..., None], home: Path, no_trace_left: None
+) -> None:
+    """After the very last step the engine is whole, and stays."""
+    outcomes: list[list[str]] = []
+    while interrupted_at_line(len(outcomes), engine_module, lambda: build(home / "engine")):
+        outcomes.append(contents(home))
+        if outcomes[-1]:
+            assert_whole_engine(home / "engine")
+            shutil.rmtree(home / "engine")
+    assert len(outcomes) > 20
+    assert [outcome for outcome in outcomes if outcome] == [["engine"]]
+    assert outcomes[-1] == ["engine"]
+
+
+def test_a_failed_rebuild_leaves_the_old_engine_untouched(build: Callable[..., None], home: Path) -> None:
+    build(home / "engine")
+    before = fingerprint(home / "engine")
+    n_calls = progress_calls(build, home / "other")
+    for number, error in ((0, KeyboardInterrupt()), (n_calls // 2, SystemExit(143)), (n_calls - 1, ValueError("a bug"))):
+        with pytest.raises(type(error)):
+            build(home / "engine", replace=True, on_progress=raise_at_call(number, error))
+        assert contents(home) == ["engine"]
+        assert fingerprint(home / "engine") == before
+
+
+def test_a_rebuild_takes_the_old_engines_place(build: Callable[..., None], home: Path) -> None:
+    build(home / "engine")
+    (home / "engine" / "notes.txt").write_text("of the old one")
+    build(home / "engine", replace=True)
+    assert contents(home) == ["engine"]
+    assert_whole_engine(home / "engine")
+    assert not (home / "engine" / "notes.txt").exists()
+
+
+WRITTEN_FILES = ("graphs/weights.data", "graphs/prefill.onnx", "graphs/decode.onnx", "graphs/piece_01.onnx", "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", [*WRITTEN_FILES, "manifest.json"])
+def test_a_full_disk_is_told_and_leaves_nothing(
+    name: str, build: Callable[..., None], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is /dev/full in disguise: every write to it fails as on a full disk."""
+    make = Path.mkdir
+
+    def make_with_a_full_file(folder: Path, *arguments: Any, **options: Any) -> None:
+        make(folder, *arguments, **options)
+        if folder.name == Path(name).parent.name or (folder.name.startswith(".engine.building-") and "/" not in name):
+            (folder / Path(name).name).symlink_to("/dev/full")
+
+    monkeypatch.setattr(Path, "mkdir", make_with_a_full_file)
+    with pytest.raises(EngineError, match="the disk is full") as caught:
+        build(home / "engine")
+    assert "MiB free" in str(caught.value)
+    assert "--out" in str(caught.value)
+    assert contents(home) == []
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("owner", "function"), [(Path, "mkdir"), (Path, "rename"), (shutil, "copyfile"), (os, "fsync")])
+def test_a_disk_that_fills_up_at_any_call_leaves_nothing(
+    owner: Any, function: str, build: Callable[..., None], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, function, no_space)
+    with pytest.raises((EngineError, RecipeError), match=r"the disk is full|No space left on device"):
+        build(home / "engine")
+    assert contents(home) == []
+
+
+def test_a_full_disk_exits_with_1(
+    small_checkpoint_folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine_module, "export_graphs", no_space)
+    out = home / "engine"
+    assert main(["build", "--policy", "full", "--checkpoint", str(small_checkpoint_folder), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert f"error: the disk is full; nothing was left at {out}" in said
+    assert "Traceback" not in said
+    assert contents(home) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told(build: Callable[..., None], home: Path) -> None:
+    (home / "file").write_text("in the way")
+    with pytest.raises(EngineError, match=r"cannot write .*file/engine"):
+        build(home / "file" / "engine")
+    assert contents(home) == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+def test_something_else_at_the_destination_is_never_replaced(kind: str, build: Callable[..., None], home: Path) -> None:
+    destination = home / "precious"
+    match kind:
+        case "file":
+            destination.write_text("text")
+        case "folder":
+            destination.mkdir()
+        case "dangling link":
+            destination.symlink_to(home / "nowhere")
+    for replace, said in ((False, "exists already"), (True, "is not an engine")):
+        with pytest.raises(UsageError, match=said):
+            build(destination, replace=replace)
+        assert contents(home) == ["precious"]
+
+
+def test_an_engine_behind_a_link_is_replaced_and_only_the_link_goes(build: Callable[..., None], home: Path) -> None:
+    build(home / "real")
+    (home / "link").symlink_to(home / "real")
+    build(home / "link", replace=True)
+    assert contents(home) == ["link", "real"]
+    assert not (home / "link").is_symlink()
+    assert_whole_engine(home / "real")
+
+
+def write_generation(destination: Path, generation: str) -> None:
+    """Stands in for a build: two files, the last one the manifest."""
+    with new_folder(destination, replace=True) as folder:
+        (folder / "graph").write_text(generation)
+        (folder / "manifest.json").write_text(generation)
+
+
+def test_ctrl_c_at_any_line_never_costs_the_old_engine(home: Path, no_trace_left: None) -> None:
+    """Whatever line is interrupted, a whole engine stands there, old or new, and the next build cleans up."""
+    destination = home / "engine"
+    number = 0
+    while True:
+        write_generation(destination, f"old {number}")
+        assert contents(home) == ["engine"]
+        rewrite = functools.partial(write_generation, destination, f"new {number}")
+        interrupted = interrupted_at_line(number, new_folder_module, rewrite)
+        generations = {path.read_text() for path in destination.iterdir()}
+        assert contents(destination) == ["graph", "manifest.json"]
+        assert generations in ({f"old {number}"}, {f"new {number}"})
+        if not interrupted:
+            break
+        number += 1
+    assert number > 30
+    assert generations == {f"new {number}"}
+
+
+def test_leftovers_of_killed_builds_go_with_the_next_build(home: Path) -> None:
+    for name in (".engine.building-12ab", ".engine.building-34cd.old", ".other.building-56ef", ".engine"):
+        (home / name / "graphs").mkdir(parents=True)
+    write_generation(home / "engine", "first")
+    assert contents(home) == [".engine", ".engine.building-34cd.old", ".other.building-56ef", "engine"]
+    write_generation(home / "engine", "second")
+    assert contents(home) == [".engine", ".other.building-56ef", "engine"]
+
+
+def test_a_build_that_still_runs_is_no_leftover(home: Path) -> None:
+    with new_folder(home / "engine") as slow:
+        write_generation(home / "engine", "fast")
+        assert slow.is_dir()
+        shutil.rmtree(home / "engine")
+    assert contents(home) == ["engine"]
+
+
+def test_of_two_builds_for_one_destination_the_later_is_refused(home: Path) -> None:
+    slow = new_folder(home / "engine")
+    (slow.__enter__() / "graph").write_text("slow")
+    write_generation(home / "engine", "fast")
+    with pytest.raises(UsageError, match="exists already"):
+        slow.__exit__(None, None, None)
+    assert (home / "engine" / "graph").read_text() == "fast"
+    assert contents(home) == ["engine"]
+
+
+@pytest.fixture
+def start_build(small_checkpoint_folder: Path, home: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts ``trt-kv build`` and waits until it writes (or ``early``: until Python has started)."""
+    processes = []
+
+    def start(*words: str, early: bool = False) -> subprocess.Popen[str]:
+        code = "import sys; print('up', flush=True); from trt_kv.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", code, "build", "--checkpoint", str(small_checkpoint_folder), "--policy", "full"]
+        process = subprocess.Popen(
+            [*command, "--out", str(home / "engine"), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        if early:
+            time.sleep(0.5)
+            return process
+        deadline = time.monotonic() + 60
+        while not any(home.glob(".engine.building-*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code", "early"),
+    [(signal.SIGINT, 130, True), (signal.SIGINT, 130, False), (signal.SIGTERM, 143, False)],
+    ids=["ctrl-c while importing", "ctrl-c while building", "terminated"],
+)
+def test_a_signal_ends_a_build_and_leaves_nothing(
+    number: int, exit_code: int, early: bool, start_build: Callable[..., subprocess.Popen[str]], home: Path
+) -> None:
+    process = start_build(early=early)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == exit_code, said
+    assert "Traceback" not in said
+    assert contents(home) == []
+
+
+def test_a_killed_build_leaves_nothing_that_loads(
+    start_build: Callable[..., subprocess.Popen[str]], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start_build()
+    process.kill()
+    process.wait()
+    (leftover,) = home.iterdir()
+    assert leftover.name.startswith(".engine.building-")
+    assert main(["inspect", str(leftover)]) == 1
+    assert "is not an engine" in capsys.readouterr().err
