@@ -190,12 +190,12 @@ class Results:
         for task, task_data in zip(self.tasks, data["tasks"], strict=True):
             for row, row_data in zip(task.rows, task_data["rows"], strict=True):
                 row_data["summary"] = _summary(task, row)
-        write_atomically(path, (_json_text(data) + "\n").encode(), kind="results file", error=ReportError)
+        write_atomically(path, (_json_text(data) + "\n").encode(), kind="report", error=ReportError)
 
     @classmethod
     def load(cls, path: Path) -> "Results":
         """Read what ``save`` wrote; ``ReportError`` also where a row's summary is not what its documents give."""
-        data = read_json(path, kind="results file", error=ReportError)
+        data = read_json(path, kind="report", error=ReportError)
         if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             raise ReportError(f"{path} is no results file that this version reads", expected=f"{FORMAT} {VERSION}")
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
