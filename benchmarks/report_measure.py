@@ -39,12 +39,11 @@ FULL_SETTINGS = Settings(
     fact_counts=(4, 8, 16, 32),
     documents_per_cell=20,
     follow_up_documents_per_cell=10,
-    text_documents=60,
+    text_documents=40,
     calibration_samples=10,
     calibration_seed=0,
     evaluation_seed=0,
     window=32,
-    page_size=32,
 )
 QUICK_SETTINGS = Settings(
     budgets=(0.2, 0.5),
@@ -58,7 +57,6 @@ QUICK_SETTINGS = Settings(
     calibration_seed=0,
     evaluation_seed=0,
     window=32,
-    page_size=32,
 )
 
 
@@ -152,6 +150,7 @@ def measure(checkpoint: Checkpoint, engine: Path, settings: Settings, command: s
             n_layers=model.n_layers,
             n_parameters=sum(checkpoint.tensor(name).numel() for name in checkpoint.tensor_names),
         ),
+        page_size=harness.pool.page_size,
         page_bytes=harness.pool.page_bytes,
         recipes=tuple(
             RecipeFacts(score=recipe.score.name, budget=recipe.budget, kept=recipe.kept, mass=recipe.mass or 0.0)

@@ -156,7 +156,7 @@ def _memory_table(results: Results) -> str:
             rows.append([f"{variant.label}: {name}", *cells, number(full)])
     told = (
         f"Held by one sequence after a late question of {results.settings.context_length} tokens, mean over documents. Memory"
-        f" is counted in pages of {results.settings.page_size} tokens of one layer ({results.page_bytes} bytes each: keys,"
+        f" is counted in pages of {results.page_size} tokens of one layer ({results.page_bytes} bytes each: keys,"
         " values, positions, scores), of which the last one in each layer is only partly used."
     )
     return f"{told}\n\n{_table(['kept, %', *map(percent, results.settings.budgets), 'full'], rows)}"

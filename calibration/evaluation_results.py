@@ -57,7 +57,6 @@ class Settings:
     calibration_seed: int
     evaluation_seed: int
     window: int
-    page_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,13 +165,14 @@ class TaskResults:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A results file. ``page_bytes``: one page of the KV pool, all its arrays."""
+    """A results file. A page of the KV pool holds ``page_size`` tokens of one layer in ``page_bytes``, all its arrays."""
 
     command: str
     machine: Machine
     versions: Versions
     settings: Settings
     model: ModelFacts
+    page_size: int
     page_bytes: int
     recipes: tuple[RecipeFacts, ...]
     tasks: tuple[TaskResults, ...]

@@ -119,8 +119,8 @@ def test_a_quick_report_shows_what_is_certain(quick: Results) -> None:
         assert recipe.spread > 1.2
     for row in late.rows:
         assert row.kept_tokens == pytest.approx(row.budget * late.row("full", 1.0).kept_tokens, rel=0.02)
-        used = row.kv_bytes / quick.page_bytes * quick.settings.page_size
-        assert row.kept_tokens <= used <= row.kept_tokens + 8 * quick.settings.page_size
+        used = row.kv_bytes / quick.page_bytes * quick.page_size
+        assert row.kept_tokens <= used <= row.kept_tokens + 8 * quick.page_size
 
 
 def test_results_survive_the_file_and_make_the_same_report(quick: Results, tmp_path: Path) -> None:
