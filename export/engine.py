@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from trt_kv.errors import RecipeError, UsageError
+from trt_kv.errors import CheckpointError, RecipeError, UsageError
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.new_folder import new_folder
@@ -45,6 +45,20 @@ class EngineRequest:
             raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
         if self.recipe is not None:
             self.recipe.check_model(digest=self.checkpoint.digest, n_layers=self.checkpoint.config.n_layers)
+            self._check_recipe_is_for_policy(self.recipe)
+
+    def _check_recipe_is_for_policy(self, recipe: Recipe) -> None:
+        policy = self.policy
+        window = policy.window if policy.score == "window" else None
+        wanted = (policy.score, window, policy.kept, policy.sinks, policy.recent)
+        made = (recipe.score.name, recipe.score.window, recipe.budget, recipe.protected.sinks, recipe.protected.recent)
+        if not policy.needs_recipe or made != wanted:
+            raise RecipeError(
+                f"the recipe is not for policy {policy.name!r}",
+                got=f"score, window, budget, sinks, recent: {made}",
+                expected=wanted if policy.needs_recipe else "no recipe",
+                fix="take the policy's fields from the recipe, or calibrate one for the policy",
+            )
 
     @property
     def kept_shares(self) -> list[float] | None:
@@ -82,6 +96,7 @@ def build_engine(
     All or nothing: the folder is made under another name and renamed when complete. Raises ``UsageError`` where something
     else stands at ``destination``, ``EngineError`` where the disk is full or cannot be written.
     """
+    _check_tokenizer(request.checkpoint)
     with new_folder(destination, replace=replace) as folder:
         graphs = folder / GRAPHS
         graphs.mkdir()
@@ -98,6 +113,16 @@ def build_engine(
         manifest.save(folder)
         _tell(on_progress, "computing digests", 1, 1)
     return manifest
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    if not any(path.name == "tokenizer.json" for path in checkpoint.tokenizer_files):
+        raise CheckpointError(
+            f"{checkpoint.folder} has no tokenizer.json",
+            got=", ".join(path.name for path in checkpoint.tokenizer_files),
+            expected="the tokenizer as one tokenizer.json",
+            fix="save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
 
 
 def _load_graph(folder: Path, name: str) -> onnx.ModelProto:

@@ -171,7 +171,7 @@ def _append_tensor(file: BinaryIO, name: str, tensor: ir.TensorProtocol | None, 
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
     offset = file.tell()
     array = tensor.numpy()
-    file.write(memoryview(array).cast("B"))
+    file.write(array.data)
     return ir.ExternalTensor(
         WEIGHTS_FILE, offset, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name, base_dir=folder
     )

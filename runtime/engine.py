@@ -1,20 +1,19 @@
 """Engine folder -> text."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Unpack
 
 from tokenizers import Tokenizer
 
-from trt_kv.errors import CapacityError, EngineError, UsageError
+from trt_kv.errors import EngineError, UsageError
 from trt_kv.manifest import Manifest, load_manifest, verify_files
-from trt_kv.opspec import OP_VERSION
-from trt_kv.plugins.registry import op_specs
-from trt_kv.policy import kept_tokens
-from trt_kv.recipe import Recipe
+from trt_kv.runtime.admission import Admission
+from trt_kv.runtime.applicable import check_applicable, check_recipe
+from trt_kv.runtime.detokenizer import load_tokenizer
 from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
 from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
@@ -23,8 +22,6 @@ Prompt = str | Sequence[int]
 """Text, or token ids that are used as they are."""
 
 OnProgress = Callable[[str, int, int], None]
-FLOAT32_ROUNDING = 1e-6
-"""ONNX attributes are fp32; recipes are written in decimal."""
 
 
 class Engine:
@@ -40,6 +37,8 @@ class Engine:
         self.manifest = manifest
         self.runner = runner
         self.tokenizer = tokenizer
+        protected = manifest.policy.sinks + manifest.policy.recent
+        self._admission = Admission(runner.pool, kept_shares=manifest.kept_shares, n_protected=protected)
 
     @classmethod
     def load(
@@ -59,13 +58,15 @@ class Engine:
         tokens per prefill step. ``n_threads`` 0: one per core. Raises ``EngineError`` for anything that is not a complete,
         untouched engine whose policy this version applies.
         """
+        _check_load_options(cache_tokens, chunk, n_threads)
         folder = Path(path)
         tell = on_progress or _tell_nobody
         manifest = load_manifest(folder)
-        _check_applicable(folder, manifest)
+        check_applicable(folder, manifest)
         if verify:
             _verify_with_progress(folder, manifest, tell)
-        _check_recipe(folder, manifest)
+        check_recipe(folder, manifest)
+        tokenizer = load_tokenizer(folder / "tokenizer.json", error=EngineError)
         executor = OnnxRuntimeExecutor(
             folder / "graphs",
             manifest.pieces,
@@ -78,7 +79,7 @@ class Engine:
         tell("compiling kernels", 0, 1)
         runner.warm_up()
         tell("compiling kernels", 1, 1)
-        return cls(folder, manifest, runner, Tokenizer.from_file(str(folder / "tokenizer.json")))
+        return cls(folder, manifest, runner, tokenizer)
 
     def generate(self, prompt: Prompt, **sampling: Unpack[SamplingOptions]) -> Generation:
         """Continue one prompt; options as in ``SamplingParams``. ``UsageError`` and ``CapacityError`` come before it starts."""
@@ -104,6 +105,8 @@ class Engine:
 
     def _admit(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Request]:
         """Requests for prompts that fit the model and, together and at their largest, the pool."""
+        if isinstance(prompts, str):
+            raise UsageError("a batch is a list of prompts", got="one text", expected="a list", fix="call generate()")
         config = self.manifest.config
         requests = []
         for prompt in prompts:
@@ -119,37 +122,21 @@ class Engine:
                     sequence=self.runner.new_sequence(),
                 )
             )
-        self._check_capacity(requests)
+        self._admission.check(requests)
         return requests
-
-    def _check_capacity(self, requests: Sequence[Request]) -> None:
-        """Refuse requests that cannot all be served to their end; prompts are read one after the other, then all decode."""
-        pool, shares = self.runner.pool, self.manifest.kept_shares
-        settled = 0
-        for request in requests:
-            n_prompt = len(request.prompt_ids)
-            prefilling = settled + len(shares) * _pages(n_prompt, pool.page_size)
-            protected = self.manifest.policy.sinks + self.manifest.policy.recent
-            tokens = (kept_tokens(n_prompt, share) + protected + request.limit for share in shares)
-            settled += sum(_pages(n, pool.page_size) for n in tokens)
-            if max(prefilling, settled) > pool.n_free:
-                raise CapacityError(
-                    "the KV pool is too small for this request",
-                    got=f"up to {max(prefilling, settled)} pages needed, {pool.n_free} free of {pool.n_pages}",
-                    fix="load the engine with more cache_tokens, or send shorter or fewer prompts at once",
-                )
 
     def _run(self, requests: Sequence[Request], on_prefill: Callable[[int], None] | None = None) -> Iterator[tuple[int, str]]:
         """Prefill each request, then decode all unfinished ones together; yields (request index, new text)."""
         try:
-            for index, request in enumerate(requests):
-                logits_V = self.runner.prefill(request.sequence, request.prompt_ids, on_chunk=on_prefill)
-                yield index, request.accept(logits_V)
-            while running := [i for i, request in enumerate(requests) if request.finish_reason is None]:
-                batch = [requests[i] for i in running]
-                logits_BV = self.runner.decode([r.sequence for r in batch], [r.token_ids[-1] for r in batch])
-                for index, logits_V in zip(running, logits_BV, strict=True):
-                    yield index, requests[index].accept(logits_V)
+            with self._admission.promise(requests):
+                for index, request in enumerate(requests):
+                    logits_V = self.runner.prefill(request.sequence, request.prompt_ids, on_chunk=on_prefill)
+                    yield index, request.accept(logits_V)
+                while running := [i for i, request in enumerate(requests) if request.finish_reason is None]:
+                    batch = [requests[i] for i in running]
+                    logits_BV = self.runner.decode([r.sequence for r in batch], [r.token_ids[-1] for r in batch])
+                    for index, logits_V in zip(running, logits_BV, strict=True):
+                        yield index, requests[index].accept(logits_V)
         finally:
             for request in requests:
                 request.close()
@@ -187,33 +174,14 @@ def _check_prompt(prompt: Prompt, ids: Sequence[int], max_positions: int, vocab_
         )
 
 
-def _check_applicable(folder: Path, manifest: Manifest) -> None:
-    """Refuse an engine whose target or ops this version does not run."""
-    known = dict.fromkeys(op_specs(), OP_VERSION)
-    unknown = {op: version for op, version in manifest.op_versions.items() if known.get(op) != version}
-    if unknown or manifest.target != "onnxruntime":
-        raise EngineError(
-            f"this version of trt-kv does not run {folder}",
-            got=f"target {manifest.target!r}, ops {dict(manifest.op_versions)}",
-            expected=f"target 'onnxruntime', ops among {known}",
-            fix="build the engine again",
-        )
-
-
-def _check_recipe(folder: Path, manifest: Manifest) -> None:
-    """The recipe beside the graphs must be the one whose shares stand in them."""
-    if not manifest.policy.needs_recipe:
-        return
-    recipe = Recipe.load(folder / "recipe.json")
-    recipe.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
-    differences = [abs(a - b) for a, b in zip(recipe.kept, manifest.kept_shares, strict=True)]
-    if max(differences) > FLOAT32_ROUNDING:
-        raise EngineError(
-            f"{folder} does not apply its recipe",
-            got=manifest.kept_shares,
-            expected=list(recipe.kept),
-            fix="build the engine again",
-        )
+def _check_load_options(cache_tokens: int | None, chunk: int, n_threads: int) -> None:
+    for name, valid, got, expected in (
+        ("cache_tokens", cache_tokens is None or cache_tokens >= 1, cache_tokens, "tokens >= 1, or None"),
+        ("chunk", chunk >= 1, chunk, "tokens >= 1"),
+        ("n_threads", n_threads >= 0, n_threads, "threads >= 1, or 0: one per core"),
+    ):
+        if not valid:
+            raise UsageError(f"bad {name}", got=got, expected=expected)
 
 
 def _tell_nobody(stage: str, done: int, total: int) -> None:
@@ -237,10 +205,7 @@ def _pool(manifest: Manifest, cache_tokens: int | None) -> KvPool:
     config = manifest.config
     token_bytes = config.n_layers * (2 * config.n_kv_heads * config.head_dim * 4 + 12)
     if cache_tokens is None:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        cache_tokens = min(2 * config.max_positions, free_bytes // 2 // token_bytes)
-    if cache_tokens < 1:
-        raise UsageError("the KV pool must hold tokens", got=cache_tokens, expected="cache_tokens >= 1")
+        cache_tokens = max(1, min(2 * config.max_positions, available_bytes() // 2 // token_bytes))
     return KvPool(
         n_pages=config.n_layers * _pages(cache_tokens, manifest.page_size),
         page_size=manifest.page_size,

@@ -62,7 +62,7 @@ class Request:
                 self.finish_reason = "length"
         if self.finish_reason is not None:
             self._text += self._detokenizer.finish()
-        found = [at for at in (self._text.find(stop) for stop in self.params.stop) if at >= 0]
+        found = [at for at in (self._text.find(stop) for stop in self.params.stop_texts) if at >= 0]
         if found:
             self.finish_reason = "stop"
             self._text = self._text[: min(found)]
@@ -96,4 +96,6 @@ class Request:
 
     def _n_held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        return max((n for stop in self.params.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)
+        return max(
+            (n for stop in self.params.stop_texts for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0
+        )

@@ -1,5 +1,6 @@
 """Next-token choice: greedy, or temperature with top-k and nucleus (top-p, arXiv 1904.09751) filtering."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -13,7 +14,8 @@ from trt_kv.plugins.paging import Floats
 class SamplingParams:
     """How one request is continued. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter nothing.
 
-    The same ``seed`` gives the same tokens, whatever else is in the batch.
+    ``stop``: one text or several that end the answer and are not part of it. The same ``seed`` gives the same tokens, whatever
+    else is in the batch.
     """
 
     max_new_tokens: int = 128
@@ -21,7 +23,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
@@ -30,10 +32,14 @@ class SamplingParams:
             ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
             ("top_k", self.top_k >= 0, "an integer >= 0; 0 is no limit"),
             ("seed", self.seed >= 0, "an integer >= 0"),
-            ("stop", "" not in self.stop, "strings that are not empty"),
+            ("stop", all(self.stop_texts), "texts that are not empty"),
         ):
             if not valid:
                 raise UsageError(f"bad {name}", got=getattr(self, name), expected=expected)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -44,7 +50,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     top_k: int
     seed: int
-    stop: tuple[str, ...]
+    stop: str | Sequence[str]
 
 
 def next_token(logits_V: Floats, params: SamplingParams, rng: np.random.Generator) -> int:
@@ -54,7 +60,8 @@ def next_token(logits_V: Floats, params: SamplingParams, rng: np.random.Generato
     order = np.argsort(-logits_V, kind="stable")
     if params.top_k:
         order = order[: params.top_k]
-    scaled = (logits_V[order].astype(np.float64) - logits_V[order[0]]) / params.temperature
+    with np.errstate(over="ignore"):
+        scaled = (logits_V[order].astype(np.float64) - logits_V[order[0]]) / params.temperature
     probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     nucleus = np.cumsum(probabilities) - probabilities < params.top_p

@@ -5,7 +5,6 @@ Heavy imports stand inside the functions, because the commands import this modul
 
 import dataclasses
 import math
-import os
 import random
 import shlex
 import tempfile
@@ -18,7 +17,7 @@ import click
 from trt_kv.cli.progress import OnProgress, progress_bars
 from trt_kv.cli.requests import CalibrationPlan, GenerationRequest, ModelSource
 from trt_kv.cli.termination import termination_unwinds
-from trt_kv.errors import EngineError, UsageError
+from trt_kv.errors import CheckpointError, EngineError, UsageError
 from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
 from trt_kv.manifest import load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
@@ -160,9 +159,10 @@ def _calibration_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
     """fp32 where the weights then fit into half of the free memory; else the checkpoint's own type, mapped from its files."""
     import torch
 
+    from trt_kv.runtime.memory import available_bytes
+
     n_weights = sum(math.prod(shape) for shape in checkpoint.config.tensor_shapes().values())
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return torch.float32 if 4 * n_weights < free_bytes // 2 else checkpoint.tensor(checkpoint.tensor_names[0]).dtype
+    return torch.float32 if 4 * n_weights < available_bytes() // 2 else checkpoint.tensor(checkpoint.tensor_names[0]).dtype
 
 
 def _open(source: ModelSource) -> "Checkpoint":
@@ -196,10 +196,9 @@ def _calibrated(checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan,
 
 def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan) -> tuple[list[list[int]], str]:
     """Token ids of the calibration prompts, and where they come from."""
-    from tokenizers import Tokenizer
-
     from trt_kv.calibration.prompt_files import prompts_from_file
     from trt_kv.calibration.tasks import calibration_prompts
+    from trt_kv.runtime.detokenizer import load_tokenizer
 
     limit = checkpoint.config.max_positions
     if plan.prompts is None:
@@ -208,7 +207,7 @@ def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan) -> tup
     else:
         texts, where = prompts_from_file(plan.prompts), plan.prompts.name
         texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(checkpoint.folder / "tokenizer.json", error=CheckpointError)
     prompts = [list(tokenizer.encode(text).ids) for text in texts]
     for text, ids in zip(texts, prompts, strict=True):
         if len(ids) > limit:

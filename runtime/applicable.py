@@ -1,0 +1,87 @@
+"""Whether this runtime will apply the policy that an engine was built for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from trt_kv.errors import EngineError
+from trt_kv.manifest import Manifest
+from trt_kv.opspec import OP_VERSION
+from trt_kv.plugins.registry import op_specs
+from trt_kv.program import AttributeValue, OpNode, Program, program_of
+from trt_kv.recipe import Recipe, RecipeScore
+
+FLOAT32_ROUNDING = 1e-6
+"""ONNX attributes are fp32; recipes and policies are written in decimal."""
+
+
+def check_applicable(folder: Path, manifest: Manifest) -> None:
+    """``EngineError`` for a target, type or op that this version does not run, or KV ops that are not the policy's."""
+    known = dict.fromkeys(op_specs(), OP_VERSION)
+    unknown = {op: version for op, version in manifest.op_versions.items() if known.get(op) != version}
+    if unknown or manifest.target != "onnxruntime" or manifest.dtype != "float32":
+        raise EngineError(
+            f"this version of trt-kv does not run {folder}",
+            got=f"target {manifest.target!r}, {manifest.dtype}, ops {dict(manifest.op_versions)}",
+            expected=f"target 'onnxruntime', float32, ops among {known}",
+            fix="build the engine again",
+        )
+    shares = manifest.kept_shares if manifest.policy.needs_recipe else None
+    for phase, program in manifest.programs.items():
+        config = manifest.config
+        expected = program_of(
+            manifest.policy, phase=phase, n_layers=config.n_layers, scale=config.head_dim**-0.5, kept_shares=shares
+        )
+        differing = [
+            layer
+            for layer, (nodes, others) in enumerate(zip(program, expected, strict=False))
+            if not _same_nodes(nodes, others)
+        ]
+        if differing or len(program) != len(expected):
+            layer = differing[0] if differing else min(len(program), len(expected))
+            raise EngineError(
+                f"layer {layer} of the {phase} graph of {folder} does not apply the policy {manifest.policy.name!r}",
+                got=_shown(program, layer),
+                expected=_shown(expected, layer),
+                fix="build the engine again",
+            )
+
+
+def check_recipe(folder: Path, manifest: Manifest) -> None:
+    """The recipe beside the graphs must be for this model and policy, and its shares those that stand in the graphs."""
+    policy = manifest.policy
+    if not policy.needs_recipe:
+        return
+    recipe = Recipe.load(folder / "recipe.json")
+    recipe.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
+    score = RecipeScore(name=policy.score, window=policy.window if policy.score == "window" else None)
+    shares_differ = not _same_numbers(recipe.kept, manifest.kept_shares)
+    if shares_differ or recipe.score != score or not _same_numbers([recipe.budget], [policy.kept]):
+        raise EngineError(
+            f"{folder} does not apply its recipe",
+            got=f"graphs: {score}, budget {policy.kept}, {manifest.kept_shares}",
+            expected=f"recipe: {recipe.score}, budget {recipe.budget}, {list(recipe.kept)}",
+            fix="build the engine again",
+        )
+
+
+def _same_nodes(nodes: Sequence[OpNode], others: Sequence[OpNode]) -> bool:
+    return [node.op for node in nodes] == [other.op for other in others] and all(
+        node.attributes.keys() == other.attributes.keys()
+        and all(_same_value(value, other.attributes[name]) for name, value in node.attributes.items())
+        for node, other in zip(nodes, others, strict=True)
+    )
+
+
+def _same_value(value: AttributeValue, expected: AttributeValue) -> bool:
+    if isinstance(value, float) and isinstance(expected, float | int):
+        return abs(value - expected) <= FLOAT32_ROUNDING
+    return value == expected
+
+
+def _same_numbers(numbers: Sequence[float], others: Sequence[float]) -> bool:
+    return len(numbers) == len(others) and all(map(_same_value, map(float, numbers), others))
+
+
+def _shown(program: Program, layer: int) -> str:
+    nodes = program[layer] if layer < len(program) else ()
+    return ", ".join(f"{node.op}({dict(node.attributes)})" for node in nodes) or "no KV op"
