@@ -11,6 +11,9 @@ from typing import Literal
 DOMAIN = "trt_kv"
 OP_VERSION = 1
 
+PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)}
+"""On every node beside the spec's attributes: TensorRT looks its plugin up by these. They mean nothing to anybody else."""
+
 DType = Literal["float", "float32", "int64"]
 AttributeType = Literal["int", "float", "string"]
 
