@@ -1,0 +1,52 @@
+"""CachedAttention in standard ONNX ops. Holds the N x Z logits of all query heads in memory."""
+
+import onnx_ir as ir
+
+from trt_kv.plugins.onnx_function import FunctionBody
+from trt_kv.plugins.onnx_paging import HIDDEN, half_of_kv, logits_KGNZ, paged_sequences, size, visible_NZ, write_slots
+
+
+def body(
+    f: FunctionBody,
+    *,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    positions: ir.Value,
+    cu_tokens: ir.Value,
+    slots: ir.Value,
+    page_table: ir.Value,
+    kv_len: ir.Value,
+    kv: ir.Value,
+    token_positions: ir.Value,
+) -> tuple[ir.Value, ...]:
+    """Spec: ``spec.py``. Returns out, lse, kv_out, token_positions_out."""
+    slots_N = f.Gather(slots, f.attribute("layer"))
+    kv_out = _append(f, kv, slots_N, f.Concat(k, v, axis=1))
+    token_positions_out = write_slots(f, token_positions, slots_N, positions)
+
+    cached = paged_sequences(f, page_table, kv_len, token_positions_out)
+    k_KZD = half_of_kv(f, kv_out, cached.pages_X, 0)
+    v_KZD = f.Where(f.Reshape(cached.live_BS, [-1, 1]), half_of_kv(f, kv_out, cached.pages_X, 1), 0.0)
+    logits = f.Where(visible_NZ(f, cached, positions, cu_tokens), logits_KGNZ(f, q, k_KZD), HIDDEN)
+
+    largest = f.ReduceMax(logits, [3])
+    weights = f.Exp(f.Sub(logits, largest))
+    total = f.ReduceSum(weights, [3])
+    sums_KGND = f.MatMul(weights, f.Unsqueeze(v_KZD, [1]))
+    out_NKGD = f.Transpose(f.Div(sums_KGND, total), perm=[2, 0, 1, 3])
+    out = f.CastLike(f.Reshape(out_NKGD, f.Shape(q)), q)
+    lse = f.Reshape(f.Transpose(f.Add(largest, f.Log(total)), perm=[2, 0, 1, 3]), [0, -1])
+    return out, lse, kv_out, token_positions_out
+
+
+def _append(f: FunctionBody, kv: ir.Value, slots_N: ir.Value, new_NRD: ir.Value) -> ir.Value:
+    """kv with the R = 2K rows of each new token in its slot; a page is R blocks of P rows."""
+    n_rows = size(f, new_NRD, 1)
+    page_size = size(f, kv, 3)
+    page_N1 = f.Unsqueeze(f.Div(slots_N, page_size), [1])
+    offset_N1 = f.Unsqueeze(f.Mod(slots_N, page_size), [1])
+    block_NR = f.Add(f.Mul(page_N1, n_rows), f.Range(0, n_rows, 1))
+    row_NR = f.Add(f.Mul(block_NR, page_size), offset_N1)
+    rows = f.Reshape(kv, f.Concat([-1], f.Shape(kv, start=4), axis=0))
+    return f.Reshape(f.ScatterND(rows, f.Unsqueeze(row_NR, [2]), new_NRD), f.Shape(kv))

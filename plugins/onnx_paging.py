@@ -1,0 +1,102 @@
+"""Paged KV state in standard ONNX ops, for the bodies of the ops (``plugins/<op>/onnx_op.py``).
+
+Every sequence is looked at through its whole page table, side by side with the others, so that no shape depends on data:
+X = B * T pages of all tables, S = T * P slots of one table, Z = B * S slots of all tables. Entries of -1 read page 0 and are
+masked; what slots hold beyond a sequence's length is unknown and may be NaN.
+"""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from trt_kv.plugins.onnx_function import FunctionBody
+
+FLOAT = ir.DataType.FLOAT
+HIDDEN = -3.4e38
+"""The logit of a token that a query may not see. Finite, so that a row without any visible token makes no NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedSequences:
+    """The cached tokens of all sequences in the node's layer."""
+
+    table_X: ir.Value
+    """The page tables as given, -1 included."""
+    pages_X: ir.Value
+    """The same with page 0 for -1."""
+    pages_BT: ir.Value
+    n_cached_B1: ir.Value
+    slots_S: ir.Value
+    """0 .. S - 1."""
+    positions_BS: ir.Value
+    live_BS: ir.Value
+    """Whether the slot holds a token of the sequence."""
+
+
+def paged_sequences(f: FunctionBody, page_table: ir.Value, kv_len: ir.Value, token_positions: ir.Value) -> PagedSequences:
+    """Look up the layer's rows of the step tensors and the positions that the sequences' slots hold."""
+    layer = f.attribute("layer")
+    table_BT = f.Gather(page_table, layer)
+    pages_BT = f.Max(table_BT, 0)
+    positions_BS = slots_of(f, token_positions, pages_BT)
+    n_cached_B1 = f.Unsqueeze(f.Gather(kv_len, layer), [1])
+    slots_S = f.Range(0, size(f, positions_BS, 1), 1)
+    return PagedSequences(
+        table_X=f.Reshape(table_BT, [-1]),
+        pages_X=f.Reshape(pages_BT, [-1]),
+        pages_BT=pages_BT,
+        n_cached_B1=n_cached_B1,
+        slots_S=slots_S,
+        positions_BS=positions_BS,
+        live_BS=f.Less(slots_S, n_cached_B1),
+    )
+
+
+def size(f: FunctionBody, x: ir.Value, axis: int) -> ir.Value:
+    """Scalar: how long ``axis`` is."""
+    return f.Squeeze(f.Shape(x, start=axis, end=axis + 1))
+
+
+def slots_of(f: FunctionBody, pool_MP: ir.Value, pages_BT: ir.Value) -> ir.Value:
+    """[B, S]: what a per-slot pool holds in the pages."""
+    return f.Reshape(f.Gather(pool_MP, pages_BT), [0, -1])
+
+
+def half_of_kv(f: FunctionBody, kv: ir.Value, pages_X: ir.Value, half: int) -> ir.Value:
+    """[K, Z, D] fp32: keys (half 0) or values (half 1) in the pages."""
+    half_XKPD = f.Gather(f.Gather(kv, pages_X), half, axis=1)
+    shape = f.Concat([0, -1], f.Shape(kv, start=4), axis=0)
+    return f.Cast(f.Reshape(f.Transpose(half_XKPD, perm=[1, 0, 2, 3]), shape), to=FLOAT)
+
+
+def logits_KGNZ(f: FunctionBody, q_NHD: ir.Value, k_KZD: ir.Value) -> ir.Value:
+    """Scaled q.k of every query head with every slot, by KV head and query head within its group; fp32."""
+    grouped = f.Concat([0], f.Shape(k_KZD, end=1), [-1], f.Shape(k_KZD, start=2), axis=0)
+    q_NKGD = f.Reshape(f.Mul(f.Cast(q_NHD, to=FLOAT), f.attribute("scale")), grouped)
+    q_KGND = f.Transpose(q_NKGD, perm=[1, 2, 0, 3])
+    return f.MatMul(q_KGND, f.Unsqueeze(f.Transpose(k_KZD, perm=[0, 2, 1]), [1]))
+
+
+def visible_NZ(f: FunctionBody, cached: PagedSequences, positions: ir.Value, cu_tokens: ir.Value) -> ir.Value:
+    """Whether a query may see a slot: a token of its own sequence at a position not greater than its own."""
+    rows_N1 = f.Unsqueeze(f.Range(0, size(f, positions, 0), 1), [1])
+    first_B = f.Slice(cu_tokens, [0], [-1])
+    end_B = f.Slice(cu_tokens, [1], f.Shape(cu_tokens))
+    own_NB1 = f.Unsqueeze(f.And(f.GreaterOrEqual(rows_N1, first_B), f.Less(rows_N1, end_B)), [2])
+    past_NBS = f.LessOrEqual(cached.positions_BS, f.Unsqueeze(positions, [1, 2]))
+    return f.Reshape(f.And(f.And(own_NB1, cached.live_BS), past_NBS), [0, -1])
+
+
+def write_slots(f: FunctionBody, pool_MP: ir.Value, slots_N: ir.Value, values_N: ir.Value) -> ir.Value:
+    """The per-slot pool with ``values_N`` in the slots."""
+    flat = f.ScatterND(f.Reshape(pool_MP, [-1]), f.Unsqueeze(slots_N, [1]), values_N)
+    return f.Reshape(flat, f.Shape(pool_MP))
+
+
+def write_pages(f: FunctionBody, pool_M: ir.Value, table_X: ir.Value, pages_X: ir.Value) -> ir.Value:
+    """The pool, [M, ...], with the pages, [X, ...], at the table's entries; those at -1 go to spare pages that are cut off."""
+    n_pages = f.Shape(pool_M, end=1)
+    spare_X = f.Add(f.Range(0, size(f, table_X, 0), 1), n_pages)
+    target_X = f.Where(f.Less(table_X, 0), spare_X, table_X)
+    written = f.ScatterND(f.Concat(pool_M, pages_X, axis=0), f.Unsqueeze(target_X, [1]), pages_X)
+    return f.Slice(written, [0], n_pages)
