@@ -20,12 +20,12 @@ from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.decoder import Decoder
 from trt_kv.model_config import ModelConfig
 from trt_kv.opspec import TensorSpec
+from trt_kv.plugins.onnx_function import OPSET, onnx_function
 from trt_kv.plugins.onnx_node import emit_node
 from trt_kv.plugins.registry import op_specs
 from trt_kv.plugins.tensors import POSITIONS
 from trt_kv.program import Program
 
-OPSET = 23
 WEIGHTS_FILE = "weights.data"
 TRACED_EXACTLY = 4096
 """Weights of at most this many elements are traced with their values: the exporter shares small tensors that are equal."""
@@ -65,6 +65,9 @@ def graph_from_checkpoint(checkpoint: Checkpoint, program: Program, *, page_size
         )
     assert exported is not None
     _use_checkpoint_weights(exported.model, checkpoint)
+    for spec in module.specs:
+        function = onnx_function(spec)
+        exported.model.functions[function.identifier()] = function
     exported.model.producer_name = "trt-kv"
     for node in exported.model.graph:
         node.metadata_props.clear()  # the exporter's stack traces: paths of this machine
@@ -95,12 +98,13 @@ class _TokenFlatModule(nn.Module):
         super().__init__()
         self.decoder = decoder
         self._program = program
-        specs = [spec for name, spec in op_specs().items() if any(node.op == name for nodes in program for node in nodes)]
-        made = {"q", "k", "v"} | {t.name for spec in specs for t in spec.outputs}
-        read = {t.name: t for spec in specs for t in spec.inputs if not t.optional and t.name not in made}
-        self._states = {t.name: t for spec in specs for t in spec.states}
+        used = {node.op for nodes in program for node in nodes}
+        self.specs = [spec for name, spec in op_specs().items() if name in used]
+        made = {"q", "k", "v"} | {t.name for spec in self.specs for t in spec.outputs}
+        read = {t.name: t for spec in self.specs for t in spec.inputs if not t.optional and t.name not in made}
+        self._states = {t.name: t for spec in self.specs for t in spec.states}
         self._step = {name: t for name, t in read.items() if name not in self._states}
-        self._results = [t.name for spec in specs if spec.name == "EvictTokens" for t in spec.outputs]
+        self._results = [t.name for spec in self.specs if spec.name == "EvictTokens" for t in spec.outputs]
         self._n_layers = len(program)
 
     @property
