@@ -80,8 +80,8 @@ def logits_KGNZ(f: FunctionBody, q_NHD: ir.Value, k_KZD: ir.Value) -> ir.Value:
 def visible_NZ(f: FunctionBody, cached: PagedSequences, positions: ir.Value, cu_tokens: ir.Value) -> ir.Value:
     """Whether a query may see a slot: a token of its own sequence at a position not greater than its own."""
     rows_N1 = f.Unsqueeze(f.Range(0, size(f, positions, 0), 1), [1])
-    first_B = f.Slice(cu_tokens, [0], [-1])
-    end_B = f.Slice(cu_tokens, [1], f.Shape(cu_tokens))
+    first_B = f.Slice(cu_tokens, [0], [-1], [0])
+    end_B = f.Slice(cu_tokens, [1], f.Shape(cu_tokens), [0])
     own_NB1 = f.Unsqueeze(f.And(f.GreaterOrEqual(rows_N1, first_B), f.Less(rows_N1, end_B)), [2])
     past_NBS = f.LessOrEqual(cached.positions_BS, f.Unsqueeze(positions, [1, 2]))
     return f.Reshape(f.And(f.And(own_NB1, cached.live_BS), past_NBS), [0, -1])
@@ -99,4 +99,4 @@ def write_pages(f: FunctionBody, pool_M: ir.Value, table_X: ir.Value, pages_X: i
     spare_X = f.Add(f.Range(0, size(f, table_X, 0), 1), n_pages)
     target_X = f.Where(f.Less(table_X, 0), spare_X, table_X)
     written = f.ScatterND(f.Concat(pool_M, pages_X, axis=0), f.Unsqueeze(target_X, [1]), pages_X)
-    return f.Slice(written, [0], n_pages)
+    return f.Slice(written, [0], n_pages, [0])
