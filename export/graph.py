@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.decoder import Decoder
 from trt_kv.model_config import ModelConfig
-from trt_kv.opspec import TensorSpec
+from trt_kv.opspec import DOMAIN, TensorSpec
 from trt_kv.plugins.onnx_function import OPSET, onnx_function
 from trt_kv.plugins.onnx_node import emit_node
 from trt_kv.plugins.registry import op_specs
@@ -71,6 +71,8 @@ def graph_from_checkpoint(checkpoint: Checkpoint, program: Program, *, page_size
     exported.model.producer_name = "trt-kv"
     for node in exported.model.graph:
         node.metadata_props.clear()  # the exporter's stack traces: paths of this machine
+        if node.domain == DOMAIN:
+            node.name = f"layer_{node.attributes['layer'].as_int()}/{node.op_type}"
     return exported.model
 
 
