@@ -35,8 +35,6 @@ def onnx_function(spec: OpSpec, *, with_optional_inputs: bool = False) -> ir.Fun
     graph = ir.Graph(list(inputs.values()), list(outputs), nodes=f.nodes, opset_imports={"": OPSET}, name=spec.name)
     for value, name in zip(outputs, spec.output_names, strict=True):
         value.name = name
-    for node in graph:
-        node.name = None  # a name would stand in TensorRT's network once per call
     attributes = [_declared(a) for a in spec.attributes]
     attributes += [ir.AttrString(name, value) for name, value in PLUGIN_ATTRIBUTES.items()]
     return ir.Function(DOMAIN, spec.name, graph=graph, attributes=attributes)
