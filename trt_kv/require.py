@@ -46,3 +46,21 @@ def missing_dependency(error: ModuleNotFoundError) -> MissingDependencyError | N
     if command is None:
         return None
     return MissingDependencyError(f"the package {package!r} is not installed", fix=command)
+
+
+def require_tensorrt() -> ModuleType:
+    """The package ``tensorrt``, or ``tensorrt_rtx`` where only that one is installed: both have the same Python API.
+
+    Raises ``MissingDependencyError`` that says what to install where neither can be imported.
+    """
+    for package in ("tensorrt", "tensorrt_rtx"):
+        try:
+            return importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise
+    raise MissingDependencyError(
+        "TensorRT is not installed",
+        got="neither the package 'tensorrt' nor 'tensorrt_rtx'",
+        fix="pip install tensorrt  (data-center and other NVIDIA GPUs), or: pip install tensorrt_rtx  (RTX GPUs)",
+    )
