@@ -7,7 +7,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-pytest_plugins = ["tests.engines"]
+pytest_plugins = ["tests.engines", "tests.rig.fixtures"]
 
 # derandomize: the same examples in CI and at home; no deadline: the first call of a compiled kernel takes seconds.
 hypothesis.settings.register_profile("trt-kv", derandomize=True, deadline=None, database=None, print_blob=True)
