@@ -1,0 +1,189 @@
+"""The exported graphs run in stock ONNX Runtime, through the ops' bodies, and say what the runtime says."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from trt_kv.manifest import Manifest, load_manifest
+from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES
+from trt_kv.plugins.cases import POISON
+from trt_kv.plugins.registry import op_specs
+from trt_kv.program import PHASES
+from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.layer_ops import BoundLayerOps, LayerOps
+from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
+from trt_kv.runtime.step import Step
+
+PROMPTS = (
+    b"The keeper of the lighthouse counted the ships that came in before the storm, and wrote their names into a book; "
+    b"when the wind had gone he read them out, and two of them answered.",
+    b"Every third page was torn out of the atlas.",
+)
+CHUNK, N_DECODED, N_PAGES = 64, 16, 160
+ATOL = 1e-4
+"""The ops' spec tolerance, 2e-5, is for one op; logits are sums over 8 layers of them and spread over several units."""
+
+
+@pytest.fixture(params=["half_folder", "small_folder"], ids=["bundled", "qwen3-biases"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    """An engine that evicts: the bundled checkpoint, and a random one with other sizes."""
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+class RecordingOps(LayerOps):
+    """Layer ops that remember the steps they were bound to."""
+
+    steps: list[Step]
+
+    def for_step(self, step: Step, pool: KvPool) -> BoundLayerOps:
+        self.steps.append(step)
+        return super().for_step(step, pool)
+
+
+class MonolithicRunner:
+    """Runs steps on the monolithic graphs; holds each layer's KV state, poisoned where nothing was written."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        config, page_size = manifest.config, manifest.page_size
+        self._sessions = {phase: session_of(folder, phase) for phase in PHASES}
+        self.states: dict[str, np.ndarray] = {}
+        for layer in range(config.n_layers):
+            kv_shape = (N_PAGES, 2, config.n_kv_heads, page_size, config.head_dim)
+            self.states[f"kv_{layer}"] = np.full(kv_shape, np.nan, np.float32)
+            self.states[f"token_positions_{layer}"] = np.full((N_PAGES, page_size), POISON)
+            self.states[f"scores_{layer}"] = np.full((N_PAGES, page_size), np.nan, np.float32)
+
+    def run(self, step: Step) -> dict[str, np.ndarray]:
+        """The graph's outputs by name; the states among them replace those held."""
+        session = self._sessions["decode" if step.prompt_remaining[0] == NOT_PROMPT else "prefill"]
+        tensors = vars(step) | self.states
+        names = [output.name for output in session.get_outputs()]
+        outputs = dict(zip(names, session.run(names, {i.name: tensors[i.name] for i in session.get_inputs()}), strict=True))
+        self.states |= {name.removesuffix("_out"): value for name, value in outputs.items() if name.endswith("_out")}
+        return outputs
+
+
+def session_of(folder: Path, phase: str) -> ort.InferenceSession:
+    return ort.InferenceSession(folder / "graphs" / f"{phase}.onnx", providers=["CPUExecutionProvider"])
+
+
+def graph_of(folder: Path, file: str) -> onnx.ModelProto:
+    return onnx.load(folder / "graphs" / file, load_external_data=False)
+
+
+def recorded_run(
+    folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Step], list[np.ndarray], list[np.ndarray]]:
+    """The runtime's steps over two prompts and greedy decoding of both, the logits it made, the positions it kept."""
+    config = manifest.config
+    RecordingOps.steps = []
+    monkeypatch.setattr("trt_kv.runtime.model_runner.LayerOps", RecordingOps)
+    pool = KvPool(
+        n_pages=N_PAGES, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim
+    )
+    executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
+    runner = ModelRunner(executor, pool, manifest.programs, chunk=CHUNK)
+    sequences = [runner.new_sequence() for _ in PROMPTS]
+    logits = [
+        runner.prefill(sequence, list(prompt), all_logits=True) for sequence, prompt in zip(sequences, PROMPTS, strict=True)
+    ]
+    next_ids = [int(np.argmax(rows[-1])) for rows in logits]
+    for _ in range(N_DECODED):
+        logits.append(runner.decode(sequences, next_ids))
+        next_ids = [int(np.argmax(row)) for row in logits[-1]]
+    kept = [runner.kept_positions(s, layer) for s in sequences for layer in range(config.n_layers)]
+    return RecordingOps.steps, logits, kept
+
+
+def test_graphs_give_the_runtimes_logits_through_eviction_and_decoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = load_manifest(folder)
+    steps, logits, kept = recorded_run(folder, manifest, monkeypatch)
+    graphs = MonolithicRunner(folder, manifest)
+    outputs = [graphs.run(step) for step in steps]
+    assert sum(int(step.evict.any()) for step in steps) == len(PROMPTS)
+    np.testing.assert_allclose(np.concatenate([o["logits"] for o in outputs]), np.concatenate(logits), atol=ATOL, rtol=ATOL)
+    assert kept_in(graphs.states, steps[-1], manifest) == [positions.tolist() for positions in kept]
+
+
+def kept_in(states: dict[str, np.ndarray], last: Step, manifest: Manifest) -> list[list[int]]:
+    """For each sequence and layer the positions that the graphs' states hold, in slot order."""
+    held = []
+    for b in range(len(PROMPTS)):
+        for layer in range(manifest.config.n_layers):
+            pages = last.page_table[layer, b]
+            positions = states[f"token_positions_{layer}"][pages[pages >= 0]].reshape(-1)
+            held.append(positions[: last.kv_len[layer, b]].tolist())
+    return held
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_graphs_pass_the_full_check(folder: Path, phase: str) -> None:
+    onnx.checker.check_model(str(folder / "graphs" / f"{phase}.onnx"), full_check=True)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_polygraphy_inspects_the_graphs(half_folder: Path, phase: str) -> None:
+    polygraphy = [sys.executable, "-c", "from polygraphy.tools import main; main()"]
+    command = [*polygraphy, "inspect", "model", str(half_folder / "graphs" / f"{phase}.onnx"), "--show", "layers", "attrs"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "layer_7/CachedAttention.plugin_namespace = trt_kv" in shown
+    assert ("layer_0/EvictTokens.kept_share = 0.72" in shown) == (phase == "prefill")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_attribute_of_the_spec_stands_on_the_nodes(folder: Path, phase: str) -> None:
+    nodes = [node for node in graph_of(folder, f"{phase}.onnx").graph.node if node.domain == DOMAIN]
+    specs = op_specs()
+    for node in nodes:
+        assert [a.name for a in node.attribute] == [*(a.name for a in specs[node.op_type].attributes), *PLUGIN_ATTRIBUTES]
+    program = load_manifest(folder).programs[phase]
+    assert [attributes_of(node) for node in nodes] == [
+        {**node.attributes, **PLUGIN_ATTRIBUTES} for nodes_of_layer in program for node in nodes_of_layer
+    ]
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+
+
+def test_graphs_carry_the_functions_they_use_and_pieces_none(folder: Path) -> None:
+    for phase in PHASES:
+        model = graph_of(folder, f"{phase}.onnx")
+        used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+        assert {function.name for function in model.functions} == used
+    for piece in load_manifest(folder).pieces:
+        model = graph_of(folder, piece.file)
+        assert not model.functions
+        assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_graphs_share_one_file_of_weights(folder: Path) -> None:
+    for phase in PHASES:
+        assert {location(w) for w in graph_of(folder, f"{phase}.onnx").graph.initializer if w.external_data} == {"weights.data"}
+
+
+def location(weight: onnx.TensorProto) -> str:
+    return next(entry.value for entry in weight.external_data if entry.key == "location")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_states_leave_with_the_shapes_they_came_with(folder: Path, phase: str) -> None:
+    graph = graph_of(folder, f"{phase}.onnx").graph
+    inputs = {value.name: shape_of(value) for value in graph.input}
+    outputs = {value.name.removesuffix("_out"): shape_of(value) for value in graph.output if value.name.endswith("_out")}
+    assert outputs == {name: inputs[name] for name in outputs}
+    assert len(outputs) == load_manifest(folder).config.n_layers * (3 if phase == "prefill" else 2)
+
+
+def shape_of(value: onnx.ValueInfoProto) -> Sequence[str | int]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
