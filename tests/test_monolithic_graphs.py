@@ -29,7 +29,7 @@ PROMPTS = (
 )
 CHUNK, N_DECODED, N_PAGES = 64, 16, 160
 ATOL = 1e-4
-"""The ops' spec tolerance, 2e-5, is for one op; logits are sums over 8 layers of them and spread over several units."""
+"""Whole-model logits, as in test_decoder_parity. The specs' 2e-5 holds for one op; measured over 8 layers: 4e-5."""
 
 
 @pytest.fixture(params=["half_folder", "small_folder"], ids=["bundled", "qwen3-biases"])
@@ -110,7 +110,7 @@ def test_graphs_give_the_runtimes_logits_through_eviction_and_decoding(folder: P
     graphs = MonolithicRunner(folder, manifest)
     outputs = [graphs.run(step) for step in steps]
     assert sum(int(step.evict.any()) for step in steps) == len(PROMPTS)
-    np.testing.assert_allclose(np.concatenate([o["logits"] for o in outputs]), np.concatenate(logits), atol=ATOL, rtol=ATOL)
+    np.testing.assert_allclose(np.concatenate([o["logits"] for o in outputs]), np.concatenate(logits), atol=ATOL, rtol=0.0)
     assert kept_in(graphs.states, steps[-1], manifest) == [positions.tolist() for positions in kept]
 
 
