@@ -21,9 +21,7 @@ def program_from_graph(model: ModelProto) -> Program:
     """The KV ops that stand in the graph, by layer, with the attributes on their nodes."""
     layers: dict[int, list[OpNode]] = {}
     for node in _kv_nodes(model.graph):
-        attributes = {
-            a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name not in PLUGIN_ATTRIBUTES
-        }
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name not in PLUGIN_ATTRIBUTES}
         decoded = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
         layers.setdefault(int(decoded["layer"]), []).append(OpNode(op=node.op_type, attributes=decoded))
     return tuple(tuple(layers[layer]) for layer in sorted(layers))

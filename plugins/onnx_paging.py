@@ -20,17 +20,20 @@ HIDDEN = -3.4e38
 class PagedSequences:
     """The cached tokens of all sequences in the node's layer."""
 
-    table_X: ir.Value
-    """The page tables as given, -1 included."""
-    pages_X: ir.Value
-    """The same with page 0 for -1."""
-    pages_BT: ir.Value
-    n_cached_B1: ir.Value
-    slots_S: ir.Value
-    """0 .. S - 1."""
-    positions_BS: ir.Value
-    live_BS: ir.Value
-    """Whether the slot holds a token of the sequence."""
+    table: ir.Value
+    """[X]: the page tables as given, -1 included."""
+    pages: ir.Value
+    """[X]: the same with page 0 for -1."""
+    pages_by_sequence: ir.Value
+    """[B, T]"""
+    n_cached: ir.Value
+    """[B, 1]"""
+    slots: ir.Value
+    """[S]: 0 .. S - 1."""
+    positions: ir.Value
+    """[B, S]"""
+    live: ir.Value
+    """[B, S]: whether the slot holds a token of the sequence."""
 
 
 def paged_sequences(f: FunctionBody, page_table: ir.Value, kv_len: ir.Value, token_positions: ir.Value) -> PagedSequences:
@@ -42,13 +45,13 @@ def paged_sequences(f: FunctionBody, page_table: ir.Value, kv_len: ir.Value, tok
     n_cached_B1 = f.Unsqueeze(f.Gather(kv_len, layer), [1])
     slots_S = f.Range(0, size(f, positions_BS, 1), 1)
     return PagedSequences(
-        table_X=f.Reshape(table_BT, [-1]),
-        pages_X=f.Reshape(pages_BT, [-1]),
-        pages_BT=pages_BT,
-        n_cached_B1=n_cached_B1,
-        slots_S=slots_S,
-        positions_BS=positions_BS,
-        live_BS=f.Less(slots_S, n_cached_B1),
+        table=f.Reshape(table_BT, [-1]),
+        pages=f.Reshape(pages_BT, [-1]),
+        pages_by_sequence=pages_BT,
+        n_cached=n_cached_B1,
+        slots=slots_S,
+        positions=positions_BS,
+        live=f.Less(slots_S, n_cached_B1),
     )
 
 
@@ -69,22 +72,22 @@ def half_of_kv(f: FunctionBody, kv: ir.Value, pages_X: ir.Value, half: int) -> i
     return f.Cast(f.Reshape(f.Transpose(half_XKPD, perm=[1, 0, 2, 3]), shape), to=FLOAT)
 
 
-def logits_KGNZ(f: FunctionBody, q_NHD: ir.Value, k_KZD: ir.Value) -> ir.Value:
-    """Scaled q.k of every query head with every slot, by KV head and query head within its group; fp32."""
+def query_key_logits(f: FunctionBody, q_NHD: ir.Value, k_KZD: ir.Value) -> ir.Value:
+    """[K, G, N, Z] fp32: scaled q.k of every query head with every slot; G query heads share a KV head."""
     grouped = f.Concat([0], f.Shape(k_KZD, end=1), [-1], f.Shape(k_KZD, start=2), axis=0)
     q_NKGD = f.Reshape(f.Mul(f.Cast(q_NHD, to=FLOAT), f.attribute("scale")), grouped)
     q_KGND = f.Transpose(q_NKGD, perm=[1, 2, 0, 3])
     return f.MatMul(q_KGND, f.Unsqueeze(f.Transpose(k_KZD, perm=[0, 2, 1]), [1]))
 
 
-def visible_NZ(f: FunctionBody, cached: PagedSequences, positions: ir.Value, cu_tokens: ir.Value) -> ir.Value:
-    """Whether a query may see a slot: a token of its own sequence at a position not greater than its own."""
+def visible_slots(f: FunctionBody, cached: PagedSequences, positions: ir.Value, cu_tokens: ir.Value) -> ir.Value:
+    """[N, Z]: whether a query may see a slot: a token of its own sequence at a position not greater than its own."""
     rows_N1 = f.Unsqueeze(f.Range(0, size(f, positions, 0), 1), [1])
     first_B = f.Slice(cu_tokens, [0], [-1], [0])
     end_B = f.Slice(cu_tokens, [1], f.Shape(cu_tokens), [0])
     own_NB1 = f.Unsqueeze(f.And(f.GreaterOrEqual(rows_N1, first_B), f.Less(rows_N1, end_B)), [2])
-    past_NBS = f.LessOrEqual(cached.positions_BS, f.Unsqueeze(positions, [1, 2]))
-    return f.Reshape(f.And(f.And(own_NB1, cached.live_BS), past_NBS), [0, -1])
+    past_NBS = f.LessOrEqual(cached.positions, f.Unsqueeze(positions, [1, 2]))
+    return f.Reshape(f.And(f.And(own_NB1, cached.live), past_NBS), [0, -1])
 
 
 def write_slots(f: FunctionBody, pool_MP: ir.Value, slots_N: ir.Value, values_N: ir.Value) -> ir.Value:

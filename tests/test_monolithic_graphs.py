@@ -23,8 +23,7 @@ from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
 from trt_kv.runtime.step import Step
 
 PROMPTS = (
-    b"The keeper of the lighthouse counted the ships that came in before the storm, and wrote their names into a book; "
-    b"when the wind had gone he read them out, and two of them answered.",
+    b"The keeper of the lighthouse counted the ships that came in before the storm, and wrote their names into a book.",
     b"Every third page was torn out of the atlas.",
 )
 CHUNK, N_DECODED, N_PAGES = 64, 16, 160
@@ -87,9 +86,7 @@ def recorded_run(
     config = manifest.config
     RecordingOps.steps = []
     monkeypatch.setattr("trt_kv.runtime.model_runner.LayerOps", RecordingOps)
-    pool = KvPool(
-        n_pages=N_PAGES, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim
-    )
+    pool = KvPool(n_pages=N_PAGES, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
     runner = ModelRunner(executor, pool, manifest.programs, chunk=CHUNK)
     sequences = [runner.new_sequence() for _ in PROMPTS]

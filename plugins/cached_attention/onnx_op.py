@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from trt_kv.plugins.onnx_function import FunctionBody
-from trt_kv.plugins.onnx_paging import HIDDEN, half_of_kv, logits_KGNZ, paged_sequences, size, visible_NZ, write_slots
+from trt_kv.plugins.onnx_paging import HIDDEN, half_of_kv, paged_sequences, query_key_logits, size, visible_slots, write_slots
 
 
 def body(
@@ -26,9 +26,9 @@ def body(
     token_positions_out = write_slots(f, token_positions, slots_N, positions)
 
     cached = paged_sequences(f, page_table, kv_len, token_positions_out)
-    k_KZD = half_of_kv(f, kv_out, cached.pages_X, 0)
-    v_KZD = f.Where(f.Reshape(cached.live_BS, [-1, 1]), half_of_kv(f, kv_out, cached.pages_X, 1), 0.0)
-    logits = f.Where(visible_NZ(f, cached, positions, cu_tokens), logits_KGNZ(f, q, k_KZD), HIDDEN)
+    k_KZD = half_of_kv(f, kv_out, cached.pages, 0)
+    v_KZD = f.Where(f.Reshape(cached.live, [-1, 1]), half_of_kv(f, kv_out, cached.pages, 1), 0.0)
+    logits = f.Where(visible_slots(f, cached, positions, cu_tokens), query_key_logits(f, q, k_KZD), HIDDEN)
 
     largest = f.ReduceMax(logits, [3])
     weights = f.Exp(f.Sub(logits, largest))

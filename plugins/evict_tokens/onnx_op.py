@@ -31,23 +31,23 @@ def body(
 ) -> tuple[ir.Value, ...]:
     """Spec: ``spec.py``. Returns kept, kv_out, token_positions_out, scores_out."""
     cached = paged_sequences(f, page_table, kv_len, token_positions)
-    scores_BS = slots_of(f, scores, cached.pages_BT)
+    scores_BS = slots_of(f, scores, cached.pages_by_sequence)
     evicts_B1 = f.Cast(f.Unsqueeze(evict, [1]), to=BOOL)
-    target_B1 = _share_of(f, cached.n_cached_B1) if budget is None else f.Unsqueeze(budget, [1])
+    target_B1 = _share_of(f, cached.n_cached) if budget is None else f.Unsqueeze(budget, [1])
     kept_B1, source_BS = _survivors(f, cached, scores_BS, target_B1)
-    moves_BS = f.And(evicts_B1, f.Less(cached.slots_S, kept_B1))
-    source_BS = f.Where(moves_BS, source_BS, cached.slots_S)
+    moves_BS = f.And(evicts_B1, f.Less(cached.slots, kept_B1))
+    source_BS = f.Where(moves_BS, source_BS, cached.slots)
 
-    kept = f.Squeeze(f.Where(evicts_B1, kept_B1, cached.n_cached_B1), [1])
-    kv_out = write_pages(f, kv, cached.table_X, _moved_rows(f, f.Gather(kv, cached.pages_X), source_BS))
+    kept = f.Squeeze(f.Where(evicts_B1, kept_B1, cached.n_cached), [1])
+    kv_out = write_pages(f, kv, cached.table, _moved_rows(f, f.Gather(kv, cached.pages), source_BS))
     shape_XP = f.Concat([-1], f.Shape(token_positions, start=1), axis=0)
-    positions_XP = f.Reshape(f.GatherElements(cached.positions_BS, source_BS, axis=1), shape_XP)
+    positions_XP = f.Reshape(f.GatherElements(cached.positions, source_BS, axis=1), shape_XP)
     scores_XP = f.Reshape(f.GatherElements(scores_BS, source_BS, axis=1), shape_XP)
     return (
         kept,
         kv_out,
-        write_pages(f, token_positions, cached.table_X, positions_XP),
-        write_pages(f, scores, cached.table_X, scores_XP),
+        write_pages(f, token_positions, cached.table, positions_XP),
+        write_pages(f, scores, cached.table, scores_XP),
     )
 
 
@@ -61,16 +61,14 @@ def _share_of(f: FunctionBody, n_B1: ir.Value) -> ir.Value:
     return f.Sub(n_B1, rounded)
 
 
-def _survivors(
-    f: FunctionBody, cached: PagedSequences, scores_BS: ir.Value, target_B1: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+def _survivors(f: FunctionBody, cached: PagedSequences, scores_BS: ir.Value, target_B1: ir.Value) -> tuple[ir.Value, ir.Value]:
     """How many tokens stay, [B, 1], and their slots in order of position, [B, S], anything behind the last of them."""
-    n_B1, slots_S = cached.n_cached_B1, cached.slots_S
+    n_B1, slots_S = cached.n_cached, cached.slots
     n_slots = f.Shape(slots_S)
     sinks, recent = f.attribute("sinks"), f.attribute("recent")
     kept_B1 = f.Min(f.Max(target_B1, f.Add(sinks, recent)), n_B1)
 
-    _, by_position_BS = f.top_k(f.Where(cached.live_BS, cached.positions_BS, LAST_POSITION), n_slots, largest=False)
+    _, by_position_BS = f.top_k(f.Where(cached.live, cached.positions, LAST_POSITION), n_slots, largest=False)
     rank_S = slots_S
     is_protected_BS = f.Or(f.Less(rank_S, sinks), f.GreaterOrEqual(rank_S, f.Sub(n_B1, recent)))
     value_BS = f.Where(is_protected_BS, math.inf, f.GatherElements(scores_BS, by_position_BS, axis=1))

@@ -6,10 +6,10 @@ from trt_kv.plugins.onnx_function import FunctionBody
 from trt_kv.plugins.onnx_paging import (
     FLOAT,
     half_of_kv,
-    logits_KGNZ,
     paged_sequences,
+    query_key_logits,
     size,
-    visible_NZ,
+    visible_slots,
     write_pages,
     write_slots,
 )
@@ -32,21 +32,21 @@ def body(
 ) -> tuple[ir.Value, ...]:
     """Spec: ``spec.py``. Returns scores_out."""
     cached = paged_sequences(f, page_table, kv_len, token_positions)
-    logits = logits_KGNZ(f, q, half_of_kv(f, kv, cached.pages_X, 0))
+    logits = query_key_logits(f, q, half_of_kv(f, kv, cached.pages, 0))
     grouped = f.Shape(logits, end=2)
     lse_KGN1 = f.Unsqueeze(f.Transpose(f.Reshape(lse, f.Concat([0], grouped, axis=0)), perm=[1, 2, 0]), [3])
-    counted_NZ = f.And(visible_NZ(f, cached, positions, cu_tokens), _counts_N1(f, prompt_remaining))
+    counted_NZ = f.And(visible_slots(f, cached, positions, cu_tokens), _counted_rows(f, prompt_remaining))
     weights = f.Where(counted_NZ, f.Exp(f.Sub(logits, lse_KGN1)), 0.0)
     received_Z = f.Div(f.ReduceSum(weights, [0, 1, 2], keepdims=0), f.Cast(size(f, q, 1), to=FLOAT))
 
     new_N = f.Expand(0.0, f.Shape(positions))
     started = write_slots(f, scores, f.Gather(slots, f.attribute("layer")), new_N)
-    pages_XP = f.Gather(started, cached.pages_X)
-    return (write_pages(f, started, cached.table_X, f.Add(pages_XP, f.Reshape(received_Z, f.Shape(pages_XP)))),)
+    pages_XP = f.Gather(started, cached.pages)
+    return (write_pages(f, started, cached.table, f.Add(pages_XP, f.Reshape(received_Z, f.Shape(pages_XP)))),)
 
 
-def _counts_N1(f: FunctionBody, prompt_remaining: ir.Value) -> ir.Value:
-    """Whether a query adds to the scores: a prompt token, and one of the last ``window`` where that is not 0."""
+def _counted_rows(f: FunctionBody, prompt_remaining: ir.Value) -> ir.Value:
+    """[N, 1]: whether a query adds to the scores: a prompt token, and one of the last ``window`` where that is not 0."""
     window = f.attribute("window")
     in_window = f.Or(f.Less(prompt_remaining, window), f.Equal(window, 0))
     return f.Unsqueeze(f.And(f.GreaterOrEqual(prompt_remaining, 0), in_window), [1])
