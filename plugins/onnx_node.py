@@ -21,7 +21,7 @@ def emit_node(spec: OpSpec, tensors: dict[str, Tensor], attributes: Mapping[str,
     results = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{spec.name}",
         [tensors[t.name] for t in inputs],
-        attrs={a.name: attributes[a.name] for a in spec.attributes} | PLUGIN_ATTRIBUTES,
+        attrs={**{a.name: attributes[a.name] for a in spec.attributes}, **PLUGIN_ATTRIBUTES},
         dtypes=[_torch_dtype(t.dtype, compute_dtype) for t in outputs],
         shapes=[[sizes[axis] for axis in t.axes] for t in outputs],
         version=OP_VERSION,

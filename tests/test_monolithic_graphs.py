@@ -170,7 +170,8 @@ def test_graphs_share_one_file_of_weights(folder: Path) -> None:
 
 
 def location(weight: onnx.TensorProto) -> str:
-    return next(entry.value for entry in weight.external_data if entry.key == "location")
+    place: str = next(entry.value for entry in weight.external_data if entry.key == "location")
+    return place
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -29,8 +29,7 @@ def run_in_onnxruntime(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> 
 
 
 def run_in_reference_evaluator(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
-    outputs: Sequence[np.ndarray] = ReferenceEvaluator(model).run(None, feeds)
-    return outputs
+    return list(ReferenceEvaluator(model).run(None, feeds))
 
 
 RUNTIMES = [
