@@ -24,6 +24,8 @@ PROMPTS =
 SAMPLES =
 SEED =
 TARGET =
+PROFILE =
+DTYPE =
 OUT = engines/$(MODEL)-$(POLICY)
 FORCE =
 ENGINE = $(OUT)
@@ -38,6 +40,7 @@ help: ## this list
 	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	echo
 	echo '  engine    MODEL=$(MODEL) POLICY=$(POLICY) [CHECKPOINT= BUDGET= SCORE= WINDOW= RECIPE= PROMPTS= SAMPLES= SEED= OUT= FORCE=1]'
+	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json DTYPE=float32|float16|bfloat16]'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]'
 
@@ -52,6 +55,8 @@ engine: $(VENV)/.ready-build ## checkpoint -> engine folder
 		$(if $(SAMPLES),--samples '$(SAMPLES)') \
 		$(if $(SEED),--seed '$(SEED)') \
 		$(if $(TARGET),--target '$(TARGET)') \
+		$(if $(PROFILE),--profile '$(PROFILE)') \
+		$(if $(DTYPE),--dtype '$(DTYPE)') \
 		$(if $(FORCE),--force)
 
 generate: $(VENV)/.ready-build ## engine + prompt -> text
@@ -100,6 +105,7 @@ $(VENV)/.ready-build: pyproject.toml constraints.txt
 	$(call set_up,build)
 	touch $@
 
-$(VENV)/.ready-dev: pyproject.toml constraints.txt
+$(VENV)/.ready-dev: pyproject.toml constraints.txt $(wildcard tests/rig/*)
 	$(call set_up,dev)
+	$(VENV)/bin/python -m tests.rig.set_up $(PIP_ARGS) > /dev/null
 	touch $@ $(VENV)/.ready-build

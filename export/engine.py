@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import torch
 
 from trt_kv.errors import CheckpointError, RecipeError, UsageError
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.new_folder import new_folder
 from trt_kv.export.split import pieces_from_graph, program_from_graph, save_pieces
-from trt_kv.manifest import AttentionPort, Manifest, Piece, file_records
+from trt_kv.export.tensorrt_profile import DTYPES, TensorRtOptions
+from trt_kv.manifest import AttentionPort, Manifest, Piece, Plan, file_records
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
@@ -29,18 +31,29 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """What to build. ``reproduce`` is the command that makes the same engine again."""
+    """What to build. ``reproduce`` is the command that makes the same engine again.
+
+    With ``tensorrt`` the engine is compiled by it, else ONNX Runtime runs its graphs. ``dtype`` is what the graphs compute in;
+    only TensorRT takes another one than float32.
+    """
 
     checkpoint: Checkpoint
     policy: Policy
     recipe: Recipe | None = None
     page_size: int = DEFAULT_PAGE_SIZE
+    dtype: str = "float32"
+    tensorrt: TensorRtOptions | None = None
     model_source: str = ""
     reproduce: str = ""
 
     def __post_init__(self) -> None:
         if self.page_size < 1:
             raise UsageError("a page holds tokens", got=self.page_size, expected="an integer >= 1")
+        dtypes = ("float32",) if self.tensorrt is None else DTYPES
+        if self.dtype not in dtypes:
+            raise UsageError(
+                f"the target {self.target!r} does not compute in this type", got=self.dtype, expected=" or ".join(dtypes)
+            )
         if self.policy.needs_recipe and self.recipe is None:
             raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
         if self.recipe is not None:
@@ -61,6 +74,10 @@ class EngineRequest:
             )
 
     @property
+    def target(self) -> str:
+        return "onnxruntime" if self.tensorrt is None else "tensorrt"
+
+    @property
     def kept_shares(self) -> list[float] | None:
         return list(self.recipe.kept) if self.recipe is not None and self.policy.needs_recipe else None
 
@@ -78,7 +95,9 @@ def export_graphs(request: EngineRequest, folder: Path, on_progress: OnProgress 
             scale=config.head_dim**-0.5,
             kept_shares=request.kept_shares,
         )
-        graphs[phase] = graph_from_checkpoint(request.checkpoint, program, page_size=request.page_size)
+        graphs[phase] = graph_from_checkpoint(
+            request.checkpoint, program, page_size=request.page_size, dtype=getattr(torch, request.dtype)
+        )
     _tell(on_progress, "tracing graphs", len(PHASES), len(PHASES))
     save_graphs(graphs, folder, lambda done, total: _tell(on_progress, "writing weights", done, total))
 
@@ -102,17 +121,50 @@ def build_engine(
         graphs.mkdir()
         export_graphs(request, graphs, on_progress)
         programs = {phase: program_from_graph(_load_graph(graphs, phase)) for phase in PHASES}
-        models, pieces, ports = pieces_from_graph(_load_graph(graphs, "decode"))
-        save_pieces(models, pieces, graphs)
+        parts = _Parts()
+        if request.tensorrt is None:
+            models, pieces, ports = pieces_from_graph(_load_graph(graphs, "decode"))
+            save_pieces(models, pieces, graphs)
+            parts = _Parts(pieces=tuple(pieces), ports=tuple(ports))
+        else:
+            parts = _Parts(plan=_compile(request, request.tensorrt, programs, folder, on_progress))
+            shutil.rmtree(graphs)
         for path in (*request.checkpoint.tokenizer_files, *extra_files):
             shutil.copyfile(path, folder / path.name)
         if request.recipe is not None:
             request.recipe.save(folder / "recipe.json")
         _tell(on_progress, "computing digests", 0, 1)
-        manifest = _manifest(request, folder, programs, pieces, ports)
+        manifest = _manifest(request, folder, programs, parts)
         manifest.save(folder)
         _tell(on_progress, "computing digests", 1, 1)
     return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What the runtime executes: dense pieces for ONNX Runtime, or a plan for TensorRT."""
+
+    pieces: tuple[Piece, ...] = ()
+    ports: tuple[AttentionPort, ...] = ()
+    plan: Plan | None = None
+
+
+def _compile(
+    request: EngineRequest, options: TensorRtOptions, programs: dict[str, Program], folder: Path, on_progress: OnProgress | None
+) -> Plan:
+    """Compile the prefill graph, which also decodes: its eviction and scores are switched by inputs."""
+    from trt_kv.export.tensorrt_engine import PLAN_FILE, PlanRequest, build_plan, library_version
+
+    plan = PlanRequest(
+        graph=folder / GRAPHS / "prefill.onnx",
+        program=programs["prefill"],
+        config=request.checkpoint.config,
+        page_size=request.page_size,
+        dtype=request.dtype,
+        options=options,
+    )
+    build_plan(plan, folder, on_progress)
+    return Plan(file=PLAN_FILE, built_by=library_version(), profiles=tuple(plan.ranges))
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -129,9 +181,7 @@ def _load_graph(folder: Path, name: str) -> onnx.ModelProto:
     return onnx.load(os.fspath(folder / f"{name}.onnx"), load_external_data=False)
 
 
-def _manifest(
-    request: EngineRequest, folder: Path, programs: dict[str, Program], pieces: list[Piece], ports: list[AttentionPort]
-) -> Manifest:
+def _manifest(request: EngineRequest, folder: Path, programs: dict[str, Program], parts: _Parts) -> Manifest:
     checkpoint = request.checkpoint
     ops = {node.op for program in programs.values() for nodes in program for node in nodes}
     return Manifest(
@@ -140,13 +190,14 @@ def _manifest(
         model_source=request.model_source,
         config=dataclasses.replace(checkpoint.config, eos_token_ids=checkpoint.eos_token_ids),
         policy=request.policy,
-        target="onnxruntime",
-        dtype="float32",
+        target=request.target,
+        dtype=request.dtype,
         page_size=request.page_size,
         op_versions=dict.fromkeys(sorted(ops), OP_VERSION),
         programs=programs,
-        pieces=tuple(pieces),
-        attention_ports=tuple(ports),
+        pieces=parts.pieces,
+        attention_ports=parts.ports,
+        plan=parts.plan,
         files=file_records(folder),
         reproduce=request.reproduce,
         created_by=CREATED_BY,

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.decoder import Decoder
 from trt_kv.model_config import ModelConfig
-from trt_kv.opspec import DOMAIN, TensorSpec
+from trt_kv.opspec import DOMAIN
+from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, results_of, specs_of, states_of, step_tensors_of
 from trt_kv.plugins.onnx_function import OPSET, onnx_function
 from trt_kv.plugins.onnx_node import emit_node
 from trt_kv.plugins.registry import op_specs
-from trt_kv.plugins.tensors import POSITIONS
 from trt_kv.program import Program
 
 WEIGHTS_FILE = "weights.data"
@@ -32,40 +32,43 @@ TRACED_EXACTLY = 4096
 
 ALIGNMENT = 4096
 
-LOGIT_ROWS = TensorSpec(name="logit_rows", axes=("R",), dtype="int64", doc="rows of this step whose logits are wanted")
 _EXAMPLE_SIZES = {"N": 7, "R": 3, "B": 2, "B+1": 3, "T": 5, "M": 11}
-_DTYPES = {"float": torch.float32, "float32": torch.float32, "int64": torch.int64}
+_DTYPES = {"float32": torch.float32, "int64": torch.int64}
 _DIMS = {axis: torch.export.Dim(axis) for axis in ("N", "R", "B", "T", "M")}
 _DIMS["B+1"] = _DIMS["B"] + 1
 
 
-def graph_from_checkpoint(checkpoint: Checkpoint, program: Program, *, page_size: int) -> ir.Model:
-    """The monolithic graph of one phase, fp32, opset 23; big weights are still lazy references into the checkpoint.
+def graph_from_checkpoint(
+    checkpoint: Checkpoint, program: Program, *, page_size: int, dtype: torch.dtype = torch.float32
+) -> ir.Model:
+    """The monolithic graph of one phase, computing in ``dtype``, opset 23; big weights are still lazy references into the
+    checkpoint. Scores and log-sum-exps are fp32 whatever the ``dtype``.
 
     Inputs, by name: input_ids [N], positions [N], logit_rows [R], the step tensors the program's ops read, and each layer's
     KV state ``<state>_<layer>``. Outputs: logits [R, V], ``kept_<layer>`` [B] where the program evicts, and
     ``<state>_<layer>_out``.
     """
-    module = _TokenFlatModule(_traceable_decoder(checkpoint), program)
+    module = _TokenFlatModule(_traceable_decoder(checkpoint, dtype), program)
     sizes = _EXAMPLE_SIZES | _fixed_sizes(checkpoint.config, page_size)
-    inputs = module.inputs
+    inputs = graph_inputs(program)
+    dtypes = _DTYPES | {"float": dtype}
     with warnings.catch_warnings(), _quiet_exporter():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
             module,
-            tuple(torch.zeros([sizes[axis] for axis in t.axes], dtype=_DTYPES[t.dtype]) for t in inputs.values()),
+            tuple(torch.zeros([sizes[axis] for axis in t.axes], dtype=dtypes[t.dtype]) for t in inputs.values()),
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
             input_names=list(inputs),
-            output_names=module.output_names,
+            output_names=list(graph_outputs(program)),
             dynamic_shapes={
                 "tensors": tuple({i: _DIMS[a] for i, a in enumerate(t.axes) if a in _DIMS} for t in inputs.values())
             },
         )
     assert exported is not None
-    _use_checkpoint_weights(exported.model, checkpoint)
-    for spec in module.specs:
+    _use_checkpoint_weights(exported.model, checkpoint, dtype)
+    for spec in specs_of(program):
         function = onnx_function(spec)
         exported.model.functions[function.identifier()] = function
     exported.model.producer_name = "trt-kv"
@@ -100,69 +103,55 @@ class _TokenFlatModule(nn.Module):
         super().__init__()
         self.decoder = decoder
         self._program = program
-        used = {node.op for nodes in program for node in nodes}
-        self.specs = [spec for name, spec in op_specs().items() if name in used]
-        made = {"q", "k", "v"} | {t.name for spec in self.specs for t in spec.outputs}
-        read = {t.name: t for spec in self.specs for t in spec.inputs if not t.optional and t.name not in made}
-        self._states = {t.name: t for spec in self.specs for t in spec.states}
-        self._step = {name: t for name, t in read.items() if name not in self._states}
-        self._results = [t.name for spec in self.specs if spec.name == "EvictTokens" for t in spec.outputs]
-        self._n_layers = len(program)
-
-    @property
-    def inputs(self) -> dict[str, TensorSpec]:
-        """Graph inputs in order."""
-        flat = {"input_ids": POSITIONS, "positions": POSITIONS, "logit_rows": LOGIT_ROWS} | self._step
-        return flat | {f"{name}_{layer}": t for name, t in self._states.items() for layer in range(self._n_layers)}
-
-    @property
-    def output_names(self) -> list[str]:
-        """Graph outputs in order."""
-        results = [f"{name}_{layer}" for name in self._results for layer in range(self._n_layers)]
-        return ["logits", *results, *(f"{name}_{layer}_out" for name in self._states for layer in range(self._n_layers))]
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        named = dict(zip(self.inputs, tensors, strict=True))
-        step = {name: named[name] for name in self._step}
+        named = dict(zip(graph_inputs(self._program), tensors, strict=True))
+        states, results = states_of(self._program), results_of(self._program)
+        step = {name: named[name] for name in step_tensors_of(self._program)}
         layers: list[dict[str, Tensor]] = []
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            values = {**step, **{name: named[f"{name}_{layer}"] for name in self._states}, "q": q, "k": k, "v": v}
+            values = {**step, **{name: named[f"{name}_{layer}"] for name in states}, "q": q, "k": k, "v": v}
             for node in self._program[layer]:
                 emit_node(op_specs()[node.op], values, node.attributes)
             layers.append(values)
             return values["out"]
 
         logits = self.decoder(named["input_ids"], named["positions"], named["logit_rows"], attend)
-        results = [values[name] for name in self._results for values in layers]
-        return [logits, *results, *(values[name] for name in self._states for values in layers)]
+        of_layers = [values[name] for name in results for values in layers]
+        return [logits, *of_layers, *(values[name] for name in states for values in layers)]
 
 
-def _traceable_decoder(checkpoint: Checkpoint) -> Decoder:
+def _traceable_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:
     """The decoder with one zero, repeated without memory, for every big weight, and the real values of the small ones."""
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config)
     weights = {
-        name: checkpoint.tensor(name).float() if value.numel() <= TRACED_EXACTLY else torch.zeros(()).expand(value.shape)
+        name: checkpoint.tensor(name).to(dtype)
+        if value.numel() <= TRACED_EXACTLY
+        else torch.zeros((), dtype=dtype).expand(value.shape)
         for name, value in decoder.state_dict().items()
     }
     decoder.load_state_dict(weights, assign=True)
     return decoder.requires_grad_(False).eval()
 
 
-def _use_checkpoint_weights(model: ir.Model, checkpoint: Checkpoint) -> None:
+def _use_checkpoint_weights(model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Name initializers as the checkpoint does, and let the big ones read from it when they are written."""
     for value in list(model.graph.initializers.values()):
         name = (value.name or "").removeprefix("decoder.")
         value.name = name
         if _is_big(value):
-            value.const_value = _lazy_weight(checkpoint, name)
+            value.const_value = _lazy_weight(checkpoint, name, dtype)
 
 
-def _lazy_weight(checkpoint: Checkpoint, name: str) -> ir.LazyTensor:
+def _lazy_weight(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> ir.LazyTensor:
     shape = ir.Shape(checkpoint.config.tensor_shapes()[name])
     return ir.LazyTensor(
-        lambda: ir.tensor(checkpoint.tensor(name).float().numpy()), dtype=ir.DataType.FLOAT, shape=shape, name=name
+        lambda: ir.tensor_adapters.TorchTensor(checkpoint.tensor(name).to(dtype), name=name),
+        dtype=ir.tensor_adapters.from_torch_dtype(dtype),
+        shape=shape,
+        name=name,
     )
 
 
@@ -176,10 +165,9 @@ def _append_tensor(file: BinaryIO, name: str, tensor: ir.TensorProtocol | None, 
     assert tensor is not None
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
     offset = file.tell()
-    array = tensor.numpy()
-    file.write(array.data)
+    tensor.tofile(file)
     return ir.ExternalTensor(
-        WEIGHTS_FILE, offset, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name, base_dir=folder
+        WEIGHTS_FILE, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=folder
     )
 
 

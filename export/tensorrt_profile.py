@@ -10,6 +10,7 @@ from trt_kv.json_file import read_json
 
 FOLDER = Path(__file__).parent / "profiles"
 DEFAULT = "edge"
+DTYPES = ("float32", "float16", "bfloat16")
 
 Range = tuple[int, int, int]
 """Smallest, most usual and largest size of an axis."""
@@ -46,17 +47,22 @@ class BuildProfile:
         if not 0 <= self.optimization_level <= 5:
             raise UsageError("optimization_level is TensorRT's", got=self.optimization_level, expected="0 .. 5")
 
-    def axis_ranges(self, phase: str, *, n_layers: int, page_size: int) -> list[dict[str, Range]]:
-        """Ranges of the graph's dynamic axes (N, R, B, T, M), one dictionary per optimization profile of ``phase``."""
+    def axis_ranges(self, *, n_layers: int, page_size: int) -> list[dict[str, Range]]:
+        """Ranges of the graph's dynamic axes (N, R, B, T, M), one dictionary per optimization profile; prefill first."""
         pages = tuple(-(-tokens // page_size) for tokens in self.context_tokens)
         pool = tuple(n_layers * -(-tokens // page_size) for tokens in self.cache_tokens)
         shared: dict[str, Range] = {"T": (1, pages[1], pages[2]), "M": (pool[0], pool[1], pool[2])}
-        if phase == "prefill":
-            return [shared | {"N": tokens, "R": (1, 1, tokens[2]), "B": (1, 1, 1)} for tokens in self.prefill_tokens]
-        return [shared | dict.fromkeys(("N", "R", "B"), sequences) for sequences in self.decode_sequences]
+        prefill = [{"N": tokens, "R": (1, 1, tokens[2]), "B": (1, 1, 1)} for tokens in self.prefill_tokens]
+        decode = [dict.fromkeys(("N", "R", "B"), sequences) for sequences in self.decode_sequences]
+        return [shared | own for own in (*prefill, *decode)]
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRtOptions:
+    """How to compile an engine for TensorRT. ``timing_cache`` is read where the file exists, and written afterwards."""
+
+    profile: BuildProfile
+    timing_cache: Path | None = None
 
 
 def profile_names() -> list[str]:
@@ -76,7 +82,9 @@ def build_profile(name: str) -> BuildProfile:
     fields = {field.name for field in dataclasses.fields(BuildProfile)}
     if not isinstance(data, dict) or set(data) != fields:
         got = sorted(data) if isinstance(data, dict) else type(data).__name__
-        raise UsageError(f"{path} is not a build profile", got=got, expected=sorted(fields), fix=f"copy {FOLDER}/{DEFAULT}.json")
+        raise UsageError(
+            f"{path} is not a build profile", got=got, expected=sorted(fields), fix=f"copy {FOLDER}/{DEFAULT}.json"
+        )
     return BuildProfile(**{key: _tuples(value) for key, value in data.items()})
 
 
@@ -88,5 +96,5 @@ def _check_range(name: str, given: Any) -> None:
     is_range = isinstance(given, tuple) and len(given) == 3 and all(isinstance(n, int) for n in given)
     if not is_range or not 1 <= given[0] <= given[1] <= given[2]:
         raise UsageError(
-            f"{name} has a bad range", got=given, expected="[smallest, usual, largest], integers >= 1, none below the one before"
+            f"{name} has a bad range", got=given, expected="[smallest, usual, largest]: integers >= 1 in ascending order"
         )

@@ -93,7 +93,7 @@ def assert_equals_reference(spec: OpSpec, inputs: dict[str, Any], outputs: dict[
 @pytest.mark.parametrize("in_place", [True, False], ids=["in_place", "copied"])
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_enqueue_equals_reference(base: Any, spec: OpSpec, case: Case, in_place: bool) -> None:
-    """Same address in and out, or two addresses; nothing outside the tensors is touched, no input changes but a state in place."""
+    """Same address in and out, or two; nothing outside the tensors is touched, no input changes but a state in place."""
     inputs = case_inputs(spec, case)
     before = base.OpPlugin.n_state_copies
     outputs, inputs_after = enqueue(base, spec, inputs, in_place=in_place)

@@ -39,6 +39,17 @@ class AttentionPort:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A compiled TensorRT engine: its file, what built it, and for each optimization profile the admitted sizes
+    (smallest, usual, largest) of the axes N, R, B, T and M.
+    """
+
+    file: str
+    built_by: str
+    profiles: tuple[Mapping[str, tuple[int, int, int]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileRecord:
     """Digest ("sha256:<hex>") and size of one file of the engine."""
 
@@ -50,7 +61,8 @@ class FileRecord:
 class Manifest:
     """Everything the runtime needs to know before it opens a graph.
 
-    ``programs`` are the KV ops per phase as they stand in the graphs; ``files`` covers every file but the manifest.
+    An engine for ONNX Runtime has ``pieces`` and their ``attention_ports``, one for TensorRT has a ``plan``. ``programs`` are
+    the KV ops per phase as they stand in the graphs; ``files`` covers every file but the manifest.
     """
 
     model_name: str
@@ -65,6 +77,7 @@ class Manifest:
     programs: Mapping[str, Program]
     pieces: tuple[Piece, ...]
     attention_ports: tuple[AttentionPort, ...]
+    plan: Plan | None
     files: Mapping[str, FileRecord]
     reproduce: str
     created_by: str
@@ -82,6 +95,7 @@ class Manifest:
             "programs": {phase: [[n.to_json() for n in nodes] for nodes in layers] for phase, layers in self.programs.items()},
             "pieces": [dataclasses.asdict(piece) for piece in self.pieces],
             "attention_ports": [dataclasses.asdict(port) for port in self.attention_ports],
+            "plan": None if self.plan is None else dataclasses.asdict(self.plan),
             "files": {name: dataclasses.asdict(record) for name, record in sorted(self.files.items())},
             "op_versions": dict(self.op_versions),
         }
@@ -187,6 +201,11 @@ def _kept_share(nodes: Sequence[OpNode]) -> float:
     return next((float(node.attributes["kept_share"]) for node in nodes if node.op == "EvictTokens"), 1.0)
 
 
+def _plan(data: Mapping[str, Any]) -> Plan:
+    profiles = [{axis: (low, usual, high) for axis, (low, usual, high) in ranges.items()} for ranges in data["profiles"]]
+    return Plan(file=data["file"], built_by=data["built_by"], profiles=tuple(profiles))
+
+
 def _parsed(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "config": ModelConfig.from_json(fields["config"]),
@@ -198,5 +217,6 @@ def _parsed(fields: Mapping[str, Any]) -> dict[str, Any]:
             Piece(file=p["file"], inputs=tuple(p["inputs"]), outputs=tuple(p["outputs"])) for p in fields["pieces"]
         ),
         "attention_ports": tuple(AttentionPort(**port) for port in fields["attention_ports"]),
+        "plan": None if fields["plan"] is None else _plan(fields["plan"]),
         "files": {name: FileRecord(**record) for name, record in fields["files"].items()},
     }

@@ -1,6 +1,6 @@
 """What the TensorRT plugin of TokenScores runs."""
 
-from trt_kv.plugins.token_scores.cpu import run
 from trt_kv.plugins.tensorrt_memory import PluginKernels
+from trt_kv.plugins.token_scores.cpu import run
 
 KERNELS = PluginKernels(host=run)

@@ -4,12 +4,18 @@ from pathlib import Path
 
 import click
 
-from trt_kv.cli.options import any_path, calibration_options, debug_option, existing_file, model_options, policy_options
-from trt_kv.cli.requests import CalibrationPlan, ModelSource
-from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.cli.options import (
+    any_path,
+    calibration_options,
+    debug_option,
+    existing_file,
+    model_options,
+    policy_options,
+    target_options,
+)
+from trt_kv.cli.requests import CalibrationPlan, ModelSource, TargetPlan
+from trt_kv.errors import UsageError
 from trt_kv.policy import Policy
-
-TARGETS = ("onnxruntime",)
 
 
 @click.command("build", short_help="Build an engine from a checkpoint.")
@@ -17,7 +23,7 @@ TARGETS = ("onnxruntime",)
 @policy_options
 @click.option("--recipe", type=existing_file, metavar="FILE", help="Use this recipe instead of calibrating one.")
 @calibration_options
-@click.option("--target", default="onnxruntime", show_default=True, metavar="NAME", help="What runs the dense parts.")
+@target_options
 @click.option("--out", type=any_path, metavar="FOLDER", help="The engine. Default: engines/MODEL-POLICY.")
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 @debug_option
@@ -27,7 +33,7 @@ def command(
     policy: Policy,
     recipe: Path | None,
     calibration: CalibrationPlan,
-    target: str,
+    target: TargetPlan,
     out: Path | None,
     force: bool,
 ) -> None:
@@ -41,8 +47,8 @@ def command(
       trt-kv build
       trt-kv build --policy prefixkv --budget 0.3 --score window --out engines/small
       trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/yardstick
+      trt-kv build --checkpoint ~/models/Llama-3.1-8B --target tensorrt --profile datacenter --dtype bfloat16
     """
-    check_target(target)
     if recipe is not None and not policy.needs_recipe:
         raise UsageError(f"policy {policy.name!r} reads no recipe", got=f"--recipe {recipe}", fix="leave --recipe out")
     from trt_kv.cli.pipeline import build_engine
@@ -52,16 +58,9 @@ def command(
         policy=policy,
         recipe=recipe,
         calibration=calibration,
+        target=target,
         out=out or Path("engines") / f"{source.model}-{policy.name}",
         replace=force,
     )
     click.echo(f"engine: {engine}")
     click.echo(f"next:   trt-kv generate {engine} 'a prompt'")
-
-
-def check_target(target: str) -> None:
-    """Raise ``UsageError`` unless this version can build engines for ``target``."""
-    if target == "tensorrt":
-        raise UsageError("TensorRT engines are not in this version", got="--target tensorrt", fix="use --target onnxruntime")
-    if target not in TARGETS:
-        raise UnknownNameError("target", target, TARGETS)

@@ -41,7 +41,19 @@ def _model(folder: Path, manifest: Manifest) -> list[str]:
         f"model     {manifest.model_name}: {config.architecture}, {layers}, {heads}",
         f"          {config.max_positions} positions, vocabulary {config.vocab_size}",
         f"target    {manifest.target}, {manifest.dtype}, pages of {manifest.page_size} tokens",
+        *_plan(manifest),
     ]
+
+
+def _plan(manifest: Manifest) -> list[str]:
+    if manifest.plan is None:
+        return []
+    meaning = {"N": "tokens", "B": "sequences", "T": "pages per sequence and layer", "M": "pages in the pool"}
+    lines = [f"plan      {manifest.plan.file}, built by {manifest.plan.built_by}"]
+    for ranges in manifest.plan.profiles:
+        sizes = ", ".join(f"{meaning[axis]} {ranges[axis][0]}..{ranges[axis][2]}" for axis in meaning)
+        lines.append(f"          for {sizes}")
+    return lines
 
 
 def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
@@ -69,11 +81,11 @@ def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
 
 def _sizes(manifest: Manifest) -> list[str]:
     config = manifest.config
-    token_bytes = 2 * config.n_kv_heads * config.head_dim * 4
+    token_bytes = 2 * config.n_kv_heads * config.head_dim * (4 if manifest.dtype == "float32" else 2)
     full = token_bytes * config.n_layers * config.max_positions
     kept = token_bytes * config.max_positions * sum(manifest.kept_shares)
     total = sum(record.n_bytes for record in manifest.files.values())
-    weights = manifest.files["graphs/weights.data"].n_bytes
+    weights = manifest.files["graphs/weights.data" if manifest.plan is None else manifest.plan.file].n_bytes
     instead = f"at {config.max_positions} tokens, instead of {_megabytes(full)}"
     return [
         f"size      {_megabytes(total)}, of which weights {_megabytes(weights)}",

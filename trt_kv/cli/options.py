@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from trt_kv.cli.requests import CalibrationPlan, ModelSource
+from trt_kv.cli.requests import TARGETS, CalibrationPlan, ModelSource, TargetPlan
 from trt_kv.errors import UsageError
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import SCORES, Policy
@@ -100,6 +100,27 @@ def policy_from_options(name: str, *, budget: float | None, score: str | None, w
             fix="add --score window, or leave --window out",
         )
     return policy
+
+
+def target_options(command: CommandFunction) -> CommandFunction:
+    """Add --target and the options of TensorRT; ``command`` receives ``target``, a ``TargetPlan``."""
+
+    @click.option(
+        "--target", default="onnxruntime", show_default=True, metavar="NAME", help=f"What runs it: {' or '.join(TARGETS)}."
+    )
+    @click.option(
+        "--profile",
+        metavar="NAME|FILE",
+        help="Sizes to compile for, with --target tensorrt: edge, datacenter, or a .json file like theirs. Default: edge.",
+    )
+    @click.option("--dtype", metavar="NAME", help="float32, float16 or bfloat16, with --target tensorrt. Default: float32.")
+    @click.option("--timing-cache", type=any_path, metavar="FILE", help="TensorRT's measurements, read and written.")
+    @functools.wraps(command)
+    def collected(*, target: str, profile: str | None, dtype: str | None, timing_cache: Path | None, **others: Any) -> None:
+        plan = TargetPlan(target=target, profile=profile, dtype=dtype, timing_cache=timing_cache)
+        command(target=plan, **others)
+
+    return collected
 
 
 def calibration_options(command: CommandFunction) -> CommandFunction:

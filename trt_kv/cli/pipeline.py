@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from trt_kv.cli.progress import OnProgress, progress_bars
-from trt_kv.cli.requests import CalibrationPlan, GenerationRequest, ModelSource
+from trt_kv.cli.requests import CalibrationPlan, GenerationRequest, ModelSource, TargetPlan
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.errors import CheckpointError, EngineError, UsageError
 from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
@@ -24,18 +24,27 @@ from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.presets import is_bundled
 from trt_kv.recipe import CREATED_BY, Protected, Recipe, RecipeModel, RecipeScore, recipe_from_published
+from trt_kv.require import require_tensorrt
 
 if TYPE_CHECKING:
     import torch
 
     from trt_kv.calibration.prefixkv import Importance
     from trt_kv.export.checkpoint import Checkpoint
+    from trt_kv.export.tensorrt_profile import TensorRtOptions
 
 CALIBRATION_TOKENS = 1024
 
 
 def build_engine(
-    *, source: ModelSource, policy: Policy, recipe: Path | None, calibration: CalibrationPlan, out: Path, replace: bool
+    *,
+    source: ModelSource,
+    policy: Policy,
+    recipe: Path | None,
+    calibration: CalibrationPlan,
+    target: TargetPlan,
+    out: Path,
+    replace: bool,
 ) -> Path:
     """Build the engine at ``out``, calibrating a recipe first where the policy needs one and none is given.
 
@@ -44,10 +53,11 @@ def build_engine(
     from trt_kv.export import engine
     from trt_kv.export.new_folder import check_destination
 
+    options = _tensorrt_options(target)
     if not (out / MANIFEST_FILE).is_file():
         check_destination(out, replace=replace)
     checkpoint = _open(source)
-    command_line = _command_line(source, policy, recipe, calibration)
+    command_line = _command_line(source, policy, recipe, calibration, target)
     if not replace and recipe is None and calibration.prompts is None and _is_built(out, command_line, checkpoint):
         click.echo(f"{out} is up to date", err=True)
         return out
@@ -67,6 +77,8 @@ def build_engine(
             checkpoint=checkpoint,
             policy=policy,
             recipe=loaded,
+            dtype=target.dtype or "float32",
+            tensorrt=options,
             model_source=source.checkpoint or f"bundled {source.model}",
             reproduce=command_line,
         )
@@ -259,7 +271,18 @@ def _recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
     return RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
 
 
-def _command_line(source: ModelSource, policy: Policy, recipe: Path | None, plan: CalibrationPlan) -> str:
+def _tensorrt_options(target: TargetPlan) -> "TensorRtOptions | None":
+    """How to compile for TensorRT; raises before anything is read where TensorRT is not installed or the profile is none."""
+    from trt_kv.export.tensorrt_profile import DEFAULT, TensorRtOptions, build_profile
+
+    if target.target != "tensorrt":
+        return None
+    profile = build_profile(target.profile or DEFAULT)
+    require_tensorrt()
+    return TensorRtOptions(profile=profile, timing_cache=target.timing_cache)
+
+
+def _command_line(source: ModelSource, policy: Policy, recipe: Path | None, plan: CalibrationPlan, target: TargetPlan) -> str:
     """The command that builds the same engine again."""
     words: list[str | Path | int | float] = ["trt-kv", "build", "--model", source.model]
     words += ["--checkpoint", source.checkpoint] if source.checkpoint else []
@@ -271,4 +294,7 @@ def _command_line(source: ModelSource, policy: Policy, recipe: Path | None, plan
     elif policy.needs_recipe:
         words += ["--samples", plan.samples, "--seed", plan.seed]
         words += ["--prompts", plan.prompts] if plan.prompts else []
+    words += ["--target", target.target] if target.target != "onnxruntime" else []
+    words += ["--profile", target.profile] if target.profile else []
+    words += ["--dtype", target.dtype] if target.dtype else []
     return shlex.join(str(word) for word in words)

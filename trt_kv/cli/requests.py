@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_kv.errors import UsageError
+from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.presets import preset
 
 
@@ -31,6 +31,33 @@ class CalibrationPlan:
             raise UsageError("a recipe needs at least one prompt", got=self.samples, expected="--samples >= 1")
         if self.seed < 0:
             raise UsageError("a seed counts from zero", got=self.seed, expected="--seed >= 0")
+
+
+TARGETS = ("onnxruntime", "tensorrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetPlan:
+    """What runs the engine, and how it is compiled. ``profile`` (a preset or a .json file), ``dtype`` and ``timing_cache`` are
+    TensorRT's; None: the default.
+    """
+
+    target: str = "onnxruntime"
+    profile: str | None = None
+    dtype: str | None = None
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UnknownNameError("target", self.target, TARGETS)
+        given = {"--profile": self.profile, "--dtype": self.dtype, "--timing-cache": self.timing_cache}
+        needless = [name for name, value in given.items() if value is not None]
+        if self.target != "tensorrt" and needless:
+            raise UsageError(
+                f"{needless[0]} is for TensorRT",
+                got=f"--target {self.target}",
+                fix=f"add --target tensorrt, or leave {needless[0]} out",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
