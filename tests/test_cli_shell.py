@@ -14,10 +14,9 @@ import pytest
 from tests.bare_python import make_bare_environment
 from trt_kv import __version__
 from trt_kv.cli.app import COMMANDS, main
-from trt_kv.cli.build import check_target
 from trt_kv.cli.generate import read_prompt
 from trt_kv.cli.options import policy_from_options
-from trt_kv.cli.requests import CalibrationPlan
+from trt_kv.cli.requests import CalibrationPlan, TargetPlan
 from trt_kv.errors import CapacityError, EngineError, MissingDependencyError, TrtKvError, UnknownNameError, UsageError
 from trt_kv.require import missing_dependency, require
 
@@ -107,8 +106,10 @@ def test_a_misspelt_command_line_exits_with_2(arguments: list[str], capsys: pyte
         (["build", "--window", "8"], "--score window"),
         (["build", "--score", "window", "--window", "0"], "window counts tokens"),
         (["build", "--samples", "0"], "--samples >= 1"),
-        (["build", "--target", "tensorrt"], "not in this version"),
         (["build", "--target", "abacus"], "unknown target"),
+        (["build", "--profile", "edge"], "--target tensorrt"),
+        (["build", "--dtype", "float16"], "--target tensorrt"),
+        (["build", "--target", "tensorrt", "--profile", "moon"], "one of a .json file, datacenter, edge"),
         (["build", "--policy", "full", "--recipe", "RECIPE"], "reads no recipe"),
         (["calibrate", "--policy", "full"], "reads no recipe"),
         (["calibrate", "--from-published", "RECIPE", "--prompts", "RECIPE"], "one of the two"),
@@ -245,7 +246,7 @@ def test_options_replace_only_what_they_name() -> None:
 
 def test_unknown_target_lists_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match="onnxruntime"):
-        check_target("abacus")
+        TargetPlan(target="abacus")
 
 
 def test_a_negative_seed_is_refused() -> None:
