@@ -7,9 +7,9 @@ import numpy as np
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.plugins.registry import kernel
 from trt_kv.program import OpNode, Program
-from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
+from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.layer_ops import LayerOps
 from trt_kv.runtime.sequence_cache import SequenceCache
 from trt_kv.runtime.step import Ints, Step
 
@@ -18,7 +18,7 @@ DEFAULT_CHUNK = 512
 
 
 class ModelRunner:
-    """One model on one executor with one KV pool.
+    """One model on one executor with one KV pool. A dense executor is joined with the KV ops' kernels of ``implementation``.
 
     ``programs`` holds the KV ops of the phases "prefill" and "decode". Prefill runs one sequence at a time, so that a
     sequence's chunks, and with them its rounding, do not depend on its neighbours.
@@ -26,7 +26,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        executor: DenseExecutor,
+        executor: DenseExecutor | StepExecutor,
         pool: KvPool,
         programs: Mapping[str, Program],
         *,
@@ -36,20 +36,21 @@ class ModelRunner:
     ) -> None:
         self.pool = pool
         self.chunk = chunk
-        self._executor = executor
+        self._executor = (
+            executor
+            if isinstance(executor, StepExecutor)
+            else SplitStepExecutor(executor, programs, implementation=implementation)
+        )
         self._decode_distance = decode_distance
-        self._prefill_ops = LayerOps(programs["prefill"], implementation=implementation)
-        self._decode_ops = LayerOps(programs["decode"], implementation=implementation)
         self._evict_nodes = [_evict_node(nodes) for nodes in programs["prefill"]]
         self._evict = kernel("EvictTokens", implementation)
 
     def warm_up(self) -> None:
         """Compile what is compiled at its first call (seconds on a fresh installation, milliseconds afterwards)."""
-        self._prefill_ops.warm_up()
-        self._decode_ops.warm_up()
+        self._executor.warm_up()
 
     def new_sequence(self) -> SequenceCache:
-        return SequenceCache(self.pool, n_layers=self._decode_ops.n_layers, decode_distance=self._decode_distance)
+        return SequenceCache(self.pool, n_layers=len(self._evict_nodes), decode_distance=self._decode_distance)
 
     def prefill(
         self,
@@ -74,7 +75,7 @@ class ModelRunner:
             rows = np.arange(len(chunk_ids)) if all_logits else np.array([len(chunk_ids) - 1])
             remaining = len(ids) - 1 - np.arange(start, end)
             evicts = is_last and evict and self._evict_nodes[0] is not None
-            chunk_logits = self._step(self._prefill_ops, [sequence], [chunk_ids], rows, remaining, evict=evicts)
+            chunk_logits = self._step("prefill", [sequence], [chunk_ids], rows, remaining, evict=evicts)
             if all_logits or is_last:
                 logits.append(chunk_logits)
             if on_chunk is not None:
@@ -85,7 +86,7 @@ class ModelRunner:
         """One token for each of B sequences; returns the next token's logits [B, V]."""
         ids = [np.array([token_id], np.int64) for token_id in token_ids]
         remaining = np.full(len(ids), NOT_PROMPT)
-        return self._step(self._decode_ops, sequences, ids, np.arange(len(ids)), remaining, evict=False)
+        return self._step("decode", sequences, ids, np.arange(len(ids)), remaining, evict=False)
 
     def evict(
         self,
@@ -142,7 +143,7 @@ class ModelRunner:
 
     def _step(
         self,
-        ops: LayerOps,
+        phase: str,
         sequences: Sequence[SequenceCache],
         ids: Sequence[Ints],
         logit_rows: Ints,
@@ -163,12 +164,11 @@ class ModelRunner:
             prompt_remaining=prompt_remaining,
             evict=np.full(len(ids), int(evict)),
         )
-        attend = ops.for_step(step, self.pool)
-        logits = self._executor.run(step.input_ids, step.positions, step.logit_rows, attend)
+        logits, kept = self._executor.run_step(phase, step, self.pool)
         if evict:
             shares = [float(node.attributes["kept_share"]) for node in self._evict_nodes if node is not None]
             for b, sequence in enumerate(sequences):
-                sequence.shrink(attend.kept[:, b], shares)
+                sequence.shrink(kept[:, b], shares)
         return logits
 
 

@@ -1,9 +1,10 @@
-"""The seam between a decoder's dense parts and its KV ops."""
+"""The seams: between a decoder's dense parts and its KV ops, and around both of them together."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from trt_kv.plugins.paging import Floats
-from trt_kv.runtime.step import Ints
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.step import Ints, Step
 
 
 class Attend(Protocol):
@@ -24,4 +25,25 @@ class DenseExecutor(Protocol):
 
     def run(self, input_ids: Ints, positions: Ints, logit_rows: Ints, attend: Attend) -> Floats:
         """Logits [R, V] fp32 of the rows ``logit_rows`` of the token-flat batch ``input_ids`` [N] at ``positions`` [N]."""
+        ...
+
+
+@runtime_checkable
+class StepExecutor(Protocol):
+    """Whole steps, dense parts and KV ops. All state is in the pool, and a failed step leaves its sequences unusable."""
+
+    @property
+    def description(self) -> str:
+        """What runs the steps, for reports: library, version, device."""
+        ...
+
+    def warm_up(self) -> None:
+        """Compile what is compiled at its first call."""
+        ...
+
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> tuple[Floats, Ints]:
+        """Run ``step`` by the program of ``phase``, updating the pool.
+
+        Returns the logits [R, V] fp32 of the step's ``logit_rows``, and the cached tokens [L, B] after the step.
+        """
         ...

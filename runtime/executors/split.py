@@ -1,0 +1,32 @@
+"""Whole steps from a dense executor and the KV ops that run between its parts, on the host."""
+
+from collections.abc import Mapping
+
+from trt_kv.plugins.paging import Floats
+from trt_kv.program import Program
+from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.layer_ops import LayerOps
+from trt_kv.runtime.step import Ints, Step
+
+
+class SplitStepExecutor:
+    """A dense executor with the KV ops of each phase. See ``StepExecutor``."""
+
+    def __init__(self, dense: DenseExecutor, programs: Mapping[str, Program], *, implementation: str = "cpu") -> None:
+        self._dense = dense
+        self._ops = {phase: LayerOps(program, implementation=implementation) for phase, program in programs.items()}
+
+    @property
+    def description(self) -> str:
+        return self._dense.description
+
+    def warm_up(self) -> None:
+        for ops in self._ops.values():
+            ops.warm_up()
+
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> tuple[Floats, Ints]:
+        """See ``StepExecutor.run_step``."""
+        attend = self._ops[phase].for_step(step, pool)
+        logits = self._dense.run(step.input_ids, step.positions, step.logit_rows, attend)
+        return logits, attend.kept
