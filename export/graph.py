@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -165,9 +166,10 @@ def _append_tensor(file: BinaryIO, name: str, tensor: ir.TensorProtocol | None, 
     assert tensor is not None
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
     offset = file.tell()
-    tensor.tofile(file)
+    array = tensor.numpy()
+    file.write(array.reshape(-1).view(np.uint8).data)
     return ir.ExternalTensor(
-        WEIGHTS_FILE, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=folder
+        WEIGHTS_FILE, offset, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name, base_dir=folder
     )
 
 

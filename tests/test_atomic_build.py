@@ -39,7 +39,7 @@ def request_(small_checkpoint_folder: Path) -> EngineRequest:
 def build(request_: EngineRequest, traced: dict[str, ir.Model], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``build_engine`` of the small checkpoint, with graphs that were traced once and are copied for every build."""
 
-    def copied(_checkpoint: Any, program: Any, *, page_size: int) -> ir.Model:
+    def copied(_checkpoint: Any, program: Any, **_: Any) -> ir.Model:
         return traced["prefill" if len(program[0]) > 1 else "decode"].clone()
 
     def build_small(destination: Path, *, replace: bool = False, on_progress: OnProgress | None = None) -> None:
@@ -54,8 +54,8 @@ def traced(request_: EngineRequest) -> dict[str, ir.Model]:
     graphs: dict[str, ir.Model] = {}
     with pytest.MonkeyPatch.context() as patch:
 
-        def remember(checkpoint: Any, program: Any, *, page_size: int) -> ir.Model:
-            model = graph_from_checkpoint(checkpoint, program, page_size=page_size)
+        def remember(checkpoint: Any, program: Any, **options: Any) -> ir.Model:
+            model = graph_from_checkpoint(checkpoint, program, **options)
             graphs["prefill" if len(program[0]) > 1 else "decode"] = model
             return model
 

@@ -10,7 +10,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
+from numpy.typing import DTypeLike
 
+from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES
 from trt_kv.plugins.cases import POISON
@@ -29,6 +33,9 @@ PROMPTS = (
 CHUNK, N_DECODED, N_PAGES = 64, 16, 160
 ATOL = 1e-4
 """Whole-model logits, as in test_decoder_parity. The specs' 2e-5 holds for one op; measured over 8 layers: 4e-5."""
+
+HALF_ATOL = 0.1
+"""fp16 keeps 11 bits: logits of up to 10 are rounded by 0.004 at the last step alone; measured: 0.03."""
 
 
 @pytest.fixture(params=["half_folder", "small_folder"], ids=["bundled", "qwen3-biases"])
@@ -51,13 +58,13 @@ class RecordingOps(LayerOps):
 class MonolithicRunner:
     """Runs steps on the monolithic graphs; holds each layer's KV state, poisoned where nothing was written."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, graphs: Path, manifest: Manifest, dtype: DTypeLike = np.float32) -> None:
         config, page_size = manifest.config, manifest.page_size
-        self._sessions = {phase: session_of(folder, phase) for phase in PHASES}
+        self._sessions = {phase: session_of(graphs / f"{phase}.onnx") for phase in PHASES}
         self.states: dict[str, np.ndarray] = {}
         for layer in range(config.n_layers):
             kv_shape = (N_PAGES, 2, config.n_kv_heads, page_size, config.head_dim)
-            self.states[f"kv_{layer}"] = np.full(kv_shape, np.nan, np.float32)
+            self.states[f"kv_{layer}"] = np.full(kv_shape, np.nan, dtype)
             self.states[f"token_positions_{layer}"] = np.full((N_PAGES, page_size), POISON)
             self.states[f"scores_{layer}"] = np.full((N_PAGES, page_size), np.nan, np.float32)
 
@@ -71,8 +78,8 @@ class MonolithicRunner:
         return outputs
 
 
-def session_of(folder: Path, phase: str) -> ort.InferenceSession:
-    return ort.InferenceSession(folder / "graphs" / f"{phase}.onnx", providers=["CPUExecutionProvider"])
+def session_of(graph: Path) -> ort.InferenceSession:
+    return ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
 
 def graph_of(folder: Path, file: str) -> onnx.ModelProto:
@@ -85,7 +92,7 @@ def recorded_run(
     """The runtime's steps over two prompts and greedy decoding of both, the logits it made, the positions it kept."""
     config = manifest.config
     RecordingOps.steps = []
-    monkeypatch.setattr("trt_kv.runtime.model_runner.LayerOps", RecordingOps)
+    monkeypatch.setattr("trt_kv.runtime.executors.split.LayerOps", RecordingOps)
     pool = KvPool(n_pages=N_PAGES, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
     runner = ModelRunner(executor, pool, manifest.programs, chunk=CHUNK)
@@ -104,11 +111,28 @@ def recorded_run(
 def test_graphs_give_the_runtimes_logits_through_eviction_and_decoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = load_manifest(folder)
     steps, logits, kept = recorded_run(folder, manifest, monkeypatch)
-    graphs = MonolithicRunner(folder, manifest)
+    graphs = MonolithicRunner(folder / "graphs", manifest)
     outputs = [graphs.run(step) for step in steps]
     assert sum(int(step.evict.any()) for step in steps) == len(PROMPTS)
     np.testing.assert_allclose(np.concatenate([o["logits"] for o in outputs]), np.concatenate(logits), atol=ATOL, rtol=0.0)
     assert kept_in(graphs.states, steps[-1], manifest) == [positions.tolist() for positions in kept]
+
+
+def test_half_precision_graphs_run_in_stock_onnxruntime(
+    small_folder: Path, small_checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both prompts before their eviction, which may choose otherwise between scores that fp16 cannot tell apart."""
+    manifest = load_manifest(small_folder)
+    checkpoint = open_checkpoint(small_checkpoint_folder)
+    exported = {
+        phase: graph_from_checkpoint(checkpoint, program, page_size=manifest.page_size, dtype=torch.float16)
+        for phase, program in manifest.programs.items()
+    }
+    save_graphs(exported, tmp_path)
+    steps, logits, _ = recorded_run(small_folder, manifest, monkeypatch)
+    graphs = MonolithicRunner(tmp_path, manifest, np.float16)
+    rows = np.concatenate([graphs.run(step)["logits"] for step in steps if step.prompt_remaining[0] != NOT_PROMPT])
+    np.testing.assert_allclose(rows, np.concatenate(logits[: len(PROMPTS)]), atol=HALF_ATOL, rtol=0.0)
 
 
 def kept_in(states: dict[str, np.ndarray], last: Step, manifest: Manifest) -> list[list[int]]:
