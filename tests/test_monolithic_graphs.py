@@ -18,13 +18,14 @@ from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES
 from trt_kv.plugins.cases import POISON
+from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import PHASES
 from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
+from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.layer_ops import BoundLayerOps, LayerOps
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
-from trt_kv.runtime.step import Step
+from trt_kv.runtime.step import Ints, Step
 
 PROMPTS = (
     b"The keeper of the lighthouse counted the ships that came in before the storm, and wrote their names into a book.",
@@ -45,14 +46,17 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-class RecordingOps(LayerOps):
-    """Layer ops that remember the steps they were bound to."""
+class Recording(SplitStepExecutor):
+    """The runtime's executor on ONNX Runtime, remembering the steps it ran."""
 
-    steps: list[Step]
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        pieces = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
+        super().__init__(pieces, manifest.programs)
+        self.steps: list[Step] = []
 
-    def for_step(self, step: Step, pool: KvPool) -> BoundLayerOps:
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> tuple[Floats, Ints]:
         self.steps.append(step)
-        return super().for_step(step, pool)
+        return super().run_step(phase, step, pool)
 
 
 class MonolithicRunner:
@@ -86,15 +90,11 @@ def graph_of(folder: Path, file: str) -> onnx.ModelProto:
     return onnx.load(folder / "graphs" / file, load_external_data=False)
 
 
-def recorded_run(
-    folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[Step], list[np.ndarray], list[np.ndarray]]:
+def recorded_run(folder: Path, manifest: Manifest) -> tuple[list[Step], list[np.ndarray], list[np.ndarray]]:
     """The runtime's steps over two prompts and greedy decoding of both, the logits it made, the positions it kept."""
     config = manifest.config
-    RecordingOps.steps = []
-    monkeypatch.setattr("trt_kv.runtime.executors.split.LayerOps", RecordingOps)
     pool = KvPool(n_pages=N_PAGES, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
-    executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
+    executor = Recording(folder, manifest)
     runner = ModelRunner(executor, pool, manifest.programs, chunk=CHUNK)
     sequences = [runner.new_sequence() for _ in PROMPTS]
     logits = [
@@ -105,12 +105,12 @@ def recorded_run(
         logits.append(runner.decode(sequences, next_ids))
         next_ids = [int(np.argmax(row)) for row in logits[-1]]
     kept = [runner.kept_positions(s, layer) for s in sequences for layer in range(config.n_layers)]
-    return RecordingOps.steps, logits, kept
+    return executor.steps, logits, kept
 
 
-def test_graphs_give_the_runtimes_logits_through_eviction_and_decoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_give_the_runtimes_logits_through_eviction_and_decoding(folder: Path) -> None:
     manifest = load_manifest(folder)
-    steps, logits, kept = recorded_run(folder, manifest, monkeypatch)
+    steps, logits, kept = recorded_run(folder, manifest)
     graphs = MonolithicRunner(folder / "graphs", manifest)
     outputs = [graphs.run(step) for step in steps]
     assert sum(int(step.evict.any()) for step in steps) == len(PROMPTS)
@@ -119,7 +119,7 @@ def test_graphs_give_the_runtimes_logits_through_eviction_and_decoding(folder: P
 
 
 def test_half_precision_graphs_run_in_stock_onnxruntime(
-    small_folder: Path, small_checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_folder: Path, small_checkpoint_folder: Path, tmp_path: Path
 ) -> None:
     """Both prompts before their eviction, which may choose otherwise between scores that fp16 cannot tell apart."""
     manifest = load_manifest(small_folder)
@@ -129,7 +129,7 @@ def test_half_precision_graphs_run_in_stock_onnxruntime(
         for phase, program in manifest.programs.items()
     }
     save_graphs(exported, tmp_path)
-    steps, logits, _ = recorded_run(small_folder, manifest, monkeypatch)
+    steps, logits, _ = recorded_run(small_folder, manifest)
     graphs = MonolithicRunner(tmp_path, manifest, np.float16)
     rows = np.concatenate([graphs.run(step)["logits"] for step in steps if step.prompt_remaining[0] != NOT_PROMPT])
     np.testing.assert_allclose(rows, np.concatenate(logits[: len(PROMPTS)]), atol=HALF_ATOL, rtol=0.0)
