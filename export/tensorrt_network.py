@@ -58,14 +58,16 @@ def network_from_onnx(path: Path, *, plugins: bool = True) -> ParsedNetwork:
 
     Raises ``EngineError`` with what the parser and its plugins said.
     """
-    if plugins:
-        register_plugins()
+    creators = register_plugins() if plugins else {}
+    for creator in creators.values():
+        creator.refusals.clear()
     logger = CollectingLogger()
     builder = trt.Builder(logger)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
-        said = [parser.get_error(index).desc() for index in range(parser.num_errors)] + logger.errors
+        said = [refusal for creator in creators.values() for refusal in creator.refusals]
+        said += [parser.get_error(index).desc() for index in range(parser.num_errors)] + logger.errors
         raise EngineError(f"TensorRT cannot read {path}", got="; ".join(dict.fromkeys(said)), fix="export the graph again")
     return ParsedNetwork(network=network, builder=builder, parser=parser, logger=logger)
 

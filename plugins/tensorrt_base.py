@@ -150,6 +150,8 @@ class OpCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         trt.IPluginCreatorV3One.__init__(self)
         self.spec = spec
         self.memory = memory
+        self.refusals: list[str] = []
+        """Why nodes were refused; TensorRT's parser does not pass it on."""
         self.name, self.plugin_version, self.plugin_namespace = spec.name, VERSION, NAMESPACE
         self.field_names = trt.PluginFieldCollection(
             [trt.PluginField(a.name, np.array([]), _FIELD_TYPES[a.type][0]) for a in spec.attributes]
@@ -157,7 +159,11 @@ class OpCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
 
     def create_plugin(self, _name: str, fields: Any, phase: Any) -> OpPlugin:
         """Raises ``EngineError`` for fields that are missing, unknown or of another type."""
-        attributes = attributes_of(self.spec, list(fields))
+        try:
+            attributes = attributes_of(self.spec, list(fields))
+        except EngineError as error:
+            self.refusals.append(str(error))
+            raise
         return OpPlugin(self.spec, attributes, self.memory if phase == trt.TensorRTPhase.RUNTIME else None)
 
 

@@ -18,11 +18,12 @@ def check_applicable(folder: Path, manifest: Manifest) -> None:
     """``EngineError`` for a target, type or op that this version does not run, or KV ops that are not the policy's."""
     known = dict.fromkeys(op_specs(), OP_VERSION)
     unknown = {op: version for op, version in manifest.op_versions.items() if known.get(op) != version}
-    if unknown or manifest.target != "onnxruntime" or manifest.dtype != "float32":
+    runs = manifest.target == "tensorrt" or (manifest.target == "onnxruntime" and manifest.dtype == "float32")
+    if unknown or not runs or (manifest.target == "tensorrt") != (manifest.plan is not None):
         raise EngineError(
             f"this version of trt-kv does not run {folder}",
             got=f"target {manifest.target!r}, {manifest.dtype}, ops {dict(manifest.op_versions)}",
-            expected=f"target 'onnxruntime', float32, ops among {known}",
+            expected=f"target 'onnxruntime' in float32, or 'tensorrt' with a plan; ops among {known}",
             fix="build the engine again",
         )
     shares = manifest.kept_shares if manifest.policy.needs_recipe else None

@@ -8,10 +8,12 @@ from tokenizers import Tokenizer
 
 from trt_kv.errors import EngineError, UsageError
 from trt_kv.manifest import Manifest, load_manifest, verify_files
+from trt_kv.require import require
 from trt_kv.runtime.admission import Admission
 from trt_kv.runtime.applicable import check_applicable, check_recipe
 from trt_kv.runtime.detokenizer import load_tokenizer
 from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
+from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
@@ -67,14 +69,9 @@ class Engine:
             _verify_with_progress(folder, manifest, tell)
         check_recipe(folder, manifest)
         tokenizer = load_tokenizer(folder / "tokenizer.json", error=EngineError)
-        executor = OnnxRuntimeExecutor(
-            folder / "graphs",
-            manifest.pieces,
-            manifest.attention_ports,
-            n_threads=n_threads,
-            on_piece=lambda done, total: tell("opening graphs", done, total),
+        executor, pool = (_on_onnxruntime if manifest.plan is None else _on_tensorrt)(
+            folder, manifest, cache_tokens, n_threads, tell
         )
-        pool = _pool(manifest, cache_tokens)
         runner = ModelRunner(executor, pool, manifest.programs, chunk=chunk, decode_distance=manifest.policy.decode_distance)
         tell("compiling kernels", 0, 1)
         runner.warm_up()
@@ -200,18 +197,52 @@ def _verify_with_progress(folder: Path, manifest: Manifest, on_progress: OnProgr
     verify_files(folder, manifest, on_bytes)
 
 
-def _pool(manifest: Manifest, cache_tokens: int | None) -> KvPool:
-    """A pool for ``cache_tokens`` tokens in every layer."""
-    config = manifest.config
-    token_bytes = config.n_layers * (2 * config.n_kv_heads * config.head_dim * 4 + 12)
-    if cache_tokens is None:
-        cache_tokens = max(1, min(2 * config.max_positions, available_bytes() // 2 // token_bytes))
-    return KvPool(
-        n_pages=config.n_layers * _pages(cache_tokens, manifest.page_size),
-        page_size=manifest.page_size,
-        n_kv_heads=config.n_kv_heads,
-        head_size=config.head_dim,
+def _on_onnxruntime(
+    folder: Path, manifest: Manifest, cache_tokens: int | None, n_threads: int, tell: OnProgress
+) -> tuple[DenseExecutor | StepExecutor, KvPool]:
+    executor = OnnxRuntimeExecutor(
+        folder / "graphs",
+        manifest.pieces,
+        manifest.attention_ports,
+        n_threads=n_threads,
+        on_piece=lambda done, total: tell("opening graphs", done, total),
     )
+    return executor, KvPool(**_pool_sizes(manifest, cache_tokens, available_bytes()))
+
+
+def _on_tensorrt(
+    folder: Path, manifest: Manifest, cache_tokens: int | None, _n_threads: int, tell: OnProgress
+) -> tuple[DenseExecutor | StepExecutor, KvPool]:
+    tensorrt_engine = require("trt_kv.runtime.executors.tensorrt_engine")
+    assert manifest.plan is not None
+    tell("loading the plan", 0, 1)
+    executor = tensorrt_engine.TensorRtExecutor(
+        folder / manifest.plan.file,
+        manifest.plan,
+        manifest.programs["prefill"],
+        vocab_size=manifest.config.vocab_size,
+        dtype=manifest.dtype,
+    )
+    sizes = _pool_sizes(manifest, cache_tokens, tensorrt_engine.free_device_bytes())
+    largest = max(ranges["M"][2] for ranges in manifest.plan.profiles)
+    pool = tensorrt_engine.CudaKvPool(**sizes | {"n_pages": min(sizes["n_pages"], largest)}, dtype=manifest.dtype)
+    tell("loading the plan", 1, 1)
+    return executor, pool
+
+
+def _pool_sizes(manifest: Manifest, cache_tokens: int | None, free_bytes: int) -> dict[str, int]:
+    """Sizes of a pool for ``cache_tokens`` tokens in every layer; None: what fits into half of ``free_bytes``."""
+    config = manifest.config
+    element_bytes = 4 if manifest.dtype == "float32" else 2
+    token_bytes = config.n_layers * (2 * config.n_kv_heads * config.head_dim * element_bytes + 12)
+    if cache_tokens is None:
+        cache_tokens = max(1, min(2 * config.max_positions, free_bytes // 2 // token_bytes))
+    return {
+        "n_pages": config.n_layers * _pages(cache_tokens, manifest.page_size),
+        "page_size": manifest.page_size,
+        "n_kv_heads": config.n_kv_heads,
+        "head_size": config.head_dim,
+    }
 
 
 def _pages(n_tokens: int, page_size: int) -> int:

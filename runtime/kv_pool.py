@@ -18,6 +18,9 @@ class KvPool:
     The arrays are reserved, not touched: the operating system commits memory page by page as it is written.
     """
 
+    on_host = True
+    """Whether kernels of the host can read the arrays."""
+
     def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
         self.page_size = page_size
         self.kv = np.empty((n_pages, 2, n_kv_heads, page_size, head_size), np.float32)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.plugins.registry import kernel
 from trt_kv.program import OpNode, Program
@@ -101,6 +102,7 @@ class ModelRunner:
 
         While decoding, layer l then grows at ``kept_shares[l]`` per token; None: at its budget's share of the tokens seen.
         """
+        self._require_host_pool("per-request budgets")
         kept = sequence.kv_len.copy()
         for layer, target in enumerate(budget):
             (kept_B,) = self._evict(
@@ -136,7 +138,14 @@ class ModelRunner:
         """True absolute positions of the tokens cached in ``layer``, in slot order: [S] int64."""
         return self._of_slots(self.pool.token_positions, sequence, layer)
 
+    def _require_host_pool(self, what: str) -> None:
+        if not self.pool.on_host:
+            raise UsageError(
+                f"{what} need a KV pool on the host", got=self._executor.description, fix="use --target onnxruntime"
+            )
+
     def _of_slots(self, pool_MP: np.ndarray, sequence: SequenceCache, layer: int) -> np.ndarray:
+        self._require_host_pool("scores and kept positions")
         n_cached = int(sequence.kv_len[layer])
         pages = pages_of(sequence.page_table[:, None], layer, 0, n_cached, self.pool.page_size)
         return gather_slots(pool_MP, pages, n_cached)

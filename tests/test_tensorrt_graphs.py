@@ -1,0 +1,235 @@
+"""Every exported graph is read and built by TensorRT itself, with the ops as plugins and without them."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines import SHARES, prefixkv_request
+from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
+from trt_kv.errors import EngineError
+from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.engine import EngineRequest, build_engine, export_graphs
+from trt_kv.export.tensorrt_profile import BuildProfile, TensorRtOptions, build_profile, profile_names
+from trt_kv.manifest import load_manifest
+from trt_kv.model_config import ModelConfig
+from trt_kv.plugins.registry import op_specs
+from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policy import Policy
+from trt_kv.program import PHASES, Program, program_of
+
+PAGE_SIZE = 32
+TINY = BuildProfile(
+    summary="for tests",
+    prefill_tokens=((1, 16, 32), (33, 64, 128)),
+    decode_sequences=((1, 2, 4),),
+    context_tokens=(1, 64, 256),
+    cache_tokens=(32, 256, 1024),
+    workspace_mib=64,
+    optimization_level=0,
+)
+
+
+@pytest.fixture(scope="module")
+def build(tensorrt: ModuleType) -> Iterator[ModuleType]:
+    """``trt_kv.export.tensorrt_engine``, with the plugins taken back afterwards."""
+    from trt_kv.export import tensorrt_engine
+    from trt_kv.plugins.tensorrt_base import deregister_plugins
+
+    yield tensorrt_engine
+    deregister_plugins()
+
+
+def request_for(checkpoint: Checkpoint, policy: str) -> EngineRequest:
+    if policy_from_name(policy).needs_recipe:
+        return prefixkv_request(checkpoint, SHARES, budget=0.5)
+    return EngineRequest(checkpoint=checkpoint, policy=policy_from_name(policy))
+
+
+def program(policy: Policy, config: ModelConfig, phase: str, kept_shares: list[float] | None = None) -> Program:
+    return program_of(policy, phase=phase, n_layers=config.n_layers, scale=config.head_dim**-0.5, kept_shares=kept_shares)
+
+
+@pytest.fixture(scope="module", params=policy_names())
+def exported(
+    request: pytest.FixtureRequest, bundled_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EngineRequest, Path]:
+    """The bundled model's graphs under each policy."""
+    folder = tmp_path_factory.mktemp("graphs")
+    wanted = request_for(bundled_checkpoint, request.param)
+    export_graphs(wanted, folder)
+    return wanted, folder
+
+
+@pytest.fixture(scope="module")
+def small_request(small_checkpoint_folder: Path) -> EngineRequest:
+    """PrefixKV for the small random checkpoint."""
+    return prefixkv_request(open_checkpoint(small_checkpoint_folder), (0.6, 0.3, 0.9), budget=0.6)
+
+
+def plan_request(build: Any, wanted: EngineRequest, graphs: Path, phase: str, **changes: Any) -> Any:
+    config = wanted.checkpoint.config
+    request = build.PlanRequest(
+        graph=graphs / f"{phase}.onnx",
+        program=program(wanted.policy, config, phase, wanted.kept_shares),
+        config=config,
+        page_size=PAGE_SIZE,
+        dtype="float32",
+        options=TensorRtOptions(profile=TINY),
+    )
+    return dataclasses.replace(request, **changes)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_policy_builds_with_its_ops_as_plugins(
+    build: Any, exported: tuple[EngineRequest, Path], phase: str, tmp_path: Path
+) -> None:
+    """A serialized engine, and plugin layers whose fields are the policy's parameters, layer by layer."""
+    wanted, graphs = exported
+    told: list[tuple[str, int, int]] = []
+    request = plan_request(build, wanted, graphs, phase)
+    build.build_plan(request, tmp_path, lambda *progress: told.append(progress))
+    assert (tmp_path / "model.plan").stat().st_size > 1e6
+    assert told[0][1] == 0
+    assert told[-1][1] == told[-1][2]
+    plugins = json.loads((tmp_path / "network.json").read_text())["plugins"]
+    nodes = [node for layer in request.program for node in layer]
+    assert [plugin["op"] for plugin in plugins] == [node.op for node in nodes]
+    for plugin, node in zip(plugins, nodes, strict=True):
+        assert {name: plugin[name] for name in node.attributes} == pytest.approx(dict(node.attributes))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_without_plugins_the_ops_are_their_functions(build: Any, exported: tuple[EngineRequest, Path], phase: str) -> None:
+    """The same files, nothing registered: standard layers only, and a network that TensorRT accepts."""
+    from trt_kv.export.tensorrt_network import network_from_onnx
+    from trt_kv.plugins.tensorrt_base import deregister_plugins
+
+    _, graphs = exported
+    deregister_plugins()
+    parsed = network_from_onnx(graphs / f"{phase}.onnx", plugins=False)
+    assert parsed.plugins() == []
+    assert parsed.network.num_layers > len(network_from_onnx(graphs / f"{phase}.onnx").plugins())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_engines_build(build: Any, small_request: EngineRequest, dtype: str, tmp_path: Path) -> None:
+    wanted = dataclasses.replace(small_request, dtype=dtype, tensorrt=TensorRtOptions(profile=TINY))
+    build_engine(wanted, tmp_path / "engine")
+    network = json.loads((tmp_path / "engine" / "network.json").read_text())
+    short = {"float16": "HALF", "bfloat16": "BF16"}[dtype]
+    assert {network["outputs"][name]["type"] for name in ("logits", "kv_0_out")} == {short}
+    assert network["outputs"]["scores_0_out"]["type"] == "FLOAT"
+
+
+def test_an_engine_for_tensorrt_tells_its_plan(build: Any, small_request: EngineRequest, tmp_path: Path) -> None:
+    """One plan for both phases, its profiles and its builder's version in the manifest, and no graphs beside it."""
+    cache = tmp_path / "timing.cache"
+    wanted = dataclasses.replace(small_request, tensorrt=TensorRtOptions(profile=TINY, timing_cache=cache))
+    folder = tmp_path / "engine"
+    build_engine(wanted, folder)
+    manifest = load_manifest(folder)
+    assert manifest.target == "tensorrt"
+    assert manifest.plan is not None
+    assert manifest.plan.built_by == f"tensorrt {build.trt.__version__}"
+    assert [ranges["N"] for ranges in manifest.plan.profiles] == [(1, 16, 32), (33, 64, 128), (1, 2, 4)]
+    assert {"model.plan", "network.json", "recipe.json"} <= set(manifest.files)
+    assert not (folder / "graphs").exists()
+    assert cache.stat().st_size > 0
+
+
+def test_a_graph_that_is_not_the_programs_is_refused(build: Any, exported: tuple[EngineRequest, Path], tmp_path: Path) -> None:
+    wanted, graphs = exported
+    request = plan_request(build, wanted, graphs, "decode")
+    other = tuple(
+        (dataclasses.replace(nodes[0], attributes=nodes[0].attributes | {"scale": 1.0}),) for nodes in request.program
+    )
+    for changes, said in (
+        ({"program": other}, "not the policy's ops"),
+        ({"dtype": "float16"}, "another type or shape"),
+        ({"page_size": 16}, "another type or shape"),
+        ({"program": request.program[:-1]}, "inputs are not the engine's"),
+    ):
+        with pytest.raises(EngineError, match=said):
+            build.build_plan(dataclasses.replace(request, **changes), tmp_path)
+    assert not (tmp_path / "model.plan").exists()
+
+
+def test_a_node_without_a_field_is_refused_by_name(build: Any, exported: tuple[EngineRequest, Path], tmp_path: Path) -> None:
+    """The parser only warns of a field that is missing; the plugin's creator does not let it pass."""
+    import onnx
+
+    from trt_kv.export.tensorrt_network import network_from_onnx
+
+    _, graphs = exported
+    model = onnx.load(str(graphs / "decode.onnx"))
+    node = next(node for node in model.graph.node if node.op_type == "CachedAttention")
+    (scale,) = [attribute for attribute in node.attribute if attribute.name == "scale"]
+    node.attribute.remove(scale)
+    onnx.save(model, str(tmp_path / "broken.onnx"))
+    with pytest.raises(EngineError, match="missing: scale"):
+        network_from_onnx(tmp_path / "broken.onnx")
+
+
+def check_shaped_plugins(network: dict[str, Any], config: ModelConfig, shares: list[float]) -> None:
+    of_ops = {op: [plugin for plugin in network["plugins"] if plugin["op"] == op] for op in op_specs()}
+    assert {op: len(plugins) for op, plugins in of_ops.items()} == dict.fromkeys(op_specs(), config.n_layers)
+    assert [plugin["kept_share"] for plugin in of_ops["EvictTokens"]] == pytest.approx(shares)
+    assert network["inputs"]["kv_1"]["shape"] == [-1, 2, 8, PAGE_SIZE, 128]
+    assert network["outputs"]["logits"]["shape"] == [-1, config.vocab_size]
+
+
+def shaped_request(build: Any, config: ModelConfig, folder: Path) -> tuple[Any, list[float]]:
+    """The prefill graph of ``config`` under PrefixKV, every layer with a share of its own."""
+    shares = [0.2 + 0.5 * layer / config.n_layers for layer in range(config.n_layers)]
+    ops = program(policy_from_name("prefixkv"), config, "prefill", shares)
+    save_shaped_graph(config, ops, folder / "prefill.onnx", page_size=PAGE_SIZE, dtype=torch.float16)
+    request = build.PlanRequest(
+        graph=folder / "prefill.onnx",
+        program=ops,
+        config=config,
+        page_size=PAGE_SIZE,
+        dtype="float16",
+        options=TensorRtOptions(profile=build_profile("datacenter")),
+    )
+    return request, shares
+
+
+def test_llama_31_8b_parses_with_plugins_in_every_layer(build: Any, tmp_path: Path) -> None:
+    """All 32 layers and the whole vocabulary in fp16; building that takes minutes and is the slow test below."""
+    from trt_kv.export.tensorrt_network import check_network, describe_network, network_from_onnx
+
+    request, shares = shaped_request(build, LLAMA_31_8B, tmp_path)
+    parsed = network_from_onnx(request.graph)
+    check_network(parsed, request.program, LLAMA_31_8B, page_size=PAGE_SIZE, dtype="float16")
+    check_shaped_plugins(describe_network(parsed), LLAMA_31_8B, shares)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            dataclasses.replace(LLAMA_31_8B, n_layers=2, vocab_size=1000, bos_token_id=1, eos_token_ids=(2,)), id="2-layers"
+        ),
+        pytest.param(LLAMA_31_8B, id="32-layers", marks=pytest.mark.slow),
+    ],
+)
+def test_llama_31_8b_builds(build: Any, config: ModelConfig, tmp_path: Path) -> None:
+    request, shares = shaped_request(build, config, tmp_path)
+    build.build_plan(request, tmp_path)
+    check_shaped_plugins(json.loads((tmp_path / "network.json").read_text()), config, shares)
+    assert (tmp_path / "model.plan").stat().st_size > 400e6
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_build_profiles_cover_prefill_and_decode(name: str) -> None:
+    profile = build_profile(name)
+    ranges = profile.axis_ranges(n_layers=8, page_size=PAGE_SIZE)
+    assert len(ranges) == len(profile.prefill_tokens) + len(profile.decode_sequences)
+    assert all(low <= usual <= high for axes in ranges for low, usual, high in axes.values())
+    assert ranges[0]["M"][2] * PAGE_SIZE == 8 * profile.cache_tokens[2]
