@@ -83,10 +83,11 @@ class CudaMemory:
             for state in call.moved_states:
                 outputs[f"{state}_out"].copy_(tensors[state], non_blocking=True)
             tensors |= {state.name: outputs[f"{state.name}_out"] for state in call.spec.states}
-            results = _staged(call, kernels.host, tensors) if kernels.device is None else None
-            if kernels.device is not None:
+            if kernels.device is None:
+                results = _staged(call, kernels.host, tensors)
+            else:
                 results = kernels.device(**tensors, **call.attributes)
-            for output, result in zip(call.spec.outputs, results or (), strict=True):
+            for output, result in zip(call.spec.outputs, results, strict=True):
                 outputs[output.name].copy_(result, non_blocking=kernels.device is not None)
 
 
@@ -95,7 +96,9 @@ def host_array(buffer: Buffer) -> np.ndarray:
     if buffer.dtype not in ("float32", "int64"):
         raise EngineError("the host kernels compute in fp32", got=buffer.dtype, fix="build the engine with dtype float32")
     n_bytes = int(np.prod(buffer.shape, dtype=np.int64)) * np.dtype(buffer.dtype).itemsize
-    memory = (ctypes.c_byte * n_bytes).from_address(buffer.pointer) if n_bytes else b""
+    if not n_bytes:
+        return np.empty(buffer.shape, buffer.dtype)
+    memory = memoryview((ctypes.c_byte * n_bytes).from_address(buffer.pointer))
     return np.frombuffer(memory, buffer.dtype).reshape(buffer.shape)
 
 
@@ -116,7 +119,7 @@ class _Exported:
         self.__cuda_array_interface__ = interface
 
 
-def _staged(call: PluginCall, run: Kernel, tensors: Mapping[str, Any]) -> list[Any]:
+def _staged(call: PluginCall, run: Kernel, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
     """Run a host kernel on copies, and bring the states back."""
     import torch
 
@@ -124,4 +127,4 @@ def _staged(call: PluginCall, run: Kernel, tensors: Mapping[str, Any]) -> list[A
     results = run(**host, **call.attributes)
     for state in call.spec.states:
         tensors[state.name].copy_(torch.from_numpy(host[state.name]))
-    return [torch.from_numpy(np.ascontiguousarray(result)) for result in results]
+    return tuple(torch.from_numpy(np.ascontiguousarray(result)) for result in results)

@@ -58,13 +58,13 @@ def save_shaped_graph(config: ModelConfig, program: Program, path: Path, *, page
         assert value.dtype is not None
         shape = value.shape.numpy()
         if math.prod(shape) > 4096:
-            n_bytes = math.prod(shape) * value.dtype.itemsize
+            n_bytes = int(math.prod(shape) * value.dtype.itemsize)
             value.const_value = ir.ExternalTensor(
                 "holes.data", offset, n_bytes, value.dtype, shape=ir.Shape(shape), name=name, base_dir=path.parent
             )
             offset += n_bytes
     with (path.parent / "holes.data").open("wb") as file:
-        file.truncate(int(offset))
+        file.truncate(offset)
     ir.save(model, path)
 
 

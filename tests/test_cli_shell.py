@@ -283,3 +283,16 @@ def test_every_error_on_purpose_has_an_exit_code_of_1_or_2() -> None:
         kind = todo.pop()
         assert kind.exit_code == (2 if issubclass(kind, UsageError) else 1)
         todo += kind.__subclasses__()
+
+
+def test_building_for_tensorrt_without_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is calibrated, exported or written."""
+    for package in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert main(["build", "--target", "tensorrt", "--out", str(tmp_path / "engine")]) == 1
+    said = capsys.readouterr().err
+    assert "TensorRT is not installed" in said
+    assert "pip install tensorrt" in said
+    assert list(tmp_path.iterdir()) == []

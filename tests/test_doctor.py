@@ -5,7 +5,7 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,3 +110,17 @@ def test_a_damaged_bundled_model_is_missing(damage: str, tmp_path: Path, monkeyp
     found = finding(f"damaged ({folder})")
     assert found.state is State.MISSING
     assert "install trt-kv again" in found.fix
+
+
+def test_doctor_shows_which_tensorrt_was_found(tensorrt: ModuleType) -> None:
+    assert finding("tensorrt").text.startswith(tensorrt.__version__)
+
+
+def test_a_tensorrt_that_does_not_load_is_optional_and_says_why(monkeypatch: pytest.MonkeyPatch, tensorrt: ModuleType) -> None:
+    def fail(module: str) -> None:
+        raise ImportError("libnvinfer.so.11: cannot open shared object file")
+
+    monkeypatch.setattr(environment, "require", fail)
+    found = finding("tensorrt")
+    assert found.state is State.OPTIONAL
+    assert "libnvinfer.so.11" in found.text

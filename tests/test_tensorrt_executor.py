@@ -152,8 +152,9 @@ def test_enqueue_on_the_gpu_equals_reference(tensorrt: ModuleType, spec: OpSpec,
     for name, reference in expected.items():
         got = outputs[name].cpu().numpy()
         got, where = (by_slot(got), live) if name.endswith("_out") else (got, slice(None))
-        tolerance = {"atol": spec.tolerance.atol, "rtol": spec.tolerance.rtol}
-        np.testing.assert_allclose(got[where], reference[where], err_msg=name, **tolerance)
+        np.testing.assert_allclose(
+            got[where], reference[where], atol=spec.tolerance.atol, rtol=spec.tolerance.rtol, err_msg=name
+        )
 
 
 @pytest.mark.gpu

@@ -86,8 +86,9 @@ def assert_equals_reference(spec: OpSpec, inputs: dict[str, Any], outputs: dict[
         is_state = name.endswith("_out")
         got = by_slot(outputs[name]) if is_state else outputs[name][: len(reference)]
         where = live if is_state else ...
-        tolerance = {"atol": spec.tolerance.atol, "rtol": spec.tolerance.rtol}
-        np.testing.assert_allclose(got[where], reference[where], err_msg=name, **tolerance)
+        np.testing.assert_allclose(
+            got[where], reference[where], atol=spec.tolerance.atol, rtol=spec.tolerance.rtol, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in_place", "copied"])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trt_kv import __file__ as package_file
 from trt_kv import __version__
-from trt_kv.errors import CheckpointError
+from trt_kv.errors import CheckpointError, MissingDependencyError
 from trt_kv.presets import PRESETS, Preset
 from trt_kv.require import BASE, EXTRAS, SEPARATE, install_command, require
 
@@ -97,7 +97,20 @@ def _backends() -> Iterator[Finding]:
                 fix=install_command(package) or "",
             )
         else:
-            yield Finding(section=section, name=package, state=State.OK, text="found")
+            yield _accelerator(section, package)
+
+
+def _accelerator(section: str, package: str) -> Finding:
+    """An optional package that is installed: its version, or why it does not load."""
+    try:
+        version = getattr(require(package), "__version__", "found")
+    except (ImportError, OSError, MissingDependencyError) as error:
+        fix = install_command(package) or ""
+        return Finding(
+            section=section, name=package, state=State.OPTIONAL, text=f"does not load: {_first_line(error)}", fix=fix
+        )
+    runs = "builds and runs engines for --target tensorrt" if package.startswith("tensorrt") else "compiles kernels"
+    return Finding(section=section, name=package, state=State.OK, text=f"{version}; {runs}")
 
 
 def _onnxruntime(section: str) -> Finding:
