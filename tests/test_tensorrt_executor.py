@@ -75,6 +75,22 @@ def test_a_dense_executor_and_kernels_are_a_step_executor(small_engine: Engine) 
     assert isinstance(small_engine.runner._executor, StepExecutor)
 
 
+def test_the_prefill_program_decodes_like_the_decode_program(small_engine: Engine) -> None:
+    """Why one plan is enough for both phases: bit for bit the same, through eviction and slot reuse."""
+    dense = small_engine.runner._executor._dense  # type: ignore[attr-defined]
+    programs = small_engine.manifest.programs
+    logits = []
+    for given in (programs, dict.fromkeys(programs, programs["prefill"])):
+        runner = ModelRunner(dense, small_engine.runner.pool, given, chunk=16)
+        sequences = [runner.new_sequence() for _ in range(2)]
+        steps = [runner.prefill(s, [1, *range(9, 9 + n)]) for s, n in zip(sequences, (37, 11), strict=True)]
+        steps += [runner.decode(sequences, [20 + i, 40 + i]).ravel() for i in range(8)]
+        logits.append(np.concatenate(steps))
+        for sequence in sequences:
+            sequence.release()
+    np.testing.assert_array_equal(logits[0], logits[1])
+
+
 def test_what_reads_the_pool_on_the_host_refuses_a_pool_on_the_device() -> None:
     pool = DevicePool(n_pages=8, page_size=4, n_kv_heads=1, head_size=2)
     runner = ModelRunner(RecordingSteps(), pool, PROGRAMS)

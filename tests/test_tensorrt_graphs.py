@@ -24,6 +24,7 @@ from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
 
 PAGE_SIZE = 32
+ENGINES = {"full": "full_folder", "prefixkv": "half_folder"}
 TINY = BuildProfile(
     summary="for tests",
     prefill_tokens=((1, 16, 32), (33, 64, 128)),
@@ -59,9 +60,11 @@ def program(policy: Policy, config: ModelConfig, phase: str, kept_shares: list[f
 def exported(
     request: pytest.FixtureRequest, bundled_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EngineRequest, Path]:
-    """The bundled model's graphs under each policy."""
-    folder = tmp_path_factory.mktemp("graphs")
+    """The bundled model's graphs under each policy; those of the engines that other tests use are taken from there."""
     wanted = request_for(bundled_checkpoint, request.param)
+    if request.param in ENGINES:
+        return wanted, request.getfixturevalue(ENGINES[request.param]) / "graphs"
+    folder = tmp_path_factory.mktemp("graphs")
     export_graphs(wanted, folder)
     return wanted, folder
 
