@@ -15,13 +15,14 @@ from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
 from trt_kv.errors import EngineError
 from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine, export_graphs
-from trt_kv.export.tensorrt_profile import BuildProfile, TensorRtOptions, build_profile, profile_names
+from trt_kv.export.tensorrt_profile import BuildProfile, TensorRtOptions, build_profile
 from trt_kv.manifest import load_manifest
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.registry import op_specs
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
+from trt_kv.runtime.engine import Engine
 
 PAGE_SIZE = 32
 ENGINES = {"full": "full_folder", "prefixkv": "half_folder"}
@@ -146,6 +147,15 @@ def test_an_engine_for_tensorrt_tells_its_plan(build: Any, small_request: Engine
     assert cache.stat().st_size > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_tensorrt_executor runs the engine")
+def test_an_engine_for_tensorrt_does_not_load_without_a_gpu_and_says_so(
+    build: Any, small_request: EngineRequest, tmp_path: Path
+) -> None:
+    build_engine(dataclasses.replace(small_request, tensorrt=TensorRtOptions(profile=TINY)), tmp_path / "engine")
+    with pytest.raises(EngineError, match=r"TensorRT cannot load .*model\.plan"):
+        Engine.load(tmp_path / "engine")
+
+
 def test_a_graph_that_is_not_the_programs_is_refused(build: Any, exported: tuple[EngineRequest, Path], tmp_path: Path) -> None:
     wanted, graphs = exported
     request = plan_request(build, wanted, graphs, "decode")
@@ -227,12 +237,3 @@ def test_llama_31_8b_builds(build: Any, config: ModelConfig, tmp_path: Path) -> 
     build.build_plan(request, tmp_path)
     check_shaped_plugins(json.loads((tmp_path / "network.json").read_text()), config, shares)
     assert (tmp_path / "model.plan").stat().st_size > 400e6
-
-
-@pytest.mark.parametrize("name", profile_names())
-def test_build_profiles_cover_prefill_and_decode(name: str) -> None:
-    profile = build_profile(name)
-    ranges = profile.axis_ranges(n_layers=8, page_size=PAGE_SIZE)
-    assert len(ranges) == len(profile.prefill_tokens) + len(profile.decode_sequences)
-    assert all(low <= usual <= high for axes in ranges for low, usual, high in axes.values())
-    assert ranges[0]["M"][2] * PAGE_SIZE == 8 * profile.cache_tokens[2]
