@@ -2,10 +2,12 @@
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numba
 import pytest
+import torch
 import transformers
 
 from tests.checkpoints import write_checkpoint
@@ -46,12 +48,23 @@ def prefixkv_request(checkpoint: Checkpoint, kept: Sequence[float], *, budget: f
 
 
 def load_for_test(folder: Path) -> Engine:
-    return Engine.load(folder, cache_tokens=CACHE_TOKENS, chunk=CHUNK)
+    return Engine.load(folder, cache_tokens=CACHE_TOKENS, chunk=CHUNK, n_threads=1)
 
 
 def assert_nothing_leaked(engine: Engine) -> None:
     """Every page of the engine's pool is free again."""
     engine.runner.pool.check_integrity([])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices this small lose more to waiting threads than they gain, above all on a busy machine."""
+    n_torch, n_numba = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_torch)
+    numba.set_num_threads(n_numba)
 
 
 @pytest.fixture(scope="session")
