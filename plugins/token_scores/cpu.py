@@ -1,12 +1,10 @@
-"""TokenScores on the CPU: softmax weights are rebuilt from q, K and lse in blocks of rows, summed and forgotten."""
+"""TokenScores on the CPU: column sums of the attention matrix, by torch's flash attention with exchanged roles."""
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, pages_of, scatter_slots
-
-BLOCK_ELEMENTS = 1 << 20
-"""Attention weights alive at once (4 MiB): large enough for the GEMM, small enough to stay in cache."""
 
 
 def run(
@@ -45,22 +43,37 @@ def run(
 
 
 def attention_received(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
-    """Sum over queries of the head-mean attention each cached token receives: [S] fp32. q is already scaled."""
+    """Sum over queries of the head-mean attention each cached token receives: [S] fp32. q is already scaled.
+
+    Memory: O(H * N * T), T being the tokens from the first one on that some query may not see: this step's, as a rule.
+    """
     n_queries, n_heads, head_size = q_NHD.shape
     n_kv_heads, n_cached, _ = k_KSD.shape
     group = n_heads // n_kv_heads
-    q_NKGD = torch.from_numpy(q_NHD).view(n_queries, n_kv_heads, group, head_size)
-    lse_NKG = torch.from_numpy(lse_NH).view(n_queries, n_kv_heads, group)
-    k_KDS = torch.from_numpy(k_KSD).transpose(1, 2)
-    hidden_NS = torch.from_numpy(~visible_NS)
-    received_S = torch.zeros(n_cached)
-    step = max(1, BLOCK_ELEMENTS // (group * n_cached))
-    for start in range(0, n_queries, step):
-        block = slice(start, start + step)
-        for head in range(n_kv_heads):
-            log_weights = q_NKGD[block, head].reshape(-1, head_size) @ k_KDS[head]
-            log_weights.view(-1, group, n_cached).sub_(lse_NKG[block, head, :, None])
-            log_weights.view(-1, group, n_cached).masked_fill_(hidden_NS[block, None], float("-inf"))
-            received_S += log_weights.exp_().sum(dim=0)
+    q_KGND = torch.from_numpy(q_NHD).view(n_queries, n_kv_heads, group, head_size).permute(1, 2, 0, 3).contiguous()
+    lse_KGN = torch.from_numpy(lse_NH).view(n_queries, n_kv_heads, group).permute(1, 2, 0)
+    k_KSD_torch = torch.from_numpy(k_KSD)
+    first = int(np.append(visible_NS.all(axis=0), False).argmin())
+    hidden_TN = torch.from_numpy(~visible_NS[:, first:].T)
+    bias_KGTN = (-lse_KGN)[:, :, None].masked_fill(hidden_TN, float("-inf"))
+    received_S = torch.empty(n_cached)
+    received_S[:first] = _sum_of_weights(q_KGND, k_KSD_torch[:, :first], -lse_KGN[:, :, None])
+    received_S[first:] = _sum_of_weights(q_KGND, k_KSD_torch[:, first:], bias_KGTN).masked_fill_(hidden_TN.all(dim=1), 0.0)
     received: Floats = (received_S / n_heads).numpy()
     return received
+
+
+def _sum_of_weights(q_KGND: Tensor, k_KTD: Tensor, bias: Tensor) -> Tensor:
+    """sum over heads and queries of exp(q.k + bias) for each of T tokens: [T]; the bias is [K, G, T or 1, N].
+
+    Let the keys ask and the queries answer: the sum over queries is then the softmax denominator of a key's row, which flash
+    attention makes without ever holding a weight. What it would attend to is of no interest.
+    """
+    if k_KTD.shape[1] == 0:  # torch would divide by zero and kill the process
+        return torch.zeros(0)
+    k_KGTD = k_KTD[:, None].expand(-1, q_KGND.shape[1], -1, -1)
+    _, log_sums_KGT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        k_KGTD, q_KGND, q_KGND, 0.0, False, attn_mask=bias.contiguous(), scale=1.0
+    )
+    sums_T: Tensor = log_sums_KGT.exp().sum(dim=(0, 1))
+    return sums_T
