@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -49,6 +50,12 @@ def prefixkv_request(checkpoint: Checkpoint, kept: Sequence[float], *, budget: f
 
 def load_for_test(folder: Path) -> Engine:
     return Engine.load(folder, cache_tokens=CACHE_TOKENS, chunk=CHUNK, n_threads=1)
+
+
+def random_ids(engine: Engine, n: int, *, seed: int) -> list[int]:
+    """A prompt of ``n`` tokens: <bos>, then words at random."""
+    vocabulary = engine.tokenizer.get_vocab_size()
+    return [1, *(int(i) for i in np.random.default_rng(seed).integers(3, vocabulary, n - 1))]
 
 
 def assert_nothing_leaked(engine: Engine) -> None:

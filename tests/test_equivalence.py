@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from tests.engines import CACHE_TOKENS, CHUNK, SHARES, assert_nothing_leaked
+from tests.engines import CACHE_TOKENS, CHUNK, SHARES, assert_nothing_leaked, random_ids
 from trt_kv.calibration.tasks import evaluation_tasks, plain_text_tasks
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
@@ -113,11 +113,6 @@ class Run:
         positions = [self.runner.kept_positions(self.sequence, layer).tolist() for layer in range(self.sequence.n_layers)]
         assert all(len(set(p)) == len(p) for p in positions)
         return [set(p) for p in positions]
-
-
-def random_ids(engine: Engine, n: int, *, seed: int) -> list[int]:
-    vocabulary = engine.tokenizer.get_vocab_size()
-    return [1, *(int(i) for i in np.random.default_rng(seed).integers(3, vocabulary, n - 1))]
 
 
 @pytest.mark.parametrize("n_prompt", [1, 2, 40, CHUNK, CHUNK + 1, 200])
