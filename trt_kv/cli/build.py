@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from trt_kv.cli.options import any_path, calibration_options, debug_option, existing_file, model_options, policy_options
-from trt_kv.cli.requests import CalibrationPlan, ModelSource
+from trt_kv.cli.requests import CalibrationPlan, ModelSource, check_recipe_is_read
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.policy import Policy
 
@@ -43,8 +43,7 @@ def command(
       trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/yardstick
     """
     check_target(target)
-    if recipe is not None and not policy.needs_recipe:
-        raise UsageError(f"policy {policy.name!r} reads no recipe", got=f"--recipe {recipe}", fix="leave --recipe out")
+    check_recipe_is_read(policy, recipe)
     from trt_kv.cli.pipeline import build_engine
 
     engine = build_engine(

@@ -8,7 +8,7 @@ import math
 import random
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,6 +86,11 @@ def calibrate_recipe(
     """Write a recipe to ``out`` and its picture beside it; optionally also in the published form."""
     from trt_kv.calibration.recipe_plot import picture_from_recipe
 
+    picture = out.with_suffix(".png")
+    if picture == out:
+        raise UsageError("the picture would overwrite the recipe", got=f"--out {out}", expected="a name that ends in .json")
+    for folder in {out.parent, to_published or out.parent}:
+        folder.mkdir(parents=True, exist_ok=True)
     checkpoint = _open(source)
     if from_published is not None:
         recipe = recipe_from_published(from_published, model=_recipe_model(checkpoint), score=_recipe_score(policy))
@@ -94,7 +99,7 @@ def calibrate_recipe(
         with progress_bars() as on_progress:
             recipe = _calibrated(checkpoint, policy, calibration, on_progress)
     recipe.save(out)
-    picture_from_recipe(recipe, out.with_suffix(".png"))
+    picture_from_recipe(recipe, picture)
     if to_published is not None:
         click.echo(f"published form: {recipe.to_published(to_published)}")
     return out
@@ -105,8 +110,8 @@ def export_graphs(*, source: ModelSource, policy: Policy, recipe: Path | None, o
     from trt_kv.export import engine
     from trt_kv.export.new_folder import new_folder
 
-    checkpoint = _open(source)
     loaded = Recipe.load(recipe) if recipe is not None else None
+    checkpoint = _open(source)
     if loaded is not None:
         policy = _policy_of_recipe(policy, loaded)
     request = engine.EngineRequest(checkpoint=checkpoint, policy=policy, recipe=loaded)
@@ -115,8 +120,8 @@ def export_graphs(*, source: ModelSource, policy: Policy, recipe: Path | None, o
     return sorted(out.glob("*.onnx"))
 
 
-def stream_text(*, engine: Path, request: GenerationRequest) -> Iterator[str]:
-    """Pieces of generated text; afterwards one line on the error stream says what it took."""
+def stream_text(*, engine: Path, request: GenerationRequest, on_end: Callable[[str], None]) -> Iterator[str]:
+    """Pieces of generated text; ``on_end`` is given one line that says what it took."""
     from trt_kv.runtime.engine import Engine
 
     options = dataclasses.asdict(request)
@@ -130,11 +135,9 @@ def stream_text(*, engine: Path, request: GenerationRequest) -> Iterator[str]:
     yield from stream
     result = stream.result
     held, seen = sum(result.kv_tokens) / len(result.kv_tokens), result.n_seen
-    click.echo(
-        f"\n[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
-        f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%})]",
-        err=True,
-        nl=False,
+    on_end(
+        f"[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
+        f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%})]"
     )
 
 
