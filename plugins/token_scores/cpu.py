@@ -45,35 +45,33 @@ def run(
 def attention_received(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
     """Sum over queries of the head-mean attention each cached token receives: [S] fp32. q is already scaled.
 
-    Memory: O(H * N * T), T being the tokens from the first one on that some query may not see: this step's, as a rule.
+    Token k receives sum_m exp(q_m.k - lse_m). With -lse as one more channel of q and 1 as one more channel of k, that is what
+    flash attention calls the denominator of row k when keys ask and queries answer; it makes it without ever holding a weight.
+    Memory: O(N * T), T being the tokens from the first one on that some query may not see: this step's, as a rule.
     """
-    n_queries, n_heads, head_size = q_NHD.shape
+    n_queries, n_heads, _ = q_NHD.shape
     n_kv_heads, n_cached, _ = k_KSD.shape
-    group = n_heads // n_kv_heads
-    q_KGND = torch.from_numpy(q_NHD).view(n_queries, n_kv_heads, group, head_size).permute(1, 2, 0, 3).contiguous()
-    lse_KGN = torch.from_numpy(lse_NH).view(n_queries, n_kv_heads, group).permute(1, 2, 0)
-    k_KSD_torch = torch.from_numpy(k_KSD)
+    q_NHC = np.concatenate([q_NHD, -lse_NH[:, :, None]], axis=2)
+    k_KSC = torch.from_numpy(np.concatenate([k_KSD, np.ones_like(k_KSD[:, :, :1])], axis=2))
+    q_KGNC = torch.from_numpy(q_NHC).view(n_queries, n_kv_heads, n_heads // n_kv_heads, -1).permute(1, 2, 0, 3).contiguous()
     first = int(np.append(visible_NS.all(axis=0), False).argmin())
     hidden_TN = torch.from_numpy(~visible_NS[:, first:].T)
-    bias_KGTN = (-lse_KGN)[:, :, None].masked_fill(hidden_TN, float("-inf"))
+    mask_TN = torch.zeros(hidden_TN.shape).masked_fill_(hidden_TN, float("-inf"))
     received_S = torch.empty(n_cached)
-    received_S[:first] = _sum_of_weights(q_KGND, k_KSD_torch[:, :first], -lse_KGN[:, :, None])
-    received_S[first:] = _sum_of_weights(q_KGND, k_KSD_torch[:, first:], bias_KGTN).masked_fill_(hidden_TN.all(dim=1), 0.0)
+    received_S[:first] = _denominators(k_KSC[:, :first], q_KGNC)
+    received_S[first:] = _denominators(k_KSC[:, first:], q_KGNC, mask_TN).masked_fill_(hidden_TN.all(dim=1), 0.0)
     received: Floats = (received_S / n_heads).numpy()
     return received
 
 
-def _sum_of_weights(q_KGND: Tensor, k_KTD: Tensor, bias: Tensor) -> Tensor:
-    """sum over heads and queries of exp(q.k + bias) for each of T tokens: [T]; the bias is [K, G, T or 1, N].
-
-    Let the keys ask and the queries answer: the sum over queries is then the softmax denominator of a key's row, which flash
-    attention makes without ever holding a weight. What it would attend to is of no interest.
-    """
-    if k_KTD.shape[1] == 0:  # torch would divide by zero and kill the process
+def _denominators(k_KTC: Tensor, q_KGNC: Tensor, mask_TN: Tensor | None = None) -> Tensor:
+    """sum over heads and queries of exp(q.k + mask) for each of T tokens: [T]."""
+    if k_KTC.shape[1] == 0:  # torch would divide by zero and kill the process
         return torch.zeros(0)
-    k_KGTD = k_KTD[:, None].expand(-1, q_KGND.shape[1], -1, -1)
+    k_KGTC = k_KTC[:, None].expand(-1, q_KGNC.shape[1], -1, -1)
+    mask = None if mask_TN is None else mask_TN[None, None]
     _, log_sums_KGT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        k_KGTD, q_KGND, q_KGND, 0.0, False, attn_mask=bias.contiguous(), scale=1.0
+        k_KGTC, q_KGNC, q_KGNC, 0.0, False, attn_mask=mask, scale=1.0
     )
     sums_T: Tensor = log_sums_KGT.exp().sum(dim=(0, 1))
     return sums_T
