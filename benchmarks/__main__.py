@@ -1,6 +1,8 @@
 """``python -m benchmarks [NAME ...] [--quick]``: measure, print tables, write results."""
 
+import functools
 import importlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -21,12 +23,14 @@ RESULTS = Path(__file__).parent / "results"
 )
 def main(names: tuple[str, ...], quick: bool, out: Path | None) -> None:
     """Measure the benchmarks NAMES (all of them by default) and write NAME.json for each."""
+    # As the command line does, and before any benchmark loads torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     console = Console()
     for name in names or NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
         console.rule(name)
         with tempfile.TemporaryDirectory(prefix="trt-kv-bench-") as folder:
-            document = measured(lambda module=module, folder=folder: module.run(Path(folder), quick=quick))
+            document = measured(functools.partial(module.run, Path(folder), quick=quick))
         show(document, console)
         if out is not None or not quick:
             path = (out or RESULTS) / f"{name}.json"

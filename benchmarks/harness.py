@@ -4,7 +4,7 @@ A benchmark is a module with a function ``run(*, quick: bool) -> Report`` and is
 """
 
 import dataclasses
-import datetime
+import datetime as dt
 import importlib.metadata
 import json
 import os
@@ -26,7 +26,7 @@ from trt_kv.plugins.paging import Floats
 
 VERSION = 1
 PACKAGES = ("trt-kv", "numba", "numpy", "onnx", "onnxruntime", "torch")
-Row = Mapping[str, str | int | float | None]
+Row = dict[str, Any]
 
 
 class BenchmarkError(TrtKvError):
@@ -93,7 +93,7 @@ class Timings:
         """median(side) / median(base)."""
         return _rounded(np.median(self.samples_ms[side]) / np.median(self.samples_ms[base]))
 
-    def ratio_interval(self, side: str, base: str) -> str:
+    def interval(self, side: str, base: str) -> str:
         """Where the ratio of medians lies in 95 % of 1000 resamplings of the rounds: how far noise could move it."""
         rounds = len(self.samples_ms[side])
         picks = np.random.default_rng(0).integers(rounds, size=(1000, rounds))
@@ -101,14 +101,14 @@ class Timings:
         low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
         return f"{low:.2f} .. {high:.2f}"
 
-    def rows(self, base: str) -> list[dict[str, str | float]]:
+    def rows(self, base: str) -> list[Row]:
         """One row per side: its times, and its ratio to ``base``."""
         return [
             {
                 "side": side,
                 **self.row(side),
-                f"ratio_to_{base}": self.ratio(side, base),
-                "ratio_95_percent": self.ratio_interval(side, base),
+                "ratio": self.ratio(side, base),
+                "ratio_95_percent": self.interval(side, base),
             }
             for side in self.samples_ms
         ]
@@ -141,7 +141,7 @@ def measured(run: Callable[[], Report]) -> dict[str, Any]:
     others = (_busy_seconds_of_others() - busy_start) / elapsed_s
     return {
         "version": VERSION,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "elapsed_s": round(elapsed_s, 1),
         "machine": {**machine(), "cores_used_by_others": round(max(0.0, others), 2)},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -160,6 +160,7 @@ def machine() -> dict[str, str | int]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
     }
 
 
@@ -186,7 +187,7 @@ def show(document: Mapping[str, Any], console: Console) -> None:
 def _busy_seconds_of_others() -> float:
     """CPU seconds that everything but this process and its finished children has used since the machine started."""
     system, own = psutil.cpu_times(), os.times()
-    return sum(system) - system.idle - system.iowait - sum(own[:4])
+    return float(sum(system) - system.idle - system.iowait - sum(own[:4]))
 
 
 def _rounded(value: Any) -> float:

@@ -1,5 +1,6 @@
 """Random checkpoints of chosen shapes, exported as an engine's are, and the runners that run them."""
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 
 PAGE_SIZE = 32
 FULL = policy_from_name("full")
+MASS = dataclasses.replace(policy_from_name("prefixkv"), budget="uniform", kept=1.0)
+"""Scores every prompt query and keeps everything, so that only scoring is measured."""
+WINDOW = dataclasses.replace(MASS, score="window", window=32)
+DESCRIPTION_FILE = "model.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,21 +103,39 @@ def exported_model(checkpoint: Checkpoint, folder: Path) -> ExportedModel:
     save_graphs({"decode": graph_from_checkpoint(checkpoint, program, page_size=PAGE_SIZE)}, folder)
     models, pieces, ports = pieces_from_graph(onnx.load(folder / "decode.onnx", load_external_data=False))
     save_pieces(models, pieces, folder)
-    return ExportedModel(folder=folder, config=config, pieces=tuple(pieces), ports=tuple(ports))
+    parts: dict[str, list[Piece] | list[AttentionPort]] = {"pieces": pieces, "ports": ports}
+    description = {"config": config.to_json()} | {
+        name: [dataclasses.asdict(part) for part in listed] for name, listed in parts.items()
+    }
+    (folder / DESCRIPTION_FILE).write_text(json.dumps(description))
+    return opened_model(folder)
+
+
+def opened_model(folder: Path) -> ExportedModel:
+    """What ``exported_model`` wrote."""
+    description = json.loads((folder / DESCRIPTION_FILE).read_text())
+    pieces = (Piece(file=p["file"], inputs=tuple(p["inputs"]), outputs=tuple(p["outputs"])) for p in description["pieces"])
+    return ExportedModel(
+        folder=folder,
+        config=ModelConfig.from_json(description["config"]),
+        pieces=tuple(pieces),
+        ports=tuple(AttentionPort(**port) for port in description["ports"]),
+    )
 
 
 def model_runner(
     executor: DenseExecutor,
     config: ModelConfig,
     *,
-    cache_tokens: int,
+    cache_tokens: int = 0,
+    pool: KvPool | None = None,
     policy: Policy = FULL,
     kept_shares: list[float] | None = None,
     chunk: int = DEFAULT_CHUNK,
     implementation: str = "cpu",
 ) -> ModelRunner:
-    """A runner of ``policy`` with a pool for ``cache_tokens`` tokens in every layer."""
-    pool = KvPool(
+    """A runner of ``policy`` with the given pool, or a new one for ``cache_tokens`` tokens in every layer."""
+    pool = pool or KvPool(
         n_pages=config.n_layers * -(-cache_tokens // PAGE_SIZE),
         page_size=PAGE_SIZE,
         n_kv_heads=config.n_kv_heads,

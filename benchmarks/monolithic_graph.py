@@ -4,11 +4,10 @@ B sequences of S cached tokens decode one token each. H query heads, K KV heads,
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
@@ -18,6 +17,7 @@ from trt_kv.plugins.paging import Floats
 
 STEP_INPUTS = ("input_ids", "positions", "logit_rows")
 MICROSOFT = "com.microsoft"
+Shape = list[str | int]
 
 
 def graph_without_attention(model: ExportedModel) -> ModelProto:
@@ -35,8 +35,8 @@ def graph_with_onnx_attention(model: ExportedModel) -> ModelProto:
     """Attention of opset 23 over ``past_key_<l>`` and ``past_value_<l>`` [B, K, S, D]; makes ``present_...`` [B, K, S+1, D]."""
     graph = model.graph
     cache = [f"past_{kind}_{layer}" for layer in range(len(model.ports)) for kind in ("key", "value")]
-    shape = ["B", model.config.n_kv_heads, "S", model.config.head_dim]
-    grown = ["B", model.config.n_kv_heads, "S+1", model.config.head_dim]
+    shape: Shape = ["B", model.config.n_kv_heads, "S", model.config.head_dim]
+    grown: Shape = ["B", model.config.n_kv_heads, "S+1", model.config.head_dim]
     graph.graph.initializer.append(helper.make_tensor("time_axis", TensorProto.INT64, [1], [2]))
     return _with_attention(
         graph,
@@ -54,7 +54,7 @@ def graph_with_group_query_attention(model: ExportedModel, cache_tokens: int) ->
     """
     graph = model.graph
     cache = [f"past_{kind}_{layer}" for layer in range(len(model.ports)) for kind in ("key", "value")]
-    shape = ["B", model.config.n_kv_heads, cache_tokens, model.config.head_dim]
+    shape: Shape = ["B", model.config.n_kv_heads, cache_tokens, model.config.head_dim]
     graph.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     graph.graph.initializer.append(helper.make_tensor("flat_3d", TensorProto.INT64, [3], [0, 1, -1]))
     graph.graph.initializer.append(
@@ -72,11 +72,12 @@ def graph_with_group_query_attention(model: ExportedModel, cache_tokens: int) ->
     )
 
 
-def session_from_graph(graph: ModelProto, path: Path, *, spinning: bool) -> ort.InferenceSession:
-    """A CPU session of ``graph``, saved at ``path`` beside its weights; options as the split's, but for ``spinning``."""
+def session_from_graph(graph: ModelProto, path: Path, session_options: Mapping[str, str]) -> ort.InferenceSession:
+    """A CPU session of ``graph``, saved at ``path`` beside its weights."""
     path.write_bytes(graph.SerializeToString())
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    for name, value in session_options.items():
+        options.add_session_config_entry(name, value)
     options.log_severity_level = 3
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -157,5 +158,5 @@ def _group_query_attention(model: ExportedModel, layer: int) -> Iterator[NodePro
     yield helper.make_node("Reshape", [f"{port.out}_3d", "heads_3d"], [port.out])
 
 
-def _float_info(name: str, shape: list[str | int]) -> ValueInfoProto:
+def _float_info(name: str, shape: Shape) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
