@@ -19,7 +19,7 @@ from trt_kv.cli.requests import CalibrationPlan, GenerationRequest, ModelSource
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.errors import CheckpointError, EngineError, UsageError
 from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
-from trt_kv.manifest import load_manifest, verify_files
+from trt_kv.manifest import digest_of, load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.presets import is_bundled
@@ -244,14 +244,16 @@ def _policy_of_recipe(policy: Policy, recipe: Recipe) -> Policy:
 
 
 def _is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool:
-    """Whether ``folder`` holds a whole engine made by this version, by this command, from these weights."""
+    """Whether ``folder`` holds a whole engine made by this version, by this command, from these weights and settings."""
     try:
         manifest = load_manifest(folder)
         verify_files(folder, manifest)
     except EngineError:
         return False
     made = (manifest.reproduce, manifest.created_by, manifest.model_digest)
-    return made == (command_line, CREATED_BY, checkpoint.digest)
+    copied = {path.name: digest_of(path) for path in checkpoint.tokenizer_files}
+    recorded = {name: manifest.files[name].digest for name in copied if name in manifest.files}
+    return made == (command_line, CREATED_BY, checkpoint.digest) and recorded == copied
 
 
 def _recipe_score(policy: Policy) -> RecipeScore:
