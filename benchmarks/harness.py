@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trt_kv.errors import TrtKvError
-from trt_kv.json_file import write_atomically
+from trt_kv.json_file import read_json, write_atomically
 from trt_kv.plugins.paging import Floats
 
 VERSION = 1
@@ -170,8 +170,19 @@ def save(document: Mapping[str, Any], path: Path) -> None:
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode(), kind="benchmark result", error=BenchmarkError)
 
 
+def load(path: Path) -> dict[str, Any]:
+    """What ``save`` wrote; ``BenchmarkError`` where there is nothing."""
+    document: dict[str, Any] = read_json(path, kind="benchmark result", error=BenchmarkError)
+    return document
+
+
 def show(document: Mapping[str, Any], console: Console) -> None:
     """Print a document of ``measured`` as tables."""
+    machine_of = document["machine"]
+    console.print(
+        f"{document['title']}. {document['date']}, {machine_of['cores']} cores of {machine_of['cpu']}, "
+        f"{machine_of['cores_used_by_others']} of them used by other work meanwhile."
+    )
     for caption, rows in document["tables"].items():
         table = Table(title=caption, title_justify="left")
         for column in rows[0]:
