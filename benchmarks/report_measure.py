@@ -222,7 +222,7 @@ def _row(variant: Variant, share: float, outcomes: Sequence[Outcome]) -> Row:
         variant=variant.name,
         budget=share,
         right="".join("1" if outcome.right else "0" for outcome in outcomes),
-        losses=tuple(round(outcome.loss, 4) for outcome in outcomes),
+        losses=tuple(float(f"{outcome.loss:.5g}") for outcome in outcomes),
         kept_tokens=round(float(np.mean([outcome.kept_tokens for outcome in outcomes])), 2),
         kv_bytes=round(float(np.mean([outcome.kv_bytes for outcome in outcomes])), 1),
         kept_by_layer=tuple(np.mean([outcome.kept_by_layer for outcome in outcomes], axis=0).round(5).tolist()),

@@ -37,21 +37,26 @@ def pictures(results: Results) -> dict[str, bytes]:
 
 
 def _task_figure(results: Results, task: TaskResults) -> "Figure":
-    """Accuracy (where the task asks) and perplexity against the kept share, a line per variant."""
-    n_panels = 2 if task.asks else 1
-    figure, axes = _figure(5.6 * n_panels + 3.1, 4.6, n_panels)
+    """Quality against the kept share, a line per variant: exact answers where the task asks, and perplexity."""
+    figure, axes = _figure(14.3, 4.6, 2)
     if task.asks:
         _draw_quality(axes[0], results, task, lambda row: row.accuracy)
         axes[0].set_ylim(-0.03, 1.05)
         _percent_axis(axes[0].yaxis)
         _title(axes[0], "Exact answers")
-    _draw_quality(axes[-1], results, task, task.perplexity)
-    _perplexity_axis(axes[-1])
-    _title(axes[-1], "Perplexity of the right answer" if task.asks else "Perplexity of the text")
+        _draw_quality(axes[1], results, task, task.perplexity)
+        _title(axes[1], "Perplexity of the right answer")
+    else:
+        _draw_quality(axes[0], results, task, task.perplexity)
+        _title(axes[0], "Perplexity of the text")
+        full = task.row(FULL.name, 1.0)
+        _draw_quality(axes[1], results, task, lambda row: task.perplexity_ratio(row, full))
+        _title(axes[1], "Perplexity over that of the full cache, same documents")
+    for axis in axes[int(task.asks) :]:
+        _log_axis(axis)
     _legend(figure, axes[0])
-    figure.suptitle(
-        f"{task.title}, {len(task.documents)} documents: {task.description}", color=INK, fontsize=11, x=0.01, ha="left"
-    )
+    title = f"{task.title}, {len(task.documents)} documents: {task.description}"
+    figure.suptitle(title, color=INK, fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -117,7 +122,13 @@ def _kept_figure(results: Results) -> "Figure":
     for axis in axes[1:]:
         axis.plot((0, 1), (0, 1), color=FAINT, linewidth=0.8, zorder=0)
     _legend(figure, axes[0])
-    figure.suptitle(f"{task.title}: what is kept", color=INK, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(
+        f"{task.title}: what is kept (thin line: the share that is kept of all tokens)",
+        color=INK,
+        fontsize=11,
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 
@@ -170,10 +181,14 @@ def _percent_axis(axis: "object") -> None:
     axis.set_major_formatter(lambda share, _position: f"{100 * share:.0f} %")  # type: ignore[attr-defined]
 
 
-def _perplexity_axis(axis: "Axes") -> None:
+def _log_axis(axis: "Axes") -> None:
+    """A logarithmic axis with ticks at round numbers, as fine as its range needs."""
     axis.set_yscale("log")
     low, high = axis.get_ylim()
-    ticks = (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50) if high / low > 1.5 else np.arange(3.0, 8.0, 0.1).round(1)
+    ticks: Sequence[float] = (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50)
+    if high / low < 1.5:
+        step = 0.1 if high - low > 0.2 else 0.02
+        ticks = (np.arange(round(low / step), high / step) * step).tolist()
     _plain_log_ticks(axis, [tick for tick in ticks if low <= tick <= high])
 
 

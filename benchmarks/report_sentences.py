@@ -26,12 +26,11 @@ def _on_full(results: Results) -> str:
 def _on_lossless(results: Results) -> str:
     sentences = []
     for task in results.tasks:
-        shares = [(variant, lossless_share(results, task, variant.name)) for variant in VARIANTS]
-        reached = [f"{v.name} {percent(share)} %" for v, share in shares if share is not None]
-        never = [v.name for v, share in shares if share is None]
-        sentence = f"{task.title}: {', '.join(reached) if reached else 'none'}"
-        sentences.append(sentence + (f" (never: {', '.join(never)})" if reached and never else ""))
-    return f"**No clear loss against the full cache** from this kept share on. {'. '.join(sentences)}."
+        shares = [(variant.label, lossless_share(results, task, variant.name)) for variant in VARIANTS]
+        reached = [f"{label}: {percent(share)} %" for label, share in shares if share is not None]
+        sentences.append(f"{task.title}: " + ("; ".join(f"*{told}*" for told in reached) or "none"))
+    told = "the kept share from which on a variant shows none"
+    return f"**No clear loss against the full cache**: {told}. {'. '.join(sentences)}."
 
 
 def _on_comparison(results: Results, comparison: Comparison) -> str:
@@ -49,7 +48,7 @@ def _size(results: Results, task: TaskResults, comparison: Comparison) -> str:
         [task.perplexity(task.row(name, budget)).value for name in (comparison.variant, comparison.other)]
         for budget in results.settings.budgets
     ]
-    return f" (perplexities differ by {max(abs(first - second) for first, second in pairs):.2f} at most)"
+    return f" (perplexities differ by {max(abs(first - second) for first, second in pairs):.3f} at most)"
 
 
 def _example(results: Results, comparison: Comparison) -> str:
@@ -100,13 +99,13 @@ def _on_text(results: Results) -> str:
     """How little plain text tells about facts: the same variant on both."""
     asked, *_, text = results.tasks
     lowest = min(results.settings.budgets)
-    values = {variant.name: text.perplexity(text.row(variant.name, lowest)).value for variant in VARIANTS}
+    values = {variant.label: text.perplexity(text.row(variant.name, lowest)).value for variant in VARIANTS}
     best, worst = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-    full = text.perplexity(text.row(FULL.name, 1.0)).value
+    full, recency = (text.perplexity(row).value for row in (text.row(FULL.name, 1.0), text.row("recency", lowest)))
     return (
         f"**{text.title}** has a perplexity of {full:.2f} with the full cache; at {percent(lowest)} % kept it is"
         f" {values[best]:.2f} ({best}) to {values[worst]:.2f} ({worst}). It is no measure of what can be looked up: recent"
-        f" tokens alone give {values['recency']:.2f} there, and {formatted_value(asked, asked.row('recency', lowest))} % exact"
+        f" tokens alone give {recency:.2f} there, and {formatted_value(asked, asked.row('recency', lowest))} % exact"
         f" answers to a {asked.title.lower()}."
     )
 

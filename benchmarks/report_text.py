@@ -4,7 +4,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.report_sentences import findings, formatted_ratio, formatted_share, formatted_value, shown_budgets
 from trt_kv.calibration.evaluation import FULL, VARIANTS
-from trt_kv.calibration.evaluation_findings import COMPARISONS, exact_verdicts, loss_verdicts, percent, preferred_score, signs
+from trt_kv.calibration.evaluation_findings import (
+    COMPARISONS,
+    describe,
+    exact_verdicts,
+    loss_verdicts,
+    lossless_share,
+    percent,
+    preferred_score,
+    signs,
+)
 from trt_kv.calibration.evaluation_results import Results, Row, TaskResults
 from trt_kv.calibration.evaluation_statistics import Verdict, wilson_interval
 
@@ -58,11 +67,21 @@ def summary_markdown(results: Results) -> str:
         for task in results.tasks
     ]
     asked = results.tasks[0]
-    note = (
+    measured = (
         f"Bundled model, {results.settings.context_length} tokens; exact answers in % with 95 % intervals"
         f" ({len(asked.documents)} documents for the first row), perplexity for plain text; both scores with their own recipe."
     )
-    return f"{_table(header, rows)}\n\n{note}"
+    notes = [measured]
+    for name in ("mass", "window"):
+        share = lossless_share(results, asked, "prefixkv" if name == "mass" else name)
+        told = f"still loses clearly at {percent(max(results.settings.budgets))} % kept"
+        if share is not None:
+            told = f"shows no clear loss against the full cache from {percent(share)} % kept on"
+        notes.append(f"On a {asked.title.lower()} the {name} score {told}.")
+    for name, variant, uniform in (("mass", "prefixkv", "mass-uniform"), ("window", "window", "window-uniform")):
+        told = describe(exact_verdicts(results, asked, variant, uniform))
+        notes.append(f"The {name} score's calibrated layer shares against uniform ones there: {told}.")
+    return f"{_table(header, rows)}\n\n{' '.join(notes)}"
 
 
 def _setting(results: Results) -> str:

@@ -63,7 +63,8 @@ def describe(verdicts_by_budget: Mapping[float, Verdict]) -> str:
     for budget, verdict in verdicts_by_budget.items():
         found.setdefault(verdict, []).append(budget)
     if len(found) == 1:
-        return f"{next(iter(found))} at any kept share"
+        (verdict,) = found
+        return f"{verdict} at {'any' if verdict == NO_DIFFERENCE else 'every'} kept share"
     order: tuple[Verdict, ...] = ("better", "worse", NO_DIFFERENCE)
     return ", ".join(f"{verdict} at {_ranges(found[verdict], budgets)} %" for verdict in order if verdict in found)
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trt_kv.calibration.evaluation_statistics import Estimate, perplexity_interval, wilson_interval
+from trt_kv.calibration.evaluation_statistics import Estimate, perplexity_interval, perplexity_ratio, wilson_interval
 from trt_kv.errors import ReportError
 from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
 
@@ -160,7 +160,15 @@ class TaskResults:
 
     def perplexity(self, row: Row) -> Estimate:
         """Perplexity of the right answer."""
-        return perplexity_interval(row.losses, [document.n_counted_tokens for document in self.documents])
+        return perplexity_interval(row.losses, self._n_counted)
+
+    def perplexity_ratio(self, row: Row, other: Row) -> Estimate:
+        """Perplexity of ``row`` over that of ``other``."""
+        return perplexity_ratio(row.losses, other.losses, self._n_counted)
+
+    @property
+    def _n_counted(self) -> list[int]:
+        return [document.n_counted_tokens for document in self.documents]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,15 @@
 """What holds in every test: fixed seeds, reproducible properties, GPU tests only where there is a GPU."""
 
+import os
 import random
 import sys
 
 import hypothesis
 import numpy as np
 import pytest
+
+# Before torch is imported: OpenMP threads that spin between kernels make small models slow, tenfold on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 pytest_plugins = ["tests.engines", "tests.rig.fixtures"]
 

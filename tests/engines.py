@@ -2,17 +2,24 @@
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numba
+import numpy as np
+import onnx_ir as ir
 import pytest
+import torch
 import transformers
 
 from tests.checkpoints import write_checkpoint
+from trt_kv.export import engine as engine_module
 from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
+from trt_kv.export.graph import graph_from_checkpoint
 from trt_kv.policies import policy_from_name
 from trt_kv.presets import PRESETS
+from trt_kv.program import Program
 from trt_kv.recipe import CREATED_BY, CalibrationRecord, Protected, Recipe, RecipeModel, RecipeScore
 from trt_kv.runtime.engine import Engine
 
@@ -22,6 +29,24 @@ SHARES = (0.72, 0.28, 0.54, 0.5, 0.62, 0.49, 0.53, 0.32)
 CACHE_TOKENS = 10_000
 CHUNK = 64
 """Prompt tokens per prefill step, small enough that many prompts need several."""
+
+
+_TRACED: dict[tuple[str, str, int, torch.dtype], ir.Model] = {}
+
+
+def traced_once(checkpoint: Checkpoint, program: Program, *, page_size: int, dtype: torch.dtype = torch.float32) -> ir.Model:
+    """``graph_from_checkpoint``, which takes seconds, but each graph is traced once per session and then copied."""
+    key = (checkpoint.digest, repr(program), page_size, dtype)
+    if key not in _TRACED:
+        _TRACED[key] = graph_from_checkpoint(checkpoint, program, page_size=page_size, dtype=dtype)
+    return _TRACED[key].clone()
+
+
+def build_for_test(request: EngineRequest, folder: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "graph_from_checkpoint", traced_once)
+        build_engine(request, folder)
+    return folder
 
 
 def recipe_for(checkpoint: Checkpoint, kept: Sequence[float], *, budget: float, score: RecipeScore | None = None) -> Recipe:
@@ -46,12 +71,29 @@ def prefixkv_request(checkpoint: Checkpoint, kept: Sequence[float], *, budget: f
 
 
 def load_for_test(folder: Path) -> Engine:
-    return Engine.load(folder, cache_tokens=CACHE_TOKENS, chunk=CHUNK)
+    return Engine.load(folder, cache_tokens=CACHE_TOKENS, chunk=CHUNK, n_threads=1)
+
+
+def random_ids(engine: Engine, n: int, *, seed: int) -> list[int]:
+    """A prompt of ``n`` tokens: <bos>, then words at random."""
+    vocabulary = engine.tokenizer.get_vocab_size()
+    return [1, *(int(i) for i in np.random.default_rng(seed).integers(3, vocabulary, n - 1))]
 
 
 def assert_nothing_leaked(engine: Engine) -> None:
     """Every page of the engine's pool is free again."""
     engine.runner.pool.check_integrity([])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices this small lose more to waiting threads than they gain, above all on a busy machine."""
+    n_torch, n_numba = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_torch)
+    numba.set_num_threads(n_numba)
 
 
 @pytest.fixture(scope="session")
@@ -72,24 +114,21 @@ def bundled_model() -> transformers.PreTrainedModel:
 def full_folder(tmp_path_factory: pytest.TempPathFactory, bundled_checkpoint: Checkpoint) -> Path:
     """An engine of the bundled checkpoint that keeps everything. Not to be changed: copy it first."""
     folder = tmp_path_factory.mktemp("engines") / "full"
-    build_engine(EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full")), folder)
-    return folder
+    return build_for_test(EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full")), folder)
 
 
 @pytest.fixture(scope="session")
 def half_folder(tmp_path_factory: pytest.TempPathFactory, bundled_checkpoint: Checkpoint) -> Path:
     """An engine of the bundled checkpoint whose layers keep ``SHARES``. Not to be changed: copy it first."""
     folder = tmp_path_factory.mktemp("engines") / "half"
-    build_engine(prefixkv_request(bundled_checkpoint, SHARES, budget=0.5), folder)
-    return folder
+    return build_for_test(prefixkv_request(bundled_checkpoint, SHARES, budget=0.5), folder)
 
 
 @pytest.fixture(scope="session")
 def whole_folder(tmp_path_factory: pytest.TempPathFactory, bundled_checkpoint: Checkpoint) -> Path:
     """A prefixkv engine of the bundled checkpoint with a budget of 100 %."""
     folder = tmp_path_factory.mktemp("engines") / "whole"
-    build_engine(prefixkv_request(bundled_checkpoint, [1.0] * len(SHARES), budget=1.0), folder)
-    return folder
+    return build_for_test(prefixkv_request(bundled_checkpoint, [1.0] * len(SHARES), budget=1.0), folder)
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +142,7 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_fold
     """A prefixkv engine of the small random checkpoint, pages of 5 tokens. Not to be changed: copy it first."""
     folder = tmp_path_factory.mktemp("engines") / "small"
     request = prefixkv_request(open_checkpoint(small_checkpoint_folder), (0.6, 0.3, 0.9), budget=0.6)
-    build_engine(dataclasses.replace(request, page_size=5), folder)
-    return folder
+    return build_for_test(dataclasses.replace(request, page_size=5), folder)
 
 
 @pytest.fixture(scope="session")

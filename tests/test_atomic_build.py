@@ -13,17 +13,15 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 
-from tests.engines import prefixkv_request
+from tests.engines import prefixkv_request, traced_once
 from trt_kv.cli.app import main
 from trt_kv.errors import EngineError, RecipeError, UsageError
 from trt_kv.export import engine as engine_module
 from trt_kv.export import new_folder as new_folder_module
 from trt_kv.export.checkpoint import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
-from trt_kv.export.graph import graph_from_checkpoint
 from trt_kv.export.new_folder import new_folder
 from trt_kv.manifest import load_manifest, verify_files
 
@@ -36,38 +34,14 @@ def request_(small_checkpoint_folder: Path) -> EngineRequest:
 
 
 @pytest.fixture
-def build(request_: EngineRequest, traced: dict[str, ir.Model], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``build_engine`` of the small checkpoint, with graphs that were traced once and are copied for every build."""
-
-    def copied(_checkpoint: Any, program: Any, **_: Any) -> ir.Model:
-        return traced["prefill" if len(program[0]) > 1 else "decode"].clone()
+def build(request_: EngineRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``build_engine`` of the small checkpoint, quick because its graphs are traced once."""
 
     def build_small(destination: Path, *, replace: bool = False, on_progress: OnProgress | None = None) -> None:
         build_engine(request_, destination, replace=replace, on_progress=on_progress)
 
-    monkeypatch.setattr(engine_module, "graph_from_checkpoint", copied)
+    monkeypatch.setattr(engine_module, "graph_from_checkpoint", traced_once)
     return build_small
-
-
-@pytest.fixture(scope="module")
-def traced(request_: EngineRequest) -> dict[str, ir.Model]:
-    graphs: dict[str, ir.Model] = {}
-    with pytest.MonkeyPatch.context() as patch:
-
-        def remember(checkpoint: Any, program: Any, **options: Any) -> ir.Model:
-            model = graph_from_checkpoint(checkpoint, program, **options)
-            graphs["prefill" if len(program[0]) > 1 else "decode"] = model
-            return model
-
-        patch.setattr(engine_module, "graph_from_checkpoint", remember)
-        patch.setattr(engine_module, "save_graphs", stop_here)
-        with pytest.raises(NotImplementedError):
-            engine_module.export_graphs(request_, Path("nowhere"))
-    return graphs
-
-
-def stop_here(*_: Any) -> None:
-    raise NotImplementedError
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from trt_kv.calibration.evaluation_statistics import (
     compare_losses,
     compare_shares,
     perplexity_interval,
+    perplexity_ratio,
     wilson_interval,
 )
 from trt_kv.calibration.prefixkv import calibrate_prefixkv, online_budget
@@ -170,6 +171,20 @@ def test_perplexity_weighs_tokens_and_its_interval_covers_the_truth() -> None:
     assert 0.9 <= covered / 300 <= 0.99
 
 
+def test_in_a_ratio_of_perplexities_the_difficulty_of_documents_cancels() -> None:
+    rng = np.random.default_rng(0)
+    tokens = [10] * 40
+    losses = rng.uniform(5.0, 50.0, 40)
+    worse = losses + rng.uniform(0.9, 1.1, 40)
+    ratio = perplexity_ratio(worse.tolist(), losses.tolist(), tokens)
+    assert ratio.value == pytest.approx(
+        perplexity_interval(worse.tolist(), tokens).value / perplexity_interval(losses.tolist(), tokens).value
+    )
+    assert 1.09 < ratio.low < ratio.value < ratio.high < 1.12
+    same = perplexity_ratio(losses.tolist(), losses.tolist(), tokens)
+    assert (same.low, same.value, same.high) == (1.0, 1.0, 1.0)
+
+
 @given(pairs=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
 def test_comparisons_of_answers_turn_around_with_their_sides(pairs: list[tuple[bool, bool]]) -> None:
     first, second = [a for a, _ in pairs], [b for _, b in pairs]
@@ -196,7 +211,9 @@ def test_comparisons_of_losses_rarely_see_what_is_not_there_and_see_what_is() ->
 def test_verdicts_are_told_in_ranges_of_kept_shares() -> None:
     shares = [0.1, 0.2, 0.3, 0.4, 0.5]
     better: Verdict = "better"
-    assert describe(dict.fromkeys(shares, better)) == "better at any kept share"
+    nothing: Verdict = "no clear difference"
+    assert describe(dict.fromkeys(shares, better)) == "better at every kept share"
+    assert describe(dict.fromkeys(shares, nothing)) == "no clear difference at any kept share"
     found: list[Verdict] = ["better", "better", "no clear difference", "better", "worse"]
     assert (
         describe(dict(zip(shares, found, strict=True))) == "better at 10–20, 40 %, worse at 50 %, no clear difference at 30 %"

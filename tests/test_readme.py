@@ -12,6 +12,7 @@ from trt_kv.cli.app import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLE = ROOT / "examples" / "late_question.txt"
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
@@ -31,10 +32,17 @@ def test_inspect_shows_the_bars_of_the_readme(engine: Path, capsys: pytest.Captu
     assert set(bars) <= set(shown)
 
 
-def test_the_example_prompt_generates(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompt = ROOT / "examples" / "late_question.txt"
-    assert main(["generate", str(engine), "--prompt-file", str(prompt), "--max-new-tokens", "8"]) == 0
-    assert capsys.readouterr().out.startswith("code of trent is")
+def test_the_window_engine_answers_the_example_and_the_published_score_does_not(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    window = tmp_path / "window"
+    assert main(["build", "--score", "window", "--out", str(window)]) == 0
+    answers = []
+    for folder in (window, engine):
+        capsys.readouterr()
+        assert main(["generate", str(folder), "--prompt-file", str(EXAMPLE), "--max-new-tokens", "8"]) == 0
+        answers.append(capsys.readouterr().out.startswith("code of trent is 5 3 7"))
+    assert answers == [True, False]
 
 
 def test_the_python_block_runs(engine: Path) -> None:
@@ -46,8 +54,7 @@ def test_the_python_block_runs(engine: Path) -> None:
 
 
 def test_the_example_script_runs(engine: Path) -> None:
-    prompt = ROOT / "examples" / "late_question.txt"
-    command = [sys.executable, str(ROOT / "examples" / "several_prompts.py"), str(engine), str(prompt), str(prompt)]
+    command = [sys.executable, str(ROOT / "examples" / "several_prompts.py"), str(engine), str(EXAMPLE), str(EXAMPLE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trt_kv.errors import EngineError
+from trt_kv.errors import EngineError, TrtKvError
 from trt_kv.json_file import read_json
 from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
@@ -126,8 +126,10 @@ class Manifest:
             )
         try:
             return cls(**(fields | _parsed(fields)))
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise EngineError(f"{source} is malformed", got=repr(error), fix="build the engine again") from error
+        except TrtKvError as error:
+            raise EngineError(f"{source}: {error.what}", got=error.got, expected=error.expected, fix=error.fix) from error
 
     def save(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")

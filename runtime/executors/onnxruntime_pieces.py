@@ -12,6 +12,14 @@ from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.executors.protocol import Attend
 from trt_kv.runtime.step import Ints
 
+SESSION_OPTIONS = {
+    # Between two matrix products a thread waits some microseconds: putting it to sleep and waking it takes longer.
+    "session.intra_op.allow_spinning": "1",
+    "session.intra_op.spin_duration_us": "50",
+    # Threads that spin on while the KV kernels and the other pieces run would take their cores.
+    "session.force_spinning_stop": "1",
+}
+
 
 class OnnxRuntimeExecutor:
     """Runs piece, attention, piece, attention ... piece. See ``DenseExecutor``."""
@@ -54,8 +62,8 @@ class OnnxRuntimeExecutor:
 def _session(path: Path, n_threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = n_threads
-    # Threads that spin while the KV kernels run would take their cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in SESSION_OPTIONS.items():
+        options.add_session_config_entry(name, value)
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,6 +1,7 @@
 """The command group, and the one place where an exception becomes a message and an exit code."""
 
 import importlib
+import os
 import traceback
 from collections.abc import Sequence
 
@@ -60,6 +61,8 @@ def group() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``trt-kv`` with ``arguments`` (default: the process's) and return the exit code; messages go to stderr."""
     invocation = Invocation()
+    # Read when torch is loaded: OpenMP threads that spin between kernels take the cores of whatever runs then.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         result = group.main(
             list(arguments) if arguments is not None else None, prog_name="trt-kv", obj=invocation, standalone_mode=False

@@ -13,8 +13,7 @@ from trt_kv.cli.options import (
     policy_options,
     target_options,
 )
-from trt_kv.cli.requests import CalibrationPlan, ModelSource, TargetPlan
-from trt_kv.errors import UsageError
+from trt_kv.cli.requests import CalibrationPlan, ModelSource, TargetPlan, check_recipe_is_read
 from trt_kv.policy import Policy
 
 
@@ -49,8 +48,7 @@ def command(
       trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/yardstick
       trt-kv build --checkpoint ~/models/Llama-3.1-8B --target tensorrt --profile datacenter --dtype bfloat16
     """
-    if recipe is not None and not policy.needs_recipe:
-        raise UsageError(f"policy {policy.name!r} reads no recipe", got=f"--recipe {recipe}", fix="leave --recipe out")
+    check_recipe_is_read(policy, recipe)
     from trt_kv.cli.pipeline import build_engine
 
     engine = build_engine(

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from trt_kv.cli.options import any_path, debug_option, existing_file, model_options, policy_options
-from trt_kv.cli.requests import ModelSource
+from trt_kv.cli.requests import ModelSource, check_recipe_is_read
 from trt_kv.policy import Policy
 
 
@@ -24,6 +24,7 @@ def command(*, source: ModelSource, policy: Policy, recipe: Path | None, out: Pa
     Example:
       trt-kv export --policy full --out graphs/full
     """
+    check_recipe_is_read(policy, recipe)
     from trt_kv.cli.pipeline import export_graphs
 
     for graph in export_graphs(source=source, policy=policy, recipe=recipe, out=out):

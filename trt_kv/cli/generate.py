@@ -60,9 +60,12 @@ def command(
     )
     from trt_kv.cli.pipeline import stream_text
 
-    for piece in stream_text(engine=engine, request=request):
+    notes: list[str] = []
+    for piece in stream_text(engine=engine, request=request, on_end=notes.append):
         click.echo(piece, nl=False)
     click.echo()
+    for note in notes:
+        click.echo(note, err=True)
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:

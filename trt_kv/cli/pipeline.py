@@ -8,7 +8,7 @@ import math
 import random
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from trt_kv.cli.requests import CalibrationPlan, GenerationRequest, ModelSource,
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.errors import CheckpointError, EngineError, UsageError
 from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
-from trt_kv.manifest import load_manifest, verify_files
+from trt_kv.manifest import digest_of, load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.presets import is_bundled
@@ -98,6 +98,11 @@ def calibrate_recipe(
     """Write a recipe to ``out`` and its picture beside it; optionally also in the published form."""
     from trt_kv.calibration.recipe_plot import picture_from_recipe
 
+    picture = out.with_suffix(".png")
+    if picture == out:
+        raise UsageError("the picture would overwrite the recipe", got=f"--out {out}", expected="a name that ends in .json")
+    for folder in {out.parent, to_published or out.parent}:
+        folder.mkdir(parents=True, exist_ok=True)
     checkpoint = _open(source)
     if from_published is not None:
         recipe = recipe_from_published(from_published, model=_recipe_model(checkpoint), score=_recipe_score(policy))
@@ -106,7 +111,7 @@ def calibrate_recipe(
         with progress_bars() as on_progress:
             recipe = _calibrated(checkpoint, policy, calibration, on_progress)
     recipe.save(out)
-    picture_from_recipe(recipe, out.with_suffix(".png"))
+    picture_from_recipe(recipe, picture)
     if to_published is not None:
         click.echo(f"published form: {recipe.to_published(to_published)}")
     return out
@@ -117,8 +122,8 @@ def export_graphs(*, source: ModelSource, policy: Policy, recipe: Path | None, o
     from trt_kv.export import engine
     from trt_kv.export.new_folder import new_folder
 
-    checkpoint = _open(source)
     loaded = Recipe.load(recipe) if recipe is not None else None
+    checkpoint = _open(source)
     if loaded is not None:
         policy = _policy_of_recipe(policy, loaded)
     request = engine.EngineRequest(checkpoint=checkpoint, policy=policy, recipe=loaded)
@@ -127,8 +132,8 @@ def export_graphs(*, source: ModelSource, policy: Policy, recipe: Path | None, o
     return sorted(out.glob("*.onnx"))
 
 
-def stream_text(*, engine: Path, request: GenerationRequest) -> Iterator[str]:
-    """Pieces of generated text; afterwards one line on the error stream says what it took."""
+def stream_text(*, engine: Path, request: GenerationRequest, on_end: Callable[[str], None]) -> Iterator[str]:
+    """Pieces of generated text; ``on_end`` is given one line that says what it took."""
     from trt_kv.runtime.engine import Engine
 
     options = dataclasses.asdict(request)
@@ -142,11 +147,9 @@ def stream_text(*, engine: Path, request: GenerationRequest) -> Iterator[str]:
     yield from stream
     result = stream.result
     held, seen = sum(result.kv_tokens) / len(result.kv_tokens), result.n_seen
-    click.echo(
-        f"\n[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
-        f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%})]",
-        err=True,
-        nl=False,
+    on_end(
+        f"[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
+        f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%})]"
     )
 
 
@@ -253,14 +256,16 @@ def _policy_of_recipe(policy: Policy, recipe: Recipe) -> Policy:
 
 
 def _is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool:
-    """Whether ``folder`` holds a whole engine made by this version, by this command, from these weights."""
+    """Whether ``folder`` holds a whole engine made by this version, by this command, from these weights and settings."""
     try:
         manifest = load_manifest(folder)
         verify_files(folder, manifest)
     except EngineError:
         return False
     made = (manifest.reproduce, manifest.created_by, manifest.model_digest)
-    return made == (command_line, CREATED_BY, checkpoint.digest)
+    copied = {path.name: digest_of(path) for path in checkpoint.tokenizer_files}
+    recorded = {name: manifest.files[name].digest for name in copied if name in manifest.files}
+    return made == (command_line, CREATED_BY, checkpoint.digest) and recorded == copied
 
 
 def _recipe_score(policy: Policy) -> RecipeScore:

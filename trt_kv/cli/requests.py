@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.policy import Policy
 from trt_kv.presets import preset
 
 
@@ -71,3 +72,9 @@ class GenerationRequest:
     top_k: int
     seed: int
     stop: tuple[str, ...]
+
+
+def check_recipe_is_read(policy: Policy, recipe: Path | None) -> None:
+    """Raise ``UsageError`` for a recipe that ``policy`` would ignore."""
+    if recipe is not None and not policy.needs_recipe:
+        raise UsageError(f"policy {policy.name!r} reads no recipe", got=f"--recipe {recipe}", fix="leave --recipe out")

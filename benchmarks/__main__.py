@@ -1,0 +1,55 @@
+"""``python -m benchmarks [NAME ...] [--quick]``: measure, print tables, write results."""
+
+import functools
+import importlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from benchmarks.harness import load, measured, save, show
+from trt_kv.errors import TrtKvError
+
+NAMES = ("split_vs_monolithic", "decode_speed", "attention_kernels", "prefill_scores_cost", "prefill_memory")
+RESULTS = Path(__file__).parent / "results"
+
+
+@click.command()
+@click.argument("names", nargs=-1, type=click.Choice(NAMES))
+@click.option("--quick", is_flag=True, help="Small sizes and few rounds: shows that everything works; nothing is written.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results instead of the usual one."
+)
+@click.option("--saved", is_flag=True, help="Measure nothing: print the results that were written last.")
+def main(names: tuple[str, ...], quick: bool, out: Path | None, saved: bool) -> None:
+    """Measure the benchmarks NAMES (all of them by default) and write NAME.json for each."""
+    # As the command line does, and before any benchmark loads torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    console = Console()
+    try:
+        for name in names or NAMES:
+            console.rule(name)
+            path = (out or RESULTS) / f"{name}.json"
+            if saved:
+                show(load(path), console)
+                continue
+            document = _measured(name, quick)
+            show(document, console)
+            if out is not None or not quick:
+                save(document, path)
+                console.print(f"written to {path}")
+    except TrtKvError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _measured(name: str, quick: bool) -> dict[str, Any]:
+    module = importlib.import_module(f"benchmarks.{name}")
+    with tempfile.TemporaryDirectory(prefix="trt-kv-bench-") as folder:
+        return measured(functools.partial(module.run, Path(folder), quick=quick))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""CPU kernels against the obvious alternatives: decode attention, attention of a prefill chunk, scores of a prefill chunk."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Check, Report, Row, check_close, take_turns
+from trt_kv.opspec import Case
+from trt_kv.plugins.cached_attention import cpu as attention
+from trt_kv.plugins.cached_attention.spec import SPEC
+from trt_kv.plugins.cases import case_inputs
+from trt_kv.plugins.paging import Floats, gather_kv, pages_of
+from trt_kv.plugins.token_scores import cpu as scores
+
+HEADS = {"H": 32, "K": 8, "D": 64, "P": 32}
+N_LAYERS = 4
+"""Taken in turn, as in a model: a single layer's pages would stay in the cache."""
+CHUNK = 512
+BLOCK = 512
+AGREE_WITHIN = 1e-4
+
+
+def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001  every benchmark is called alike
+    """Kernels of the shapes of Llama 3.2 1B's attention."""
+    lengths, rounds = ((256, 1024), 3) if quick else ((1024, 4096, 16384), 15)
+    checks: list[Check] = []
+    tables: dict[str, list[Row]] = {}
+    for n_cached in lengths:
+        attend, score = _chunk_sides(n_cached)
+        kernels = {
+            "decode, batch 1": _decode_sides(n_cached, 1),
+            "decode, batch 4": _decode_sides(n_cached, 4),
+            "attention of a chunk": attend,
+            "scores of a chunk": score,
+        }
+        for caption, sides in kernels.items():
+            checks += _agreements(f"{caption}, {n_cached} cached tokens", sides)
+            timings = take_turns(sides, rounds=rounds)
+            rows = ({"cached_tokens": n_cached, **row} for row in timings.rows(next(iter(sides))))
+            tables.setdefault(caption, []).extend(rows)
+    return Report(
+        title="CPU attention kernels",
+        settings={"heads": HEADS, "chunk_tokens": CHUNK, "rounds": rounds, "decode_steps_per_round": N_LAYERS},
+        checks=checks,
+        tables=tables,
+    )
+
+
+def _agreements(what: str, sides: Mapping[str, Callable[[], Floats]]) -> list[Check]:
+    """Every side makes what the first one, ours, makes."""
+    ours, *others = sides
+    expected = sides[ours]()
+    return [check_close(f"{what}: {other}", sides[other](), expected, within=AGREE_WITHIN) for other in others]
+
+
+def _decode_sides(n_cached: int, n_sequences: int) -> dict[str, Callable[[], Floats]]:
+    """One new token for each of the sequences, which share ``n_cached``: the op as it is, and with K and V gathered."""
+    case = Case(
+        name="decode", cached=(n_cached // n_sequences,) * n_sequences, new=(1,) * n_sequences, dims={**HEADS, "L": N_LAYERS}
+    )
+    inputs = case_inputs(SPEC, case)
+    return {
+        "numba, pages in place": _in_turn(lambda layer: attention.run(**{**inputs, "layer": layer})[0]),
+        "torch, gathered pages, matmul": _in_turn(lambda layer: _gathered(inputs, layer, _softmax_matmul)),
+        "torch, gathered pages, flash": _in_turn(lambda layer: _gathered(inputs, layer, _flash)),
+    }
+
+
+def _in_turn(attend: Callable[[int], Floats]) -> Callable[[], Floats]:
+    """Calls ``attend`` for all layers, so that no layer's pages are still in the processor's cache."""
+    return lambda: np.stack([attend(layer) for layer in range(N_LAYERS)])
+
+
+def _gathered(inputs: Mapping[str, Any], layer: int, attend: Callable[..., Floats]) -> Floats:
+    """CachedAttention for one token per sequence, by copying each sequence's pages together."""
+    kv, page_size = inputs["kv"], HEADS["P"]
+    pages_B, offsets_B = np.divmod(inputs["slots"][layer], page_size)
+    kv[pages_B, 0, :, offsets_B] = inputs["k"]
+    kv[pages_B, 1, :, offsets_B] = inputs["v"]
+    inputs["token_positions"][pages_B, offsets_B] = inputs["positions"]
+    out = []
+    for b, q_HD in enumerate(inputs["q"]):
+        n_cached = int(inputs["kv_len"][layer, b])
+        k_KSD, v_KSD = gather_kv(kv, pages_of(inputs["page_table"], layer, b, n_cached, page_size), n_cached)
+        out.append(attend(q_HD[None], k_KSD, v_KSD, inputs["scale"]))
+    return np.concatenate(out)
+
+
+def _softmax_matmul(q_NHD: Floats, k_KSD: Floats, v_KSD: Floats, scale: float, visible_NS: Any = None) -> Floats:
+    """Attention in three torch calls, [N, H, D]; holds one KV head's weights [N * G, S] at a time."""
+    n_tokens, n_heads, head_size = q_NHD.shape
+    group = n_heads // len(k_KSD)
+    q_KRD = torch.from_numpy(q_NHD).view(n_tokens, -1, group, head_size).permute(1, 0, 2, 3).reshape(len(k_KSD), -1, head_size)
+    hidden = None if visible_NS is None else torch.from_numpy(~visible_NS).repeat_interleave(group, dim=0)
+    out = []
+    for q_RD, k_SD, v_SD in zip(q_KRD, torch.from_numpy(k_KSD), torch.from_numpy(v_KSD), strict=True):
+        logits_RS = (q_RD * scale) @ k_SD.T
+        if hidden is not None:
+            logits_RS.masked_fill_(hidden, float("-inf"))
+        out.append((logits_RS.softmax(dim=-1) @ v_SD).view(n_tokens, group, head_size))
+    out_NHD: Floats = torch.cat(out, dim=1).numpy()
+    return out_NHD
+
+
+def _flash(q_NHD: Floats, k_KSD: Floats, v_KSD: Floats, scale: float) -> Floats:
+    """torch's flash attention of one token, [1, H, D]."""
+    group = q_NHD.shape[1] // len(k_KSD)
+    q_KG1D = torch.from_numpy(q_NHD).view(len(k_KSD), group, 1, -1)
+    k_KGSD, v_KGSD = (torch.from_numpy(x)[:, None].expand(-1, group, -1, -1) for x in (k_KSD, v_KSD))
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_KG1D, k_KGSD, v_KGSD, 0.0, False, scale=scale)
+    out_NHD: Floats = out.reshape(q_NHD.shape).numpy()
+    return out_NHD
+
+
+def _chunk_sides(n_cached: int) -> tuple[dict[str, Callable[[], Floats]], dict[str, Callable[[], Floats]]]:
+    """The last chunk of a prompt of ``n_cached`` tokens: sides of its attention, and of its scores."""
+    rng = np.random.default_rng(0)
+    n_heads, n_kv_heads, head_size = (HEADS[axis] for axis in "HKD")
+    n_tokens, scale = min(CHUNK, n_cached), head_size**-0.5
+    q_NHD = rng.standard_normal((n_tokens, n_heads, head_size), np.float32)
+    k_KSD, v_KSD = rng.standard_normal((2, n_kv_heads, n_cached, head_size), np.float32)
+    visible_NS = np.arange(n_cached) <= np.arange(n_cached - n_tokens, n_cached)[:, None]
+    _, lse_NH = attention.attend_chunk(q_NHD, k_KSD, v_KSD, visible_NS, scale)
+    scaled_NHD = q_NHD * np.float32(scale)
+    return {
+        "flash attention": lambda: attention.attend_chunk(q_NHD, k_KSD, v_KSD, visible_NS, scale)[0],
+        "matmul, head by head": lambda: _softmax_matmul(q_NHD, k_KSD, v_KSD, scale, visible_NS),
+    }, {
+        "flash attention, roles exchanged": lambda: scores.attention_received(scaled_NHD, lse_NH, k_KSD, visible_NS),
+        "blocks of weights": lambda: _received_by_blocks(scaled_NHD, lse_NH, k_KSD, visible_NS),
+    }
+
+
+def _received_by_blocks(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
+    """``attention_received`` by rebuilding the weights in blocks that fit a core's cache: [S]."""
+    n_tokens, n_heads, _ = q_NHD.shape
+    n_kv_heads, n_cached, _ = k_KSD.shape
+    group = n_heads // n_kv_heads
+    # With a channel -lse in q and a channel 1 in k, the product is the logarithm of the weight.
+    q_NHC = torch.cat([torch.from_numpy(q_NHD), -torch.from_numpy(lse_NH)[:, :, None]], dim=-1)
+    q_KNGC = q_NHC.unflatten(1, (n_kv_heads, group)).transpose(0, 1).contiguous()
+    k_KCS = torch.cat([torch.from_numpy(k_KSD).transpose(1, 2), torch.ones(n_kv_heads, 1, n_cached)], dim=1)
+    hidden_NS = torch.from_numpy(~visible_NS)
+    received_S = torch.zeros(n_cached)
+    for columns in _blocks(n_cached, BLOCK):
+        for rows in _blocks(n_tokens, max(1, BLOCK // group)):
+            hidden = hidden_NS[rows, columns]
+            masks = bool(hidden.any())
+            for head in range(n_kv_heads):
+                log_weights = q_KNGC[head, rows].flatten(0, 1) @ k_KCS[head, :, columns]
+                if masks:
+                    log_weights.unflatten(0, (-1, group)).masked_fill_(hidden[:, None], float("-inf"))
+                received_S[columns] += log_weights.exp_().sum(dim=0)
+    received: Floats = (received_S / n_heads).numpy()
+    return received
+
+
+def _blocks(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

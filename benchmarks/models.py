@@ -1,0 +1,159 @@
+"""Random checkpoints of chosen shapes, exported as an engine's are, and the runners that run them."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import safetensors.torch
+import torch
+
+from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.graph import graph_from_checkpoint, save_graphs
+from trt_kv.export.split import pieces_from_graph, save_pieces
+from trt_kv.hf_config import model_config_from_hf
+from trt_kv.manifest import AttentionPort, Piece
+from trt_kv.model_config import ModelConfig
+from trt_kv.policies import policy_from_name
+from trt_kv.policy import Policy
+from trt_kv.program import PHASES, program_of
+from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
+from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
+
+PAGE_SIZE = 32
+FULL = policy_from_name("full")
+MASS = dataclasses.replace(policy_from_name("prefixkv"), budget="uniform", kept=1.0)
+"""Scores every prompt query and keeps everything, so that only scoring is measured."""
+WINDOW = dataclasses.replace(MASS, score="window", window=32)
+DESCRIPTION_FILE = "model.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a random Llama; everything else is as Llama 3 has it."""
+
+    n_layers: int
+    hidden_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int = 4096
+    max_positions: int = 65536
+
+    @property
+    def hf_config(self) -> dict[str, object]:
+        """What a checkpoint of this shape has as config.json."""
+        return {
+            "model_type": "llama",
+            "num_hidden_layers": self.n_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """The decode graph, its dense pieces and their weights in ``folder``."""
+
+    folder: Path
+    config: ModelConfig
+    pieces: tuple[Piece, ...]
+    ports: tuple[AttentionPort, ...]
+
+    @property
+    def graph(self) -> onnx.ModelProto:
+        """The monolithic decode graph, its weights left on disk."""
+        return onnx.load(self.folder / "decode.onnx", load_external_data=False)
+
+    def executor(self) -> OnnxRuntimeExecutor:
+        return OnnxRuntimeExecutor(self.folder, self.pieces, self.ports)
+
+
+def random_checkpoint(shape: Shape, folder: Path, *, seed: int = 0) -> Checkpoint:
+    """Write a checkpoint of ``shape`` into ``folder``, fp32, weights scaled so that activations stay near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model_config_from_hf(shape.hf_config, source="benchmark")
+    weights = {name: _random_weight(size, generator) for name, size in config.tensor_shapes().items()}
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(shape.hf_config))
+    return open_checkpoint(folder)
+
+
+def exported_model(checkpoint: Checkpoint, folder: Path) -> ExportedModel:
+    """Export and split ``checkpoint`` as a build does, without the tokenizer, manifest and digests of an engine."""
+    config = checkpoint.config
+    folder.mkdir(parents=True)
+    program = program_of(FULL, phase="decode", n_layers=config.n_layers, scale=config.head_dim**-0.5)
+    save_graphs({"decode": graph_from_checkpoint(checkpoint, program, page_size=PAGE_SIZE)}, folder)
+    models, pieces, ports = pieces_from_graph(onnx.load(folder / "decode.onnx", load_external_data=False))
+    save_pieces(models, pieces, folder)
+    parts: dict[str, list[Piece] | list[AttentionPort]] = {"pieces": pieces, "ports": ports}
+    description = {"config": config.to_json()} | {
+        name: [dataclasses.asdict(part) for part in listed] for name, listed in parts.items()
+    }
+    (folder / DESCRIPTION_FILE).write_text(json.dumps(description))
+    return opened_model(folder)
+
+
+def opened_model(folder: Path) -> ExportedModel:
+    """What ``exported_model`` wrote."""
+    description = json.loads((folder / DESCRIPTION_FILE).read_text())
+    pieces = (Piece(file=p["file"], inputs=tuple(p["inputs"]), outputs=tuple(p["outputs"])) for p in description["pieces"])
+    return ExportedModel(
+        folder=folder,
+        config=ModelConfig.from_json(description["config"]),
+        pieces=tuple(pieces),
+        ports=tuple(AttentionPort(**port) for port in description["ports"]),
+    )
+
+
+def model_runner(
+    executor: DenseExecutor,
+    config: ModelConfig,
+    *,
+    cache_tokens: int = 0,
+    pool: KvPool | None = None,
+    policy: Policy = FULL,
+    kept_shares: list[float] | None = None,
+    chunk: int = DEFAULT_CHUNK,
+    implementation: str = "cpu",
+) -> ModelRunner:
+    """A runner of ``policy`` with the given pool, or a new one for ``cache_tokens`` tokens in every layer."""
+    pool = pool or KvPool(
+        n_pages=config.n_layers * -(-cache_tokens // PAGE_SIZE),
+        page_size=PAGE_SIZE,
+        n_kv_heads=config.n_kv_heads,
+        head_size=config.head_dim,
+    )
+    scale = config.head_dim**-0.5
+    programs = {
+        phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=scale, kept_shares=kept_shares)
+        for phase in PHASES
+    }
+    return ModelRunner(executor, pool, programs, chunk=chunk, implementation=implementation)
+
+
+def random_tokens(n_tokens: int, vocab_size: int, *, seed: int = 0) -> list[int]:
+    """``n_tokens`` token ids."""
+    return [int(token) for token in np.random.default_rng(seed).integers(vocab_size, size=n_tokens)]
+
+
+def _random_weight(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(size, generator=generator)
+    return 1.0 + 0.1 * noise if len(size) == 1 else noise / math.sqrt(size[-1])

@@ -1,0 +1,72 @@
+"""What scoring costs: prefill with scores over all queries, or over the last 32, beside prefill without."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.harness import Check, Report, Row, Target, check_close, take_turns
+from benchmarks.models import FULL, MASS, WINDOW, Shape, exported_model, model_runner, random_checkpoint, random_tokens
+from trt_kv.model_config import ModelConfig
+from trt_kv.plugins.paging import Floats
+from trt_kv.policy import Policy
+from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.model_runner import ModelRunner
+
+POLICIES: dict[str, Policy] = {"without scores": FULL, "window of 32 queries": WINDOW, "mass of all queries": MASS}
+LIMIT = 1.5
+"""Of mass at the longest context. Scoring costs about what attention does; the rest of the model costs nothing more."""
+
+
+def run(folder: Path, *, quick: bool) -> Report:
+    """Prefill of random tokens on a small Llama, nothing evicted, so that only scoring differs."""
+    shape = Shape(n_layers=2, hidden_size=1024, n_heads=16, n_kv_heads=4, head_dim=64, intermediate_size=2816)
+    contexts, rounds = ((256, 512), 2) if quick else ((1024, 4096, 8192), 5)
+    model = exported_model(random_checkpoint(shape, folder / "checkpoint"), folder / "graphs")
+    executor = model.executor()
+    runners = {
+        name: model_runner(executor, model.config, policy=policy, cache_tokens=max(contexts))
+        for name, policy in POLICIES.items()
+    }
+    checks = _checks(runners, executor, model.config)
+    rows: list[Row] = []
+    ratios: dict[str, float] = {}
+    for context in contexts:
+        tokens = random_tokens(context, shape.vocab_size)
+        sides = {name: _prefill(runner, tokens) for name, runner in runners.items()}
+        timings = take_turns(sides, rounds=rounds, warmup=1)
+        rows += [{"context_tokens": context, **row} for row in timings.rows("without scores")]
+        ratios = {name: timings.ratio(name, "without scores") for name in sides}
+    return Report(
+        title="Cost of scoring during prefill",
+        settings={"shape": shape.hf_config, "chunk_tokens": runners["without scores"].chunk, "rounds": rounds},
+        checks=checks,
+        tables={"prefill": rows},
+        targets=[
+            Target(what=f"mass / without scores at {max(contexts)} tokens", measured=ratios["mass of all queries"], limit=LIMIT)
+        ],
+    )
+
+
+def _prefill(runner: ModelRunner, tokens: list[int]) -> Callable[[], Floats]:
+    """Prefill into an empty pool, nothing evicted; returns the last token's logits [V]."""
+
+    def prefill() -> Floats:
+        sequence = runner.new_sequence()
+        logits_V = runner.prefill(sequence, tokens, evict=False)
+        sequence.release()
+        return logits_V
+
+    return prefill
+
+
+def _checks(runners: dict[str, ModelRunner], executor: DenseExecutor, config: ModelConfig) -> list[Check]:
+    """Scoring changes no logit, and the scores are those of the reference kernel."""
+    tokens = random_tokens(96, config.vocab_size)
+    plain_V = _prefill(runners["without scores"], tokens)()
+    checks = []
+    for name, policy in POLICIES.items():
+        checks.append(check_close(f"logits, {name}", _prefill(runners[name], tokens)(), plain_V, within=0.0))
+        if policy.evicts:
+            reference = model_runner(executor, config, policy=policy, cache_tokens=len(tokens), implementation="reference")
+            expected_LN = reference.importance(tokens)
+            checks.append(check_close(f"scores, {name}", runners[name].importance(tokens), expected_LN, within=1e-3))
+    return checks

@@ -1,0 +1,259 @@
+"""An engine computes what the model computes: against transformers, against itself without eviction, alone and in batches."""
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.engines import CACHE_TOKENS, CHUNK, SHARES, assert_nothing_leaked, random_ids
+from trt_kv.calibration.tasks import evaluation_tasks, plain_text_tasks
+from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.decoder import decoder_from_checkpoint
+from trt_kv.plugins.paging import Floats
+from trt_kv.policy import kept_tokens
+from trt_kv.presets import PRESETS
+from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
+from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.sequence_cache import SequenceCache
+
+NEW_TOKENS = 32
+LOGITS_ATOL = 1e-4
+"""fp32 sums in another order; the bundled model's logits reach about 20."""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def prompts_of_many_lengths() -> list[str]:
+    """50 prompts of 1 to about 400 tokens: lone words, sentences, texts, questions about facts, words at random."""
+    texts = [task.prompt for task in plain_text_tasks(10, context_length=110, answer_length=20)]
+    prompts = [" ".join(text.split()[: 1 + 3 * i]) for i, text in enumerate(texts * 2)]
+    prompts += [" ".join(texts[i].split()[: CHUNK + i - 2]) for i in range(5)]
+    prompts += [task.prompt for task in evaluation_tasks(15, context_length=150, n_facts=4)]
+    prompts += [task.prompt for task in evaluation_tasks(4, context_length=400, n_facts=8)]
+    words = sorted(set(" ".join(texts).split()))
+    rng = random.Random(0)
+    return prompts + [" ".join(rng.choices(words, k=rng.randint(2, 80))) for _ in range(6)]
+
+
+def generated_by_transformers(model: Any, ids: Sequence[int], eos_token_ids: Sequence[int]) -> list[int]:
+    """Greedy continuation, the end-of-sequence token included."""
+    prompt = torch.tensor([ids])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=list(eos_token_ids),
+    )
+    return [int(token) for token in output[0, len(ids) :]]
+
+
+def test_full_generates_what_transformers_generates(full_engine: Engine, bundled_model: transformers.PreTrainedModel) -> None:
+    """50 prompts, 32 new tokens each, greedy."""
+    prompts = prompts_of_many_lengths()
+    lengths = [len(full_engine.encode(prompt)) for prompt in prompts]
+    assert len(prompts) == 50
+    assert min(lengths) <= 3
+    assert {CHUNK - 1, CHUNK, CHUNK + 1} <= set(lengths)
+    generations = full_engine.generate_batch(prompts, max_new_tokens=NEW_TOKENS)
+    for prompt, ours in zip(prompts, generations, strict=True):
+        expected = generated_by_transformers(
+            bundled_model, full_engine.encode(prompt), full_engine.manifest.config.eos_token_ids
+        )
+        assert list(ours.token_ids) == expected, prompt
+    assert_nothing_leaked(full_engine)
+
+
+def test_the_end_token_ends_where_transformers_ends(full_engine: Engine, bundled_model: transformers.PreTrainedModel) -> None:
+    """The bundled model never says <eos>, so the full stop and the question mark are declared to be it."""
+    eos = tuple(full_engine.encode(". ?")[1:])
+    config = dataclasses.replace(full_engine.manifest.config, eos_token_ids=eos)
+    manifest = dataclasses.replace(full_engine.manifest, config=config)
+    engine = Engine(full_engine.folder, manifest, full_engine.runner, full_engine.tokenizer)
+    prompts = prompts_of_many_lengths()[5:45:4]
+    for prompt, ours in zip(prompts, engine.generate_batch(prompts, max_new_tokens=NEW_TOKENS), strict=True):
+        expected = generated_by_transformers(bundled_model, engine.encode(prompt), eos)
+        assert ours.finish_reason == "stop"
+        assert [*ours.token_ids, expected[-1]] == expected
+        assert expected[-1] in eos
+
+
+@dataclasses.dataclass
+class Run:
+    """A sequence that is stepped through by a runner; keeps what every step made."""
+
+    runner: ModelRunner
+    sequence: SequenceCache
+    prompt_logits: Floats
+    decoded: list[Floats] = dataclasses.field(default_factory=list)
+    kept: list[list[set[int]]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def prefilled(cls, runner: ModelRunner, ids: Sequence[int]) -> "Run":
+        sequence = runner.new_sequence()
+        run = cls(runner, sequence, runner.prefill(sequence, ids, all_logits=True))
+        run.kept.append(run.positions())
+        return run
+
+    def decode(self, token_id: int) -> None:
+        self.decoded.append(self.runner.decode([self.sequence], [token_id])[0])
+        self.kept.append(self.positions())
+
+    def positions(self) -> list[set[int]]:
+        """Positions cached in each layer, none twice."""
+        positions = [self.runner.kept_positions(self.sequence, layer).tolist() for layer in range(self.sequence.n_layers)]
+        assert all(len(set(p)) == len(p) for p in positions)
+        return [set(p) for p in positions]
+
+
+@pytest.mark.parametrize("n_prompt", [1, 2, 40, CHUNK, CHUNK + 1, 200])
+def test_a_budget_of_100_percent_gives_exactly_the_full_logits(
+    full_engine: Engine, whole_engine: Engine, n_prompt: int
+) -> None:
+    """Bit for bit: prefill, then 16 decode steps; scores are accumulated and the eviction op runs, but keeps all."""
+    ids = random_ids(full_engine, n_prompt, seed=n_prompt)
+    full, whole = (Run.prefilled(engine.runner, ids) for engine in (full_engine, whole_engine))
+    for token_id in random_ids(full_engine, 16, seed=7):
+        full.decode(token_id)
+        whole.decode(token_id)
+    np.testing.assert_array_equal(whole.prompt_logits, full.prompt_logits)
+    np.testing.assert_array_equal(whole.decoded, full.decoded)
+    assert whole.kept == full.kept
+    full.sequence.release()
+    whole.sequence.release()
+
+
+def test_onnxruntime_pieces_equal_the_torch_decoder(full_engine: Engine, bundled_checkpoint: Checkpoint) -> None:
+    executor = TorchDecoderExecutor(decoder_from_checkpoint(bundled_checkpoint))
+    torch_runner = ModelRunner(executor, full_engine.runner.pool, full_engine.manifest.programs, chunk=CHUNK)
+    ids = full_engine.encode(evaluation_tasks(1, context_length=150, n_facts=4)[0].prompt)
+    ours, theirs = (Run.prefilled(runner, ids) for runner in (full_engine.runner, torch_runner))
+    for token_id in random_ids(full_engine, 8, seed=3):
+        ours.decode(token_id)
+        theirs.decode(token_id)
+    np.testing.assert_allclose(ours.prompt_logits, theirs.prompt_logits, atol=LOGITS_ATOL)
+    np.testing.assert_allclose(ours.decoded, theirs.decoded, atol=LOGITS_ATOL)
+    ours.sequence.release()
+    theirs.sequence.release()
+
+
+@contextlib.contextmanager
+def mask_per_layer(model: Any, masks: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Hooks that give layer l the attention mask ``masks[l]`` [T, T], True where a query may look."""
+    handles = []
+    for layer, visible in zip(model.model.layers, masks, strict=True):
+        bias = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))[None, None]
+
+        def give_mask(_module: Any, args: Any, kwargs: dict[str, Any], bias: torch.Tensor = bias) -> Any:
+            return args, kwargs | {"attention_mask": bias}
+
+        handles.append(layer.self_attn.register_forward_pre_hook(give_mask, with_kwargs=True))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("n_prompt", [30, 150])
+def test_after_eviction_tokens_keep_their_true_positions(
+    half_engine: Engine, bundled_model: transformers.PreTrainedModel, n_prompt: int
+) -> None:
+    """Decoding equals transformers run over the whole text with the evicted keys masked, layer by layer, step by step."""
+    ids = random_ids(half_engine, n_prompt, seed=11)
+    generated = random_ids(half_engine, 40, seed=12)
+    run = Run.prefilled(half_engine.runner, ids)
+    for token_id in generated:
+        run.decode(token_id)
+    assert sum(map(len, run.kept[-1])) < 0.65 * len(SHARES) * (n_prompt + len(generated))
+    n_seen = n_prompt + len(generated)
+    masks = []
+    for layer in range(len(SHARES)):
+        visible = torch.ones(n_seen, n_seen, dtype=torch.bool).tril_()
+        for step, kept in enumerate(run.kept[1:]):
+            visible[n_prompt + step] = False
+            visible[n_prompt + step, list(kept[layer])] = True
+        masks.append(visible)
+    with mask_per_layer(bundled_model, masks), torch.no_grad():
+        expected_TV = bundled_model(torch.tensor([[*ids, *generated]])).logits[0].numpy()
+    np.testing.assert_allclose(run.prompt_logits, expected_TV[:n_prompt], atol=LOGITS_ATOL)
+    np.testing.assert_allclose(run.decoded, expected_TV[n_prompt:], atol=LOGITS_ATOL)
+    run.sequence.release()
+
+
+def test_the_tokens_kept_are_those_that_transformers_attends_to_most(half_engine: Engine) -> None:
+    """Importance from transformers' own attention weights: mean over heads, summed over queries; first and last stay."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        PRESETS["llama3"].bundled_folder, dtype="float32", attn_implementation="eager"
+    )
+    ids = half_engine.encode(evaluation_tasks(1, context_length=200, n_facts=4, seed=5)[0].prompt)
+    with torch.no_grad():
+        attentions = model(torch.tensor([ids]), output_attentions=True).attentions
+    run = Run.prefilled(half_engine.runner, ids)
+    n = len(ids)
+    for layer, (weights_1HNN, share) in enumerate(zip(attentions, SHARES, strict=True)):
+        importance_N = weights_1HNN[0].mean(dim=0).sum(dim=0).numpy()
+        kept = run.kept[0][layer]
+        assert len(kept) == kept_tokens(n, share)
+        assert {0, n - 1} <= kept
+        others = set(range(1, n - 1))
+        least_kept = min(importance_N[i] for i in kept & others)
+        most_evicted = max(importance_N[i] for i in others - kept)
+        assert least_kept > most_evicted - 1e-4
+    run.sequence.release()
+
+
+def test_the_chunk_size_changes_nothing_but_rounding(half_folder: Path, half_engine: Engine) -> None:
+    ids = random_ids(half_engine, 700, seed=21)
+    other = Engine.load(half_folder, cache_tokens=CACHE_TOKENS, chunk=512, n_threads=1)
+    runs = [Run.prefilled(engine.runner, ids) for engine in (half_engine, other)]
+    for run in runs:
+        for token_id in random_ids(half_engine, 8, seed=22):
+            run.decode(token_id)
+    first, second = runs
+    np.testing.assert_allclose(first.prompt_logits, second.prompt_logits, atol=LOGITS_ATOL)
+    for kept, others in zip(first.kept[0], second.kept[0], strict=True):
+        assert len(kept) == len(others)
+        assert len(kept - others) <= 1, "rounding may swap two tokens of equal importance, not more"
+    np.testing.assert_allclose(first.decoded, second.decoded, atol=0.05)
+    first.sequence.release()
+    second.sequence.release()
+
+
+@pytest.mark.parametrize("kind", ["full", "half", "small"])
+def test_a_batch_gives_exactly_the_logits_each_sequence_gives_alone(kind: str, request: pytest.FixtureRequest) -> None:
+    """Bit for bit over 12 steps, lengths from 1 token to several chunks and pages."""
+    engine: Engine = request.getfixturevalue(f"{kind}_engine")
+    prompts = [random_ids(engine, n, seed=n) for n in (1, 2, 5, 31, 33, CHUNK, CHUNK + 1, 90)]
+    alone = [Run.prefilled(engine.runner, ids) for ids in prompts]
+    together = [Run.prefilled(engine.runner, ids).sequence for ids in prompts]
+    for step in range(12):
+        token_ids = random_ids(engine, len(prompts) + 1, seed=step)[1:]
+        logits_BV = engine.runner.decode(together, token_ids)
+        for run, token_id, logits_V in zip(alone, token_ids, logits_BV, strict=True):
+            run.decode(token_id)
+            np.testing.assert_array_equal(logits_V, run.decoded[-1])
+    engine.runner.pool.check_integrity(page for s in (*together, *(r.sequence for r in alone)) for page in s.pages)
+    for sequence in (*together, *(run.sequence for run in alone)):
+        sequence.release()
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 5}], ids=["greedy", "sampled"]
+)
+@pytest.mark.parametrize("kind", ["full", "half", "small"])
+def test_a_batch_gives_each_prompt_the_tokens_it_gets_alone(kind: str, sampling: Any, request: pytest.FixtureRequest) -> None:
+    engine: Engine = request.getfixturevalue(f"{kind}_engine")
+    texts = prompts_of_many_lengths()[4:45:5]
+    prompts = [text for text in texts if len(text.split()) < 100]
+    together = engine.generate_batch(prompts, max_new_tokens=20, stop=["door"], **sampling)
+    assert together == [engine.generate(prompt, max_new_tokens=20, stop=["door"], **sampling) for prompt in prompts]
+    assert len({generation.n_prompt_tokens for generation in together}) > 5
+    assert_nothing_leaked(engine)

@@ -1,0 +1,317 @@
+"""Text that comes piece by piece: nothing broken, nothing early, nothing late, nothing left behind."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.engines import CHUNK, assert_nothing_leaked, random_ids
+from trt_kv.errors import CapacityError, EngineError
+from trt_kv.presets import PRESETS
+from trt_kv.runtime.detokenizer import Detokenizer, load_tokenizer
+from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.request import Request
+from trt_kv.runtime.sampling import SamplingParams
+from trt_kv.runtime.sequence_cache import SequenceCache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EOS = 2
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    """As Llama-3's: BPE over bytes; other scripts and emoji fall apart into several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<unk>", "<s>", "</s>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["hello world, hello there; Grüße, 日本語 🎉🎊 família"] * 3, trainer)
+    return tokenizer
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama-2's and Mistral's: words begin with a lower one eighth block, unknown characters become byte tokens."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁aehlo", "▁a", "é", "日"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+TOKENIZERS = {
+    "byte-level": byte_level_tokenizer(),
+    "byte-fallback": byte_fallback_tokenizer(),
+    "words": load_tokenizer(PRESETS["llama3"].bundled_folder / "tokenizer.json", error=EngineError),
+}
+texts = st.text("aehlo ,é日本🎉ü\n", max_size=24) | st.text(max_size=12)
+
+
+def request_of(tokenizer: Tokenizer, *, stop: Sequence[str] = (), limit: int = 1000) -> Request:
+    pool = KvPool(n_pages=1, page_size=1, n_kv_heads=1, head_size=1)
+    return Request(
+        prompt_ids=[1],
+        params=SamplingParams(stop=stop, max_new_tokens=limit),
+        tokenizer=tokenizer,
+        eos_token_ids=[EOS],
+        limit=limit,
+        sequence=SequenceCache(pool, n_layers=1),
+    )
+
+
+def pieces_of(request: Request, token_ids: Sequence[int]) -> list[str]:
+    """Feed a request logits that leave no choice, until it is finished."""
+    pieces = []
+    for token_id in [*token_ids, EOS]:
+        pieces.append(request.accept(np.eye(400, dtype=np.float32)[token_id]))
+        if request.finish_reason:
+            break
+    return pieces
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(text=texts)
+def test_pieces_are_whole_characters_and_make_up_the_text(kind: str, text: str) -> None:
+    """And each piece comes with the token that completes it."""
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    request = request_of(tokenizer)
+    pieces = pieces_of(request, ids)
+    assert request.finish_reason == "stop"
+    assert request.result().text == "".join(pieces) == tokenizer.decode(ids)
+    for count in range(len(ids) + 1):
+        complete = tokenizer.decode(ids[:count])
+        if not complete.endswith("\ufffd"):
+            assert "".join(pieces[:count]) == complete
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(text=texts, n_tokens=st.integers(1, 20))
+def test_a_character_that_is_cut_off_is_not_shown(kind: str, text: str, n_tokens: int) -> None:
+    """The limit may fall between the bytes of a character: what stands before it is shown, no replacement character is."""
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    request = request_of(tokenizer, limit=n_tokens)
+    shown = "".join(pieces_of(request, ids))
+    if "\ufffd" not in text and kind != "byte-fallback":
+        assert shown == tokenizer.decode(ids[:n_tokens]).rstrip("\ufffd")
+    assert request.result().text == shown
+    assert tokenizer.decode(ids).startswith(shown)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+@given(ids=st.lists(st.integers(3, 255), max_size=30))
+def test_any_tokens_can_be_decoded(kind: str, ids: list[int]) -> None:
+    """Also bytes that are no text: nothing raises, and what was shown stays."""
+    request = request_of(TOKENIZERS[kind])
+    pieces = pieces_of(request, ids)
+    assert "".join(pieces) == request.result().text
+    assert list(request.result().token_ids) == ids
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(text=texts, stops=st.lists(st.text("aehlo é日🎉", min_size=1, max_size=4), max_size=3))
+def test_the_text_ends_before_the_first_stop(kind: str, text: str, stops: list[str]) -> None:
+    """Against a slow definition; nothing of a stop text is ever shown, however it is spread over tokens."""
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    request = request_of(tokenizer, stop=stops)
+    shown = "".join(pieces_of(request, ids))
+    whole = tokenizer.decode(ids)
+    ends = [len(whole)]
+    for count in range(1, len(ids) + 1):
+        so_far = tokenizer.decode(ids[:count])
+        so_far = whole[: len(so_far.rstrip("\ufffd"))] if so_far.endswith("\ufffd") else so_far
+        found = [so_far.find(stop) for stop in stops if stop in so_far and not tokenizer.decode(ids[:count]).endswith("\ufffd")]
+        if found:
+            ends = [min(found)]
+            break
+    assert shown == request.result().text == whole[: ends[0]]
+
+
+def test_the_beginning_of_a_stop_is_held_back_until_it_is_none() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    ids = [tokenizer.get_vocab()[token] for token in ("he", "l", "a", "!")]
+    assert pieces_of(request_of(tokenizer, stop=["lo", "elf"]), ids) == ["h", "", "ela", "!", ""]
+
+
+def test_what_is_held_back_comes_when_the_text_ends() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    ids = [tokenizer.get_vocab()[token] for token in ("he", "l")]
+    assert pieces_of(request_of(tokenizer, stop=["elf"]), ids) == ["h", "", "el"]
+    assert pieces_of(request_of(tokenizer, stop=["elf"], limit=2), ids) == ["h", "el"]
+
+
+def test_special_tokens_are_not_text() -> None:
+    detokenizer = Detokenizer(TOKENIZERS["words"])
+    assert [detokenizer.step(token_id) for token_id in (1, 0, 1)] == ["", "", ""]
+    assert detokenizer.finish() == ""
+
+
+@pytest.mark.parametrize("kind", ["full", "half"])
+@pytest.mark.parametrize("stop", [[], ["storm", "tower ."], ["nothing like this"]], ids=["no stop", "stop", "other stop"])
+def test_a_stream_is_what_generate_returns(kind: str, stop: list[str], request: pytest.FixtureRequest) -> None:
+    engine: Engine = request.getfixturevalue(f"{kind}_engine")
+    for prompt in ("the keeper of the tower", random_ids(engine, CHUNK + 5, seed=3)):
+        whole = engine.generate(prompt, max_new_tokens=24, stop=stop)
+        stream = engine.stream(prompt, max_new_tokens=24, stop=stop)
+        pieces = list(stream)
+        assert "".join(pieces) == whole.text
+        assert all(pieces)
+        assert stream.result == whole
+        assert not any(text in whole.text for text in stop)
+    assert_nothing_leaked(engine)
+
+
+def test_a_stop_text_cuts_what_the_engine_would_have_said(full_engine: Engine) -> None:
+    whole = full_engine.generate("the keeper of the tower", max_new_tokens=24)
+    middle = whole.text[len(whole.text) // 2 :][:7]
+    cut = full_engine.generate("the keeper of the tower", max_new_tokens=24, stop=middle)
+    assert cut.text == whole.text[: whole.text.index(middle)]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    assert len(cut.token_ids) < len(whole.token_ids)
+
+
+@pytest.mark.parametrize("n_new", [1, 2, 7])
+def test_generation_ends_after_the_wanted_number_of_tokens(full_engine: Engine, n_new: int) -> None:
+    generation = full_engine.generate("the old storm", max_new_tokens=n_new)
+    assert len(generation.token_ids) == n_new
+    assert generation.finish_reason == "length"
+    assert generation.n_prompt_tokens == 4
+    assert generation.n_seen == 4 + n_new - 1
+    assert generation.kv_tokens == (generation.n_seen,) * 8
+
+
+def test_an_end_token_at_once_is_an_empty_answer(full_engine: Engine) -> None:
+    first = full_engine.generate("the old storm", max_new_tokens=1).token_ids[0]
+    config = dataclasses.replace(full_engine.manifest.config, eos_token_ids=(EOS, first))
+    manifest = dataclasses.replace(full_engine.manifest, config=config)
+    engine = Engine(full_engine.folder, manifest, full_engine.runner, full_engine.tokenizer)
+    generation = engine.generate("the old storm")
+    assert (generation.text, generation.token_ids, generation.finish_reason) == ("", (), "stop")
+    assert list(engine.stream("the old storm")) == []
+
+
+def test_progress_of_the_prompt_is_told_chunk_by_chunk(full_engine: Engine) -> None:
+    done: list[int] = []
+    prompt = random_ids(full_engine, 2 * CHUNK + 9, seed=1)
+    next(full_engine.stream(prompt, on_prefill=done.append))
+    assert done == [CHUNK, 2 * CHUNK, 2 * CHUNK + 9]
+
+
+def test_the_result_of_an_unfinished_stream_is_what_came_so_far(full_engine: Engine) -> None:
+    stream = full_engine.stream("the old storm", max_new_tokens=30)
+    pieces = [next(stream) for _ in range(5)]
+    assert stream.result.text == "".join(pieces)
+    assert len(stream.result.token_ids) == 5
+    del stream
+    assert_nothing_leaked(full_engine)
+
+
+def test_an_abandoned_stream_gives_its_pages_back(full_engine: Engine) -> None:
+    for _ in full_engine.stream("the old storm", max_new_tokens=30):
+        break
+    assert_nothing_leaked(full_engine)
+    full_engine.stream("the old storm")
+    assert_nothing_leaked(full_engine)
+
+
+class FailingExecutor:
+    """Passes everything on, but fails in the middle of the given step."""
+
+    description = "fails"
+
+    def __init__(self, executor: object, step: int, error: BaseException) -> None:
+        self._executor, self._steps_left, self._error = executor, step, error
+
+    def run(self, *arguments: object) -> object:
+        *tensors, attend = arguments
+
+        def failing(layer: int, *qkv: object) -> object:
+            if self._steps_left == 0 and layer == 3:
+                raise self._error
+            return attend(layer, *qkv)  # type: ignore[operator]
+
+        result = self._executor.run(*tensors, failing)  # type: ignore[attr-defined]
+        self._steps_left -= 1
+        return result
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug"), MemoryError()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("step", [0, 1, 2, 5])
+@pytest.mark.parametrize("kind", ["full", "half"])
+def test_a_failure_in_any_step_frees_everything(
+    kind: str, step: int, error: BaseException, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While reading the first or second chunk of the prompt, or later: the pool is whole and the engine goes on working."""
+    engine: Engine = request.getfixturevalue(f"{kind}_engine")
+    prompts = [random_ids(engine, CHUNK + 30, seed=1), random_ids(engine, 20, seed=2)]
+    before = engine.generate_batch(prompts, max_new_tokens=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "_executor", FailingExecutor(engine.runner._executor, step, error))
+        with pytest.raises(type(error)):
+            engine.generate_batch(prompts, max_new_tokens=8)
+        assert_nothing_leaked(engine)
+    assert engine.generate_batch(prompts, max_new_tokens=8) == before
+
+
+def test_streams_side_by_side_say_what_each_says_alone(half_engine: Engine) -> None:
+    prompts = [random_ids(half_engine, n, seed=n) for n in (10, 80, 33)]
+    alone = [half_engine.generate(prompt, max_new_tokens=15).text for prompt in prompts]
+    streams = [half_engine.stream(prompt, max_new_tokens=15) for prompt in prompts]
+    said = ["", "", ""]
+    for _ in range(15):
+        for index, stream in enumerate(streams):
+            said[index] += next(stream, "")
+    assert said == alone
+    assert list(map(list, streams)) == [[], [], []]
+    assert_nothing_leaked(half_engine)
+
+
+@pytest.fixture
+def engine_with_small_pool(small_folder: object) -> Callable[[int], Engine]:
+    return lambda cache_tokens: Engine.load(str(small_folder), cache_tokens=cache_tokens, chunk=16, n_threads=1)
+
+
+def test_a_running_stream_never_loses_its_place(engine_with_small_pool: Callable[[int], Engine]) -> None:
+    """A second one that would not fit beside the first at its largest is refused before it starts."""
+    engine = engine_with_small_pool(60)
+    prompt = random_ids(engine, 20, seed=1)
+    alone = engine.generate(prompt, max_new_tokens=30)
+    first = engine.stream(prompt, max_new_tokens=30)
+    said = next(first)
+    with pytest.raises(CapacityError, match="too small for this request") as caught:
+        engine.stream(prompt, max_new_tokens=30)
+    assert "cache_tokens=" in str(caught.value)
+    said += "".join(first)
+    assert said == alone.text
+    assert engine.generate(prompt, max_new_tokens=30) == alone
+    assert_nothing_leaked(engine)
+
+
+def test_of_two_admitted_streams_the_one_that_starts_first_is_served(engine_with_small_pool: Callable[[int], Engine]) -> None:
+    engine = engine_with_small_pool(60)
+    prompt = random_ids(engine, 20, seed=1)
+    first, second = (engine.stream(prompt, max_new_tokens=30) for _ in range(2))
+    next(second)
+    with pytest.raises(CapacityError):
+        next(first)
+    assert len(second.result.token_ids) == 1
+    list(second)
+    assert len(second.result.token_ids) == 30
+    assert_nothing_leaked(engine)
