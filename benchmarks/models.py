@@ -99,7 +99,7 @@ def exported_model(checkpoint: Checkpoint, folder: Path) -> ExportedModel:
     """Export and split ``checkpoint`` as a build does, without the tokenizer, manifest and digests of an engine."""
     config = checkpoint.config
     folder.mkdir(parents=True)
-    program = program_of(FULL, phase="decode", n_layers=config.n_layers, scale=config.head_dim**-0.5)
+    program = program_of(FULL, phase="decode", n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=PAGE_SIZE)
     save_graphs({"decode": graph_from_checkpoint(checkpoint, program, page_size=PAGE_SIZE)}, folder)
     models, pieces, ports = pieces_from_graph(onnx.load(folder / "decode.onnx", load_external_data=False))
     save_pieces(models, pieces, folder)
@@ -143,7 +143,9 @@ def model_runner(
     )
     scale = config.head_dim**-0.5
     programs = {
-        phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=scale, kept_shares=kept_shares)
+        phase: program_of(
+            policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=pool.page_size, kept_shares=kept_shares
+        )
         for phase in PHASES
     }
     return ModelRunner(executor, pool, programs, chunk=chunk, implementation=implementation)

@@ -68,7 +68,10 @@ class Harness:
         self.runners: dict[str, ModelRunner] = {}
         for score in SCORED:
             policy = Policy(name=score, summary="", score=score, budget="uniform", window=window)
-            programs = {phase: program_of(policy, phase=phase, n_layers=n_layers, scale=scale) for phase in PHASES}
+            programs = {
+                phase: program_of(policy, phase=phase, n_layers=n_layers, scale=scale, page_size=pool.page_size)
+                for phase in PHASES
+            }
             self.runners[score] = ModelRunner(executor, pool, programs)
 
     def run(self, case: Case, plans: Sequence[Plan], *, seed: int = 0) -> list[Outcome]:

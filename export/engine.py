@@ -93,6 +93,7 @@ def export_graphs(request: EngineRequest, folder: Path, on_progress: OnProgress 
             phase=phase,
             n_layers=config.n_layers,
             scale=config.head_dim**-0.5,
+            page_size=request.page_size,
             kept_shares=request.kept_shares,
         )
         graphs[phase] = graph_from_checkpoint(

@@ -17,7 +17,8 @@ def case_inputs(spec: OpSpec, case: Case, *, seed: int = 0) -> dict[str, Any]:
     drawn = _PagedCase(case, np.random.default_rng([seed, len(case.name), sum(case.cached)]), new_written=not appends)
     inputs = {t.name: drawn.tensor(t.name) for t in spec.inputs if not t.optional or t.name in case.values}
     attributes = {a.name: case.attributes.get(a.name, a.default) for a in spec.attributes}
-    attributes |= {"layer": case.dims["L"] - 1} | ({"scale": case.dims["D"] ** -0.5} if "scale" in attributes else {})
+    attributes |= {"layer": case.dims["L"] - 1, "page_size": case.dims["P"]}
+    attributes |= {"scale": case.dims["D"] ** -0.5} if "scale" in attributes else {}
     return inputs | attributes
 
 

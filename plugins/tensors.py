@@ -28,3 +28,4 @@ SCORES = TensorSpec(
 )
 LAYER = AttributeSpec(name="layer", type="int", doc="which row of slots, page_table and kv_len this node reads")
 SCALE = AttributeSpec(name="scale", type="float", doc="factor on q.k before the softmax, usually D ** -0.5")
+PAGE_SIZE = AttributeSpec(name="page_size", type="int", doc="slots per page, the P of every state")

@@ -30,7 +30,12 @@ def check_applicable(folder: Path, manifest: Manifest) -> None:
     for phase, program in manifest.programs.items():
         config = manifest.config
         expected = program_of(
-            manifest.policy, phase=phase, n_layers=config.n_layers, scale=config.head_dim**-0.5, kept_shares=shares
+            manifest.policy,
+            phase=phase,
+            n_layers=config.n_layers,
+            scale=config.head_dim**-0.5,
+            page_size=manifest.page_size,
+            kept_shares=shares,
         )
         differing = [
             layer

@@ -113,6 +113,7 @@ class ModelRunner:
                 token_positions=self.pool.token_positions,
                 scores=self.pool.scores,
                 layer=layer,
+                page_size=self.pool.page_size,
                 kept_share=1.0,
                 sinks=sinks,
                 recent=recent,

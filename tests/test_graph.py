@@ -53,7 +53,9 @@ def test_the_graphs_hold_the_ops_of_their_policy(half_folder: Path, full_folder:
     for folder, name, shares in ((half_folder, "prefixkv", SHARES), (full_folder, "full", None)):
         for phase in PHASES:
             found = program_from_graph(load_graph(folder, phase))
-            expected = program_of(policy_from_name(name), phase=phase, n_layers=len(SHARES), scale=32**-0.5, kept_shares=shares)
+            expected = program_of(
+                policy_from_name(name), phase=phase, n_layers=len(SHARES), scale=32**-0.5, page_size=32, kept_shares=shares
+            )
             assert found == rounded_to_fp32(expected)
             assert load_manifest(folder).programs[phase] == found
 
@@ -235,7 +237,8 @@ def test_pieces_of_every_kind_of_model_equal_the_torch_decoder(sample: str, tmp_
     config = checkpoint.config
     scale = config.head_dim**-0.5
     programs = {
-        phase: program_of(policy_from_name("full"), phase=phase, n_layers=config.n_layers, scale=scale) for phase in PHASES
+        phase: program_of(policy_from_name("full"), phase=phase, n_layers=config.n_layers, scale=scale, page_size=7)
+        for phase in PHASES
     }
     save_graphs({"decode": graph_from_checkpoint(checkpoint, programs["decode"], page_size=7)}, tmp_path)
     models, pieces, ports = pieces_from_graph(onnx.load(tmp_path / "decode.onnx", load_external_data=False))

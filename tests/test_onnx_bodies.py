@@ -153,6 +153,6 @@ def test_eviction_keeps_the_number_of_tokens_that_the_policy_tells(kept_share: f
         "kv": np.zeros((n, 2, 1, page_size, 1), np.float32),
         "token_positions": np.tile(np.arange(page_size), (n, 1)),
         "scores": np.ones((n, page_size), np.float32),
-    } | {"layer": 0, "kept_share": kept_share, "sinks": 0, "recent": 0}
+    } | {"layer": 0, "page_size": page_size, "kept_share": kept_share, "sinks": 0, "recent": 0}
     kept = run_in_onnxruntime(one_node_model(spec, inputs), feeds_of(spec, inputs))[0]
     assert kept.tolist() == [kept_tokens(length, kept_share) for length in lengths]

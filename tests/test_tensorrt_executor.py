@@ -26,7 +26,7 @@ from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.step import Ints, Step
 
-PROGRAMS = {phase: program_of(policy_from_name("full"), phase=phase, n_layers=2, scale=1.0) for phase in PHASES}
+PROGRAMS = {phase: program_of(policy_from_name("full"), phase=phase, n_layers=2, scale=1.0, page_size=4) for phase in PHASES}
 
 
 @pytest.fixture(scope="module")

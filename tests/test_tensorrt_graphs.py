@@ -54,7 +54,14 @@ def request_for(checkpoint: Checkpoint, policy: str) -> EngineRequest:
 
 
 def program(policy: Policy, config: ModelConfig, phase: str, kept_shares: list[float] | None = None) -> Program:
-    return program_of(policy, phase=phase, n_layers=config.n_layers, scale=config.head_dim**-0.5, kept_shares=kept_shares)
+    return program_of(
+        policy,
+        phase=phase,
+        n_layers=config.n_layers,
+        scale=config.head_dim**-0.5,
+        page_size=PAGE_SIZE,
+        kept_shares=kept_shares,
+    )
 
 
 @pytest.fixture(scope="module", params=policy_names())

@@ -38,7 +38,7 @@ Program = tuple[tuple[OpNode, ...], ...]
 
 
 def program_of(
-    policy: Policy, *, phase: str, n_layers: int, scale: float, kept_shares: Sequence[float] | None = None
+    policy: Policy, *, phase: str, n_layers: int, scale: float, page_size: int, kept_shares: Sequence[float] | None = None
 ) -> Program:
     """The KV ops that ``policy`` puts into each layer in ``phase`` ("prefill" or "decode").
 
@@ -48,11 +48,12 @@ def program_of(
     shares = [policy.kept] * n_layers if kept_shares is None else list(kept_shares)
     layers = []
     for layer in range(n_layers):
-        nodes = [OpNode(op="CachedAttention", attributes={"layer": layer, "scale": scale})]
+        common: dict[str, AttributeValue] = {"layer": layer, "page_size": page_size}
+        nodes = [OpNode(op="CachedAttention", attributes={**common, "scale": scale})]
         if phase == "prefill" and policy.evicts:
             window = policy.window if policy.score == "window" else 0
-            nodes.append(OpNode(op="TokenScores", attributes={"layer": layer, "scale": scale, "window": window}))
+            nodes.append(OpNode(op="TokenScores", attributes={**common, "scale": scale, "window": window}))
             protected = {"sinks": policy.sinks, "recent": policy.recent}
-            nodes.append(OpNode(op="EvictTokens", attributes={"layer": layer, "kept_share": shares[layer], **protected}))
+            nodes.append(OpNode(op="EvictTokens", attributes={**common, "kept_share": shares[layer], **protected}))
         layers.append(tuple(nodes))
     return tuple(layers)

@@ -25,9 +25,9 @@ def run(
     token_positions: Ints,
     layer: int,
     scale: float,
+    page_size: int,
 ) -> tuple[Floats, Floats]:
     """Spec: ``spec.py``. Returns (out [N, H, D], lse [N, H]); updates kv and token_positions in place."""
-    page_size = kv.shape[3]
     pages_N, offsets_N = np.divmod(slots[layer], page_size)
     kv[pages_N, 0, :, offsets_N] = k
     kv[pages_N, 1, :, offsets_N] = v

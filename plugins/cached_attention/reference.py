@@ -19,10 +19,11 @@ def run(
     token_positions: Ints,
     layer: int,
     scale: float,
+    page_size: int,
 ) -> tuple[Floats, Floats]:
     """Spec: ``spec.py``. Returns (out [N, H, D], lse [N, H]); updates kv and token_positions in place."""
     n_tokens, n_heads, _ = q.shape
-    n_kv_heads, page_size = kv.shape[2:4]
+    n_kv_heads = kv.shape[2]
     for i in range(n_tokens):
         page, offset = divmod(int(slots[layer, i]), page_size)
         kv[page, 0, :, offset] = k[i]
@@ -40,9 +41,10 @@ def run(
             visible = positions_S <= positions[i]
             for h in range(n_heads):
                 kv_head = h * n_kv_heads // n_heads
-                logits = k_KSD[kv_head, visible].astype(np.float32) @ q[i, h].astype(np.float32) * np.float32(scale)
+                products = k_KSD[kv_head, visible].astype(np.float32) * q[i, h].astype(np.float32)
+                logits = products.sum(axis=1) * np.float32(scale)
                 largest = logits.max()
                 weights = np.exp(logits - largest)
                 lse[i, h] = largest + np.log(weights.sum())
-                out[i, h] = (weights / weights.sum()) @ v_KSD[kv_head, visible].astype(np.float32)
+                out[i, h] = (weights[:, None] * v_KSD[kv_head, visible].astype(np.float32)).sum(axis=0) / weights.sum()
     return out, lse

@@ -29,7 +29,7 @@ SPEC = OpSpec(
         TensorSpec(name="out", axes=("N", "H", "D"), dtype="float", doc="attention output"),
         t.LSE,
     ),
-    attributes=(t.LAYER, t.SCALE),
+    attributes=(t.LAYER, t.SCALE, t.PAGE_SIZE),
     cases=(
         Case(name="decode", cached=(5, 13, 1), new=(1, 1, 1), dims={"H": 6, "K": 3, "D": 10, "P": 4, "L": 2}),
         Case(name="prefill", cached=(0,), new=(23,), dims={"H": 4, "K": 2, "D": 6, "P": 5, "L": 1}),

@@ -14,13 +14,13 @@ def run(
     token_positions: Ints,
     scores: Floats,
     layer: int,
+    page_size: int,
     kept_share: float,
     sinks: int = 1,
     recent: int = 1,
     budget: Ints | None = None,
 ) -> tuple[Ints]:
     """Spec: ``spec.py``. Returns (kept [B],); updates kv, token_positions and scores in place."""
-    page_size = kv.shape[3]
     kept = kv_len[layer].copy()
     for b in np.flatnonzero(evict):
         n_cached = int(kv_len[layer, b])

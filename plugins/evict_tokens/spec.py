@@ -29,6 +29,7 @@ SPEC = OpSpec(
     outputs=(TensorSpec(name="kept", axes=("B",), dtype="int64", doc="cached tokens of each sequence afterwards"),),
     attributes=(
         t.LAYER,
+        t.PAGE_SIZE,
         AttributeSpec(name="kept_share", type="float", doc="share of the cached tokens to keep, in (0, 1]"),
         AttributeSpec(name="sinks", type="int", doc="first tokens that are never evicted", default=1),
         AttributeSpec(name="recent", type="int", doc="last tokens that are never evicted", default=1),

@@ -22,10 +22,10 @@ def run(
     scores: Floats,
     layer: int,
     scale: float,
+    page_size: int,
     window: int = 0,
 ) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place."""
-    page_size = kv.shape[3]
     pages_N, offsets_N = np.divmod(slots[layer], page_size)
     scores[pages_N, offsets_N] = 0.0
     counts_N = (prompt_remaining >= 0) & ((prompt_remaining < window) | (window == 0))

@@ -20,11 +20,12 @@ def run(
     scores: Floats,
     layer: int,
     scale: float,
+    page_size: int,
     window: int = 0,
 ) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place."""
     n_heads = q.shape[1]
-    n_kv_heads, page_size = kv.shape[2:4]
+    n_kv_heads = kv.shape[2]
     for slot in slots[layer]:
         scores[divmod(int(slot), page_size)] = 0.0
     for b in range(len(cu_tokens) - 1):
@@ -38,7 +39,7 @@ def run(
                 continue
             visible = positions_S <= positions[i]
             for h in range(n_heads):
-                logits = k_KSD[h * n_kv_heads // n_heads, visible] @ q[i, h] * np.float32(scale)
+                logits = (k_KSD[h * n_kv_heads // n_heads, visible] * q[i, h]).sum(axis=1) * np.float32(scale)
                 scores_S[visible] += np.exp(logits - lse[i, h]) / n_heads
         scatter_slots(scores, pages, scores_S)
     return ()

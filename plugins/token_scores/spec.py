@@ -33,6 +33,7 @@ SPEC = OpSpec(
     attributes=(
         t.LAYER,
         t.SCALE,
+        t.PAGE_SIZE,
         AttributeSpec(name="window", type="int", doc="how many of the last prompt queries count; 0: all of them", default=0),
     ),
     cases=(

@@ -165,7 +165,9 @@ def importance_of(checkpoint: "Checkpoint", policy: Policy, max_tokens: int, pag
     n_pages = config.n_layers * -(-max_tokens // page_size)
     pool = KvPool(n_pages=n_pages, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     scale = config.head_dim**-0.5
-    programs = {phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=scale) for phase in PHASES}
+    programs = {
+        phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=page_size) for phase in PHASES
+    }
     decoder = decoder_from_checkpoint(checkpoint, _calibration_dtype(checkpoint))
     return ModelRunner(TorchDecoderExecutor(decoder), pool, programs).importance
 
