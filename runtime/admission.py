@@ -38,11 +38,11 @@ class Admission:
         """Keep pages for ``requests`` inside the block; ``CapacityError`` where ``check`` raises it."""
         self.check(requests)
         promise = (self._pages_needed(requests), requests)
-        self._promised.append(promise)
         try:
+            self._promised.append(promise)
             yield
         finally:
-            self._promised.remove(promise)
+            self._promised = [other for other in self._promised if other is not promise]
 
     def _pages_needed(self, requests: Sequence[Request]) -> int:
         """Pages at the worst moment: prompts are read one after the other, each whole before it shrinks, then all decode."""

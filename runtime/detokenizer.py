@@ -11,7 +11,10 @@ INCOMPLETE = "\ufffd"
 
 
 def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
-    """The tokenizer in ``path``; ``error`` where there is none or it cannot be read."""
+    """The tokenizer in ``path``, without the truncation and padding that some files ask for.
+
+    ``error`` where there is none or it cannot be read.
+    """
     if not path.is_file():
         raise error(
             f"{path} is missing",
@@ -19,9 +22,12 @@ def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
             fix="save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as cause:  # the package raises nothing more special
         raise error(f"cannot read the tokenizer {path}", got=str(cause), expected="a tokenizers file") from cause
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class Detokenizer:

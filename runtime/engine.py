@@ -124,6 +124,7 @@ class Engine:
 
     def _run(self, requests: Sequence[Request], on_prefill: Callable[[int], None] | None = None) -> Iterator[tuple[int, str]]:
         """Prefill each request, then decode all unfinished ones together; yields (request index, new text)."""
+        finished = False
         try:
             with self._admission.promise(requests):
                 for index, request in enumerate(requests):
@@ -134,9 +135,12 @@ class Engine:
                     logits_BV = self.runner.decode([r.sequence for r in batch], [r.token_ids[-1] for r in batch])
                     for index, logits_V in zip(running, logits_BV, strict=True):
                         yield index, requests[index].accept(logits_V)
+            finished = True
         finally:
             for request in requests:
                 request.close()
+            if not finished:
+                self.runner.pool.reclaim()
 
 
 class Stream(Iterator[str]):

@@ -6,10 +6,19 @@ One pool for all layers, because budgets differ per layer: pages that one layer 
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Protocol
+from weakref import WeakSet
 
 import numpy as np
 
 from trt_kv.errors import CapacityError
+
+
+class Holder(Protocol):
+    """Somebody who owns pages of a pool."""
+
+    @property
+    def pages(self) -> list[int]: ...
 
 
 class KvPool:
@@ -27,6 +36,7 @@ class KvPool:
         self.token_positions = np.empty((n_pages, page_size), np.int64)
         self.scores = np.empty((n_pages, page_size), np.float32)
         self._free = list(range(n_pages - 1, -1, -1))
+        self._holders: WeakSet[Holder] = WeakSet()
 
     @property
     def n_pages(self) -> int:
@@ -60,6 +70,15 @@ class KvPool:
     def release(self, pages: Iterable[int]) -> None:
         """Give pages back; the most recently used are handed out first, while they are warm."""
         self._free.extend(pages)
+
+    def register(self, holder: Holder) -> None:
+        """Let ``reclaim`` know of somebody who may own pages."""
+        self._holders.add(holder)
+
+    def reclaim(self) -> None:
+        """After Ctrl-C in the middle of the bookkeeping: free is again every page that no living holder owns."""
+        held = {page for holder in self._holders for page in holder.pages}
+        self._free = [page for page in range(self.n_pages - 1, -1, -1) if page not in held]
 
     def check_integrity(self, owned: Iterable[int]) -> None:
         """Raise ``CapacityError`` unless every page is either free or ``owned``, exactly once."""

@@ -70,7 +70,7 @@ class Request:
 
     def close(self) -> None:
         """Give the sequence's memory back, remembering what it held."""
-        self._held = self._holding()
+        self._held = self._held or self._holding()
         self.sequence.release()
 
     def _holding(self) -> tuple[int, tuple[int, ...]]:

@@ -23,6 +23,7 @@ class SequenceCache:
         self._decode_distance = decode_distance
         self._kept_shares: list[float] | None = None
         self._reuse_order: list[deque[int]] = []
+        pool.register(self)
 
     @property
     def n_layers(self) -> int:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
 
 import numba
 import numpy as np
@@ -47,6 +50,37 @@ def build_for_test(request: EngineRequest, folder: Path) -> Path:
         patch.setattr(engine_module, "graph_from_checkpoint", traced_once)
         build_engine(request, folder)
     return folder
+
+
+def interrupted_at_line(number: int, modules: Sequence[ModuleType], work: Callable[[], object], *, only: str = "") -> bool:
+    """Run ``work`` and raise KeyboardInterrupt at the given line executed in ``modules``; False if it never gets there.
+
+    ``only``: names of functions, separated by spaces, whose lines count; empty: all.
+    """
+    files = {module.__file__ for module in modules}
+    functions = only.split()
+    remaining = number
+    previous = sys.gettrace()
+
+    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
+        nonlocal remaining
+        if frame.f_code.co_filename not in files or (functions and frame.f_code.co_name not in functions):
+            return None
+        if event == "line":
+            remaining -= 1
+            if remaining < 0:
+                sys.settrace(previous)
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(previous)
+    return False
 
 
 def recipe_for(checkpoint: Checkpoint, kept: Sequence[float], *, budget: float, score: RecipeScore | None = None) -> Recipe:

@@ -10,12 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
 
-from tests.engines import prefixkv_request, traced_once
+from tests.engines import interrupted_at_line, prefixkv_request, traced_once
 from trt_kv.cli.app import main
 from trt_kv.errors import EngineError, RecipeError, UsageError
 from trt_kv.export import engine as engine_module
@@ -81,38 +80,6 @@ def raise_at_call(number: int, error: BaseException) -> OnProgress:
     return on_progress
 
 
-@pytest.fixture
-def no_trace_left() -> Iterator[None]:
-    trace = sys.gettrace()
-    yield
-    sys.settrace(trace)
-
-
-def interrupted_at_line(number: int, module: ModuleType, work: Callable[[], None]) -> bool:
-    """Run ``work`` and raise KeyboardInterrupt at the given line executed in ``module``; False if it never gets there."""
-    remaining = number
-
-    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
-        nonlocal remaining
-        if frame.f_code.co_filename != module.__file__:
-            return None
-        if event == "line":
-            remaining -= 1
-            if remaining < 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        work()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
-
-
 def test_ctrl_c_at_any_report_of_progress_leaves_nothing(build: Callable[..., None], home: Path) -> None:
     n_calls = progress_calls(build, home / "engine")
     assert n_calls > 10
@@ -122,12 +89,10 @@ def test_ctrl_c_at_any_report_of_progress_leaves_nothing(build: Callable[..., No
         assert contents(home) == []
 
 
-def test_ctrl_c_at_any_line_of_a_build_leaves_nothing_half_made(
-    build: Callable[..., None], home: Path, no_trace_left: None
-) -> None:
+def test_ctrl_c_at_any_line_of_a_build_leaves_nothing_half_made(build: Callable[..., None], home: Path) -> None:
     """After the very last step the engine is whole, and stays."""
     outcomes: list[list[str]] = []
-    while interrupted_at_line(len(outcomes), engine_module, lambda: build(home / "engine")):
+    while interrupted_at_line(len(outcomes), [engine_module], lambda: build(home / "engine")):
         outcomes.append(contents(home))
         if outcomes[-1]:
             assert_whole_engine(home / "engine")
@@ -245,7 +210,7 @@ def write_generation(destination: Path, generation: str) -> None:
         (folder / "manifest.json").write_text(generation)
 
 
-def test_ctrl_c_at_any_line_never_costs_the_old_engine(home: Path, no_trace_left: None) -> None:
+def test_ctrl_c_at_any_line_never_costs_the_old_engine(home: Path) -> None:
     """Whatever line is interrupted, a whole engine stands there, old or new, and the next build cleans up."""
     destination = home / "engine"
     number = 0
@@ -253,7 +218,7 @@ def test_ctrl_c_at_any_line_never_costs_the_old_engine(home: Path, no_trace_left
         write_generation(destination, f"old {number}")
         assert contents(home) == ["engine"]
         rewrite = functools.partial(write_generation, destination, f"new {number}")
-        interrupted = interrupted_at_line(number, new_folder_module, rewrite)
+        interrupted = interrupted_at_line(number, [new_folder_module], rewrite)
         generations = {path.read_text() for path in destination.iterdir()}
         assert contents(destination) == ["graph", "manifest.json"]
         assert generations in ({f"old {number}"}, {f"new {number}"})

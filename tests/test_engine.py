@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from tokenizers import Tokenizer
 
 from tests.engines import assert_nothing_leaked, random_ids
 from trt_kv.errors import CapacityError, EngineError, RecipeError, UsageError
 from trt_kv.json_file import read_json
 from trt_kv.manifest import FILE_NAME, FileRecord, Manifest, digest_of, load_manifest
+from trt_kv.presets import PRESETS
 from trt_kv.runtime import engine as engine_module
 from trt_kv.runtime import memory
+from trt_kv.runtime.detokenizer import load_tokenizer
 from trt_kv.runtime.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,6 +43,22 @@ def test_text_and_token_ids_are_the_same_prompt(small_engine: Engine) -> None:
     ids = small_engine.encode("the old storm")
     assert ids[0] == 1
     assert small_engine.generate(ids, max_new_tokens=5) == small_engine.generate("the old storm", max_new_tokens=5)
+
+
+def test_prompts_are_encoded_as_transformers_encodes_them(full_engine: Engine) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(PRESETS["llama3"].bundled_folder)
+    for text in ("the old storm", " ? unheard of ", "question : what does oscar hold ? answer :"):
+        assert full_engine.encode(text) == theirs(text).input_ids
+
+
+def test_a_tokenizer_that_would_cut_or_pad_prompts_may_not(tmp_path: Path) -> None:
+    """Files saved after training often ask for it."""
+    tokenizer = Tokenizer.from_file(str(PRESETS["llama3"].bundled_folder / "tokenizer.json"))
+    expected = tokenizer.encode("the old storm").ids
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "tokenizer.json", error=EngineError).encode("the old storm").ids == expected
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\n\t ", []], ids=repr)

@@ -17,10 +17,13 @@ from trt_kv.calibration.tasks import evaluation_tasks, plain_text_tasks
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.plugins.paging import Floats
+from trt_kv.policies import policy_from_name
 from trt_kv.policy import kept_tokens
 from trt_kv.presets import PRESETS
+from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
+from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.sequence_cache import SequenceCache
 
@@ -257,3 +260,48 @@ def test_a_batch_gives_each_prompt_the_tokens_it_gets_alone(kind: str, sampling:
     assert together == [engine.generate(prompt, max_new_tokens=20, stop=["door"], **sampling) for prompt in prompts]
     assert len({generation.n_prompt_tokens for generation in together}) > 5
     assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize(
+    ("shares", "n_prompt", "chunk", "page_size", "fields"),
+    [
+        ((0.3, 1.0, 0.001), 33, 7, 3, {}),
+        ((0.5, 0.05, 0.77), 64, 512, 16, {"score": "window", "window": 4, "sinks": 4, "recent": 16}),
+        ((0.001, 0.001, 0.3), 90, 32, 100, {"sinks": 0, "recent": 0, "decode_distance": 1}),
+        ((0.3, 0.5, 0.77), 17, 1, 1, {"score": "window", "window": 1, "decode_distance": 5}),
+        ((0.05, 0.3, 1.0), 1, 16, 4, {}),
+        ((0.05, 0.3, 0.9), 3, 2, 5, {"sinks": 2, "recent": 3}),
+    ],
+    ids=str,
+)
+def test_kernels_and_references_decode_alike(
+    small_engine: Engine, shares: tuple[float, ...], n_prompt: int, chunk: int, page_size: int, fields: dict[str, Any]
+) -> None:
+    """The same dense parts with either implementation of the KV ops, on uninitialised memory that is poisoned."""
+    config = small_engine.manifest.config
+    policy = dataclasses.replace(policy_from_name("prefixkv"), **fields)
+    programs = {
+        phase: program_of(policy, phase=phase, n_layers=3, scale=config.head_dim**-0.5, kept_shares=shares) for phase in PHASES
+    }
+    runs = []
+    for implementation in ("cpu", "reference"):
+        pool = KvPool(n_pages=360, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+        pool.kv[:] = pool.scores[:] = np.nan
+        pool.token_positions[:] = -(2**40)
+        runner = ModelRunner(
+            small_engine.runner._executor,
+            pool,
+            programs,
+            chunk=chunk,
+            decode_distance=policy.decode_distance,
+            implementation=implementation,
+        )
+        run = Run.prefilled(runner, random_ids(small_engine, n_prompt, seed=4))
+        for token_id in random_ids(small_engine, 12, seed=5):
+            run.decode(token_id)
+        pool.check_integrity(run.sequence.pages)
+        runs.append(run)
+    ours, theirs = runs
+    assert ours.kept == theirs.kept
+    np.testing.assert_allclose(ours.prompt_logits, theirs.prompt_logits, atol=LOGITS_ATOL)
+    np.testing.assert_allclose(ours.decoded, theirs.decoded, atol=LOGITS_ATOL)

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.engines import CHUNK, assert_nothing_leaked, random_ids
+from tests.engines import CHUNK, assert_nothing_leaked, interrupted_at_line, random_ids
 from trt_kv.errors import CapacityError, EngineError
 from trt_kv.presets import PRESETS
+from trt_kv.runtime import kv_pool, model_runner, sequence_cache
+from trt_kv.runtime import request as request_module
 from trt_kv.runtime.detokenizer import Detokenizer, load_tokenizer
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.kv_pool import KvPool
@@ -268,6 +270,23 @@ def test_a_failure_in_any_step_frees_everything(
             engine.generate_batch(prompts, max_new_tokens=8)
         assert_nothing_leaked(engine)
     assert engine.generate_batch(prompts, max_new_tokens=8) == before
+
+
+def test_ctrl_c_at_any_line_of_a_step_frees_everything(small_engine: Engine) -> None:
+    """Also in the middle of the bookkeeping of pages; every third line, so that the test stays quick."""
+    prompt = random_ids(small_engine, CHUNK + 10, seed=1)
+    expected = small_engine.generate(prompt, max_new_tokens=4)
+    number = 0
+    while interrupted_at_line(
+        number,
+        [model_runner, sequence_cache, kv_pool, request_module],
+        lambda: small_engine.generate(prompt, max_new_tokens=4),
+        only="prefill decode _step append shrink allocate accept _grow_tables _slots _evicts_for_next",
+    ):
+        assert_nothing_leaked(small_engine)
+        number += 3
+    assert number > 300
+    assert small_engine.generate(prompt, max_new_tokens=4) == expected
 
 
 def test_streams_side_by_side_say_what_each_says_alone(half_engine: Engine) -> None:
