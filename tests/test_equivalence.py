@@ -22,6 +22,7 @@ from trt_kv.policy import kept_tokens
 from trt_kv.presets import PRESETS
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
@@ -281,15 +282,18 @@ def test_kernels_and_references_decode_alike(
     config = small_engine.manifest.config
     policy = dataclasses.replace(policy_from_name("prefixkv"), **fields)
     programs = {
-        phase: program_of(policy, phase=phase, n_layers=3, scale=config.head_dim**-0.5, kept_shares=shares) for phase in PHASES
+        phase: program_of(policy, phase=phase, n_layers=3, scale=config.head_dim**-0.5, page_size=page_size, kept_shares=shares)
+        for phase in PHASES
     }
+    steps = small_engine.runner._executor
+    assert isinstance(steps, SplitStepExecutor)
     runs = []
     for implementation in ("cpu", "reference"):
         pool = KvPool(n_pages=360, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
         pool.kv[:] = pool.scores[:] = np.nan
         pool.token_positions[:] = -(2**40)
         runner = ModelRunner(
-            small_engine.runner._executor,
+            steps.dense,
             pool,
             programs,
             chunk=chunk,

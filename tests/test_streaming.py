@@ -16,6 +16,7 @@ from trt_kv.runtime import kv_pool, model_runner, sequence_cache
 from trt_kv.runtime import request as request_module
 from trt_kv.runtime.detokenizer import Detokenizer, load_tokenizer
 from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
@@ -265,7 +266,9 @@ def test_a_failure_in_any_step_frees_everything(
     prompts = [random_ids(engine, CHUNK + 30, seed=1), random_ids(engine, 20, seed=2)]
     before = engine.generate_batch(prompts, max_new_tokens=8)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "_executor", FailingExecutor(engine.runner._executor, step, error))
+        steps = engine.runner._executor
+        assert isinstance(steps, SplitStepExecutor)
+        patch.setattr(steps, "dense", FailingExecutor(steps.dense, step, error))
         with pytest.raises(type(error)):
             engine.generate_batch(prompts, max_new_tokens=8)
         assert_nothing_leaked(engine)

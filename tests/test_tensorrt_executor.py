@@ -77,7 +77,7 @@ def test_a_dense_executor_and_kernels_are_a_step_executor(small_engine: Engine) 
 
 def test_the_prefill_program_decodes_like_the_decode_program(small_engine: Engine) -> None:
     """Why one plan is enough for both phases: bit for bit the same, through eviction and slot reuse."""
-    dense = small_engine.runner._executor._dense  # type: ignore[attr-defined]
+    dense = small_engine.runner._executor.dense  # type: ignore[attr-defined]
     programs = small_engine.manifest.programs
     logits = []
     for given in (programs, dict.fromkeys(programs, programs["prefill"])):

@@ -14,12 +14,12 @@ class SplitStepExecutor:
     """A dense executor with the KV ops of each phase. See ``StepExecutor``."""
 
     def __init__(self, dense: DenseExecutor, programs: Mapping[str, Program], *, implementation: str = "cpu") -> None:
-        self._dense = dense
+        self.dense = dense
         self._ops = {phase: LayerOps(program, implementation=implementation) for phase, program in programs.items()}
 
     @property
     def description(self) -> str:
-        return self._dense.description
+        return self.dense.description
 
     def warm_up(self) -> None:
         for ops in self._ops.values():
@@ -28,5 +28,5 @@ class SplitStepExecutor:
     def run_step(self, phase: str, step: Step, pool: KvPool) -> tuple[Floats, Ints]:
         """See ``StepExecutor.run_step``."""
         attend = self._ops[phase].for_step(step, pool)
-        logits = self._dense.run(step.input_ids, step.positions, step.logit_rows, attend)
+        logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
         return logits, attend.kept
