@@ -214,6 +214,38 @@ def test_the_tokens_kept_are_those_that_transformers_attends_to_most(half_engine
     run.sequence.release()
 
 
+def test_eviction_by_hand_is_the_eviction_of_the_graph(half_engine: Engine) -> None:
+    """``ModelRunner.evict`` with the budgets and shares of the engine: same tokens kept, same text from there on."""
+    ids = random_ids(half_engine, 90, seed=31)
+    runner = half_engine.runner
+    by_graph = Run.prefilled(runner, ids)
+    sequence = runner.new_sequence()
+    by_hand = Run(runner, sequence, runner.prefill(sequence, ids, all_logits=True, evict=False))
+    budget = [kept_tokens(90, share) for share in SHARES]
+    runner.evict(sequence, budget, sinks=1, recent=1, kept_shares=half_engine.manifest.kept_shares)
+    by_hand.kept.append(by_hand.positions())
+    for token_id in random_ids(half_engine, 30, seed=32):
+        by_graph.decode(token_id)
+        by_hand.decode(token_id)
+    assert by_hand.kept == by_graph.kept
+    np.testing.assert_array_equal(by_hand.decoded, by_graph.decoded)
+    by_graph.sequence.release()
+    by_hand.sequence.release()
+
+
+def test_importance_is_what_eviction_ranks_by(half_engine: Engine) -> None:
+    """[L, N]: each layer hands out one unit of attention per query; nothing stays in the pool."""
+    ids = random_ids(half_engine, 70, seed=33)
+    importance_LN = half_engine.runner.importance(ids)
+    assert_nothing_leaked(half_engine)
+    np.testing.assert_allclose(importance_LN.sum(axis=1), 70, rtol=1e-4)
+    run = Run.prefilled(half_engine.runner, ids)
+    for importance_N, kept in zip(importance_LN, run.kept[0], strict=True):
+        others = set(range(1, 69))
+        assert min(importance_N[i] for i in kept & others) >= max(importance_N[i] for i in others - kept) - 1e-5
+    run.sequence.release()
+
+
 def test_the_chunk_size_changes_nothing_but_rounding(half_folder: Path, half_engine: Engine) -> None:
     ids = random_ids(half_engine, 700, seed=21)
     other = Engine.load(half_folder, cache_tokens=CACHE_TOKENS, chunk=512, n_threads=1)

@@ -1,5 +1,6 @@
 """The exported graphs: they are whole models that mean what the policy says, and the pieces are cut from them."""
 
+import dataclasses
 import getpass
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from tests.checkpoints import write_checkpoint
-from tests.engines import SHARES, assert_nothing_leaked, random_ids
-from trt_kv.errors import CheckpointError
-from trt_kv.export.checkpoint import open_checkpoint
+from tests.engines import SHARES, assert_nothing_leaked, prefixkv_request, random_ids
+from trt_kv.errors import CheckpointError, EngineError, RecipeError, UsageError
+from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.graph import WEIGHTS_FILE, graph_from_checkpoint, save_graphs
@@ -258,6 +259,61 @@ def test_pieces_of_every_kind_of_model_equal_the_torch_decoder(sample: str, tmp_
         logits.append(np.concatenate(steps))
         sequence.release()
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
+
+
+def attention_graph(*, parallel: bool, typed: bool) -> onnx.ModelProto:
+    """Two attentions, one after the other or side by side, with or without the types of the values between them."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = []
+    for layer in range(2):
+        source = "x" if parallel or layer == 0 else "out_0"
+        nodes += [helper.make_node("Neg", [source], [f"q_{layer}"])]
+        inputs, outputs = [f"q_{layer}"] * 3, [f"out_{layer}"]
+        nodes += [helper.make_node("CachedAttention", inputs, outputs, domain=DOMAIN, layer=layer)]
+    nodes += [helper.make_node("Add", ["out_0", "out_1"], ["y"])]
+    infos = [helper.make_tensor_value_info(name, kind, ["N"]) for name in ("q_0", "q_1", "out_0", "out_1")]
+    graph = helper.make_graph(
+        nodes,
+        "two",
+        [helper.make_tensor_value_info("x", kind, ["N"])],
+        [helper.make_tensor_value_info("y", kind, ["N"])],
+        value_info=infos if typed else [],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)])
+
+
+def test_a_graph_is_cut_at_its_attentions() -> None:
+    models, pieces, ports = pieces_from_graph(attention_graph(parallel=False, typed=True))
+    assert [[node.op_type for node in model.graph.node] for model in models] == [["Neg"], ["Neg"], ["Add"]]
+    assert [(piece.inputs, piece.outputs) for piece in pieces] == [
+        (("x",), ("q_0",)),
+        (("out_0",), ("q_1",)),
+        (("out_0", "out_1"), ("y",)),
+    ]
+    assert [(port.q, port.out) for port in ports] == [("q_0", "out_0"), ("q_1", "out_1")]
+
+
+def test_a_graph_that_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(EngineError, match="do not follow one another"):
+        pieces_from_graph(attention_graph(parallel=True, typed=True))
+    with pytest.raises(EngineError, match="does not tell the types"):
+        pieces_from_graph(attention_graph(parallel=False, typed=False))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"score": "window"}, {"kept": 0.4}, {"sinks": 2}, {"recent": 0}, {"budget": "uniform"}], ids=str
+)
+def test_a_recipe_for_another_policy_builds_nothing(bundled_checkpoint: Checkpoint, changes: dict[str, Any]) -> None:
+    request = prefixkv_request(bundled_checkpoint, SHARES, budget=0.5)
+    with pytest.raises(RecipeError, match="the recipe is not for policy 'prefixkv'"):
+        dataclasses.replace(request, policy=dataclasses.replace(request.policy, **changes))
+
+
+def test_impossible_requests_build_nothing(bundled_checkpoint: Checkpoint) -> None:
+    with pytest.raises(UsageError, match="a page holds tokens"):
+        EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=0)
+    with pytest.raises(RecipeError, match="needs a recipe"):
+        EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("prefixkv"))
 
 
 def test_a_checkpoint_without_tokenizer_makes_no_engine(tmp_path: Path) -> None:
