@@ -1,10 +1,12 @@
 """The commands on a real, small checkpoint, as a user types them."""
 
+import contextlib
+import itertools
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import onnx
 import pytest
 
 from tests.engines import traced_once
+from trt_kv.cli import pipeline
 from trt_kv.cli.app import main
 from trt_kv.export import engine as engine_module
 from trt_kv.manifest import load_manifest
@@ -130,6 +133,42 @@ def test_a_recipe_made_apart_builds_the_same_engine(
     )
     assert code == 2
     assert "made for another budget" in err
+
+
+@pytest.mark.parametrize("command", ["build", "calibrate", "export"])
+def test_ctrl_c_at_any_report_of_progress_exits_with_130_and_leaves_nothing(
+    command: str,
+    run: Run,
+    small_checkpoint_folder: Path,
+    small_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calibration included."""
+    calls_until_ctrl_c = itertools.count()
+
+    @contextlib.contextmanager
+    def interrupting() -> Iterator[Callable[..., None]]:
+        def on_progress(*_: object) -> None:
+            if next(calls_until_ctrl_c) == 0:
+                raise KeyboardInterrupt
+
+        yield on_progress
+
+    monkeypatch.setattr(pipeline, "progress_bars", interrupting)
+    words = [command, "--checkpoint", str(small_checkpoint_folder), "--out", "there.json"]
+    recipe = ["--recipe", str(small_folder / "recipe.json")]
+    words += recipe if command == "export" else ["--prompts", str(prompts), "--samples", "2"]
+    for number in itertools.count():
+        calls_until_ctrl_c = itertools.count(-number)
+        code, out, err = run(*words)
+        if code == 0:
+            break
+        assert (code, out) == (130, "")
+        assert err.endswith("interrupted\n")
+        assert list(tmp_path.iterdir()) == []
+    assert number >= 2
 
 
 def test_a_published_list_becomes_a_recipe(run: Run, small_checkpoint_folder: Path, tmp_path: Path) -> None:

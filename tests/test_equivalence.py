@@ -192,18 +192,26 @@ def test_after_eviction_tokens_keep_their_true_positions(
     run.sequence.release()
 
 
-def test_the_tokens_kept_are_those_that_transformers_attends_to_most(half_engine: Engine) -> None:
-    """Importance from transformers' own attention weights: mean over heads, summed over queries; first and last stay."""
+@pytest.fixture(scope="module")
+def attended(half_engine: Engine) -> tuple[list[int], np.ndarray]:
+    """A prompt, and transformers' own attention weights on it, mean over heads: [L, N queries, N keys]."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         PRESETS["llama3"].bundled_folder, dtype="float32", attn_implementation="eager"
     )
     ids = half_engine.encode(evaluation_tasks(1, context_length=200, n_facts=4, seed=5)[0].prompt)
     with torch.no_grad():
         attentions = model(torch.tensor([ids]), output_attentions=True).attentions
+    return ids, np.stack([weights_1HNN[0].mean(dim=0).numpy() for weights_1HNN in attentions])
+
+
+def test_the_tokens_kept_are_those_that_transformers_attends_to_most(
+    half_engine: Engine, attended: tuple[list[int], np.ndarray]
+) -> None:
+    """Importance: attention mean over heads, summed over all queries; the first and the last token stay."""
+    ids, weights_LNN = attended
     run = Run.prefilled(half_engine.runner, ids)
     n = len(ids)
-    for layer, (weights_1HNN, share) in enumerate(zip(attentions, SHARES, strict=True)):
-        importance_N = weights_1HNN[0].mean(dim=0).sum(dim=0).numpy()
+    for layer, (importance_N, share) in enumerate(zip(weights_LNN.sum(axis=1), SHARES, strict=True)):
         kept = run.kept[0][layer]
         assert len(kept) == kept_tokens(n, share)
         assert {0, n - 1} <= kept
@@ -212,6 +220,19 @@ def test_the_tokens_kept_are_those_that_transformers_attends_to_most(half_engine
         most_evicted = max(importance_N[i] for i in others - kept)
         assert least_kept > most_evicted - 1e-4
     run.sequence.release()
+
+
+@pytest.mark.parametrize("window", [0, 1, 8, CHUNK + 9, 500])
+def test_importance_is_transformers_attention(window: int, full_engine: Engine, attended: tuple[list[int], np.ndarray]) -> None:
+    """Of all queries (window 0), or of the last ``window`` ones, wherever the chunks of the prompt end."""
+    ids, weights_LNN = attended
+    fields: dict[str, Any] = {"score": "window", "window": window} if window else {}
+    policy = dataclasses.replace(policy_from_name("prefixkv"), **fields)
+    programs = {phase: program_of(policy, phase=phase, n_layers=len(SHARES), scale=32**-0.5) for phase in PHASES}
+    runner = ModelRunner(full_engine.runner._executor, full_engine.runner.pool, programs, chunk=CHUNK)
+    expected_LN = weights_LNN[:, -window:].sum(axis=1)
+    np.testing.assert_allclose(runner.importance(ids), expected_LN, atol=1e-4)
+    assert_nothing_leaked(full_engine)
 
 
 def test_eviction_by_hand_is_the_eviction_of_the_graph(half_engine: Engine) -> None:

@@ -69,6 +69,11 @@ def test_filters_leave_the_ratios_of_what_they_keep() -> None:
         assert np.abs(counts / 8000 - np.array([4 / 7, 3 / 7, 0, 0])).max() < 0.02
 
 
+def test_the_nucleus_is_the_smallest_that_has_the_mass() -> None:
+    assert set(draw([0.0, 0.0], n=50, temperature=1.0, top_p=0.5)) == {0}
+    assert set(draw([0.0, 0.0], n=50, temperature=1.0, top_p=0.51)) == {0, 1}
+
+
 def test_the_same_seed_gives_the_same_text(full_engine: Engine) -> None:
     prompt = random_ids(full_engine, 20, seed=1)
     texts = [full_engine.generate(prompt, max_new_tokens=15, temperature=1.5, seed=seed).text for seed in (3, 3, 4)]
