@@ -228,8 +228,10 @@ def test_importance_is_transformers_attention(window: int, full_engine: Engine, 
     ids, weights_LNN = attended
     fields: dict[str, Any] = {"score": "window", "window": window} if window else {}
     policy = dataclasses.replace(policy_from_name("prefixkv"), **fields)
-    programs = {phase: program_of(policy, phase=phase, n_layers=len(SHARES), scale=32**-0.5) for phase in PHASES}
-    runner = ModelRunner(full_engine.runner._executor, full_engine.runner.pool, programs, chunk=CHUNK)
+    programs = {phase: program_of(policy, phase=phase, n_layers=len(SHARES), scale=32**-0.5, page_size=32) for phase in PHASES}
+    steps = full_engine.runner._executor
+    assert isinstance(steps, SplitStepExecutor)
+    runner = ModelRunner(steps.dense, full_engine.runner.pool, programs, chunk=CHUNK)
     expected_LN = weights_LNN[:, -window:].sum(axis=1)
     np.testing.assert_allclose(runner.importance(ids), expected_LN, atol=1e-4)
     assert_nothing_leaked(full_engine)
