@@ -1,7 +1,7 @@
 """Graph -> TensorRT plan: optimization profiles, limits, timing cache, progress, and what the plan looks like afterwards.
 
 TensorRT builds for the GPU of this machine; TensorRT-RTX builds without one. One plan serves prefill and decode:
-docs/decisions/0009-one-tensorrt-plan.md.
+docs/decisions/0011-one-tensorrt-plan.md.
 """
 
 import json
