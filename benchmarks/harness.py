@@ -133,6 +133,12 @@ def take_turns(sides: Mapping[str, Callable[[], object]], *, rounds: int, warmup
     return Timings(samples_ms={name: np.array(values) for name, values in samples.items()})
 
 
+def joined(timings: Sequence[Timings]) -> Timings:
+    """The rounds of several measurements of the same sides, as if they were one."""
+    sides = timings[0].samples_ms
+    return Timings(samples_ms={side: np.concatenate([one.samples_ms[side] for one in timings]) for side in sides})
+
+
 def measured(run: Callable[[], Report]) -> dict[str, Any]:
     """The document of one benchmark: what it found, on which machine, with which versions, beside how much other work."""
     start, busy_start = time.perf_counter(), _busy_seconds_of_others()
