@@ -5,7 +5,7 @@ SHELL := bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help engine generate test check bench report clean
+.PHONY: help engine generate evaluate test check bench report clean
 
 # The machine: these may come from the environment. PIP_ARGS goes to every pip install, e.g. an index with CPU builds.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell command -v $(name))) python3.11)
@@ -19,6 +19,7 @@ CHECKPOINT =
 BUDGET =
 SCORE =
 WINDOW =
+SET =
 RECIPE =
 PROMPTS =
 SAMPLES =
@@ -31,6 +32,9 @@ FORCE =
 ENGINE = $(OUT)
 PROMPT =
 PROMPT_FILE =
+TASKS = examples/evaluate/tasks.jsonl
+AGAINST =
+RESULTS =
 ARGS =
 # Through the shell's environment a prompt may hold quotes and spaces.
 export PROMPT
@@ -39,9 +43,11 @@ help: ## this list
 	@echo 'make TARGET [NAME=value ...]'
 	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	echo
-	echo '  engine    MODEL=$(MODEL) POLICY=$(POLICY) [CHECKPOINT= BUDGET= SCORE= WINDOW= RECIPE= PROMPTS= SAMPLES= SEED= OUT= FORCE=1]'
+	echo '  engine    MODEL=$(MODEL) POLICY=$(POLICY) [CHECKPOINT= BUDGET= SCORE= WINDOW= SET= RECIPE= PROMPTS= SAMPLES= SEED= OUT= FORCE=1]'
+	echo '            SET="score=window budget=pyramid" changes parts of the policy; .venv/bin/trt-kv policies lists them'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json DTYPE=float32|float16|bfloat16]'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
+	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=$(ENGINE) AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]'
 
 engine: $(VENV)/.ready-build ## checkpoint -> engine folder
@@ -50,6 +56,7 @@ engine: $(VENV)/.ready-build ## checkpoint -> engine folder
 		$(if $(BUDGET),--budget '$(BUDGET)') \
 		$(if $(SCORE),--score '$(SCORE)') \
 		$(if $(WINDOW),--window '$(WINDOW)') \
+		$(if $(SET),--set $(SET)) \
 		$(if $(RECIPE),--recipe '$(RECIPE)') \
 		$(if $(PROMPTS),--prompts '$(PROMPTS)') \
 		$(if $(SAMPLES),--samples '$(SAMPLES)') \
@@ -61,6 +68,12 @@ engine: $(VENV)/.ready-build ## checkpoint -> engine folder
 
 generate: $(VENV)/.ready-build ## engine + prompt -> text
 	@$(VENV)/bin/trt-kv generate $(ARGS) $(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- '$(ENGINE)' $(if $(PROMPT),"$$PROMPT")
+
+evaluate: $(VENV)/.ready-build ## engine + tasks of one's own -> accuracy, perplexity, kept share
+	@$(VENV)/bin/trt-kv evaluate --tasks '$(TASKS)' \
+		$(if $(AGAINST),--against '$(AGAINST)') \
+		$(if $(RESULTS),--out '$(RESULTS)') \
+		$(ARGS) -- '$(ENGINE)'
 
 test: $(VENV)/.ready-dev ## the tests that need no GPU and no patience
 	@$(VENV)/bin/python -m pytest $(ARGS)
@@ -105,7 +118,8 @@ $(VENV)/.ready-build: pyproject.toml constraints.txt
 	$(call set_up,build)
 	touch $@
 
-$(VENV)/.ready-dev: pyproject.toml constraints.txt $(wildcard tests/rig/*)
+$(VENV)/.ready-dev: pyproject.toml constraints.txt $(wildcard tests/rig/*) $(addprefix benchmarks/kvpress/,requirements.txt set_up.py)
 	$(call set_up,dev)
 	$(VENV)/bin/python -m tests.rig.set_up $(PIP_ARGS) > /dev/null
+	$(VENV)/bin/python -m benchmarks.kvpress.set_up $(PIP_ARGS) > /dev/null
 	touch $@ $(VENV)/.ready-build

@@ -53,8 +53,8 @@ def write_atomically(path: Path, content: bytes, *, kind: str, error: ErrorType)
 def dataclass_from_json(cls: type[T], data: object, *, where: str, error: ErrorType) -> T:
     """An instance of the dataclass ``cls`` from a parsed JSON object that has exactly its fields, each of its type.
 
-    Knows str, int, float, ``X | None``, ``tuple[X, ...]`` and nested dataclasses; numbers are finite, and no bool is
-    a number. ``where`` names the object in errors, e.g. ``recipe.calibration``. Ranges are for ``__post_init__`` to check.
+    Knows str, int, float, bool, ``X | None``, ``tuple[X, ...]`` and nested dataclasses; numbers are finite, and no bool
+    is a number. ``where`` names the object in errors, e.g. ``recipe.calibration``. Ranges are for ``__post_init__`` to check.
     """
     if not isinstance(data, Mapping):
         raise error(f"{where} is not a JSON object", got=_shown(data), expected="an object in braces")
@@ -83,7 +83,7 @@ def _value(hint: Any, value: object, where: str, error: ErrorType) -> Any:
         return dataclass_from_json(typing.cast(type[Any], hint), value, where=where, error=error)
     if hint is float:
         return _number(value, where, error)
-    if not isinstance(value, hint) or isinstance(value, bool):
+    if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
         raise error(f"{where} has the wrong type", got=_shown(value), expected=hint.__name__)
     return value
 

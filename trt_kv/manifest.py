@@ -3,16 +3,17 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trt_kv.errors import EngineError, TrtKvError
 from trt_kv.json_file import read_json
+from trt_kv.layer_budget import LayerBudget
 from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, OpNode, Program
+from trt_kv.program import PHASES, OpNode, Program, budgets_of
 
 FORMAT = "trt-kv-engine"
 VERSION = 1
@@ -83,9 +84,14 @@ class Manifest:
     created_by: str
 
     @property
+    def budgets(self) -> list[LayerBudget | None]:
+        """Each layer's budget, as the prefill graph's ops have it; None where it is found from the input."""
+        return budgets_of(self.programs["prefill"])
+
+    @property
     def kept_shares(self) -> list[float]:
-        """Kept share per layer, as the prefill graph's eviction ops have it; 1 where nothing is evicted."""
-        return [_kept_share(nodes) for nodes in self.programs["prefill"]]
+        """The share in each layer's budget; 1 where nothing is evicted, or as much as the input asks for."""
+        return [1.0 if budget is None else budget.share for budget in self.budgets]
 
     def to_json(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -197,10 +203,6 @@ def _document_digest(document: Mapping[str, Any]) -> str:
     """Digest of a JSON document, independent of white space and key order."""
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
-
-
-def _kept_share(nodes: Sequence[OpNode]) -> float:
-    return next((float(node.attributes["kept_share"]) for node in nodes if node.op == "EvictTokens"), 1.0)
 
 
 def _plan(data: Mapping[str, Any]) -> Plan:

@@ -44,7 +44,8 @@ class AttributeSpec:
 class Case:
     """One situation an op must handle: ``cached`` tokens and ``new`` tokens of each sequence, and the dims that are free.
 
-    ``values`` fixes inputs that the case is about; every other input is drawn at random.
+    ``values`` fixes inputs that the case is about; every other input is drawn at random. ``own_tokens``: each KV head holds
+    its own cached tokens, in its own order, as after an eviction that ranks per head; else all heads hold the same ones.
     """
 
     name: str
@@ -52,7 +53,8 @@ class Case:
     new: tuple[int, ...]
     dims: Mapping[str, int]
     attributes: Mapping[str, int | float | str] = field(default_factory=dict)
-    values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    own_tokens: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

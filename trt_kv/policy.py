@@ -1,10 +1,11 @@
-"""A policy is score x budget x residency.
+"""A policy is score x budget x residency, and what it does while decoding.
 
-* **score** ranks the cached tokens of a layer;
+* **score** ranks the cached tokens of a layer, for all KV heads together or for each on its own;
 * **budget** says how many of them a layer keeps (always the KEPT part);
-* **residency** says what happens to the others: ``dropped``, or (with FreeKV) paged to the host.
+* **residency** says what happens to the others: ``dropped``, or (with FreeKV) paged to the host;
+* **decode** says what happens once more tokens are generated.
 
-Named policies are presets of these three; each stands in its own file in ``trt_kv/policies``.
+Named policies are presets of these; each stands in its own file in ``trt_kv/policies``.
 """
 
 import dataclasses
@@ -13,29 +14,72 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.errors import UsageError
+from trt_kv.policy_checks import check_policy
 
 SCORES = {
     "none": "no ranking: every token is kept",
-    "mass": "attention mean over query heads, summed over all prompt queries (published PrefixKV)",
-    "window": "attention mean over query heads, summed over the last `window` prompt queries (observation window)",
+    "mass": "attention received, summed over all prompt queries (published PrefixKV and H2O)",
+    "mean_mass": "attention received, averaged over the prompt queries that could see the token",
+    "window": "attention received, summed over the last `window` prompt queries (observation window, SnapKV)",
+    "position": "the newest tokens first (StreamingLLM, ReFreeKV)",
+    "random": "by lot: what any ranking has to beat",
 }
+ATTENTION_SCORES = ("mass", "mean_mass", "window")
 BUDGETS = {
     "full": "every layer keeps every token",
     "uniform": "every layer keeps the same share",
-    "recipe": "each layer keeps the share that a calibrated recipe gives it",
+    "constant": "every layer keeps `tokens` tokens, however long the prompt is",
+    "pyramid": "shares fall linearly from the first layer to the last (PyramidKV); their mean is the kept share",
+    "recipe": "each layer keeps the share that a calibrated recipe gives it (PrefixKV)",
+    "unimetric": "each layer keeps what holds 1 - `threshold` of the attention's norm, found for each input (ReFreeKV)",
 }
 RESIDENCIES = {"dropped": "tokens outside the budget are dropped and their memory returns to the pool"}
+HEADS = {
+    "shared": "one ranking per layer: attention is averaged over all query heads",
+    "each": "one ranking per KV head: attention is averaged over its query heads",
+}
+DECODES = {
+    "keep": "every generated token is kept",
+    "row": "at the kept share, the row `decode_distance` before the end of the kept prompt makes room (published PrefixKV)",
+    "rank": "generated tokens join the ranking, and for each of them the last in the ranking leaves",
+}
+METRIC_ROWS = {
+    "query": "the attention of the last prompt query, per query head (published ReFreeKV)",
+    "scores": "the scores themselves, per KV head: with score window the attention of the last `window` queries",
+}
+METRIC_ORDERS = {
+    "ranking": "the norm is summed up along the policy's own ranking (published ReFreeKV, whose ranking is position)",
+    "position": "the norm is summed up from the newest token back, whatever ranks the tokens that are kept",
+}
+NORMS = {
+    "sinks_out": "protected tokens do not count in the norm (ReFreeKV's released code)",
+    "sinks_in": "protected tokens count in the norm (ReFreeKV's paper)",
+}
+
+NAMES = {
+    "score": SCORES,
+    "budget": BUDGETS,
+    "residency": RESIDENCIES,
+    "heads": HEADS,
+    "decode": DECODES,
+    "metric_row": METRIC_ROWS,
+    "metric_order": METRIC_ORDERS,
+    "norm": NORMS,
+}
+"""The fields of a policy that are names, with what each name means."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Which tokens each layer keeps.
+    """Which tokens each layer keeps; ``UsageError`` for a combination that means nothing.
 
-    ``kept`` is the mean kept share over layers in (0, 1]. ``window`` is the observation window in queries (score ``window``
-    only). ``sinks`` first and ``recent`` last prompt tokens are never evicted (published PrefixKV: 1 and 1).
-    ``decode_distance``: while decoding, the row evicted for a new token stands this many rows before the end of the
-    compressed prompt (published: 25).
+    ``kept``: mean kept share over the layers that are not exempt, in (0, 1]; 1 where the budget does not read it. ``tokens``:
+    budget "constant" only. ``window``: observation window in queries (score "window" only). ``pooling``: width of the mean
+    that smooths scores over neighbours, odd, 1 for none. ``sinks`` first and ``recent`` last prompt tokens are never evicted,
+    nor is the newest ``recent_share`` of a budget. ``decode_distance``: decode "row" only. ``exempt_layers`` keep everything.
+    ``threshold``, ``metric_row``, ``metric_order``, ``norm``: budget "unimetric" only. ``beta``: budget "pyramid" only, how
+    much steeper than flat. ``seed``: score "random" only. Defaults are published PrefixKV's and ReFreeKV's.
     """
 
     name: str
@@ -44,41 +88,25 @@ class Policy:
     budget: str = "full"
     residency: str = "dropped"
     kept: float = 1.0
+    tokens: int = 0
+    heads: str = "shared"
     window: int = 32
+    pooling: int = 1
     sinks: int = 1
     recent: int = 1
+    recent_share: float = 0.0
+    decode: str = "row"
     decode_distance: int = 25
+    exempt_layers: tuple[int, ...] = ()
+    threshold: float = 0.01
+    metric_row: str = "query"
+    metric_order: str = "ranking"
+    norm: str = "sinks_out"
+    beta: float = 20.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for kind, value, known in (
-            ("score", self.score, SCORES),
-            ("budget", self.budget, BUDGETS),
-            ("residency", self.residency, RESIDENCIES),
-        ):
-            if value not in known:
-                raise UnknownNameError(kind, value, known)
-        if not 0.0 < self.kept <= 1.0:
-            raise UsageError(
-                "the budget is the share of tokens to keep",
-                got=self.kept,
-                expected="a number in (0, 1]",
-                fix="e.g. --budget 0.5",
-            )
-        for field in ("window", "decode_distance"):
-            if getattr(self, field) < 1:
-                raise UsageError(f"{field} counts tokens", got=getattr(self, field), expected="an integer >= 1")
-        for field in ("sinks", "recent"):
-            if getattr(self, field) < 0:
-                raise UsageError(f"{field} counts tokens", got=getattr(self, field), expected="an integer >= 0")
-        if (self.score == "none") != (self.budget == "full"):
-            raise UsageError(
-                f"policy {self.name!r} combines score {self.score!r} with budget {self.budget!r}",
-                expected="score 'none' exactly with budget 'full': a smaller budget needs a ranking, and a full one ignores it",
-            )
-        if self.budget == "full" and self.kept != 1.0:
-            raise UsageError(
-                "budget 'full' keeps everything", got=self.kept, expected=1.0, fix="choose another policy or budget 1"
-            )
+        check_policy(self, NAMES)
 
     @property
     def evicts(self) -> bool:
@@ -88,6 +116,11 @@ class Policy:
     @property
     def needs_recipe(self) -> bool:
         return self.budget == "recipe"
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the ranking is made from attention weights."""
+        return self.score in ATTENTION_SCORES
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -99,13 +132,14 @@ class Policy:
         unknown = sorted(set(data) - known)
         if unknown:
             raise UsageError("a policy has fields this version does not know", got=unknown, expected=sorted(known))
-        return cls(**data)
+        return cls(**(dict(data) | {"exempt_layers": tuple(data.get("exempt_layers", ()))}))
 
 
-def kept_tokens(n_cached: int, kept_share: float) -> int:
-    """How many of ``n_cached`` tokens a share in (0, 1] keeps: n - round((1 - share) * n), halves to the even neighbour.
+def kept_tokens(n_cached: int, kept_share: float, tokens: int = 0) -> int:
+    """How many of ``n_cached`` tokens a budget keeps: n - round((1 - share) * n) + ``tokens``, at least 0 and at most n.
 
-    The share is taken in fp32, as it stands on a node of the graph, so that a recipe and its engine never differ by a token.
+    Halves go to the even neighbour. The share is taken in fp32, as it stands on a node of the graph, so that a recipe and its
+    engine never differ by a token.
     """
     share_on_node: float = struct.unpack("f", struct.pack("f", kept_share))[0]
-    return n_cached - round((1.0 - share_on_node) * n_cached)
+    return min(n_cached, max(0, tokens + n_cached - round((1.0 - share_on_node) * n_cached)))

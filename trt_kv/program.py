@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from trt_kv.errors import EngineError
+from trt_kv.layer_budget import LayerBudget, layer_budgets
 from trt_kv.policy import Policy
 
 PHASES = ("prefill", "decode")
+RANKINGS = {"position": 1, "random": 2}
+"""The attribute ``ranking`` by score; 0, the scores themselves, for every other one."""
 
 AttributeValue = int | float | str
 
@@ -42,18 +45,103 @@ def program_of(
 ) -> Program:
     """The KV ops that ``policy`` puts into each layer in ``phase`` ("prefill" or "decode").
 
-    ``kept_shares`` gives each layer's kept share in (0, 1]; without it every layer keeps ``policy.kept``. Prefill scores and
-    evicts (once, PrefixKV section 1a); decode only attends, and evicts by slot reuse, which is the runtime's choice of slots.
+    ``kept_shares`` gives each layer's kept share in (0, 1], for policies that need a recipe; without it every layer keeps
+    ``policy.kept``. Prefill scores and evicts once, with the prompt's last token. Decode only attends, but for policies that go
+    on ranking (decode "rank"); decode "row" is the runtime's choice of slots.
     """
-    shares = [policy.kept] * n_layers if kept_shares is None else list(kept_shares)
-    layers = []
-    for layer in range(n_layers):
-        common: dict[str, AttributeValue] = {"layer": layer, "page_size": page_size}
-        nodes = [OpNode(op="CachedAttention", attributes={**common, "scale": scale})]
-        if phase == "prefill" and policy.evicts:
-            window = policy.window if policy.score == "window" else 0
-            nodes.append(OpNode(op="TokenScores", attributes={**common, "scale": scale, "window": window}))
-            protected = {"sinks": policy.sinks, "recent": policy.recent}
-            nodes.append(OpNode(op="EvictTokens", attributes={**common, "kept_share": shares[layer], **protected}))
-        layers.append(tuple(nodes))
-    return tuple(layers)
+    budgets = layer_budgets(policy, n_layers, kept_shares)
+    build = _Nodes(policy, scale=scale, page_size=page_size)
+    nodes = build.prefill if phase == "prefill" else build.decode
+    return tuple(nodes(layer, budget) for layer, budget in enumerate(budgets))
+
+
+def eviction_nodes(program: Program) -> list[OpNode | None]:
+    """Each layer's EvictTokens; None where nothing is evicted."""
+    return [next((node for node in nodes if node.op == "EvictTokens"), None) for nodes in program]
+
+
+def budgets_of(program: Program) -> list[LayerBudget | None]:
+    """Each layer's budget as its ops have it; None where it is found from the input."""
+    budgets: list[LayerBudget | None] = []
+    for nodes, evict in zip(program, eviction_nodes(program), strict=True):
+        if any(node.op == "AdaptiveBudget" for node in nodes):
+            budgets.append(None)
+        elif evict is None:
+            budgets.append(LayerBudget(share=1.0))
+        else:
+            attributes = evict.attributes
+            budgets.append(LayerBudget(share=float(attributes["kept_share"]), tokens=int(attributes["kept_tokens"])))
+    return budgets
+
+
+class _Nodes:
+    """The nodes of one layer, per phase."""
+
+    def __init__(self, policy: Policy, *, scale: float, page_size: int) -> None:
+        self._policy = policy
+        self._scale = scale
+        self._page_size = page_size
+        self._ranking = RANKINGS.get(policy.score, 0)
+
+    def prefill(self, layer: int, budget: LayerBudget) -> tuple[OpNode, ...]:
+        policy = self._policy
+        nodes = [self._attention(layer)]
+        if not policy.evicts or layer in policy.exempt_layers:
+            return tuple(nodes)
+        if policy.reads_attention:
+            nodes.append(self._scores(layer))
+        if policy.budget == "unimetric":
+            nodes.append(self._adaptive_budget(layer))
+        return (*nodes, self._evict(layer, budget))
+
+    def decode(self, layer: int, budget: LayerBudget) -> tuple[OpNode, ...]:
+        policy = self._policy
+        nodes = [self._attention(layer)]
+        if not policy.evicts or policy.decode != "rank" or layer in policy.exempt_layers:
+            return tuple(nodes)
+        if policy.reads_attention:
+            nodes.append(self._scores(layer))
+        return (*nodes, self._evict(layer, budget))
+
+    def _attention(self, layer: int) -> OpNode:
+        return OpNode(op="CachedAttention", attributes={**self._common(layer), "scale": self._scale})
+
+    def _scores(self, layer: int) -> OpNode:
+        policy = self._policy
+        what: dict[str, AttributeValue] = {
+            "window": policy.window if policy.score == "window" else 0,
+            "per_head": int(policy.heads == "each"),
+            "pooling": policy.pooling,
+            "average": int(policy.score == "mean_mass"),
+            "generated": int(policy.decode == "rank"),
+        }
+        return OpNode(op="TokenScores", attributes={**self._common(layer), "scale": self._scale, **what})
+
+    def _adaptive_budget(self, layer: int) -> OpNode:
+        policy = self._policy
+        what: dict[str, AttributeValue] = {
+            "threshold": policy.threshold,
+            "sinks": policy.sinks,
+            "recent": policy.recent,
+            "ranking": 1 if policy.metric_order == "position" else self._ranking,
+            "row": int(policy.metric_row == "scores"),
+            "protected_in_norm": int(policy.norm == "sinks_in"),
+        }
+        return OpNode(op="AdaptiveBudget", attributes={**self._common(layer), "scale": self._scale, **what})
+
+    def _evict(self, layer: int, budget: LayerBudget) -> OpNode:
+        policy = self._policy
+        what: dict[str, AttributeValue] = {
+            "kept_share": budget.share,
+            "kept_tokens": budget.tokens,
+            "drop": 1,
+            "sinks": policy.sinks,
+            "recent": policy.recent,
+            "recent_share": policy.recent_share,
+            "ranking": self._ranking,
+            "seed": policy.seed,
+        }
+        return OpNode(op="EvictTokens", attributes={**self._common(layer), **what})
+
+    def _common(self, layer: int) -> dict[str, AttributeValue]:
+        return {"layer": layer, "page_size": self._page_size}

@@ -14,29 +14,52 @@ from typing import Any
 from trt_kv import __version__
 from trt_kv.errors import RecipeError, UsageError
 from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
-from trt_kv.policy import kept_tokens
+from trt_kv.policy import ATTENTION_SCORES, HEADS, Policy, kept_tokens
 
 FORMAT = "trt-kv-recipe"
 VERSION = 1
 METHODS = ("prefixkv",)
-SCORE_NAMES = ("mass", "window")
 CREATED_BY = f"trt-kv {__version__}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeScore:
-    """The ranking that the shares belong to; ``window`` counts queries (score "window" only, else None)."""
+    """The ranking that the shares belong to; ``window`` counts queries (score "window" only, else None).
+
+    ``heads`` and ``pooling`` as in ``trt_kv.policy.Policy``.
+    """
 
     name: str
     window: int | None = None
+    heads: str = "shared"
+    pooling: int = 1
 
     def __post_init__(self) -> None:
-        if self.name not in SCORE_NAMES:
-            raise RecipeError("the recipe's score is unknown", got=repr(self.name), expected=f"one of {', '.join(SCORE_NAMES)}")
+        for what, got, known in (("score", self.name, ATTENTION_SCORES), ("heads", self.heads, HEADS)):
+            if got not in known:
+                raise RecipeError(f"the recipe's {what} is unknown", got=repr(got), expected=f"one of {', '.join(known)}")
         if (self.name == "window") != (self.window is not None and self.window >= 1):
             raise RecipeError(
-                f"score {self.name!r} with window {self.window}", expected="a window >= 1 with score 'window', null with 'mass'"
+                f"score {self.name!r} with window {self.window}", expected="a window >= 1 with score 'window', else null"
             )
+        if self.pooling < 1 or self.pooling % 2 == 0:
+            raise RecipeError("the recipe's pooling has no middle", got=self.pooling, expected="an odd number >= 1")
+
+    @property
+    def described(self) -> str:
+        """E.g. "score window (64 queries, each KV head, pooling 5)"."""
+        parts = [f"{self.window} queries"] if self.window else []
+        parts += ["each KV head"] if self.heads == "each" else []
+        parts += [f"pooling {self.pooling}"] if self.pooling > 1 else []
+        return f"score {self.name}" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def recipe_score(policy: Policy) -> RecipeScore:
+    """The ranking whose curves set the budgets of ``policy``: its own, or published PrefixKV's where it reads no attention."""
+    if not policy.reads_attention:
+        return RecipeScore(name="mass")
+    window = policy.window if policy.score == "window" else None
+    return RecipeScore(name=policy.score, window=window, heads=policy.heads, pooling=policy.pooling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +219,8 @@ class Recipe:
                 fix="use the trt-kv that wrote it, or calibrate again",
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
+        if isinstance(fields.get("score"), dict):
+            fields["score"] = {"heads": "shared", "pooling": 1, **fields["score"]}  # recipes of 0.1 do not say
         return dataclass_from_json(cls, fields, where="recipe", error=RecipeError)
 
     def to_text(self) -> str:

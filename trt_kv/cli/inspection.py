@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest, load_manifest, verify_files
-from trt_kv.policy import SCORES
+from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policy import DECODES, METRIC_ROWS, SCORES, Policy
+from trt_kv.policy_settings import differences, setting_as_text
 from trt_kv.recipe import Recipe
 
 BAR_WIDTH = 40
@@ -59,37 +62,76 @@ def _plan(manifest: Manifest) -> list[str]:
 def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
     policy = manifest.policy
     lines = [f"policy    {policy.name}: {policy.summary}"]
+    changed = differences(policy, policy_from_name(policy.name)) if policy.name in policy_names() else {}
+    if changed:
+        lines.append(f"changed   {' '.join(setting_as_text(name, value) for name, value in changed.items())}")
     if policy.evicts:
-        window = f", window {policy.window}" if policy.score == "window" else ""
         lines += [
-            f"score     {policy.score}{window}: {SCORES[policy.score]}",
-            f"budget    {policy.budget}: {policy.kept:.0%} of the tokens, mean over layers",
-            f"always    first {policy.sinks} and last {policy.recent} prompt tokens",
+            f"score     {policy.score}{_details(policy)}: {SCORES[policy.score]}",
+            f"budget    {policy.budget}: {_budget(policy)}",
+            f"always    {_protected(policy)}",
+            f"decoding  {policy.decode}: {DECODES[policy.decode]}",
         ]
     if recipe is not None and recipe.mass is not None:
-        lines.append(f"mass      each layer keeps {recipe.mass:.1%} of its importance")
+        lines.append(f"mass      each layer keeps {recipe.mass:.1%} of its importance ({recipe.score.described})")
     return lines
 
 
+def _details(policy: Policy) -> str:
+    parts = [f"window {policy.window}"] if policy.score == "window" else []
+    parts += ["each KV head"] if policy.heads == "each" else []
+    parts += [f"pooling {policy.pooling}"] if policy.pooling > 1 else []
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _budget(policy: Policy) -> str:
+    told = {
+        "constant": f"{policy.tokens} tokens in every layer",
+        "unimetric": f"found for each input, threshold {policy.threshold:.2%} of the norm of {METRIC_ROWS[policy.metric_row]}",
+    }
+    exempt = ", ".join(map(str, policy.exempt_layers))
+    told_exempt = f"; layers {exempt} keep everything" if exempt else ""
+    return told.get(policy.budget, f"{policy.kept:.0%} of the tokens, mean over layers") + told_exempt
+
+
+def _protected(policy: Policy) -> str:
+    newest = f", newest {policy.recent_share:.0%} of the budget" if policy.recent_share else ""
+    return f"first {policy.sinks} and last {policy.recent} prompt tokens{newest}"
+
+
 def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
-    shares = manifest.kept_shares
+    length = manifest.config.max_positions
     origin = "recipe.json" if recipe is not None else "the policy"
-    lines = [f"kept share per layer (from {origin})"]
-    lines += [f"  {layer:>3} {bar(share)} {share:6.1%}" for layer, share in enumerate(shares)]
+    depends = any(budget is not None and budget.tokens for budget in manifest.budgets)
+    at = f", at {length} tokens" if depends else ""
+    lines = [f"kept share per layer (from {origin}{at})"]
+    shares = _shares(manifest)
+    for layer, (budget, share) in enumerate(zip(manifest.budgets, shares, strict=True)):
+        lines.append(f"  {layer:>3} found for each input" if budget is None else f"  {layer:>3} {bar(share)} {share:6.1%}")
+    if None in manifest.budgets:
+        return lines
     return [*lines, f" mean {' ' * BAR_WIDTH}{sum(shares) / len(shares):6.1%}"]
+
+
+def _shares(manifest: Manifest) -> list[float]:
+    """Kept share of each layer of a prompt that fills the model's positions; 1 where only the input tells."""
+    length = manifest.config.max_positions
+    budgets = [budget or ALL for budget in manifest.budgets]
+    return [budget.of(length) / length if budget.tokens else budget.share for budget in budgets]
 
 
 def _sizes(manifest: Manifest) -> list[str]:
     config = manifest.config
     token_bytes = 2 * config.n_kv_heads * config.head_dim * (4 if manifest.dtype == "float32" else 2)
     full = token_bytes * config.n_layers * config.max_positions
-    kept = token_bytes * config.max_positions * sum(manifest.kept_shares)
+    kept = token_bytes * config.max_positions * sum(_shares(manifest))
     total = sum(record.n_bytes for record in manifest.files.values())
     weights = manifest.files["graphs/weights.data" if manifest.plan is None else manifest.plan.file].n_bytes
     instead = f"at {config.max_positions} tokens, instead of {_megabytes(full)}"
+    at_most = "at most " if None in manifest.budgets else ""
     return [
         f"size      {_megabytes(total)}, of which weights {_megabytes(weights)}",
-        f"KV cache  {_megabytes(kept)} {instead} (computed from shapes and shares)",
+        f"KV cache  {at_most}{_megabytes(kept)} {instead} (computed from shapes and shares)",
     ]
 
 

@@ -1,8 +1,7 @@
 """Options that several commands share; each decorator turns its options into one checked object."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from trt_kv.cli.requests import TARGETS, CalibrationPlan, ModelSource, TargetPla
 from trt_kv.errors import UsageError
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import SCORES, Policy
+from trt_kv.policy_settings import policy_with, settings_from_text
 from trt_kv.presets import PRESETS
 
 CommandFunction = Callable[..., None]
@@ -57,7 +57,7 @@ def model_options(command: CommandFunction) -> CommandFunction:
 
 
 def policy_options(command: CommandFunction) -> CommandFunction:
-    """Add --policy, --budget, --score and --window; ``command`` receives ``policy``, a ``Policy``."""
+    """Add --policy, --set and the short forms --budget, --score, --window; ``command`` receives ``policy``, a ``Policy``."""
 
     @click.option(
         "--policy",
@@ -79,27 +79,40 @@ def policy_options(command: CommandFunction) -> CommandFunction:
         metavar="QUERIES",
         help="Last prompt queries that count; with --score window. Default: the policy's.",
     )
+    @click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="PART=VALUE...",
+        help="Replace parts of the policy, e.g. --set score=window budget=unimetric. `trt-kv policies` lists them.",
+    )
+    @click.argument("more", nargs=-1, metavar="")
     @functools.wraps(command)
-    def collected(*, policy: str, budget: float | None, score: str | None, window: int | None, **others: Any) -> None:
-        command(policy=policy_from_options(policy, budget=budget, score=score, window=window), **others)
+    def collected(
+        *,
+        policy: str,
+        budget: float | None,
+        score: str | None,
+        window: int | None,
+        assignments: tuple[str, ...],
+        more: tuple[str, ...],
+        **others: Any,
+    ) -> None:
+        if more and not assignments:
+            raise UsageError("this command takes options only", got=" ".join(more), fix="did you mean --set PART=VALUE?")
+        short = {"kept": budget, "score": score, "window": window}
+        settings = {name: value for name, value in short.items() if value is not None}
+        command(policy=_policy_from_options(policy, settings, settings_from_text(assignments + more)), **others)
 
     return collected
 
 
-def policy_from_options(name: str, *, budget: float | None, score: str | None, window: int | None) -> Policy:
-    """The preset ``name`` with the given parts replaced; raises ``UsageError`` for a combination that means nothing."""
-    given: dict[str, Any] = {"kept": budget, "score": score, "window": window}
-    policy = dataclasses.replace(
-        policy_from_name(name), **{field: value for field, value in given.items() if value is not None}
-    )
-    if window is not None and policy.score != "window":
-        raise UsageError(
-            "--window is the length of the observation window",
-            got=f"--window {window} with score {policy.score!r}",
-            expected="score 'window'",
-            fix="add --score window, or leave --window out",
-        )
-    return policy
+def _policy_from_options(name: str, short: Mapping[str, Any], settings: Mapping[str, Any]) -> Policy:
+    """The preset ``name`` with parts replaced; raises ``UsageError`` for a combination that means nothing."""
+    twice = sorted(set(short) & set(settings))
+    if twice:
+        raise UsageError(f"{twice[0]} is given twice", got=f"{short[twice[0]]} and {settings[twice[0]]}", fix="say it once")
+    return policy_with(policy_from_name(name), {**short, **settings})
 
 
 def target_options(command: CommandFunction) -> CommandFunction:

@@ -8,7 +8,7 @@ import math
 import random
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,9 @@ from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
 from trt_kv.manifest import digest_of, load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
+from trt_kv.policy_settings import SHARED_BUDGETS, differences, setting_as_text
 from trt_kv.presets import is_bundled
-from trt_kv.recipe import CREATED_BY, Protected, Recipe, RecipeModel, RecipeScore, recipe_from_published
+from trt_kv.recipe import CREATED_BY, Protected, Recipe, RecipeModel, recipe_from_published, recipe_score
 from trt_kv.require import require_tensorrt
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def calibrate_recipe(
         folder.mkdir(parents=True, exist_ok=True)
     checkpoint = _open(source)
     if from_published is not None:
-        recipe = recipe_from_published(from_published, model=_recipe_model(checkpoint), score=_recipe_score(policy))
+        recipe = recipe_from_published(from_published, model=_recipe_model(checkpoint), score=recipe_score(policy))
         _policy_of_recipe(policy, recipe)
     else:
         with progress_bars() as on_progress:
@@ -146,15 +147,25 @@ def stream_text(*, engine: Path, request: GenerationRequest, on_end: Callable[[s
     yield first
     yield from stream
     result = stream.result
-    held, seen = sum(result.kv_tokens) / len(result.kv_tokens), result.n_seen
+    held, seen = _mean(result.kv_tokens), result.n_seen
+    exempt = loaded.manifest.policy.exempt_layers
+    others = [n for layer, n in enumerate(result.kv_tokens) if layer not in exempt]
+    told = f", {_mean(others) / seen:.0%} in layers that are not exempt" if exempt and others else ""
     on_end(
         f"[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
-        f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%})]"
+        f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%}{told})]"
     )
 
 
+def _mean(counts: Sequence[int]) -> float:
+    return sum(counts) / len(counts)
+
+
 def importance_of(checkpoint: "Checkpoint", policy: Policy, max_tokens: int, page_size: int = 32) -> "Importance":
-    """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the ops that score at run time."""
+    """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the ops that score at run time.
+
+    It ranks as the recipe for ``policy`` does (``recipe_score``), in every layer.
+    """
     from trt_kv.export.decoder import decoder_from_checkpoint
     from trt_kv.program import PHASES, program_of
     from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
@@ -165,8 +176,18 @@ def importance_of(checkpoint: "Checkpoint", policy: Policy, max_tokens: int, pag
     n_pages = config.n_layers * -(-max_tokens // page_size)
     pool = KvPool(n_pages=n_pages, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     scale = config.head_dim**-0.5
+    score = recipe_score(policy)
+    scoring = Policy(
+        name="scoring",
+        summary="",
+        score=score.name,
+        budget="uniform",
+        window=score.window or policy.window,
+        heads=score.heads,
+        pooling=score.pooling,
+    )
     programs = {
-        phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=page_size) for phase in PHASES
+        phase: program_of(scoring, phase=phase, n_layers=config.n_layers, scale=scale, page_size=page_size) for phase in PHASES
     }
     decoder = decoder_from_checkpoint(checkpoint, _calibration_dtype(checkpoint))
     return ModelRunner(TorchDecoderExecutor(decoder), pool, programs).importance
@@ -202,7 +223,7 @@ def _calibrated(checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan,
         prompts,
         importance_of(checkpoint, policy, max(len(ids) for ids in prompts)),
         budget=policy.kept,
-        score=_recipe_score(policy),
+        score=recipe_score(policy),
         model=_recipe_model(checkpoint),
         source=where,
         seed=plan.seed,
@@ -237,14 +258,7 @@ def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan) -> tup
 
 
 def _policy_of_recipe(policy: Policy, recipe: Recipe) -> Policy:
-    """``policy`` with the recipe's budget. Raises ``UsageError`` where the command line asks for something else."""
-    if _recipe_score(policy) != recipe.score:
-        score = recipe.score
-        raise UsageError(
-            "the recipe was calibrated for another score",
-            got=f"recipe: {score}, policy: {_recipe_score(policy)}",
-            fix=f"add --score {score.name}" + (f" --window {score.window}" if score.name == "window" else ""),
-        )
+    """``policy`` with the recipe's budget. Raises ``UsageError`` where the command line asks for another one."""
     asked = policy.kept != policy_from_name(policy.name).kept if policy.name in policy_names() else True
     if asked and abs(policy.kept - recipe.budget) > 1e-6:
         raise UsageError(
@@ -253,8 +267,16 @@ def _policy_of_recipe(policy: Policy, recipe: Recipe) -> Policy:
             expected=recipe.budget,
             fix="leave --budget out",
         )
-    protected = recipe.protected
-    return dataclasses.replace(policy, kept=recipe.budget, sinks=protected.sinks, recent=protected.recent)
+    if recipe_score(policy) != recipe.score:
+        score = recipe.score
+        settings = [f"score={score.name}", *([f"window={score.window}"] if score.window else [])]
+        settings += [f"heads={score.heads}", f"pooling={score.pooling}"]
+        click.echo(
+            f"the recipe's shares were found with {score.described}, this policy ranks by {policy.score}; "
+            f"to rank as the recipe does, add --set {' '.join(settings)}",
+            err=True,
+        )
+    return dataclasses.replace(policy, kept=recipe.budget)
 
 
 def _is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool:
@@ -268,10 +290,6 @@ def _is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool
     copied = {path.name: digest_of(path) for path in checkpoint.tokenizer_files}
     recorded = {name: manifest.files[name].digest for name in copied if name in manifest.files}
     return made == (command_line, CREATED_BY, checkpoint.digest) and recorded == copied
-
-
-def _recipe_score(policy: Policy) -> RecipeScore:
-    return RecipeScore(name=policy.score, window=policy.window) if policy.score == "window" else RecipeScore(name=policy.score)
 
 
 def _recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
@@ -294,8 +312,12 @@ def _command_line(source: ModelSource, policy: Policy, recipe: Path | None, plan
     words: list[str | Path | int | float] = ["trt-kv", "build", "--model", source.model]
     words += ["--checkpoint", source.checkpoint] if source.checkpoint else []
     words += ["--policy", policy.name]
-    words += ["--budget", policy.kept, "--score", policy.score] if policy.evicts else []
+    words += ["--budget", policy.kept] if policy.budget in SHARED_BUDGETS else []
+    words += ["--score", policy.score] if policy.evicts else []
     words += ["--window", policy.window] if policy.score == "window" else []
+    changed = differences(policy, policy_from_name(policy.name)) if policy.name in policy_names() else {}
+    settings = [setting_as_text(name, value) for name, value in changed.items() if name not in ("kept", "score", "window")]
+    words += ["--set", *settings] if settings else []
     if recipe is not None:
         words += ["--recipe", recipe]
     elif policy.needs_recipe:

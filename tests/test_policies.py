@@ -1,0 +1,181 @@
+"""Presets, their parts, what may be combined, and what each layer keeps."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trt_kv import policies
+from trt_kv.cli.app import main
+from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.layer_budget import ALL, LayerBudget, layer_budgets, pyramid_budgets
+from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policy import BUDGETS, SCORES, Policy, kept_tokens
+from trt_kv.policy_settings import differences, policy_with, setting_as_text, settings_from_text
+from trt_kv.program import budgets_of, eviction_nodes, program_of
+
+PUBLISHED = ("full", "h2o", "prefixkv", "pyramidkv", "random", "refreekv", "snapkv", "streamingllm", "uniform")
+
+
+def ops_of(policy: Policy, phase: str, *, layer: int = 2) -> list[str]:
+    return [node.op for node in program_of(policy, phase=phase, n_layers=4, scale=0.5, page_size=8)[layer]]
+
+
+def test_the_published_policies_are_there() -> None:
+    assert set(PUBLISHED) <= set(policy_names())
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_a_preset_is_called_as_its_file_and_survives_json(name: str) -> None:
+    policy = policy_from_name(name)
+    assert policy.name == name
+    assert Policy.from_json(policy.to_json()) == policy
+
+
+def test_the_programs_of_the_published_policies() -> None:
+    assert ops_of(policy_from_name("full"), "prefill") == ["CachedAttention"]
+    assert ops_of(policy_from_name("streamingllm"), "prefill") == ["CachedAttention", "EvictTokens"]
+    assert ops_of(policy_from_name("streamingllm"), "decode") == ["CachedAttention", "EvictTokens"]
+    assert ops_of(policy_from_name("h2o"), "decode") == ["CachedAttention", "TokenScores", "EvictTokens"]
+    assert ops_of(policy_from_name("snapkv"), "prefill") == ["CachedAttention", "TokenScores", "EvictTokens"]
+    assert ops_of(policy_from_name("snapkv"), "decode") == ["CachedAttention"]
+    refreekv = policy_from_name("refreekv")
+    assert ops_of(refreekv, "prefill") == ["CachedAttention", "AdaptiveBudget", "EvictTokens"]
+    assert ops_of(refreekv, "prefill", layer=1) == ["CachedAttention"]
+    program = program_of(refreekv, phase="prefill", n_layers=3, scale=0.5, page_size=8)
+    assert budgets_of(program) == [ALL, ALL, None]
+    assert [node is not None for node in eviction_nodes(program)] == [False, False, True]
+
+
+@given(score=st.sampled_from(sorted(SCORES)), budget=st.sampled_from(sorted(BUDGETS)), name=st.sampled_from(PUBLISHED))
+def test_any_score_goes_with_any_budget_or_is_refused_with_a_reason(score: str, budget: str, name: str) -> None:
+    settings = {"score": score, "budget": budget} | ({"tokens": 64} if budget == "constant" else {})
+    try:
+        policy = policy_with(policy_from_name(name), settings)
+    except UsageError:
+        allowed = (score == "none") == (budget == "full")
+        assert not allowed or (budget, score) == ("unimetric", "random") or score == "mean_mass"
+        return
+    ops = ops_of(policy, "prefill")
+    assert ("TokenScores" in ops) == (score in ("mass", "mean_mass", "window"))
+    assert ("AdaptiveBudget" in ops) == (budget == "unimetric")
+    assert ("EvictTokens" in ops) == (budget != "full")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("prefixkv", ["score=luck"], "unknown score"),
+        ("prefixkv", ["luck=1"], "unknown setting"),
+        ("prefixkv", ["score"], "NAME=VALUE"),
+        ("prefixkv", ["score=mass", "score=window"], "given twice"),
+        ("prefixkv", ["window=many"], "bad value"),
+        ("prefixkv", ["window=8"], "choose score window"),
+        ("prefixkv", ["threshold=0.1"], "choose budget unimetric"),
+        ("prefixkv", ["budget=constant"], "tokens=512"),
+        ("prefixkv", ["score=none"], "needs a ranking"),
+        ("full", ["score=mass"], "ignores it"),
+        ("full", ["budget=uniform"], "needs a ranking"),
+        ("refreekv", ["kept=0.5"], "reads no kept share"),
+        ("refreekv", ["score=random"], "sums up nothing"),
+        ("refreekv", ["metric_row=scores"], "needs scores made from attention"),
+        ("refreekv", ["exempt_layers=1,0"], "in order"),
+        ("refreekv", ["exempt_layers=first"], "0,1, or none"),
+        ("refreekv", ["threshold=0"], "(0, 1)"),
+        ("snapkv", ["pooling=4"], "an odd number"),
+        ("snapkv", ["heads=both"], "unknown heads"),
+        ("streamingllm", ["heads=each"], "scores made from attention"),
+        ("h2o", ["score=mean_mass"], "a mean over queries is no sum"),
+        ("h2o", ["recent_share=1.5"], "[0, 1]"),
+        ("pyramidkv", ["beta=0.5"], ">= 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_combined_is_refused_with_the_reason(name: str, settings: list[str], said: str) -> None:
+    with pytest.raises((UsageError, UnknownNameError)) as caught:
+        policy_with(policy_from_name(name), settings_from_text(settings))
+    assert said in str(caught.value)
+
+
+def test_settings_replace_only_what_they_name() -> None:
+    plain = policy_from_name("snapkv")
+    changed = policy_with(plain, settings_from_text(["kept=0.2", "window=16"]))
+    assert changed == dataclasses.replace(plain, kept=0.2, window=16)
+    assert differences(changed, plain) == {"kept": 0.2, "window": 16}
+
+
+def test_a_budget_that_reads_no_share_puts_the_share_back() -> None:
+    adaptive = policy_with(policy_from_name("prefixkv"), settings_from_text(["budget=unimetric"]))
+    assert adaptive.kept == 1.0
+    assert policy_with(adaptive, {"budget": "uniform"}).kept == 0.5
+    constant = policy_with(policy_from_name("snapkv"), settings_from_text(["budget=constant", "tokens=256"]))
+    assert layer_budgets(constant, 3) == [LayerBudget(share=0.0, tokens=256)] * 3
+    assert layer_budgets(constant, 3)[0].of(200) == 200
+    assert layer_budgets(constant, 3)[0].of(9000) == 256
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_settings_as_text_are_read_back(name: str) -> None:
+    other = policy_from_name("prefixkv" if name != "prefixkv" else "snapkv")
+    changed = differences(policy_from_name(name), other)
+    assert settings_from_text(setting_as_text(part, value) for part, value in changed.items()) == changed
+
+
+def test_exempt_layers_must_exist() -> None:
+    policy = dataclasses.replace(policy_from_name("uniform"), exempt_layers=(0, 7))
+    assert layer_budgets(policy, 8)[7] == ALL
+    with pytest.raises(UsageError, match="does not have"):
+        layer_budgets(policy, 7)
+
+
+@given(
+    kept=st.floats(0.05, 1.0),
+    n_layers=st.integers(1, 40),
+    window=st.integers(0, 64),
+    beta=st.floats(1.0, 40.0),
+    n=st.integers(600, 9000),
+)
+def test_a_pyramid_falls_from_layer_to_layer_and_keeps_the_mean(
+    kept: float, n_layers: int, window: int, beta: float, n: int
+) -> None:
+    budgets = [budget.of(n) for budget in pyramid_budgets(kept, n_layers, window=window, beta=beta)]
+    if kept * n >= window:
+        assert budgets == sorted(budgets, reverse=True)
+    if kept * n >= window or kept > beta / (2 * beta - 1):
+        clipped = any(budget == n for budget in budgets)
+        assert abs(sum(budgets) / n_layers - kept * n) <= (1.5 if not clipped else window + 1.5)
+
+
+def test_pyramidkvs_published_example() -> None:
+    """2048 tokens of 8192 over 32 layers, window 64, beta 20: min (c - w) / 20, max 2 (c - w) - min, each plus the window."""
+    budgets = [budget.of(8192) for budget in pyramid_budgets(0.25, 32, window=64, beta=20.0)]
+    smallest = (2048 - 64) / 20
+    assert abs(budgets[-1] - (64 + smallest)) <= 1
+    assert abs(budgets[0] - (64 + 2 * (2048 - 64) - smallest)) <= 1
+    assert abs(sum(budgets) / 32 - 2048) < 1
+
+
+@given(n=st.integers(0, 5000), share=st.floats(0.0, 1.0), tokens=st.integers(-300, 300))
+def test_a_budget_is_never_less_than_nothing_or_more_than_all(n: int, share: float, tokens: int) -> None:
+    assert 0 <= kept_tokens(n, share, tokens) <= n
+    assert kept_tokens(n, 1.0) == n
+
+
+def test_a_policy_is_added_with_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The five steps of CONTRIBUTING.md: the file alone makes the name known to the library and the command line."""
+    (tmp_path / "lastwords.py").write_text(
+        '"""What the last 16 queries look at, and nothing else."""\n\n'
+        "from trt_kv.policy import Policy\n\n"
+        'POLICY = Policy(name="lastwords", summary="seen by the last 16 queries",'
+        ' score="window", budget="uniform", kept=0.25, window=16)\n'
+    )
+    monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
+    assert "lastwords" in policy_names()
+    policy = policy_from_name("lastwords")
+    assert ops_of(policy, "prefill") == ["CachedAttention", "TokenScores", "EvictTokens"]
+    assert main(["policies", "lastwords"]) == 0
+    assert "seen by the last 16 queries" in capsys.readouterr().out

@@ -1,0 +1,15 @@
+"""ReFreeKV as released (arXiv 2502.16886): no budget is asked for, each layer's is found from the input itself."""
+
+from trt_kv.policy import Policy
+
+POLICY = Policy(
+    name="refreekv",
+    summary="sinks and the newest tokens, as many per layer as hold 99 % of the last query's attention norm",
+    score="position",
+    budget="unimetric",
+    threshold=0.01,
+    sinks=4,
+    recent=0,
+    decode="keep",
+    exempt_layers=(0, 1),
+)

@@ -1,0 +1,11 @@
+"""PrefixKV without its allocation: the same ranking, the same share for every layer."""
+
+from trt_kv.policy import Policy
+
+POLICY = Policy(
+    name="uniform",
+    summary="the same share for every layer; tokens ranked by attention mass",
+    score="mass",
+    budget="uniform",
+    kept=0.5,
+)

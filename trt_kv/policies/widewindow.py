@@ -1,0 +1,13 @@
+"""Our own: pooledwindow with a pool of 63 neighbours, which keeps whole passages: for text that is copied or continued."""
+
+import dataclasses
+
+from trt_kv.policies.pooledwindow import POLICY as POOLEDWINDOW
+
+POLICY = dataclasses.replace(
+    POOLEDWINDOW,
+    name="widewindow",
+    summary="passages that the last 16 queries attend to, pooled over 63 neighbours, per KV head; calibrated per-layer budgets",
+    window=16,
+    pooling=63,
+)

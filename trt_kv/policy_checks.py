@@ -1,0 +1,111 @@
+"""What a policy may not be: values out of range, and combinations in which one part would be ignored by another."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from trt_kv.errors import UnknownNameError, UsageError
+
+if TYPE_CHECKING:
+    from trt_kv.policy import Policy
+
+
+def check_policy(policy: "Policy", names: Mapping[str, Mapping[str, str]]) -> None:
+    """``UnknownNameError`` or ``UsageError`` with the reason and what to do instead; ``names``: values of fields by name."""
+    for field, known in names.items():
+        if getattr(policy, field) not in known:
+            raise UnknownNameError(field, getattr(policy, field), known)
+    _check_values(policy)
+    _check_budget(policy)
+    _check_score(policy)
+
+
+def _check_values(policy: "Policy") -> None:
+    if not 0.0 < policy.kept <= 1.0:
+        raise UsageError(
+            "the budget is the share of tokens to keep",
+            got=policy.kept,
+            expected="a number in (0, 1]",
+            fix="e.g. --budget 0.5",
+        )
+    counts = {"window": 1, "pooling": 1, "decode_distance": 1, "tokens": 0, "sinks": 0, "recent": 0, "seed": 0}
+    for field, smallest in counts.items():
+        value = getattr(policy, field)
+        if not _is_int(value) or value < smallest:
+            raise UsageError(f"{field} is a count", got=value, expected=f"an integer >= {smallest}")
+    if policy.pooling % 2 == 0:
+        raise UsageError("pooling has a middle", got=policy.pooling, expected="an odd number", fix="e.g. pooling=5")
+    if not 0.0 <= policy.recent_share <= 1.0:
+        raise UsageError("recent_share is a share of the budget", got=policy.recent_share, expected="a number in [0, 1]")
+    if not 0.0 < policy.threshold < 1.0:
+        raise UsageError("threshold is a share of the norm", got=policy.threshold, expected="a number in (0, 1)")
+    if not policy.beta >= 1.0:
+        raise UsageError("beta tells how steep the pyramid is", got=policy.beta, expected="a number >= 1 (1: flat)")
+    exempt = policy.exempt_layers
+    if not all(_is_int(layer) and layer >= 0 for layer in exempt) or sorted(set(exempt)) != list(exempt):
+        raise UsageError(
+            "exempt_layers are layer numbers", got=exempt, expected="different numbers from 0 on, in order", fix="e.g. 0,1"
+        )
+
+
+def _check_budget(policy: "Policy") -> None:
+    if (policy.score == "none") != (policy.budget == "full"):
+        raise UsageError(
+            f"policy {policy.name!r} combines score {policy.score!r} with budget {policy.budget!r}",
+            expected="score 'none' exactly with budget 'full': a smaller budget needs a ranking, and a full one ignores it",
+        )
+    if policy.budget == "full" and policy.kept != 1.0:
+        raise UsageError(
+            "budget 'full' keeps everything", got=policy.kept, expected=1.0, fix="choose another policy or budget 1"
+        )
+    if policy.budget in ("unimetric", "constant") and policy.kept != 1.0:
+        instead = "threshold" if policy.budget == "unimetric" else "tokens"
+        raise UsageError(
+            f"budget {policy.budget!r} reads no kept share",
+            got=policy.kept,
+            expected="no --budget",
+            fix=f"say how much to keep with --set {instead}=..., or choose --set budget=uniform",
+        )
+    if (policy.budget == "constant") != (policy.tokens > 0):
+        raise UsageError(
+            f"budget {policy.budget!r} with tokens {policy.tokens}",
+            expected="tokens >= 1 exactly with budget 'constant'",
+            fix="e.g. --set budget=constant tokens=512",
+        )
+    if policy.budget == "unimetric" and policy.score == "random" and policy.metric_order == "ranking":
+        raise UsageError(
+            "budget 'unimetric' sums up attention along the ranking, and a ranking by lot sums up nothing",
+            got="score 'random'",
+            expected="score position, mass, mean_mass or window, or metric_order position",
+            fix="--set metric_order=position",
+        )
+    if policy.budget == "unimetric" and policy.metric_row == "scores" and not policy.reads_attention:
+        raise UsageError(
+            "metric_row 'scores' needs scores made from attention",
+            got=f"score {policy.score!r}",
+            expected="score mass, mean_mass or window",
+            fix="add e.g. --set score=window, or --set metric_row=query",
+        )
+
+
+def _check_score(policy: "Policy") -> None:
+    if policy.reads_attention:
+        if policy.score == "mean_mass" and policy.decode == "rank":
+            raise UsageError(
+                "decode 'rank' adds each new query's attention to the scores, and a mean over queries is no sum",
+                got="score 'mean_mass'",
+                expected="score mass or window with decode 'rank'",
+                fix="--set score=mass, or --set decode=keep",
+            )
+        return
+    for field, neutral in (("pooling", 1), ("heads", "shared")):
+        if getattr(policy, field) != neutral:
+            raise UsageError(
+                f"{field} is about scores made from attention",
+                got=f"{field} {getattr(policy, field)!r} with score {policy.score!r}",
+                expected="score mass, mean_mass or window",
+                fix=f"--set {field}={neutral}",
+            )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

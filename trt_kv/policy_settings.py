@@ -1,0 +1,94 @@
+"""A preset with some of its parts replaced, as users ask for it: ``score=window budget=unimetric exempt_layers=none``."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.policy import NAMES, Policy
+
+SHARED_BUDGETS = ("uniform", "pyramid", "recipe")
+"""Budgets that read the mean kept share."""
+
+SETTABLE = tuple(field.name for field in dataclasses.fields(Policy) if field.name not in ("name", "summary", "residency"))
+DEFAULT_KEPT = 0.5
+
+_READ_BY: Mapping[str, tuple[str, Callable[[Policy], bool]]] = {
+    "kept": (f"budget {', '.join(SHARED_BUDGETS)}", lambda policy: policy.budget in SHARED_BUDGETS),
+    "tokens": ("budget constant", lambda policy: policy.budget == "constant"),
+    "beta": ("budget pyramid", lambda policy: policy.budget == "pyramid"),
+    "threshold": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
+    "metric_row": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
+    "metric_order": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
+    "norm": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
+    "window": ("score window", lambda policy: policy.score == "window"),
+    "seed": ("score random", lambda policy: policy.score == "random"),
+    "decode_distance": ("decode row", lambda policy: policy.decode == "row"),
+}
+
+
+def settings_from_text(pairs: Iterable[str]) -> dict[str, Any]:
+    """Values by field from texts like ``"window=64"``; ``UsageError`` for anything else, a field given twice, a bad number."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not text:
+            raise UsageError("a setting is NAME=VALUE", got=repr(pair), fix="e.g. --set score=window budget=unimetric")
+        if name not in SETTABLE:
+            raise UnknownNameError("setting", name, SETTABLE)
+        if name in settings:
+            raise UsageError("a setting is given twice", got=f"{name}={settings[name]} and {pair}")
+        settings[name] = _value(name, text)
+    return settings
+
+
+def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
+    """``policy`` with the fields in ``settings`` replaced, and what they make meaningless put back to its neutral value.
+
+    A budget that reads a kept share gets one half where the policy had none. ``UsageError`` where a setting would be ignored.
+    """
+    score, budget = settings.get("score", policy.score), settings.get("budget", policy.budget)
+    neutral: dict[str, Any] = {}
+    if budget != policy.budget:
+        neutral["kept"] = (DEFAULT_KEPT if policy.kept == 1.0 else policy.kept) if budget in SHARED_BUDGETS else 1.0
+        neutral["tokens"] = 0
+    if score in ("none", "position", "random"):
+        neutral |= {"pooling": 1, "heads": "shared"}
+        if policy.metric_row == "scores":
+            neutral["metric_row"] = "query"
+    changed = dataclasses.replace(policy, **(neutral | dict(settings)))
+    for name in settings:
+        readers, is_read = _READ_BY.get(name, ("", lambda _: True))
+        if not is_read(changed):
+            raise UsageError(
+                f"the setting {name!r} would be ignored",
+                got=f"{name}={settings[name]} with score {changed.score}, budget {changed.budget}, decode {changed.decode}",
+                expected=readers,
+                fix=f"leave {name} out, or choose {readers}",
+            )
+    return changed
+
+
+def differences(policy: Policy, preset: Policy) -> dict[str, Any]:
+    """The settings that make ``policy`` from ``preset``."""
+    return {name: getattr(policy, name) for name in SETTABLE if getattr(policy, name) != getattr(preset, name)}
+
+
+def setting_as_text(name: str, value: Any) -> str:
+    """``settings_from_text`` reads it back."""
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value)) or "none"
+    return f"{name}={value}"
+
+
+def _value(name: str, text: str) -> Any:
+    default = getattr(Policy(name="", summary=""), name)
+    if name in NAMES:
+        return text
+    try:
+        if isinstance(default, tuple):
+            return () if text == "none" else tuple(int(part) for part in text.split(","))
+        return type(default)(text)
+    except ValueError as error:
+        kinds = {int: "an integer", float: "a number", tuple: "layer numbers like 0,1, or none"}
+        raise UsageError(f"the setting {name!r} has a bad value", got=repr(text), expected=kinds[type(default)]) from error
