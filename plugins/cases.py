@@ -37,8 +37,8 @@ class _PagedCase:
             for b, n_pages in enumerate(n_pages_B):
                 self.page_table[layer, b, :n_pages] = [free.pop() for _ in range(n_pages)]
         self.kv = np.full((n_pool, 2, self.n_kv_heads, self.page_size, self.head_size), np.nan, np.float32)
-        self.token_positions = np.full((n_pool, self.page_size), POISON)
-        self.scores = np.full((n_pool, self.page_size), np.nan, np.float32)
+        self.token_positions = np.full((n_pool, self.n_kv_heads, self.page_size), POISON)
+        self.scores = np.full(self.token_positions.shape, np.nan, np.float32)
         self.slots = np.zeros((self.n_layers, sum(case.new)), np.int64)
         self.positions = np.zeros(sum(case.new), np.int64)
         self.cu_tokens = np.concatenate([[0], np.cumsum(case.new)])
@@ -46,7 +46,7 @@ class _PagedCase:
             self._fill_sequence(b, new_written)
 
     def _fill_sequence(self, b: int, new_written: bool) -> None:
-        """Cached tokens at increasing positions with gaps (earlier evictions), in slots of arbitrary order."""
+        """Cached tokens at positions with gaps (earlier evictions), in slots of arbitrary order; new ones behind them."""
         n_cached, n_new = self.case.cached[b], self.case.new[b]
         positions = np.sort(self.rng.choice(3 * (n_cached + n_new) + 1, n_cached + n_new, replace=False))
         rows = slice(self.cu_tokens[b], self.cu_tokens[b + 1])
@@ -57,9 +57,16 @@ class _PagedCase:
             n_written = n_cached + n_new * new_written
             pages, offsets = np.divmod(slots[:n_written], self.page_size)
             self.kv[pages, :, :, offsets] = self._normal(n_written, 2, self.n_kv_heads, self.head_size)
-            self.token_positions[pages, offsets] = positions[:n_written]
-            self.scores[pages[:n_cached], offsets[:n_cached]] = self.rng.random(n_cached, np.float32)
+            self.token_positions[pages, :, offsets] = positions[:n_written, None]
+            if self.case.own_tokens:
+                self.token_positions[pages[:n_cached], :, offsets[:n_cached]] = self._own_positions(positions, n_cached).T
+            self.scores[pages[:n_cached], :, offsets[:n_cached]] = self.rng.random((n_cached, self.n_kv_heads), np.float32)
             self.slots[layer, rows] = slots[n_cached:]
+
+    def _own_positions(self, positions: np.ndarray, n_cached: int) -> np.ndarray:
+        """For each KV head, positions of its own before those of the new tokens, in no order: [K, S]."""
+        end = positions[n_cached] if n_cached < len(positions) else 3 * n_cached + 1
+        return np.stack([self.rng.choice(end, n_cached, replace=False) for _ in range(self.n_kv_heads)])
 
     def tensor(self, name: str) -> np.ndarray:
         if name in self.case.values:

@@ -1,9 +1,11 @@
 """What goes into and comes out of a monolithic graph, by name: from the KV ops in it."""
 
+from collections.abc import Sequence
+
 from trt_kv.opspec import OpSpec, TensorSpec
 from trt_kv.plugins.registry import op_specs
 from trt_kv.plugins.tensors import POSITIONS
-from trt_kv.program import Program
+from trt_kv.program import OpNode, Program
 
 INPUT_IDS = TensorSpec(name="input_ids", axes=("N",), dtype="int64", doc="token ids of this step")
 LOGIT_ROWS = TensorSpec(name="logit_rows", axes=("R",), dtype="int64", doc="rows of this step whose logits are wanted")
@@ -17,31 +19,45 @@ def specs_of(program: Program) -> list[OpSpec]:
 
 
 def states_of(program: Program) -> dict[str, TensorSpec]:
-    """The KV state of one layer, by name."""
+    """The KV state that the program's ops update, by name."""
     return {t.name: t for spec in specs_of(program) for t in spec.states}
+
+
+def made_by(program: Program) -> set[str]:
+    """What ops of a layer make for one another and for the runtime."""
+    return {t.name for spec in specs_of(program) for t in spec.outputs}
 
 
 def step_tensors_of(program: Program) -> dict[str, TensorSpec]:
     """What the ops read that is neither state nor made by the layer: one tensor each for all layers."""
-    specs = specs_of(program)
-    made = {"q", "k", "v"} | {t.name for spec in specs for t in spec.outputs} | set(states_of(program))
-    return {t.name: t for spec in specs for t in spec.inputs if not t.optional and t.name not in made}
+    within = {"q", "k", "v"} | made_by(program) | set(states_of(program))
+    return {t.name: t for spec in specs_of(program) for t in spec.inputs if not t.optional and t.name not in within}
 
 
 def results_of(program: Program) -> dict[str, TensorSpec]:
-    """What a layer's ops tell the runtime beside the state."""
-    return {t.name: t for spec in specs_of(program) if spec.name == "EvictTokens" for t in spec.outputs}
+    """What the layers' ops tell the runtime beside the state, by name in the graph: ``kept_3`` comes from layer 3."""
+    return {f"{t.name}_{layer}": t for layer, nodes in enumerate(program) for t in _results(nodes)}
 
 
 def graph_inputs(program: Program) -> dict[str, TensorSpec]:
-    """All inputs in order; the state ``kv`` of layer 3 is ``kv_3``."""
+    """All inputs in order; the state ``kv`` of layer 3 is ``kv_3``. A layer has the states that its ops update."""
     flat = {"input_ids": INPUT_IDS, "positions": POSITIONS, "logit_rows": LOGIT_ROWS} | step_tensors_of(program)
-    return flat | {f"{name}_{layer}": t for name, t in states_of(program).items() for layer in range(len(program))}
+    return flat | _layer_states(program)
 
 
 def graph_outputs(program: Program) -> dict[str, TensorSpec]:
     """All outputs in order; ``kv_3_out`` is the state ``kv_3`` after the step."""
-    layers = range(len(program))
-    results = {f"{name}_{layer}": t for name, t in results_of(program).items() for layer in layers}
-    states = {f"{name}_{layer}_out": t for name, t in states_of(program).items() for layer in layers}
-    return {"logits": LOGITS, **results, **states}
+    states = {f"{name}_out": t for name, t in _layer_states(program).items()}
+    return {"logits": LOGITS, **results_of(program), **states}
+
+
+def _results(nodes: Sequence[OpNode]) -> list[TensorSpec]:
+    return [t for node in nodes if node.op == "EvictTokens" for t in op_specs()[node.op].outputs]
+
+
+def _layer_states(program: Program) -> dict[str, TensorSpec]:
+    """By state, then by layer."""
+    of_layers = [states_of((nodes,)) for nodes in program]
+    return {
+        f"{name}_{layer}": t for name, t in states_of(program).items() for layer, own in enumerate(of_layers) if name in own
+    }

@@ -15,6 +15,9 @@ FLOAT = ir.DataType.FLOAT
 HIDDEN = -3.4e38
 """The logit of a token that a query may not see. Finite, so that a row without any visible token makes no NaN."""
 
+LAST_POSITION = (1 << 63) - 1
+"""Stands for the position of a slot that is to be sorted behind all others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PagedSequences:
@@ -31,7 +34,7 @@ class PagedSequences:
     slots: ir.Value
     """[S]: 0 .. S - 1."""
     positions: ir.Value
-    """[B, S]"""
+    """[B, K, S]"""
     live: ir.Value
     """[B, S]: whether the slot holds a token of the sequence."""
 
@@ -41,16 +44,16 @@ def paged_sequences(f: FunctionBody, page_table: ir.Value, kv_len: ir.Value, tok
     layer = f.attribute("layer")
     table_BT = f.Gather(page_table, layer)
     pages_BT = f.Max(table_BT, 0)
-    positions_BS = slots_of(f, token_positions, pages_BT)
+    positions_BKS = slots_of(f, token_positions, pages_BT)
     n_cached_B1 = f.Unsqueeze(f.Gather(kv_len, layer), [1])
-    slots_S = f.Range(0, size(f, positions_BS, 1), 1)
+    slots_S = f.Range(0, size(f, positions_BKS, 2), 1)
     return PagedSequences(
         table=f.Reshape(table_BT, [-1]),
         pages=f.Reshape(pages_BT, [-1]),
         pages_by_sequence=pages_BT,
         n_cached=n_cached_B1,
         slots=slots_S,
-        positions=positions_BS,
+        positions=positions_BKS,
         live=f.Less(slots_S, n_cached_B1),
     )
 
@@ -60,9 +63,16 @@ def size(f: FunctionBody, x: ir.Value, axis: int) -> ir.Value:
     return f.Squeeze(f.Shape(x, start=axis, end=axis + 1))
 
 
-def slots_of(f: FunctionBody, pool_MP: ir.Value, pages_BT: ir.Value) -> ir.Value:
-    """[B, S]: what a per-slot pool holds in the pages."""
-    return f.Reshape(f.Gather(pool_MP, pages_BT), [0, -1])
+def slots_of(f: FunctionBody, pool_MKP: ir.Value, pages_BT: ir.Value) -> ir.Value:
+    """[B, K, S]: what a per-slot pool holds in the pages."""
+    return f.Reshape(f.Transpose(f.Gather(pool_MKP, pages_BT), perm=[0, 2, 1, 3]), [0, 0, -1])
+
+
+def pages_of_slots(f: FunctionBody, values_BKS: ir.Value, pool_MKP: ir.Value) -> ir.Value:
+    """[X, K, P]: the inverse of ``slots_of``, pages as they stand in a per-slot pool."""
+    sizes = f.Shape(pool_MKP, start=1)
+    values_BKTP = f.Reshape(values_BKS, f.Concat([0, 0, -1], f.Shape(pool_MKP, start=2), axis=0))
+    return f.Reshape(f.Transpose(values_BKTP, perm=[0, 2, 1, 3]), f.Concat([-1], sizes, axis=0))
 
 
 def half_of_kv(f: FunctionBody, kv: ir.Value, pages_X: ir.Value, half: int) -> ir.Value:
@@ -81,19 +91,39 @@ def query_key_logits(f: FunctionBody, q_NHD: ir.Value, k_KZD: ir.Value) -> ir.Va
 
 
 def visible_slots(f: FunctionBody, cached: PagedSequences, positions: ir.Value, cu_tokens: ir.Value) -> ir.Value:
-    """[N, Z]: whether a query may see a slot: a token of its own sequence at a position not greater than its own."""
+    """[K, 1, N, Z]: whether a query may see a slot: a token of its own sequence at a position not greater than its own.
+
+    The axis of 1 is for the query heads of a group, as in ``query_key_logits``.
+    """
+    own_NB1 = f.Unsqueeze(rows_of_sequences(f, positions, cu_tokens), [2])
+    positions_KBS = f.Transpose(cached.positions, perm=[1, 0, 2])
+    past_KNBS = f.LessOrEqual(f.Unsqueeze(positions_KBS, [1]), f.Unsqueeze(positions, [1, 2]))
+    return f.Unsqueeze(f.Reshape(f.And(f.And(own_NB1, cached.live), past_KNBS), [0, 0, -1]), [1])
+
+
+def rows_of_sequences(f: FunctionBody, positions: ir.Value, cu_tokens: ir.Value) -> ir.Value:
+    """[N, B]: whether a row of this step is one of the sequence's; rows of padding are nobody's."""
     rows_N1 = f.Unsqueeze(f.Range(0, size(f, positions, 0), 1), [1])
     first_B = f.Slice(cu_tokens, [0], [-1], [0])
     end_B = f.Slice(cu_tokens, [1], f.Shape(cu_tokens), [0])
-    own_NB1 = f.Unsqueeze(f.And(f.GreaterOrEqual(rows_N1, first_B), f.Less(rows_N1, end_B)), [2])
-    past_NBS = f.LessOrEqual(cached.positions, f.Unsqueeze(positions, [1, 2]))
-    return f.Reshape(f.And(f.And(own_NB1, cached.live), past_NBS), [0, -1])
+    return f.And(f.GreaterOrEqual(rows_N1, first_B), f.Less(rows_N1, end_B))
 
 
-def write_slots(f: FunctionBody, pool_MP: ir.Value, slots_N: ir.Value, values_N: ir.Value) -> ir.Value:
-    """The per-slot pool with ``values_N`` in the slots."""
-    flat = f.ScatterND(f.Reshape(pool_MP, [-1]), f.Unsqueeze(slots_N, [1]), values_N)
-    return f.Reshape(flat, f.Shape(pool_MP))
+def write_slots(f: FunctionBody, pool_MKP: ir.Value, slots_N: ir.Value, values_N: ir.Value) -> ir.Value:
+    """The per-slot pool with ``values_N`` in the slots, the same in all KV heads."""
+    n_heads, page_size = size(f, pool_MKP, 1), size(f, pool_MKP, 2)
+    rows_NK = rows_of_slots(f, slots_N, n_heads, page_size)
+    values_NK = f.Expand(f.Unsqueeze(values_N, [1]), f.Shape(rows_NK))
+    flat = f.ScatterND(f.Reshape(pool_MKP, [-1]), f.Unsqueeze(rows_NK, [2]), values_NK)
+    return f.Reshape(flat, f.Shape(pool_MKP))
+
+
+def rows_of_slots(f: FunctionBody, slots_N: ir.Value, n_blocks: ir.Value, page_size: ir.Value) -> ir.Value:
+    """[N, R]: where a token's rows stand in a pool whose pages are R = ``n_blocks`` blocks of P rows."""
+    page_N1 = f.Unsqueeze(f.Div(slots_N, page_size), [1])
+    offset_N1 = f.Unsqueeze(f.Mod(slots_N, page_size), [1])
+    block_NR = f.Add(f.Mul(page_N1, n_blocks), f.Range(0, n_blocks, 1))
+    return f.Add(f.Mul(block_NR, page_size), offset_N1)
 
 
 def write_pages(f: FunctionBody, pool_M: ir.Value, table_X: ir.Value, pages_X: ir.Value) -> ir.Value:

@@ -21,15 +21,27 @@ def gather_kv(kv: Floats, pages: Ints, n_tokens: int) -> tuple[Floats, Floats]:
     return kv_2KSD[0], kv_2KSD[1]
 
 
-def gather_slots(pool_MP: NDArray[Any], pages: Ints, n_tokens: int) -> NDArray[Any]:
-    """A copy [S] of a per-slot pool [M, P]."""
-    return pool_MP[pages].reshape(-1)[:n_tokens]
+def gather_slots(pool_MKP: NDArray[Any], pages: Ints, n_tokens: int) -> NDArray[Any]:
+    """A contiguous copy [K, S] of the first ``n_tokens`` slots of ``pages`` of a per-slot pool [M, K, P]."""
+    pool_KTP = pool_MKP[pages].transpose(1, 0, 2)
+    return np.ascontiguousarray(pool_KTP.reshape(pool_MKP.shape[1], -1)[:, :n_tokens])
 
 
-def scatter_slots(pool_MP: NDArray[Any], pages: Ints, values: NDArray[Any]) -> None:
-    """Write ``values`` [S] to the first S slots of ``pages``; the slots behind them keep their content."""
-    page_size = pool_MP.shape[1]
-    full = len(values) // page_size
-    pool_MP[pages[:full]] = values[: full * page_size].reshape(full, page_size)
-    if rest := len(values) - full * page_size:
-        pool_MP[pages[full], :rest] = values[full * page_size :]
+def scatter_slots(pool_MKP: NDArray[Any], pages: Ints, values_KS: NDArray[Any]) -> None:
+    """Write ``values_KS`` to the first S slots of ``pages``; the slots behind them keep their content."""
+    n_kv_heads, page_size = pool_MKP.shape[1:]
+    full, rest = divmod(values_KS.shape[1], page_size)
+    values_KTP = values_KS[:, : full * page_size].reshape(n_kv_heads, full, page_size)
+    pool_MKP[pages[:full]] = values_KTP.transpose(1, 0, 2)
+    if rest:
+        pool_MKP[pages[full], :, :rest] = values_KS[:, full * page_size :]
+
+
+def head_groups(positions_KS: Ints) -> list[slice]:
+    """KV heads for which one mask tells what a query may see: all together where all hold the same token in every slot, which
+    only an eviction that ranks per head changes; else each head on its own.
+    """
+    n_kv_heads = len(positions_KS)
+    if (positions_KS[1:] == positions_KS[0]).all():
+        return [slice(0, n_kv_heads)]
+    return [slice(head, head + 1) for head in range(n_kv_heads)]

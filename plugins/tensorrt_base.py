@@ -60,7 +60,9 @@ class OpPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt
         return self
 
     def get_fields_to_serialize(self) -> Any:
-        return trt.PluginFieldCollection([field_of(a.name, a.type, self.attributes[a.name]) for a in self.spec.attributes])
+        # A collection points to the fields' values without owning them, and TensorRT reads it after this call.
+        self._serialized_fields = [field_of(a.name, a.type, self.attributes[a.name]) for a in self.spec.attributes]
+        return trt.PluginFieldCollection(self._serialized_fields)
 
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
         inputs = dict(zip((t.name for t in self._inputs(len(input_types))), input_types, strict=True))

@@ -21,10 +21,18 @@ KV = TensorSpec(
     name="kv", axes=("M", "2", "K", "P", "D"), dtype="float", doc="KV pages; page-heads contiguous, keys after RoPE", state=True
 )
 TOKEN_POSITIONS = TensorSpec(
-    name="token_positions", axes=("M", "P"), dtype="int64", doc="true absolute position of the token in each slot", state=True
+    name="token_positions",
+    axes=("M", "K", "P"),
+    dtype="int64",
+    doc="true absolute position of the token in each slot of each KV head",
+    state=True,
 )
 SCORES = TensorSpec(
-    name="scores", axes=("M", "P"), dtype="float32", doc="importance accumulated by the token in each slot", state=True
+    name="scores",
+    axes=("M", "K", "P"),
+    dtype="float32",
+    doc="importance accumulated by the token in each slot of each KV head",
+    state=True,
 )
 LAYER = AttributeSpec(name="layer", type="int", doc="which row of slots, page_table and kv_len this node reads")
 SCALE = AttributeSpec(name="scale", type="float", doc="factor on q.k before the softmax, usually D ** -0.5")

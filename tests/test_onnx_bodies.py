@@ -139,20 +139,23 @@ def test_signature_of_the_function_is_the_one_the_spec_tells(spec: OpSpec) -> No
 
 @settings(max_examples=40)
 @given(
-    kept_share=st.floats(2**-7, 1.0, width=32) | st.sampled_from([0.25, 0.5, 0.75, 0.9, 1 / 3]),
+    kept_share=st.floats(2**-7, 1.0, width=32) | st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9, 1 / 3]),
+    tokens=st.integers(-900, 900) | st.just(0),
     lengths=st.lists(st.integers(0, 700), min_size=1, max_size=12),
 )
-def test_eviction_keeps_the_number_of_tokens_that_the_policy_tells(kept_share: float, lengths: list[int]) -> None:
+def test_eviction_keeps_the_number_of_tokens_that_the_policy_tells(kept_share: float, tokens: int, lengths: list[int]) -> None:
     spec = SPECS["EvictTokens"]
     page_size = 700
     n = len(lengths)
+    attributes = {a.name: a.default for a in spec.attributes} | {"layer": 0, "page_size": page_size}
+    attributes |= {"kept_share": kept_share, "kept_tokens": tokens, "sinks": 0, "recent": 0}
     inputs: dict[str, Any] = {
         "evict": np.ones(n, np.int64),
         "page_table": np.arange(n).reshape(1, n, 1),
         "kv_len": np.array([lengths]),
         "kv": np.zeros((n, 2, 1, page_size, 1), np.float32),
-        "token_positions": np.tile(np.arange(page_size), (n, 1)),
-        "scores": np.ones((n, page_size), np.float32),
-    } | {"layer": 0, "page_size": page_size, "kept_share": kept_share, "sinks": 0, "recent": 0}
+        "token_positions": np.tile(np.arange(page_size), (n, 1, 1)),
+        "scores": np.ones((n, 1, page_size), np.float32),
+    } | attributes
     kept = run_in_onnxruntime(one_node_model(spec, inputs), feeds_of(spec, inputs))[0]
-    assert kept.tolist() == [kept_tokens(length, kept_share) for length in lengths]
+    assert kept.tolist() == [kept_tokens(length, kept_share, tokens) for length in lengths]

@@ -23,14 +23,14 @@ def run(spec: OpSpec, implementation: str, inputs: dict[str, Any]) -> dict[str, 
 
 
 def by_slot(state: np.ndarray) -> np.ndarray:
-    """A state with its slot as the first two axes [M, P, ...]: kv is [M, 2, K, P, D], the others are already so."""
-    return state.transpose(0, 3, 1, 2, 4) if state.ndim == 5 else state
+    """A state with its slot as the first two axes [M, P, ...]: kv is [M, 2, K, P, D], the others are [M, K, P]."""
+    return state.transpose(0, 3, 1, 2, 4) if state.ndim == 5 else state.transpose(0, 2, 1)
 
 
 def live_slots(spec: OpSpec, inputs: dict[str, Any], outputs: dict[str, np.ndarray]) -> np.ndarray:
     """[M, P] bool: slots whose content the op defines (an eviction frees the slots behind the survivors)."""
-    page_size = inputs["kv"].shape[3]
-    live = np.ones(inputs["token_positions"].shape, bool)
+    n_pages, page_size = inputs["kv"].shape[0], inputs["kv"].shape[3]
+    live = np.ones((n_pages, page_size), bool)
     if "kept" in outputs:
         for b, kept in enumerate(outputs["kept"]):
             for slot in range(kept, inputs["kv_len"][inputs["layer"], b]):

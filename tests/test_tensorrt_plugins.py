@@ -110,7 +110,7 @@ def test_padding_behind_the_last_token_and_sequence_changes_nothing(base: Any, s
     inputs = case_inputs(spec, case)
     step = padded(inputs, n_tokens=5, n_sequences=2)
     outputs, _ = enqueue(base, spec, step, in_place=True)
-    of_padding = np.zeros(inputs["token_positions"].shape, bool)
+    of_padding = np.zeros((len(inputs["kv"]), inputs["kv"].shape[3]), bool)
     if "slots" in step:
         of_padding[np.divmod(step["slots"][inputs["layer"], -5:], inputs["kv"].shape[3])] = True
     assert_equals_reference(spec, inputs, outputs, of_padding)

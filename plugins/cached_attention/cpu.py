@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from trt_kv.plugins.fast_math import exp_nonpositive
-from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, pages_of
+from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, head_groups, pages_of
 
 
 def run(
@@ -31,10 +31,11 @@ def run(
     pages_N, offsets_N = np.divmod(slots[layer], page_size)
     kv[pages_N, 0, :, offsets_N] = k
     kv[pages_N, 1, :, offsets_N] = v
-    token_positions[pages_N, offsets_N] = positions
+    token_positions[pages_N, :, offsets_N] = positions[:, None]
 
     out = np.empty(q.shape, np.float32)
     lse = np.empty(q.shape[:2], np.float32)
+    group = q.shape[1] // kv.shape[2]
     new_B = np.diff(cu_tokens)
     decoding = np.flatnonzero(new_B == 1)
     if len(decoding):
@@ -45,8 +46,13 @@ def run(
         n_cached = int(kv_len[layer, b])
         pages = pages_of(page_table, layer, b, n_cached, page_size)
         k_KSD, v_KSD = gather_kv(kv, pages, n_cached)
-        visible_NS = gather_slots(token_positions, pages, n_cached) <= positions[chunk, None]
-        out[chunk], lse[chunk] = attend_chunk(q[chunk], k_KSD, v_KSD, visible_NS, scale)
+        positions_KS = gather_slots(token_positions, pages, n_cached)
+        for kv_heads in head_groups(positions_KS):
+            heads = slice(kv_heads.start * group, kv_heads.stop * group)
+            visible_NS = positions_KS[kv_heads.start] <= positions[chunk, None]
+            out[chunk, heads], lse[chunk, heads] = attend_chunk(
+                q[chunk, heads], k_KSD[kv_heads], v_KSD[kv_heads], visible_NS, scale
+            )
     return out, lse
 
 

@@ -3,7 +3,16 @@
 import onnx_ir as ir
 
 from trt_kv.plugins.onnx_function import FunctionBody
-from trt_kv.plugins.onnx_paging import HIDDEN, half_of_kv, paged_sequences, query_key_logits, size, visible_slots, write_slots
+from trt_kv.plugins.onnx_paging import (
+    HIDDEN,
+    half_of_kv,
+    paged_sequences,
+    query_key_logits,
+    rows_of_slots,
+    size,
+    visible_slots,
+    write_slots,
+)
 
 
 def body(
@@ -42,11 +51,6 @@ def body(
 
 def _append(f: FunctionBody, kv: ir.Value, slots_N: ir.Value, new_NRD: ir.Value) -> ir.Value:
     """kv with the R = 2K rows of each new token in its slot; a page is R blocks of P rows."""
-    n_rows = size(f, new_NRD, 1)
-    page_size = size(f, kv, 3)
-    page_N1 = f.Unsqueeze(f.Div(slots_N, page_size), [1])
-    offset_N1 = f.Unsqueeze(f.Mod(slots_N, page_size), [1])
-    block_NR = f.Add(f.Mul(page_N1, n_rows), f.Range(0, n_rows, 1))
-    row_NR = f.Add(f.Mul(block_NR, page_size), offset_N1)
+    row_NR = rows_of_slots(f, slots_N, size(f, new_NRD, 1), size(f, kv, 3))
     rows = f.Reshape(kv, f.Concat([-1], f.Shape(kv, start=4), axis=0))
     return f.Reshape(f.ScatterND(rows, f.Unsqueeze(row_NR, [2]), new_NRD), f.Shape(kv))

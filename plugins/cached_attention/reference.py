@@ -28,7 +28,7 @@ def run(
         page, offset = divmod(int(slots[layer, i]), page_size)
         kv[page, 0, :, offset] = k[i]
         kv[page, 1, :, offset] = v[i]
-        token_positions[page, offset] = positions[i]
+        token_positions[page, :, offset] = positions[i]
 
     out = np.empty_like(q)
     lse = np.empty((n_tokens, n_heads), np.float32)
@@ -36,11 +36,11 @@ def run(
         n_cached = int(kv_len[layer, b])
         pages = pages_of(page_table, layer, b, n_cached, page_size)
         k_KSD, v_KSD = gather_kv(kv, pages, n_cached)
-        positions_S = gather_slots(token_positions, pages, n_cached)
+        positions_KS = gather_slots(token_positions, pages, n_cached)
         for i in range(cu_tokens[b], cu_tokens[b + 1]):
-            visible = positions_S <= positions[i]
             for h in range(n_heads):
                 kv_head = h * n_kv_heads // n_heads
+                visible = positions_KS[kv_head] <= positions[i]
                 products = k_KSD[kv_head, visible].astype(np.float32) * q[i, h].astype(np.float32)
                 logits = products.sum(axis=1) * np.float32(scale)
                 largest = logits.max()

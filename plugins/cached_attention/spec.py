@@ -10,7 +10,8 @@ SPEC = OpSpec(
     name="CachedAttention",
     summary=(
         "Write k and v to their slots, then let every query attend to the tokens of its own sequence whose position is not "
-        "greater than its own. Slot order carries no meaning; lengths differ per layer and sequence."
+        "greater than its own. A slot may hold another token in each KV head. Slot order carries no meaning; lengths differ "
+        "per layer and sequence."
     ),
     source="paged attention (arXiv 2309.06180, section 4.1), with lengths per layer",
     inputs=(
@@ -35,6 +36,13 @@ SPEC = OpSpec(
         Case(name="prefill", cached=(0,), new=(23,), dims={"H": 4, "K": 2, "D": 6, "P": 5, "L": 1}),
         Case(name="chunk", cached=(17,), new=(9,), dims={"H": 3, "K": 1, "D": 14, "P": 8, "L": 3}),
         Case(name="mixed", cached=(0, 11, 30, 2), new=(7, 1, 5, 1), dims={"H": 10, "K": 5, "D": 3, "P": 7, "L": 2}),
+        Case(
+            name="own_tokens",
+            cached=(12, 0, 19, 6),
+            new=(6, 3, 2, 1),
+            dims={"H": 6, "K": 3, "D": 10, "P": 7, "L": 2},
+            own_tokens=True,
+        ),
         Case(name="multi_head", cached=(9,), new=(1,), dims={"H": 7, "K": 7, "D": 5, "P": 3, "L": 1}),
         Case(name="many_layers", cached=(4, 3), new=(2, 1), dims={"H": 2, "K": 1, "D": 6, "P": 5, "L": 11}),
         Case(name="large_pages", cached=(3,), new=(1,), dims={"H": 4, "K": 2, "D": 6, "P": 37, "L": 1}),

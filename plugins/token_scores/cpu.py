@@ -1,10 +1,15 @@
-"""TokenScores on the CPU: column sums of the attention matrix, by torch's flash attention with exchanged roles."""
+"""TokenScores on the CPU: column sums of the attention matrix, by torch's flash attention with exchanged roles.
 
+A sequence of one token is counted where its pages lie (numba).
+"""
+
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, pages_of, scatter_slots
+from trt_kv.plugins.fast_math import exp_nonpositive
+from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, head_groups, pages_of, scatter_slots
 
 
 def run(
@@ -24,30 +29,68 @@ def run(
     scale: float,
     page_size: int,
     window: int = 0,
+    per_head: int = 0,
+    pooling: int = 1,
+    average: int = 0,
+    generated: int = 0,
 ) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place."""
     pages_N, offsets_N = np.divmod(slots[layer], page_size)
-    scores[pages_N, offsets_N] = 0.0
-    counts_N = (prompt_remaining >= 0) & ((prompt_remaining < window) | (window == 0))
-    for b in range(len(cu_tokens) - 1):
-        rows = np.flatnonzero(counts_N[cu_tokens[b] : cu_tokens[b + 1]]) + cu_tokens[b]
-        if not len(rows):
-            continue
+    scores[pages_N, :, offsets_N] = 0.0
+    is_counted_N = (prompt_remaining >= 0) & ((prompt_remaining < window) | (window == 0))
+    if generated:
+        is_counted_N |= prompt_remaining == -1
+
+    first_B, new_B = cu_tokens[:-1], np.diff(cu_tokens)
+    ones = np.flatnonzero(new_B == 1)
+    ones = ones[is_counted_N[first_B[ones]]]
+    if len(ones):
+        receive_one(
+            q, lse, first_B[ones], page_table[layer, ones], kv_len[layer, ones], kv, np.float32(scale), bool(per_head), scores
+        )
+    for b in np.flatnonzero(new_B > 0):
         n_cached = int(kv_len[layer, b])
         pages = pages_of(page_table, layer, b, n_cached, page_size)
-        k_KSD, _ = gather_kv(kv, pages, n_cached)
-        visible_NS = gather_slots(token_positions, pages, n_cached) <= positions[rows, None]
-        received_S = attention_received(q[rows] * np.float32(scale), lse[rows], k_KSD, visible_NS)
-        scatter_slots(scores, pages, gather_slots(scores, pages, n_cached) + received_S)
+        rows = first_B[b] + np.flatnonzero(is_counted_N[first_B[b] : cu_tokens[b + 1]])
+        is_last = prompt_remaining[rows] == 0
+        if (new_B[b] == 1 and not is_last.any()) or not len(rows):
+            continue
+        positions_KS = gather_slots(token_positions, pages, n_cached)
+        scores_KS = gather_slots(scores, pages, n_cached)
+        if new_B[b] > 1:
+            k_KSD, _ = gather_kv(kv, pages, n_cached)
+            received_KS = chunk_received(q[rows], lse[rows], positions[rows], k_KSD, positions_KS, scale)
+            scores_KS += received_KS if per_head else received_KS.mean(axis=0)
+        if is_last.any():
+            last = int(positions[rows[is_last]].max())
+            if average:
+                n_queries_KS = last + 1 - positions_KS
+                scores_KS /= np.clip(n_queries_KS, 1, window or None).astype(np.float32)
+            if pooling > 1:
+                pool_neighbours(positions_KS, scores_KS, end=last - window, pooling=pooling)
+        scatter_slots(scores, pages, scores_KS)
     return ()
 
 
-def attention_received(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
-    """Sum over queries of the head-mean attention each cached token receives: [S] fp32. q is already scaled.
+def chunk_received(q_NHD: Floats, lse_NH: Floats, positions_N: Ints, k_KSD: Floats, positions_KS: Ints, scale: float) -> Floats:
+    """Attention that one sequence's cached tokens receive from the queries of a chunk: [K, S], see ``attention_received``."""
+    group = q_NHD.shape[1] // len(k_KSD)
+    scaled_NHD = q_NHD * np.float32(scale)
+    received_KS = np.empty(positions_KS.shape, np.float32)
+    for kv_heads in head_groups(positions_KS):
+        heads = slice(kv_heads.start * group, kv_heads.stop * group)
+        visible_NS = positions_KS[kv_heads.start] <= positions_N[:, None]
+        received_KS[kv_heads] = attention_received(scaled_NHD[:, heads], lse_NH[:, heads], k_KSD[kv_heads], visible_NS)
+    return received_KS
 
-    Token k receives sum_m exp(q_m.k - lse_m). With -lse as one more channel of q and 1 as one more channel of k, that is what
-    flash attention calls the denominator of row k when keys ask and queries answer; it makes it without ever holding a weight.
-    Memory: O(N * T), T being the tokens from the first one on that some query may not see: this step's, as a rule.
+
+def attention_received(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
+    """Attention that each cached token receives, summed over queries, mean over a KV head's query heads: [K, S] fp32.
+
+    q is already scaled. Token k receives sum_m exp(q_m.k - lse_m). With -lse as one more channel of q and 1 as one more
+    channel of k, that is what flash attention calls the denominator of row k when keys ask and queries answer; it makes it
+    without ever holding a weight. Memory: O(N * T), T being the tokens from the first one on that some query may not see:
+    this step's, as a rule.
     """
     n_queries, n_heads, _ = q_NHD.shape
     n_kv_heads, n_cached, _ = k_KSD.shape
@@ -57,21 +100,75 @@ def attention_received(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS:
     first = int(np.append(visible_NS.all(axis=0), False).argmin())
     hidden_TN = torch.from_numpy(~visible_NS[:, first:].T)
     mask_TN = torch.zeros(hidden_TN.shape).masked_fill_(hidden_TN, float("-inf"))
-    received_S = torch.empty(n_cached)
-    received_S[:first] = _denominators(k_KSC[:, :first], q_KGNC)
-    received_S[first:] = _denominators(k_KSC[:, first:], q_KGNC, mask_TN).masked_fill_(hidden_TN.all(dim=1), 0.0)
-    received: Floats = (received_S / n_heads).numpy()
+    received_KS = torch.empty(n_kv_heads, n_cached)
+    received_KS[:, :first] = _denominators(k_KSC[:, :first], q_KGNC)
+    received_KS[:, first:] = _denominators(k_KSC[:, first:], q_KGNC, mask_TN).masked_fill_(hidden_TN.all(dim=1), 0.0)
+    received: Floats = (received_KS / (n_heads // n_kv_heads)).numpy()
     return received
 
 
 def _denominators(k_KTC: Tensor, q_KGNC: Tensor, mask_TN: Tensor | None = None) -> Tensor:
-    """sum over heads and queries of exp(q.k + mask) for each of T tokens: [T]."""
+    """sum over a KV head's query heads and queries of exp(q.k + mask) for each of T tokens: [K, T]."""
     if k_KTC.shape[1] == 0:  # torch would divide by zero and kill the process
-        return torch.zeros(0)
+        return torch.zeros(len(k_KTC), 0)
     k_KGTC = k_KTC[:, None].expand(-1, q_KGNC.shape[1], -1, -1)
     mask = None if mask_TN is None else mask_TN[None, None]
     _, log_sums_KGT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         k_KGTC, q_KGNC, q_KGNC, 0.0, False, attn_mask=mask, scale=1.0
     )
-    sums_T: Tensor = log_sums_KGT.exp().sum(dim=(0, 1))
-    return sums_T
+    sums_KT: Tensor = log_sums_KGT.exp().sum(dim=1)
+    return sums_KT
+
+
+def pool_neighbours(positions_KS: Ints, scores_KS: Floats, *, end: int, pooling: int) -> None:
+    """In each head, replace the scores of tokens at positions up to ``end`` by the mean of ``pooling`` neighbours among them.
+
+    Neighbours in order of position; where there are none, zeros count.
+    """
+    order_KS = np.argsort(positions_KS, axis=1, kind="stable")
+    is_pooled_KS = positions_KS <= end
+    reach = pooling // 2
+    n_cached = positions_KS.shape[1]
+    sorted_KS = np.take_along_axis(np.where(is_pooled_KS, scores_KS, np.float32(0.0)), order_KS, axis=1)
+    padded = np.pad(sorted_KS, ((0, 0), (reach, reach)))
+    means_KS = sum(padded[:, i : i + n_cached] for i in range(pooling)) / np.float32(pooling)
+    pooled_KS = np.empty_like(scores_KS)
+    np.put_along_axis(pooled_KS, order_KS, means_KS, axis=1)
+    np.copyto(scores_KS, pooled_KS, where=is_pooled_KS)
+
+
+@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+def receive_one(
+    q_NHD: Floats,
+    lse_NH: Floats,
+    rows_B: Ints,
+    page_table_BT: Ints,
+    kv_len_B: Ints,
+    kv: Floats,
+    scale: np.float32,
+    per_head: bool,
+    scores: Floats,
+) -> None:
+    """Add to ``scores`` what all ``kv_len_B[b]`` cached tokens of sequence b receive from row ``rows_B[b]`` of q."""
+    n_kv_heads, page_size, head_size = kv.shape[2:]
+    group = q_NHD.shape[1] // n_kv_heads
+    received_BKS = np.zeros((len(rows_B), n_kv_heads, kv_len_B.max()), np.float32)
+    for task in numba.prange(len(rows_B) * n_kv_heads):
+        b = task // n_kv_heads
+        head = task % n_kv_heads
+        row = rows_B[b]
+        for p in range((kv_len_B[b] + page_size - 1) // page_size):
+            page = page_table_BT[b, p]
+            for g in range(group):
+                lse = lse_NH[row, head * group + g]
+                for s in range(min(page_size, kv_len_B[b] - p * page_size)):
+                    dot = np.float32(0.0)
+                    for d in range(head_size):
+                        dot += q_NHD[row, head * group + g, d] * kv[page, 0, head, s, d]
+                    received_BKS[b, head, p * page_size + s] += exp_nonpositive(dot * scale - lse) / np.float32(group)
+    for b in numba.prange(len(rows_B)):
+        for s in range(kv_len_B[b]):
+            page = page_table_BT[b, s // page_size]
+            mean = received_BKS[b, :, s].sum() / np.float32(n_kv_heads)
+            for head in range(n_kv_heads):
+                scores[page, head, s % page_size] += received_BKS[b, head, s] if per_head else mean

@@ -22,24 +22,63 @@ def run(
     scale: float,
     page_size: int,
     window: int = 0,
+    per_head: int = 0,
+    pooling: int = 1,
+    average: int = 0,
+    generated: int = 0,
 ) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place."""
     n_heads = q.shape[1]
     n_kv_heads = kv.shape[2]
     for slot in slots[layer]:
-        scores[divmod(int(slot), page_size)] = 0.0
+        page, offset = divmod(int(slot), page_size)
+        scores[page, :, offset] = 0.0
     for b in range(len(cu_tokens) - 1):
         n_cached = int(kv_len[layer, b])
         pages = pages_of(page_table, layer, b, n_cached, page_size)
         k_KSD, _ = gather_kv(kv, pages, n_cached)
-        positions_S = gather_slots(token_positions, pages, n_cached)
-        scores_S = gather_slots(scores, pages, n_cached)
-        for i in range(cu_tokens[b], cu_tokens[b + 1]):
-            if prompt_remaining[i] < 0 or (window and prompt_remaining[i] >= window):
+        positions_KS = gather_slots(token_positions, pages, n_cached)
+        scores_KS = gather_slots(scores, pages, n_cached)
+        rows = range(cu_tokens[b], cu_tokens[b + 1])
+        for i in rows:
+            if not _counts(int(prompt_remaining[i]), window, generated):
                 continue
-            visible = positions_S <= positions[i]
             for h in range(n_heads):
-                logits = (k_KSD[h * n_kv_heads // n_heads, visible] * q[i, h]).sum(axis=1) * np.float32(scale)
-                scores_S[visible] += np.exp(logits - lse[i, h]) / n_heads
-        scatter_slots(scores, pages, scores_S)
+                kv_head = h * n_kv_heads // n_heads
+                visible = positions_KS[kv_head] <= positions[i]
+                logits = (k_KSD[kv_head, visible] * q[i, h]).sum(axis=1) * np.float32(scale)
+                weights = np.exp(logits - lse[i, h])
+                if per_head:
+                    scores_KS[kv_head, visible] += weights / (n_heads // n_kv_heads)
+                else:
+                    scores_KS[:, visible] += weights / n_heads
+        last = max((int(positions[i]) for i in rows if prompt_remaining[i] == 0), default=None)
+        if last is not None:
+            for positions_S, scores_S in zip(positions_KS, scores_KS, strict=True):
+                if average:
+                    _average(positions_S, scores_S, last, window)
+                _pool(positions_S, scores_S, last - window, pooling)
+        scatter_slots(scores, pages, scores_KS)
     return ()
+
+
+def _counts(remaining: int, window: int, generated: int) -> bool:
+    if remaining < 0:
+        return remaining == -1 and generated == 1
+    return window == 0 or remaining < window
+
+
+def _average(positions_S: Ints, scores_S: Floats, last: int, window: int) -> None:
+    """Divide each score by the number of counted queries at the token's position or behind it."""
+    for slot, position in enumerate(positions_S):
+        n_queries = last - int(position) + 1
+        scores_S[slot] /= max(1, min(n_queries, window) if window else n_queries)
+
+
+def _pool(positions_S: Ints, scores_S: Floats, end: int, pooling: int) -> None:
+    """Replace the scores of tokens at positions up to ``end`` by the mean of ``pooling`` neighbours among them."""
+    pooled = sorted((slot for slot in range(len(positions_S)) if positions_S[slot] <= end), key=lambda slot: positions_S[slot])
+    before = scores_S[pooled]
+    reach = pooling // 2
+    for i, slot in enumerate(pooled):
+        scores_S[slot] = before[max(0, i - reach) : i + reach + 1].sum() / np.float32(pooling)

@@ -1,0 +1,1 @@
+"""The op AdaptiveBudget: spec, reference, ONNX node and kernels."""

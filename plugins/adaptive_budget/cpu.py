@@ -1,0 +1,136 @@
+"""AdaptiveBudget on the CPU: one row of q.k^T read from the pages in place, one sort, one running sum, one search."""
+
+import bisect
+import math
+
+import numba
+import numpy as np
+
+from trt_kv.plugins.adaptive_budget.spec import NO_WEIGHT
+from trt_kv.plugins.paging import Floats, Ints, gather_slots, head_groups, pages_of
+
+
+def run(
+    *,
+    q: Floats,
+    lse: Floats,
+    cu_tokens: Ints,
+    evict: Ints,
+    page_table: Ints,
+    kv_len: Ints,
+    kv: Floats,
+    token_positions: Ints,
+    scores: Floats,
+    layer: int,
+    scale: float,
+    page_size: int,
+    threshold: float,
+    sinks: int = 4,
+    recent: int = 0,
+    ranking: int = 1,
+    row: int = 0,
+    protected_in_norm: int = 0,
+) -> tuple[Ints]:
+    """Spec: ``spec.py``. Returns (budget [B],). Products q.k are summed in fp32 like those of attention, all else in fp64."""
+    budget = kv_len[layer].copy()
+    for b in np.flatnonzero(evict == 1):
+        n_cached = int(kv_len[layer, b])
+        last = int(cu_tokens[b + 1]) - 1
+        if n_cached <= sinks + recent or (row == 0 and last < cu_tokens[b]):
+            continue
+        pages = pages_of(page_table, layer, b, n_cached, page_size)
+        by_position_KS = slots_by_position(gather_slots(token_positions, pages, n_cached))
+        candidates_KC = by_position_KS[:, sinks : n_cached - recent]
+        scores_KS = gather_slots(scores, pages, n_cached) if ranking == 0 or row == 1 else None
+        if ranking == 0:
+            assert scores_KS is not None
+            candidates_KC = best_first(candidates_KC, scores_KS)
+        else:
+            candidates_KC = candidates_KC[:, ::-1]
+        if row == 0:
+            weights_RS = attention_row(q[last], lse[last], pages, n_cached, kv, np.float32(scale))
+        else:
+            assert scores_KS is not None
+            weights_RS = scores_KS.astype(np.float64)
+        n_protected = sinks + recent if protected_in_norm else 0
+        protected_KC = np.concatenate([by_position_KS[:, :sinks], by_position_KS[:, n_cached - recent :]], axis=1)
+        squares_RC = running_squares(weights_RS, protected_KC[:, :n_protected], candidates_KC)
+        budget[b] = sinks + recent + smallest_cut(squares_RC, float(np.float32(threshold)))
+    return (budget,)
+
+
+def slots_by_position(positions_KS: Ints) -> Ints:
+    """Each KV head's slots in order of position: [K, S]. Heads that hold the same tokens are sorted once."""
+    if len(head_groups(positions_KS)) == 1:
+        return np.broadcast_to(np.argsort(positions_KS[0]), positions_KS.shape)
+    return np.argsort(positions_KS, axis=1)
+
+
+def best_first(slots_KC: Ints, scores_KS: Floats) -> Ints:
+    """Each KV head's slots by falling score, equal scores in the order in which they come: [K, C].
+
+    Sorts integers, score above index, because numpy sorts them several times faster than it stably argsorts floats. The bits
+    of an fp32 number, read as an integer, are in its order; those of negative ones in the opposite order.
+    """
+    scores_KC = np.take_along_axis(scores_KS, slots_KC, axis=1) + np.float32(0.0)  # -0.0 becomes 0.0
+    bits_KC = scores_KC.view(np.int32)
+    rising_KC = np.where(bits_KC < 0, bits_KC ^ np.int32(0x7FFFFFFF), bits_KC)
+    keys_KC = (~rising_KC).astype(np.int64) << 32 | np.arange(slots_KC.shape[1])
+    return np.take_along_axis(slots_KC, np.sort(keys_KC, axis=1) & 0xFFFFFFFF, axis=1)
+
+
+def smallest_cut(squares_RC: Floats, threshold: float) -> int:
+    """The smallest c with S_c >= (1 - threshold) * S_C; column c holds what S_c is made of. S_c never falls: bisected."""
+
+    def mean_norm(c: int) -> float:
+        return float(np.sqrt(squares_RC[:, c]).mean())
+
+    n_candidates = squares_RC.shape[1] - 1
+    return bisect.bisect_left(range(n_candidates), (1.0 - threshold) * mean_norm(n_candidates), key=mean_norm)
+
+
+@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+def attention_row(q_HD: Floats, lse_H: Floats, pages_T: Ints, n_cached: int, kv: Floats, scale: np.float32) -> Floats:
+    """exp(scale * q.k - lse) of one query for the tokens in its pages: [H, S] fp64.
+
+    Pages are read once, where they lie, all heads of a page together because they are neighbours in memory.
+    """
+    n_kv_heads, page_size, head_size = kv.shape[2:]
+    n_heads = len(q_HD)
+    group = n_heads // n_kv_heads
+    weights_HS = np.empty((n_heads, n_cached), np.float64)
+    for t in numba.prange(len(pages_T)):
+        page = pages_T[t]
+        first = t * page_size
+        for head in range(n_heads):
+            kv_head = head // group
+            for s in range(min(page_size, n_cached - first)):
+                dot = np.float32(0.0)
+                for d in range(head_size):
+                    dot += q_HD[head, d] * kv[page, 0, kv_head, s, d]
+                weights_HS[head, first + s] = math.exp(np.float64(dot * scale) - np.float64(lse_H[head]))
+    return weights_HS
+
+
+@numba.njit(cache=True)
+def running_squares(weights_RS: Floats, protected_KP: Ints, candidates_KC: Ints) -> Floats:
+    """Column c of [R, C + 1]: each row's sum of squares over its protected slots and its first c candidates."""
+    n_rows = len(weights_RS)
+    n_candidates = candidates_KC.shape[1]
+    squares_RC = np.empty((n_rows, n_candidates + 1), np.float64)
+    for r in range(n_rows):
+        kv_head = r * len(candidates_KC) // n_rows
+        total = 0.0
+        for slot in protected_KP[kv_head]:
+            total += square(weights_RS[r, slot])
+        squares_RC[r, 0] = total
+        for c in range(n_candidates):
+            total += square(weights_RS[r, candidates_KC[kv_head, c]])
+            squares_RC[r, c + 1] = total
+    return squares_RC
+
+
+@numba.njit(inline="always")
+def square(weight: float) -> float:
+    """The weight squared, 0 for one that counts as none."""
+    return weight * weight if abs(weight) >= NO_WEIGHT else 0.0

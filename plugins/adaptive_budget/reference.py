@@ -1,0 +1,80 @@
+"""AdaptiveBudget in plain fp64 loops."""
+
+import math
+
+import numpy as np
+
+from trt_kv.plugins.adaptive_budget.spec import NO_WEIGHT
+from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, pages_of
+
+
+def run(
+    *,
+    q: Floats,
+    lse: Floats,
+    cu_tokens: Ints,
+    evict: Ints,
+    page_table: Ints,
+    kv_len: Ints,
+    kv: Floats,
+    token_positions: Ints,
+    scores: Floats,
+    layer: int,
+    scale: float,
+    page_size: int,
+    threshold: float,
+    sinks: int = 4,
+    recent: int = 0,
+    ranking: int = 1,
+    row: int = 0,
+    protected_in_norm: int = 0,
+) -> tuple[Ints]:
+    """Spec: ``spec.py``. Returns (budget [B],)."""
+    budget = kv_len[layer].copy()
+    for b in np.flatnonzero(evict == 1):
+        n_cached = int(kv_len[layer, b])
+        last = int(cu_tokens[b + 1]) - 1
+        if n_cached <= sinks + recent or (row == 0 and last < cu_tokens[b]):
+            continue
+        pages = pages_of(page_table, layer, b, n_cached, page_size)
+        k_KSD, _ = gather_kv(kv, pages, n_cached)
+        positions_KS = gather_slots(token_positions, pages, n_cached)
+        scores_KS = gather_slots(scores, pages, n_cached)
+        heads = q.shape[1] if row == 0 else len(scores_KS)
+        kv_heads = [h * len(scores_KS) // heads for h in range(heads)]
+        if row == 0:
+            rows = [attention_row(q[last, h], k_KSD[kv_heads[h]], float(lse[last, h]), scale) for h in range(heads)]
+        else:
+            rows = [[abs(float(score)) for score in scores_S] for scores_S in scores_KS]
+        rows = [[weight if weight >= NO_WEIGHT else 0.0 for weight in weights] for weights in rows]
+
+        norms = []
+        for h in range(heads):
+            protected, candidates = ranked_slots(positions_KS[kv_heads[h]], scores_KS[kv_heads[h]], sinks, recent, ranking)
+            square = sum(rows[h][slot] ** 2 for slot in protected) if protected_in_norm else 0.0
+            norms.append([math.sqrt(square)])
+            for slot in candidates:
+                square += rows[h][slot] ** 2
+                norms[h].append(math.sqrt(square))
+        mean_norms = [sum(norms[h][c] for h in range(heads)) / heads for c in range(len(norms[0]))]
+        needed = (1.0 - float(np.float32(threshold))) * mean_norms[-1]
+        budget[b] = sinks + recent + next(c for c, norm in enumerate(mean_norms) if norm >= needed)
+    return (budget,)
+
+
+def attention_row(q_D: Floats, k_SD: Floats, lse: float, scale: float) -> list[float]:
+    """What the query gives to each of S tokens: exp(scale * q.k - lse)."""
+    q64_D = q_D.astype(np.float64)
+    return [math.exp(scale * float(q64_D @ k_D.astype(np.float64)) - lse) for k_D in k_SD]
+
+
+def ranked_slots(positions_S: Ints, scores_S: Floats, sinks: int, recent: int, ranking: int) -> tuple[list[int], list[int]]:
+    """One KV head's protected slots, and its candidates, the ones to keep first in front."""
+    by_position = sorted(range(len(positions_S)), key=lambda slot: positions_S[slot])
+    end = len(by_position) - recent
+    candidates = by_position[sinks:end]
+    if ranking == 0:
+        candidates.sort(key=lambda slot: -scores_S[slot])
+    else:
+        candidates.reverse()
+    return by_position[:sinks] + by_position[end:], candidates

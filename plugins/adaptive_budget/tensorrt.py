@@ -1,0 +1,6 @@
+"""What the TensorRT plugin of AdaptiveBudget runs."""
+
+from trt_kv.plugins.adaptive_budget.cpu import run
+from trt_kv.plugins.tensorrt_memory import PluginKernels
+
+KERNELS = PluginKernels(host=run)
