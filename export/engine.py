@@ -62,15 +62,12 @@ class EngineRequest:
 
     def _check_recipe_is_for_policy(self, recipe: Recipe) -> None:
         policy = self.policy
-        window = policy.window if policy.score == "window" else None
-        wanted = (policy.score, window, policy.kept, policy.sinks, policy.recent)
-        made = (recipe.score.name, recipe.score.window, recipe.budget, recipe.protected.sinks, recipe.protected.recent)
-        if not policy.needs_recipe or made != wanted:
+        if not policy.needs_recipe or recipe.budget != policy.kept:
             raise RecipeError(
                 f"the recipe is not for policy {policy.name!r}",
-                got=f"score, window, budget, sinks, recent: {made}",
-                expected=wanted if policy.needs_recipe else "no recipe",
-                fix="take the policy's fields from the recipe, or calibrate one for the policy",
+                got=f"a recipe for budget {recipe.budget}",
+                expected=f"budget {policy.kept}" if policy.needs_recipe else "no recipe",
+                fix="take the policy's budget from the recipe, or calibrate one for the policy",
             )
 
     @property

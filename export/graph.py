@@ -21,7 +21,7 @@ from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.decoder import Decoder
 from trt_kv.model_config import ModelConfig
 from trt_kv.opspec import DOMAIN
-from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, results_of, specs_of, states_of, step_tensors_of
+from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, made_by, specs_of, states_of, step_tensors_of
 from trt_kv.plugins.onnx_function import OPSET, onnx_function
 from trt_kv.plugins.onnx_node import emit_node
 from trt_kv.plugins.registry import op_specs
@@ -70,7 +70,7 @@ def graph_from_checkpoint(
     assert exported is not None
     _use_checkpoint_weights(exported.model, checkpoint, dtype)
     for spec in specs_of(program):
-        function = onnx_function(spec)
+        function = onnx_function(spec, with_optional_inputs=any(t.name in made_by(program) for t in spec.inputs if t.optional))
         exported.model.functions[function.identifier()] = function
     exported.model.producer_name = "trt-kv"
     for node in exported.model.graph:
@@ -107,20 +107,25 @@ class _TokenFlatModule(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         named = dict(zip(graph_inputs(self._program), tensors, strict=True))
-        states, results = states_of(self._program), results_of(self._program)
         step = {name: named[name] for name in step_tensors_of(self._program)}
         layers: list[dict[str, Tensor]] = []
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            values = {**step, **{name: named[f"{name}_{layer}"] for name in states}, "q": q, "k": k, "v": v}
-            for node in self._program[layer]:
+            nodes = self._program[layer]
+            values = {**step, **{name: named[f"{name}_{layer}"] for name in states_of((nodes,))}, "q": q, "k": k, "v": v}
+            for node in nodes:
                 emit_node(op_specs()[node.op], values, node.attributes)
             layers.append(values)
             return values["out"]
 
         logits = self.decoder(named["input_ids"], named["positions"], named["logit_rows"], attend)
-        of_layers = [values[name] for name in results for values in layers]
-        return [logits, *of_layers, *(values[name] for name in states for values in layers)]
+        made = {
+            f"{name}_{layer}{end}": v
+            for layer, values in enumerate(layers)
+            for name, v in values.items()
+            for end in ("", "_out")
+        }
+        return [logits, *(made[name] for name in graph_outputs(self._program) if name != "logits")]
 
 
 def _traceable_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from trt_kv.errors import CapacityError
-from trt_kv.policy import kept_tokens
+from trt_kv.layer_budget import LayerBudget
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.request import Request
 
@@ -12,10 +12,13 @@ from trt_kv.runtime.request import Request
 class Admission:
     """Promises pages of a pool to groups of requests; a promise counts at its largest until the group ends."""
 
-    def __init__(self, pool: KvPool, *, kept_shares: Sequence[float], n_protected: int) -> None:
-        """``n_protected`` tokens of each layer are kept whatever its share."""
+    def __init__(self, pool: KvPool, *, budgets: Sequence[LayerBudget | None], n_protected: int) -> None:
+        """``budgets``: of each layer, None where it is found from the input, which may turn out to need everything.
+
+        ``n_protected`` tokens of each layer are kept whatever its budget.
+        """
         self._pool = pool
-        self._kept_shares = kept_shares
+        self._budgets = budgets
         self._n_protected = n_protected
         self._promised: list[tuple[int, Sequence[Request]]] = []
 
@@ -49,16 +52,16 @@ class Admission:
         settled = most = 0
         for request in requests:
             n_prompt = len(request.prompt_ids)
-            most = max(most, settled + len(self._kept_shares) * self._pages(n_prompt))
-            settled += sum(
-                self._pages(min(kept_tokens(n_prompt, share) + self._n_protected, n_prompt) + request.limit)
-                for share in self._kept_shares
-            )
+            most = max(most, settled + len(self._budgets) * self._pages(n_prompt))
+            settled += sum(self._pages(self._kept_at_most(n_prompt, budget) + request.limit) for budget in self._budgets)
         return max(most, settled)
+
+    def _kept_at_most(self, n_prompt: int, budget: LayerBudget | None) -> int:
+        return n_prompt if budget is None else min(budget.of(n_prompt) + self._n_protected, n_prompt)
 
     def _tokens(self, n_pages: int) -> int:
         """Tokens in every layer that ``n_pages`` are enough for."""
-        return -(-n_pages // len(self._kept_shares)) * self._pool.page_size
+        return -(-n_pages // len(self._budgets)) * self._pool.page_size
 
     def _pages(self, n_tokens: int) -> int:
         return -(-n_tokens // self._pool.page_size)

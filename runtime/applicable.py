@@ -8,7 +8,7 @@ from trt_kv.manifest import Manifest
 from trt_kv.opspec import OP_VERSION
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import AttributeValue, OpNode, Program, program_of
-from trt_kv.recipe import Recipe, RecipeScore
+from trt_kv.recipe import Recipe
 
 FLOAT32_ROUNDING = 1e-6
 """ONNX attributes are fp32; recipes and policies are written in decimal."""
@@ -59,13 +59,13 @@ def check_recipe(folder: Path, manifest: Manifest) -> None:
         return
     recipe = Recipe.load(folder / "recipe.json")
     recipe.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
-    score = RecipeScore(name=policy.score, window=policy.window if policy.score == "window" else None)
-    shares_differ = not _same_numbers(recipe.kept, manifest.kept_shares)
-    if shares_differ or recipe.score != score or not _same_numbers([recipe.budget], [policy.kept]):
+    exempt = policy.exempt_layers
+    wanted = [1.0 if layer in exempt else share for layer, share in enumerate(recipe.kept)]
+    if not _same_numbers(wanted, manifest.kept_shares) or not _same_numbers([recipe.budget], [policy.kept]):
         raise EngineError(
             f"{folder} does not apply its recipe",
-            got=f"graphs: {score}, budget {policy.kept}, {manifest.kept_shares}",
-            expected=f"recipe: {recipe.score}, budget {recipe.budget}, {list(recipe.kept)}",
+            got=f"graphs: budget {policy.kept}, {manifest.kept_shares}",
+            expected=f"recipe: budget {recipe.budget}, {wanted}",
             fix="build the engine again",
         )
 

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from trt_kv.errors import EngineError, UsageError
 from trt_kv.manifest import Manifest, load_manifest, verify_files
+from trt_kv.program import budgets_of
 from trt_kv.require import require
 from trt_kv.runtime.admission import Admission
 from trt_kv.runtime.applicable import check_applicable, check_recipe
@@ -40,7 +41,7 @@ class Engine:
         self.runner = runner
         self.tokenizer = tokenizer
         protected = manifest.policy.sinks + manifest.policy.recent
-        self._admission = Admission(runner.pool, kept_shares=manifest.kept_shares, n_protected=protected)
+        self._admission = Admission(runner.pool, budgets=budgets_of(manifest.programs["prefill"]), n_protected=protected)
 
     @classmethod
     def load(
@@ -72,7 +73,10 @@ class Engine:
         executor, pool = (_on_onnxruntime if manifest.plan is None else _on_tensorrt)(
             folder, manifest, cache_tokens, n_threads, tell
         )
-        runner = ModelRunner(executor, pool, manifest.programs, chunk=chunk, decode_distance=manifest.policy.decode_distance)
+        policy = manifest.policy
+        runner = ModelRunner(
+            executor, pool, manifest.programs, chunk=chunk, decode=policy.decode, decode_distance=policy.decode_distance
+        )
         tell("compiling kernels", 0, 1)
         runner.warm_up()
         tell("compiling kernels", 1, 1)
@@ -238,7 +242,7 @@ def _pool_sizes(manifest: Manifest, cache_tokens: int | None, free_bytes: int) -
     """Sizes of a pool for ``cache_tokens`` tokens in every layer; None: what fits into half of ``free_bytes``."""
     config = manifest.config
     element_bytes = 4 if manifest.dtype == "float32" else 2
-    token_bytes = config.n_layers * (2 * config.n_kv_heads * config.head_dim * element_bytes + 12)
+    token_bytes = config.n_layers * config.n_kv_heads * (2 * config.head_dim * element_bytes + 12)
     if cache_tokens is None:
         cache_tokens = max(1, min(2 * config.max_positions, free_bytes // 2 // token_bytes))
     return {

@@ -22,7 +22,7 @@ class Holder(Protocol):
 
 
 class KvPool:
-    """``n_pages`` pages of ``page_size`` slots: kv [M, 2, K, P, D], token_positions [M, P], scores [M, P].
+    """``n_pages`` pages of ``page_size`` slots: kv [M, 2, K, P, D], token_positions and scores [M, K, P].
 
     The arrays are reserved, not touched: the operating system commits memory page by page as it is written.
     """
@@ -33,8 +33,8 @@ class KvPool:
     def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
         self.page_size = page_size
         self.kv = np.empty((n_pages, 2, n_kv_heads, page_size, head_size), np.float32)
-        self.token_positions = np.empty((n_pages, page_size), np.int64)
-        self.scores = np.empty((n_pages, page_size), np.float32)
+        self.token_positions = np.empty((n_pages, n_kv_heads, page_size), np.int64)
+        self.scores = np.empty((n_pages, n_kv_heads, page_size), np.float32)
         self._free = list(range(n_pages - 1, -1, -1))
         self._holders: WeakSet[Holder] = WeakSet()
 

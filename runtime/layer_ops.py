@@ -58,7 +58,7 @@ class BoundLayerOps:
         """Attention output [N, H, D] of ``layer``; q is [N, H, D], k and v are [N, K, D]. Updates the pool."""
         tensors: dict[str, Any] = {**self._tensors, "q": q, "k": k, "v": v}
         for spec, run, attributes in self._layers[layer]:
-            inputs = {t.name: tensors[t.name] for t in spec.inputs if not t.optional}
+            inputs = {t.name: tensors[t.name] for t in spec.inputs if not t.optional or t.name in tensors}
             results = run(**inputs, **attributes)
             tensors.update(zip((t.name for t in spec.outputs), results, strict=True))
         if "kept" in tensors:

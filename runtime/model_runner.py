@@ -7,7 +7,7 @@ import numpy as np
 from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.plugins.registry import kernel
-from trt_kv.program import OpNode, Program
+from trt_kv.program import Program, budgets_of, eviction_nodes
 from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
 from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.kv_pool import KvPool
@@ -15,14 +15,15 @@ from trt_kv.runtime.sequence_cache import SequenceCache
 from trt_kv.runtime.step import Ints, Step
 
 NOT_PROMPT = -1
+DROP_ONE = 2
 DEFAULT_CHUNK = 512
 
 
 class ModelRunner:
     """One model on one executor with one KV pool. A dense executor is joined with the KV ops' kernels of ``implementation``.
 
-    ``programs`` holds the KV ops of the phases "prefill" and "decode". Prefill runs one sequence at a time, so that a
-    sequence's chunks, and with them its rounding, do not depend on its neighbours.
+    ``programs`` holds the KV ops of the phases "prefill" and "decode"; ``decode`` is the policy's. Prefill runs one sequence at
+    a time, so that a sequence's chunks, and with them its rounding, do not depend on its neighbours.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ModelRunner:
         programs: Mapping[str, Program],
         *,
         chunk: int = DEFAULT_CHUNK,
+        decode: str = "row",
         decode_distance: int = 25,
         implementation: str = "cpu",
     ) -> None:
@@ -42,8 +44,10 @@ class ModelRunner:
             if isinstance(executor, StepExecutor)
             else SplitStepExecutor(executor, programs, implementation=implementation)
         )
+        self._decode = decode
         self._decode_distance = decode_distance
-        self._evict_nodes = [_evict_node(nodes) for nodes in programs["prefill"]]
+        self._budgets = budgets_of(programs["prefill"])
+        self._evicts = any(eviction_nodes(programs["prefill"]))
         self._evict = kernel("EvictTokens", implementation)
 
     def warm_up(self) -> None:
@@ -51,7 +55,7 @@ class ModelRunner:
         self._executor.warm_up()
 
     def new_sequence(self) -> SequenceCache:
-        return SequenceCache(self.pool, n_layers=len(self._evict_nodes), decode_distance=self._decode_distance)
+        return SequenceCache(self.pool, n_layers=len(self._budgets), decode_distance=self._decode_distance)
 
     def prefill(
         self,
@@ -75,8 +79,10 @@ class ModelRunner:
             is_last = end == len(ids)
             rows = np.arange(len(chunk_ids)) if all_logits else np.array([len(chunk_ids) - 1])
             remaining = len(ids) - 1 - np.arange(start, end)
-            evicts = is_last and evict and self._evict_nodes[0] is not None
-            chunk_logits = self._step("prefill", [sequence], [chunk_ids], rows, remaining, evict=evicts)
+            flags = np.array([int(is_last and evict and self._evicts)])
+            chunk_logits, kept = self._step("prefill", [sequence], [chunk_ids], rows, remaining, flags)
+            if flags[0]:
+                sequence.shrink(kept[:, 0], self._growth((kept[:, 0] / sequence.n_seen).tolist()))
             if all_logits or is_last:
                 logits.append(chunk_logits)
             if on_chunk is not None:
@@ -87,7 +93,12 @@ class ModelRunner:
         """One token for each of B sequences; returns the next token's logits [B, V]."""
         ids = [np.array([token_id], np.int64) for token_id in token_ids]
         remaining = np.full(len(ids), NOT_PROMPT)
-        return self._step("decode", sequences, ids, np.arange(len(ids)), remaining, evict=False)
+        flags = np.array([DROP_ONE * (self._decode == "rank" and sequence.is_evicted) for sequence in sequences])
+        logits, kept = self._step("decode", sequences, ids, np.arange(len(ids)), remaining, flags)
+        for b, sequence in enumerate(sequences):
+            if flags[b]:
+                sequence.settle(kept[:, b])
+        return logits
 
     def evict(
         self,
@@ -96,11 +107,11 @@ class ModelRunner:
         *,
         sinks: int,
         recent: int,
-        kept_shares: Sequence[float] | None = None,
+        growth: Sequence[float] | None = None,
     ) -> None:
         """Keep ``budget[l]`` tokens of layer l by the scores in the pool, outside any graph (per-request budgets).
 
-        While decoding, layer l then grows at ``kept_shares[l]`` per token; None: at its budget's share of the tokens seen.
+        With decode "row", layer l then grows at ``growth[l]`` per token; None: at its budget's share of the tokens seen.
         """
         self._require_host_pool("per-request budgets")
         kept = sequence.kv_len.copy()
@@ -120,14 +131,15 @@ class ModelRunner:
                 budget=np.array([target]),
             )
             kept[layer] = kept_B[0]
-        sequence.shrink(kept, kept_shares or [int(n) / sequence.n_seen for n in budget])
+        shares = growth or [int(n) / sequence.n_seen for n in budget]
+        sequence.shrink(kept, shares if self._decode == "row" else None)
 
     def scores(self, sequence: SequenceCache) -> Floats:
-        """The importance accumulated by each cached token: [L, S] fp32; all layers must hold the same number of tokens."""
+        """The scores of each layer's cached tokens: [L, K, S] fp32; all layers must hold the same number of tokens."""
         return np.stack([self._of_slots(self.pool.scores, sequence, layer) for layer in range(sequence.n_layers)])
 
     def importance(self, token_ids: Sequence[int]) -> Floats:
-        """Importance of each token of a prompt per layer as the program scores it, nothing evicted: [L, N] fp32."""
+        """Importance of each token of a prompt as the program scores it, nothing evicted: [L, K, N] fp32."""
         sequence = self.new_sequence()
         try:
             self.prefill(sequence, token_ids, evict=False)
@@ -136,7 +148,7 @@ class ModelRunner:
             sequence.release()
 
     def kept_positions(self, sequence: SequenceCache, layer: int) -> Ints:
-        """True absolute positions of the tokens cached in ``layer``, in slot order: [S] int64."""
+        """True absolute positions of the tokens cached by each KV head of ``layer``, in slot order: [K, S] int64."""
         return self._of_slots(self.pool.token_positions, sequence, layer)
 
     def _require_host_pool(self, what: str) -> None:
@@ -145,11 +157,20 @@ class ModelRunner:
                 f"{what} need a KV pool on the host", got=self._executor.description, fix="use --target onnxruntime"
             )
 
-    def _of_slots(self, pool_MP: np.ndarray, sequence: SequenceCache, layer: int) -> np.ndarray:
+    def _growth(self, kept_shares: Sequence[float]) -> list[float] | None:
+        """Share at which each layer grows while decoding: its budget's where that is a share, else the one it kept."""
+        if self._decode != "row":
+            return None
+        return [
+            found if budget is None or budget.tokens else budget.share
+            for found, budget in zip(kept_shares, self._budgets, strict=True)
+        ]
+
+    def _of_slots(self, pool_MKP: np.ndarray, sequence: SequenceCache, layer: int) -> np.ndarray:
         self._require_host_pool("scores and kept positions")
         n_cached = int(sequence.kv_len[layer])
         pages = pages_of(sequence.page_table[:, None], layer, 0, n_cached, self.pool.page_size)
-        return gather_slots(pool_MP, pages, n_cached)
+        return gather_slots(pool_MKP, pages, n_cached)
 
     def _step(
         self,
@@ -158,9 +179,9 @@ class ModelRunner:
         ids: Sequence[Ints],
         logit_rows: Ints,
         prompt_remaining: Ints,
-        *,
-        evict: bool,
-    ) -> Floats:
+        evict: Ints,
+    ) -> tuple[Floats, Ints]:
+        """Logits [R, V], and the tokens [L, B] that are cached after the step."""
         firsts = [sequence.n_seen for sequence in sequences]
         slots = np.concatenate([s.append(len(i)) for s, i in zip(sequences, ids, strict=True)], axis=1)
         step = Step(
@@ -172,18 +193,9 @@ class ModelRunner:
             page_table=_stacked_page_tables(sequences),
             kv_len=np.stack([s.kv_len for s in sequences], axis=1),
             prompt_remaining=prompt_remaining,
-            evict=np.full(len(ids), int(evict)),
+            evict=evict,
         )
-        logits, kept = self._executor.run_step(phase, step, self.pool)
-        if evict:
-            shares = [float(node.attributes["kept_share"]) for node in self._evict_nodes if node is not None]
-            for b, sequence in enumerate(sequences):
-                sequence.shrink(kept[:, b], shares)
-        return logits
-
-
-def _evict_node(nodes: Sequence[OpNode]) -> OpNode | None:
-    return next((node for node in nodes if node.op == "EvictTokens"), None)
+        return self._executor.run_step(phase, step, self.pool)
 
 
 def _stacked_page_tables(sequences: Sequence[SequenceCache]) -> Ints:

@@ -21,8 +21,10 @@ class SequenceCache:
         self.page_table: Ints = np.full((n_layers, 8), -1, np.int64)
         self._n_pages: Ints = np.zeros(n_layers, np.int64)
         self._decode_distance = decode_distance
-        self._kept_shares: list[float] | None = None
+        self._growth: list[float] | None = None
         self._reuse_order: list[deque[int]] = []
+        self.is_evicted = False
+        """Whether tokens have been evicted from the prompt, so that decode-time eviction may begin."""
         pool.register(self)
 
     @property
@@ -37,10 +39,10 @@ class SequenceCache:
     def append(self, n_new: int) -> Ints:
         """Make room for ``n_new`` tokens and return their slots [L, n_new].
 
-        All or nothing: on ``CapacityError`` the sequence is as it was. A single token of a sequence that has been evicted from
-        takes the slot of an older token in every layer that is over its kept share (see ``_evicts_for_next``).
+        All or nothing: on ``CapacityError`` the sequence is as it was. A single token of a sequence that grows at a share takes
+        the slot of an older token in every layer that is over its share (see ``_evicts_for_next``).
         """
-        reuse = n_new == 1 and self._kept_shares is not None
+        reuse = n_new == 1 and self._growth is not None
         grows = np.array([not (reuse and self._evicts_for_next(layer)) for layer in range(self.n_layers)])
         new_len = self.kv_len + n_new * grows
         self._grow_tables(-(-new_len // self.pool.page_size))
@@ -51,19 +53,21 @@ class SequenceCache:
                 if grows[layer]
                 else self._reuse_order[layer].popleft()
             )
-            if self._kept_shares is not None:
+            if self._growth is not None:
                 self._reuse_order[layer].extend(int(slot) for slot in slots[layer])
         self.kv_len = new_len
         self.n_seen += n_new
         return slots
 
-    def shrink(self, kept: Ints, kept_shares: Sequence[float]) -> None:
-        """After EvictTokens: layer l now holds ``kept[l]`` tokens in order of position. Pages behind them return to the pool.
+    def shrink(self, kept: Ints, growth: Sequence[float] | None) -> None:
+        """After the prompt's eviction: layer l holds ``kept[l]`` tokens in order of position. Pages behind them are freed.
 
-        From here on layer l grows at ``kept_shares[l]`` per generated token: decode-time eviction of PrefixKV's released code,
-        which deletes the row ``decode_distance`` before the end of the compressed prompt (or its middle, if it is shorter).
+        From here on layer l grows at ``growth[l]`` per generated token: decode-time eviction of PrefixKV's released code, which
+        deletes the row ``decode_distance`` before the end of the compressed prompt (or its middle, if it is shorter). None: by
+        every token, unless EvictTokens runs while decoding (``settle``).
         """
-        self._kept_shares = list(kept_shares)
+        self.is_evicted = True
+        self._growth = None if growth is None else list(growth)
         self._reuse_order = []
         for layer in range(self.n_layers):
             n_kept = int(kept[layer])
@@ -74,6 +78,10 @@ class SequenceCache:
             fixed = n_kept - self._decode_distance
             first = fixed if fixed >= 1 else n_kept // 2
             self._reuse_order.append(deque(int(slot) for slot in self._slots(layer, range(first, n_kept))))
+        self.kv_len = np.array(kept, np.int64)
+
+    def settle(self, kept: Ints) -> None:
+        """After EvictTokens ran while decoding: layer l holds ``kept[l]`` tokens. Pages stay, the next token needs them."""
         self.kv_len = np.array(kept, np.int64)
 
     def fork(self) -> "SequenceCache":
@@ -87,8 +95,9 @@ class SequenceCache:
             array[twin.pages] = array[self.pages]
         twin.n_seen = self.n_seen
         twin.kv_len = self.kv_len.copy()
-        if self._kept_shares is not None:
-            twin._kept_shares = list(self._kept_shares)
+        twin.is_evicted = self.is_evicted
+        if self._growth is not None:
+            twin._growth = list(self._growth)
             slot_of_page = dict(zip(self.pages, twin.pages, strict=True))
             size = self.pool.page_size
             twin._reuse_order = [
@@ -102,13 +111,14 @@ class SequenceCache:
         self.page_table[:] = -1
         self._n_pages[:] = 0
         self.kv_len = np.zeros_like(self.kv_len)
-        self._kept_shares = None
+        self._growth = None
+        self.is_evicted = False
         self.n_seen = 0
 
     def _evicts_for_next(self, layer: int) -> bool:
         """Whether the layer holds a token more than its share of the tokens seen (papers: int(len - T * kept) > 0)."""
-        assert self._kept_shares is not None
-        over = int(self.kv_len[layer] - self.n_seen * self._kept_shares[layer]) > 0
+        assert self._growth is not None
+        over = int(self.kv_len[layer] - self.n_seen * self._growth[layer]) > 0
         return over and bool(self._reuse_order[layer])
 
     def _slots(self, layer: int, indices: range) -> Ints:

@@ -180,6 +180,25 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_fold
 
 
 @pytest.fixture(scope="session")
+def small_refreekv_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
+    """Budgets found from the input in the last of three layers, on pages of 5 tokens. Not to be changed: copy it first."""
+    return _small_preset(tmp_path_factory, small_checkpoint_folder, "refreekv")
+
+
+@pytest.fixture(scope="session")
+def small_h2o_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
+    """A ranking per KV head that goes on while decoding, on pages of 5 tokens. Not to be changed: copy it first."""
+    return _small_preset(tmp_path_factory, small_checkpoint_folder, "h2o")
+
+
+def _small_preset(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, name: str) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / f"small-{name}"
+    return build_for_test(
+        EngineRequest(checkpoint=open_checkpoint(checkpoint), policy=policy_from_name(name), page_size=5), folder
+    )
+
+
+@pytest.fixture(scope="session")
 def full_engine(full_folder: Path) -> Engine:
     return load_for_test(full_folder)
 

@@ -113,10 +113,11 @@ class Run:
         self.kept.append(self.positions())
 
     def positions(self) -> list[set[int]]:
-        """Positions cached in each layer, none twice."""
-        positions = [self.runner.kept_positions(self.sequence, layer).tolist() for layer in range(self.sequence.n_layers)]
-        assert all(len(set(p)) == len(p) for p in positions)
-        return [set(p) for p in positions]
+        """Positions cached in each layer, none twice, the same by all KV heads."""
+        of_layers = [self.runner.kept_positions(self.sequence, layer).tolist() for layer in range(self.sequence.n_layers)]
+        assert all(len(set(p)) == len(p) for of_heads in of_layers for p in of_heads)
+        assert all(set(p) == set(of_heads[0]) for of_heads in of_layers for p in of_heads)
+        return [set(of_heads[0]) for of_heads in of_layers]
 
 
 @pytest.mark.parametrize("n_prompt", [1, 2, 40, CHUNK, CHUNK + 1, 200])
@@ -233,7 +234,8 @@ def test_importance_is_transformers_attention(window: int, full_engine: Engine, 
     assert isinstance(steps, SplitStepExecutor)
     runner = ModelRunner(steps.dense, full_engine.runner.pool, programs, chunk=CHUNK)
     expected_LN = weights_LNN[:, -window:].sum(axis=1)
-    np.testing.assert_allclose(runner.importance(ids), expected_LN, atol=1e-4)
+    importance_LKN = runner.importance(ids)
+    np.testing.assert_allclose(importance_LKN, np.broadcast_to(expected_LN[:, None], importance_LKN.shape), atol=1e-4)
     assert_nothing_leaked(full_engine)
 
 
@@ -245,7 +247,7 @@ def test_eviction_by_hand_is_the_eviction_of_the_graph(half_engine: Engine) -> N
     sequence = runner.new_sequence()
     by_hand = Run(runner, sequence, runner.prefill(sequence, ids, all_logits=True, evict=False))
     budget = [kept_tokens(90, share) for share in SHARES]
-    runner.evict(sequence, budget, sinks=1, recent=1, kept_shares=half_engine.manifest.kept_shares)
+    runner.evict(sequence, budget, sinks=1, recent=1, growth=half_engine.manifest.kept_shares)
     by_hand.kept.append(by_hand.positions())
     for token_id in random_ids(half_engine, 30, seed=32):
         by_graph.decode(token_id)
@@ -257,9 +259,9 @@ def test_eviction_by_hand_is_the_eviction_of_the_graph(half_engine: Engine) -> N
 
 
 def test_importance_is_what_eviction_ranks_by(half_engine: Engine) -> None:
-    """[L, N]: each layer hands out one unit of attention per query; nothing stays in the pool."""
+    """[L, K, N]: each layer hands out one unit of attention per query; nothing stays in the pool."""
     ids = random_ids(half_engine, 70, seed=33)
-    importance_LN = half_engine.runner.importance(ids)
+    importance_LN = half_engine.runner.importance(ids)[:, 0]
     assert_nothing_leaked(half_engine)
     np.testing.assert_allclose(importance_LN.sum(axis=1), 70, rtol=1e-4)
     run = Run.prefilled(half_engine.runner, ids)

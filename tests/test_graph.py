@@ -300,9 +300,7 @@ def test_a_graph_that_cannot_be_cut_is_refused() -> None:
         pieces_from_graph(attention_graph(parallel=False, typed=False))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"score": "window"}, {"kept": 0.4}, {"sinks": 2}, {"recent": 0}, {"budget": "uniform"}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"kept": 0.4}, {"budget": "uniform"}], ids=str)
 def test_a_recipe_for_another_policy_builds_nothing(bundled_checkpoint: Checkpoint, changes: dict[str, Any]) -> None:
     request = prefixkv_request(bundled_checkpoint, SHARES, budget=0.5)
     with pytest.raises(RecipeError, match="the recipe is not for policy 'prefixkv'"):

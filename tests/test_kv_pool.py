@@ -57,7 +57,7 @@ def test_lost_and_doubled_pages_are_noticed(break_it: Callable[[KvPool], object]
 
 def test_bytes_are_those_of_keys_values_positions_and_scores() -> None:
     pool = small_pool()
-    assert pool.page_bytes == 5 * (2 * 2 * 3 * 4 + 8 + 4)
+    assert pool.page_bytes == 5 * 2 * (2 * 3 * 4 + 8 + 4)
     assert pool.used_bytes == 0
 
 

@@ -18,7 +18,7 @@ from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES
 from trt_kv.plugins.cases import POISON
-from trt_kv.plugins.paging import Floats
+from trt_kv.plugins.paging import Floats, gather_slots
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import PHASES
 from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
@@ -39,9 +39,12 @@ HALF_ATOL = 0.1
 """fp16 keeps 11 bits: logits of up to 10 are rounded by 0.004 at the last step alone; measured: 0.03."""
 
 
-@pytest.fixture(params=["half_folder", "small_folder"], ids=["bundled", "qwen3-biases"])
+@pytest.fixture(
+    params=["half_folder", "small_folder", "small_refreekv_folder", "small_h2o_folder"],
+    ids=["bundled", "qwen3-biases", "refreekv", "h2o"],
+)
 def folder(request: pytest.FixtureRequest) -> Path:
-    """An engine that evicts: the bundled checkpoint, and a random one with other sizes."""
+    """An engine that evicts: the bundled checkpoint, and a random one with other sizes under three policies."""
     path: Path = request.getfixturevalue(request.param)
     return path
 
@@ -69,8 +72,9 @@ class MonolithicRunner:
         for layer in range(config.n_layers):
             kv_shape = (N_PAGES, 2, config.n_kv_heads, page_size, config.head_dim)
             self.states[f"kv_{layer}"] = np.full(kv_shape, np.nan, dtype)
-            self.states[f"token_positions_{layer}"] = np.full((N_PAGES, page_size), POISON)
-            self.states[f"scores_{layer}"] = np.full((N_PAGES, page_size), np.nan, np.float32)
+            slots_shape = (N_PAGES, config.n_kv_heads, page_size)
+            self.states[f"token_positions_{layer}"] = np.full(slots_shape, POISON)
+            self.states[f"scores_{layer}"] = np.full(slots_shape, np.nan, np.float32)
 
     def run(self, step: Step) -> dict[str, np.ndarray]:
         """The graph's outputs by name; the states among them replace those held."""
@@ -95,7 +99,7 @@ def recorded_run(folder: Path, manifest: Manifest) -> tuple[list[Step], list[np.
     config = manifest.config
     pool = KvPool(n_pages=N_PAGES, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     executor = Recording(folder, manifest)
-    runner = ModelRunner(executor, pool, manifest.programs, chunk=CHUNK)
+    runner = ModelRunner(executor, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
     sequences = [runner.new_sequence() for _ in PROMPTS]
     logits = [
         runner.prefill(sequence, list(prompt), all_logits=True) for sequence, prompt in zip(sequences, PROMPTS, strict=True)
@@ -113,9 +117,9 @@ def test_graphs_give_the_runtimes_logits_through_eviction_and_decoding(folder: P
     steps, logits, kept = recorded_run(folder, manifest)
     graphs = MonolithicRunner(folder / "graphs", manifest)
     outputs = [graphs.run(step) for step in steps]
-    assert sum(int(step.evict.any()) for step in steps) == len(PROMPTS)
+    assert sum(int((step.evict == 1).any()) for step in steps) == len(PROMPTS)
     np.testing.assert_allclose(np.concatenate([o["logits"] for o in outputs]), np.concatenate(logits), atol=ATOL, rtol=0.0)
-    assert kept_in(graphs.states, steps[-1], manifest) == [positions.tolist() for positions in kept]
+    assert kept_in(graphs.states, steps[-1], manifest, kept) == [positions.tolist() for positions in kept]
 
 
 def test_half_precision_graphs_run_in_stock_onnxruntime(
@@ -135,14 +139,14 @@ def test_half_precision_graphs_run_in_stock_onnxruntime(
     np.testing.assert_allclose(rows, np.concatenate(logits[: len(PROMPTS)]), atol=HALF_ATOL, rtol=0.0)
 
 
-def kept_in(states: dict[str, np.ndarray], last: Step, manifest: Manifest) -> list[list[int]]:
-    """For each sequence and layer the positions that the graphs' states hold, in slot order."""
+def kept_in(states: dict[str, np.ndarray], last: Step, manifest: Manifest, kept: Sequence[np.ndarray]) -> list[list[list[int]]]:
+    """For each sequence and layer the positions [K][S] that the graphs' states hold, in slot order; S as in ``kept``."""
+    lengths = iter(positions_KS.shape[1] for positions_KS in kept)
     held = []
     for b in range(len(PROMPTS)):
         for layer in range(manifest.config.n_layers):
             pages = last.page_table[layer, b]
-            positions = states[f"token_positions_{layer}"][pages[pages >= 0]].reshape(-1)
-            held.append(positions[: last.kv_len[layer, b]].tolist())
+            held.append(gather_slots(states[f"token_positions_{layer}"], pages[pages >= 0], next(lengths)).tolist())
     return held
 
 

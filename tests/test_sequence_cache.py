@@ -68,7 +68,7 @@ class Pair:
         slots = self.cache.append(n_new)
         positions = np.arange(first, first + n_new)
         pages, offsets = np.divmod(slots, self.cache.pool.page_size)
-        self.cache.pool.token_positions[pages, offsets] = positions
+        self.cache.pool.token_positions[pages, 0, offsets] = positions
         for layer in self.layers:
             for position in positions:
                 layer.decode(int(position)) if n_new == 1 else layer.rows.append(int(position))
@@ -80,7 +80,7 @@ class Pair:
 
     def positions(self, layer: int) -> list[int]:
         pages, offsets = self.slots(layer)
-        found: list[int] = self.cache.pool.token_positions[pages, offsets].tolist()
+        found: list[int] = self.cache.pool.token_positions[pages, 0, offsets].tolist()
         return found
 
     def evict(self, kept_shares: Sequence[float], rng: np.random.Generator, distance: int) -> None:
@@ -91,7 +91,7 @@ class Pair:
             n_kept = max(kept_tokens(len(rows), share), 1)
             kept = sorted(rng.choice(rows, n_kept, replace=False).tolist())
             pages, offsets = self.slots(layer)
-            self.cache.pool.token_positions[pages[:n_kept], offsets[:n_kept]] = kept
+            self.cache.pool.token_positions[pages[:n_kept], 0, offsets[:n_kept]] = kept
             self.layers[layer].compress(kept, share, distance)
             counts.append(n_kept)
         self.cache.shrink(np.array(counts), kept_shares)
@@ -262,12 +262,12 @@ def test_an_engine_decodes_with_the_published_eviction(half_engine: Engine) -> N
     layers = []
     for layer, share in enumerate(half_engine.manifest.kept_shares):
         model = ListLayer([])
-        model.compress(runner.kept_positions(sequence, layer).tolist(), share, PUBLISHED_DISTANCE)
+        model.compress(runner.kept_positions(sequence, layer)[0].tolist(), share, PUBLISHED_DISTANCE)
         layers.append(model)
     for token_id in random_ids(half_engine, 50, seed=2):
         position = sequence.n_seen
         runner.decode([sequence], [token_id])
         for layer, model in enumerate(layers):
             model.decode(position)
-            assert sorted(runner.kept_positions(sequence, layer).tolist()) == model.rows
+            assert np.sort(runner.kept_positions(sequence, layer)).tolist() == [model.rows] * 2
     sequence.release()

@@ -35,7 +35,7 @@ def _cached(sequence: SequenceCache, slots: np.ndarray) -> list[np.ndarray]:
     """What the pool holds at ``slots``, whichever pages they are in."""
     pages, offsets = np.divmod(slots, PAGE_SIZE)
     pool = sequence.pool
-    return [pool.kv[pages, :, :, offsets], pool.token_positions[pages, offsets], pool.scores[pages, offsets]]
+    return [pool.kv[pages, :, :, offsets], pool.token_positions[pages, :, offsets], pool.scores[pages, :, offsets]]
 
 
 def _all_slots(sequence: SequenceCache, layer: int) -> np.ndarray:

@@ -32,8 +32,8 @@ class CudaKvPool(KvPool):
         super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
         # The host arrays were reserved, never touched, and go with the assignment.
         self.kv = torch.empty(self.kv.shape, dtype=_TORCH_TYPES[dtype], device="cuda")  # type: ignore[assignment]
-        self.token_positions = torch.empty((n_pages, page_size), dtype=torch.int64, device="cuda")  # type: ignore[assignment]
-        self.scores = torch.empty((n_pages, page_size), device="cuda")  # type: ignore[assignment]
+        self.token_positions = torch.empty(self.token_positions.shape, dtype=torch.int64, device="cuda")  # type: ignore[assignment]
+        self.scores = torch.empty(self.scores.shape, device="cuda")  # type: ignore[assignment]
 
 
 class TensorRtExecutor:
@@ -132,11 +132,11 @@ class TensorRtExecutor:
             self._graphs[key] = graph
 
     def _kept(self, step: Step) -> Ints:
-        if not results_of(self._program):
-            return step.kv_len.copy()
-        n_sequences = step.kv_len.shape[1]
-        layers = range(len(self._program))
-        return np.stack([self._buffers[f"kept_{layer}"][:n_sequences].cpu().numpy() for layer in layers])
+        kept = step.kv_len.copy()
+        for layer in range(len(self._program)):
+            if f"kept_{layer}" in results_of(self._program):
+                kept[layer] = self._buffers[f"kept_{layer}"][: kept.shape[1]].cpu().numpy()
+        return kept
 
 
 def states_address(pool: KvPool) -> int:
