@@ -1,22 +1,23 @@
 """The results file of a quality report: everything that was measured, from which tables and pictures are made.
 
-Per row and document it holds whether the answer was right and what it lost, so that every statistic can be made again.
+Per row and document it holds whether the answer was right, what it lost and what was kept, so that every statistic can be made
+again. D documents of a cell, L layers.
 """
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trt_kv.calibration.evaluation_statistics import Estimate, perplexity_interval, perplexity_ratio, wilson_interval
+from trt_kv.calibration.evaluation_cell import Cell, pooled
+from trt_kv.calibration.evaluation_settings import Settings
 from trt_kv.errors import ReportError
 from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
 
 FORMAT = "trt-kv-report"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +41,6 @@ class Versions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What was asked for. ``budgets``: mean kept shares. Lengths count tokens.
-
-    A cell is one of ``fact_counts`` times one third of the document that the asked fact stands in.
-    """
-
-    budgets: tuple[float, ...]
-    context_length: int
-    text_answer_length: int
-    fact_counts: tuple[int, ...]
-    documents_per_cell: int
-    follow_up_documents_per_cell: int
-    text_documents: int
-    calibration_samples: int
-    calibration_seed: int
-    evaluation_seed: int
-    window: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """The model that was measured."""
 
@@ -71,7 +52,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFacts:
-    """A recipe that was calibrated for the report: its score, budget, kept share per layer and common mass."""
+    """A recipe that was calibrated for the report: its score as it is described, budget, kept share per layer, common mass."""
 
     score: str
     budget: float
@@ -85,90 +66,35 @@ class RecipeFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Document:
-    """One document of a task. ``region``: the third of the document that the asked fact stands in, None without question."""
+class PolicyFacts:
+    """A policy of the report.
 
-    n_prompt_tokens: int
-    n_counted_tokens: int
-    n_facts: int
-    region: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One variant at one mean kept share on all documents of a task.
-
-    ``right``: one character per document, "1" where the greedy answer is exact. ``losses``: summed negative log-likelihood of
-    each document's counted answer tokens, in nats. Means over documents, after eviction and before decoding: ``kept_tokens``
-    over all layers, ``kv_bytes`` of the pages that hold them, ``kept_by_layer`` shares, ``kept_place`` of the kept tokens in
-    the prompt (0 first, 1 last), shares ``fact_kept`` and ``question_kept`` of the asked fact's and the question's tokens (None
-    where the prompt has none).
+    ``group``: "reference" (the full cache), "published", "ours", "choice" (one choice of a published policy changed),
+    "threshold" and "ablation" (of ReFreeKV). ``settings``: every field of the policy that is not its default, as text.
+    ``recipe``: the score whose recipe gives its layers their shares, "" without. ``adaptive``: it finds its own budget, or has
+    one that is no share. ``searches``: the layers' shares are searched for each input.
     """
 
-    variant: str
-    budget: float
-    right: str
-    losses: tuple[float, ...]
-    kept_tokens: float
-    kv_bytes: float
-    kept_by_layer: tuple[float, ...]
-    kept_place: float
-    fact_kept: float | None
-    question_kept: float | None
-
-    @property
-    def answers(self) -> list[bool]:
-        """Whether each document's answer is right."""
-        return [answer == "1" for answer in self.right]
-
-    @cached_property
-    def accuracy(self) -> Estimate:
-        """Share of exact answers."""
-        return wilson_interval(self.right.count("1"), len(self.right))
+    name: str
+    label: str
+    group: str
+    settings: str
+    recipe: str
+    adaptive: bool
+    searches: bool
+    threshold: float | None
+    exempt_layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskResults:
-    """All rows of one task."""
+class TaskFacts:
+    """A task of the report. ``late``: the question stands in the prompt. ``asks``: answers can be right or wrong."""
 
     name: str
     title: str
     description: str
-    documents: tuple[Document, ...]
-    rows: tuple[Row, ...]
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if not len(row.right) == len(row.losses) == len(self.documents):
-                raise ReportError(
-                    f"{self.name}, {row.variant} at {row.budget}: not one result per document",
-                    got=f"{len(row.right)} answers, {len(row.losses)} losses",
-                    expected=len(self.documents),
-                )
-
-    @property
-    def asks(self) -> bool:
-        """Whether answers can be right or wrong; more of a text is only more or less likely."""
-        return any(document.region is not None for document in self.documents)
-
-    def row(self, variant: str, budget: float) -> Row:
-        """The row of ``variant`` at ``budget``; the full cache has one row, whatever the budget."""
-        for row in self.rows:
-            if row.variant == variant and row.budget in (budget, 1.0):
-                return row
-        raise ReportError("the results lack a row", got=f"{self.name}, {variant} at {budget}", fix="measure again")
-
-    def perplexity(self, row: Row) -> Estimate:
-        """Perplexity of the right answer."""
-        return perplexity_interval(row.losses, self._n_counted)
-
-    def perplexity_ratio(self, row: Row, other: Row) -> Estimate:
-        """Perplexity of ``row`` over that of ``other``."""
-        return perplexity_ratio(row.losses, other.losses, self._n_counted)
-
-    @property
-    def _n_counted(self) -> list[int]:
-        return [document.n_counted_tokens for document in self.documents]
+    late: bool
+    asks: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,21 +109,57 @@ class Results:
     page_size: int
     page_bytes: int
     recipes: tuple[RecipeFacts, ...]
-    tasks: tuple[TaskResults, ...]
+    policies: tuple[PolicyFacts, ...]
+    tasks: tuple[TaskFacts, ...]
+    cells: tuple[Cell, ...]
 
-    def task(self, name: str) -> TaskResults:
+    def policy(self, name: str) -> PolicyFacts:
+        """The policy called ``name``."""
+        for policy in self.policies:
+            if policy.name == name:
+                return policy
+        raise ReportError("the results lack a policy", got=name, expected=[policy.name for policy in self.policies])
+
+    def in_groups(self, *groups: str) -> list[PolicyFacts]:
+        """The policies of some groups, in order of the groups."""
+        return [policy for group in groups for policy in self.policies if policy.group == group]
+
+    def task(self, name: str) -> TaskFacts:
         """The task called ``name``."""
         for task in self.tasks:
             if task.name == name:
                 return task
         raise ReportError("the results lack a task", got=name, expected=[task.name for task in self.tasks])
 
+    def cell(self, task: str, context_length: int | None = None) -> Cell:
+        """The cell of a task at a context; None: the main one."""
+        wanted = context_length or self.settings.main_context
+        for cell in self.cells:
+            if (cell.task, cell.context_length) == (task, wanted):
+                return cell
+        raise ReportError("the results lack a cell", got=f"{task} at {wanted} tokens", fix="measure again: make report")
+
+    def can(self, cell: Cell) -> bool:
+        """Whether the model can do a task at a context with its full cache, so that policies can be compared there."""
+        return self.settings.can(cell, asks=self.task(cell.task).asks)
+
+    def compared(self, context_length: int | None = None, *, asking: bool = False) -> list[Cell]:
+        """The cells of a context (None: the main one) that the model can do, in order of the tasks; with ``asking`` those that
+        have right answers."""
+        cells = [self.cell(task.name, context_length) for task in self.tasks if task.asks or not asking]
+        return [cell for cell in cells if self.can(cell)]
+
+    def late(self, context_length: int | None = None) -> Cell | None:
+        """All late questions of a context in one cell, as far as the model can answer them; None where it cannot any."""
+        cells = [cell for cell in self.compared(context_length) if self.task(cell.task).late]
+        return pooled("late", cells) if cells else None
+
     def save(self, path: Path) -> None:
-        """Write the results to ``path``, whole or not at all; each row gets its accuracy and perplexity for readers."""
+        """Write the results to ``path``, whole or not at all; each row gets its summary for readers."""
         data = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        for task, task_data in zip(self.tasks, data["tasks"], strict=True):
-            for row, row_data in zip(task.rows, task_data["rows"], strict=True):
-                row_data["summary"] = _summary(task, row)
+        for cell, cell_data in zip(self.cells, data["cells"], strict=True):
+            for row, row_data in zip(cell.rows, cell_data["rows"], strict=True):
+                row_data["summary"] = cell.summary(row, asks=self.task(cell.task).asks)
         write_atomically(path, (_json_text(data) + "\n").encode(), kind="report", error=ReportError)
 
     @classmethod
@@ -207,24 +169,19 @@ class Results:
         if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             raise ReportError(f"{path} is no results file that this version reads", expected=f"{FORMAT} {VERSION}")
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
-        summaries = [[row.pop("summary", None) for row in task["rows"]] for task in fields.get("tasks", [])]
+        summaries = [[row.pop("summary", None) for row in cell["rows"]] for cell in fields.get("cells", [])]
         results = dataclass_from_json(cls, fields, where="results", error=ReportError)
-        for task, found in zip(results.tasks, summaries, strict=True):
-            for row, summary in zip(task.rows, found, strict=True):
-                if summary != _summary(task, row):
+        for cell, found in zip(results.cells, summaries, strict=True):
+            for row, summary in zip(cell.rows, found, strict=True):
+                expected = cell.summary(row, asks=results.task(cell.task).asks)
+                if summary != expected:
                     raise ReportError(
-                        f"{path}: the summary of {task.name}, {row.variant} at {row.budget} does not follow from its documents",
+                        f"{path}: the summary of {cell.name}, {row.name} does not follow from its documents",
                         got=summary,
-                        expected=_summary(task, row),
+                        expected=expected,
                         fix="measure again: make report",
                     )
         return results
-
-
-def _summary(task: TaskResults, row: Row) -> dict[str, Any]:
-    measured = {"accuracy": row.accuracy} if task.asks else {}
-    measured["perplexity"] = task.perplexity(row)
-    return {name: {key: round(x, 4) for key, x in dataclasses.asdict(estimate).items()} for name, estimate in measured.items()}
 
 
 def _json_text(value: Any, indent: str = "") -> str:

@@ -14,6 +14,8 @@ from trt_kv.errors import UsageError
 
 Z_95 = 1.959963984540054
 SIGNIFICANCE = 0.05
+FEWEST_DOCUMENTS = 6
+"""On fewer, answers cannot differ clearly: 2 / 2^5 is above the level of significance."""
 Verdict = Literal["better", "worse", "no clear difference"]
 
 
@@ -49,6 +51,18 @@ def perplexity_ratio(losses_D: Sequence[float], other_D: Sequence[float], n_toke
     """The first perplexity over the second on the same documents, whose difficulty cancels; otherwise as above."""
     mean, half = _mean_per_token(np.subtract(losses_D, other_D).tolist(), n_tokens_D)
     return Estimate(value=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half))
+
+
+def token_share_interval(n_right_D: Sequence[int], n_tokens_D: Sequence[int]) -> Estimate:
+    """The share of all tokens that are right, its interval from the normal approximation over documents, within [0, 1]."""
+    share, half = _mean_per_token(n_right_D, n_tokens_D)
+    return Estimate(value=share, low=max(0.0, share - half), high=min(1.0, share + half))
+
+
+def mean_interval(values_D: Sequence[float]) -> Estimate:
+    """The mean over documents with the interval of its normal approximation."""
+    mean, half = _mean_per_token(values_D, [1] * len(values_D))
+    return Estimate(value=mean, low=mean - half, high=mean + half)
 
 
 def compare_shares(right_D: Sequence[bool], other_D: Sequence[bool]) -> Verdict:

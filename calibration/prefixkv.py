@@ -8,7 +8,7 @@ As in the released code, the curve runs over all N tokens, the sink and the last
 counted on top of the prefix. Unlike it, the bisection is capped and the total is met exactly: where one step of p passes
 the target, the tokens up to it are handed out one per layer and round, first layers first.
 
-L layers, N tokens of a prompt.
+L layers, K KV heads, N tokens of a prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,11 +84,12 @@ def calibrate_prefixkv_budgets(
 ) -> list[Recipe]:
     """One recipe per mean kept share in ``budgets``, from one pass over the prompts.
 
-    ``importance`` scores a prompt's tokens per layer: token ids -> [L, N] floats >= 0, unnormalised. Kept shares, masses and
+    ``importance`` scores a prompt's tokens per layer: token ids -> [L, K, N] floats >= 0, unnormalised, or [L, N]
+    where all KV heads share a ranking. Kept shares, masses and
     curves are means over the prompts. ``source`` and ``seed`` say where the prompts came from. ``sinks_in_curve`` "out"
     leaves the protected first tokens out of the curves, so that their importance does not count. ``on_sample(done, total)``
     is called after each prompt. ``UsageError`` for no prompts, a prompt not longer than the protected tokens, scores of
-    another shape than [L, N], negative, not finite or all zero in a layer, and a budget outside (0, 1].
+    another shape than [L, K, N], negative, not finite or all zero in a layer, and a budget outside (0, 1].
     """
     if not prompts_token_ids:
         raise UsageError("there are no prompts to calibrate with", expected="at least one prompt")
@@ -127,7 +128,7 @@ def calibrate_prefixkv_budgets(
 
 
 def online_budget(
-    importance_LN: npt.NDArray[np.floating[Any]],
+    importance_LKN: npt.NDArray[np.floating[Any]],
     budget: float,
     *,
     protected: Protected = _DEFAULT_PROTECTED,
@@ -137,21 +138,25 @@ def online_budget(
 
     Errors as in ``calibrate_prefixkv_budgets``, but a prompt may be as short as it likes: then all of it is kept.
     """
-    curves_LN = cumulative_curves(importance_LN, sinks_out=protected.sinks if sinks_in_curve == "out" else 0)
-    return search_budgets(curves_LN, importance_LN.shape[1], budget, protected=protected).kept
+    curves_LN = cumulative_curves(importance_LKN, sinks_out=protected.sinks if sinks_in_curve == "out" else 0)
+    return search_budgets(curves_LN, importance_LKN.shape[-1], budget, protected=protected).kept
 
 
-def cumulative_curves(importance_LN: npt.NDArray[np.floating[Any]], *, sinks_out: int = 0) -> Floats:
+def cumulative_curves(importance_LKN: npt.NDArray[np.floating[Any]], *, sinks_out: int = 0) -> Floats:
     """C_l: cumulative shares of importance, most important token first, float64 [L, N - sinks_out], each row ending in 1.
 
-    The first ``sinks_out`` tokens are left out. ``UsageError`` for scores that are not [L, N], negative, not finite, or all
-    zero in a layer.
+    With a ranking for each KV head, C_l(j) is what the j most important tokens of every head hold together. The first
+    ``sinks_out`` tokens are left out. ``UsageError`` for scores that are neither [L, K, N] nor [L, N], negative, not finite,
+    or all zero in a layer.
     """
-    if importance_LN.ndim != 2 or importance_LN.shape[0] == 0:
-        raise UsageError("importance has the wrong shape", got=importance_LN.shape, expected="[layers, tokens]")
-    if not np.isfinite(importance_LN).all() or (importance_LN < 0.0).any():
+    if importance_LKN.ndim == 2:
+        importance_LKN = importance_LKN[:, None]
+    if importance_LKN.ndim != 3 or 0 in importance_LKN.shape[:2]:
+        expected = "[layers, tokens] or [layers, KV heads, tokens]"
+        raise UsageError("importance has the wrong shape", got=importance_LKN.shape, expected=expected)
+    if not np.isfinite(importance_LKN).all() or (importance_LKN < 0.0).any():
         raise UsageError("importance holds values that rank nothing", got="negative or not finite", expected="numbers >= 0")
-    ranked_LN = np.sort(importance_LN[:, sinks_out:].astype(np.float64), axis=1)[:, ::-1]
+    ranked_LN: Floats = np.sort(importance_LKN[:, :, sinks_out:].astype(np.float64), axis=2)[:, :, ::-1].sum(axis=1)
     if ranked_LN.shape[1] == 0:
         return ranked_LN
     empty = np.flatnonzero(ranked_LN[:, 0] == 0.0)
@@ -228,14 +233,14 @@ def _curves_of_prompt(
             expected=f"more than the {protected.n_tokens} protected tokens",
             fix="calibrate with prompts as long as those of the real use",
         )
-    scores_LN = importance(token_ids)
-    if scores_LN.shape != (n_layers, len(token_ids)):
+    scores_LKN = importance(token_ids)
+    if scores_LKN.ndim not in (2, 3) or (scores_LKN.shape[0], scores_LKN.shape[-1]) != (n_layers, len(token_ids)):
         raise UsageError(
             f"the importance of calibration {name} has the wrong shape",
-            got=scores_LN.shape,
-            expected=f"[{n_layers} layers, {len(token_ids)} tokens]",
+            got=scores_LKN.shape,
+            expected=f"[{n_layers} layers, KV heads, {len(token_ids)} tokens], or without KV heads",
         )
-    return cumulative_curves(scores_LN, sinks_out=protected.sinks if sinks_in_curve == "out" else 0)
+    return cumulative_curves(scores_LKN, sinks_out=protected.sinks if sinks_in_curve == "out" else 0)
 
 
 def _on_grid(curves_LN: Floats) -> Floats:

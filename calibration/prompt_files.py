@@ -17,24 +17,37 @@ def prompts_from_file(path: Path) -> list[str]:
         raise UsageError(
             "prompts come from a text or a JSON-lines file", got=path.name, expected="a name ending in .txt or .jsonl"
         )
-    lines = _lines(path)
+    lines = lines_of_file(path, kind="prompts")
     if not lines:
         raise UsageError("the file with the prompts is empty", got=str(path), expected="one prompt per line")
     read = _prompt_of_json_line if path.suffix == ".jsonl" else _prompt_of_text_line
     return [read(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, without their ends; only line feeds (after CR or not) separate them, as in JSON lines."""
+def lines_of_file(path: Path, *, kind: str) -> list[str]:
+    """The lines of a UTF-8 file, without their ends; only line feeds (after CR or not) separate them, as in JSON lines.
+
+    ``UsageError`` for a file that cannot be read; ``kind`` names in it what the file holds.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as cause:
-        raise UsageError("cannot read the file with the prompts", got=f"{path}: {cause.strerror or cause}") from cause
+        raise UsageError(f"cannot read the file with the {kind}", got=f"{path}: {cause.strerror or cause}") from cause
     except UnicodeDecodeError as cause:
         line = cause.object[: cause.start].count(b"\n") + 1
-        raise UsageError("the prompts are not UTF-8 text", got=f"byte {cause.start} in line {line} of {path}") from cause
+        raise UsageError(f"the {kind} are not UTF-8 text", got=f"byte {cause.start} in line {line} of {path}") from cause
     lines = text.split("\n")
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def json_of_line(line: str, where: str, *, expected: str) -> object:
+    """The JSON document in ``line``; ``UsageError`` naming ``where`` for an empty line and for one that is not JSON."""
+    if not line.strip():
+        raise UsageError(f"{where} is empty", expected=expected, fix="remove the line")
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as cause:
+        raise UsageError(f"{where} is not JSON", got=str(cause), expected=expected) from cause
 
 
 def _prompt_of_text_line(line: str, where: str) -> str:
@@ -49,12 +62,7 @@ def _prompt_of_text_line(line: str, where: str) -> str:
 
 def _prompt_of_json_line(line: str, where: str) -> str:
     expected = '{"prompt": "..."}'
-    if not line.strip():
-        raise UsageError(f"{where} is empty", expected=expected, fix="remove the line")
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as cause:
-        raise UsageError(f"{where} is not JSON", got=str(cause), expected=expected) from cause
+    data = json_of_line(line, where, expected=expected)
     prompt = data.get("prompt") if isinstance(data, dict) else None
     if not isinstance(prompt, str):
         raise UsageError(f"{where} holds no prompt", got=line if len(line) <= 80 else f"{line[:77]}...", expected=expected)

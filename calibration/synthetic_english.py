@@ -56,18 +56,53 @@ LONGEST_FACT = 8
 LONGEST_QUESTION = 11
 
 
+FactKind = Literal["code", "object", "home"]
+FACT_KINDS: tuple[FactKind, ...] = ("code", "object", "home")
+FACT_VALUES: dict[FactKind, tuple[tuple[str, ...], ...]] = {
+    "code": (DIGITS, DIGITS, DIGITS),
+    "object": (COLORS, OBJECTS),
+    "home": (ADJECTIVES, PLACES),
+}
+"""What the words of a fact are drawn from, by kind."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """One fact about ``name``: the words of its sentence and of the question that it answers."""
+    """One fact about ``name``: ``values`` are one word of each list of ``FACT_VALUES[kind]``."""
 
     name: str
-    sentence: tuple[str, ...]
-    question: tuple[str, ...]
+    kind: FactKind
+    values: tuple[str, ...]
+
+    @property
+    def sentence(self) -> tuple[str, ...]:
+        """How a document tells it, and how an answer restates it."""
+        told: dict[FactKind, tuple[str, ...]] = {
+            "code": ("code", "of", self.name, "is"),
+            "object": (self.name, "holds", "a"),
+            "home": (self.name, "lives", "in", "the"),
+        }
+        return (*told[self.kind], *self.values, ".")
+
+    @property
+    def question(self) -> tuple[str, ...]:
+        """What it is the answer to."""
+        asked: dict[FactKind, tuple[str, ...]] = {
+            "code": ("what", "is", "the", "code", "of", self.name),
+            "object": ("what", "does", self.name, "hold"),
+            "home": ("where", "does", self.name, "live"),
+        }
+        return ("question", ":", *asked[self.kind], "?", "answer", ":")
 
     @property
     def split(self) -> Split:
-        """The split this fact belongs to, decided by its words alone: no fact can be told in both splits."""
-        return SPLITS[zlib.crc32(" ".join(self.sentence).encode()) % 2]
+        """The split this fact belongs to."""
+        return split_of(self.sentence)
+
+
+def split_of(sentence: Iterable[str]) -> Split:
+    """The split of the fact that ``sentence`` tells, decided by its words alone: no fact can be told in both splits."""
+    return SPLITS[zlib.crc32(" ".join(sentence).encode()) % 2]
 
 
 def filler_sentence(rng: random.Random) -> list[str]:
@@ -96,25 +131,40 @@ def draw_facts(rng: random.Random, count: int, split: Split) -> list[Fact]:
     """``count`` facts of one split about different names; ``UsageError`` when there are not so many names."""
     if not 1 <= count <= len(NAMES):
         raise UsageError("a document cannot tell so many facts", got=count, expected=f"1 to {len(NAMES)}, one per name")
-    return [_draw_fact(rng, name, split) for name in rng.sample(NAMES, count)]
+    return [draw_fact(rng, name, rng.choice(FACT_KINDS), split) for name in rng.sample(NAMES, count)]
 
 
-def _draw_fact(rng: random.Random, name: str, split: Split) -> Fact:
-    """A fact about ``name``, drawn again until it belongs to ``split``."""
-    kind = rng.randrange(3)
+def draw_fact(rng: random.Random, name: str, kind: FactKind, split: Split) -> Fact:
+    """A fact of ``kind`` about ``name``, drawn again until it belongs to ``split``."""
     while True:
-        if kind == 0:
-            told = ["code", "of", name, "is", *(rng.choice(DIGITS) for _ in range(3))]
-            asked = ["what", "is", "the", "code", "of", name]
-        elif kind == 1:
-            told = [name, "holds", "a", rng.choice(COLORS), rng.choice(OBJECTS)]
-            asked = ["what", "does", name, "hold"]
-        else:
-            told = [name, "lives", "in", "the", rng.choice(ADJECTIVES), rng.choice(PLACES)]
-            asked = ["where", "does", name, "live"]
-        fact = Fact(name=name, sentence=(*told, "."), question=("question", ":", *asked, "?", "answer", ":"))
+        fact = Fact(name=name, kind=kind, values=tuple(rng.choice(words) for words in FACT_VALUES[kind]))
         if fact.split == split:
             return fact
+
+
+def draw_similar_facts(rng: random.Random, fact: Fact, count: int) -> list[Fact]:
+    """``count`` facts of the same split that are easily taken for ``fact``.
+
+    First those of the other kinds about the same name; then facts of the same kind about other names, all of whose words but
+    one are those of ``fact``. ``UsageError`` when there are not so many names.
+    """
+    if not 0 <= count <= len(NAMES) + len(FACT_KINDS) - 2:
+        expected = f"0 to {len(NAMES) + len(FACT_KINDS) - 2}"
+        raise UsageError("a document cannot tell so many similar facts", got=count, expected=expected)
+    same_name = [draw_fact(rng, fact.name, kind, fact.split) for kind in FACT_KINDS if kind != fact.kind][:count]
+    names = rng.sample([name for name in NAMES if name != fact.name], count - len(same_name))
+    return same_name + [_same_but_one_word(rng, fact, name) for name in names]
+
+
+def _same_but_one_word(rng: random.Random, fact: Fact, name: str) -> Fact:
+    """A fact about ``name`` that differs from ``fact`` in one value, drawn again until it belongs to its split."""
+    while True:
+        values = list(fact.values)
+        place = rng.randrange(len(values))
+        values[place] = rng.choice([word for word in FACT_VALUES[fact.kind][place] if word != values[place]])
+        similar = Fact(name=name, kind=fact.kind, values=tuple(values))
+        if similar.split == fact.split:
+            return similar
 
 
 def place_sentence(sentences: list[list[str]], sentence: Iterable[str], distance: int) -> tuple[list[list[str]], int]:

@@ -13,8 +13,12 @@ from trt_kv.calibration.synthetic_english import (
     LONGEST_FACT,
     LONGEST_FILLER,
     LONGEST_QUESTION,
+    SPECIAL_TOKENS,
+    VOCABULARY,
+    Fact,
     Split,
     draw_facts,
+    draw_similar_facts,
     filler_sentences,
     place_sentence,
 )
@@ -29,13 +33,15 @@ FACT_COUNTS = (4, 8, 16, 32)
 class Task:
     """A prompt and the continuation that is right.
 
-    ``kind`` "fact": the answer restates one fact of the document and must come out word for word. ``kind`` "text": the
-    answer is just more text, for perplexity. ``n_facts``: facts in the document; ``fact_distance``: words between the end
-    of the asked fact and the end of the document (the question not counted), None for ``text``. ``split``, ``seed`` and
-    ``index`` tell how to draw the task again.
+    ``kind`` "fact": the answer restates one fact of the document and must come out word for word. ``kind`` "copy": the same,
+    but what it restates is a stretch of random words. ``kind`` "text": the answer is just more text, for perplexity.
+
+    ``n_facts``: facts in the document. ``fact_distance``: words between the end of what is asked for and the end of the
+    document, None for ``text``. ``n_question_words``: the last words of the prompt, which are not of the document but ask.
+    ``split``, ``seed`` and ``index`` tell how to draw the task again.
     """
 
-    kind: Literal["fact", "text"]
+    kind: Literal["fact", "copy", "text"]
     prompt: str
     answer: str
     split: Split
@@ -43,6 +49,7 @@ class Task:
     index: int
     n_facts: int
     fact_distance: int | None
+    n_question_words: int
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -79,6 +86,34 @@ def evaluation_tasks(
     return _fact_tasks("evaluation", count, context_length=context_length, n_facts=(n_facts,), distance=distance, seed=seed)
 
 
+def distractor_tasks(count: int, *, context_length: int, n_distractors: int, seed: int = 0) -> list[Task]:
+    """``count`` documents of the evaluation split whose asked fact is followed by ``n_distractors`` that resemble it.
+
+    They are ``draw_similar_facts`` of the asked one, which stands in the first quarter of the document; the question follows
+    them all. Lengths as in ``evaluation_tasks``. ``UsageError`` for impossible values.
+    """
+    _check_count(count)
+    return [_distractor_task(index, context_length, n_distractors, seed) for index in range(count)]
+
+
+def copy_tasks(count: int, *, context_length: int, cue_length: int = 16, answer_length: int = 32, seed: int = 0) -> list[Task]:
+    """``count`` documents of random words, of which ``cue_length`` are said again from anywhere on: the answer goes on.
+
+    The bundled model was trained on random word sequences that are repeated. ``context_length``: tokens, ``<bos>``, cue and
+    answer included. ``UsageError`` for a document that is shorter than twice what is repeated of it.
+    """
+    _check_count(count)
+    repeated = cue_length + answer_length
+    n_words = context_length - 1 - repeated
+    if min(cue_length, answer_length) < 1 or n_words < 2 * repeated:
+        raise UsageError(
+            "the document is too short to be copied from",
+            got=f"context_length {context_length}, cue {cue_length}, answer {answer_length}",
+            expected=f"a cue and an answer of at least 1 word, and a context of at least {1 + 3 * repeated}",
+        )
+    return [_copy_task(index, n_words, cue_length, answer_length, seed) for index in range(count)]
+
+
 def plain_text_tasks(count: int, *, context_length: int, answer_length: int = 64, seed: int = 0) -> list[Task]:
     """``count`` filler texts of the evaluation split, without facts: the last ``answer_length`` words are the answer.
 
@@ -106,6 +141,7 @@ def plain_text_tasks(count: int, *, context_length: int, answer_length: int = 64
                 index=index,
                 n_facts=0,
                 fact_distance=None,
+                n_question_words=0,
             )
         )
     return tasks
@@ -131,8 +167,7 @@ def _fact_task(
     rng = _rng(split, "fact", seed, index)
     facts = draw_facts(rng, n_facts, split)
     asked = rng.choice(facts)
-    body_length = context_length - 1 - len(asked.question) - len(asked.sentence)
-    room = body_length - sum(len(fact.sentence) for fact in facts)
+    room = context_length - 1 - len(asked.question) - len(asked.sentence) - sum(len(fact.sentence) for fact in facts)
     if room < 0:
         raise UsageError(
             f"{n_facts} facts do not fit into the context",
@@ -142,15 +177,63 @@ def _fact_task(
     others = [list(fact.sentence) for fact in facts if fact is not asked] + filler_sentences(rng, room)
     rng.shuffle(others)
     sentences, fact_distance = place_sentence(others, asked.sentence, _distance_in_words(rng, others, distance))
+    return _asking(asked, sentences, fact_distance, split=split, seed=seed, index=index, n_facts=n_facts)
+
+
+def _distractor_task(index: int, context_length: int, n_distractors: int, seed: int) -> Task:
+    rng = _rng("evaluation", "distractors", seed, index)
+    (asked,) = draw_facts(rng, 1, "evaluation")
+    similar = [list(fact.sentence) for fact in draw_similar_facts(rng, asked, n_distractors)]
+    body_length = context_length - 1 - len(asked.question) - 2 * len(asked.sentence)
+    room = body_length - sum(map(len, similar))
+    if room < 0:
+        raise UsageError(
+            f"{n_distractors} distractors do not fit into the context",
+            got=f"{context_length} tokens",
+            expected=f"at least {context_length - room}",
+        )
+    fillers = filler_sentences(rng, room)
+    n_before = rng.randint(0, len(fillers) // 4)
+    after = fillers[n_before:] + similar
+    rng.shuffle(after)
+    sentences = [*fillers[:n_before], list(asked.sentence), *after]
+    fact_distance = sum(map(len, after))
+    return _asking(asked, sentences, fact_distance, split="evaluation", seed=seed, index=index, n_facts=1 + n_distractors)
+
+
+def _copy_task(index: int, n_words: int, cue_length: int, answer_length: int, seed: int) -> Task:
+    rng = _rng("evaluation", "copy", seed, index)
+    said = rng.choices(VOCABULARY[len(SPECIAL_TOKENS) :], k=n_words)
+    start = rng.randint(0, n_words - cue_length - answer_length)
+    cue_end = start + cue_length
+    return Task(
+        kind="copy",
+        prompt=" ".join(said + said[start:cue_end]),
+        answer=" ".join(said[cue_end : cue_end + answer_length]),
+        split="evaluation",
+        seed=seed,
+        index=index,
+        n_facts=0,
+        fact_distance=n_words - cue_end - answer_length,
+        n_question_words=cue_length,
+    )
+
+
+def _asking(
+    asked: Fact, sentences: Sequence[Sequence[str]], fact_distance: int, *, split: Split, seed: int, index: int, n_facts: int
+) -> Task:
+    """The task of a document of ``sentences`` that ends with the question for ``asked``."""
+    document = [word for sentence in sentences for word in sentence]
     return Task(
         kind="fact",
-        prompt=" ".join([word for sentence in sentences for word in sentence] + list(asked.question)),
+        prompt=" ".join([*document, *asked.question]),
         answer=" ".join(asked.sentence),
         split=split,
         seed=seed,
         index=index,
         n_facts=n_facts,
         fact_distance=fact_distance,
+        n_question_words=len(asked.question),
     )
 
 

@@ -105,7 +105,7 @@ def test_a_build_that_has_nothing_to_do_says_so(run: Run, small_checkpoint_folde
 def test_a_recipe_made_apart_builds_the_same_engine(
     run: Run, small_checkpoint_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    """calibrate, then build --recipe: the budgets and the score come from the recipe."""
+    """calibrate, then build --recipe: the budgets come from the recipe, whatever score they are applied to."""
     source = ("--checkpoint", small_checkpoint_folder)
     words = ("--budget", "0.7", "--score", "window", "--window", "8", "--prompts", prompts, "--samples", "2")
     code, out, err = run("calibrate", *source, *words, "--out", "recipes/mine.json", "--to-published", "lists")
@@ -119,12 +119,10 @@ def test_a_recipe_made_apart_builds_the_same_engine(
     recipe = Recipe.load(tmp_path / "recipes" / "mine.json")
     assert json.loads(published.read_text()) == pytest.approx([1 - share for share in recipe.kept])
 
-    code, _, err = run("build", *source, "--recipe", "recipes/mine.json", "--out", "engine")
-    assert code == 2
-    assert "add --score window --window 8" in err
-    assert (
-        run("build", *source, "--recipe", "recipes/mine.json", "--score", "window", "--window", "8", "--out", "engine")[0] == 0
+    code, _, err = run(
+        "build", *source, "--recipe", "recipes/mine.json", "--score", "window", "--window", "8", "--out", "engine"
     )
+    assert (code, err) == (0, "")
     assert load_manifest(tmp_path / "engine").kept_shares == pytest.approx(recipe.kept)
     assert load_manifest(tmp_path / "engine").policy.kept == 0.7
 
@@ -133,6 +131,14 @@ def test_a_recipe_made_apart_builds_the_same_engine(
     )
     assert code == 2
     assert "made for another budget" in err
+    code, _, err = run(
+        "build", *source, "--policy", "h2o", "--set", "budget=recipe", "--recipe", "recipes/mine.json", "--out", "other"
+    )
+    assert code == 0
+    assert "add --set score=window window=8 heads=shared pooling=1" in err
+    other = load_manifest(tmp_path / "other")
+    assert (other.policy.score, other.policy.heads) == ("mass", "each")
+    assert other.kept_shares == pytest.approx(recipe.kept)
 
 
 @pytest.mark.parametrize("command", ["build", "calibrate", "export"])

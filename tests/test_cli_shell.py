@@ -15,7 +15,6 @@ from tests.bare_python import make_bare_environment
 from trt_kv import __version__
 from trt_kv.cli.app import COMMANDS, main
 from trt_kv.cli.generate import read_prompt
-from trt_kv.cli.options import policy_from_options
 from trt_kv.cli.requests import CalibrationPlan, TargetPlan
 from trt_kv.errors import CapacityError, EngineError, MissingDependencyError, TrtKvError, UnknownNameError, UsageError
 from trt_kv.require import missing_dependency, require
@@ -97,14 +96,14 @@ def test_a_misspelt_command_line_exits_with_2(arguments: list[str], capsys: pyte
     ("arguments", "said"),
     [
         (["build", "--model", "gpt1"], "one of llama3"),
-        (["build", "--policy", "lru"], "one of full, prefixkv"),
+        (["build", "--policy", "lru"], "one of full, h2o, pooledwindow"),
         (["build", "--score", "luck"], "unknown score"),
         (["build", "--budget", "0"], "(0, 1]"),
         (["build", "--budget", "1.01"], "(0, 1]"),
         (["build", "--budget", "nan"], "(0, 1]"),
         (["build", "--policy", "full", "--budget", "0.5"], "keeps everything"),
-        (["build", "--window", "8"], "--score window"),
-        (["build", "--score", "window", "--window", "0"], "window counts tokens"),
+        (["build", "--window", "8"], "choose score window"),
+        (["build", "--score", "window", "--window", "0"], "window is a count"),
         (["build", "--samples", "0"], "--samples >= 1"),
         (["build", "--target", "abacus"], "unknown target"),
         (["build", "--profile", "edge"], "--target tensorrt"),
@@ -235,13 +234,6 @@ def test_a_prompt_comes_from_standard_input() -> None:
     code = "from trt_kv.cli.generate import read_prompt; print(repr(read_prompt('-', None)))"
     answer = subprocess.run([sys.executable, "-c", code], input="piped\n", capture_output=True, text=True, check=True)
     assert answer.stdout == "'piped'\n"
-
-
-def test_options_replace_only_what_they_name() -> None:
-    plain = policy_from_options("prefixkv", budget=None, score=None, window=None)
-    changed = policy_from_options("prefixkv", budget=None, score="window", window=None)
-    assert changed.score == "window"
-    assert (changed.kept, changed.budget, changed.window) == (plain.kept, plain.budget, plain.window)
 
 
 def test_unknown_target_lists_the_known_ones() -> None:

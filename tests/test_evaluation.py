@@ -1,29 +1,35 @@
-"""What evaluation promises: equal totals for every variant, tasks cut where they should be, honest intervals and verdicts."""
+"""What evaluation promises: tasks cut where they should be, honest intervals and verdicts, nothing measured twice."""
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trt_kv.calibration.evaluation import FULL, VARIANTS, Encode, Variant, answer_losses, case_from_task, layer_budgets
-from trt_kv.calibration.evaluation_findings import COMPARISONS, describe, signs
+from trt_kv.calibration.evaluation import Encode, answer_losses, case_from_task
+from trt_kv.calibration.evaluation_cell import Cell, Document, Row, pooled
+from trt_kv.calibration.evaluation_findings import by_answers, describe, lossless_share, signs, verdicts
+from trt_kv.calibration.evaluation_settings import ContextPlan
 from trt_kv.calibration.evaluation_statistics import (
+    FEWEST_DOCUMENTS,
     Verdict,
     compare_losses,
     compare_shares,
+    mean_interval,
     perplexity_interval,
     perplexity_ratio,
+    token_share_interval,
     wilson_interval,
 )
-from trt_kv.calibration.prefixkv import calibrate_prefixkv, online_budget
+from trt_kv.calibration.evaluation_store import Store
 from trt_kv.calibration.synthetic_english import VOCABULARY
-from trt_kv.calibration.tasks import REGIONS, evaluation_tasks, plain_text_tasks
-from trt_kv.errors import UsageError
-from trt_kv.recipe import Recipe, RecipeModel, RecipeScore
+from trt_kv.calibration.tasks import REGIONS, copy_tasks, evaluation_tasks, plain_text_tasks
+from trt_kv.errors import ReportError, UsageError
 
-N_LAYERS = 3
 WORD_IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
 
@@ -31,66 +37,26 @@ def _encode(text: str) -> list[int]:
     return [WORD_IDS["<bos>"], *(WORD_IDS[word] for word in text.split())]
 
 
-def _importance(n_tokens: int, *, concentration: float = 3.0, seed: int = 0) -> np.ndarray:
-    """Scores [L, N] that are more concentrated from layer to layer."""
-    drawn = np.random.default_rng(seed).random((N_LAYERS, n_tokens)) + 1e-3
-    scores: np.ndarray = drawn ** (concentration * np.arange(1, N_LAYERS + 1)[:, None])
-    return scores
+def _row(policy: str, budget: float | None, right: str, **fields: Any) -> Row:
+    n = len(right)
+    made: dict[str, Any] = {
+        "losses": tuple(0.5 * i for i in range(n)),
+        "agreed": (3,) * n,
+        "kept": (0.5,) * n,
+        "kept_by_layer": (1.0, 0.4, 0.3, 0.3),
+        "kv_bytes": 1000.0,
+        "kept_place": 0.5,
+        "fact_kept": 0.25,
+        "question_kept": None,
+    }
+    return Row(policy=policy, budget=budget, right=right, **(made | fields))
 
 
-def _recipe(score: str, share: float, n_tokens: int) -> Recipe:
-    return calibrate_prefixkv(
-        [list(range(n_tokens))],
-        lambda ids: _importance(len(ids), concentration=2.0 if score == "mass" else 4.0),
-        budget=share,
-        score=RecipeScore(name=score, window=32 if score == "window" else None),
-        model=RecipeModel(name="test", digest="sha256:0", n_layers=N_LAYERS),
-        source="made for a test",
+def _cell(task: str, rows: list[Row], *, seed: int = 0, n_counted: int = 4) -> Cell:
+    documents = [Document(seed=seed, n_prompt_tokens=100, n_counted_tokens=n_counted) for _ in rows[0].right]
+    return Cell(
+        task=task, context_length=128, documents=tuple(documents), sink_mass=(0.1, 0.2), rows=tuple(rows), elapsed_s=1.0
     )
-
-
-@given(share=st.sampled_from([0.1, 0.3, 0.5, 0.9]), n_tokens=st.integers(100, 400))
-def test_every_variant_of_a_kept_share_keeps_the_same_number_of_tokens(share: float, n_tokens: int) -> None:
-    recipes = {score: _recipe(score, share, n_tokens) for score in ("mass", "window")}
-    importance = {score: _importance(n_tokens, seed=seed) for seed, score in enumerate(recipes)}
-    for variant in VARIANTS:
-        budgets = layer_budgets(variant, share, n_tokens=n_tokens, n_layers=N_LAYERS, recipes=recipes, importance=importance)
-        assert abs(sum(budgets.tokens) - share * n_tokens * N_LAYERS) <= N_LAYERS, variant.name
-        assert all(0.0 < growth <= 1.0 for growth in budgets.growth)
-
-
-def test_budgets_come_from_the_recipe_or_the_search_that_the_variant_names() -> None:
-    recipes = {score: _recipe(score, 0.3, 200) for score in ("mass", "window")}
-    importance = {score: _importance(200, seed=seed) for seed, score in enumerate(recipes)}
-
-    def tokens(name: str) -> tuple[int, ...]:
-        (variant,) = [variant for variant in (FULL, *VARIANTS) if variant.name == name]
-        return layer_budgets(variant, 0.3, n_tokens=200, n_layers=N_LAYERS, recipes=recipes, importance=importance).tokens
-
-    assert tokens("prefixkv") == tokens("random") == tokens("mass-recent") == tuple(recipes["mass"].kept_tokens(200))
-    assert tokens("window") == tuple(recipes["window"].kept_tokens(200)) != tokens("prefixkv")
-    assert tokens("mass-online") == tuple(online_budget(importance["mass"], 0.3))
-    assert tokens("window-online") == tuple(online_budget(importance["window"], 0.3))
-    assert tokens("mass-uniform") == tokens("window-uniform") == tokens("recency") == (60, 60, 60)
-    assert tokens("full") == (200, 200, 200)
-
-
-def test_a_recipe_of_another_budget_is_refused() -> None:
-    recipes = {"mass": _recipe("mass", 0.3, 200)}
-    with pytest.raises(UsageError, match="another budget"):
-        layer_budgets(VARIANTS[0], 0.4, n_tokens=200, n_layers=N_LAYERS, recipes=recipes, importance={})
-
-
-def test_variants_and_comparisons_have_names_of_their_own_and_differ_in_one_choice() -> None:
-    named = {variant.name: variant for variant in (FULL, *VARIANTS)}
-    assert len(named) == len({variant.label for variant in named.values()}) == 1 + len(VARIANTS)
-
-    def choices(variant: Variant) -> tuple[object, ...]:
-        return variant.score, variant.allocation, variant.recent
-
-    for comparison in COMPARISONS:
-        pair = zip(choices(named[comparison.variant]), choices(named[comparison.other]), strict=True)
-        assert sum(a != b for a, b in pair) == 1, comparison
 
 
 @pytest.mark.parametrize("region", REGIONS)
@@ -105,6 +71,16 @@ def test_a_case_knows_where_the_asked_fact_and_the_question_stand(region: str, q
         assert asked[-2:] == (WORD_IDS["answer"], WORD_IDS[":"])
         assert bool(case.given) != question_known
         assert case.first_counted == (1 if question_known else len(case.given))
+
+
+@pytest.mark.parametrize("question_known", [True, False])
+def test_a_copy_asks_with_its_cue(question_known: bool) -> None:
+    (task,) = copy_tasks(1, context_length=300, cue_length=9, answer_length=20)
+    case = case_from_task(task, _encode, question_known=question_known)
+    assert tuple(case.prompt[i] for i in case.fact) == case.answer
+    cue = tuple(case.prompt[i] for i in case.question) + case.given
+    assert len(cue) == 9
+    assert cue == tuple(case.prompt[case.fact.start - 9 : case.fact.start])
 
 
 def test_plain_text_has_neither_fact_nor_question() -> None:
@@ -185,6 +161,22 @@ def test_in_a_ratio_of_perplexities_the_difficulty_of_documents_cancels() -> Non
     assert (same.low, same.value, same.high) == (1.0, 1.0, 1.0)
 
 
+def test_a_share_of_tokens_weighs_tokens_and_stays_between_none_and_all() -> None:
+    interval = token_share_interval([4, 0, 6], [4, 2, 6])
+    assert interval.value == pytest.approx(10 / 12)
+    assert interval.high == 1.0
+    assert 0.0 <= interval.low < interval.value
+    all_right = token_share_interval([4, 2], [4, 2])
+    assert (all_right.low, all_right.value, all_right.high) == (1.0, 1.0, 1.0)
+
+
+def test_the_interval_of_a_mean_is_the_normal_one() -> None:
+    values = [0.2, 0.4, 0.6, 0.9]
+    half = 1.959964 * float(np.std(values, ddof=1)) / 2
+    interval = mean_interval(values)
+    assert (interval.low, interval.value, interval.high) == pytest.approx((0.525 - half, 0.525, 0.525 + half))
+
+
 @given(pairs=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
 def test_comparisons_of_answers_turn_around_with_their_sides(pairs: list[tuple[bool, bool]]) -> None:
     first, second = [a for a, _ in pairs], [b for _, b in pairs]
@@ -197,6 +189,7 @@ def test_answers_differ_clearly_from_six_wins_without_a_loss_on() -> None:
     """McNemar, exact and two-sided: 2 / 2^5 > 5 % >= 2 / 2^6."""
     assert compare_shares([True] * 5 + [False] * 9, [False] * 14) == "no clear difference"
     assert compare_shares([True] * 6 + [False] * 9, [False] * 15) == "better"
+    assert FEWEST_DOCUMENTS == 6
 
 
 def test_comparisons_of_losses_rarely_see_what_is_not_there_and_see_what_is() -> None:
@@ -219,3 +212,89 @@ def test_verdicts_are_told_in_ranges_of_kept_shares() -> None:
         describe(dict(zip(shares, found, strict=True))) == "better at 10–20, 40 %, worse at 50 %, no clear difference at 30 %"
     )
     assert signs(dict(zip(shares, found, strict=True))) == "++.+-"
+
+
+def test_a_policy_that_finds_its_own_budget_has_one_row_for_all() -> None:
+    cell = _cell("copy", [_row("full", None, "11"), _row("snapkv", 0.2, "01"), _row("refreekv", None, "10")])
+    assert cell.row("refreekv", 0.2) is cell.row("refreekv", 0.5) is cell.row("refreekv")
+    assert cell.row("snapkv", 0.2).right == "01"
+    assert not cell.has("snapkv", 0.5)
+    with pytest.raises(ReportError, match="lack a row"):
+        cell.row("snapkv", 0.5)
+
+
+def test_exempt_layers_can_be_left_out_of_a_budget() -> None:
+    row = _row("refreekv", None, "11", kept=(0.5, 0.75))
+    assert row.kept_without((0,)) == pytest.approx((1 / 3, 2 / 3))
+    assert row.kept_without(()) == (0.5, 0.75)
+
+
+def test_a_cell_needs_the_full_cache_first_and_a_result_per_document() -> None:
+    with pytest.raises(ReportError, match="full cache"):
+        _cell("copy", [_row("snapkv", 0.2, "11")])
+    with pytest.raises(ReportError, match="one result per document"):
+        _cell("copy", [_row("full", None, "11"), _row("snapkv", 0.2, "1", kept=(0.5, 0.5))])
+
+
+def test_pooled_cells_weigh_documents_alike_and_share_their_rows() -> None:
+    first = _cell("a", [_row("full", None, "11"), _row("x", 0.2, "10"), _row("y", 0.2, "11")])
+    other = _cell(
+        "b", [_row("full", None, "1"), _row("x", 0.2, "0", kept=(0.2,), kept_place=0.2, question_kept=1.0)], n_counted=7
+    )
+    cell = pooled("both", [first, other])
+    assert [row.policy for row in cell.rows] == ["full", "x"]
+    row = cell.row("x", 0.2)
+    assert row.right == "100"
+    assert row.kept == (0.5, 0.5, 0.2)
+    assert row.kept_place == pytest.approx((2 * 0.5 + 0.2) / 3)
+    assert row.fact_kept == pytest.approx(0.25)
+    assert row.question_kept is None
+    assert cell.agreement(row).value == pytest.approx(9 / 15)
+    assert cell.elapsed_s == 2.0
+
+
+def test_lossless_means_from_there_on() -> None:
+    """A share counts only if no larger one is clearly worse than the full cache."""
+    right, wrong = "1" * 8, "0" * 8
+    for (at_20, at_50), share in {
+        (right, right): 0.2, (wrong, right): 0.5, (right, wrong): None, (wrong, wrong): None
+    }.items():  # fmt: skip
+        cell = _cell("a", [_row("full", None, right), _row("x", 0.2, at_20), _row("x", 0.5, at_50)])
+        assert lossless_share(cell, "x", (0.2, 0.5), by_answers) == share
+        assert set(verdicts(cell, "x", "full", (0.2, 0.5, 0.9), by_answers)) == {0.2, 0.5}
+
+
+def test_a_part_is_measured_once_under_the_same_conditions(tmp_path: Path) -> None:
+    plan = ContextPlan(context_length=512, documents_per_seed=3, budgets=(0.1, 0.5), groups=("ours",))
+    measured = []
+
+    def measure() -> ContextPlan:
+        measured.append(plan)
+        return plan
+
+    store = Store(folder=tmp_path / "parts", conditions={"model": "sha256:0"})
+    assert not store.has("one", seeds=[0])
+    assert store.get_or_measure("one", ContextPlan, measure, seeds=[0]) == plan
+    assert store.get_or_measure("one", ContextPlan, measure, seeds=[0]) == plan
+    assert store.has("one", seeds=[0])
+    assert len(measured) == 1
+    store.get_or_measure("one", ContextPlan, measure, seeds=[0, 1])
+    Store(folder=tmp_path / "parts", conditions={"model": "sha256:1"}).get_or_measure("one", ContextPlan, measure, seeds=[0, 1])
+    assert len(measured) == 3
+    assert not store.has("one", seeds=[0, 1])
+
+
+def test_a_measurement_that_fails_leaves_no_part_and_a_broken_part_is_told(tmp_path: Path) -> None:
+    store = Store(folder=tmp_path, conditions={})
+
+    def fail() -> ContextPlan:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.get_or_measure("one", ContextPlan, fail)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "one.json").write_text(json.dumps({"format": "something else"}))
+    assert not store.has("one")
+    (tmp_path / "one.json").write_text("{")
+    with pytest.raises(ReportError, match="not JSON"):
+        store.has("one")

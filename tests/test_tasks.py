@@ -18,10 +18,21 @@ from trt_kv.calibration.synthetic_english import (
     VOCABULARY,
     Fact,
     draw_facts,
+    draw_similar_facts,
     filler_sentence,
     place_sentence,
+    split_of,
 )
-from trt_kv.calibration.tasks import REGIONS, Region, Task, calibration_prompts, evaluation_tasks, plain_text_tasks
+from trt_kv.calibration.tasks import (
+    REGIONS,
+    Region,
+    Task,
+    calibration_prompts,
+    copy_tasks,
+    distractor_tasks,
+    evaluation_tasks,
+    plain_text_tasks,
+)
 from trt_kv.errors import UsageError
 
 TOKENIZER = Path(__file__).parents[1] / "trt_kv" / "models" / "llama3-tiny" / "tokenizer.json"
@@ -83,7 +94,7 @@ def test_every_fact_of_a_document_belongs_to_its_split(seed: int, split: str, n_
         (task,) = evaluation_tasks(1, context_length=512, n_facts=n_facts, seed=seed)
     told = _facts_told(task)
     assert len(told) == n_facts
-    assert {Fact(name="", sentence=words, question=()).split for words in told} == {split}
+    assert {split_of(words) for words in told} == {split}
 
 
 def test_the_splits_share_no_document_and_no_fact() -> None:
@@ -159,6 +170,55 @@ def test_a_sentence_is_placed_as_close_to_its_distance_as_sentences_allow() -> N
     assert place_sentence(others, ["x"], 12) == ([["x"], *others], 12)
 
 
+@pytest.mark.parametrize("kind", ["code", "object", "home"])
+def test_similar_facts_share_the_name_or_all_words_but_one(kind: str) -> None:
+    values = {"code": ("4", "8", "2"), "object": ("red", "key"), "home": ("old", "harbor")}[kind]
+    fact = Fact(name="alice", kind=kind, values=values)  # type: ignore[arg-type]
+    similar = draw_similar_facts(random.Random(0), fact, 30)
+    assert {other.kind for other in similar[:2]} == {"code", "object", "home"} - {kind}
+    assert {other.name for other in similar[:2]} == {"alice"}
+    assert len({other.name for other in similar[2:]} - {"alice"}) == 28
+    for other in similar[2:]:
+        assert other.kind == kind
+        assert sum(a != b for a, b in zip(other.values, values, strict=True)) == 1
+    assert {other.split for other in similar} == {fact.split}
+    assert draw_similar_facts(random.Random(0), fact, 1)[0].name == "alice"
+    assert draw_similar_facts(random.Random(0), fact, 0) == []
+
+
+def test_distractors_stand_between_the_asked_fact_and_the_question() -> None:
+    for task in distractor_tasks(12, context_length=450, n_distractors=10, seed=1):
+        told = [tuple(sentence.split()) for sentence in task.prompt.partition("question :")[0].split(" . ")]
+        asked = tuple(task.answer.removesuffix(" .").split())
+        facts = [words for words in told if {"code", "holds", "lives"} & set(words)]
+        assert facts.index(asked) == 0
+        assert facts.count(asked) == 1
+        assert len(facts) == task.n_facts == 11
+        (name,) = set(asked) & set(NAMES)
+        assert sum(name in words for words in facts) == 3
+        assert told.index(asked) <= len(told) / 4 + 1
+        body = task.prompt[: task.prompt.index(" question :")]
+        assert task.fact_distance == len(body[body.index(task.answer) + len(task.answer) :].split())
+        assert 450 - LONGEST_FILLER <= task.n_prompt_tokens + task.n_answer_tokens <= 450
+
+
+def test_a_copy_goes_on_where_its_cue_stood_in_the_document() -> None:
+    tasks = copy_tasks(40, context_length=300, cue_length=9, answer_length=21, seed=2)
+    for task in tasks:
+        words = task.prompt.split()
+        document, cue = words[: -task.n_question_words], words[-task.n_question_words :]
+        assert task.fact_distance is not None
+        end = len(document) - task.fact_distance
+        assert document[end - 30 : end] == [*cue, *task.answer.split()]
+        assert len(cue) == 9
+        assert task.n_prompt_tokens + task.n_answer_tokens == 300
+        assert set(words) <= set(VOCABULARY) - {"<pad>", "<bos>", "<eos>", "<unk>"}
+    distances = [task.fact_distance for task in tasks if task.fact_distance is not None]
+    assert min(distances) < 60
+    assert max(distances) > 180
+    assert tasks[:3] == copy_tasks(3, context_length=300, cue_length=9, answer_length=21, seed=2)
+
+
 def test_plain_text_tells_no_facts_and_its_answer_goes_on() -> None:
     for task in plain_text_tasks(5, context_length=256, answer_length=48, seed=2):
         assert not _facts_told(task)
@@ -184,6 +244,14 @@ def test_impossible_tasks_are_refused() -> None:
         calibration_prompts(0)
     with pytest.raises(UsageError, match="number of facts"):
         calibration_prompts(1, n_facts=[])
+    with pytest.raises(UsageError, match="distractors do not fit"):
+        distractor_tasks(1, context_length=100, n_distractors=20)
+    with pytest.raises(UsageError, match="0 to 73"):
+        distractor_tasks(1, context_length=5000, n_distractors=74)
+    with pytest.raises(UsageError, match="too short to be copied"):
+        copy_tasks(1, context_length=144)
+    with pytest.raises(UsageError, match="too short to be copied"):
+        copy_tasks(1, context_length=512, cue_length=0)
     with pytest.raises(UsageError, match="too short for its answer"):
         plain_text_tasks(1, context_length=64, answer_length=64)
 

@@ -1,0 +1,146 @@
+"""What an engine answered to a file of tasks, and what that says: about the engine alone, and beside another one.
+
+L layers. Every statistic is made from the answers, so that a results file holds nothing that cannot be made again.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trt_kv.calibration.evaluation_statistics import (
+    Estimate,
+    Verdict,
+    compare_shares,
+    perplexity_interval,
+    perplexity_ratio,
+    wilson_interval,
+)
+from trt_kv.errors import ReportError
+
+UNNAMED = "(other)"
+"""The group of tasks without one, where others have one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What an engine made of one task.
+
+    ``text`` and ``token_ids``: its greedy answer, ``right`` or not. ``loss``: summed negative log-likelihood in nats of the
+    ``n_expected_tokens`` of the first accepted answer. ``kept_tokens``: cached per layer after the prompt had been read and
+    evicted from. Seconds are of the prompt and of the greedy answer; tasks that are answered together share each step's time.
+    """
+
+    line: int
+    name: str
+    task: str | None
+    right: bool
+    text: str
+    token_ids: tuple[int, ...]
+    loss: float
+    n_expected_tokens: int
+    n_prompt_tokens: int
+    kept_tokens: tuple[int, ...]
+    prompt_seconds: float
+    answer_seconds: float
+
+    def __post_init__(self) -> None:
+        if min(self.n_expected_tokens, self.n_prompt_tokens, len(self.kept_tokens)) < 1:
+            raise ReportError(
+                f"the answer to {self.name} is about nothing", expected="at least one prompt token, expected token and layer"
+            )
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the prompt's tokens that are cached after it, mean over layers."""
+        return sum(self.kept_tokens) / len(self.kept_tokens) / self.n_prompt_tokens
+
+    @property
+    def seconds(self) -> float:
+        return self.prompt_seconds + self.answer_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Statistics of a group of tasks. ``perplexity`` is that of the expected answers; one task alone gives it no interval."""
+
+    n_tasks: int
+    accuracy: Estimate
+    perplexity: float
+    perplexity_95: tuple[float, float] | None
+    kept_share: float
+    least_kept: float
+    most_kept: float
+    seconds_per_task: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One engine beside another on the same tasks.
+
+    ``difference`` of the accuracies, and McNemar's ``verdict`` on it: ``wins`` tasks are right here only, ``losses`` there
+    only. ``same_answers``: share of greedy answers that agree to the last token. ``agreement``: mean share of an answer that
+    comes before the first token on which the two differ. ``perplexity_ratio``: None for one task alone.
+    """
+
+    n_tasks: int
+    difference: float
+    wins: int
+    losses: int
+    verdict: Verdict
+    same_answers: Estimate
+    agreement: float
+    perplexity_ratio: Estimate | None
+
+
+def score_of(answers: Sequence[Answer]) -> Score:
+    """The statistics of at least one answer."""
+    n = len(answers)
+    losses, n_tokens = [answer.loss for answer in answers], [answer.n_expected_tokens for answer in answers]
+    estimate = perplexity_interval(losses, n_tokens) if n > 1 else None
+    shares = [answer.kept_share for answer in answers]
+    return Score(
+        n_tasks=n,
+        accuracy=wilson_interval(sum(answer.right for answer in answers), n),
+        perplexity=math.exp(sum(losses) / sum(n_tokens)) if estimate is None else estimate.value,
+        perplexity_95=None if estimate is None else (estimate.low, estimate.high),
+        kept_share=sum(shares) / n,
+        least_kept=min(shares),
+        most_kept=max(shares),
+        seconds_per_task=sum(answer.seconds for answer in answers) / n,
+    )
+
+
+def comparison_of(answers: Sequence[Answer], others: Sequence[Answer]) -> Comparison:
+    """How ``answers`` differ from the ``others`` to the same tasks in the same order; at least one."""
+    n = len(answers)
+    pairs = list(zip(answers, others, strict=True))
+    right, other_right = [answer.right for answer in answers], [other.right for other in others]
+    losses, other_losses = [answer.loss for answer in answers], [other.loss for other in others]
+    n_tokens = [answer.n_expected_tokens for answer in answers]
+    return Comparison(
+        n_tasks=n,
+        difference=(sum(right) - sum(other_right)) / n,
+        wins=sum(answer.right and not other.right for answer, other in pairs),
+        losses=sum(other.right and not answer.right for answer, other in pairs),
+        verdict=compare_shares(right, other_right),
+        same_answers=wilson_interval(sum(answer.token_ids == other.token_ids for answer, other in pairs), n),
+        agreement=sum(agreement(answer.token_ids, other.token_ids) for answer, other in pairs) / n,
+        perplexity_ratio=perplexity_ratio(losses, other_losses, n_tokens) if n > 1 else None,
+    )
+
+
+def agreement(tokens: Sequence[int], others: Sequence[int]) -> float:
+    """The share of the longer of two answers that comes before the first token on which they differ; 1 for two empty ones."""
+    n_same = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), min(len(tokens), len(others)))
+    longest = max(len(tokens), len(others))
+    return n_same / longest if longest else 1.0
+
+
+def groups_of(answers: Sequence[Answer]) -> dict[str, list[int]]:
+    """Indices of the answers of each group of tasks, in the order of first appearance; empty where no task names one."""
+    if all(answer.task is None for answer in answers):
+        return {}
+    groups: dict[str, list[int]] = {}
+    for index, answer in enumerate(answers):
+        groups.setdefault(answer.task or UNNAMED, []).append(index)
+    return groups

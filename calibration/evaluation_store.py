@@ -1,0 +1,74 @@
+"""Where a report's measurements wait until all are made, so that a run that was interrupted goes on where it stopped."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trt_kv.errors import ReportError
+from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
+
+T = TypeVar("T")
+FORMAT = "trt-kv-report-part"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """Parts of a report, a JSON file each in ``folder``, measured under the same ``conditions``.
+
+    ``conditions``: whatever decides what is measured (settings, seeds, versions, the model's digest), as JSON values. A part
+    that was measured under others is measured anew.
+    """
+
+    folder: Path
+    conditions: dict[str, Any]
+
+    def get_or_measure(self, name: str, part_of: type[T], measure: Callable[[], T], **more_conditions: Any) -> T:
+        """The part called ``name``, a dataclass of the type ``part_of``: read back, or measured and stored.
+
+        ``more_conditions`` are those of this part alone. ``ReportError`` where the folder cannot be written to.
+        """
+        conditions = {**self.conditions, **more_conditions}
+        found = self._read(name, conditions)
+        if found is not None:
+            return dataclass_from_json(part_of, found, where=name, error=ReportError)
+        part = measure()
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "conditions_digest": _digest(conditions),
+            "conditions": conditions,
+            "part": dataclasses.asdict(part),  # type: ignore[call-overload]
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as cause:
+            raise ReportError("cannot store what was measured", got=f"{self.folder}: {cause.strerror or cause}") from cause
+        write_atomically(self._path(name), (json.dumps(document) + "\n").encode(), kind="report's part", error=ReportError)
+        return part
+
+    def has(self, name: str, **more_conditions: Any) -> bool:
+        """Whether the part need not be measured."""
+        return self._read(name, {**self.conditions, **more_conditions}) is not None
+
+    def _read(self, name: str, conditions: dict[str, Any]) -> Any:
+        """The stored part as JSON values; None where there is none that was measured under ``conditions``."""
+        path = self._path(name)
+        if not path.exists():
+            return None
+        document = read_json(path, kind="report's part", error=ReportError)
+        expected = {"format": FORMAT, "version": VERSION, "conditions_digest": _digest(conditions)}
+        if not isinstance(document, dict) or any(document.get(key) != value for key, value in expected.items()):
+            return None
+        return document.get("part")
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+
+def _digest(conditions: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()

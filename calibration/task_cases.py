@@ -1,0 +1,119 @@
+"""Tasks of a file as token ids of one model, checked before any of them is run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from trt_kv.calibration.task_files import FileTask, is_right
+from trt_kv.errors import UsageError
+
+SLACK = 1
+"""Tokens beyond the longest accepted answer, by which ``4`` is told from ``42``."""
+SEARCHED = 64
+"""Tokens beyond the longest accepted answer in which match "contains" looks for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskCase:
+    """One task as token ids. ``expected``: the first accepted answer. At most ``limit`` tokens are generated.
+
+    ``can_come_out``: whether some accepted answer survives the tokenizer, so that a model could give it.
+    """
+
+    task: FileTask
+    prompt: tuple[int, ...]
+    expected: tuple[int, ...]
+    limit: int
+    can_come_out: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseRules:
+    """How tasks become token ids for a model of ``max_positions`` positions and ``vocab_size`` tokens.
+
+    ``separator`` stands between prompt and answer where neither has white space. ``max_new_tokens``: None is as many as the
+    longest accepted answer has and one more, or some more where answers only have to contain it (``contains``).
+    """
+
+    separator: str
+    contains: bool
+    max_new_tokens: int | None
+    max_positions: int
+    vocab_size: int
+
+
+def cases_from_tasks(tasks: Sequence[FileTask], tokenizer: Tokenizer, rules: CaseRules, *, source: Path) -> list[TaskCase]:
+    """One case per task. ``UsageError``, with the line of ``source``, for what the model or its tokenizer cannot hold."""
+    return [_case(task, tokenizer, rules, f"line {task.line} of {source}") for task in tasks]
+
+
+def continuation_ids(tokenizer: Tokenizer, prompt: str, text: str) -> list[int]:
+    """The tokens of ``text`` after ``prompt``, without special ones.
+
+    They are what is new when both are encoded together, as long as the prompt's tokens stay the same in it.
+    """
+    before, whole = tokenizer.encode(prompt).ids, tokenizer.encode(prompt + text).ids
+    if len(whole) > len(before) and whole[: len(before)] == before:
+        return list(whole[len(before) :])
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _case(task: FileTask, tokenizer: Tokenizer, rules: CaseRules, where: str) -> TaskCase:
+    try:
+        prompt = tokenizer.encode(task.prompt).ids
+        answers = [continuation_ids(tokenizer, task.prompt, _joined(task.prompt, text, rules)) for text in task.accepted]
+    except Exception as cause:  # the package raises nothing more special
+        raise UsageError(f"the tokenizer cannot read {where}", got=str(cause)) from cause
+    _check_tokens("prompt", task.prompt, prompt, rules, where)
+    for text, ids in zip(task.accepted, answers, strict=True):
+        _check_tokens("expected", text, ids, rules, where)
+    longest = max(map(len, answers))
+    _check_lengths(len(prompt), longest, rules, where)
+    wanted = rules.max_new_tokens or longest + (SEARCHED if rules.contains else SLACK)
+    spelled = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    return TaskCase(
+        task=task,
+        prompt=tuple(prompt),
+        expected=tuple(answers[0]),
+        limit=min(wanted, _room(len(prompt), rules)),
+        can_come_out=any(is_right(said, [text], "exact") for said, text in zip(spelled, task.accepted, strict=True)),
+    )
+
+
+def _check_tokens(key: str, text: str, ids: Sequence[int], rules: CaseRules, where: str) -> None:
+    if not ids:
+        raise UsageError(
+            f'"{key}" in {where} has no tokens', got=repr(text[:40]), expected="text that the model's tokenizer knows"
+        )
+    if max(ids) >= rules.vocab_size:
+        raise UsageError(
+            f'"{key}" in {where} has tokens that the model does not know', got=max(ids), expected=f"below {rules.vocab_size}"
+        )
+
+
+def _check_lengths(n_prompt: int, longest: int, rules: CaseRules, where: str) -> None:
+    if longest > _room(n_prompt, rules):
+        raise UsageError(
+            f"{where} is too long for the model",
+            got=f"{n_prompt} tokens in the prompt and {longest} expected",
+            expected=f"at most {rules.max_positions} positions",
+            fix="shorten the prompt, or use a checkpoint with a longer context",
+        )
+    if rules.max_new_tokens is not None and rules.max_new_tokens < longest:
+        raise UsageError(
+            f"the answer to {where} would be cut off",
+            got=f"--max-new-tokens {rules.max_new_tokens}",
+            expected=f"at least {longest}, the tokens of what is expected",
+        )
+
+
+def _room(n_prompt: int, rules: CaseRules) -> int:
+    """Tokens that can be generated: the last of them is never fed, so it needs no position."""
+    return rules.max_positions - n_prompt + 1
+
+
+def _joined(prompt: str, text: str, rules: CaseRules) -> str:
+    """``text`` as it continues ``prompt``."""
+    return text if prompt[-1].isspace() or text[0].isspace() else rules.separator + text

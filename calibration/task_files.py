@@ -1,0 +1,122 @@
+"""Tasks of one's own to evaluate an engine with: a JSON-lines file of prompts and expected answers, and when one is right."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trt_kv.calibration.prompt_files import json_of_line, lines_of_file
+from trt_kv.errors import UsageError
+
+Match = Literal["exact", "contains"]
+MATCHES: Mapping[str, str] = {
+    "exact": "the answer begins with an accepted text",
+    "contains": "an accepted text stands somewhere in the answer",
+}
+FORM = '{"prompt": "...", "expected": "..."}'
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTask:
+    """One line of a tasks file: a prompt and the ``accepted`` answers, the first of which is the one whose likelihood counts.
+
+    ``name`` tells the line from all others; ``task`` is the group it is reported in, None for the one without a name.
+    """
+
+    line: int
+    name: str
+    task: str | None
+    prompt: str
+    accepted: tuple[str, ...]
+
+
+def tasks_from_file(path: Path) -> list[FileTask]:
+    """The tasks in a JSON-lines file, in order.
+
+    Each line is an object with ``prompt`` (a text) and ``expected`` (a text, or a list of texts that are all right); ``name``
+    (default: "line N") and ``task`` are optional texts, other keys are ignored. ``UsageError``, with the line number, for
+    anything else, for a name that an earlier line has and for a file without lines.
+    """
+    lines = lines_of_file(path, kind="tasks")
+    if not lines:
+        raise UsageError("the file with the tasks is empty", got=str(path), expected=f"one task per line: {FORM}")
+    tasks = [_task_of_line(line, number, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
+    seen: dict[str, int] = {}
+    for task in tasks:
+        if (earlier := seen.setdefault(task.name, task.line)) != task.line:
+            raise UsageError(
+                f"two tasks of {path} have the same name",
+                got=f"{task.name!r} in lines {earlier} and {task.line}",
+                fix='give each its own name; the key for a group of tasks is "task"',
+            )
+    return tasks
+
+
+def normalised(text: str) -> str:
+    """``text`` with single spaces where it has white space, and none at its ends."""
+    return " ".join(text.split())
+
+
+def is_right(text: str, accepted: Iterable[str], match: Match) -> bool:
+    """Whether ``text`` begins with (or contains) one of the ``accepted`` texts, whatever the white space.
+
+    Words and numbers count as wholes: ``4`` is not found in ``42``, nor ``art`` in ``part``. Scripts without upper and lower
+    case, many of which put no spaces between words, have no such ends.
+    """
+    answer = normalised(text)
+    return any(_stands_in(answer, normalised(wanted), match) for wanted in accepted)
+
+
+def _stands_in(answer: str, wanted: str, match: Match) -> bool:
+    start = answer.find(wanted)
+    while start >= 0 and (match == "contains" or start == 0):
+        if not _inside_a_word(answer, start) and not _inside_a_word(answer, start + len(wanted)):
+            return True
+        start = answer.find(wanted, start + 1)
+    return False
+
+
+def _inside_a_word(text: str, place: int) -> bool:
+    """Whether the characters before and after ``place`` belong to one word or number."""
+    return 0 < place < len(text) and all(map(_is_of_a_word, text[place - 1 : place + 1]))
+
+
+def _is_of_a_word(character: str) -> bool:
+    return character.isdigit() or character.lower() != character.upper()
+
+
+def _task_of_line(line: str, number: int, where: str) -> FileTask:
+    data = json_of_line(line, where, expected=FORM)
+    if not isinstance(data, dict):
+        raise UsageError(f"{where} is not a task", got=_shortened(line), expected=FORM)
+    missing = [key for key in ("prompt", "expected") if key not in data]
+    if missing:
+        raise UsageError(f"{where} lacks {' and '.join(missing)}", got=_shortened(line), expected=FORM)
+    expected = data["expected"]
+    if expected == []:
+        raise UsageError(f"{where} has no expected answer", got="an empty list", expected="a text, or a list of texts")
+    accepted = expected if isinstance(expected, list) else [expected]
+    return FileTask(
+        line=number,
+        name=_text(data["name"], "name", where) if "name" in data else f"line {number}",
+        task=_text(data["task"], "task", where) if "task" in data else None,
+        prompt=_text(data["prompt"], "prompt", where),
+        accepted=tuple(_text(text, "expected", where) for text in accepted),
+    )
+
+
+def _text(value: object, key: str, where: str) -> str:
+    """``value`` if it is a text that says something, or ``UsageError``."""
+    if not isinstance(value, str):
+        raise UsageError(f'"{key}" in {where} is not a text', got=_shortened(repr(value)), expected="a text in quotes")
+    if not value.strip():
+        raise UsageError(f'"{key}" in {where} is empty', got=repr(value), expected="a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as cause:  # JSON can spell half of a character outside the basic plane: "\ud83d"
+        raise UsageError(f'"{key}" in {where} holds half a character', got=_shortened(repr(value))) from cause
+    return value
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,76 @@
+"""A finished evaluation as text for the terminal."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trt_kv.calibration.task_files import MATCHES
+from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policy_settings import differences, setting_as_text
+
+if TYPE_CHECKING:
+    from trt_kv.calibration.answer_files import EngineFacts, Evaluation
+
+SCORE_HEADER = ("", "tasks", "right", "perplexity", "kept of prompt", "s/task")
+COMPARISON_HEADER = ("", "difference", "right only here/there", "verdict", "same answer", "agreement", "perplexity ratio")
+
+
+def describe_evaluation(evaluation: "Evaluation") -> str:
+    """Many lines: what was evaluated, a row per group of tasks and one for all, and how it compares with another engine."""
+    from trt_kv.calibration.answer_files import summary_of
+
+    summary = summary_of(evaluation)
+    rule = MATCHES.get(evaluation.settings.match, evaluation.settings.match)
+    lines = [
+        f"engine   {_engine(evaluation.run.engine)}",
+        f"tasks    {evaluation.n_tasks} of {evaluation.tasks}; right means: {rule}",
+        "",
+        *_table(SCORE_HEADER, summary, _score_cells),
+    ]
+    if evaluation.against is not None:
+        lines += ["", f"against  {_engine(evaluation.against.engine)}", ""]
+        lines += _table(SCORE_HEADER, summary["against"], _score_cells)
+        lines += ["", *_table(COMPARISON_HEADER, summary["comparison"], _comparison_cells)]
+    return "\n".join(lines)
+
+
+def _engine(facts: "EngineFacts") -> str:
+    policy = facts.policy
+    changed = differences(policy, policy_from_name(policy.name)) if policy.name in policy_names() else {}
+    told = " ".join([f"policy {policy.name}", *(setting_as_text(name, value) for name, value in changed.items())])
+    return f"{facts.name}: {facts.model_name}, {told}, {facts.dtype} on {facts.runs_on}"
+
+
+def _score_cells(score: Mapping[str, Any]) -> list[str]:
+    right, low_high = score["accuracy"], score["perplexity_95"]
+    interval = "" if low_high is None else f" ({low_high[0]:.2f}–{low_high[1]:.2f})"
+    return [
+        str(score["n_tasks"]),
+        f"{right['value']:.0%} ({_share(right['low'])}–{_share(right['high'])})",
+        f"{score['perplexity']:.2f}{interval}",
+        f"{score['kept_share']:.1%} ({_share(score['least_kept'], 1)}–{_share(score['most_kept'], 1)})",
+        f"{score['seconds_per_task']:.2f}",
+    ]
+
+
+def _comparison_cells(comparison: Mapping[str, Any]) -> list[str]:
+    same, ratio = comparison["same_answers"], comparison["perplexity_ratio"]
+    return [
+        f"{100 * comparison['difference']:+.0f} points",
+        f"{comparison['wins']}/{comparison['losses']}",
+        comparison["verdict"],
+        f"{same['value']:.0%} ({_share(same['low'])}–{_share(same['high'])})",
+        f"{comparison['agreement']:.0%}",
+        "" if ratio is None else f"{ratio['value']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})",
+    ]
+
+
+def _share(value: float, digits: int = 0) -> str:
+    """A share as a percentage without its sign."""
+    return f"{100 * value:.{digits}f}"
+
+
+def _table(header: Sequence[str], part: Mapping[str, Any], cells: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
+    """Rows of aligned cells: each group's, then the row of all tasks."""
+    rows = [list(header), *([name, *cells(group)] for name, group in part["groups"].items()), ["all", *cells(part["overall"])]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
