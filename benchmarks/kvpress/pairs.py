@@ -1,0 +1,76 @@
+"""Presses of kvpress beside the policies of ours that stand for the same methods."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.kvpress.set_up import press_class
+from trt_kv.policies import policy_from_name
+from trt_kv.policy import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """``press`` of ``kvpress.presses.<module>``, with ``options``, beside ``policy``, which is ``named`` in tables.
+
+    ``same``: whether both should keep the same tokens wherever they keep as many, and as many as ``at_least``.
+    """
+
+    press: str
+    module: str
+    policy: Policy
+    named: str
+    same: bool
+    at_least: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def press_at(self, share: float) -> Any:
+        """The press that is told to keep ``share`` in (0, 1]."""
+        return press_class(self.module, self.press)(compression_ratio=1.0 - share, **self.options)
+
+    def policy_at(self, share: float) -> Policy:
+        """Our policy at the kept ``share`` in (0, 1]."""
+        return dataclasses.replace(self.policy, kept=share)
+
+
+SNAPKV = policy_from_name("snapkv")
+OBSERVED = dataclasses.replace(policy_from_name("h2o"), score="mean_mass", recent_share=0.0, decode="keep")
+"""H2O as kvpress has it: means for sums, and nothing protected."""
+LOTS = dataclasses.replace(policy_from_name("random"), sinks=0, recent=0)
+"""Lots alone, nothing protected."""
+
+STREAMING_PAIR = Pair(
+    press="StreamingLLMPress",
+    module="streaming_llm_press",
+    policy=policy_from_name("streamingllm"),
+    named="streamingllm",
+    same=True,
+)
+SNAPKV_PAIR = Pair(
+    press="SnapKVPress",
+    module="snapkv_press",
+    policy=SNAPKV,
+    named="snapkv",
+    same=True,
+    at_least=SNAPKV.window,
+)
+OBSERVED_PAIR = Pair(
+    press="ObservedAttentionPress",
+    module="observed_attention_press",
+    policy=OBSERVED,
+    named="h2o with mean_mass, nothing protected",
+    same=True,
+)
+H2O_PAIR = dataclasses.replace(OBSERVED_PAIR, policy=policy_from_name("h2o"), named="h2o", same=False)
+PYRAMID_PAIR = Pair(
+    press="PyramidKVPress",
+    module="pyramidkv_press",
+    policy=policy_from_name("pyramidkv"),
+    named="pyramidkv",
+    same=False,
+)
+RANDOM_PAIR = Pair(
+    press="RandomPress", module="random_press", policy=LOTS, named="random, nothing protected", same=False, options={"seed": 0}
+)
+PAIRS = (STREAMING_PAIR, SNAPKV_PAIR, OBSERVED_PAIR, H2O_PAIR, PYRAMID_PAIR, RANDOM_PAIR)
