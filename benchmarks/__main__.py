@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.harness import load, measured, save, show
 from trt_kv.errors import TrtKvError
 
-NAMES = ("split_vs_monolithic", "decode_speed", "attention_kernels", "prefill_scores_cost", "prefill_memory")
+NAMES = ("split_vs_monolithic", "decode_speed", "attention_kernels", "prefill_scores_cost", "prefill_memory", "kvpress_overlap")
 RESULTS = Path(__file__).parent / "results"
 
 

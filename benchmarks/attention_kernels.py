@@ -80,7 +80,7 @@ def _gathered(inputs: Mapping[str, Any], layer: int, attend: Callable[..., Float
     pages_B, offsets_B = np.divmod(inputs["slots"][layer], page_size)
     kv[pages_B, 0, :, offsets_B] = inputs["k"]
     kv[pages_B, 1, :, offsets_B] = inputs["v"]
-    inputs["token_positions"][pages_B, offsets_B] = inputs["positions"]
+    inputs["token_positions"][pages_B, :, offsets_B] = inputs["positions"][:, None]
     out = []
     for b, q_HD in enumerate(inputs["q"]):
         n_cached = int(inputs["kv_len"][layer, b])
@@ -135,7 +135,7 @@ def _chunk_sides(n_cached: int) -> tuple[dict[str, Callable[[], Floats]], dict[s
 
 
 def _received_by_blocks(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
-    """``attention_received`` by rebuilding the weights in blocks that fit a core's cache: [S]."""
+    """``attention_received`` by rebuilding the weights in blocks that fit a core's cache: [K, S]."""
     n_tokens, n_heads, _ = q_NHD.shape
     n_kv_heads, n_cached, _ = k_KSD.shape
     group = n_heads // n_kv_heads
@@ -144,7 +144,7 @@ def _received_by_blocks(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS
     q_KNGC = q_NHC.unflatten(1, (n_kv_heads, group)).transpose(0, 1).contiguous()
     k_KCS = torch.cat([torch.from_numpy(k_KSD).transpose(1, 2), torch.ones(n_kv_heads, 1, n_cached)], dim=1)
     hidden_NS = torch.from_numpy(~visible_NS)
-    received_S = torch.zeros(n_cached)
+    received_KS = torch.zeros(n_kv_heads, n_cached)
     for columns in _blocks(n_cached, BLOCK):
         for rows in _blocks(n_tokens, max(1, BLOCK // group)):
             hidden = hidden_NS[rows, columns]
@@ -153,8 +153,8 @@ def _received_by_blocks(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS
                 log_weights = q_KNGC[head, rows].flatten(0, 1) @ k_KCS[head, :, columns]
                 if masks:
                     log_weights.unflatten(0, (-1, group)).masked_fill_(hidden[:, None], float("-inf"))
-                received_S[columns] += log_weights.exp_().sum(dim=0)
-    received: Floats = (received_S / n_heads).numpy()
+                received_KS[head, columns] += log_weights.exp_().sum(dim=0)
+    received: Floats = (received_KS / group).numpy()
     return received
 
 

@@ -1,4 +1,4 @@
-"""Memory of a prefill with scores against its length: O(N * chunk), never N * N.
+"""Memory of a prefill with scores, budgets and eviction against its length: O(N * chunk), never N * N.
 
 N prompt tokens. Each point is measured in a process of its own: ``python -m benchmarks.prefill_memory FOLDER SIDE N CHUNK``.
 """
@@ -25,11 +25,17 @@ from benchmarks.models import (
     random_checkpoint,
     random_tokens,
 )
-from trt_kv.plugins.paging import Floats
+from trt_kv.policies import policy_from_name
+from trt_kv.runtime.model_runner import ModelRunner
 
 MIB = 2**20
 CHUNK = 512
-SIDES = {"without scores": FULL, "window of 32 queries": WINDOW, "mass of all queries": MASS}
+SIDES = {
+    "without scores": FULL,
+    "window of 32 queries": WINDOW,
+    "mass of all queries": MASS,
+    **{name: policy_from_name(name) for name in ("snapkv", "refreekv", "reach")},
+}
 EAGER = "transformers, output_attentions"
 RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Blocks of 64 KiB and more go back to the system when they are freed: the mark is what was in use, not what malloc kept."""
@@ -40,7 +46,7 @@ LIMIT = 2.5
 def run(folder: Path, *, quick: bool) -> Report:
     """Peak resident memory of a prefill above what the process held before it, for growing prompts and chunks."""
     shape = Shape(n_layers=4, hidden_size=256, n_heads=8, n_kv_heads=2, head_dim=32, intermediate_size=704)
-    lengths = (512, 1024, 2048) if quick else (2048, 4096, 8192, 16384)
+    lengths = (512, 1024, 2048) if quick else (4096, 8192, 16384, 32768)
     random_model = random_checkpoint(shape, folder / "checkpoint")
     exported_model(random_model, folder / "graphs")
     checks = [_check_scores(folder)]
@@ -50,7 +56,8 @@ def run(folder: Path, *, quick: bool) -> Report:
         _row(shape, side, n, CHUNK, bytes_) for side, found in growth.items() for n, bytes_ in zip(lengths, found, strict=True)
     ]
     middle = lengths[-2]
-    chunks = [_row(shape, sides[-1], middle, chunk, _growth(folder, sides[-1], middle, chunk)) for chunk in (256, 1024)]
+    mass = "mass of all queries"
+    chunks = [_row(shape, mass, middle, chunk, _growth(folder, mass, middle, chunk)) for chunk in (256, 1024)]
     eager = [_row(shape, EAGER, n, n, _growth(folder, EAGER, n, n)) for n in ((256, 512) if quick else (1024, 2048))]
     first, second, third = growth["mass of all queries"][-3:]
     return Report(
@@ -100,7 +107,7 @@ def _in_new_process(folder: Path, side: str, n_tokens: int, chunk: int) -> dict[
 
 def _row(shape: Shape, side: str, n_tokens: int, chunk: int, growth_bytes: int) -> Row:
     """``scratch``: what is neither weights nor cached tokens, in units of one fp32 number per token and row of a chunk."""
-    cache_bytes = n_tokens * shape.n_layers * (2 * shape.n_kv_heads * shape.head_dim * 4 + 12)
+    cache_bytes = n_tokens * shape.n_layers * shape.n_kv_heads * (2 * shape.head_dim * 4 + 12)
     return {
         "side": side,
         "prompt_tokens": n_tokens,
@@ -128,10 +135,17 @@ def _ours(folder: Path, side: str, n_tokens: int, chunk: int) -> dict[str, Any]:
     model = opened_model(folder / "graphs")
     runner = model_runner(model.executor(), model.config, policy=SIDES[side], cache_tokens=n_tokens + 64, chunk=chunk)
     tokens = random_tokens(n_tokens, model.config.vocab_size)
-    runner.importance(tokens[:8])
-    found: list[Floats] = []
-    growth = peak_growth_bytes(lambda: found.append(runner.importance(tokens)))
-    return {"growth_bytes": growth, "importance": found[0].tolist() if n_tokens <= CHUNK else None}
+    _prefill(runner, tokens[:8])
+    growth = peak_growth_bytes(lambda: _prefill(runner, tokens))
+    importance_LN = runner.importance(tokens)[:, 0].tolist() if n_tokens <= CHUNK and SIDES[side].reads_attention else None
+    return {"growth_bytes": growth, "importance": importance_LN}
+
+
+def _prefill(runner: ModelRunner, tokens: list[int]) -> None:
+    """Read a whole prompt and evict as the policy does."""
+    sequence = runner.new_sequence()
+    runner.prefill(sequence, tokens)
+    sequence.release()
 
 
 def _eager(folder: Path, n_tokens: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""What scoring costs: prefill with scores over all queries, or over the last 32, beside prefill without."""
+"""What scores, budgets and eviction cost: prefill under each policy beside prefill that keeps everything."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,19 +8,26 @@ from benchmarks.harness import Check, Report, Row, Target, check_close, take_tur
 from benchmarks.models import FULL, MASS, WINDOW, Shape, exported_model, model_runner, random_checkpoint, random_tokens
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
+from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.runtime.executors.protocol import DenseExecutor
 from trt_kv.runtime.model_runner import ModelRunner
 
-POLICIES: dict[str, Policy] = {"without scores": FULL, "window of 32 queries": WINDOW, "mass of all queries": MASS}
+POLICIES: dict[str, Policy] = {
+    "without scores": FULL,
+    "window of 32 queries": WINDOW,
+    "mass of all queries": MASS,
+    **{name: policy_from_name(name) for name in ("h2o", "snapkv", "reach")},
+    "refreekv, no layer exempt": dataclasses.replace(policy_from_name("refreekv"), exempt_layers=()),
+}
 LIMIT = 1.5
-"""Of mass at the longest context. Scoring costs about what attention does; the rest of the model costs nothing more."""
+"""Of any policy at the longest context. Scoring costs about what attention does; the rest of the model costs nothing more."""
 
 
 def run(folder: Path, *, quick: bool) -> Report:
-    """Prefill of random tokens on a small Llama, nothing evicted, so that only scoring differs."""
+    """Prefill of random tokens on a small Llama, scores, budgets and eviction included."""
     shape = Shape(n_layers=2, hidden_size=1024, n_heads=16, n_kv_heads=4, head_dim=64, intermediate_size=2816)
-    contexts, rounds = ((256, 512), 2) if quick else ((1024, 4096, 8192), 5)
+    contexts, rounds = ((256, 512), 2) if quick else ((1024, 8192), 3)
     model = exported_model(random_checkpoint(shape, folder / "checkpoint"), folder / "graphs")
     executor = model.executor()
     runners = {
@@ -41,17 +49,19 @@ def run(folder: Path, *, quick: bool) -> Report:
         checks=checks,
         tables={"prefill": rows},
         targets=[
-            Target(what=f"mass / without scores at {max(contexts)} tokens", measured=ratios["mass of all queries"], limit=LIMIT)
+            Target(what=f"{name} / without scores at {max(contexts)} tokens", measured=ratio, limit=LIMIT)
+            for name, ratio in ratios.items()
+            if POLICIES[name].evicts
         ],
     )
 
 
 def _prefill(runner: ModelRunner, tokens: list[int]) -> Callable[[], Floats]:
-    """Prefill into an empty pool, nothing evicted; returns the last token's logits [V]."""
+    """Prefill into an empty pool, evicting as the policy does; returns the last token's logits [V]."""
 
     def prefill() -> Floats:
         sequence = runner.new_sequence()
-        logits_V = runner.prefill(sequence, tokens, evict=False)
+        logits_V = runner.prefill(sequence, tokens)
         sequence.release()
         return logits_V
 
@@ -65,7 +75,7 @@ def _checks(runners: dict[str, ModelRunner], executor: DenseExecutor, config: Mo
     checks = []
     for name, policy in POLICIES.items():
         checks.append(check_close(f"logits, {name}", _prefill(runners[name], tokens)(), plain_V, within=0.0))
-        if policy.evicts:
+        if policy.reads_attention:
             reference = model_runner(executor, config, policy=policy, cache_tokens=len(tokens), implementation="reference")
             expected_LN = reference.importance(tokens)
             checks.append(check_close(f"scores, {name}", runners[name].importance(tokens), expected_LN, within=1e-3))

@@ -1,5 +1,10 @@
 """``python -m benchmarks.report``: measure quality against kept share on the bundled model, and write the report."""
 
+# What is measured: report_settings (how much), report_tasks, report_policies. With what: report_steps, report_harness,
+# report_recipes, report_cells, report_effort, report_measure. What is shown: report_text with report_tables and
+# report_sentences; report_plots with report_plots_adaptive and report_plots_kept, all in report_style. The results file:
+# calibration/evaluation_results.py.
+
 import shlex
 import sys
 import tempfile
@@ -8,6 +13,7 @@ from pathlib import Path
 import click
 
 from benchmarks import report_measure, report_plots, report_text
+from benchmarks.report_settings import FULL_SETTINGS, QUICK_SETTINGS
 from trt_kv.calibration.evaluation_results import Results
 from trt_kv.cli.progress import progress_bars
 from trt_kv.errors import ReportError, TrtKvError
@@ -18,6 +24,7 @@ from trt_kv.policies import policy_from_name
 from trt_kv.presets import preset
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = ROOT / "build" / "report-parts"
 COMMITTED = ROOT / "docs" / "report"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
@@ -47,14 +54,21 @@ def main(quick: bool, from_results: Path | None, out: Path | None) -> None:
 
 
 def measured(*, quick: bool) -> Results:
-    """Results on the bundled checkpoint, through an engine built for the purpose."""
+    """Results on the bundled checkpoint, through an engine built for the purpose; parts are kept in ``build``."""
     checkpoint = open_checkpoint(preset("llama3").bundled_folder)
-    settings = report_measure.QUICK_SETTINGS if quick else report_measure.FULL_SETTINGS
     command = shlex.join(["python", "-m", "benchmarks.report", *(["--quick"] if quick else [])])
     with progress_bars() as on_progress, tempfile.TemporaryDirectory() as scratch:
         engine = Path(scratch) / "engine"
         build_engine(EngineRequest(checkpoint=checkpoint, policy=policy_from_name("full")), engine, on_progress=on_progress)
-        return report_measure.measure(checkpoint, engine, settings, command, on_progress)
+        return report_measure.measure(
+            checkpoint,
+            engine,
+            QUICK_SETTINGS if quick else FULL_SETTINGS,
+            folder=PARTS / ("quick" if quick else "full"),
+            command=command,
+            on_progress=on_progress,
+            tell=lambda message: click.echo(message, err=True),
+        )
 
 
 def write_report(results: Results, out: Path) -> None:

@@ -1,14 +1,14 @@
-"""Runs one document under many variants at once, on the product's own runtime.
+"""Runs one document under many policies at once, on the product's own runtime.
 
-A document is prefilled once per score with nothing evicted. Each (variant, kept share) gets a fork of that sequence, evicts
-from it as an engine would, and then all forks decode the right answer together as one batch. Since an engine decodes
-greedily, it gives the right answer exactly if every answer token is ranked first after the right tokens before it; so one
-pass tells both whether the answer comes out and how likely it was.
+A document is prefilled once with nothing evicted. Each plan gets a fork of that sequence, evicts from it by the ops of its
+policy's program, and then all forks decode the right answer together as one batch. Since an engine decodes greedily, it gives
+the right answer exactly if every answer token is ranked first after the right tokens before it; so one pass tells both
+whether the answer comes out and how likely it was.
 
-L layers, T fed tokens, F forks, V vocabulary.
+L layers, K KV heads, S cached tokens, T fed tokens, F forks, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trt_kv.calibration.evaluation import FULL, Case, LayerBudgets, Variant, answer_losses, layer_budgets
+from benchmarks.report_steps import SharedSteps, after_attention, decode_groups, run_nodes, score_key
+from trt_kv.calibration.evaluation import Case, answer_losses
+from trt_kv.calibration.prefixkv import online_budget
 from trt_kv.manifest import Manifest
-from trt_kv.plugins.paging import pages_of, scatter_slots
+from trt_kv.plugins.paging import gather_kv, pages_of
+from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, program_of
-from trt_kv.recipe import Recipe
+from trt_kv.program import PHASES, Program, budgets_of, eviction_nodes, program_of
+from trt_kv.recipe import Protected, RecipeScore, recipe_score
 from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
 from trt_kv.runtime.executors.protocol import DenseExecutor
 from trt_kv.runtime.kv_pool import KvPool
@@ -31,16 +34,20 @@ from trt_kv.runtime.sequence_cache import SequenceCache
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
-SCORED = ("mass", "window")
+N_SINKS = 4
+"""Over how many first tokens the attention of the last query is summed up (``Prefilled.sink_mass``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A variant at a mean kept share; ``recipes`` for that share, by score."""
+    """A policy as an engine is built with it: with the ``kept_shares`` [L] of its recipe where it needs one.
 
-    variant: Variant
-    share: float
-    recipes: Mapping[str, Recipe]
+    ``searches``: instead of a recipe, the shares are searched for the very input (PrefixKV's "online" variant).
+    """
+
+    policy: Policy
+    kept_shares: tuple[float, ...] | None = None
+    searches: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,105 +65,192 @@ class Outcome:
     question_kept: float | None
 
 
-class Harness:
-    """One model on one executor, with a runner per score over one pool."""
+@dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """A prompt as one whole sequence, the logits [V] of its last token, and what of the last query's attention, per layer,
+    falls on the first ``N_SINKS`` tokens (mean over query heads)."""
 
-    def __init__(self, executor: DenseExecutor, pool: KvPool, *, n_layers: int, scale: float, window: int) -> None:
-        self.executor = executor
+    sequence: SequenceCache
+    logits: Floats
+    sink_mass: tuple[float, ...]
+
+
+class Harness:
+    """One model on one executor with one pool."""
+
+    def __init__(self, executor: DenseExecutor, pool: KvPool, *, n_layers: int, scale: float) -> None:
         self.pool = pool
         self._n_layers = n_layers
-        self.runners: dict[str, ModelRunner] = {}
-        for score in SCORED:
-            policy = Policy(name=score, summary="", score=score, budget="uniform", window=window)
-            programs = {
-                phase: program_of(policy, phase=phase, n_layers=n_layers, scale=scale, page_size=pool.page_size)
-                for phase in PHASES
-            }
-            self.runners[score] = ModelRunner(executor, pool, programs)
+        self._scale = scale
+        self.steps = SharedSteps(executor, pool, n_layers=n_layers, scale=scale)
+        full = {phase: self._program(Plan(policy=policy_from_name("full")), phase) for phase in PHASES}
+        self.runner = ModelRunner(self.steps, pool, full)
+        self.plain_runner = ModelRunner(executor, pool, full)
 
-    def run(self, case: Case, plans: Sequence[Plan], *, seed: int = 0) -> list[Outcome]:
-        """One outcome per plan. ``seed`` draws the lots of random scores. Leaves the pool as it was."""
-        with self._prefilled(case) as (sequences, logits_V), _released() as forks:
-            importance = {score: self.runners[score].scores(sequence) for score, sequence in sequences.items()}
+    def full(self, case: Case) -> Outcome:
+        """What the full cache does with a case; nothing is scored, so this is the fastest question to ask."""
+        with _released() as made:
+            made.append(self.plain_runner.new_sequence())
+            logits_V = self.plain_runner.prefill(made[0], case.prompt, evict=False)
+            held = self._held(made[0], case)
+            steps = [logits_V, *(self.plain_runner.decode(made, [token])[0] for token in case.fed[:-1])]
+        return _outcome(case, np.stack(steps), held)
+
+    def run(self, case: Case, plans: Sequence[Plan]) -> tuple[list[Outcome], tuple[float, ...]]:
+        """One outcome per plan, and the sink mass per layer. Leaves the pool as it was."""
+        with self.prefilled(case.prompt, plans) as whole, _released() as forks:
             held = []
             for plan in plans:
-                sequence = sequences["window" if plan.variant.score == "window" else "mass"].fork()
-                forks.append(sequence)
-                budgets = layer_budgets(
-                    plan.variant,
-                    plan.share,
-                    n_tokens=len(case.prompt),
-                    n_layers=self._n_layers,
-                    recipes=plan.recipes,
-                    importance=importance,
-                )
-                if plan.variant != FULL:
-                    self._evict(sequence, plan.variant, budgets, seed)
-                held.append(self._held(sequence, case))
-            logits_FTV = self._decode(forks, case.fed, logits_V)
-        return [_outcome(case, logits_TV, fields) for logits_TV, fields in zip(logits_FTV, held, strict=True)]
+                forks.append(self.forked(whole.sequence, plan))
+                held.append(self._held(forks[-1], case))
+            decoded_FTV = self.decode(forks, plans, case.fed)
+        first_F1V = np.broadcast_to(whole.logits, (len(forks), 1, len(whole.logits)))
+        logits_FTV = np.concatenate([first_F1V, decoded_FTV], axis=1)
+        outcomes = [_outcome(case, logits_TV, fields) for logits_TV, fields in zip(logits_FTV, held, strict=True)]
+        return outcomes, whole.sink_mass
+
+    def importance(self, token_ids: Sequence[int], scores: Sequence[RecipeScore]) -> list[Floats]:
+        """The importance [L, K, N] of a prompt's tokens in several rankings, as recipes are calibrated with it."""
+        plans = [Plan(policy=policy_that_scores(score)) for score in scores]
+        with self.prefilled(token_ids, plans) as whole:
+            return [self._scores(whole.sequence, plan) for plan in plans]
 
     @contextmanager
-    def _prefilled(self, case: Case) -> Iterator[tuple[dict[str, SequenceCache], Floats]]:
-        """The case's prompt as one whole sequence per score, and the logits [V] of its last token."""
+    def prefilled(self, token_ids: Sequence[int], plans: Sequence[Plan]) -> Iterator[Prefilled]:
+        """A prompt, prefilled with every score that one of ``plans`` needs and nothing evicted."""
+        keys = {score_key(self._program(plan, "prefill")) for plan in plans}
+        self.steps.keys = sorted(key for key in keys if key is not None)
         with _released() as made:
-            sequences, logits_V = {}, np.empty(0, np.float32)
-            for score, runner in self.runners.items():
-                sequences[score] = runner.new_sequence()
-                made.append(sequences[score])
-                logits_V = runner.prefill(sequences[score], case.prompt, evict=False)
-            yield sequences, logits_V
+            made.append(self.runner.new_sequence())
+            logits_V = self.runner.prefill(made[0], token_ids, evict=False)
+            yield Prefilled(sequence=made[0], logits=logits_V, sink_mass=self._sink_mass(made[0]))
 
-    def _evict(self, sequence: SequenceCache, variant: Variant, budgets: LayerBudgets, seed: int) -> None:
-        n_tokens = sequence.n_seen
-        if variant.score == "random":
-            self._rank(sequence, np.random.default_rng(seed).random((self._n_layers, n_tokens), np.float32))
-        if variant.score == "recency":
-            self._rank(sequence, np.tile(np.arange(n_tokens, dtype=np.float32), (self._n_layers, 1)))
-        protected = variant.protected
-        self.runners["mass"].evict(
-            sequence, budgets.tokens, sinks=protected.sinks, recent=protected.recent, kept_shares=budgets.growth
-        )
+    def forked(self, whole: SequenceCache, plan: Plan) -> SequenceCache:
+        """A fork of the sequence that was prefilled last, evicted as an engine of this plan does in its last prefill step."""
+        program = self._program(self._searched(whole, plan), "prefill")
+        fork = whole.fork()
+        if not any(eviction_nodes(program)):
+            return fork
+        if (key := score_key(program)) is not None:
+            self.pool.scores[fork.pages] = self.steps.scores[key][whole.pages]
+        kept_L = fork.kv_len.copy()
+        for layer, nodes in enumerate(after_attention(program, but=["TokenScores"])):
+            query = self.steps.last_queries[layer]
+            tensors = {
+                "q": query.q,
+                "lse": query.lse,
+                "cu_tokens": np.array([0, 1]),
+                "evict": np.ones(1, np.int64),
+                "page_table": fork.page_table[:, None],
+                "kv_len": fork.kv_len[:, None],
+                "kv": self.pool.kv,
+                "token_positions": self.pool.token_positions,
+                "scores": self.pool.scores,
+            }
+            run_nodes(nodes, tensors)
+            kept_L[layer] = tensors["kept"][0] if nodes else fork.kv_len[layer]
+        fork.shrink(kept_L, self._growth(plan.policy, program, kept_L / fork.n_seen))
+        return fork
 
-    def _rank(self, sequence: SequenceCache, scores_LN: Floats) -> None:
-        """Write scores of our own over those that the prefill left."""
-        page_size = self.pool.page_size
-        for layer, scores_N in enumerate(scores_LN):
-            pages = pages_of(sequence.page_table[:, None], layer, 0, len(scores_N), page_size)
-            scatter_slots(self.pool.scores, pages, scores_N)
+    def decode(self, forks: Sequence[SequenceCache], plans: Sequence[Plan], fed: Sequence[int]) -> Floats:
+        """Feed all but the last token of ``fed`` to each fork: logits [F, T - 1, V] for the tokens from the second one on."""
+        ranking = {i: self._program(plan, "decode") for i, plan in enumerate(plans) if forks[i].is_evicted}
+        self.steps.groups = decode_groups(ranking)
+        steps = []
+        for token in fed[:-1]:
+            steps.append(self.runner.decode(forks, [token] * len(forks)))
+            for group in self.steps.groups:
+                for member in group.members:
+                    forks[member].settle(self.steps.kept[:, member])
+        return np.stack(steps, axis=1)
+
+    def _growth(self, policy: Policy, program: Program, kept_shares_L: Floats) -> list[float] | None:
+        """As ``ModelRunner`` lets sequences grow: at the budget's share, at what was kept where that is no share, or freely."""
+        if policy.decode != "row":
+            return None
+        budgets = zip(kept_shares_L.tolist(), budgets_of(program), strict=True)
+        return [kept if budget is None or budget.tokens else budget.share for kept, budget in budgets]
+
+    def _searched(self, whole: SequenceCache, plan: Plan) -> Plan:
+        """``plan`` with the shares that a search finds for this input, if it is to search."""
+        if not plan.searches:
+            return plan
+        policy = plan.policy
+        protected = Protected(sinks=policy.sinks, recent=policy.recent)
+        kept_L = online_budget(self._scores(whole, plan), policy.kept, protected=protected)
+        return Plan(policy=policy, kept_shares=tuple((kept_L / whole.n_seen).tolist()))
+
+    def _scores(self, whole: SequenceCache, plan: Plan) -> Floats:
+        """The scores [L, K, S] that a prefilled sequence has under a plan's policy."""
+        key = score_key(self._program(plan, "prefill"))
+        assert key is not None
+        pages_LX = whole.page_table[:, : -(-whole.n_seen // self.pool.page_size)]
+        scores_LXKP = self.steps.scores[key][pages_LX]
+        scores_LKS = scores_LXKP.transpose(0, 2, 1, 3).reshape(self._n_layers, scores_LXKP.shape[2], -1)
+        return scores_LKS[:, :, : whole.n_seen]
+
+    def _sink_mass(self, whole: SequenceCache) -> tuple[float, ...]:
+        mass = []
+        for layer, query in enumerate(self.steps.last_queries):
+            n_sinks = min(N_SINKS, whole.n_seen)
+            pages = pages_of(whole.page_table[:, None], layer, 0, n_sinks, self.pool.page_size)
+            k_KSD, _ = gather_kv(self.pool.kv, pages, n_sinks)
+            q_KGD = query.q[0].reshape(k_KSD.shape[0], -1, k_KSD.shape[2])
+            logits_HS = (np.einsum("kgd,ksd->kgs", q_KGD, k_KSD) * self._scale).reshape(-1, n_sinks)
+            mass.append(float(np.exp(logits_HS - query.lse[0][:, None]).sum(axis=1).mean()))
+        return tuple(mass)
 
     def _held(self, sequence: SequenceCache, case: Case) -> dict[str, Any]:
         """What the sequence holds right after eviction, as fields of ``Outcome``."""
-        positions = [self.runners["mass"].kept_positions(sequence, layer) for layer in range(self._n_layers)]
+        positions = [self.runner.kept_positions(sequence, layer) for layer in range(self._n_layers)]
         n_tokens = len(case.prompt)
         return {
             "kept_tokens": int(sequence.kv_len.sum()),
             "kv_bytes": len(sequence.pages) * self.pool.page_bytes,
             "kept_by_layer": tuple((sequence.kv_len / n_tokens).tolist()),
-            "kept_place": float(np.concatenate(positions).mean()) / (n_tokens - 1),
+            "kept_place": float(np.concatenate([kept.ravel() for kept in positions]).mean()) / (n_tokens - 1),
             "fact_kept": _share_kept(case.fact, positions),
             "question_kept": _share_kept(case.question, positions),
         }
 
-    def _decode(self, forks: Sequence[SequenceCache], fed: Sequence[int], logits_V: Floats) -> Floats:
-        """Logits [F, T, V] that each fork has for each token of ``fed``, the prefill's ``logits_V`` first."""
-        steps = [np.tile(logits_V, (len(forks), 1))]
-        steps += [self.runners["mass"].decode(forks, [token] * len(forks)) for token in fed[:-1]]
-        return np.stack(steps, axis=1)
+    def _program(self, plan: Plan, phase: str) -> Program:
+        return program_of(
+            plan.policy,
+            phase=phase,
+            n_layers=self._n_layers,
+            scale=self._scale,
+            page_size=self.pool.page_size,
+            kept_shares=plan.kept_shares,
+        )
 
 
-def harness_from_engine(folder: Path, manifest: Manifest, *, window: int, context_length: int, n_forks: int) -> Harness:
+def policy_that_scores(score: RecipeScore) -> Policy:
+    """A policy that ranks by ``score`` in every layer."""
+    policy = Policy(
+        name=score.described,
+        summary="",
+        score=score.name,
+        budget="uniform",
+        window=score.window or Policy.window,
+        heads=score.heads,
+        pooling=score.pooling,
+    )
+    assert recipe_score(policy) == score
+    return policy
+
+
+def harness_from_engine(folder: Path, manifest: Manifest, *, context_length: int, n_forks: int) -> Harness:
     """A harness on the dense pieces of a built engine, whatever its policy; its pool has room for ``n_forks`` whole forks."""
     config = manifest.config
     executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
     n_pages = config.n_layers * -(-context_length // manifest.page_size)
     pool = KvPool(
-        n_pages=n_pages * (n_forks + len(SCORED)),
+        n_pages=n_pages * (n_forks + 1),
         page_size=manifest.page_size,
         n_kv_heads=config.n_kv_heads,
         head_size=config.head_dim,
     )
-    return Harness(executor, pool, n_layers=config.n_layers, scale=config.head_dim**-0.5, window=window)
+    return Harness(executor, pool, n_layers=config.n_layers, scale=config.head_dim**-0.5)
 
 
 @contextmanager
@@ -170,7 +264,7 @@ def _released() -> Iterator[list[SequenceCache]]:
             sequence.release()
 
 
-def _outcome(case: Case, logits_TV: Floats, held: Mapping[str, Any]) -> Outcome:
+def _outcome(case: Case, logits_TV: Floats, held: dict[str, Any]) -> Outcome:
     ranked_first_T, losses_T = answer_losses(logits_TV, case.fed)
     return Outcome(
         tokens=tuple(logits_TV.argmax(axis=1).tolist()),
@@ -181,5 +275,11 @@ def _outcome(case: Case, logits_TV: Floats, held: Mapping[str, Any]) -> Outcome:
 
 
 def _share_kept(span: range, positions: Sequence[Ints]) -> float | None:
-    """The share of ``span`` that is among the kept ``positions`` of each layer, mean over layers; None for an empty span."""
-    return float(np.mean([np.isin(span, kept).mean() for kept in positions])) if span else None
+    """The share of ``span`` that is among the kept ``positions`` [K, S] of each layer, mean over layers and KV heads.
+
+    None for an empty span.
+    """
+    if not span:
+        return None
+    inside = [((kept_KS >= span.start) & (kept_KS < span.stop)).sum(axis=1) / len(span) for kept_KS in positions]
+    return float(np.mean(inside))

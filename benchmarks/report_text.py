@@ -1,227 +1,207 @@
-"""The report as Markdown, made from the results file alone."""
+"""The report as Markdown, made from the results alone."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
-from benchmarks.report_sentences import findings, formatted_ratio, formatted_share, formatted_value, shown_budgets
-from trt_kv.calibration.evaluation import FULL, VARIANTS
-from trt_kv.calibration.evaluation_findings import (
-    COMPARISONS,
-    describe,
-    exact_verdicts,
-    loss_verdicts,
-    lossless_share,
-    percent,
-    preferred_score,
-    signs,
-)
-from trt_kv.calibration.evaluation_results import Results, Row, TaskResults
-from trt_kv.calibration.evaluation_statistics import Verdict, wilson_interval
-
-PICTURES = {"late_question": "late_question.png", "follow_up": "follow_up.png", "plain_text": "plain_text.png"}
-LAYERS_PICTURE = "layers.png"
-KEPT_PICTURE = "kept.png"
-SHOWN = {variant.name: variant.label for variant in (FULL, *VARIANTS)}
-SUMMARY_NAMES = {
-    "late_question": "the question is at the end of the prompt",
-    "follow_up": "questions come after the prompt has been evicted from",
-    "plain_text": "text that goes on, nothing looked up",
-}
+from benchmarks import report_tables as tables
+from benchmarks.report_sentences import asking_cells, findings, main_cells
+from trt_kv.calibration.evaluation_cell import Cell
+from trt_kv.calibration.evaluation_findings import against_the_best, by_answers, describe, percent
+from trt_kv.calibration.evaluation_results import PolicyFacts, Results
 
 
 def report_markdown(results: Results) -> str:
     """The whole report."""
+    budget = summary_budget(results)
     parts = [
         "# Quality against kept share",
         _setting(results),
+        "## Which policy when",
+        summary_markdown(results),
         "## What it shows",
         "\n".join(f"* {sentence}" for sentence in findings(results)),
-        "## Which score when",
-        summary_markdown(results),
+        "## What the model can do",
+        (
+            f"Exact answers of the full cache in %, perplexity of plain text. In italics: under"
+            f" {percent(results.settings.capable_from)} %, and so left out of every comparison below."
+        ),
+        _picture("capability.png", "Exact answers of the full cache per task and context"),
+        tables.capability_table(results),
+        "## Quality against the kept share",
+        _picture("accuracy.png", "Exact answers against the kept share, a panel per task"),
+        _picture("perplexity.png", "Perplexity of the right answer against the kept share, a panel per task"),
+        _picture("agreement.png", "Greedy tokens as with the full cache against the kept share, a panel per task"),
+        *[part for cell in results.compared() for part in _task_section(results, cell)],
+        "## Shorter and longer contexts",
+        _picture("contexts.png", "Exact answers against the context, a panel per task"),
+        f"Late questions (of the tasks that the model can do there) at {percent(budget)} % kept, exact answers in %:",
+        tables.context_table(results, budget),
+        "## Budgets found from the input",
+        _picture("budgets.png", "Budget of each document, per task and context"),
+        *[
+            part
+            for policy in results.in_groups("published", "ours")
+            if policy.adaptive
+            for part in _own_budget(results, policy)
+        ],
+        "## ReFreeKV's threshold",
+        _picture("thresholds.png", "Kept share and exact answers against the threshold"),
+        tables.threshold_table(results),
+        "## ReFreeKV's parts",
+        _picture("ablations.png", "Exact answers and kept share of ReFreeKV with one part replaced"),
+        "Quality, and the share that is kept:",
+        tables.ablation_table(results),
+        (
+            "Attention of the last prompt query on the first 4 tokens, %, mean over heads and documents: where there is hardly"
+            " any, it makes no difference whether the norm takes the sinks in."
+        ),
+        tables.sink_table(results),
         "## Each choice alone",
-        _comparison_table(results),
-        *[part for task in results.tasks for part in _task_section(results, task)],
+        _choices(results),
+        tables.choice_table(results),
         "## What the layers keep",
-        f"![Kept share of each layer at every budget, and largest over smallest]({LAYERS_PICTURE})",
-        _spread_table(results),
+        _picture("layers.png", "Kept share of each layer"),
+        "Largest over smallest kept share of a layer, in each recipe:",
+        tables.recipe_table(results),
         "## Which tokens are kept",
-        f"![Mean place of kept tokens, share of the fact and of the question that is kept]({KEPT_PICTURE})",
+        _picture("kept.png", "Mean place of kept tokens, share of the fact and of the question that is kept"),
         "## Memory after the prompt",
-        _memory_table(results),
+        (
+            f"KiB held by one sequence after a prompt of {results.settings.main_context} tokens. Memory is counted in pages"
+            f" of {results.page_size} tokens of one layer ({results.page_bytes} bytes each: keys, values, positions, scores),"
+            " of which the last one in each layer is only partly used."
+        ),
+        tables.memory_table(results),
+        "## Seeds",
+        f"Late questions at {percent(budget)} % kept, exact answers in %, the documents of each seed by themselves:",
+        tables.seed_table(results, budget),
         "## How it was measured",
         _method(results),
+        "## Policies",
+        tables.policy_table(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def summary_budget(results: Results) -> float:
+    """The kept share that stands for all where there is no room for all."""
+    return min(results.settings.budgets, key=lambda budget: abs(budget - 0.2))
+
+
 def summary_markdown(results: Results) -> str:
-    """The table for the README: which score to take for which use, with the numbers it follows from."""
-    budgets = shown_budgets(results)
-    header = ["when", "take", *[f"{score}, {percent(b)} % kept" for b in budgets for score in ("mass", "window")], "full cache"]
-    rows = [
-        [
-            SUMMARY_NAMES[task.name],
-            _recommendation(preferred_score(results, task)),
-            *[formatted_value(task, task.row(name, budget)) for budget in budgets for name in ("prefixkv", "window")],
-            formatted_value(task, task.row(FULL.name, 1.0)),
-        ]
-        for task in results.tasks
+    """The table for the README: every policy on every kind of task at one kept share, or at its own budget."""
+    budget = summary_budget(results)
+    cells = main_cells(results)
+    rows = [["`full`", *[tables.quality(results, cell, cell.full) for _, cell in cells]]]
+    for policy in results.in_groups("ours", "published"):
+        told = []
+        for _, cell in cells:
+            row = cell.row(policy.name, budget)
+            told.append(tables.quality(results, cell, row) + (f" at {percent(row.mean_kept)} %" if policy.adaptive else ""))
+        name = f"`{policy.name}`" + (" (ours)" if policy.group == "ours" else "")
+        rows.append([f"{name}, own budget" if policy.adaptive else name, *told])
+    counts = ", ".join(f"{len(cell.documents)} {name}" for name, cell in cells)
+    notes = [
+        (
+            f"Bundled model, {results.settings.main_context} tokens, {percent(budget)} % of the cache kept or what the policy"
+            f" finds; exact answers in % with 95 % intervals, perplexity for plain text. Documents: {counts}."
+        )
     ]
-    asked = results.tasks[0]
-    measured = (
-        f"Bundled model, {results.settings.context_length} tokens; exact answers in % with 95 % intervals"
-        f" ({len(asked.documents)} documents for the first row), perplexity for plain text; both scores with their own recipe."
-    )
-    notes = [measured]
-    for name in ("mass", "window"):
-        share = lossless_share(results, asked, "prefixkv" if name == "mass" else name)
-        told = f"still loses clearly at {percent(max(results.settings.budgets))} % kept"
-        if share is not None:
-            told = f"shows no clear loss against the full cache from {percent(share)} % kept on"
-        notes.append(f"On a {asked.title.lower()} the {name} score {told}.")
-    for name, variant, uniform in (("mass", "prefixkv", "mass-uniform"), ("window", "window", "window-uniform")):
-        told = describe(exact_verdicts(results, asked, variant, uniform))
-        notes.append(f"The {name} score's calibrated layer shares against uniform ones there: {told}.")
-    return f"{_table(header, rows)}\n\n{' '.join(notes)}"
+    for policy in results.in_groups("ours"):
+        if not policy.adaptive:
+            told_ours = [
+                f"{name} {describe(against_the_best(results, cell, policy.name, by_answers))}"
+                for name, cell in asking_cells(results)
+            ]
+            notes.append(f"`{policy.name}` against whichever published policy is best at a kept share: {'; '.join(told_ours)}.")
+    header = ["policy", *[name for name, _ in cells]]
+    return f"{tables.table(header, rows)}\n\n{' '.join(notes)}"
+
+
+def _picture(name: str, text: str) -> str:
+    return f"![{text}]({name})"
 
 
 def _setting(results: Results) -> str:
     settings, model = results.settings, results.model
-    counts = ", ".join(f"{len(task.documents)} × {task.title.lower()}" for task in results.tasks)
+    contexts = ", ".join(str(plan.context_length) for plan in settings.contexts)
     measured = (
-        f"{model.name}: {model.n_parameters / 1e6:.1f} M parameters, {model.n_layers} layers. Documents of"
-        f" {settings.context_length} tokens ({counts}), none of which the calibration has seen. Each variant evicts once after"
-        f" the prompt and by slot reuse while decoding, on the runtime that engines run on. Intervals are 95 %."
+        f"{model.name}: {model.n_parameters / 1e6:.1f} M parameters, {model.n_layers} layers. {len(results.tasks)} tasks at"
+        f" {contexts} tokens; {settings.main_context} where nothing else is said. No document has been seen by the calibration."
+        " Every policy evicts as its engine does, after the prompt and while decoding, on the runtime that engines run on."
+        " Intervals are 95 %."
     )
     made = (
         f"Made by `{results.command}` from [results.json](results.json); no number here was typed. It is one small model of a"
-        " synthetic English: expect the order of the variants to change with the model and the text, and measure yours."
+        " synthetic English: expect the order of the policies to change with the model and the text, and measure yours."
     )
     return f"{measured}\n\n{made}"
 
 
-def _task_section(results: Results, task: TaskResults) -> Iterable[str]:
-    yield f"## {task.title}"
-    yield f"{len(task.documents)} documents: {task.description}."
-    yield f"![{task.title}: quality against kept share]({PICTURES[task.name]})"
+def _task_section(results: Results, cell: Cell) -> Iterable[str]:
+    task = results.task(cell.task)
+    policies = results.in_groups("published", "ours")
+    yield f"### {task.title}"
+    yield f"{len(cell.documents)} documents: {task.description}."
     if task.asks:
         yield "Exact answers, %:"
-        yield _budget_table(results, lambda variant, budget: formatted_value(task, task.row(variant, budget)))
-        yield "Perplexity of the right answer:"
-    else:
-        yield "Perplexity:"
-    yield _budget_table(results, lambda variant, budget: formatted_ratio(task.perplexity(task.row(variant, budget))))
-    if task.asks:
-        yield _cell_table(results, task)
+        yield tables.budget_table(results, cell, policies, lambda row: tables.share(row.accuracy))
+    yield "<details><summary>Perplexity, and agreement with the full cache</summary>"
+    yield "Perplexity of the right answer:" if task.asks else "Perplexity:"
+    yield tables.budget_table(results, cell, policies, lambda row: tables.ratio(cell.perplexity(row)))
+    yield "Greedy tokens as with the full cache, %:"
+    yield tables.budget_table(results, cell, policies, lambda row: tables.share(cell.agreement(row)))
+    yield "</details>"
 
 
-def _budget_table(results: Results, cell: Callable[[str, float], str]) -> str:
-    budgets = results.settings.budgets
-    rows = [[SHOWN[variant.name], *[cell(variant.name, budget) for budget in budgets]] for variant in VARIANTS]
-    full = f"Full cache: {cell(FULL.name, 1.0)}."
-    return f"{_table(['kept, %', *map(percent, budgets)], rows)}\n\n{full}"
+def _own_budget(results: Results, policy: PolicyFacts) -> Iterable[str]:
+    yield f"### {policy.label}"
+    yield (
+        "Kept share, mean over documents and its range; quality beside the full cache's; and policies with a kept share at the"
+        " largest measured one that is not above this mean (exact answers in %, perplexity for plain text):"
+    )
+    yield tables.own_budget_table(results, policy)
 
 
-def _cell_table(results: Results, task: TaskResults) -> str:
-    """Exact answers by place of the fact and by number of facts, at one kept share."""
-    budget = shown_budgets(results)[0]
-    regions = sorted({d.region for d in task.documents if d.region}, key=["near", "middle", "far"].index)
-    groups: list[tuple[str, list[bool]]] = [(region, [d.region == region for d in task.documents]) for region in regions]
-    groups += [(f"{n} facts", [d.n_facts == n for d in task.documents]) for n in results.settings.fact_counts]
-
-    def cell(row: Row, members: Sequence[bool]) -> str:
-        answers = [right for right, member in zip(row.answers, members, strict=True) if member]
-        return formatted_share(wilson_interval(sum(answers), len(answers)))
-
-    rows = [
-        [SHOWN[variant.name], *[cell(task.row(variant.name, budget), members) for _, members in groups]] for variant in VARIANTS
-    ]
-    told = f"Exact answers at {percent(budget)} % kept, by the third of the document that the fact stands in, and by facts, %:"
-    return f"{told}\n\n{_table(['', *[name for name, _ in groups]], rows)}"
-
-
-def _comparison_table(results: Results) -> str:
-    measures: list[tuple[str, TaskResults, Callable[..., dict[float, Verdict]]]] = []
-    for task in results.tasks:
-        measures += [(f"{task.title}: exact", task, exact_verdicts)] if task.asks else []
-        measures.append((f"{task.title}: perplexity", task, loss_verdicts))
-    rows = [
-        [c.choice, *[f"`{signs(verdicts_of(results, task, c.variant, c.other))}`" for _, task, verdicts_of in measures]]
-        for c in COMPARISONS
-    ]
-    told = (
+def _choices(results: Results) -> str:
+    return (
         f"One sign per kept share, {', '.join(map(percent, results.settings.budgets))} %: `+` the first named is better, `-` it"
         " is worse, `.` no clear difference, on the same documents. Exact answers by McNemar's test, perplexity by the mean"
         " difference of the loss; 5 % level, each kept share by itself, no correction for their number."
     )
-    return f"{told}\n\n{_table(['choice', *[name for name, _, _ in measures]], rows)}"
-
-
-def _spread_table(results: Results) -> str:
-    rows = []
-    for score in ("mass", "window"):
-        recipes = sorted((recipe for recipe in results.recipes if recipe.score == score), key=lambda recipe: recipe.budget)
-        rows.append([f"{score}: largest over smallest share", *[f"{recipe.spread:.2f}" for recipe in recipes]])
-        rows.append([f"{score}: common mass, %", *[f"{100 * recipe.mass:.1f}" for recipe in recipes]])
-    return _table(["kept, %", *map(percent, results.settings.budgets)], rows)
-
-
-def _memory_table(results: Results) -> str:
-    task = results.tasks[0]
-    full = task.row(FULL.name, 1.0)
-    rows = []
-    for variant in (v for v in VARIANTS if v.name in ("prefixkv", "window", "mass-uniform")):
-        for name, number in (("tokens", _tokens), ("KiB", _kib)):
-            cells = [number(task.row(variant.name, budget)) for budget in results.settings.budgets]
-            rows.append([f"{variant.label}: {name}", *cells, number(full)])
-    told = (
-        f"Held by one sequence after a late question of {results.settings.context_length} tokens, mean over documents. Memory"
-        f" is counted in pages of {results.page_size} tokens of one layer ({results.page_bytes} bytes each: keys,"
-        " values, positions, scores), of which the last one in each layer is only partly used."
-    )
-    return f"{told}\n\n{_table(['kept, %', *map(percent, results.settings.budgets), 'full'], rows)}"
 
 
 def _method(results: Results) -> str:
     settings, versions, machine = results.settings, results.versions, results.machine
-    recipes = (
-        f"Recipes: {settings.calibration_samples} prompts of the calibration split, each ending in a question, seed"
-        f" {settings.calibration_seed}; window score over the last {settings.window} queries."
+    minutes = sum(cell.elapsed_s for cell in results.cells) / 60
+    documents = "; ".join(
+        f"{plan.context_length} tokens: {len(settings.seeds) * plan.documents_per_seed} per task, kept shares"
+        f" {', '.join(map(percent, plan.budgets))} %"
+        for plan in settings.contexts
     )
-    documents = (
-        f"Late questions: {settings.documents_per_cell} documents for each number of facts"
-        f" ({', '.join(map(str, settings.fact_counts))}) and each third of the document for the asked fact; question after"
-        f" eviction: {settings.follow_up_documents_per_cell} of each. Evaluation seed {settings.evaluation_seed}."
+    lines = (
+        f"Documents, drawn with the seeds {', '.join(map(str, settings.seeds))}: {documents}.",
+        *[f"{task.title}: {task.description}." for task in results.tasks],
+        f"Many facts and distractors: {settings.most_facts}, or one per 32 tokens where that is less.",
+        (
+            f"Recipes: {settings.calibration_samples} prompts of {settings.calibration_context} tokens of the calibration"
+            f" split, each ending in a question, seed {settings.calibration_seed}; the same recipes at every context."
+        ),
+        (
+            "An answer is exact if greedy decoding gives it word for word. Perplexity and agreement count the answer's tokens"
+            " that were predicted after eviction (in a late question not the first, which the prefill predicts)."
+        ),
+        (
+            "Intervals: Wilson's for exact answers; for the others the normal approximation over documents. Documents of all"
+            " seeds count alike; random policies draw other lots for each document."
+        ),
+        (
+            "A kept share is of the prompt's tokens in all layers and KV heads. Policies of one kept share hold the same number"
+            " of tokens, but for rounding and protected tokens; where these are more, what is kept stands beside the result."
+        ),
+        (
+            f"{versions.executor}, trt-kv {versions.trt_kv}, torch {versions.torch}, numpy {versions.numpy}, Python"
+            f" {versions.python}; {machine.cpu}, {machine.n_cores} cores, {machine.system}; {minutes:.0f} minutes."
+        ),
+        f"Model {results.model.digest}.",
     )
-    measures = (
-        "An answer is exact if greedy decoding gives it word for word. Perplexity counts the answer tokens that were predicted"
-        " after eviction (in a late question not the first, which the prefill predicts); plain text: the next"
-        f" {settings.text_answer_length} tokens."
-    )
-    intervals = "Intervals: Wilson's for shares; for perplexity the normal approximation of the mean loss over documents."
-    kept = (
-        "All variants of a kept share hold the same number of tokens, but for rounding and protected tokens. Always kept: the"
-        " first and the last token of the prompt, unless the variant says otherwise."
-    )
-    ran = (
-        f"{versions.executor}, trt-kv {versions.trt_kv}, torch {versions.torch}, numpy {versions.numpy}, Python"
-        f" {versions.python}; {machine.cpu}, {machine.n_cores} cores, {machine.system}."
-    )
-    model = f"Model {results.model.digest}."
-    return "\n".join(f"* {line}" for line in (recipes, documents, measures, intervals, kept, ran, model))
-
-
-def _recommendation(score: str) -> str:
-    return {"window": "`SCORE=window`", "mass": "`SCORE=mass`"}.get(score, score)
-
-
-def _tokens(row: Row) -> str:
-    return f"{row.kept_tokens:.0f}"
-
-
-def _kib(row: Row) -> str:
-    return f"{row.kv_bytes / 1024:.0f}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"* {line}" for line in lines)

@@ -1,126 +1,193 @@
-"""What the report promises: measured as engines run, every number from the results file, and the committed copy current."""
+"""What the report promises: robust directions, every number from the results file, no cell measured twice, a current copy."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tokenizers import Tokenizer
 
 from benchmarks import report, report_measure, report_plots, report_text
-from benchmarks.report_harness import Harness, Plan, harness_from_engine
-from trt_kv.calibration.evaluation import FULL, VARIANTS, Case, case_from_task
-from trt_kv.calibration.evaluation_findings import lossless_share, preferred_score
+from benchmarks.report_harness import Harness
+from benchmarks.report_policies import PUBLISHED, contenders
+from benchmarks.report_settings import FULL_SETTINGS, QUICK_SETTINGS
+from benchmarks.report_tasks import report_tasks
+from trt_kv.calibration.evaluation_findings import COMPARISONS
 from trt_kv.calibration.evaluation_results import Results
-from trt_kv.calibration.tasks import evaluation_tasks, plain_text_tasks
-from trt_kv.errors import ReportError
+from trt_kv.calibration.evaluation_settings import Settings
+from trt_kv.errors import ReportError, UsageError
 from trt_kv.export.checkpoint import Checkpoint
-from trt_kv.manifest import load_manifest
-from trt_kv.recipe import Recipe
-from trt_kv.runtime.engine import Engine
+from trt_kv.policies import policy_names
 
-BY_NAME = {variant.name: variant for variant in (FULL, *VARIANTS)}
 PNG_HEAD = b"\x89PNG"
 
 
 @pytest.fixture(scope="module")
-def harness(half_folder: Path) -> Harness:
-    """A harness on the pieces of the 50 % engine."""
-    return harness_from_engine(half_folder, load_manifest(half_folder), window=32, context_length=512, n_forks=4)
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the quick report keeps what it has measured."""
+    return tmp_path_factory.mktemp("report") / "parts"
+
+
+def _measured(checkpoint: Checkpoint, engine: Path, parts: Path, settings: Settings, told: list[str]) -> Results:
+    return report_measure.measure(
+        checkpoint,
+        engine,
+        settings,
+        folder=parts,
+        command="a test",
+        on_progress=lambda stage, done, total: told.append(f"{stage} {done}/{total}"),
+        tell=told.append,
+    )
 
 
 @pytest.fixture(scope="module")
-def quick(full_folder: Path, bundled_checkpoint: Checkpoint) -> Results:
+def quick(full_folder: Path, bundled_checkpoint: Checkpoint, parts: Path) -> Results:
     """What ``--quick`` measures."""
-    told: list[tuple[str, int, int]] = []
-    results = report_measure.measure(
-        bundled_checkpoint, full_folder, report_measure.QUICK_SETTINGS, "a test", lambda *event: told.append(event)
-    )
-    assert {stage for stage, done, total in told if done == total} >= {task.title.lower() for task in results.tasks}
+    told: list[str] = []
+    results = _measured(bundled_checkpoint, full_folder, parts, QUICK_SETTINGS, told)
+    assert "minutes" in told[0]
+    done, total = told[-1].removeprefix("measuring ").split("/")
+    assert abs(int(done) - int(total)) <= 1
     return results
 
 
-def _cases(folder: Path) -> list[Case]:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tasks = [*evaluation_tasks(3, context_length=512, n_facts=6), *plain_text_tasks(2, context_length=400, answer_length=40)]
-    return [case_from_task(task, lambda text: list(tokenizer.encode(text).ids)) for task in tasks]
+def test_every_cell_has_every_policy_at_its_budget(quick: Results) -> None:
+    names = {contender.name for contender in contenders()}
+    for cell in quick.cells:
+        assert {row.policy for row in cell.rows} == names
+        for row in cell.rows:
+            assert len(row.right) == 4
+            if row.budget is not None:
+                assert row.mean_kept == pytest.approx(row.budget, abs=0.01), row.name
+        assert cell.full.kept == (1.0,) * 4
+        assert cell.agreement(cell.full).value == 1.0
 
 
-def test_the_harness_gives_the_tokens_of_a_built_engine(half_folder: Path, harness: Harness) -> None:
-    """In one batch with other variants, one token after the other, eviction while decoding included."""
-    engine = Engine.load(half_folder, cache_tokens=2048)
-    recipes = {"mass": Recipe.load(half_folder / "recipe.json")}
-    plans = [
-        Plan(variant=BY_NAME[name], share=1.0 if name == "full" else 0.5, recipes=recipes)
-        for name in ("full", "prefixkv", "mass-uniform")
-    ]
-    seen = set()
-    for case in _cases(half_folder):
-        made = engine.generate(case.prompt, max_new_tokens=40).token_ids
-        full, prefixkv, _ = harness.run(dataclasses.replace(case, answer=made), plans)
-        assert prefixkv.tokens == made
-        assert prefixkv.right
-        seen.add(full.tokens == prefixkv.tokens)
-    assert seen == {True, False}, "the eviction must show in some documents"
+def test_the_full_cache_does_every_task(quick: Results) -> None:
+    assert [cell.full.right for cell in quick.compared(asking=True)] == ["1111"] * 7
+    assert all(quick.can(cell) for cell in quick.cells)
 
 
-def test_the_full_cache_answers_and_loses_nothing(half_folder: Path, harness: Harness) -> None:
-    case = _cases(half_folder)[0]
-    (outcome,) = harness.run(case, [Plan(variant=FULL, share=1.0, recipes={})])
-    assert outcome.right
-    assert outcome.tokens == case.answer
-    assert outcome.kept_by_layer == (1.0,) * 8
-    assert outcome.fact_kept == outcome.question_kept == 1.0
-    assert outcome.kept_place == pytest.approx(0.5)
+def test_what_is_certain_about_scores_shows(quick: Results) -> None:
+    """Directions that hold with few short documents, pooled over all late questions."""
+    late = quick.late()
+    assert late is not None
+    assert len(late.documents) == 20
+    for budget in (0.2, 0.5):
+        window, mass = late.row("window", budget), late.row("prefixkv", budget)
+        assert window.accuracy.value > mass.accuracy.value + 0.3
+        assert late.perplexity(window).value < late.perplexity(mass).value
+        assert late.agreement(window).value > late.agreement(mass).value
+        assert late.row("pooledwindow", budget).accuracy.value > late.row("snapkv", budget).accuracy.value - 0.05
+    assert late.row("pooledwindow", 0.2).accuracy.value > 0.8 > 0.3 > late.row("random", 0.2).accuracy.value
+    mass = late.row("prefixkv", 0.5)
+    assert mass.question_kept is not None
+    assert mass.question_kept < 0.5
+    assert mass.kept_place < late.row("window", 0.5).kept_place
 
 
-def test_recency_keeps_sinks_and_the_end_and_lots_follow_their_seed(half_folder: Path, harness: Harness) -> None:
-    case = _cases(half_folder)[0]
-    n_tokens = len(case.prompt)
-    recipes = {"mass": Recipe.load(half_folder / "recipe.json")}
-    random_plan = Plan(variant=BY_NAME["random"], share=0.5, recipes=recipes)
-    recency, first, again = harness.run(
-        case, [Plan(variant=BY_NAME["recency"], share=0.5, recipes={}), random_plan, random_plan], seed=1
-    )
-    n_kept = n_tokens - round(0.5 * n_tokens)
-    kept = [*range(4), *range(n_tokens - n_kept + 4, n_tokens)]
-    assert recency.kept_place == pytest.approx(np.mean(kept) / (n_tokens - 1))
-    assert recency.question_kept == 1.0
-    assert first == again
-    assert first != harness.run(case, [random_plan], seed=2)[0]
+def test_what_is_certain_about_refreekv_shows(quick: Results) -> None:
+    """The budget follows the input and falls with T; ranked by attention the stopping rule fails."""
+    names = ("refreekv-0.001", "refreekv-0.003", "refreekv", "refreekv-0.03", "refreekv-0.1")
+    for cell in quick.cells:
+        rows = [cell.row(name) for name in names]
+        for tighter, looser in itertools.pairwise(rows):
+            assert all(np.array(tighter.kept) >= looser.kept)
+        assert rows[0].mean_kept > rows[-1].mean_kept + 0.1
+        assert all(row.kept_by_layer[:2] == (1.0, 1.0) for row in rows)
+        assert cell.row("refreekv-no-exempt").mean_kept < rows[2].mean_kept - 0.1
+        assert cell.row("refreekv-attention").mean_kept < rows[2].mean_kept - 0.1
+        assert len(set(rows[2].kept)) > 1
+    late = quick.late()
+    assert late is not None
+    assert late.row("refreekv-attention").accuracy.value < late.row("refreekv").accuracy.value
+    assert late.row("refreekv-0.001").accuracy.value > late.row("refreekv-0.1").accuracy.value
+    near, after = (quick.cell(task).row("refreekv") for task in ("needle_near", "follow_up"))
+    assert max(near.kept) < min(after.kept)
 
 
-def test_a_run_gives_all_memory_back_also_when_it_fails(half_folder: Path, harness: Harness) -> None:
-    case = _cases(half_folder)[0]
-    harness.run(case, [Plan(variant=BY_NAME["mass-uniform"], share=0.5, recipes={})])
-    harness.pool.check_integrity([])
-    with pytest.raises(KeyError):
-        harness.run(case, [Plan(variant=FULL, share=1.0, recipes={}), Plan(variant=VARIANTS[0], share=0.5, recipes={})])
-    harness.pool.check_integrity([])
-
-
-def test_a_quick_report_shows_what_is_certain(quick: Results) -> None:
-    """Directions that hold with few short documents: full answers all, more is no worse, the window score beats mass."""
-    for task in quick.tasks:
-        assert len(task.rows) == 1 + len(VARIANTS) * len(quick.settings.budgets)
-        full = task.row("full", 1.0)
-        if task.asks:
-            assert full.accuracy.value == 1.0
-    late = quick.task("late_question")
-    window, mass = ([late.row(name, budget) for budget in (0.2, 0.5)] for name in ("window", "prefixkv"))
-    assert window[0].accuracy.value > mass[0].accuracy.value
-    assert window[1].accuracy.value > mass[1].accuracy.value
-    assert window[1].accuracy.value >= window[0].accuracy.value
-    assert preferred_score(quick, late) == "window"
+def test_recipes_meet_their_budget_with_unequal_layers(quick: Results) -> None:
+    assert {recipe.budget for recipe in quick.recipes} == set(QUICK_SETTINGS.budgets)
     for recipe in quick.recipes:
         assert np.mean(recipe.kept) == pytest.approx(recipe.budget, abs=0.002)
         assert recipe.spread > 1.2
-    for row in late.rows:
-        assert row.kept_tokens == pytest.approx(row.budget * late.row("full", 1.0).kept_tokens, rel=0.02)
+
+
+def test_memory_is_that_of_the_kept_tokens(quick: Results) -> None:
+    for row in quick.cells[0].rows:
+        n_tokens = np.mean([document.n_prompt_tokens for document in quick.cells[0].documents])
         used = row.kv_bytes / quick.page_bytes * quick.page_size
-        assert row.kept_tokens <= used <= row.kept_tokens + 8 * quick.page_size
+        kept = row.mean_kept * n_tokens * 8
+        assert kept - 1 <= used <= kept + 8 * quick.page_size
+
+
+def test_every_preset_takes_part_and_comparisons_are_between_contenders() -> None:
+    known = contenders()
+    names = [contender.name for contender in known]
+    assert len(set(names)) == len(names) == len({contender.label for contender in known})
+    assert {"full", *PUBLISHED} | {c.name for c in known if c.group == "ours"} == set(policy_names())
+    for comparison in COMPARISONS:
+        assert {comparison.policy, comparison.other} <= set(names)
+
+
+def test_a_task_draws_documents_of_its_own_for_each_seed() -> None:
+    drawn = [document.prompt for task in report_tasks(QUICK_SETTINGS) for document in task.documents(QUICK_SETTINGS, 384)]
+    assert len(drawn) == len(set(drawn)) == 8 * 4
+    late = [task for task in report_tasks(QUICK_SETTINGS) if task.facts.late]
+    asked = [document.answer for task in late for document in task.documents(QUICK_SETTINGS, 384)]
+    assert len(set(asked)) == len(asked)
+
+
+def test_a_run_goes_on_where_it_stopped(
+    quick: Results, full_folder: Path, bundled_checkpoint: Checkpoint, parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that is stored is measured again; a lost cell alone is."""
+    lost = parts / "copy-384.json"
+    content = lost.read_bytes()
+    lost.unlink()
+    runs: list[int] = []
+    run = Harness.run
+
+    def counted(*arguments: object) -> object:
+        runs.append(1)
+        return run(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Harness, "run", counted)
+    monkeypatch.setattr(Harness, "full", None)
+    monkeypatch.setattr(Harness, "importance", None)
+    again = _measured(bundled_checkpoint, full_folder, parts, QUICK_SETTINGS, [])
+    assert len(runs) == 4 + 2, "the cell's documents, and two to tell how long it takes"
+    found, expected = json.loads(lost.read_bytes())["part"], json.loads(content)["part"]
+    assert {**found, "elapsed_s": 0} == {**expected, "elapsed_s": 0}
+    assert [cell.rows for cell in again.cells] == [cell.rows for cell in quick.cells]
+    runs.clear()
+    told: list[str] = []
+    _measured(bundled_checkpoint, full_folder, parts, QUICK_SETTINGS, told)
+    assert (runs, told) == ([], [])
+
+
+def test_what_the_model_cannot_do_is_shown_and_not_compared(
+    quick: Results,
+    full_folder: Path,
+    bundled_checkpoint: Checkpoint,
+    parts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(Harness, "full", None)
+    strict = dataclasses.replace(QUICK_SETTINGS, capable_from=1.01)
+    told: list[str] = []
+    results = _measured(bundled_checkpoint, full_folder, parts, strict, told)
+    assert told == [], "nothing is left to be measured"
+    assert [cell.is_compared for cell in results.cells] == [False] * 7 + [True]
+    assert [cell.task for cell in results.compared()] == ["plain_text"]
+    assert results.late() is None
+    report.write_report(results, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Left out of every comparison: one fact, near at 384, " in text
+    assert "*100 (51–100)*" in text
 
 
 def test_results_survive_the_file_and_make_the_same_report(quick: Results, tmp_path: Path) -> None:
@@ -134,9 +201,9 @@ def test_a_number_that_does_not_follow_from_the_documents_is_refused(quick: Resu
     path = tmp_path / "results.json"
     quick.save(path)
     data = json.loads(path.read_text())
-    data["tasks"][0]["rows"][1]["summary"]["accuracy"]["value"] = 0.99
+    data["cells"][0]["rows"][1]["summary"]["accuracy"]["value"] = 0.99
     path.write_text(json.dumps(data))
-    with pytest.raises(ReportError, match=r"late_question, prefixkv at 0.2 does not follow"):
+    with pytest.raises(ReportError, match=r"needle_near at 384 tokens, prefixkv at 0.2 does not follow"):
         Results.load(path)
 
 
@@ -154,7 +221,7 @@ def test_the_command_renders_a_report_from_its_results_alone(quick: Results, tmp
     out = tmp_path / "out"
     result = CliRunner().invoke(report.main, ["--from-results", str(tmp_path / "results.json"), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    pictures = {*report_text.PICTURES.values(), report_text.LAYERS_PICTURE, report_text.KEPT_PICTURE}
+    pictures = set(report_plots.PICTURES)
     assert {path.name for path in out.iterdir()} == pictures | {"results.json", "report.md", "summary.md"}
     assert all((out / name).read_bytes().startswith(PNG_HEAD) for name in pictures)
     text = (out / "report.md").read_text()
@@ -163,23 +230,13 @@ def test_the_command_renders_a_report_from_its_results_alone(quick: Results, tmp
     assert (out / "results.json").read_bytes() == (tmp_path / "results.json").read_bytes()
 
 
-def test_lossless_means_from_there_on(quick: Results) -> None:
-    """A share counts only if no larger one is clearly worse than the full cache."""
-    late = quick.task("late_question")
-    right, wrong = "1" * len(late.documents), "0" * len(late.documents)
-
-    def with_answers(at_20: str, at_50: str) -> Results:
-        answers = {0.2: at_20, 0.5: at_50}
-        rows = tuple(
-            dataclasses.replace(row, right=answers[row.budget]) if row.variant == "window" else row for row in late.rows
+def test_settings_that_measure_nothing_are_refused() -> None:
+    with pytest.raises(UsageError, match="main context"):
+        dataclasses.replace(QUICK_SETTINGS, main_context=512)
+    with pytest.raises(UsageError, match="one document"):
+        dataclasses.replace(
+            QUICK_SETTINGS, seeds=(0,), contexts=(dataclasses.replace(QUICK_SETTINGS.main, documents_per_seed=1),)
         )
-        return dataclasses.replace(quick, tasks=(dataclasses.replace(late, rows=rows), *quick.tasks[1:]))
-
-    for (at_20, at_50), share in {
-        (right, right): 0.2, (wrong, right): 0.5, (right, wrong): None, (wrong, wrong): None
-    }.items():  # fmt: skip
-        results = with_answers(at_20, at_50)
-        assert lossless_share(results, results.tasks[0], "window") == share
 
 
 def test_the_readme_takes_the_summary_between_its_markers() -> None:
@@ -192,9 +249,9 @@ def test_the_readme_takes_the_summary_between_its_markers() -> None:
 
 def test_the_committed_report_is_what_its_results_give() -> None:
     results = Results.load(report.COMMITTED / "results.json")
-    assert results.settings == report_measure.FULL_SETTINGS
+    assert results.settings == FULL_SETTINGS
     assert (report.COMMITTED / "report.md").read_text() == report_text.report_markdown(results)
     summary = report_text.summary_markdown(results)
     assert (report.COMMITTED / "summary.md").read_text() == summary + "\n"
     assert report.README.read_text() == report.readme_with_summary(report.README.read_text(), summary)
-    assert {path.name for path in report.COMMITTED.glob("*.png")} == set(report_plots.pictures(results))
+    assert {path.name for path in report.COMMITTED.glob("*.png")} == set(report_plots.PICTURES)
