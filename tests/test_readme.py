@@ -32,17 +32,22 @@ def test_inspect_shows_the_bars_of_the_readme(engine: Path, capsys: pytest.Captu
     assert set(bars) <= set(shown)
 
 
-def test_the_window_engine_answers_the_example_and_the_published_score_does_not(
+def test_reach_answers_the_example_with_less_than_the_published_policy_that_does_not(
     engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    window = tmp_path / "window"
-    assert main(["build", "--score", "window", "--out", str(window)]) == 0
-    answers = []
-    for folder in (window, engine):
+    reach = tmp_path / "reach"
+    assert main(["build", "--policy", "reach", "--out", str(reach)]) == 0
+    answers, told = [], []
+    for folder in (reach, engine):
         capsys.readouterr()
         assert main(["generate", str(folder), "--prompt-file", str(EXAMPLE), "--max-new-tokens", "8"]) == 0
-        answers.append(capsys.readouterr().out.startswith("code of trent is 5 3 7"))
+        said = capsys.readouterr()
+        answers.append(said.out.startswith("code of trent is 5 3 7"))
+        told.append(re.findall(r"\((\d+%)", said.err))
     assert answers == [True, False]
+    (share,), (published,) = told
+    assert f"with a cache of {share.replace('%', ' %')}; " in README
+    assert f"does not with {published.replace('%', ' %')}, " in README
 
 
 def test_the_python_block_runs(engine: Path) -> None:
