@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.harness import Check, Report, Row, check_close, take_turns
 from trt_kv.opspec import Case
+from trt_kv.plugins.attention_cpu import attend_chunk
 from trt_kv.plugins.cached_attention import cpu as attention
 from trt_kv.plugins.cached_attention.spec import SPEC
 from trt_kv.plugins.cases import case_inputs
@@ -123,10 +124,10 @@ def _chunk_sides(n_cached: int) -> tuple[dict[str, Callable[[], Floats]], dict[s
     q_NHD = rng.standard_normal((n_tokens, n_heads, head_size), np.float32)
     k_KSD, v_KSD = rng.standard_normal((2, n_kv_heads, n_cached, head_size), np.float32)
     visible_NS = np.arange(n_cached) <= np.arange(n_cached - n_tokens, n_cached)[:, None]
-    _, lse_NH = attention.attend_chunk(q_NHD, k_KSD, v_KSD, visible_NS, scale)
+    _, lse_NH = attend_chunk(q_NHD, k_KSD, v_KSD, visible_NS, scale)
     scaled_NHD = q_NHD * np.float32(scale)
     return {
-        "flash attention": lambda: attention.attend_chunk(q_NHD, k_KSD, v_KSD, visible_NS, scale)[0],
+        "flash attention": lambda: attend_chunk(q_NHD, k_KSD, v_KSD, visible_NS, scale)[0],
         "matmul, head by head": lambda: _softmax_matmul(q_NHD, k_KSD, v_KSD, scale, visible_NS),
     }, {
         "flash attention, roles exchanged": lambda: scores.attention_received(scaled_NHD, lse_NH, k_KSD, visible_NS),

@@ -42,17 +42,21 @@ class _PagedCase:
         self.slots = np.zeros((self.n_layers, sum(case.new)), np.int64)
         self.positions = np.zeros(sum(case.new), np.int64)
         self.cu_tokens = np.concatenate([[0], np.cumsum(case.new)])
+        self.query_rows = rng.permutation(self.n_layers * len(case.new)).reshape(self.n_layers, -1)
         for b in range(len(case.new)):
             self._fill_sequence(b, new_written)
 
     def _fill_sequence(self, b: int, new_written: bool) -> None:
         """Cached tokens at positions with gaps (earlier evictions), in slots of arbitrary order; new ones behind them."""
         n_cached, n_new = self.case.cached[b], self.case.new[b]
-        positions = np.sort(self.rng.choice(3 * (n_cached + n_new) + 1, n_cached + n_new, replace=False))
+        n_tokens = n_cached + n_new
+        positions = np.arange(n_tokens)
+        if not self.case.in_order:
+            positions = np.sort(self.rng.choice(3 * n_tokens + 1, n_tokens, replace=False))
         rows = slice(self.cu_tokens[b], self.cu_tokens[b + 1])
         self.positions[rows] = positions[n_cached:]
         for layer in range(self.n_layers):
-            order = self.rng.permutation(n_cached + n_new)
+            order = np.arange(n_tokens) if self.case.in_order else self.rng.permutation(n_tokens)
             slots = self.page_table[layer, b, order // self.page_size] * self.page_size + order % self.page_size
             n_written = n_cached + n_new * new_written
             pages, offsets = np.divmod(slots[:n_written], self.page_size)
@@ -83,6 +87,17 @@ class _PagedCase:
                 return self.rng.integers(-1, 8, n_new)
             case "evict":
                 return np.ones(len(self.kv_len), np.int64)
+            case "prompt_len":
+                half_read: np.ndarray = np.maximum(1, self.kv_len // 2)
+                return half_read
+            case "found_budget":
+                return np.full((self.n_layers, len(self.kv_len)), -1)
+            case "query_rows":
+                return self.query_rows
+            case "summaries":
+                return np.sort(self._normal(len(self.kv), self.n_kv_heads, 2, self.head_size), axis=2)
+            case "last_query":
+                return self._normal(self.query_rows.size + 2, self.n_heads, self.head_size)
             case "kv_len":
                 return np.tile(self.kv_len, (self.n_layers, 1))
             case _:
@@ -90,9 +105,17 @@ class _PagedCase:
                 return array
 
     def _given(self, name: str) -> np.ndarray:
-        """A pool named in ``values`` is filled with that constant; any other tensor is given whole."""
+        """A state named in ``values`` is filled with that constant; any other tensor is given whole, row by row."""
         values = np.array(self.case.values[name])
-        return np.full_like(self.scores, values[0]) if name == "scores" else values
+        match name:
+            case "scores":
+                return np.full_like(self.scores, values[0])
+            case "last_query":
+                return np.full((self.query_rows.size, self.n_heads, self.head_size), values[0], np.float32)
+            case "found_budget":
+                return values.reshape(self.n_layers, -1)
+            case _:
+                return values
 
     def _normal(self, *shape: int) -> np.ndarray:
         return self.rng.standard_normal(shape, np.float32)

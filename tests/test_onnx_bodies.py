@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from tests.test_op_parity import CASES, SPECS, by_slot, live_slots, run
+from tests.test_op_parity import CASES, SPECS, by_slot, is_per_slot, live_slots, run, untouched
 from trt_kv.opspec import DOMAIN, OP_VERSION, PLUGIN_ATTRIBUTES, Case, OpSpec, TensorSpec
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.onnx_function import OPSET, onnx_function
@@ -83,10 +83,11 @@ def assert_body_equals_reference(
     expected = run(spec, "reference", inputs)
     live = live_slots(spec, inputs, expected)
     for name, reference in expected.items():
-        got = by_slot(results[name])[live] if name.endswith("_out") else results[name]
+        where = live if is_per_slot(name) else ...
+        got = by_slot(name, results[name])[where]
         np.testing.assert_allclose(
             got,
-            reference[live] if name.endswith("_out") else reference,
+            reference[where],
             atol=spec.tolerance.atol if atol is None else atol,
             rtol=spec.tolerance.rtol if atol is None else atol,
             err_msg=name,
@@ -102,12 +103,11 @@ def test_body_equals_reference(spec: OpSpec, case: Case, execute: Run) -> None:
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_body_leaves_other_layers_and_sequences_alone(spec: OpSpec, case: Case) -> None:
     inputs = case_inputs(spec, case)
-    mine = inputs["page_table"][inputs["layer"]]
-    others = np.setdiff1d(np.arange(len(inputs["kv"])), mine[mine >= 0])
-    outputs = run_in_onnxruntime(one_node_model(spec, inputs), feeds_of(spec, inputs))
-    for name, state in zip(spec.output_names, outputs, strict=True):
-        if name.endswith("_out"):
-            np.testing.assert_array_equal(state[others], inputs[name.removesuffix("_out")][others])
+    results = run_in_onnxruntime(one_node_model(spec, inputs), feeds_of(spec, inputs))
+    outputs = dict(zip(spec.output_names, results, strict=True))
+    for state in spec.states:
+        others = untouched(state, inputs)
+        np.testing.assert_array_equal(outputs[f"{state.name}_out"][others], inputs[state.name][others])
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

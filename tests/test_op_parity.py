@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trt_kv.opspec import Case, OpSpec
+from trt_kv.opspec import Case, OpSpec, TensorSpec
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.registry import IMPLEMENTATIONS, kernel, op_specs
 
@@ -19,12 +19,27 @@ def run(spec: OpSpec, implementation: str, inputs: dict[str, Any]) -> dict[str, 
     """All outputs by name, updated states included."""
     inputs = copy.deepcopy(inputs)
     results = kernel(spec.name, implementation)(**inputs)
-    return dict(zip(spec.output_names, [*results, *(by_slot(inputs[t.name]) for t in spec.states)], strict=True))
+    return dict(zip(spec.output_names, [*results, *(by_slot(t.name, inputs[t.name]) for t in spec.states)], strict=True))
 
 
-def by_slot(state: np.ndarray) -> np.ndarray:
-    """A state with its slot as the first two axes [M, P, ...]: kv is [M, 2, K, P, D], the others are [M, K, P]."""
+def is_per_slot(name: str) -> bool:
+    """Whether a tensor, a state before or after the op (``kv``, ``kv_out``), holds something for each slot."""
+    states = {t.name: t for spec in SPECS.values() for t in spec.states}
+    state = states.get(name.removesuffix("_out"))
+    return state is not None and "P" in state.axes
+
+
+def by_slot(name: str, state: np.ndarray) -> np.ndarray:
+    """A state with its slot, if it has any, as the first two axes [M, P, ...]: kv is [M, 2, K, P, D], others are [M, K, P]."""
+    if not is_per_slot(name):
+        return state
     return state.transpose(0, 3, 1, 2, 4) if state.ndim == 5 else state.transpose(0, 2, 1)
+
+
+def untouched(state: TensorSpec, inputs: dict[str, Any]) -> np.ndarray:
+    """Indices into a state's first axis that belong to other layers or to nobody: pages, or remembered queries."""
+    mine = inputs["query_rows" if state.axes[0] == "U" else "page_table"][inputs["layer"]]
+    return np.setdiff1d(np.arange(len(inputs[state.name])), mine[mine >= 0])
 
 
 def live_slots(spec: OpSpec, inputs: dict[str, Any], outputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -45,7 +60,7 @@ def test_kernel_equals_reference(spec: OpSpec, case: Case, implementation: str) 
     expected, got = run(spec, "reference", inputs), run(spec, implementation, inputs)
     live = live_slots(spec, inputs, expected)
     for name, reference in expected.items():
-        where = live if name in {"kv_out", "token_positions_out", "scores_out"} else ...
+        where = live if is_per_slot(name) else ...
         np.testing.assert_allclose(
             got[name][where], reference[where], atol=spec.tolerance.atol, rtol=spec.tolerance.rtol, err_msg=name
         )
@@ -54,12 +69,12 @@ def test_kernel_equals_reference(spec: OpSpec, case: Case, implementation: str) 
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_op_leaves_other_layers_and_sequences_alone(spec: OpSpec, case: Case) -> None:
     inputs = case_inputs(spec, case)
-    mine = inputs["page_table"][inputs["layer"]]
-    others = np.setdiff1d(np.arange(len(inputs["kv"])), mine[mine >= 0])
     for implementation in IMPLEMENTATIONS:
         outputs = run(spec, implementation, inputs)
         for state in spec.states:
-            np.testing.assert_array_equal(outputs[f"{state.name}_out"][others], by_slot(inputs[state.name])[others])
+            others = untouched(state, inputs)
+            before = by_slot(state.name, inputs[state.name])
+            np.testing.assert_array_equal(outputs[f"{state.name}_out"][others], before[others])
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

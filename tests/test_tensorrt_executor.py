@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.engines import prefixkv_request
-from tests.test_op_parity import CASES, by_slot, live_slots, run
+from tests.test_op_parity import CASES, by_slot, is_per_slot, live_slots, run
 from trt_kv.errors import CapacityError, EngineError, UsageError
 from trt_kv.export.checkpoint import open_checkpoint
 from trt_kv.export.engine import build_engine
@@ -167,7 +167,7 @@ def test_enqueue_on_the_gpu_equals_reference(tensorrt: ModuleType, spec: OpSpec,
     live = live_slots(spec, inputs, expected)
     for name, reference in expected.items():
         got = outputs[name].cpu().numpy()
-        got, where = (by_slot(got), live) if name.endswith("_out") else (got, slice(None))
+        got, where = (by_slot(name, got), live if is_per_slot(name) else slice(None))
         np.testing.assert_allclose(
             got[where], reference[where], atol=spec.tolerance.atol, rtol=spec.tolerance.rtol, err_msg=name
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.rig.buffers import GuardedBuffers, output_shapes, padded, poisoned
-from tests.test_op_parity import by_slot, live_slots, run
+from tests.test_op_parity import by_slot, is_per_slot, live_slots, run
 from trt_kv.errors import EngineError
 from trt_kv.opspec import Case, OpSpec
 from trt_kv.plugins.cases import case_inputs
@@ -83,9 +83,8 @@ def assert_equals_reference(spec: OpSpec, inputs: dict[str, Any], outputs: dict[
     if written is not ...:
         live &= ~written
     for name, reference in expected.items():
-        is_state = name.endswith("_out")
-        got = by_slot(outputs[name]) if is_state else outputs[name][: len(reference)]
-        where = live if is_state else ...
+        got = by_slot(name, outputs[name])[: len(reference)]
+        where = live if is_per_slot(name) else ...
         np.testing.assert_allclose(
             got[where], reference[where], atol=spec.tolerance.atol, rtol=spec.tolerance.rtol, err_msg=name
         )
@@ -143,7 +142,7 @@ def test_a_missing_an_unknown_and_a_mistyped_field_are_named(base: Any, spec: Op
     without = [field for name, field in fields.items() if name != "layer"]
     for given, problem in (
         (without, "missing: layer"),
-        ([*fields.values(), base.field_of("tau", "float", 0.5)], "unknown: tau"),
+        ([*fields.values(), base.field_of("sigma", "float", 0.5)], "unknown: sigma"),
         ([*without, base.field_of("layer", "float", 1.0)], "of another type: layer"),
         ([*fields.values(), fields["layer"]], "given twice: layer"),
     ):

@@ -1,7 +1,7 @@
 """OpSpec: everything about a custom op that is data. Schemas, docs, cases and tolerances are derived from it.
 
 Axis letters: N tokens of this step over all sequences, B sequences, H query heads, K KV heads, D head size, P page size,
-M pages in the pool, T pages a page table can name, L layers. ``B+1`` is one more than B.
+M pages in the pool, T pages a page table can name, L layers, U queries that the runtime remembers. ``B+1`` is one more than B.
 """
 
 from collections.abc import Mapping
@@ -46,6 +46,7 @@ class Case:
 
     ``values`` fixes inputs that the case is about; every other input is drawn at random. ``own_tokens``: each KV head holds
     its own cached tokens, in its own order, as after an eviction that ranks per head; else all heads hold the same ones.
+    ``in_order``: nothing has ever been evicted, and a sequence's tokens lie in its pages in order of position.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Case:
     attributes: Mapping[str, int | float | str] = field(default_factory=dict)
     values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     own_tokens: bool = False
+    in_order: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 * **score** ranks the cached tokens of a layer, for all KV heads together or for each on its own;
 * **budget** says how many of them a layer keeps (always the KEPT part);
-* **residency** says what happens to the others: ``dropped``, or (with FreeKV) paged to the host;
+* **residency** says what happens to the others: ``dropped``, or kept on the ``host`` and recalled page by page (FreeKV);
 * **decode** says what happens once more tokens are generated.
 
 Named policies are presets of these; each stands in its own file in ``trt_kv/policies``.
@@ -24,6 +24,7 @@ SCORES = {
     "window": "attention received, summed over the last `window` prompt queries (observation window, SnapKV)",
     "position": "the newest tokens first (StreamingLLM, ReFreeKV)",
     "random": "by lot: what any ranking has to beat",
+    "pages": "an upper bound of what a page may get from this query, read off a summary of its keys (Quest, FreeKV)",
 }
 ATTENTION_SCORES = ("mass", "mean_mass", "window")
 BUDGETS = {
@@ -34,7 +35,10 @@ BUDGETS = {
     "recipe": "each layer keeps the share that a calibrated recipe gives it (PrefixKV)",
     "unimetric": "each layer keeps what holds 1 - `threshold` of the attention's norm, found for each input (ReFreeKV)",
 }
-RESIDENCIES = {"dropped": "tokens outside the budget are dropped and their memory returns to the pool"}
+RESIDENCIES = {
+    "dropped": "tokens outside the budget are dropped and their memory returns to the pool",
+    "host": "every token stays in host memory; a step attends to sinks, the newest tokens and the pages recalled for it",
+}
 HEADS = {
     "shared": "one ranking per layer: attention is averaged over all query heads",
     "each": "one ranking per KV head: attention is averaged over its query heads",
@@ -56,6 +60,20 @@ NORMS = {
     "sinks_out": "protected tokens do not count in the norm (ReFreeKV's released code)",
     "sinks_in": "protected tokens count in the norm (ReFreeKV's paper)",
 }
+PAGE_SUMMARIES = {
+    "minmax": "smallest and largest value of each channel of a page's keys (Quest, FreeKV)",
+    "deviation": "middle between smallest and largest, plus and minus the mean absolute deviation from it (ArkVale)",
+}
+GROUP_POOLINGS = {
+    "mean_softmax": "mean over a KV head's query heads of the softmax over pages (MeanS, FreeKV)",
+    "max_softmax": "largest of these (MaxS)",
+    "mean_raw": "mean over a KV head's query heads of the bounds themselves (MeanQK, ArkVale)",
+    "max_raw": "largest of these (MaxQK, Quest)",
+}
+DRIFTS = {
+    "fixed": "`tau` in every layer",
+    "calibrated": "a `tau` for each layer, measured on prompts so that heads are corrected at a wanted rate",
+}
 
 NAMES = {
     "score": SCORES,
@@ -66,6 +84,9 @@ NAMES = {
     "metric_row": METRIC_ROWS,
     "metric_order": METRIC_ORDERS,
     "norm": NORMS,
+    "page_summary": PAGE_SUMMARIES,
+    "group_pooling": GROUP_POOLINGS,
+    "drift": DRIFTS,
 }
 """The fields of a policy that are names, with what each name means."""
 
@@ -80,6 +101,11 @@ class Policy:
     nor is the newest ``recent_share`` of a budget. ``decode_distance``: decode "row" only. ``exempt_layers`` keep everything.
     ``threshold``, ``metric_row``, ``metric_order``, ``norm``: budget "unimetric" only. ``beta``: budget "pyramid" only, how
     much steeper than flat. ``seed``: score "random" only. Defaults are published PrefixKV's and ReFreeKV's.
+
+    Residency "host" only: budgets count what one step attends to, ``sinks`` and ``recent`` included, in whole pages. A KV head
+    whose query is less like the one before than ``tau`` (cosine) chooses its pages anew before it attends; above 1 every head
+    does in every step, below -1 none ever. ``page_summary`` and ``group_pooling`` say how pages are ranked, ``softmax_scale``
+    is the factor on bounds before a softmax over pages (1, as published; head_size ** -0.5 would be attention's own).
     """
 
     name: str
@@ -104,6 +130,11 @@ class Policy:
     norm: str = "sinks_out"
     beta: float = 20.0
     seed: int = 0
+    tau: float = 0.8
+    drift: str = "fixed"
+    page_summary: str = "minmax"
+    group_pooling: str = "mean_softmax"
+    softmax_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_policy(self, NAMES)
@@ -111,7 +142,12 @@ class Policy:
     @property
     def evicts(self) -> bool:
         """Whether any token may ever be evicted."""
-        return self.budget != "full"
+        return self.budget != "full" and not self.recalls
+
+    @property
+    def recalls(self) -> bool:
+        """Whether the cache stays on the host and pages of it are recalled."""
+        return self.residency == "host"
 
     @property
     def needs_recipe(self) -> bool:

@@ -17,6 +17,7 @@ def check_policy(policy: "Policy", names: Mapping[str, Mapping[str, str]]) -> No
     _check_values(policy)
     _check_budget(policy)
     _check_score(policy)
+    _check_residency(policy)
 
 
 def _check_values(policy: "Policy") -> None:
@@ -105,6 +106,46 @@ def _check_score(policy: "Policy") -> None:
                 expected="score mass, mean_mass or window",
                 fix=f"--set {field}={neutral}",
             )
+
+
+def _check_residency(policy: "Policy") -> None:
+    if (policy.score == "pages") != (policy.residency == "host"):
+        raise UsageError(
+            f"policy {policy.name!r} combines score {policy.score!r} with residency {policy.residency!r}",
+            expected="score 'pages' exactly with residency 'host': pages are ranked for recall, tokens for eviction",
+        )
+    if policy.residency != "host":
+        return
+    if not -2.0 <= policy.tau <= 2.0:
+        raise UsageError("tau is compared with a cosine", got=policy.tau, expected="a number in [-2, 2]", fix="e.g. tau=0.8")
+    if not 0.0 < policy.softmax_scale < float("inf"):
+        raise UsageError(
+            "softmax_scale is a factor", got=policy.softmax_scale, expected="a number > 0", fix="1 is as published"
+        )
+    for field, neutral, reason in (
+        ("decode", "keep", "on the host every generated token is kept"),
+        ("recent_share", 0.0, "the newest tokens in the working set are counted: --set recent=..."),
+    ):
+        if getattr(policy, field) != neutral:
+            raise UsageError(
+                f"{field} is about eviction", got=f"{field} {getattr(policy, field)!r} with residency 'host'", expected=reason
+            )
+    if policy.recent < 1:
+        raise UsageError("the newest token is always attended to", got=f"recent {policy.recent}", expected="recent >= 1")
+    if policy.budget == "constant" and policy.tokens < policy.sinks + policy.recent:
+        raise UsageError(
+            "the budget counts sinks and the newest tokens",
+            got=f"tokens {policy.tokens}, sinks {policy.sinks}, recent {policy.recent}",
+            expected="tokens >= sinks + recent, and more to recall",
+            fix="raise tokens, or lower sinks and recent",
+        )
+    if policy.budget == "unimetric" and (policy.metric_order, policy.metric_row) != ("position", "query"):
+        raise UsageError(
+            "on the host the Uni-Metric follows the last query's attention back from the newest token",
+            got=f"metric_order {policy.metric_order!r}, metric_row {policy.metric_row!r}",
+            expected="metric_order 'position', metric_row 'query'",
+            fix="--set metric_order=position",
+        )
 
 
 def _is_int(value: Any) -> bool:

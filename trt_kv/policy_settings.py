@@ -24,6 +24,14 @@ _READ_BY: Mapping[str, tuple[str, Callable[[Policy], bool]]] = {
     "window": ("score window", lambda policy: policy.score == "window"),
     "seed": ("score random", lambda policy: policy.score == "random"),
     "decode_distance": ("decode row", lambda policy: policy.decode == "row"),
+    "tau": ("score pages and drift fixed", lambda policy: policy.recalls and policy.drift == "fixed"),
+    "drift": ("score pages", lambda policy: policy.recalls),
+    "page_summary": ("score pages", lambda policy: policy.recalls),
+    "group_pooling": ("score pages", lambda policy: policy.recalls),
+    "softmax_scale": (
+        "score pages and group_pooling mean_softmax or max_softmax",
+        lambda policy: policy.recalls and policy.group_pooling.endswith("softmax"),
+    ),
 }
 
 
@@ -52,7 +60,13 @@ def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
     if budget != policy.budget:
         neutral["kept"] = (DEFAULT_KEPT if policy.kept == 1.0 else policy.kept) if budget in SHARED_BUDGETS else 1.0
         neutral["tokens"] = 0
-    if score in ("none", "position", "random"):
+    residency = "host" if score == "pages" else "dropped"
+    if residency != policy.residency:
+        neutral |= {"residency": residency}
+        neutral |= {"decode": "keep", "recent_share": 0.0, "recent": max(1, policy.recent)} if residency == "host" else {}
+    if score == "pages" and budget == "unimetric":
+        neutral |= {"metric_order": "position", "metric_row": "query"}
+    if score in ("none", "position", "random", "pages"):
         neutral |= {"pooling": 1, "heads": "shared"}
         if policy.metric_row == "scores":
             neutral["metric_row"] = "query"

@@ -16,6 +16,12 @@ PHASES = ("prefill", "decode")
 RANKINGS = {"position": 1, "random": 2}
 """The attribute ``ranking`` by score; 0, the scores themselves, for every other one."""
 
+PAGE_SUMMARIES = {"minmax": 0, "deviation": 1}
+"""The attribute ``summary`` by page_summary."""
+
+GROUP_POOLINGS = {"mean_softmax": 0, "max_softmax": 1, "mean_raw": 2, "max_raw": 3}
+"""The attribute ``pooling`` of RecallAttention by group_pooling."""
+
 AttributeValue = int | float | str
 
 
@@ -41,18 +47,43 @@ Program = tuple[tuple[OpNode, ...], ...]
 
 
 def program_of(
-    policy: Policy, *, phase: str, n_layers: int, scale: float, page_size: int, kept_shares: Sequence[float] | None = None
+    policy: Policy,
+    *,
+    phase: str,
+    n_layers: int,
+    scale: float,
+    page_size: int,
+    kept_shares: Sequence[float] | None = None,
+    taus: Sequence[float] | None = None,
 ) -> Program:
     """The KV ops that ``policy`` puts into each layer in ``phase`` ("prefill" or "decode").
 
     ``kept_shares`` gives each layer's kept share in (0, 1], for policies that need a recipe; without it every layer keeps
-    ``policy.kept``. Prefill scores and evicts once, with the prompt's last token. Decode only attends, but for policies that go
-    on ranking (decode "rank"); decode "row" is the runtime's choice of slots.
+    ``policy.kept``. ``taus`` gives each layer's drift threshold, where drift is calibrated; without it every layer has
+    ``policy.tau``. Prefill scores and evicts once, with the prompt's last token. Decode only attends, but for policies that go
+    on ranking (decode "rank"); decode "row" is the runtime's choice of slots. Where the cache stays on the host, one op
+    attends, recalls and remembers the query in both phases, and nothing is evicted.
     """
     budgets = layer_budgets(policy, n_layers, kept_shares)
     build = _Nodes(policy, scale=scale, page_size=page_size)
     nodes = build.prefill if phase == "prefill" else build.decode
+    if policy.recalls:
+        taus = taus or [policy.tau] * n_layers
+        return tuple(
+            nodes(layer, budget) if layer in policy.exempt_layers else build.recalling(layer, budget, phase, taus[layer])
+            for layer, budget in enumerate(budgets)
+        )
     return tuple(nodes(layer, budget) for layer, budget in enumerate(budgets))
+
+
+def recall_nodes(program: Program) -> list[OpNode | None]:
+    """Each layer's RecallAttention; None where the cache does not stay on the host."""
+    return [next((node for node in nodes if node.op == "RecallAttention"), None) for nodes in program]
+
+
+def finds_budgets(program: Program) -> bool:
+    """Whether any layer's budget is found from the input."""
+    return any(node.op == "AdaptiveBudget" for nodes in program for node in nodes)
 
 
 def eviction_nodes(program: Program) -> list[OpNode | None]:
@@ -63,13 +94,14 @@ def eviction_nodes(program: Program) -> list[OpNode | None]:
 def budgets_of(program: Program) -> list[LayerBudget | None]:
     """Each layer's budget as its ops have it; None where it is found from the input."""
     budgets: list[LayerBudget | None] = []
-    for nodes, evict in zip(program, eviction_nodes(program), strict=True):
+    for nodes, evict, recall in zip(program, eviction_nodes(program), recall_nodes(program), strict=True):
+        limits = evict or recall
         if any(node.op == "AdaptiveBudget" for node in nodes):
             budgets.append(None)
-        elif evict is None:
+        elif limits is None:
             budgets.append(LayerBudget(share=1.0))
         else:
-            attributes = evict.attributes
+            attributes = limits.attributes
             budgets.append(LayerBudget(share=float(attributes["kept_share"]), tokens=int(attributes["kept_tokens"])))
     return budgets
 
@@ -102,6 +134,23 @@ class _Nodes:
         if policy.reads_attention:
             nodes.append(self._scores(layer))
         return (*nodes, self._evict(layer, budget))
+
+    def recalling(self, layer: int, budget: LayerBudget, phase: str, tau: float) -> tuple[OpNode, ...]:
+        policy = self._policy
+        what: dict[str, AttributeValue] = {
+            "kept_share": budget.share,
+            "kept_tokens": budget.tokens,
+            "sinks": policy.sinks,
+            "recent": policy.recent,
+            "tau": tau,
+            "summary": PAGE_SUMMARIES[policy.page_summary],
+            "pooling": GROUP_POOLINGS[policy.group_pooling],
+            "softmax_scale": policy.softmax_scale,
+        }
+        recall = OpNode(op="RecallAttention", attributes={**self._common(layer), "scale": self._scale, **what})
+        if policy.budget == "unimetric" and phase == "prefill":
+            return recall, self._adaptive_budget(layer)
+        return (recall,)
 
     def _attention(self, layer: int) -> OpNode:
         return OpNode(op="CachedAttention", attributes={**self._common(layer), "scale": self._scale})

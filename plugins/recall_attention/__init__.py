@@ -1,0 +1,1 @@
+"""The op RecallAttention: spec, reference, ONNX node and kernels."""

@@ -1,0 +1,93 @@
+"""Which pages a KV head chooses, and when it must choose anew: arithmetic shared by all who run RecallAttention on a CPU.
+
+Runs on one thread without the interpreter's lock, so that it can go on in the background; the same numbers whoever asks.
+"""
+
+import numba
+import numpy as np
+
+from trt_kv.plugins.paging import Floats, Ints
+
+MAXIMUM = (1, 3)
+"""Values of the attribute ``pooling`` that take the largest value of a group; the others take the mean."""
+
+
+def drifted_heads(q_HD: Floats, last_HD: Floats, n_kv_heads: int, tau: float) -> np.ndarray:
+    """[K] bool: KV heads whose queries' mean cosine with those before is not at least ``tau`` (FreeKV, C_g < tau)."""
+    now_HD, last_HD = q_HD.astype(np.float64), last_HD.astype(np.float64)
+    norms_H = np.sqrt((now_HD * now_HD).sum(axis=1)) * np.sqrt((last_HD * last_HD).sum(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine_K = ((now_HD * last_HD).sum(axis=1) / norms_H).reshape(n_kv_heads, -1).mean(axis=1)
+    drifted: np.ndarray = ~(cosine_K >= np.float32(tau))
+    return drifted
+
+
+def summaries_of(k_MKPD: Floats, summary: int) -> Floats:
+    """lo and hi [M, K, 2, D] of the keys of full pages."""
+    lo_MKD, hi_MKD = k_MKPD.min(axis=2), k_MKPD.max(axis=2)
+    if summary == 1:
+        middle_MKD = (lo_MKD + hi_MKD) / np.float32(2)
+        deviation_MKD = np.abs(k_MKPD - middle_MKD[:, :, None]).mean(axis=2)
+        lo_MKD, hi_MKD = middle_MKD - deviation_MKD, middle_MKD + deviation_MKD
+    return np.stack([lo_MKD, hi_MKD], axis=2)
+
+
+def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Floats, n_chosen: int, pooling: int, softmax_scale: float) -> Ints:
+    """For each KV head the ``n_chosen`` best of the pool pages ``pages_J``, as indices into them, ascending: [K, C]."""
+    if n_chosen == 0 or n_chosen == len(pages_J):
+        return np.tile(np.arange(n_chosen), (summaries.shape[1], 1))
+    values_KJ = page_values(
+        np.ascontiguousarray(probe_HD, np.float32),
+        np.ascontiguousarray(pages_J),
+        summaries,
+        pooling < 2,
+        pooling in MAXIMUM,
+        np.float32(softmax_scale),
+    )
+    return _best(values_KJ, n_chosen)
+
+
+@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+def page_values(
+    probe_HD: Floats, pages_J: Ints, summaries: Floats, softmax: bool, maximum: bool, softmax_scale: np.float32
+) -> Floats:
+    """[K, J] fp32: what each KV head ranks pages by; a page-head's summary is read once for the whole query group."""
+    n_kv_heads, _, head_size = summaries.shape[1:]
+    group = len(probe_HD) // n_kv_heads
+    n_pages = len(pages_J)
+    values_KJ = np.empty((n_kv_heads, n_pages), np.float32)
+    bounds_GJ = np.empty((group, n_pages), np.float32)
+    for head in range(n_kv_heads):
+        for j in range(n_pages):
+            page = pages_J[j]
+            for g in range(group):
+                bound = np.float32(0.0)
+                for d in range(head_size):
+                    x = probe_HD[head * group + g, d]
+                    bound += max(x * summaries[page, head, 0, d], x * summaries[page, head, 1, d])
+                bounds_GJ[g, j] = bound
+        if softmax:
+            for g in range(group):
+                largest = bounds_GJ[g].max()
+                total = np.float32(0.0)
+                for j in range(n_pages):
+                    bounds_GJ[g, j] = np.exp(softmax_scale * (bounds_GJ[g, j] - largest))
+                    total += bounds_GJ[g, j]
+                for j in range(n_pages):
+                    bounds_GJ[g, j] /= total
+        for j in range(n_pages):
+            pooled = bounds_GJ[0, j]
+            for g in range(1, group):
+                pooled = max(pooled, bounds_GJ[g, j]) if maximum else pooled + bounds_GJ[g, j]
+            values_KJ[head, j] = pooled
+    return values_KJ
+
+
+@numba.njit(nogil=True, cache=True)
+def _best(values_KJ: Floats, n_chosen: int) -> Ints:
+    """Indices of each row's ``n_chosen`` largest values, ascending; among equal ones the lower index is chosen."""
+    chosen_KC = np.empty((len(values_KJ), n_chosen), np.int64)
+    for head in range(len(values_KJ)):
+        order = np.argsort(-values_KJ[head], kind="mergesort")
+        chosen_KC[head] = np.sort(order[:n_chosen])
+    return chosen_KC

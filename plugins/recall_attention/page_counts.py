@@ -1,0 +1,46 @@
+"""How a sequence's pages divide into sinks, choosable ones and the newest: arithmetic shared by all who run RecallAttention."""
+
+from dataclasses import dataclass
+
+from trt_kv.policy import kept_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageLimits:
+    """What a layer's attributes say in pages: ``n_sinks`` first ones, at most ``n_newest`` last ones."""
+
+    page_size: int
+    sinks: int
+    recent: int
+
+    @property
+    def n_sinks(self) -> int:
+        return -(-self.sinks // self.page_size)
+
+    @property
+    def n_newest(self) -> int:
+        """The most pages that ``recent`` consecutive tokens can touch."""
+        return -(-(self.recent - 1) // self.page_size) + 1
+
+    def n_chosen(self, budget: int) -> int:
+        """How many pages beside sinks and newest a budget of tokens has room for."""
+        return max(0, budget // self.page_size - self.n_sinks - self.n_newest)
+
+    def n_most(self, budget: int) -> int:
+        """The most pages that one step may attend to."""
+        return self.n_sinks + self.n_newest + self.n_chosen(budget)
+
+    def first_newest(self, n_tokens: int) -> int:
+        """The first of the newest pages of a sequence of ``n_tokens``."""
+        return max(0, n_tokens - self.recent) // self.page_size
+
+    def choosable(self, n_tokens: int) -> range:
+        """The pages between sinks and newest. All of them are full, and were before the last token came."""
+        return range(self.n_sinks, max(self.n_sinks, self.first_newest(n_tokens)))
+
+
+def budget_tokens(prompt_len: int, found_budget: int, kept_share: float, kept_tokens_more: int) -> int:
+    """Tokens that one step may attend to; unlike a budget for eviction it may be more than the prompt had."""
+    if found_budget >= 0:
+        return found_budget
+    return kept_tokens(prompt_len, kept_share) + kept_tokens_more
