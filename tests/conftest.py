@@ -1,12 +1,16 @@
-"""What holds in every test: fixed seeds, reproducible properties, GPU tests only where there is a GPU."""
+"""What holds in every test: fixed seeds, reproducible properties, GPU tests only where there is a GPU; how to add a policy."""
 
 import os
 import random
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
+
+from trt_kv import policies
 
 # Before torch is imported: OpenMP threads that spin between kernels make small models slow, tenfold on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -24,6 +28,18 @@ def _fixed_seeds() -> None:
     np.random.seed(0)  # noqa: NPY002  for third-party code that still draws from the global state
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def policy_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose files are policies too. They are forgotten after the test: another one may use their names."""
+    folder = tmp_path / "policies"
+    folder.mkdir()
+    monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(folder)])
+    yield folder
+    for file in folder.glob("*.py"):
+        sys.modules.pop(f"{policies.__name__}.{file.stem}", None)
+        vars(policies).pop(file.stem, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

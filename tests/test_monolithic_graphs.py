@@ -1,5 +1,6 @@
 """The exported graphs run in stock ONNX Runtime, through the ops' bodies, and say what the runtime says."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,16 @@ PROMPTS = (
 CHUNK, N_DECODED, N_PAGES = 64, 16, 160
 ATOL = 1e-4
 """Whole-model logits, as in test_decoder_parity. The specs' 2e-5 holds for one op; measured over 8 layers: 4e-5."""
+
+EVICTING_LAYERS = {
+    ("prefixkv", "prefill"): slice(None),
+    ("prefixkv", "decode"): slice(0),
+    ("refreekv", "prefill"): slice(2, None),
+    ("refreekv", "decode"): slice(0),
+    ("h2o", "prefill"): slice(None),
+    ("h2o", "decode"): slice(None),
+}
+"""By policy and phase: ReFreeKV leaves the first two layers whole, and only H2O goes on evicting while decoding."""
 
 HALF_ATOL = 0.1
 """fp16 keeps 11 bits: logits of up to 10 are rounded by 0.004 at the last step alone; measured: 0.03."""
@@ -204,11 +215,17 @@ def location(weight: onnx.TensorProto) -> str:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_states_leave_with_the_shapes_they_came_with(folder: Path, phase: str) -> None:
+    """Keys, values and positions of every layer, scores of those that evict in this phase, and no state that only enters."""
     graph = graph_of(folder, f"{phase}.onnx").graph
-    inputs = {value.name: shape_of(value) for value in graph.input}
+    states = re.compile(r"(kv|token_positions|scores)_\d+")
+    inputs = {value.name: shape_of(value) for value in graph.input if states.fullmatch(value.name)}
     outputs = {value.name.removesuffix("_out"): shape_of(value) for value in graph.output if value.name.endswith("_out")}
-    assert outputs == {name: inputs[name] for name in outputs}
-    assert len(outputs) == load_manifest(folder).config.n_layers * (3 if phase == "prefill" else 2)
+    assert outputs == inputs
+    manifest = load_manifest(folder)
+    layers = range(manifest.config.n_layers)
+    evicting = EVICTING_LAYERS[manifest.policy.name, phase]
+    of_layers = {"kv": layers, "token_positions": layers, "scores": layers[evicting]}
+    assert set(outputs) == {f"{name}_{layer}" for name, which in of_layers.items() for layer in which}
 
 
 def shape_of(value: onnx.ValueInfoProto) -> Sequence[str | int]:

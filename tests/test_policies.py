@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trt_kv import policies
 from trt_kv.cli.app import main
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.layer_budget import ALL, LayerBudget, layer_budgets, pyramid_budgets
@@ -163,17 +162,14 @@ def test_a_budget_is_never_less_than_nothing_or_more_than_all(n: int, share: flo
     assert kept_tokens(n, 1.0) == n
 
 
-def test_a_policy_is_added_with_one_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_policy_is_added_with_one_file(policy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The five steps of CONTRIBUTING.md: the file alone makes the name known to the library and the command line."""
-    (tmp_path / "lastwords.py").write_text(
+    (policy_folder / "lastwords.py").write_text(
         '"""What the last 16 queries look at, and nothing else."""\n\n'
         "from trt_kv.policy import Policy\n\n"
         'POLICY = Policy(name="lastwords", summary="seen by the last 16 queries",'
         ' score="window", budget="uniform", kept=0.25, window=16)\n'
     )
-    monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
     assert "lastwords" in policy_names()
     policy = policy_from_name("lastwords")
     assert ops_of(policy, "prefill") == ["CachedAttention", "TokenScores", "EvictTokens"]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from tests.engines import CHUNK, SHARES, assert_nothing_leaked, build_for_test, load_for_test, random_ids
-from trt_kv import policies
 from trt_kv.export.checkpoint import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.layer_budget import layer_budgets
@@ -135,17 +134,14 @@ def test_random_tokens_are_drawn_again_alike(full_engine: Engine) -> None:
     assert first != other
 
 
-def test_an_added_policy_becomes_an_engine(
-    tmp_path: Path, small_checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_added_policy_becomes_an_engine(policy_folder: Path, small_checkpoint_folder: Path, tmp_path: Path) -> None:
     """One file in a folder of policies, and nothing else: an engine is built, loads, and applies it."""
-    (tmp_path / "lastwords.py").write_text(
+    (policy_folder / "lastwords.py").write_text(
         '"""What the last 16 queries look at, in a cache of 24 tokens."""\n\n'
         "from trt_kv.policy import Policy\n\n"
         'POLICY = Policy(name="lastwords", summary="24 tokens", score="window", budget="constant", tokens=24,'
         ' window=16, decode="rank")\n'
     )
-    monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
     request = EngineRequest(checkpoint=open_checkpoint(small_checkpoint_folder), policy=policy_from_name("lastwords"))
     engine = load_for_test(build_for_test(request, tmp_path / "engine"))
     generation = engine.generate(random_ids(engine, 60, seed=1), max_new_tokens=10, temperature=1.0)

@@ -37,15 +37,23 @@ def harness(full_folder: Path) -> Harness:
     return harness_from_engine(full_folder, manifest, context_length=1100, n_forks=20)
 
 
+@pytest.fixture(scope="module")
+def copied_folder(full_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This module's own copy, to be linked to: onnx reads no weights that have several names, and other tests read those."""
+    folder = tmp_path_factory.mktemp("copied") / "full"
+    shutil.copytree(full_folder, folder)
+    return folder
+
+
 def _plan(name: str) -> Plan:
     policy = BY_NAME[name]
     return Plan(policy=policy if policy.kept == 1.0 else dataclasses.replace(policy, kept=KEPT))
 
 
-def _engine(full_folder: Path, policy: Policy, folder: Path) -> Engine:
+def _engine(copied_folder: Path, policy: Policy, folder: Path) -> Engine:
     """An engine of ``policy``: the dense pieces are the same whatever the policy, and the manifest holds the KV ops."""
-    shutil.copytree(full_folder, folder, copy_function=os.link)
-    manifest = load_manifest(full_folder)
+    shutil.copytree(copied_folder, folder, copy_function=os.link)
+    manifest = load_manifest(copied_folder)
     config = manifest.config
     programs = {
         phase: program_of(
@@ -79,15 +87,15 @@ def _kv(pool: KvPool, sequence: SequenceCache, layer: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_a_policy_answers_as_an_engine_built_with_it_does(
-    name: str, harness: Harness, full_folder: Path, tmp_path: Path
+    name: str, harness: Harness, copied_folder: Path, tmp_path: Path
 ) -> None:
     """In one batch with others, one token after the other, eviction while decoding included."""
     plan = _plan(name)
-    engine = _engine(full_folder, plan.policy, tmp_path / "engine")
+    engine = _engine(copied_folder, plan.policy, tmp_path / "engine")
     full = Plan(policy=BY_NAME["full"])
     others = [full, _plan("h2o"), plan, _plan("streamingllm"), plan]
     differs = []
-    for case in _cases(full_folder):
+    for case in _cases(copied_folder):
         made = engine.generate(case.prompt, max_new_tokens=N_DECODED).token_ids
         outcomes, _ = harness.run(dataclasses.replace(case, answer=made), others)
         assert outcomes[2].tokens == outcomes[4].tokens == made
@@ -98,12 +106,12 @@ def test_a_policy_answers_as_an_engine_built_with_it_does(
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_a_policy_keeps_what_an_engine_built_with_it_keeps(
-    name: str, harness: Harness, full_folder: Path, tmp_path: Path
+    name: str, harness: Harness, copied_folder: Path, tmp_path: Path
 ) -> None:
     """The same tokens in every KV head, with the same keys and values, also after the answer."""
     plan = _plan(name)
-    runner = _engine(full_folder, plan.policy, tmp_path / "engine").runner
-    for case in _cases(full_folder)[:2]:
+    runner = _engine(copied_folder, plan.policy, tmp_path / "engine").runner
+    for case in _cases(copied_folder)[:2]:
         own = runner.new_sequence()
         runner.prefill(own, case.prompt)
         with harness.prefilled(case.prompt, [plan]) as whole:

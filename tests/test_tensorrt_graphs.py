@@ -21,7 +21,7 @@ from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.registry import op_specs
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, Program, program_of
+from trt_kv.program import PHASES, OpNode, Program, program_of
 from trt_kv.runtime.engine import Engine
 
 PAGE_SIZE = 32
@@ -174,10 +174,13 @@ def test_a_graph_that_is_not_the_programs_is_refused(build: Any, exported: tuple
     wanted, graphs = exported
     request = plan_request(build, wanted, graphs, "decode")
     other = tuple(
-        (dataclasses.replace(nodes[0], attributes=nodes[0].attributes | {"scale": 1.0}),) for nodes in request.program
+        (dataclasses.replace(nodes[0], attributes=nodes[0].attributes | {"scale": 1.0}), *nodes[1:])
+        for nodes in request.program
     )
+    one_more = tuple((*nodes, nodes[0]) for nodes in request.program)
     for changes, said in (
         ({"program": other}, "not the policy's ops"),
+        ({"program": one_more}, "not the policy's ops"),
         ({"dtype": "float16"}, "another type or shape"),
         ({"page_size": 16}, "another type or shape"),
         ({"program": request.program[:-1]}, "inputs are not the engine's"),
@@ -211,10 +214,21 @@ def check_shaped_plugins(network: dict[str, Any], config: ModelConfig, shares: l
     assert network["outputs"]["logits"]["shape"] == [-1, config.vocab_size]
 
 
+def with_share(node: OpNode, share: float) -> OpNode:
+    return dataclasses.replace(node, attributes={**node.attributes, "kept_share": share})
+
+
 def shaped_request(build: Any, config: ModelConfig, folder: Path) -> tuple[Any, list[float]]:
-    """The prefill graph of ``config`` under PrefixKV, every layer with a share of its own."""
+    """A prefill graph of ``config`` with every op in every layer, and a share of its own on each EvictTokens.
+
+    The policy is PrefixKV with its budgets found from the input, so that the ranking and the budget both read attention.
+    """
     shares = [0.2 + 0.5 * layer / config.n_layers for layer in range(config.n_layers)]
-    ops = program(policy_from_name("prefixkv"), config, "prefill", shares)
+    policy = dataclasses.replace(policy_from_name("prefixkv"), budget="unimetric", kept=1.0)
+    ops = tuple(
+        tuple(with_share(node, share) if node.op == "EvictTokens" else node for node in nodes)
+        for nodes, share in zip(program(policy, config, "prefill"), shares, strict=True)
+    )
     save_shaped_graph(config, ops, folder / "prefill.onnx", page_size=PAGE_SIZE, dtype=torch.float16)
     request = build.PlanRequest(
         graph=folder / "prefill.onnx",

@@ -1,5 +1,6 @@
 """Quest (arXiv 2406.10774), as the FreeKV paper compares with it: every step chooses its pages by its own query, before it
-attends. The original leaves the first two layers out, takes pages of 16 tokens, keeps no sinks or window apart and moves nothing.
+attends. The original leaves the first two layers out, takes pages of 16 tokens, keeps no sinks or window apart and moves
+nothing.
 """
 
 from trt_kv.policy import Policy
