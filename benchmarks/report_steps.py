@@ -20,7 +20,7 @@ from trt_kv.program import AttributeValue, OpNode, Program
 from trt_kv.runtime.executors.protocol import DenseExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import DROP_ONE
-from trt_kv.runtime.step import Ints, Step
+from trt_kv.runtime.step import Ints, Step, StepResult
 
 ScoreKey = tuple[tuple[str, AttributeValue], ...]
 """The attributes of a TokenScores node that say how it scores a prompt, whatever its layer."""
@@ -67,7 +67,7 @@ class SharedSteps:
     def warm_up(self) -> None:
         """Nothing: the first document compiles what it needs."""
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> tuple[Floats, Ints]:
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
         """See ``StepExecutor.run_step``; nothing is evicted in prefill."""
         tensors = step_tensors(step, pool)
         self.kept = step.kv_len.copy()
@@ -84,7 +84,7 @@ class SharedSteps:
             return out
 
         logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
-        return logits, self.kept
+        return StepResult(logits=logits, kept=self.kept)
 
     def _score(self, layer: int, tensors: dict[str, Any]) -> None:
         self.last_queries.append(LastQuery(q=tensors["q"][-1:].copy(), lse=tensors["lse"][-1:].copy()))

@@ -1,30 +1,36 @@
 """Runs the KV ops between the dense pieces, in place on the pool."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from trt_kv.errors import TrtKvError
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.registry import Kernel, kernel, op_specs
 from trt_kv.program import Program
 from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.step import Ints, Step
+from trt_kv.runtime.step import Ints, Step, StepResult
 
 
 class LayerOps:
     """A program whose kernels have been looked up; ``for_step`` binds it to the tensors of one step."""
 
-    def __init__(self, program: Program, *, implementation: str = "cpu") -> None:
+    def __init__(self, program: Program, *, implementation: str = "cpu", kernels: Mapping[str, Kernel] | None = None) -> None:
+        """``kernels`` run the ops they are named after, in place of those of ``implementation``."""
         specs = op_specs()
+        self._implementation = implementation
+        own = kernels or {}
         self._layers = [
-            [(specs[node.op], kernel(node.op, implementation), dict(node.attributes)) for node in nodes] for nodes in program
+            [(specs[node.op], own.get(node.op) or kernel(node.op, implementation), dict(node.attributes)) for node in nodes]
+            for nodes in program
         ]
 
     def warm_up(self) -> None:
         """Run each op once on its spec's first case: kernels that are compiled at their first call are compiled now."""
-        for spec, run in {spec.name: (spec, run) for nodes in self._layers for spec, run, _ in nodes}.values():
-            run(**case_inputs(spec, spec.cases[0]))
+        for spec in {spec.name: spec for nodes in self._layers for spec, _, _ in nodes}.values():
+            kernel(spec.name, self._implementation)(**case_inputs(spec, spec.cases[0]))
 
     @property
     def n_layers(self) -> int:
@@ -47,12 +53,25 @@ class BoundLayerOps:
             "kv_len": step.kv_len,
             "prompt_remaining": step.prompt_remaining,
             "evict": step.evict,
-            "kv": pool.kv,
-            "token_positions": pool.token_positions,
-            "scores": pool.scores,
+            "prompt_len": step.prompt_len,
+            "found_budget": step.found_budget,
+            "query_rows": step.query_rows,
+            **pool.states,
         }
-        self.kept: Ints = step.kv_len.copy()
-        """Cached tokens [L, B] after the step."""
+        self._kept: Ints = step.kv_len.copy()
+        self._found_budget: Ints = np.full(step.kv_len.shape, -1)
+        self._corrected: Ints | None = None
+        self._failures: dict[int, TrtKvError] = {}
+
+    def result(self, logits: Floats) -> StepResult:
+        """The step's result, once all layers have been called and ``logits`` came out."""
+        return StepResult(
+            logits=logits,
+            kept=self._kept,
+            found_budget=self._found_budget,
+            corrected=self._corrected,
+            failures=self._failures,
+        )
 
     def __call__(self, layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
         """Attention output [N, H, D] of ``layer``; q is [N, H, D], k and v are [N, K, D]. Updates the pool."""
@@ -62,6 +81,12 @@ class BoundLayerOps:
             results = run(**inputs, **attributes)
             tensors.update(zip((t.name for t in spec.outputs), results, strict=True))
         if "kept" in tensors:
-            self.kept[layer] = tensors["kept"]
+            self._kept[layer] = tensors["kept"]
+        elif "budget" in tensors:
+            self._found_budget[layer] = np.where(self._tensors["evict"] == 1, tensors["budget"], -1)
+        if "corrected" in tensors:
+            if self._corrected is None:
+                self._corrected = np.zeros((len(self._layers), *tensors["corrected"].shape), np.int64)
+            self._corrected[layer] = tensors["corrected"]
         out: np.ndarray = tensors["out"]
         return out

@@ -7,12 +7,12 @@ import numpy as np
 from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.plugins.registry import kernel
-from trt_kv.program import Program, budgets_of, eviction_nodes
+from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets
 from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
 from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.sequence_cache import SequenceCache
-from trt_kv.runtime.step import Ints, Step
+from trt_kv.runtime.step import Ints, Step, StepResult
 
 NOT_PROMPT = -1
 DROP_ONE = 2
@@ -48,6 +48,7 @@ class ModelRunner:
         self._decode_distance = decode_distance
         self._budgets = budgets_of(programs["prefill"])
         self._evicts = any(eviction_nodes(programs["prefill"]))
+        self._ends_prompts = any(eviction_nodes(programs["prefill"])) or finds_budgets(programs["prefill"])
         self._evict = kernel("EvictTokens", implementation)
 
     def warm_up(self) -> None:
@@ -79,26 +80,36 @@ class ModelRunner:
             is_last = end == len(ids)
             rows = np.arange(len(chunk_ids)) if all_logits else np.array([len(chunk_ids) - 1])
             remaining = len(ids) - 1 - np.arange(start, end)
-            flags = np.array([int(is_last and evict and self._evicts)])
-            chunk_logits, kept = self._step("prefill", [sequence], [chunk_ids], rows, remaining, flags)
-            if flags[0]:
-                sequence.shrink(kept[:, 0], self._growth((kept[:, 0] / sequence.n_seen).tolist()))
+            flags = np.array([int(is_last and evict and self._ends_prompts)])
+            sequence.n_prompt = end
+            result = self._step("prefill", [sequence], [chunk_ids], rows, remaining, flags)
+            if sequence.failure is not None:
+                raise sequence.failure
+            if flags[0] and self._evicts:
+                kept_L = result.kept[:, 0]
+                sequence.shrink(kept_L, self._growth((kept_L / sequence.n_seen).tolist()))
             if all_logits or is_last:
-                logits.append(chunk_logits)
+                logits.append(result.logits)
             if on_chunk is not None:
                 on_chunk(end)
         return np.concatenate(logits) if all_logits else logits[-1][0]
 
-    def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Floats:
-        """One token for each of B sequences; returns the next token's logits [B, V]."""
+    def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int], *, failures_stay: bool = False) -> Floats:
+        """One token for each of B sequences; returns the next token's logits [B, V].
+
+        A sequence that cannot go on by itself (``RecallError``) does not stop the others: with ``failures_stay`` its
+        ``failure`` says why and its logits mean nothing; without, the error is raised after the step.
+        """
         ids = [np.array([token_id], np.int64) for token_id in token_ids]
         remaining = np.full(len(ids), NOT_PROMPT)
         flags = np.array([DROP_ONE * (self._decode == "rank" and sequence.is_evicted) for sequence in sequences])
-        logits, kept = self._step("decode", sequences, ids, np.arange(len(ids)), remaining, flags)
+        result = self._step("decode", sequences, ids, np.arange(len(ids)), remaining, flags)
         for b, sequence in enumerate(sequences):
             if flags[b]:
-                sequence.settle(kept[:, b])
-        return logits
+                sequence.settle(result.kept[:, b])
+            if sequence.failure is not None and not failures_stay:
+                raise sequence.failure
+        return result.logits
 
     def evict(
         self,
@@ -180,22 +191,31 @@ class ModelRunner:
         logit_rows: Ints,
         prompt_remaining: Ints,
         evict: Ints,
-    ) -> tuple[Floats, Ints]:
-        """Logits [R, V], and the tokens [L, B] that are cached after the step."""
+    ) -> StepResult:
+        """Run one step; what it found of each sequence is put there."""
         firsts = [sequence.n_seen for sequence in sequences]
         slots = np.concatenate([s.append(len(i)) for s, i in zip(sequences, ids, strict=True)], axis=1)
+        page_table = _stacked_page_tables(sequences)
         step = Step(
             input_ids=np.concatenate(ids),
             positions=np.concatenate([np.arange(first, first + len(i)) for first, i in zip(firsts, ids, strict=True)]),
             logit_rows=logit_rows,
             cu_tokens=np.cumsum([0, *(len(i) for i in ids)]),
             slots=slots,
-            page_table=_stacked_page_tables(sequences),
+            page_table=page_table,
             kv_len=np.stack([s.kv_len for s in sequences], axis=1),
             prompt_remaining=prompt_remaining,
             evict=evict,
+            prompt_len=np.array([s.n_prompt for s in sequences]),
+            found_budget=np.stack([s.found_budget for s in sequences], axis=1),
+            query_rows=page_table[:, :, 0],
         )
-        return self._executor.run_step(phase, step, self.pool)
+        result = self._executor.run_step(phase, step, self.pool)
+        for b, sequence in enumerate(sequences):
+            sequence.failure = result.failures.get(b)
+            if evict[b] == 1 and result.found_budget is not None:
+                sequence.found_budget = result.found_budget[:, b].copy()
+        return result
 
 
 def _stacked_page_tables(sequences: Sequence[SequenceCache]) -> Ints:

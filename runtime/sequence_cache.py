@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trt_kv.errors import TrtKvError
 from trt_kv.policy import Policy
 from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.page_pool import PagePool
 from trt_kv.runtime.step import Ints
 
 
@@ -25,6 +27,12 @@ class SequenceCache:
         self._reuse_order: list[deque[int]] = []
         self.is_evicted = False
         """Whether tokens have been evicted from the prompt, so that decode-time eviction may begin."""
+        self.n_prompt = 0
+        """Prompt tokens read so far."""
+        self.found_budget: Ints = np.full(n_layers, -1, np.int64)
+        """Tokens of each layer that a step may attend to where they were found from the input; -1: where they were not."""
+        self.failure: TrtKvError | None = None
+        """Why this sequence cannot go on, though the others of its batch can."""
         pool.register(self)
 
     @property
@@ -33,8 +41,17 @@ class SequenceCache:
 
     @property
     def pages(self) -> list[int]:
-        """Every page this sequence owns, over all layers."""
-        return [int(page) for layer in range(self.n_layers) for page in self.page_table[layer, : self._n_pages[layer]]]
+        """Every page of ``pool`` that this sequence owns, over all layers."""
+        return self.pages_in(self.pool)
+
+    def pages_in(self, pool: PagePool) -> list[int]:
+        """See ``page_pool.Holder``."""
+        layers = [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool]
+        return [int(page) for layer in layers for page in self.page_table[layer, : self._n_pages[layer]]]
+
+    def _pool_of(self, layer: int) -> PagePool:
+        """Where the layer's pages are."""
+        return self.pool
 
     def append(self, n_new: int) -> Ints:
         """Make room for ``n_new`` tokens and return their slots [L, n_new].
@@ -91,9 +108,11 @@ class SequenceCache:
         """
         twin = SequenceCache(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance)
         twin._grow_tables(self._n_pages)
-        for array in (self.pool.kv, self.pool.token_positions, self.pool.scores):
+        for array in self.pool.states.values():
             array[twin.pages] = array[self.pages]
         twin.n_seen = self.n_seen
+        twin.n_prompt = self.n_prompt
+        twin.found_budget = self.found_budget.copy()
         twin.kv_len = self.kv_len.copy()
         twin.is_evicted = self.is_evicted
         if self._growth is not None:
@@ -107,13 +126,21 @@ class SequenceCache:
 
     def release(self) -> None:
         """Give every page back; the sequence is empty afterwards."""
-        self.pool.release(self.pages)
+        for pool in self._pools:
+            pool.release(self.pages_in(pool))
         self.page_table[:] = -1
         self._n_pages[:] = 0
         self.kv_len = np.zeros_like(self.kv_len)
         self._growth = None
         self.is_evicted = False
         self.n_seen = 0
+        self.n_prompt = 0
+        self.found_budget[:] = -1
+
+    @property
+    def _pools(self) -> list[PagePool]:
+        """The pools that hold pages of this sequence."""
+        return list(dict.fromkeys(self._pool_of(layer) for layer in range(self.n_layers)))
 
     def _evicts_for_next(self, layer: int) -> bool:
         """Whether the layer holds a token more than its share of the tokens seen (papers: int(len - T * kept) > 0)."""
@@ -130,13 +157,17 @@ class SequenceCache:
     def _grow_tables(self, n_pages: Ints) -> None:
         """Own ``n_pages[l]`` pages in layer l, at least those owned now; all layers or none."""
         n_pages = np.maximum(n_pages, self._n_pages)
-        pages = self.pool.allocate(int((n_pages - self._n_pages).sum()))
+        more_L = n_pages - self._n_pages
+        in_pool = {pool: [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool] for pool in self._pools}
+        for pool, layers in in_pool.items():
+            pool.check_room(int(more_L[layers].sum()))
+        taken = {pool: pool.allocate(int(more_L[layers].sum())) for pool, layers in in_pool.items()}
         if n_pages.max() > self.page_table.shape[1]:
             wider = np.full((self.n_layers, 2 * int(n_pages.max())), -1, np.int64)
             wider[:, : self.page_table.shape[1]] = self.page_table
             self.page_table = wider
         for layer in range(self.n_layers):
-            n_more = int(n_pages[layer] - self._n_pages[layer])
-            self.page_table[layer, self._n_pages[layer] : n_pages[layer]] = pages[:n_more]
-            del pages[:n_more]
+            pages = taken[self._pool_of(layer)]
+            self.page_table[layer, self._n_pages[layer] : n_pages[layer]] = pages[: more_L[layer]]
+            del pages[: more_L[layer]]
         self._n_pages = n_pages

@@ -321,7 +321,7 @@ def with_other_node(manifest: Manifest, **attributes: Any) -> dict[str, Any]:
         (lambda _: {"target": "tensorrt"}, "does not run .*target 'tensorrt'"),
         (lambda _: {"dtype": "bfloat16"}, "does not run .*bfloat16"),
         (lambda m: {"op_versions": {**m.op_versions, "CachedAttention": 2}}, "does not run .*'CachedAttention': 2"),
-        (lambda m: {"op_versions": {**m.op_versions, "RecallAttention": 1}}, "does not run .*RecallAttention"),
+        (lambda m: {"op_versions": {**m.op_versions, "FutureAttention": 1}}, "does not run .*RecallAttention"),
         (lambda m: {"policy": dataclasses.replace(m.policy, sinks=4)}, "layer 0 of the prefill graph .* does not apply"),
         (lambda m: {"policy": dataclasses.replace(m.policy, score="window")}, "layer 0 of the prefill graph .* does not apply"),
         (lambda m: {"programs": with_other_node(m, recent=0)}, "layer 2 of the prefill graph .* does not apply"),

@@ -19,14 +19,14 @@ from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES
 from trt_kv.plugins.cases import POISON
-from trt_kv.plugins.paging import Floats, gather_slots
+from trt_kv.plugins.paging import gather_slots
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import PHASES
 from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
 from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
-from trt_kv.runtime.step import Ints, Step
+from trt_kv.runtime.step import Step, StepResult
 
 PROMPTS = (
     b"The keeper of the lighthouse counted the ships that came in before the storm, and wrote their names into a book.",
@@ -68,7 +68,7 @@ class Recording(SplitStepExecutor):
         super().__init__(pieces, manifest.programs)
         self.steps: list[Step] = []
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> tuple[Floats, Ints]:
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
         self.steps.append(step)
         return super().run_step(phase, step, pool)
 

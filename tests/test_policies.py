@@ -40,6 +40,9 @@ def test_the_programs_of_the_published_policies() -> None:
     assert ops_of(policy_from_name("h2o"), "decode") == ["CachedAttention", "TokenScores", "EvictTokens"]
     assert ops_of(policy_from_name("snapkv"), "prefill") == ["CachedAttention", "TokenScores", "EvictTokens"]
     assert ops_of(policy_from_name("snapkv"), "decode") == ["CachedAttention"]
+    for recalling in ("freekv", "quest", "arkvale"):
+        layers = [ops_of(policy_from_name(recalling), "decode", layer=layer) for layer in (0, 1)]
+        assert layers == [["RecallAttention" if recalling == "freekv" else "CachedAttention"], ["RecallAttention"]]
     refreekv = policy_from_name("refreekv")
     assert ops_of(refreekv, "prefill") == ["CachedAttention", "AdaptiveBudget", "EvictTokens"]
     assert ops_of(refreekv, "prefill", layer=1) == ["CachedAttention"]
@@ -50,7 +53,7 @@ def test_the_programs_of_the_published_policies() -> None:
 
 @given(score=st.sampled_from(sorted(SCORES)), budget=st.sampled_from(sorted(BUDGETS)), name=st.sampled_from(PUBLISHED))
 def test_any_score_goes_with_any_budget_or_is_refused_with_a_reason(score: str, budget: str, name: str) -> None:
-    settings = {"score": score, "budget": budget} | ({"tokens": 64} if budget == "constant" else {})
+    settings = {"score": score, "budget": budget} | ({"tokens": 128} if budget == "constant" else {})
     try:
         policy = policy_with(policy_from_name(name), settings)
     except UsageError:
@@ -60,7 +63,8 @@ def test_any_score_goes_with_any_budget_or_is_refused_with_a_reason(score: str, 
     ops = ops_of(policy, "prefill")
     assert ("TokenScores" in ops) == (score in ("mass", "mean_mass", "window"))
     assert ("AdaptiveBudget" in ops) == (budget == "unimetric")
-    assert ("EvictTokens" in ops) == (budget != "full")
+    assert ("EvictTokens" in ops) == (budget != "full" and score != "pages")
+    assert ("RecallAttention" in ops) == (score == "pages") == policy.recalls
 
 
 @pytest.mark.parametrize(
@@ -89,6 +93,13 @@ def test_any_score_goes_with_any_budget_or_is_refused_with_a_reason(score: str, 
         ("h2o", ["score=mean_mass"], "a mean over queries is no sum"),
         ("h2o", ["recent_share=1.5"], "[0, 1]"),
         ("pyramidkv", ["beta=0.5"], ">= 1"),
+        ("pyramidkv", ["beta=inf"], ">= 1"),
+        ("full", ["sinks=9"], "a budget other than full"),
+        ("full", ["decode=rank"], "a budget other than full"),
+        ("full", ["exempt_layers=0"], "a budget other than full"),
+        ("random", [f"seed={2**63}"], f"<= {2**31 - 1}"),
+        ("snapkv", ["window=99999999999"], f"<= {2**31 - 1}"),
+        ("snapkv", ["pooling=100001"], "<= 9999"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -24,7 +24,7 @@ from trt_kv.runtime.executors.protocol import StepExecutor
 from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.step import Ints, Step
+from trt_kv.runtime.step import Step, StepResult
 
 PROGRAMS = {phase: program_of(policy_from_name("full"), phase=phase, n_layers=2, scale=1.0, page_size=4) for phase in PHASES}
 
@@ -47,9 +47,9 @@ class RecordingSteps:
     def warm_up(self) -> None:
         self.phases.append("warm-up")
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> tuple[Any, Ints]:
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
         self.phases.append(phase)
-        return step.positions[step.logit_rows, None].astype(np.float32), step.kv_len.copy()
+        return StepResult(logits=step.positions[step.logit_rows, None].astype(np.float32), kept=step.kv_len.copy())
 
 
 class DevicePool(KvPool):

@@ -1,5 +1,6 @@
 """What a policy may not be: values out of range, and combinations in which one part would be ignored by another."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,11 @@ from trt_kv.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from trt_kv.policy import Policy
+
+LARGEST_COUNT = 2**31 - 1
+"""More than any context has; graphs hold such numbers in 64 bits."""
+LARGEST_POOLING = 9999
+"""Time and memory of pooling grow with it."""
 
 
 def check_policy(policy: "Policy", names: Mapping[str, Mapping[str, str]]) -> None:
@@ -30,16 +36,16 @@ def _check_values(policy: "Policy") -> None:
         )
     counts = {"window": 1, "pooling": 1, "decode_distance": 1, "tokens": 0, "sinks": 0, "recent": 0, "seed": 0}
     for field, smallest in counts.items():
-        value = getattr(policy, field)
-        if not _is_int(value) or value < smallest:
-            raise UsageError(f"{field} is a count", got=value, expected=f"an integer >= {smallest}")
+        value, largest = getattr(policy, field), LARGEST_POOLING if field == "pooling" else LARGEST_COUNT
+        if not _is_int(value) or not smallest <= value <= largest:
+            raise UsageError(f"{field} is a count", got=value, expected=f"an integer >= {smallest} and <= {largest}")
     if policy.pooling % 2 == 0:
         raise UsageError("pooling has a middle", got=policy.pooling, expected="an odd number", fix="e.g. pooling=5")
     if not 0.0 <= policy.recent_share <= 1.0:
         raise UsageError("recent_share is a share of the budget", got=policy.recent_share, expected="a number in [0, 1]")
     if not 0.0 < policy.threshold < 1.0:
         raise UsageError("threshold is a share of the norm", got=policy.threshold, expected="a number in (0, 1)")
-    if not policy.beta >= 1.0:
+    if not 1.0 <= policy.beta < math.inf:
         raise UsageError("beta tells how steep the pyramid is", got=policy.beta, expected="a number >= 1 (1: flat)")
     exempt = policy.exempt_layers
     if not all(_is_int(layer) and layer >= 0 for layer in exempt) or sorted(set(exempt)) != list(exempt):

@@ -13,6 +13,7 @@ SHARED_BUDGETS = ("uniform", "pyramid", "recipe")
 SETTABLE = tuple(field.name for field in dataclasses.fields(Policy) if field.name not in ("name", "summary", "residency"))
 DEFAULT_KEPT = 0.5
 
+_EVICTION = ("a budget other than full", lambda policy: policy.budget != "full")
 _READ_BY: Mapping[str, tuple[str, Callable[[Policy], bool]]] = {
     "kept": (f"budget {', '.join(SHARED_BUDGETS)}", lambda policy: policy.budget in SHARED_BUDGETS),
     "tokens": ("budget constant", lambda policy: policy.budget == "constant"),
@@ -23,6 +24,11 @@ _READ_BY: Mapping[str, tuple[str, Callable[[Policy], bool]]] = {
     "norm": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
     "window": ("score window", lambda policy: policy.score == "window"),
     "seed": ("score random", lambda policy: policy.score == "random"),
+    "decode": _EVICTION,
+    "sinks": _EVICTION,
+    "recent": _EVICTION,
+    "recent_share": _EVICTION,
+    "exempt_layers": _EVICTION,
     "decode_distance": ("decode row", lambda policy: policy.decode == "row"),
     "tau": ("score pages and drift fixed", lambda policy: policy.recalls and policy.drift == "fixed"),
     "drift": ("score pages", lambda policy: policy.recalls),

@@ -4,7 +4,7 @@ from typing import Protocol, runtime_checkable
 
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.step import Ints, Step
+from trt_kv.runtime.step import Ints, Step, StepResult
 
 
 class Attend(Protocol):
@@ -41,9 +41,6 @@ class StepExecutor(Protocol):
         """Compile what is compiled at its first call."""
         ...
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> tuple[Floats, Ints]:
-        """Run ``step`` by the program of ``phase``, updating the pool.
-
-        Returns the logits [R, V] fp32 of the step's ``logit_rows``, and the cached tokens [L, B] after the step.
-        """
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+        """Run ``step`` by the program of ``phase``, updating the pool."""
         ...

@@ -2,20 +2,30 @@
 
 from collections.abc import Mapping
 
-from trt_kv.plugins.paging import Floats
+from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program
 from trt_kv.runtime.executors.protocol import DenseExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.layer_ops import LayerOps
-from trt_kv.runtime.step import Ints, Step
+from trt_kv.runtime.step import Step, StepResult
 
 
 class SplitStepExecutor:
     """A dense executor with the KV ops of each phase. See ``StepExecutor``."""
 
-    def __init__(self, dense: DenseExecutor, programs: Mapping[str, Program], *, implementation: str = "cpu") -> None:
+    def __init__(
+        self,
+        dense: DenseExecutor,
+        programs: Mapping[str, Program],
+        *,
+        implementation: str = "cpu",
+        kernels: Mapping[str, Kernel] | None = None,
+    ) -> None:
+        """``kernels`` run the ops they are named after, in place of those of ``implementation``."""
         self.dense = dense
-        self._ops = {phase: LayerOps(program, implementation=implementation) for phase, program in programs.items()}
+        self._ops = {
+            phase: LayerOps(program, implementation=implementation, kernels=kernels) for phase, program in programs.items()
+        }
 
     @property
     def description(self) -> str:
@@ -25,8 +35,8 @@ class SplitStepExecutor:
         for ops in self._ops.values():
             ops.warm_up()
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> tuple[Floats, Ints]:
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
         """See ``StepExecutor.run_step``."""
         attend = self._ops[phase].for_step(step, pool)
         logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
-        return logits, attend.kept
+        return attend.result(logits)

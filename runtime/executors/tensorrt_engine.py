@@ -13,11 +13,10 @@ import torch
 from trt_kv.errors import CapacityError, EngineError
 from trt_kv.manifest import Plan
 from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, results_of, states_of
-from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.tensorrt_base import OpPlugin, register_plugins, trt
 from trt_kv.program import Program
 from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.step import Ints, Step
+from trt_kv.runtime.step import Ints, Step, StepResult
 
 Ranges = Mapping[str, tuple[int, int, int]]
 _TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -72,7 +71,7 @@ class TensorRtExecutor:
     def warm_up(self) -> None:
         """Nothing is compiled at a first call."""
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> tuple[Floats, Ints]:
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
         """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than the plan was built for."""
         sizes = {"N": len(step.input_ids), "R": len(step.logit_rows), "B": len(step.cu_tokens) - 1}
         sizes |= {"T": step.page_table.shape[2], "M": pool.n_pages}
@@ -82,8 +81,7 @@ class TensorRtExecutor:
             self._bind(context, step, pool)
             self._execute((index, *sizes.values(), states_address(pool)), context)
             logits = self._buffers["logits"][: sizes["R"] * self._vocab_size].view(sizes["R"], -1).float().cpu().numpy()
-            kept = self._kept(step)
-        return logits, kept
+            return StepResult(logits=logits, kept=self._kept(step), found_budget=self._found_budget(step))
 
     def _context(self, index: int) -> Any:
         context = self._engine.create_execution_context()
@@ -132,11 +130,19 @@ class TensorRtExecutor:
             self._graphs[key] = graph
 
     def _kept(self, step: Step) -> Ints:
-        kept = step.kv_len.copy()
+        return self._result("kept", step.kv_len)
+
+    def _found_budget(self, step: Step) -> Ints:
+        found = self._result("budget", np.full(step.kv_len.shape, -1))
+        return np.where(step.evict == 1, found, -1)
+
+    def _result(self, name: str, otherwise: Ints) -> Ints:
+        """What the layers' ops made under ``name``, [L, B]; ``otherwise`` in layers that make nothing."""
+        values = otherwise.copy()
         for layer in range(len(self._program)):
-            if f"kept_{layer}" in results_of(self._program):
-                kept[layer] = self._buffers[f"kept_{layer}"][: kept.shape[1]].cpu().numpy()
-        return kept
+            if f"{name}_{layer}" in results_of(self._program):
+                values[layer] = self._buffers[f"{name}_{layer}"][: values.shape[1]].cpu().numpy()
+        return values
 
 
 def states_address(pool: KvPool) -> int:
