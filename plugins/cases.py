@@ -112,6 +112,8 @@ class _PagedCase:
                 return np.full_like(self.scores, values[0])
             case "last_query":
                 return np.full((self.query_rows.size, self.n_heads, self.head_size), values[0], np.float32)
+            case "summaries":
+                return np.full((len(self.kv), self.n_kv_heads, 2, self.head_size), values[0], np.float32)
             case "found_budget":
                 return values.reshape(self.n_layers, -1)
             case _:

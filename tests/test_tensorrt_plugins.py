@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.rig.buffers import GuardedBuffers, output_shapes, padded, poisoned
+from tests.rig.buffers import GuardedBuffers, output_shapes, padded, padding_slots, poisoned
 from tests.test_op_parity import by_slot, is_per_slot, live_slots, run
 from trt_kv.errors import EngineError
 from trt_kv.opspec import Case, OpSpec
@@ -109,10 +109,7 @@ def test_padding_behind_the_last_token_and_sequence_changes_nothing(base: Any, s
     inputs = case_inputs(spec, case)
     step = padded(inputs, n_tokens=5, n_sequences=2)
     outputs, _ = enqueue(base, spec, step, in_place=True)
-    of_padding = np.zeros((len(inputs["kv"]), inputs["kv"].shape[3]), bool)
-    if "slots" in step:
-        of_padding[np.divmod(step["slots"][inputs["layer"], -5:], inputs["kv"].shape[3])] = True
-    assert_equals_reference(spec, inputs, outputs, of_padding)
+    assert_equals_reference(spec, inputs, outputs, padding_slots(inputs, step, n_tokens=5))
 
 
 @EACH_SPEC

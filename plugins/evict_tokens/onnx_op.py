@@ -20,10 +20,9 @@ from trt_kv.plugins.onnx_paging import (
     slots_of,
     write_pages,
 )
+from trt_kv.plugins.onnx_shares import SHARE_UNIT, fixed_point, kept_share_of
 
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
-SHARE_UNIT = 1 << 40
-"""Shares in fixed point, for lack of fp64 in TensorRT: exact for shares of at least 2**-17 and up to 2**22 tokens."""
 
 
 def body(
@@ -61,25 +60,12 @@ def body(
 def _counts(f: FunctionBody, n_B1: ir.Value, drops_B1: ir.Value, budget: ir.Value | None) -> tuple[ir.Value, ir.Value]:
     """How many tokens stay, and how many of them because they are the last ones: each [B, 1]."""
     drop, sinks = f.attribute("drop"), f.attribute("sinks")
-    by_budget_B1 = f.Add(_share_of(f, n_B1), f.attribute("kept_tokens")) if budget is None else f.Unsqueeze(budget, [1])
+    by_budget_B1 = f.Add(kept_share_of(f, n_B1), f.attribute("kept_tokens")) if budget is None else f.Unsqueeze(budget, [1])
     target_B1 = f.Where(drops_B1, f.Sub(n_B1, drop), by_budget_B1)
     target_B1 = f.Min(f.Max(target_B1, 0), n_B1)
-    of_recent = f.Mul(_fixed_point(f, "recent_share"), f.Max(f.Sub(target_B1, sinks), 0))
+    of_recent = f.Mul(fixed_point(f, "recent_share"), f.Max(f.Sub(target_B1, sinks), 0))
     recents_B1 = f.Max(f.Div(of_recent, SHARE_UNIT), f.attribute("recent"))
     return f.Min(f.Max(target_B1, f.Add(recents_B1, sinks)), n_B1), recents_B1
-
-
-def _share_of(f: FunctionBody, n_B1: ir.Value) -> ir.Value:
-    """n - round((1 - kept_share) * n), halves to the even neighbour."""
-    forgotten = f.Mul(f.Sub(SHARE_UNIT, _fixed_point(f, "kept_share")), n_B1)
-    whole, rest = f.Div(forgotten, SHARE_UNIT), f.Mod(forgotten, SHARE_UNIT)
-    is_odd_half = f.And(f.Equal(rest, SHARE_UNIT // 2), f.Equal(f.Mod(whole, 2), 1))
-    rounded = f.Add(whole, f.Cast(f.Or(f.Greater(rest, SHARE_UNIT // 2), is_odd_half), to=INT64))
-    return f.Sub(n_B1, rounded)
-
-
-def _fixed_point(f: FunctionBody, share: str) -> ir.Value:
-    return f.Cast(f.Mul(f.attribute(share), float(SHARE_UNIT)), to=INT64)
 
 
 def _sources(

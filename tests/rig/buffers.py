@@ -63,6 +63,9 @@ def padded(inputs: Mapping[str, Any], *, n_tokens: int, n_sequences: int) -> dic
         "page_table": (1, n_sequences, -1),
         "evict": (0, n_sequences, 0),
         "budget": (0, n_sequences, POISON),
+        "prompt_len": (0, n_sequences, POISON),
+        "found_budget": (1, n_sequences, POISON),
+        "query_rows": (1, n_sequences, POISON),
     }
     result = dict(inputs)
     for name, (axis, count, fill) in fills.items():
@@ -72,3 +75,12 @@ def padded(inputs: Mapping[str, Any], *, n_tokens: int, n_sequences: int) -> dic
     if "cu_tokens" in inputs:
         result["cu_tokens"] = np.pad(inputs["cu_tokens"], (0, n_sequences), mode="edge")
     return result
+
+
+def padding_slots(inputs: Mapping[str, Any], step: Mapping[str, Any], *, n_tokens: int) -> np.ndarray:
+    """[M, P] bool: where the ``n_tokens`` rows of padding write in ``step``, made from ``inputs`` by ``padded``."""
+    n_pages, page_size = inputs["kv"].shape[0], inputs["kv"].shape[3]
+    written = np.zeros((n_pages, page_size), bool)
+    if "slots" in step:
+        written[np.divmod(step["slots"][inputs["layer"], -n_tokens:], page_size)] = True
+    return written
