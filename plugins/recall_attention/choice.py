@@ -5,6 +5,7 @@ Runs on one thread without the interpreter's lock, so that it can go on in the b
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from trt_kv.plugins.paging import Floats, Ints
 
@@ -12,13 +13,18 @@ MAXIMUM = (1, 3)
 """Values of the attribute ``pooling`` that take the largest value of a group; the others take the mean."""
 
 
-def drifted_heads(q_HD: Floats, last_HD: Floats, n_kv_heads: int, tau: float) -> np.ndarray:
-    """[K] bool: KV heads whose queries' mean cosine with those before is not at least ``tau`` (FreeKV, C_g < tau)."""
+def cosines(q_HD: Floats, last_HD: Floats, n_kv_heads: int) -> npt.NDArray[np.float64]:
+    """[K]: each KV head's mean over its query heads of cos(q, last); not a number where one of them is zero (FreeKV, C_g)."""
     now_HD, last_HD = q_HD.astype(np.float64), last_HD.astype(np.float64)
     norms_H = np.sqrt((now_HD * now_HD).sum(axis=1)) * np.sqrt((last_HD * last_HD).sum(axis=1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine_K = ((now_HD * last_HD).sum(axis=1) / norms_H).reshape(n_kv_heads, -1).mean(axis=1)
-    drifted: np.ndarray = ~(cosine_K >= np.float32(tau))
+        cosine_K: npt.NDArray[np.float64] = ((now_HD * last_HD).sum(axis=1) / norms_H).reshape(n_kv_heads, -1).mean(axis=1)
+    return cosine_K
+
+
+def drifted_heads(q_HD: Floats, last_HD: Floats, n_kv_heads: int, tau: float) -> np.ndarray:
+    """[K] bool: KV heads whose queries' mean cosine with those before is not at least ``tau`` (FreeKV, C_g < tau)."""
+    drifted: np.ndarray = ~(cosines(q_HD, last_HD, n_kv_heads) >= np.float32(tau))
     return drifted
 
 
