@@ -42,7 +42,7 @@ class _PagedCase:
         self.slots = np.zeros((self.n_layers, sum(case.new)), np.int64)
         self.positions = np.zeros(sum(case.new), np.int64)
         self.cu_tokens = np.concatenate([[0], np.cumsum(case.new)])
-        self.query_rows = rng.permutation(self.n_layers * len(case.new)).reshape(self.n_layers, -1)
+        self.n_query_rows = self.n_layers * len(case.new)
         for b in range(len(case.new)):
             self._fill_sequence(b, new_written)
 
@@ -93,11 +93,11 @@ class _PagedCase:
             case "found_budget":
                 return np.full((self.n_layers, len(self.kv_len)), -1)
             case "query_rows":
-                return self.query_rows
+                return self.rng.permutation(self.n_query_rows).reshape(self.n_layers, -1)
             case "summaries":
                 return np.sort(self._normal(len(self.kv), self.n_kv_heads, 2, self.head_size), axis=2)
             case "last_query":
-                return self._normal(self.query_rows.size + 2, self.n_heads, self.head_size)
+                return self._normal(self.n_query_rows + 2, self.n_heads, self.head_size)
             case "kv_len":
                 return np.tile(self.kv_len, (self.n_layers, 1))
             case _:
@@ -105,13 +105,16 @@ class _PagedCase:
                 return array
 
     def _given(self, name: str) -> np.ndarray:
-        """A state named in ``values`` is filled with that constant; any other tensor is given whole, row by row."""
+        """A state named in ``values`` is filled with that constant; any other tensor is given whole, row by row.
+
+        Scores that an op may do without are given where they are named, and drawn where no constant is.
+        """
         values = np.array(self.case.values[name])
         match name:
             case "scores":
-                return np.full_like(self.scores, values[0])
+                return np.full_like(self.scores, values[0]) if len(values) else self.scores
             case "last_query":
-                return np.full((self.query_rows.size, self.n_heads, self.head_size), values[0], np.float32)
+                return np.full((self.n_query_rows, self.n_heads, self.head_size), values[0], np.float32)
             case "summaries":
                 return np.full((len(self.kv), self.n_kv_heads, 2, self.head_size), values[0], np.float32)
             case "found_budget":

@@ -247,6 +247,7 @@ def test_a_sequence_without_a_query_keeps_everything_unless_scores_are_measured(
 def test_no_case_is_so_near_to_its_threshold_that_rounding_decides(case: Case) -> None:
     inputs = case_inputs(SPEC, case)
     attributes = {name: inputs[name] for name in DEFAULTS}
+    unscored = np.full(inputs["token_positions"].shape, np.nan, np.float32)
     for b in np.flatnonzero(inputs["evict"] == 1):
         n_cached = int(inputs["kv_len"][inputs["layer"], b])
         if n_cached <= inputs["sinks"] + inputs["recent"]:
@@ -255,7 +256,7 @@ def test_no_case_is_so_near_to_its_threshold_that_rounding_decides(case: Case) -
         last = inputs["cu_tokens"][b + 1] - 1
         sequence = Cached(
             positions=gather_slots(inputs["token_positions"], pages, n_cached),
-            scores=gather_slots(inputs["scores"], pages, n_cached),
+            scores=gather_slots(inputs.get("scores", unscored), pages, n_cached),
             k=gather_kv(inputs["kv"], pages, n_cached)[0],
             q=inputs["q"][last],
             lse=inputs["lse"][last],

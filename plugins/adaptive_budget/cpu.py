@@ -20,7 +20,7 @@ def run(
     kv_len: Ints,
     kv: Floats,
     token_positions: Ints,
-    scores: Floats,
+    scores: Floats | None = None,
     layer: int,
     scale: float,
     page_size: int,
@@ -41,7 +41,8 @@ def run(
         pages = pages_of(page_table, layer, b, n_cached, page_size)
         by_position_KS = slots_by_position(gather_slots(token_positions, pages, n_cached))
         candidates_KC = by_position_KS[:, sinks : n_cached - recent]
-        scores_KS = gather_slots(scores, pages, n_cached) if ranking == 0 or row == 1 else None
+        reads_scores = ranking == 0 or row == 1
+        scores_KS = gather_slots(scores, pages, n_cached) if scores is not None and reads_scores else None
         if ranking == 0:
             assert scores_KS is not None
             candidates_KC = best_first(candidates_KC, scores_KS)

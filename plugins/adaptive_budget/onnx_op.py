@@ -27,23 +27,26 @@ def body(
     kv_len: ir.Value,
     kv: ir.Value,
     token_positions: ir.Value,
-    scores: ir.Value,
+    scores: ir.Value | None = None,
 ) -> tuple[ir.Value, ...]:
-    """Spec: ``spec.py``. Returns budget."""
+    """Spec: ``spec.py``. Returns budget. Without scores nothing but ranking 1 and row 0 has a meaning."""
     cached = paged_sequences(f, page_table, kv_len, token_positions)
     first_B = f.Slice(cu_tokens, [0], [-1], [0])
     end_B = f.Slice(cu_tokens, [1], f.Shape(cu_tokens), [0])
     last_B = f.Max(f.Sub(end_B, 1), 0)
-    scores_BKS = slots_of(f, scores, cached.pages_by_sequence)
-    reads_scores = f.Equal(f.attribute("row"), 1)
-    attention_BKGS = _attention_row(f, cached, f.Gather(q, last_B), f.Gather(lse, last_B), kv)
-    row_BKGS = f.Where(reads_scores, f.Abs(f.Unsqueeze(scores_BKS, [2])), attention_BKGS)
+    row_BKGS = _attention_row(f, cached, f.Gather(q, last_B), f.Gather(lse, last_B), kv)
+    has_row_B = f.Less(first_B, end_B)
+    scores_BKS = None
+    if scores is not None:
+        scores_BKS = slots_of(f, scores, cached.pages_by_sequence)
+        reads_scores = f.Equal(f.attribute("row"), 1)
+        row_BKGS = f.Where(reads_scores, f.Abs(f.Unsqueeze(scores_BKS, [2])), row_BKGS)
+        has_row_B = f.Or(reads_scores, has_row_B)
 
     order_BKGS = f.Expand(f.Unsqueeze(_kept_first(f, cached, scores_BKS), [2]), f.Shape(row_BKGS))
     n_needed_B1 = _needed(f, cached, f.GatherElements(row_BKGS, order_BKGS, axis=3))
     protected = f.Add(f.attribute("sinks"), f.attribute("recent"))
     budget_B = f.Squeeze(f.Min(f.Max(n_needed_B1, protected), cached.n_cached), [1])
-    has_row_B = f.Or(reads_scores, f.Less(first_B, end_B))
     return (f.Where(f.And(f.Equal(evict, 1), has_row_B), budget_B, f.Squeeze(cached.n_cached, [1])),)
 
 
@@ -58,16 +61,17 @@ def _attention_row(f: FunctionBody, cached: PagedSequences, q_BHD: ir.Value, lse
     return f.Exp(f.Sub(logits_BKGS, f.Unsqueeze(lse_BKG, [3])))
 
 
-def _kept_first(f: FunctionBody, cached: PagedSequences, scores_BKS: ir.Value) -> ir.Value:
+def _kept_first(f: FunctionBody, cached: PagedSequences, scores_BKS: ir.Value | None) -> ir.Value:
     """[B, K, S]: slots in the order in which they are kept: the protected ones, the candidates by ranking, those of nobody."""
     n_slots = f.Shape(cached.slots)
     n_B11 = f.Unsqueeze(cached.n_cached, [2])
     live_B1S = f.Unsqueeze(cached.live, [1])
     _, by_position_BKS = f.top_k(f.Where(live_B1S, cached.positions, LAST_POSITION), n_slots, largest=False)
     rank_S = cached.slots
-    newest_first = f.Equal(f.attribute("ranking"), 1)
-    score_BKS = f.GatherElements(scores_BKS, by_position_BKS, axis=2)
-    value_BKS = f.Where(newest_first, f.Cast(rank_S, to=FLOAT), score_BKS)
+    value_BKS = f.Expand(f.Cast(rank_S, to=FLOAT), f.Shape(by_position_BKS))
+    if scores_BKS is not None:
+        newest_first = f.Equal(f.attribute("ranking"), 1)
+        value_BKS = f.Where(newest_first, value_BKS, f.GatherElements(scores_BKS, by_position_BKS, axis=2))
     is_recent_B1S = f.GreaterOrEqual(rank_S, f.Sub(n_B11, f.attribute("recent")))
     is_protected_B1S = f.Or(f.Less(rank_S, f.attribute("sinks")), is_recent_B1S)
     value_BKS = f.Where(is_protected_B1S, math.inf, value_BKS)

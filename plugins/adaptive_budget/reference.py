@@ -18,7 +18,7 @@ def run(
     kv_len: Ints,
     kv: Floats,
     token_positions: Ints,
-    scores: Floats,
+    scores: Floats | None = None,
     layer: int,
     scale: float,
     page_size: int,
@@ -30,6 +30,7 @@ def run(
     protected_in_norm: int = 0,
 ) -> tuple[Ints]:
     """Spec: ``spec.py``. Returns (budget [B],)."""
+    assert scores is not None or (ranking == 1 and row == 0)
     budget = kv_len[layer].copy()
     for b in np.flatnonzero(evict == 1):
         n_cached = int(kv_len[layer, b])
@@ -39,7 +40,7 @@ def run(
         pages = pages_of(page_table, layer, b, n_cached, page_size)
         k_KSD, _ = gather_kv(kv, pages, n_cached)
         positions_KS = gather_slots(token_positions, pages, n_cached)
-        scores_KS = gather_slots(scores, pages, n_cached)
+        scores_KS = np.full(positions_KS.shape, np.nan) if scores is None else gather_slots(scores, pages, n_cached)
         heads = q.shape[1] if row == 0 else len(scores_KS)
         kv_heads = [h * len(scores_KS) // heads for h in range(heads)]
         if row == 0:

@@ -8,6 +8,7 @@ NO_WEIGHT = 2.0**-100
 
 DIMS = {"H": 4, "K": 2, "D": 6, "P": 5, "L": 2}
 BY_SCORE = {"ranking": 0, "sinks": 2, "recent": 2}
+DRAWN_SCORES: dict[str, tuple[float, ...]] = {"scores": ()}
 
 SPEC = OpSpec(
     name="AdaptiveBudget",
@@ -21,7 +22,7 @@ SPEC = OpSpec(
         "smallest c >= 0 with S_c >= (1 - threshold) * S_C: one number for all heads. Candidates without any weight (S_C "
         "= 0) are not kept. A sequence of at most sinks + recent tokens, one with another flag and, with row 0, one without "
         "a query in this step keep everything. Among equal scores the lower position comes first. Weights below 2^-100 "
-        "count as 0. Scores are read only where ranking or row asks for them."
+        "count as 0. Scores are read, and must be there, only where ranking 0 or row 1 asks for them."
     ),
     source=(
         "ReFreeKV (arXiv 2502.16886), Uni-Metric: attention of the last query, threshold 1 %, 4 sinks, then newest first; the "
@@ -36,7 +37,7 @@ SPEC = OpSpec(
         t.KV_LEN,
         TensorSpec(name="kv", axes=t.KV.axes, dtype="float", doc="KV pages, this step's tokens already written"),
         TensorSpec(name="token_positions", axes=t.TOKEN_POSITIONS.axes, dtype="int64", doc=t.TOKEN_POSITIONS.doc),
-        TensorSpec(name="scores", axes=t.SCORES.axes, dtype="float32", doc=t.SCORES.doc),
+        TensorSpec(name="scores", axes=t.SCORES.axes, dtype="float32", doc=t.SCORES.doc, optional=True),
     ),
     outputs=(TensorSpec(name="budget", axes=("B",), dtype="int64", doc="tokens of each sequence to keep in this layer"),),
     attributes=(
@@ -106,6 +107,7 @@ SPEC = OpSpec(
             new=(1, 2),
             dims={**DIMS, "H": 6, "K": 3},
             attributes={**BY_SCORE, "threshold": 0.1},
+            values=DRAWN_SCORES,
             own_tokens=True,
         ),
         Case(
@@ -114,6 +116,7 @@ SPEC = OpSpec(
             new=(2, 1),
             dims={**DIMS, "L": 11},
             attributes={**BY_SCORE, "threshold": 0.05, "row": 1},
+            values=DRAWN_SCORES,
         ),
         Case(
             name="scores_as_row_newest_first",
@@ -121,6 +124,7 @@ SPEC = OpSpec(
             new=(3,),
             dims={**DIMS, "H": 6, "K": 3},
             attributes={"threshold": 0.1, "recent": 3, "row": 1},
+            values=DRAWN_SCORES,
             own_tokens=True,
         ),
         Case(
