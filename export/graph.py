@@ -33,9 +33,9 @@ TRACED_EXACTLY = 4096
 
 ALIGNMENT = 4096
 
-_EXAMPLE_SIZES = {"N": 7, "R": 3, "B": 2, "B+1": 3, "T": 5, "M": 11}
+_EXAMPLE_SIZES = {"N": 7, "R": 3, "B": 2, "B+1": 3, "T": 5, "M": 11, "U": 13}
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
-_DIMS = {axis: torch.export.Dim(axis) for axis in ("N", "R", "B", "T", "M")}
+_DIMS = {axis: torch.export.Dim(axis) for axis in ("N", "R", "B", "T", "M", "U")}
 _DIMS["B+1"] = _DIMS["B"] + 1
 
 
@@ -46,8 +46,8 @@ def graph_from_checkpoint(
     checkpoint. Scores and log-sum-exps are fp32 whatever the ``dtype``.
 
     Inputs, by name: input_ids [N], positions [N], logit_rows [R], the step tensors the program's ops read, and each layer's
-    KV state ``<state>_<layer>``. Outputs: logits [R, V], ``kept_<layer>`` [B] where the program evicts, and
-    ``<state>_<layer>_out``.
+    KV state ``<state>_<layer>``. Outputs: logits [R, V], ``<result>_<layer>`` for what the layer's ops tell the runtime (such
+    as ``kept`` [B] where it evicts), and ``<state>_<layer>_out``.
     """
     module = _TokenFlatModule(_traceable_decoder(checkpoint, dtype), program)
     sizes = _EXAMPLE_SIZES | _fixed_sizes(checkpoint.config, page_size)
@@ -69,8 +69,9 @@ def graph_from_checkpoint(
         )
     assert exported is not None
     _use_checkpoint_weights(exported.model, checkpoint, dtype)
+    there = made_by(program) | set(states_of(program))
     for spec in specs_of(program):
-        function = onnx_function(spec, with_optional_inputs=any(t.name in made_by(program) for t in spec.inputs if t.optional))
+        function = onnx_function(spec, with_optional_inputs=any(t.name in there for t in spec.inputs if t.optional))
         exported.model.functions[function.identifier()] = function
     exported.model.producer_name = "trt-kv"
     for node in exported.model.graph:

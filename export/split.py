@@ -1,6 +1,6 @@
 """Pass: cut a monolithic graph at its KV ops into dense pieces that ONNX Runtime can run.
 
-requires: CachedAttention nodes of layers 0 .. L-1, each depending on the one before it.
+requires: one op that attends in each of the layers 0 .. L-1, each depending on the one before it.
 ensures: piece l computes everything between layer l-1's attention and layer l's; pieces refer to the same external weights.
 modified: nothing; the pieces are new models.
 """
@@ -14,6 +14,7 @@ from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 from trt_kv.errors import EngineError
 from trt_kv.manifest import AttentionPort, Piece
 from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES
+from trt_kv.plugins.registry import op_specs
 from trt_kv.program import OpNode, Program
 
 
@@ -33,7 +34,7 @@ def pieces_from_graph(model: ModelProto) -> tuple[list[ModelProto], list[Piece],
     Raises ``EngineError`` where a node would need values of two pieces at once in the wrong order.
     """
     graph = model.graph
-    attentions = [node for node in _kv_nodes(graph) if node.op_type == "CachedAttention"]
+    attentions = [node for node in _kv_nodes(graph) if _attends(node)]
     stage_of = _stages(graph, attentions)
     made_in = {name: stage_of[node.output[0]] for node in graph.node if node.domain != DOMAIN for name in node.output}
     read_in = _readers(graph, stage_of)
@@ -63,6 +64,11 @@ def _kv_nodes(graph: GraphProto) -> list[NodeProto]:
     return [node for node in graph.node if node.domain == DOMAIN]
 
 
+def _attends(node: NodeProto) -> bool:
+    """Whether the node is a KV op that makes a layer's attention output."""
+    return node.domain == DOMAIN and any(t.name == "out" for t in op_specs()[node.op_type].outputs)
+
+
 def _stages(graph: GraphProto, attentions: list[NodeProto]) -> dict[str, int]:
     """For each node, by its first output, how many attentions stand before it (0 .. L); nodes are in topological order."""
     after: dict[str, int] = {}
@@ -70,8 +76,7 @@ def _stages(graph: GraphProto, attentions: list[NodeProto]) -> dict[str, int]:
     for node in graph.node:
         stage = max((after.get(name, 0) for name in node.input), default=0)
         stages[node.output[0]] = stage
-        is_attention = node.domain == DOMAIN and node.op_type == "CachedAttention"
-        after.update(dict.fromkeys(node.output, stage + is_attention))
+        after.update(dict.fromkeys(node.output, stage + _attends(node)))
     in_order = [stages[node.output[0]] for node in attentions]
     if in_order != list(range(len(attentions))):
         raise EngineError("the graph's attention ops do not follow one another", got=in_order, expected="stages 0, 1, 2 ...")

@@ -36,8 +36,10 @@ class PlanRequest:
 
     @property
     def ranges(self) -> list[dict[str, Range]]:
-        """What each optimization profile of the plan admits."""
-        return self.options.profile.axis_ranges(n_layers=self.config.n_layers, page_size=self.page_size)
+        """What each optimization profile of the plan admits, for the axes that the graph has."""
+        axes = {axis for tensor in graph_inputs(self.program).values() for axis in tensor.axes}
+        profiles = self.options.profile.axis_ranges(n_layers=self.config.n_layers, page_size=self.page_size)
+        return [{axis: sizes for axis, sizes in ranges.items() if axis in axes} for ranges in profiles]
 
 
 def build_plan(request: PlanRequest, folder: Path, on_progress: OnProgress | None = None) -> None:

@@ -48,10 +48,13 @@ class BuildProfile:
             raise UsageError("optimization_level is TensorRT's", got=self.optimization_level, expected="0 .. 5")
 
     def axis_ranges(self, *, n_layers: int, page_size: int) -> list[dict[str, Range]]:
-        """Ranges of the graph's dynamic axes (N, R, B, T, M), one dictionary per optimization profile; prefill first."""
-        pages = tuple(-(-tokens // page_size) for tokens in self.context_tokens)
-        pool = tuple(n_layers * -(-tokens // page_size) for tokens in self.cache_tokens)
-        shared: dict[str, Range] = {"T": (1, pages[1], pages[2]), "M": (pool[0], pool[1], pool[2])}
+        """Ranges of the graph's dynamic axes (N, R, B, T, M, U), one dictionary per optimization profile; prefill first.
+
+        The pool remembers one query per page, the most that it can need: each sequence has a page in each layer.
+        """
+        _, *pages = (-(-tokens // page_size) for tokens in self.context_tokens)
+        low, usual, high = (n_layers * -(-tokens // page_size) for tokens in self.cache_tokens)
+        shared: dict[str, Range] = {"T": (1, pages[0], pages[1]), "M": (low, usual, high), "U": (low, usual, high)}
         prefill = [{"N": tokens, "R": (1, 1, tokens[2]), "B": (1, 1, 1)} for tokens in self.prefill_tokens]
         decode = [dict.fromkeys(("N", "R", "B"), sequences) for sequences in self.decode_sequences]
         return [shared | own for own in (*prefill, *decode)]

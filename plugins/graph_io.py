@@ -11,6 +11,9 @@ INPUT_IDS = TensorSpec(name="input_ids", axes=("N",), dtype="int64", doc="token 
 LOGIT_ROWS = TensorSpec(name="logit_rows", axes=("R",), dtype="int64", doc="rows of this step whose logits are wanted")
 LOGITS = TensorSpec(name="logits", axes=("R", "V"), dtype="float", doc="logits of those rows")
 
+_WITHIN_THE_GRAPH = {"out", "lse"}
+"""Outputs of ops that go on in the model or to other ops, and to nobody outside the graph."""
+
 
 def specs_of(program: Program) -> list[OpSpec]:
     """The ops that stand in the program."""
@@ -52,7 +55,10 @@ def graph_outputs(program: Program) -> dict[str, TensorSpec]:
 
 
 def _results(nodes: Sequence[OpNode]) -> list[TensorSpec]:
-    return [t for node in nodes if node.op == "EvictTokens" for t in op_specs()[node.op].outputs]
+    """What no op of the layer reads: ``budget`` is one where no EvictTokens follows."""
+    specs = [op_specs()[node.op] for node in nodes]
+    read = {t.name for spec in specs for t in spec.inputs}
+    return [t for spec in specs for t in spec.outputs if t.name not in read | _WITHIN_THE_GRAPH]
 
 
 def _layer_states(program: Program) -> dict[str, TensorSpec]:
