@@ -16,11 +16,13 @@ from benchmarks.report_style import (
     task_color,
     title,
 )
-from trt_kv.calibration.evaluation_cell import Row
+from trt_kv.calibration.evaluation_cell import Cell, Row
 from trt_kv.calibration.evaluation_results import PolicyFacts, Results
 from trt_kv.require import require
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -110,18 +112,15 @@ def ablations(results: Results) -> "Figure":
     policies = [results.policy(REFREEKV), *results.in_groups("ablation")]
     cells = results.compared()
     figure, axes = panels(2, columns=2, width=7.0, height=0.55 * len(policies) + 1.6)
-    titles = [results.task(cell.task).title.replace(" ", "\n", 1) for cell in cells]
-
-    def draw(axis: "Axes", of: "list[list[float]]", names: "list[str]") -> None:
-        texts = [["" if np.isnan(value) else f"{100 * value:.0f}" for value in row] for row in of]
-        heatmap(axis, np.array(of), texts, names, titles)
-
-    def answers(row: Row, task: str) -> float:
-        return row.accuracy.value if results.task(task).asks else float("nan")
-
     labels = ["as published", *[policy.label for policy in policies[1:]]]
-    draw(axes[0], [[answers(cell.row(policy.name), cell.task) for cell in cells] for policy in policies], labels)
-    draw(axes[1], [[cell.row(policy.name).mean_kept for cell in cells] for policy in policies], [""] * len(labels))
+
+    def draw(axis: "Axes", names: list[str], columns: list[Cell], value: "Callable[[Row], float]") -> None:
+        of = [[value(cell.row(policy.name)) for cell in columns] for policy in policies]
+        titles = [results.task(cell.task).title.replace(" ", "\n", 1) for cell in columns]
+        heatmap(axis, np.array(of), [[f"{100 * share:.0f}" for share in row] for row in of], names, titles)
+
+    draw(axes[0], labels, [cell for cell in cells if results.task(cell.task).asks], lambda row: row.accuracy.value)
+    draw(axes[1], [""] * len(labels), cells, lambda row: row.mean_kept)
     title(axes[0], "Exact answers, %")
     title(axes[1], "Kept of all layers, %")
     headline(figure, f"Parts of ReFreeKV, {results.settings.main_context} tokens")

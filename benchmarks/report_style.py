@@ -139,8 +139,8 @@ def log_axis(axis: "Axes") -> None:
 def heatmap(
     axis: "Axes", values: "np.ndarray", texts: Sequence[Sequence[str]], rows: Sequence[str], columns: Sequence[str]
 ) -> None:
-    """Shares from 0 to 1 as colours, with a text each; NaN stays white."""
-    axis.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
+    """Shares from 0 to 1 as colours, with a text each."""
+    axis.imshow(values, cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         color = "white" if value < 0.6 else INK
         axis.text(column, row, texts[row][column], ha="center", va="center", fontsize=8, color=color)
