@@ -4,7 +4,7 @@ L layers. Every statistic is made from the answers, so that a results file holds
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from trt_kv.calibration.evaluation_statistics import (
@@ -52,7 +52,12 @@ class Answer:
     @property
     def kept_share(self) -> float:
         """Share of the prompt's tokens that are cached after it, mean over layers."""
-        return sum(self.kept_tokens) / len(self.kept_tokens) / self.n_prompt_tokens
+        return self.kept_share_without(())
+
+    def kept_share_without(self, exempt_layers: Collection[int]) -> float:
+        """The same over the layers that are not exempt, of which there must be one."""
+        kept = [n for layer, n in enumerate(self.kept_tokens) if layer not in exempt_layers]
+        return sum(kept) / len(kept) / self.n_prompt_tokens
 
     @property
     def seconds(self) -> float:

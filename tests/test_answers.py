@@ -10,6 +10,7 @@ import pytest
 
 from trt_kv.calibration.answer_files import EngineFacts, Evaluation, Run, Settings, summary_of
 from trt_kv.calibration.answers import UNNAMED, Answer, agreement, comparison_of, groups_of, score_of
+from trt_kv.cli.evaluation_table import describe_evaluation
 from trt_kv.errors import ReportError
 from trt_kv.policies import policy_from_name
 
@@ -64,6 +65,14 @@ def test_a_score_is_what_its_answers_give() -> None:
     assert score.perplexity_95[0] < score.perplexity < score.perplexity_95[1]
     assert (score.kept_share, score.least_kept, score.most_kept) == pytest.approx((0.725, 0.7, 0.75))
     assert score.seconds_per_task == 0.75
+
+
+def test_exempt_layers_are_counted_and_left_out() -> None:
+    answers = (answer(1, kept_tokens=(10, 10, 4, 2)), answer(2, kept_tokens=(10, 10, 6, 2)))
+    told = describe_evaluation(evaluation(answers, answers, n_tasks=2))
+    assert told.count("67.5% (65.0–70.0)") == 2
+    assert told.count("counts the exempt layers 0, 1; of all others it is 35.0% (30.0–40.0)") == 2
+    assert "exempt" not in describe_evaluation(evaluation((answer(1),), None, n_tasks=1))
 
 
 def test_one_answer_has_a_perplexity_without_an_interval() -> None:

@@ -8,7 +8,7 @@ from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy_settings import differences, setting_as_text
 
 if TYPE_CHECKING:
-    from trt_kv.calibration.answer_files import EngineFacts, Evaluation
+    from trt_kv.calibration.answer_files import EngineFacts, Evaluation, Run
 
 SCORE_HEADER = ("", "tasks", "right", "perplexity", "kept of prompt", "s/task")
 COMPARISON_HEADER = ("", "difference", "right only here/there", "verdict", "same answer", "agreement", "perplexity ratio")
@@ -25,10 +25,12 @@ def describe_evaluation(evaluation: "Evaluation") -> str:
         f"tasks    {evaluation.n_tasks} of {evaluation.tasks}; right means: {rule}",
         "",
         *_table(SCORE_HEADER, summary, _score_cells),
+        *_exempt(evaluation.run),
     ]
     if evaluation.against is not None:
         lines += ["", f"against  {_engine(evaluation.against.engine)}", ""]
         lines += _table(SCORE_HEADER, summary["against"], _score_cells)
+        lines += _exempt(evaluation.against)
         lines += ["", *_table(COMPARISON_HEADER, summary["comparison"], _comparison_cells)]
     return "\n".join(lines)
 
@@ -38,6 +40,17 @@ def _engine(facts: "EngineFacts") -> str:
     changed = differences(policy, policy_from_name(policy.name)) if policy.name in policy_names() else {}
     told = " ".join([f"policy {policy.name}", *(setting_as_text(name, value) for name, value in changed.items())])
     return f"{facts.name}: {facts.model_name}, {told}, {facts.dtype} on {facts.runs_on}"
+
+
+def _exempt(run: "Run") -> list[str]:
+    """What the layers keep that the policy does not exempt, where it exempts some and not all."""
+    exempt = run.engine.policy.exempt_layers
+    n_others = len(run.answers[0].kept_tokens) - len(exempt)
+    if not exempt or n_others == 0:
+        return []
+    shares = [answer.kept_share_without(exempt) for answer in run.answers]
+    told = f"{sum(shares) / len(shares):.1%} ({_share(min(shares), 1)}–{_share(max(shares), 1)})"
+    return ["", f"kept of prompt counts the exempt layers {', '.join(map(str, exempt))}; of all others it is {told}"]
 
 
 def _score_cells(score: Mapping[str, Any]) -> list[str]:
