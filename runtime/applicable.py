@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from trt_kv.drift import Drift
 from trt_kv.errors import EngineError
 from trt_kv.manifest import Manifest
 from trt_kv.opspec import OP_VERSION
@@ -26,16 +27,19 @@ def check_applicable(folder: Path, manifest: Manifest) -> None:
             expected=f"target 'onnxruntime' in float32, or 'tensorrt' with a plan; ops among {known}",
             fix="build the engine again",
         )
-    shares = manifest.kept_shares if manifest.policy.needs_recipe else None
+    policy = manifest.policy
+    shares = manifest.kept_shares if policy.needs_recipe else None
+    taus = [policy.tau if tau is None else tau for tau in manifest.taus] if policy.needs_drift else None
     for phase, program in manifest.programs.items():
         config = manifest.config
         expected = program_of(
-            manifest.policy,
+            policy,
             phase=phase,
             n_layers=config.n_layers,
             scale=config.head_dim**-0.5,
             page_size=manifest.page_size,
             kept_shares=shares,
+            taus=taus,
         )
         differing = [
             layer
@@ -45,7 +49,7 @@ def check_applicable(folder: Path, manifest: Manifest) -> None:
         if differing or len(program) != len(expected):
             layer = differing[0] if differing else min(len(program), len(expected))
             raise EngineError(
-                f"layer {layer} of the {phase} graph of {folder} does not apply the policy {manifest.policy.name!r}",
+                f"layer {layer} of the {phase} graph of {folder} does not apply the policy {policy.name!r}",
                 got=_shown(program, layer),
                 expected=_shown(expected, layer),
                 fix="build the engine again",
@@ -53,10 +57,15 @@ def check_applicable(folder: Path, manifest: Manifest) -> None:
 
 
 def check_recipe(folder: Path, manifest: Manifest) -> None:
-    """The recipe beside the graphs must be for this model and policy, and its shares those that stand in the graphs."""
+    """The files beside the graphs must be for this model and policy: a recipe's shares and drift thresholds in the graphs."""
+    if manifest.policy.needs_recipe:
+        _check_shares(folder, manifest)
+    if manifest.policy.needs_drift:
+        _check_taus(folder, manifest)
+
+
+def _check_shares(folder: Path, manifest: Manifest) -> None:
     policy = manifest.policy
-    if not policy.needs_recipe:
-        return
     recipe = Recipe.load(folder / "recipe.json")
     recipe.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
     exempt = policy.exempt_layers
@@ -70,6 +79,19 @@ def check_recipe(folder: Path, manifest: Manifest) -> None:
         )
 
 
+def _check_taus(folder: Path, manifest: Manifest) -> None:
+    drift = Drift.load(folder / "drift.json")
+    drift.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
+    same = len(drift.taus) == len(manifest.taus) and all(map(_same_value, manifest.taus, drift.taus))
+    if not same:
+        raise EngineError(
+            f"{folder} does not apply its drift thresholds",
+            got=f"graphs: tau {manifest.taus}",
+            expected=f"drift.json: tau {drift.taus}",
+            fix="build the engine again",
+        )
+
+
 def _same_nodes(nodes: Sequence[OpNode], others: Sequence[OpNode]) -> bool:
     return [node.op for node in nodes] == [other.op for other in others] and all(
         node.attributes.keys() == other.attributes.keys()
@@ -78,7 +100,7 @@ def _same_nodes(nodes: Sequence[OpNode], others: Sequence[OpNode]) -> bool:
     )
 
 
-def _same_value(value: AttributeValue, expected: AttributeValue) -> bool:
+def _same_value(value: AttributeValue | None, expected: AttributeValue | None) -> bool:
     if isinstance(value, float) and isinstance(expected, float | int):
         return abs(value - expected) <= FLOAT32_ROUNDING
     return value == expected

@@ -33,9 +33,7 @@ class KvPool(PagePool):
     def states(self) -> dict[str, np.ndarray]:
         """The states of KV ops, by name."""
         states: dict[str, np.ndarray] = {"kv": self.kv, "token_positions": self.token_positions, "scores": self.scores}
-        if len(self.summaries):
-            states |= {"summaries": self.summaries, "last_query": self.last_query}
-        return states
+        return states | {"summaries": self.summaries, "last_query": self.last_query}
 
     @property
     def page_bytes(self) -> int:

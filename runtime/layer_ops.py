@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from trt_kv.errors import TrtKvError
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.registry import Kernel, kernel, op_specs
@@ -61,17 +60,10 @@ class BoundLayerOps:
         self._kept: Ints = step.kv_len.copy()
         self._found_budget: Ints = np.full(step.kv_len.shape, -1)
         self._corrected: Ints | None = None
-        self._failures: dict[int, TrtKvError] = {}
 
     def result(self, logits: Floats) -> StepResult:
         """The step's result, once all layers have been called and ``logits`` came out."""
-        return StepResult(
-            logits=logits,
-            kept=self._kept,
-            found_budget=self._found_budget,
-            corrected=self._corrected,
-            failures=self._failures,
-        )
+        return StepResult(logits=logits, kept=self._kept, found_budget=self._found_budget, corrected=self._corrected)
 
     def __call__(self, layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
         """Attention output [N, H, D] of ``layer``; q is [N, H, D], k and v are [N, K, D]. Updates the pool."""

@@ -7,10 +7,12 @@ import numpy as np
 from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.plugins.registry import kernel
-from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets
+from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recall_nodes
 from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
 from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.recall.streamed import StreamedRecall
+from trt_kv.runtime.recall.tiered_sequence import TieredSequence
 from trt_kv.runtime.sequence_cache import SequenceCache
 from trt_kv.runtime.step import Ints, Step, StepResult
 
@@ -36,14 +38,22 @@ class ModelRunner:
         decode: str = "row",
         decode_distance: int = 25,
         implementation: str = "cpu",
+        recall: StreamedRecall | None = None,
     ) -> None:
+        """``recall`` runs RecallAttention over a cache on the host, with ``pool`` as the device; without it, the op's kernel
+        runs over the whole cache in ``pool``.
+        """
         self.pool = pool
+        self.recall = recall
         self.chunk = chunk
         self._executor = (
             executor
             if isinstance(executor, StepExecutor)
-            else SplitStepExecutor(executor, programs, implementation=implementation)
+            else SplitStepExecutor(
+                executor, programs, implementation=implementation, kernels=recall.kernels if recall is not None else None
+            )
         )
+        self._host_layers = [layer for layer, node in enumerate(recall_nodes(programs["decode"])) if node is not None]
         self._decode = decode
         self._decode_distance = decode_distance
         self._budgets = budgets_of(programs["prefill"])
@@ -56,6 +66,8 @@ class ModelRunner:
         self._executor.warm_up()
 
     def new_sequence(self) -> SequenceCache:
+        if self.recall is not None:
+            return TieredSequence(self.recall, n_layers=len(self._budgets), host_layers=self._host_layers)
         return SequenceCache(self.pool, n_layers=len(self._budgets), decode_distance=self._decode_distance)
 
     def prefill(
@@ -212,7 +224,6 @@ class ModelRunner:
         )
         result = self._executor.run_step(phase, step, self.pool)
         for b, sequence in enumerate(sequences):
-            sequence.failure = result.failures.get(b)
             if evict[b] == 1 and result.found_budget is not None:
                 sequence.found_budget = result.found_budget[:, b].copy()
         return result

@@ -75,7 +75,7 @@ class Request:
 
     def _holding(self) -> tuple[int, tuple[int, ...]]:
         """(tokens seen, tokens cached per layer) of the sequence."""
-        return self.sequence.n_seen, tuple(int(n) for n in self.sequence.kv_len)
+        return self.sequence.n_seen, tuple(int(n) for n in self.sequence.held_tokens)
 
     def result(self) -> Generation:
         """The finished (or abandoned) request's product."""

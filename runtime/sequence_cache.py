@@ -31,13 +31,21 @@ class SequenceCache:
         """Prompt tokens read so far."""
         self.found_budget: Ints = np.full(n_layers, -1, np.int64)
         """Tokens of each layer that a step may attend to where they were found from the input; -1: where they were not."""
-        self.failure: TrtKvError | None = None
-        """Why this sequence cannot go on, though the others of its batch can."""
         pool.register(self)
 
     @property
     def n_layers(self) -> int:
         return len(self.kv_len)
+
+    @property
+    def failure(self) -> TrtKvError | None:
+        """Why this sequence cannot go on, though the others of its batch can; None where it can."""
+        return None
+
+    @property
+    def held_tokens(self) -> Ints:
+        """Tokens of each layer that are held where attention reads them: [L]."""
+        return self.kv_len
 
     @property
     def pages(self) -> list[int]:
@@ -109,7 +117,8 @@ class SequenceCache:
         twin = SequenceCache(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance)
         twin._grow_tables(self._n_pages)
         for array in self.pool.states.values():
-            array[twin.pages] = array[self.pages]
+            if len(array):
+                array[twin.pages] = array[self.pages]
         twin.n_seen = self.n_seen
         twin.n_prompt = self.n_prompt
         twin.found_budget = self.found_budget.copy()

@@ -1,13 +1,10 @@
 """One step of the token-flat graph: all sequences' tokens concatenated along N."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from trt_kv.errors import TrtKvError
 
 Ints = NDArray[np.int64]
 
@@ -35,12 +32,10 @@ class StepResult:
     """What a step made beside the KV state: logits [R, V] fp32 and the tokens [L, B] that are cached afterwards.
 
     ``found_budget`` [L, B]: what AdaptiveBudget found where its number is not used up by an eviction, -1 elsewhere.
-    ``corrected`` [L, B, K]: 1 where a KV head recalled pages for its own query before it attended. ``failures``: sequences, by
-    their number in the step, whose rows mean nothing, and why; the others are not touched by it.
+    ``corrected`` [L, B, K]: 1 where a KV head recalled pages for its own query before it attended.
     """
 
     logits: NDArray[np.floating[Any]]
     kept: Ints
     found_budget: Ints | None = None
     corrected: Ints | None = None
-    failures: Mapping[int, TrtKvError] = field(default_factory=dict)

@@ -53,11 +53,17 @@ def run(
         else:
             assert scores_KS is not None
             weights_RS = scores_KS.astype(np.float64)
-        n_protected = sinks + recent if protected_in_norm else 0
         protected_KC = np.concatenate([by_position_KS[:, :sinks], by_position_KS[:, n_cached - recent :]], axis=1)
-        squares_RC = running_squares(weights_RS, protected_KC[:, :n_protected], candidates_KC)
-        budget[b] = sinks + recent + smallest_cut(squares_RC, float(np.float32(threshold)))
+        budget[b] = budget_of_row(weights_RS, protected_KC, candidates_KC, threshold, protected_in_norm)
     return (budget,)
+
+
+def budget_of_row(weights_RS: Floats, protected_KP: Ints, candidates_KC: Ints, threshold: float, protected_in_norm: int) -> int:
+    """The budget that keeps the norm of the rows: the protected tokens, and as few of the candidates as suffice."""
+    counted_KP = protected_KP if protected_in_norm else protected_KP[:, :0]
+    squares_RC = running_squares(weights_RS, counted_KP, candidates_KC)
+    n_protected: int = protected_KP.shape[1]
+    return n_protected + smallest_cut(squares_RC, float(np.float32(threshold)))
 
 
 def slots_by_position(positions_KS: Ints) -> Ints:

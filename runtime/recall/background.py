@@ -1,0 +1,116 @@
+"""Copies that go on while the model computes: jobs that say what they wait for, and who runs them.
+
+A job is a generator. It yields an event to wait for it, or None where it may be interrupted; so the same job runs on a thread,
+in place, or step by step under a test that chooses the worst order.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from trt_kv.errors import RecallError
+
+Work = Callable[[], Iterator[threading.Event | None]]
+
+
+class Job:
+    """One piece of background work on one layer of one sequence.
+
+    ``after``: the job before it on the same layer and sequence; it begins when that one has ended, and fails where it failed.
+    """
+
+    def __init__(self, what: str, work: Work, *, after: "Job | None") -> None:
+        self.what = what
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+        self._after = after
+        self._work = work
+
+    def steps(self) -> Iterator[threading.Event | None]:
+        """The work, step by step. Whoever runs it calls ``finish`` in the end."""
+        if self._after is not None:
+            yield self._after.done
+            if self._after.error is not None:
+                raise self._after.error
+            self._after = None
+        yield from self._work()
+
+    def finish(self, error: BaseException | None) -> None:
+        """The work has ended, well or not; nothing of it runs any more."""
+        self.error = error
+        self.done.set()
+
+    def run(self) -> None:
+        """Do the whole work on the current thread, waiting where it waits."""
+        error: BaseException | None = None
+        try:
+            for event in self.steps():
+                if event is not None:
+                    event.wait()
+        except Exception as raised:  # noqa: BLE001  (handed to whoever joins the job, whatever it is)
+            error = raised
+        except BaseException as raised:
+            self.finish(raised)
+            raise
+        self.finish(error)
+
+
+class Copies(Protocol):
+    """Who runs jobs, and when."""
+
+    def submit(self, job: Job) -> None:
+        """Take a job; it may begin at once, later, or only when somebody waits for it."""
+        ...
+
+    def settle(self, job: Job) -> None:
+        """Return when the job is done. What it waits for has happened, or happens without the caller."""
+        ...
+
+    def close(self) -> None:
+        """No job is taken any more."""
+        ...
+
+
+class ThreadedCopies:
+    """Jobs run on background threads, begun in the order in which they came; so no job waits for one that cannot begin."""
+
+    def __init__(self, n_threads: int = 2) -> None:
+        self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="recall")
+
+    def submit(self, job: Job) -> None:
+        self._pool.submit(job.run)
+
+    def settle(self, job: Job) -> None:
+        job.done.wait()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+class SynchronousCopies:
+    """Nothing overlaps: jobs run when somebody waits for them, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Job] = []
+
+    def submit(self, job: Job) -> None:
+        self._waiting.append(job)
+
+    def settle(self, job: Job) -> None:
+        while not job.done.is_set():
+            self._waiting.pop(0).run()
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+def join(copies: Copies, job: Job) -> None:
+    """Wait for a job; ``RecallError`` where it failed, from what it failed with."""
+    copies.settle(job)
+    if job.error is not None:
+        raise RecallError(
+            f"the KV cache on the host: {job.what} failed",
+            got=f"{type(job.error).__name__}: {job.error}",
+            fix="this request is lost, others are not; check the disk and the memory of the host tier, then send it again",
+        ) from job.error

@@ -1,0 +1,65 @@
+"""Attention of a prompt's chunk over a cache on the host: block by block, so that memory does not grow with the context."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from trt_kv.plugins.adaptive_budget.cpu import attention_row
+from trt_kv.plugins.attention_cpu import attend_chunk
+from trt_kv.plugins.paging import Floats, Ints, gather_kv
+
+BLOCK_TOKENS = 4096
+"""Tokens of the cache that are brought at a time."""
+
+ReadPages = Callable[[Ints], Floats]
+
+
+def attend_prompt(
+    q_NHD: Floats, n_cached: int, earlier_pages: Ints, block: Floats, read_pages: ReadPages, scale: float
+) -> tuple[Floats, Floats]:
+    """The last N of ``n_cached`` tokens attend to all up to themselves: (out [N, H, D], lse [N, H]), fp32.
+
+    ``earlier_pages`` are full and are read by ``read_pages``; ``block`` [n, 2, K, P, D] holds the pages after them. Blocks are
+    joined by their log-sum-exps (FlashAttention, arXiv 2205.14135, section 3.1). Where everything fits into one block the
+    result is, bit for bit, that of attention over the whole cache at once.
+    """
+    page_size = block.shape[3]
+    n_earlier = len(earlier_pages) * page_size
+    positions_N = np.arange(n_cached - len(q_NHD), n_cached)
+    if n_cached <= BLOCK_TOKENS:
+        pages = np.concatenate([read_pages(earlier_pages), block]) if len(earlier_pages) else block
+        k_KSD, v_KSD = gather_kv(pages, np.arange(len(pages)), n_cached)
+        return attend_chunk(q_NHD, k_KSD, v_KSD, np.arange(n_cached) <= positions_N[:, None], scale)
+    k_KSD, v_KSD = gather_kv(block, np.arange(len(block)), n_cached - n_earlier)
+    out, lse = attend_chunk(q_NHD, k_KSD, v_KSD, np.arange(n_earlier, n_cached) <= positions_N[:, None], scale)
+    for pages in blocks_of(earlier_pages, page_size):
+        k_KSD, v_KSD = gather_kv(read_pages(pages), np.arange(len(pages)), len(pages) * page_size)
+        out, lse = joined(out, lse, *attend_chunk(q_NHD, k_KSD, v_KSD, None, scale))
+    return out, lse
+
+
+def joined(out: Floats, lse: Floats, more: Floats, more_lse: Floats) -> tuple[Floats, Floats]:
+    """Attention over two sets of tokens from the attention over each."""
+    both = np.logaddexp(lse, more_lse)
+    return out * np.exp(lse - both)[..., None] + more * np.exp(more_lse - both)[..., None], both
+
+
+def last_query_row(
+    q_HD: Floats, lse_H: Floats, n_cached: int, pages: Ints, open_page: Floats, read_pages: ReadPages, scale: float
+) -> Floats:
+    """exp(scale * q.k - lse) of one query for every token: [H, S] fp64. ``open_page`` [1, 2, K, P, D] follows ``pages``."""
+    size = open_page.shape[3]
+    rows = [
+        attention_row(q_HD, lse_H, np.arange(len(part)), len(part) * size, read_pages(part), np.float32(scale))
+        for part in blocks_of(pages, size)
+    ]
+    n_open = n_cached - len(pages) * size
+    rows += [attention_row(q_HD, lse_H, np.zeros(1, np.int64), n_open, open_page, np.float32(scale))] if n_open else []
+    return np.concatenate(rows, axis=1)
+
+
+def blocks_of(pages: Ints, page_size: int) -> Iterator[Ints]:
+    """The pages in blocks of at most ``BLOCK_TOKENS`` tokens."""
+    size = max(1, BLOCK_TOKENS // page_size)
+    for first in range(0, len(pages), size):
+        yield pages[first : first + size]

@@ -1,0 +1,49 @@
+"""A sequence whose cache lies on the host in some layers and on the device in the others."""
+
+from collections.abc import Sequence
+
+from trt_kv.errors import TrtKvError
+from trt_kv.runtime.page_pool import PagePool
+from trt_kv.runtime.recall.streamed import StreamedRecall
+from trt_kv.runtime.recall.working_set import WorkingSet
+from trt_kv.runtime.sequence_cache import SequenceCache
+from trt_kv.runtime.step import Ints
+
+
+class TieredSequence(SequenceCache):
+    """Page tables name host pages in ``host_layers`` and device pages elsewhere."""
+
+    def __init__(self, recall: StreamedRecall, *, n_layers: int, host_layers: Sequence[int]) -> None:
+        self._recall = recall
+        self._host_layers = frozenset(host_layers)
+        super().__init__(recall.device, n_layers=n_layers)
+        recall.host.register(self)
+
+    @property
+    def failure(self) -> TrtKvError | None:
+        """Why this sequence cannot go on: the first of its layers whose pages were lost."""
+        return next((w.failure for w in self._working_sets() if w is not None and w.failure is not None), None)
+
+    @property
+    def held_tokens(self) -> Ints:
+        """Tokens of each layer that the device has room for; where the cache stays on the host, its working set."""
+        held = self.kv_len.copy()
+        for layer, working_set in enumerate(self._working_sets()):
+            if working_set is not None:
+                held[layer] = min(held[layer], working_set.n_held_tokens)
+        return held
+
+    def fork(self) -> "SequenceCache":
+        raise NotImplementedError("a sequence with jobs on their way has no twin")
+
+    def release(self) -> None:
+        """Wait for what is on its way, then give every page of both tiers back."""
+        self._recall.release([int(self.page_table[layer, 0]) for layer in self._host_layers])
+        super().release()
+
+    def _working_sets(self) -> list[WorkingSet | None]:
+        rows = [self.page_table[layer, 0] if layer in self._host_layers else -1 for layer in range(self.n_layers)]
+        return [self._recall.sets.get(int(row)) for row in rows]
+
+    def _pool_of(self, layer: int) -> PagePool:
+        return self._recall.host if layer in self._host_layers else self.pool
