@@ -6,11 +6,13 @@ from typing import Unpack
 
 from tokenizers import Tokenizer
 
-from trt_kv.errors import EngineError, UsageError
+from trt_kv.errors import EngineError, RecallError, UsageError
+from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest, load_manifest, verify_files
-from trt_kv.program import budgets_of
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.program import budgets_of, finds_budgets, recall_nodes
 from trt_kv.require import require
-from trt_kv.runtime.admission import Admission
+from trt_kv.runtime.admission import Admission, CacheDemand, Demand, HostDemand, WorkingSetDemand
 from trt_kv.runtime.applicable import check_applicable, check_recipe
 from trt_kv.runtime.detokenizer import load_tokenizer
 from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
@@ -18,8 +20,12 @@ from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
+from trt_kv.runtime.recall.background import ThreadedCopies
+from trt_kv.runtime.recall.host_tier import free_bytes, host_tier_at
+from trt_kv.runtime.recall.streamed import StreamedRecall
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
+from trt_kv.runtime.trace import NO_TRACE, Trace
 
 Prompt = str | Sequence[int]
 """Text, or token ids that are used as they are."""
@@ -40,8 +46,7 @@ class Engine:
         self.manifest = manifest
         self.runner = runner
         self.tokenizer = tokenizer
-        protected = manifest.policy.sinks + manifest.policy.recent
-        self._admission = Admission(runner.pool, budgets=budgets_of(manifest.programs["prefill"]), n_protected=protected)
+        self._admission = Admission(_demands(manifest, runner))
 
     @classmethod
     def load(
@@ -50,16 +55,23 @@ class Engine:
         *,
         verify: bool = True,
         cache_tokens: int | None = None,
+        host_tier: str | None = None,
+        host_tokens: int | None = None,
         chunk: int = DEFAULT_CHUNK,
         n_threads: int = 0,
+        trace: Trace = NO_TRACE,
         on_progress: OnProgress | None = None,
     ) -> "Engine":
         """Open an engine folder.
 
         ``verify`` checks every file's digest. ``cache_tokens`` sizes the KV pool: it holds that many tokens in every layer; by
         default twice the model's positions, or what fits into half of the free memory. ``chunk`` is the number of prompt
-        tokens per prefill step. ``n_threads`` 0: one per core. Raises ``EngineError`` for anything that is not a complete,
-        untouched engine whose policy this version applies.
+        tokens per prefill step. ``n_threads`` 0: one per core. ``trace`` records what ran when.
+
+        For engines whose cache stays on the host: ``host_tier`` is "ram" (the default) or "mmap:PATH", a file that need not fit
+        into memory; ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
+
+        Raises ``EngineError`` for anything that is not a complete, untouched engine whose policy this version applies.
         """
         _check_load_options(cache_tokens, chunk, n_threads)
         folder = Path(path)
@@ -70,12 +82,27 @@ class Engine:
             _verify_with_progress(folder, manifest, tell)
         check_recipe(folder, manifest)
         tokenizer = load_tokenizer(folder / "tokenizer.json", error=EngineError)
+        policy = manifest.policy
+        streams = policy.recalls and manifest.plan is None
+        if not streams and (host_tier, host_tokens) != (None, None):
+            raise UsageError(
+                f"{folder} keeps no cache on the host",
+                got=f"host_tier={host_tier}, host_tokens={host_tokens} for policy {policy.name!r}, target {manifest.target}",
+                expected="neither",
+                fix="leave them out, or build an engine with --policy freekv",
+            )
         executor, pool = (_on_onnxruntime if manifest.plan is None else _on_tensorrt)(
             folder, manifest, cache_tokens, n_threads, tell
         )
-        policy = manifest.policy
         runner = ModelRunner(
-            executor, pool, manifest.programs, chunk=chunk, decode=policy.decode, decode_distance=policy.decode_distance
+            executor,
+            pool,
+            manifest.programs,
+            chunk=chunk,
+            decode=policy.decode,
+            decode_distance=policy.decode_distance,
+            recall=_recall(manifest, pool, host_tier or "ram", host_tokens, trace) if streams else None,
+            trace=trace,
         )
         tell("compiling kernels", 0, 1)
         runner.warm_up()
@@ -83,11 +110,19 @@ class Engine:
         return cls(folder, manifest, runner, tokenizer)
 
     def generate(self, prompt: Prompt, **sampling: Unpack[SamplingOptions]) -> Generation:
-        """Continue one prompt; options as in ``SamplingParams``. ``UsageError`` and ``CapacityError`` come before it starts."""
-        return self.generate_batch([prompt], **sampling)[0]
+        """Continue one prompt; options as in ``SamplingParams``. ``UsageError`` and ``CapacityError`` come before it starts;
+        ``RecallError`` where its cache on the host was lost.
+        """
+        (result,) = self.generate_batch([prompt], **sampling)
+        if result.error is not None:
+            raise result.error
+        return result
 
     def generate_batch(self, prompts: Sequence[Prompt], **sampling: Unpack[SamplingOptions]) -> list[Generation]:
-        """Continue several prompts together; each gets the tokens it would get alone."""
+        """Continue several prompts together; each gets the tokens it would get alone.
+
+        A request whose cache on the host was lost ends with what it has, ``finish_reason`` "error" and its ``error``.
+        """
         requests = self._admit(prompts, SamplingParams(**sampling))
         for _ in self._run(requests):
             pass
@@ -103,6 +138,17 @@ class Engine:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, special tokens as the tokenizer adds them."""
         return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else [int(token) for token in prompt]
+
+    def close(self) -> None:
+        """Stop background work and free the host tier, if there is any; the engine runs nothing afterwards."""
+        if self.runner.recall is not None:
+            self.runner.recall.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _admit(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Request]:
         """Requests for prompts that fit the model and, together and at their largest, the pool."""
@@ -132,19 +178,26 @@ class Engine:
         try:
             with self._admission.promise(requests):
                 for index, request in enumerate(requests):
-                    logits_V = self.runner.prefill(request.sequence, request.prompt_ids, on_chunk=on_prefill)
-                    yield index, request.accept(logits_V)
+                    try:
+                        logits_V = self.runner.prefill(request.sequence, request.prompt_ids, on_chunk=on_prefill)
+                    except RecallError as error:
+                        yield index, request.fail(error)
+                    else:
+                        yield index, request.accept(logits_V)
                 while running := [i for i, request in enumerate(requests) if request.finish_reason is None]:
                     batch = [requests[i] for i in running]
-                    logits_BV = self.runner.decode([r.sequence for r in batch], [r.token_ids[-1] for r in batch])
-                    for index, logits_V in zip(running, logits_BV, strict=True):
-                        yield index, requests[index].accept(logits_V)
+                    logits_BV = self.runner.decode(
+                        [r.sequence for r in batch], [r.token_ids[-1] for r in batch], failures_stay=True
+                    )
+                    for request, index, logits_V in zip(batch, running, logits_BV, strict=True):
+                        failure = request.sequence.failure
+                        yield index, request.accept(logits_V) if failure is None else request.fail(failure)
             finished = True
         finally:
             for request in requests:
                 request.close()
             if not finished:
-                self.runner.pool.reclaim()
+                self.runner.reclaim()
 
 
 class Stream(Iterator[str]):
@@ -155,7 +208,12 @@ class Stream(Iterator[str]):
         self._pieces = (piece for _, piece in events if piece)
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            if self._request.error is not None:
+                raise self._request.error from None
+            raise
 
     @property
     def result(self) -> Generation:
@@ -177,6 +235,21 @@ def _check_prompt(prompt: Prompt, ids: Sequence[int], max_positions: int, vocab_
         raise UsageError(
             "the prompt has token ids outside the vocabulary", got=[min(ids), max(ids)], expected=f"0 .. {vocab_size - 1}"
         )
+
+
+def _demands(manifest: Manifest, runner: ModelRunner) -> list[Demand]:
+    """What requests need of the engine's pools."""
+    budgets = budgets_of(manifest.programs["prefill"])
+    policy = manifest.policy
+    if runner.recall is None:
+        kept = [ALL] * len(budgets) if policy.recalls else budgets
+        return [CacheDemand(runner.pool, budgets=kept, n_protected=policy.sinks + policy.recent)]
+    limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
+    recalling = [node is not None for node in recall_nodes(manifest.programs["decode"])]
+    return [
+        WorkingSetDemand(runner.pool, limits=[limits if recalls else None for recalls in recalling], budgets=budgets),
+        HostDemand(runner.recall.host, n_layers=sum(recalling)),
+    ]
 
 
 def _check_load_options(cache_tokens: int | None, chunk: int, n_threads: int) -> None:
@@ -218,6 +291,18 @@ def _on_onnxruntime(
     return executor, KvPool(**_pool_sizes(manifest, cache_tokens, available_bytes()))
 
 
+def _recall(manifest: Manifest, device: KvPool, where: str, host_tokens: int | None, trace: Trace) -> StreamedRecall:
+    """The cache on the host, and threads that stream it."""
+    if host_tokens is not None and host_tokens < 1:
+        raise UsageError("bad host_tokens", got=host_tokens, expected="tokens >= 1, or None")
+    sizes = _pool_sizes(manifest, host_tokens, free_bytes(where))
+    n_layers = manifest.config.n_layers
+    n_host_layers = sum(node is not None for node in recall_nodes(manifest.programs["decode"]))
+    host = host_tier_at(where, **sizes | {"n_pages": sizes["n_pages"] // n_layers * n_host_layers})
+    finds = finds_budgets(manifest.programs["prefill"])
+    return StreamedRecall(host, device, ThreadedCopies(), n_layers=n_layers, finds_budgets=finds, trace=trace)
+
+
 def _on_tensorrt(
     folder: Path, manifest: Manifest, cache_tokens: int | None, _n_threads: int, tell: OnProgress
 ) -> tuple[DenseExecutor | StepExecutor, KvPool]:
@@ -233,7 +318,10 @@ def _on_tensorrt(
     )
     sizes = _pool_sizes(manifest, cache_tokens, tensorrt_engine.free_device_bytes())
     largest = max(ranges["M"][2] for ranges in manifest.plan.profiles)
-    pool = tensorrt_engine.CudaKvPool(**sizes | {"n_pages": min(sizes["n_pages"], largest)}, dtype=manifest.dtype)
+    n_query_heads = manifest.config.n_heads if manifest.policy.recalls else 0
+    pool = tensorrt_engine.CudaKvPool(
+        **sizes | {"n_pages": min(sizes["n_pages"], largest)}, n_query_heads=n_query_heads, dtype=manifest.dtype
+    )
     tell("loading the plan", 1, 1)
     return executor, pool
 

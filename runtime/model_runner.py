@@ -15,6 +15,7 @@ from trt_kv.runtime.recall.streamed import StreamedRecall
 from trt_kv.runtime.recall.tiered_sequence import TieredSequence
 from trt_kv.runtime.sequence_cache import SequenceCache
 from trt_kv.runtime.step import Ints, Step, StepResult
+from trt_kv.runtime.trace import NO_TRACE, Trace
 
 NOT_PROMPT = -1
 DROP_ONE = 2
@@ -39,12 +40,14 @@ class ModelRunner:
         decode_distance: int = 25,
         implementation: str = "cpu",
         recall: StreamedRecall | None = None,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """``recall`` runs RecallAttention over a cache on the host, with ``pool`` as the device; without it, the op's kernel
         runs over the whole cache in ``pool``.
         """
         self.pool = pool
         self.recall = recall
+        self._trace = trace
         self.chunk = chunk
         self._executor = (
             executor
@@ -174,6 +177,12 @@ class ModelRunner:
         """True absolute positions of the tokens cached by each KV head of ``layer``, in slot order: [K, S] int64."""
         return self._of_slots(self.pool.token_positions, sequence, layer)
 
+    def reclaim(self) -> None:
+        """After Ctrl-C in the middle of a step: take back what no living sequence owns."""
+        if self.recall is not None:
+            self.recall.reclaim()
+        self.pool.reclaim()
+
     def _require_host_pool(self, what: str) -> None:
         if not self.pool.on_host:
             raise UsageError(
@@ -222,7 +231,8 @@ class ModelRunner:
             found_budget=np.stack([s.found_budget for s in sequences], axis=1),
             query_rows=page_table[:, :, 0],
         )
-        result = self._executor.run_step(phase, step, self.pool)
+        with self._trace.span(f"{phase} step", tokens=len(step.input_ids)):
+            result = self._executor.run_step(phase, step, self.pool)
         for b, sequence in enumerate(sequences):
             if evict[b] == 1 and result.found_budget is not None:
                 sequence.found_budget = result.found_budget[:, b].copy()

@@ -67,13 +67,17 @@ class PagePool:
 
     def reclaim(self) -> None:
         """After Ctrl-C in the middle of the bookkeeping: free is again every page that no living holder owns."""
-        held = {page for holder in self._holders for page in holder.pages_in(self)}
+        held = set(self.held_pages())
         self._free = [page for page in range(self.n_pages - 1, -1, -1) if page not in held]
+
+    def held_pages(self) -> list[int]:
+        """The pages of all living holders."""
+        return [page for holder in self._holders for page in holder.pages_in(self)]
 
     def check_integrity(self, owned: Iterable[int] | None = None) -> None:
         """Raise ``CapacityError`` unless every page is either free or ``owned`` (None: by a living holder), exactly once."""
         if owned is None:
-            owned = [page for holder in self._holders for page in holder.pages_in(self)]
+            owned = self.held_pages()
         counts = Counter([*self._free, *owned])
         wrong = {page: counts[page] for page in range(self.n_pages) if counts[page] != 1}
         if wrong or len(counts) != self.n_pages:

@@ -7,17 +7,20 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
+from trt_kv.errors import TrtKvError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.detokenizer import Detokenizer
 from trt_kv.runtime.sampling import SamplingParams, next_token
 from trt_kv.runtime.sequence_cache import SequenceCache
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What a request produced. ``kv_tokens`` are the tokens cached per layer at the end, of ``n_seen`` that went by."""
+    """What a request produced. ``kv_tokens`` are the tokens held per layer at the end, of ``n_seen`` that went by: cached ones,
+    or the working set's where the cache stays on the host. ``error``: why the request could not go on, where it could not.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -25,6 +28,7 @@ class Generation:
     n_prompt_tokens: int
     n_seen: int
     kv_tokens: tuple[int, ...]
+    error: TrtKvError | None = None
 
 
 @dataclass(kw_only=True)
@@ -39,6 +43,7 @@ class Request:
     sequence: SequenceCache
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: TrtKvError | None = None
 
     def __post_init__(self) -> None:
         self._rng = np.random.default_rng(self.params.seed)
@@ -68,6 +73,13 @@ class Request:
             self._text = self._text[: min(found)]
         return self._emit(len(self._text) if self.finish_reason else len(self._text) - self._n_held_back())
 
+    def fail(self, error: TrtKvError) -> str:
+        """End here: what was generated so far is the result. Returns the text that was held back."""
+        self.error, self.finish_reason = error, "error"
+        self._text += self._detokenizer.finish()
+        self.close()
+        return self._emit(len(self._text))
+
     def close(self) -> None:
         """Give the sequence's memory back, remembering what it held."""
         self._held = self._held or self._holding()
@@ -87,6 +99,7 @@ class Request:
             n_prompt_tokens=len(self.prompt_ids),
             n_seen=n_seen,
             kv_tokens=kv_tokens,
+            error=self.error,
         )
 
     def _emit(self, end: int) -> str:

@@ -18,6 +18,10 @@ class LayerBudget:
         """Tokens kept of ``n_cached``, protected ones not considered."""
         return kept_tokens(n_cached, self.share, self.tokens)
 
+    def of_prompt(self, n_prompt: int) -> int:
+        """Tokens that a step may attend to where the cache stays on the host: may be more than the prompt had."""
+        return kept_tokens(n_prompt, self.share) + self.tokens
+
 
 ALL = LayerBudget(share=1.0)
 

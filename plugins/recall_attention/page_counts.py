@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trt_kv.policy import kept_tokens
+from trt_kv.layer_budget import LayerBudget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class PageLimits:
         return range(self.n_sinks, max(self.n_sinks, self.first_newest(n_tokens)))
 
 
-def budget_tokens(prompt_len: int, found_budget: int, kept_share: float, kept_tokens_more: int) -> int:
-    """Tokens that one step may attend to; unlike a budget for eviction it may be more than the prompt had."""
+def budget_tokens(prompt_len: int, found_budget: int, kept_share: float, kept_tokens: int) -> int:
+    """Tokens that one step may attend to: what was found for the sequence, else what the node's attributes say."""
     if found_budget >= 0:
         return found_budget
-    return kept_tokens(prompt_len, kept_share) + kept_tokens_more
+    return LayerBudget(share=kept_share, tokens=kept_tokens).of_prompt(prompt_len)

@@ -27,12 +27,19 @@ class CudaKvPool(KvPool):
 
     on_host = False
 
-    def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int, dtype: str) -> None:
-        super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
+    def __init__(
+        self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int, dtype: str, n_query_heads: int = 0
+    ) -> None:
+        super().__init__(
+            n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size, n_query_heads=n_query_heads
+        )
         # The host arrays were reserved, never touched, and go with the assignment.
         self.kv = torch.empty(self.kv.shape, dtype=_TORCH_TYPES[dtype], device="cuda")  # type: ignore[assignment]
         self.token_positions = torch.empty(self.token_positions.shape, dtype=torch.int64, device="cuda")  # type: ignore[assignment]
         self.scores = torch.empty(self.scores.shape, device="cuda")  # type: ignore[assignment]
+        for name in ("summaries", "last_query"):
+            shape = getattr(self, name).shape
+            setattr(self, name, torch.empty(shape, dtype=_TORCH_TYPES[dtype], device="cuda"))
 
 
 class TensorRtExecutor:

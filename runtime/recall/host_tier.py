@@ -4,6 +4,7 @@ Pages are [2, K, P, D] in both tiers, so a page-head is two runs of P * D number
 """
 
 import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.page_pool import PagePool
 
 
@@ -121,14 +123,31 @@ class FileTier(HostTier):
             rest, offset = rest[n_bytes:], offset + n_bytes
 
 
-def host_tier(where: str, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> HostTier:
+def host_tier_at(where: str, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> HostTier:
     """The tier called ``ram`` or ``mmap:PATH``. ``UsageError`` for anything else, or where no file can be made."""
-    if where == "ram":
+    path = _path_of(where)
+    if path is None:
         return RamTier(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
-    kind, colon, path = where.partition(":")
-    if kind != "mmap" or not colon or not path:
+    return FileTier(path, n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
+
+
+def free_bytes(where: str) -> int:
+    """Room for a tier at ``where``: free memory, or free space on the disk. Errors as ``host_tier_at``."""
+    path = _path_of(where)
+    if path is None:
+        return available_bytes()
+    try:
+        return shutil.disk_usage(path if path.is_dir() else path.parent).free
+    except OSError as error:
+        raise _no_file(path, error) from error
+
+
+def _path_of(where: str) -> Path | None:
+    """The path in ``mmap:PATH``; None for ``ram``."""
+    kind, _, path = where.partition(":")
+    if where != "ram" and (kind != "mmap" or not path):
         raise UsageError("unknown host tier", got=repr(where), expected="ram, or mmap:/path/of/a/new/file")
-    return FileTier(Path(path), n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
+    return Path(path) if path else None
 
 
 def _nameless_file(path: Path) -> int:
@@ -140,10 +159,14 @@ def _nameless_file(path: Path) -> int:
             descriptor, name = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), os.fspath(path)
         Path(name).unlink()
     except OSError as error:
-        raise UsageError(
-            "no file for the host tier can be made there",
-            got=f"{path}: {error.strerror}",
-            expected="a folder, or the path of a file that does not exist yet",
-            fix="nothing was overwritten; choose another path",
-        ) from error
+        raise _no_file(path, error) from error
     return descriptor
+
+
+def _no_file(path: Path, error: OSError) -> UsageError:
+    return UsageError(
+        "no file for the host tier can be made there",
+        got=f"{path}: {error.strerror}",
+        expected="a folder, or the path of a file that does not exist yet",
+        fix="nothing was overwritten; choose another path",
+    )

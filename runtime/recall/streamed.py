@@ -223,6 +223,12 @@ class StreamedRecall:
                     self._copies.settle(working_set.lane)
                 working_set.release()
 
+    def reclaim(self) -> None:
+        """After Ctrl-C in the middle of a step: what no living sequence holds is free again."""
+        held = set(self.host.held_pages())
+        self.release([row for row in self.sets if row not in held])
+        self.host.reclaim()
+
     def close(self) -> None:
         """Release everything and let go of the host tier."""
         self.release(list(self.sets))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trt_kv.errors import TrtKvError
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.cpu import attended_pages
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
@@ -61,7 +62,7 @@ class WorkingSet:
         self.lane: Job | None = None
         """The last job on this layer and sequence: when it has ended, all have."""
         self.ticket: Ticket | None = None
-        self.failure: Exception | None = None
+        self.failure: TrtKvError | None = None
         n_kv_heads = device.kv.shape[2]
         self.held_KS: Ints = np.empty((n_kv_heads, 0), np.int64)
         """The page number that each slot holds for each KV head."""

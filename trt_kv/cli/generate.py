@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from trt_kv.cli.options import any_path, debug_option
-from trt_kv.cli.requests import GenerationRequest
+from trt_kv.cli.requests import GenerationRequest, RunOptions
 from trt_kv.errors import UsageError
 
 
@@ -27,6 +27,12 @@ from trt_kv.errors import UsageError
     "--top-k", type=int, default=0, show_default=True, metavar="K", help="Sample from the K likeliest tokens; 0: all."
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the sampling.")
+@click.option(
+    "--host-tier",
+    metavar="ram|mmap:PATH",
+    help="Where an engine whose cache stays on the host keeps it: in memory, or in a new file. Default: ram.",
+)
+@click.option("--trace", type=any_path, metavar="FILE", help="Write what ran when, as JSON for chrome://tracing or Perfetto.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times.")
 @debug_option
 def command(
@@ -39,6 +45,8 @@ def command(
     top_p: float,
     top_k: int,
     seed: int,
+    host_tier: str | None,
+    trace: Path | None,
     stop: tuple[str, ...],
 ) -> None:
     """Continue PROMPT with ENGINE, printing the text as it comes. PROMPT - reads the prompt from standard input.
@@ -47,6 +55,7 @@ def command(
     Examples:
       trt-kv generate engines/llama3-prefixkv "the keeper of the tower"
       trt-kv generate engines/llama3-prefixkv - < prompt.txt
+      trt-kv generate engines/llama3-freekv --prompt-file long.txt --host-tier mmap:/var/tmp/kv --trace trace.json
       trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --top-p 0.95 --seed 7 --stop "."
     """
     request = GenerationRequest(
@@ -61,7 +70,8 @@ def command(
     from trt_kv.cli.pipeline import stream_text
 
     notes: list[str] = []
-    for piece in stream_text(engine=engine, request=request, on_end=notes.append):
+    running = RunOptions(host_tier=host_tier, trace=trace)
+    for piece in stream_text(engine=engine, request=request, running=running, on_end=notes.append):
         click.echo(piece, nl=False)
     click.echo()
     for note in notes:

@@ -4,8 +4,6 @@ Heavy imports stand inside the functions, because the commands import this modul
 """
 
 import dataclasses
-import math
-import random
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,27 +12,25 @@ from typing import TYPE_CHECKING
 
 import click
 
+from trt_kv.cli.calibration_runs import drift_from_prompts, recipe_from_prompts, recipe_model
 from trt_kv.cli.progress import OnProgress, progress_bars
-from trt_kv.cli.requests import CalibrationPlan, GenerationRequest, ModelSource, TargetPlan
+from trt_kv.cli.requests import CalibrationPlan, DriftPlan, GenerationRequest, ModelSource, RunOptions, TargetPlan
 from trt_kv.cli.termination import termination_unwinds
-from trt_kv.errors import CheckpointError, EngineError, UsageError
+from trt_kv.drift import Drift, drift_settings
+from trt_kv.errors import EngineError, UsageError
 from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
 from trt_kv.manifest import digest_of, load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import SHARED_BUDGETS, differences, setting_as_text
 from trt_kv.presets import is_bundled
-from trt_kv.recipe import CREATED_BY, Protected, Recipe, RecipeModel, recipe_from_published, recipe_score
+from trt_kv.recipe import CREATED_BY, Recipe, recipe_from_published, recipe_score
 from trt_kv.require import require_tensorrt
 
 if TYPE_CHECKING:
-    import torch
-
-    from trt_kv.calibration.prefixkv import Importance
     from trt_kv.export.checkpoint import Checkpoint
     from trt_kv.export.tensorrt_profile import TensorRtOptions
-
-CALIBRATION_TOKENS = 1024
+    from trt_kv.runtime.recall.statistics import RecallStatistics
 
 
 def build_engine(
@@ -42,12 +38,13 @@ def build_engine(
     source: ModelSource,
     policy: Policy,
     recipe: Path | None,
+    drift: DriftPlan,
     calibration: CalibrationPlan,
     target: TargetPlan,
     out: Path,
     replace: bool,
 ) -> Path:
-    """Build the engine at ``out``, calibrating a recipe first where the policy needs one and none is given.
+    """Build the engine at ``out``, calibrating first what the policy needs and is not given: a recipe, drift thresholds.
 
     An engine that stands there already and was made by the same command from the same weights is left as it is.
     """
@@ -58,26 +55,35 @@ def build_engine(
     if not (out / MANIFEST_FILE).is_file():
         check_destination(out, replace=replace)
     checkpoint = _open(source)
-    command_line = _command_line(source, policy, recipe, calibration, target)
-    if not replace and recipe is None and calibration.prompts is None and _is_built(out, command_line, checkpoint):
+    command_line = _command_line(source, policy, recipe, drift, calibration, target)
+    reads_files = any(path is not None for path in (recipe, drift.file, calibration.prompts))
+    if not replace and not reads_files and _is_built(out, command_line, checkpoint):
         click.echo(f"{out} is up to date", err=True)
         return out
     check_destination(out, replace=replace)
     loaded = Recipe.load(recipe) if recipe is not None else None
     if loaded is not None:
         policy = _policy_of_recipe(policy, loaded)
+    thresholds = _loaded_drift(policy, drift)
     with termination_unwinds(), progress_bars() as on_progress, tempfile.TemporaryDirectory() as scratch:
         pictures = []
         if policy.needs_recipe:
             from trt_kv.calibration.recipe_plot import picture_from_recipe
 
             loaded = loaded or _calibrated(checkpoint, policy, calibration, on_progress)
-            pictures = [Path(scratch) / "recipe.png"]
-            picture_from_recipe(loaded, pictures[0])
+            pictures.append(Path(scratch) / "recipe.png")
+            picture_from_recipe(loaded, pictures[-1])
+        if policy.needs_drift:
+            from trt_kv.calibration.drift_plot import picture_from_drift
+
+            thresholds = thresholds or _measured(checkpoint, policy, calibration, drift, loaded, on_progress)
+            pictures.append(Path(scratch) / "drift.png")
+            picture_from_drift(thresholds, pictures[-1])
         request = engine.EngineRequest(
             checkpoint=checkpoint,
             policy=policy,
             recipe=loaded,
+            drift=thresholds,
             dtype=target.dtype or "float32",
             tensorrt=options,
             model_source=source.checkpoint or f"bundled {source.model}",
@@ -99,14 +105,12 @@ def calibrate_recipe(
     """Write a recipe to ``out`` and its picture beside it; optionally also in the published form."""
     from trt_kv.calibration.recipe_plot import picture_from_recipe
 
-    picture = out.with_suffix(".png")
-    if picture == out:
-        raise UsageError("the picture would overwrite the recipe", got=f"--out {out}", expected="a name that ends in .json")
+    picture = _picture_beside(out, "recipe")
     for folder in {out.parent, to_published or out.parent}:
         folder.mkdir(parents=True, exist_ok=True)
     checkpoint = _open(source)
     if from_published is not None:
-        recipe = recipe_from_published(from_published, model=_recipe_model(checkpoint), score=recipe_score(policy))
+        recipe = recipe_from_published(from_published, model=recipe_model(checkpoint), score=recipe_score(policy))
         _policy_of_recipe(policy, recipe)
     else:
         with progress_bars() as on_progress:
@@ -118,7 +122,35 @@ def calibrate_recipe(
     return out
 
 
-def export_graphs(*, source: ModelSource, policy: Policy, recipe: Path | None, out: Path) -> list[Path]:
+def calibrate_drift(
+    *,
+    source: ModelSource,
+    policy: Policy,
+    calibration: CalibrationPlan,
+    drift: DriftPlan,
+    recipe: Path | None,
+    out: Path,
+) -> Path:
+    """Write drift thresholds to ``out`` and their picture beside it, measured under ``recipe`` where the policy needs one."""
+    from trt_kv.calibration.drift_plot import picture_from_drift
+
+    picture = _picture_beside(out, "thresholds")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = _open(source)
+    loaded = Recipe.load(recipe) if recipe is not None else None
+    if loaded is not None:
+        loaded.check_model(digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
+        policy = _policy_of_recipe(policy, loaded)
+    with progress_bars() as on_progress:
+        if policy.needs_recipe:
+            loaded = loaded or _calibrated(checkpoint, policy, calibration, on_progress)
+        thresholds = _measured(checkpoint, policy, calibration, drift, loaded, on_progress)
+    thresholds.save(out)
+    picture_from_drift(thresholds, picture)
+    return out
+
+
+def export_graphs(*, source: ModelSource, policy: Policy, recipe: Path | None, drift: DriftPlan, out: Path) -> list[Path]:
     """Write the monolithic graphs into the new folder ``out`` and return their paths."""
     from trt_kv.export import engine
     from trt_kv.export.new_folder import new_folder
@@ -127,20 +159,25 @@ def export_graphs(*, source: ModelSource, policy: Policy, recipe: Path | None, o
     checkpoint = _open(source)
     if loaded is not None:
         policy = _policy_of_recipe(policy, loaded)
-    request = engine.EngineRequest(checkpoint=checkpoint, policy=policy, recipe=loaded)
+    thresholds = _loaded_drift(policy, drift)
+    request = engine.EngineRequest(checkpoint=checkpoint, policy=policy, recipe=loaded, drift=thresholds)
     with termination_unwinds(), progress_bars() as on_progress, new_folder(out) as folder:
         engine.export_graphs(request, folder, on_progress)
     return sorted(out.glob("*.onnx"))
 
 
-def stream_text(*, engine: Path, request: GenerationRequest, on_end: Callable[[str], None]) -> Iterator[str]:
-    """Pieces of generated text; ``on_end`` is given one line that says what it took."""
+def stream_text(
+    *, engine: Path, request: GenerationRequest, running: RunOptions, on_end: Callable[[str], None]
+) -> Iterator[str]:
+    """Pieces of generated text; ``on_end`` is given lines that say what it took."""
     from trt_kv.runtime.engine import Engine
+    from trt_kv.runtime.trace import NO_TRACE, Trace
 
+    trace = NO_TRACE if running.trace is None else Trace()
     options = dataclasses.asdict(request)
     prompt = options.pop("prompt")
     with progress_bars() as on_progress:
-        loaded = Engine.load(engine, on_progress=on_progress)
+        loaded = Engine.load(engine, host_tier=running.host_tier, trace=trace, on_progress=on_progress)
         n_prompt = len(loaded.encode(prompt))
         stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **options)
         first = next(stream, "")
@@ -155,52 +192,24 @@ def stream_text(*, engine: Path, request: GenerationRequest, on_end: Callable[[s
         f"[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
         f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%}{told})]"
     )
+    if loaded.runner.recall is not None:
+        on_end(_told_recall(loaded.runner.recall.statistics, len(result.token_ids)))
+    loaded.close()
+    if running.trace is not None:
+        trace.save(running.trace)
+        on_end(f"[trace: {running.trace}, for chrome://tracing or ui.perfetto.dev]")
+
+
+def _told_recall(counts: "RecallStatistics", n_generated: int) -> str:
+    moved = counts.moved_bytes / max(1, n_generated) / 2**10
+    return (
+        f"[recalled {moved:.0f} KiB per token from the host; {counts.head_rate:.0%} of KV heads drifted and were corrected, in "
+        f"{counts.layer_step_rate:.0%} of layer-steps; waited {counts.waited_ms:.0f} ms for copies]"
+    )
 
 
 def _mean(counts: Sequence[int]) -> float:
     return sum(counts) / len(counts)
-
-
-def importance_of(checkpoint: "Checkpoint", policy: Policy, max_tokens: int, page_size: int = 32) -> "Importance":
-    """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the ops that score at run time.
-
-    It ranks as the recipe for ``policy`` does (``recipe_score``), in every layer.
-    """
-    from trt_kv.export.decoder import decoder_from_checkpoint
-    from trt_kv.program import PHASES, program_of
-    from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
-    from trt_kv.runtime.kv_pool import KvPool
-    from trt_kv.runtime.model_runner import ModelRunner
-
-    config = checkpoint.config
-    n_pages = config.n_layers * -(-max_tokens // page_size)
-    pool = KvPool(n_pages=n_pages, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
-    scale = config.head_dim**-0.5
-    score = recipe_score(policy)
-    scoring = Policy(
-        name="scoring",
-        summary="",
-        score=score.name,
-        budget="uniform",
-        window=score.window or policy.window,
-        heads=score.heads,
-        pooling=score.pooling,
-    )
-    programs = {
-        phase: program_of(scoring, phase=phase, n_layers=config.n_layers, scale=scale, page_size=page_size) for phase in PHASES
-    }
-    decoder = decoder_from_checkpoint(checkpoint, _calibration_dtype(checkpoint))
-    return ModelRunner(TorchDecoderExecutor(decoder), pool, programs).importance
-
-
-def _calibration_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
-    """fp32 where the weights then fit into half of the free memory; else the checkpoint's own type, mapped from its files."""
-    import torch
-
-    from trt_kv.runtime.memory import available_bytes
-
-    n_weights = sum(math.prod(shape) for shape in checkpoint.config.tensor_shapes().values())
-    return torch.float32 if 4 * n_weights < available_bytes() // 2 else checkpoint.tensor(checkpoint.tensor_names[0]).dtype
 
 
 def _open(source: ModelSource) -> "Checkpoint":
@@ -213,48 +222,53 @@ def _open(source: ModelSource) -> "Checkpoint":
     return open_checkpoint(folder)
 
 
-def _calibrated(checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan, on_progress: OnProgress) -> Recipe:
-    from trt_kv.calibration.prefixkv import calibrate_prefixkv
+def _picture_beside(out: Path, what: str) -> Path:
+    picture = out.with_suffix(".png")
+    if picture == out:
+        raise UsageError(f"the picture would overwrite the {what}", got=f"--out {out}", expected="a name that ends in .json")
+    return picture
 
+
+def _calibrated(checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan, on_progress: OnProgress) -> Recipe:
+    _tell_what_prompts(checkpoint, plan)
+    return recipe_from_prompts(checkpoint, policy, plan, on_progress)
+
+
+def _measured(
+    checkpoint: "Checkpoint",
+    policy: Policy,
+    plan: CalibrationPlan,
+    drift: DriftPlan,
+    recipe: Recipe | None,
+    on_progress: OnProgress,
+) -> Drift:
+    _tell_what_prompts(checkpoint, plan)
+    return drift_from_prompts(checkpoint, policy, plan, drift, recipe, on_progress)
+
+
+def _tell_what_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan) -> None:
     if plan.prompts is None and not is_bundled(checkpoint.folder):
         click.echo("no PROMPTS given: calibrating on trt-kv's synthetic English; prompts like your users' are better", err=True)
-    prompts, where = _calibration_prompts(checkpoint, plan)
-    return calibrate_prefixkv(
-        prompts,
-        importance_of(checkpoint, policy, max(len(ids) for ids in prompts)),
-        budget=policy.kept,
-        score=recipe_score(policy),
-        model=_recipe_model(checkpoint),
-        source=where,
-        seed=plan.seed,
-        protected=Protected(sinks=policy.sinks, recent=policy.recent),
-        on_sample=lambda done, total: on_progress("calibrating", done, total),
-    )
 
 
-def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan) -> tuple[list[list[int]], str]:
-    """Token ids of the calibration prompts, and where they come from."""
-    from trt_kv.calibration.prompt_files import prompts_from_file
-    from trt_kv.calibration.tasks import calibration_prompts
-    from trt_kv.runtime.detokenizer import load_tokenizer
-
-    limit = checkpoint.config.max_positions
-    if plan.prompts is None:
-        tasks = calibration_prompts(plan.samples, context_length=min(CALIBRATION_TOKENS, limit), seed=plan.seed)
-        texts, where = [task.prompt for task in tasks], "bundled synthetic English, calibration split"
-    else:
-        texts, where = prompts_from_file(plan.prompts), plan.prompts.name
-        texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
-    tokenizer = load_tokenizer(checkpoint.folder / "tokenizer.json", error=CheckpointError)
-    prompts = [list(tokenizer.encode(text).ids) for text in texts]
-    for text, ids in zip(texts, prompts, strict=True):
-        if len(ids) > limit:
-            raise UsageError(
-                "a calibration prompt is longer than the model's positions",
-                got=f"{len(ids)} tokens: {text[:40]!r}...",
-                expected=f"at most {limit}",
-            )
-    return prompts, where
+def _loaded_drift(policy: Policy, plan: DriftPlan) -> Drift | None:
+    """The thresholds in the file of ``plan``, if it names one. Raises ``UsageError`` where another rate is asked for."""
+    if plan.file is None:
+        return None
+    loaded = Drift.load(plan.file)
+    if plan.rate is not None and plan.rate != loaded.correction_rate:
+        raise UsageError(
+            "the thresholds were made for another correction rate",
+            got=f"--correction-rate {plan.rate}",
+            expected=loaded.correction_rate,
+            fix="leave --correction-rate out, or calibrate again",
+        )
+    measured, wanted = (dataclasses.asdict(s) for s in (loaded.settings, drift_settings(policy, loaded.settings.page_size)))
+    changed = [name for name in wanted if measured[name] != wanted[name]]
+    if changed:
+        told = ", ".join(f"{name} {measured[name]}" for name in changed)
+        click.echo(f"the thresholds were measured with {told}: rates of correction may be others here", err=True)
+    return loaded
 
 
 def _policy_of_recipe(policy: Policy, recipe: Recipe) -> Policy:
@@ -292,10 +306,6 @@ def _is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool
     return made == (command_line, CREATED_BY, checkpoint.digest) and recorded == copied
 
 
-def _recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
-    return RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
-
-
 def _tensorrt_options(target: TargetPlan) -> "TensorRtOptions | None":
     """How to compile for TensorRT; raises before anything is read where TensorRT is not installed or the profile is none."""
     from trt_kv.export.tensorrt_profile import DEFAULT, TensorRtOptions, build_profile
@@ -307,7 +317,9 @@ def _tensorrt_options(target: TargetPlan) -> "TensorRtOptions | None":
     return TensorRtOptions(profile=profile, timing_cache=target.timing_cache)
 
 
-def _command_line(source: ModelSource, policy: Policy, recipe: Path | None, plan: CalibrationPlan, target: TargetPlan) -> str:
+def _command_line(
+    source: ModelSource, policy: Policy, recipe: Path | None, drift: DriftPlan, plan: CalibrationPlan, target: TargetPlan
+) -> str:
     """The command that builds the same engine again."""
     words: list[str | Path | int | float] = ["trt-kv", "build", "--model", source.model]
     words += ["--checkpoint", source.checkpoint] if source.checkpoint else []
@@ -318,9 +330,12 @@ def _command_line(source: ModelSource, policy: Policy, recipe: Path | None, plan
     changed = differences(policy, policy_from_name(policy.name)) if policy.name in policy_names() else {}
     settings = [setting_as_text(name, value) for name, value in changed.items() if name not in ("kept", "score", "window")]
     words += ["--set", *settings] if settings else []
-    if recipe is not None:
-        words += ["--recipe", recipe]
-    elif policy.needs_recipe:
+    words += ["--recipe", recipe] if recipe is not None else []
+    if policy.needs_drift and drift.file is not None:
+        words += ["--drift", drift.file]
+    elif policy.needs_drift:
+        words += ["--correction-rate", drift.correction_rate, "--new-tokens", drift.new_tokens]
+    if (policy.needs_recipe and recipe is None) or (policy.needs_drift and drift.file is None):
         words += ["--samples", plan.samples, "--seed", plan.seed]
         words += ["--prompts", plan.prompts] if plan.prompts else []
     words += ["--target", target.target] if target.target != "onnxruntime" else []

@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from trt_kv.drift import check_correction_rate
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.policy import Policy
 from trt_kv.presets import preset
+
+DEFAULT_CORRECTION_RATE = 0.1
+DEFAULT_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,10 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPlan:
-    """How a recipe is found: ``samples`` prompts drawn with ``seed`` from ``prompts`` (a file; None: the bundled task)."""
+    """How a recipe or thresholds are found: ``samples`` prompts drawn with ``seed`` from ``prompts``.
+
+    A file of them; None: the bundled task.
+    """
 
     prompts: Path | None = None
     samples: int = 10
@@ -29,9 +36,46 @@ class CalibrationPlan:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise UsageError("a recipe needs at least one prompt", got=self.samples, expected="--samples >= 1")
+            raise UsageError("a calibration needs at least one prompt", got=self.samples, expected="--samples >= 1")
         if self.seed < 0:
             raise UsageError("a seed counts from zero", got=self.seed, expected="--seed >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftPlan:
+    """How drift thresholds are found: read from ``file``, or at the correction rate ``rate`` from ``tokens`` generated after
+    each calibration prompt. None: the default.
+    """
+
+    file: Path | None = None
+    rate: float | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_correction_rate(self.correction_rate, error=UsageError)
+        if self.new_tokens < 1:
+            raise UsageError("drift is measured on generated tokens", got=self.tokens, expected="--new-tokens >= 1")
+        if self.file is not None and self.tokens is not None:
+            raise UsageError(
+                "thresholds are read or measured",
+                got="--drift and --new-tokens",
+                expected="one of the two",
+                fix="leave one out",
+            )
+
+    @property
+    def correction_rate(self) -> float:
+        return DEFAULT_CORRECTION_RATE if self.rate is None else self.rate
+
+    @property
+    def new_tokens(self) -> int:
+        return DEFAULT_NEW_TOKENS if self.tokens is None else self.tokens
+
+    @property
+    def given(self) -> list[str]:
+        """The options that were given."""
+        options = {"--drift": self.file, "--correction-rate": self.rate, "--new-tokens": self.tokens}
+        return [f"{name} {value}" for name, value in options.items() if value is not None]
 
 
 TARGETS = ("onnxruntime", "tensorrt")
@@ -74,7 +118,34 @@ class GenerationRequest:
     stop: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How an engine is run. ``host_tier``: where a cache that stays on the host lies; None: the default, or the engine has
+    none. ``trace``: the file that says afterwards what ran when.
+    """
+
+    host_tier: str | None = None
+    trace: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.trace is not None and not self.trace.parent.is_dir():
+            raise UsageError(
+                "the trace cannot be written there", got=f"--trace {self.trace}", expected="a file in a folder that exists"
+            )
+
+
 def check_recipe_is_read(policy: Policy, recipe: Path | None) -> None:
     """Raise ``UsageError`` for a recipe that ``policy`` would ignore."""
     if recipe is not None and not policy.needs_recipe:
         raise UsageError(f"policy {policy.name!r} reads no recipe", got=f"--recipe {recipe}", fix="leave --recipe out")
+
+
+def check_drift_is_read(policy: Policy, drift: DriftPlan) -> None:
+    """Raise ``UsageError`` for options about drift thresholds that ``policy`` would ignore."""
+    if drift.given and not policy.needs_drift:
+        recalls = policy.recalls
+        raise UsageError(
+            f"policy {policy.name!r} " + ("has one fixed tau" if recalls else "recalls no pages, and has no drift thresholds"),
+            got=", ".join(drift.given),
+            fix="add --set drift=calibrated" if recalls else f"leave {drift.given[0].split()[0]} out, or take --policy freekv",
+        )
