@@ -21,6 +21,8 @@ SCORE =
 WINDOW =
 SET =
 RECIPE =
+DRIFT =
+CORRECTION =
 PROMPTS =
 SAMPLES =
 SEED =
@@ -45,6 +47,7 @@ help: ## this list
 	echo
 	echo '  engine    MODEL=$(MODEL) POLICY=$(POLICY) [CHECKPOINT= BUDGET= SCORE= WINDOW= SET= RECIPE= PROMPTS= SAMPLES= SEED= OUT= FORCE=1]'
 	echo '            SET="score=window budget=pyramid" changes parts of the policy; .venv/bin/trt-kv policies lists them'
+	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] corrects each layer at the same rate'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json DTYPE=float32|float16|bfloat16]'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=$(ENGINE) AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
@@ -58,6 +61,8 @@ engine: $(VENV)/.ready-build ## checkpoint -> engine folder
 		$(if $(WINDOW),--window '$(WINDOW)') \
 		$(if $(SET),--set $(SET)) \
 		$(if $(RECIPE),--recipe '$(RECIPE)') \
+		$(if $(DRIFT),--drift '$(DRIFT)') \
+		$(if $(CORRECTION),--correction-rate '$(CORRECTION)') \
 		$(if $(PROMPTS),--prompts '$(PROMPTS)') \
 		$(if $(SAMPLES),--samples '$(SAMPLES)') \
 		$(if $(SEED),--seed '$(SEED)') \

@@ -37,18 +37,18 @@ def _figure(recipe: Recipe) -> "Figure":
     """The figure, on the Agg canvas: no display, no global pyplot state."""
     figure: Figure = require("matplotlib.figure").Figure(figsize=(11.0 if recipe.curves else 6.0, 4.4), layout="constrained")
     require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    colors = _depth_colors(len(recipe.kept))
+    colors = depth_colors(len(recipe.kept))
     axes = figure.subplots(1, 2 if recipe.curves else 1, squeeze=False)[0]
     _draw_shares(axes[0], recipe, colors)
     if recipe.curves is not None:
         _draw_curves(axes[1], recipe, recipe.curves, colors)
-        _add_depth_bar(figure, axes[1], colors)
+        add_depth_bar(figure, axes[1], colors)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=INK, labelsize=9)
     window = f" (last {recipe.score.window} queries)" if recipe.score.window else ""
     figure.suptitle(
-        f"{recipe.model.name}: {_percent(recipe.budget)} kept, score {recipe.score.name}{window}", color=INK, fontsize=12
+        f"{recipe.model.name}: {percent(recipe.budget)} kept, score {recipe.score.name}{window}", color=INK, fontsize=12
     )
     return figure
 
@@ -64,9 +64,9 @@ def _draw_shares(axis: "Axes", recipe: Recipe, colors: list[Any]) -> None:
         if _few(colors):
             axis.vlines(layers, lowest, highest, color="white", linewidth=2.6)
         axis.vlines(layers, lowest, highest, color=INK, linewidth=1.2, label=label)
-    axis.axhline(recipe.budget, color=ACCENT, linewidth=1.4, linestyle="--", label=f"mean budget {_percent(recipe.budget)}")
+    axis.axhline(recipe.budget, color=ACCENT, linewidth=1.4, linestyle="--", label=f"mean budget {percent(recipe.budget)}")
     axis.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(nbins=12, integer=True))
-    axis.yaxis.set_major_formatter(lambda share, _position: _percent(share))
+    axis.yaxis.set_major_formatter(lambda share, _position: percent(share))
     axis.set_xlim(-0.7, len(recipe.kept) - 0.3)
     axis.set_ylim(0.0, 1.18 * max(*recipe.kept, recipe.budget))
     axis.set_title("Kept share of each layer", loc="left", fontsize=10, color=INK)
@@ -84,13 +84,13 @@ def _draw_curves(axis: "Axes", recipe: Recipe, curves: Curves, colors: list[Any]
             share, mass, "o", color=color, markersize=6 if few else 3, markeredgecolor="white" if few else color, zorder=4
         )
     if recipe.mass is not None:
-        axis.axhline(recipe.mass, color=ACCENT, linewidth=1.4, linestyle="--", label=f"common mass {_percent(recipe.mass)}")
+        axis.axhline(recipe.mass, color=ACCENT, linewidth=1.4, linestyle="--", label=f"common mass {percent(recipe.mass)}")
         axis.legend(frameon=False, fontsize=9, loc="lower right")
     axis.set_xscale("function", functions=(lambda share: np.sqrt(np.maximum(share, 0.0)), np.square))
     axis.set_xlim(0.0, 1.0)
     axis.set_ylim(0.0, 1.02)
-    axis.set_xticks(_SHARE_TICKS, [_percent(share) for share in _SHARE_TICKS])
-    axis.yaxis.set_major_formatter(lambda share, _position: _percent(share))
+    axis.set_xticks(_SHARE_TICKS, [percent(share) for share in _SHARE_TICKS])
+    axis.yaxis.set_major_formatter(lambda share, _position: percent(share))
     axis.grid(color=FAINT, alpha=0.25, linewidth=0.6)
     sinks = "" if curves.sinks == "in" else ", sinks left out"
     axis.set_title(f"Importance held by the best tokens{sinks}", loc="left", fontsize=10, color=INK)
@@ -98,7 +98,7 @@ def _draw_curves(axis: "Axes", recipe: Recipe, curves: Curves, colors: list[Any]
     axis.set_ylabel("cumulative importance", color=INK)
 
 
-def _add_depth_bar(figure: "Figure", axis: "Axes", colors: list[Any]) -> None:
+def add_depth_bar(figure: "Figure", axis: "Axes", colors: list[Any]) -> None:
     """The key to the colours: one patch per layer, first layer at the bottom."""
     n_layers = len(colors)
     matplotlib_colors = require("matplotlib.colors")
@@ -114,7 +114,7 @@ def _add_depth_bar(figure: "Figure", axis: "Axes", colors: list[Any]) -> None:
     bar.outline.set_visible(False)
 
 
-def _depth_colors(n_layers: int) -> list[Any]:
+def depth_colors(n_layers: int) -> list[Any]:
     """One colour per layer, from dark for the first to bright for the last; the palest yellows would vanish as thin lines."""
     colormap = require("matplotlib").colormaps["viridis"]
     return [colormap(0.12 + 0.78 * layer / max(1, n_layers - 1)) for layer in range(n_layers)]
@@ -125,5 +125,6 @@ def _few(colors: list[Any]) -> bool:
     return len(colors) <= 16
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """E.g. "12.5%"."""
     return f"{100.0 * share:.3g}%"

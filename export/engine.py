@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from trt_kv.drift import Drift
 from trt_kv.errors import CheckpointError, RecipeError, UsageError
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
@@ -40,6 +41,7 @@ class EngineRequest:
     checkpoint: Checkpoint
     policy: Policy
     recipe: Recipe | None = None
+    drift: Drift | None = None
     page_size: int = DEFAULT_PAGE_SIZE
     dtype: str = "float32"
     tensorrt: TensorRtOptions | None = None
@@ -59,6 +61,7 @@ class EngineRequest:
         if self.recipe is not None:
             self.recipe.check_model(digest=self.checkpoint.digest, n_layers=self.checkpoint.config.n_layers)
             self._check_recipe_is_for_policy(self.recipe)
+        self._check_drift()
 
     def _check_recipe_is_for_policy(self, recipe: Recipe) -> None:
         policy = self.policy
@@ -70,6 +73,24 @@ class EngineRequest:
                 fix="take the policy's budget from the recipe, or calibrate one for the policy",
             )
 
+    def _check_drift(self) -> None:
+        policy = self.policy
+        if policy.needs_drift != (self.drift is not None):
+            raise RecipeError(
+                f"policy {policy.name!r} " + ("needs drift thresholds" if policy.needs_drift else "reads no drift thresholds"),
+                expected=f"drift thresholds exactly with drift 'calibrated', which is {policy.drift!r}",
+                fix="calibrate them: trt-kv calibrate --policy freekv" if policy.needs_drift else "leave them out",
+            )
+        if self.drift is not None:
+            self.drift.check_model(digest=self.checkpoint.digest, n_layers=self.checkpoint.config.n_layers)
+            if self.drift.settings.exempt_layers != policy.exempt_layers:
+                raise RecipeError(
+                    f"the drift thresholds are not for policy {policy.name!r}",
+                    got=f"thresholds without those of layers {list(self.drift.settings.exempt_layers)}",
+                    expected=f"one for each layer but {list(policy.exempt_layers)}",
+                    fix="calibrate them for this policy: trt-kv calibrate --policy freekv",
+                )
+
     @property
     def target(self) -> str:
         return "onnxruntime" if self.tensorrt is None else "tensorrt"
@@ -77,6 +98,11 @@ class EngineRequest:
     @property
     def kept_shares(self) -> list[float] | None:
         return list(self.recipe.kept) if self.recipe is not None and self.policy.needs_recipe else None
+
+    @property
+    def taus(self) -> list[float] | None:
+        """Each layer's drift threshold; exempt layers have the policy's, which nothing reads."""
+        return None if self.drift is None else [self.policy.tau if tau is None else tau for tau in self.drift.taus]
 
 
 def export_graphs(request: EngineRequest, folder: Path, on_progress: OnProgress | None = None) -> None:
@@ -92,6 +118,7 @@ def export_graphs(request: EngineRequest, folder: Path, on_progress: OnProgress 
             scale=config.head_dim**-0.5,
             page_size=request.page_size,
             kept_shares=request.kept_shares,
+            taus=request.taus,
         )
         graphs[phase] = graph_from_checkpoint(
             request.checkpoint, program, page_size=request.page_size, dtype=getattr(torch, request.dtype)
@@ -131,6 +158,8 @@ def build_engine(
             shutil.copyfile(path, folder / path.name)
         if request.recipe is not None:
             request.recipe.save(folder / "recipe.json")
+        if request.drift is not None:
+            request.drift.save(folder / "drift.json")
         _tell(on_progress, "computing digests", 0, 1)
         manifest = _manifest(request, folder, programs, parts)
         manifest.save(folder)

@@ -50,6 +50,22 @@ def write_atomically(path: Path, content: bytes, *, kind: str, error: ErrorType)
         temporary.unlink(missing_ok=True)
 
 
+def document_text(value: Any, indent: str = "") -> str:
+    """JSON in which only containers of containers are broken into lines: short values stay on one."""
+    inner = indent + "  "
+    if isinstance(value, dict) and (not indent or any(_is_nested(item) for item in value.values())):
+        items = [f"{inner}{json.dumps(key)}: {document_text(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if _is_nested(value):
+        items = [inner + document_text(item, inner) for item in value]
+        return "[\n" + ",\n".join(items) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value)
+
+
 def dataclass_from_json(cls: type[T], data: object, *, where: str, error: ErrorType) -> T:
     """An instance of the dataclass ``cls`` from a parsed JSON object that has exactly its fields, each of its type.
 

@@ -13,7 +13,7 @@ from trt_kv.json_file import read_json
 from trt_kv.layer_budget import LayerBudget
 from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, OpNode, Program, budgets_of
+from trt_kv.program import PHASES, OpNode, Program, budgets_of, recall_nodes
 
 FORMAT = "trt-kv-engine"
 VERSION = 1
@@ -92,6 +92,12 @@ class Manifest:
     def kept_shares(self) -> list[float]:
         """The share in each layer's budget; 1 where nothing is evicted, or as much as the input asks for."""
         return [1.0 if budget is None else budget.share for budget in self.budgets]
+
+    @property
+    def taus(self) -> list[float | None]:
+        """Each layer's drift threshold, as the decode graph's ops have it; None where nothing is recalled."""
+        recalls = recall_nodes(self.programs["decode"])
+        return [None if recall is None else float(recall.attributes["tau"]) for recall in recalls]
 
     def to_json(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -154,6 +154,11 @@ class Policy:
         return self.budget == "recipe"
 
     @property
+    def needs_drift(self) -> bool:
+        """Whether each layer's tau is calibrated."""
+        return self.recalls and self.drift == "calibrated"
+
+    @property
     def reads_attention(self) -> bool:
         """Whether the ranking is made from attention weights."""
         return self.score in ATTENTION_SCORES

@@ -13,7 +13,7 @@ from typing import Any
 
 from trt_kv import __version__
 from trt_kv.errors import RecipeError, UsageError
-from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
+from trt_kv.json_file import dataclass_from_json, document_text, read_json, write_atomically
 from trt_kv.policy import ATTENTION_SCORES, HEADS, Policy, kept_tokens
 
 FORMAT = "trt-kv-recipe"
@@ -225,7 +225,7 @@ class Recipe:
 
     def to_text(self) -> str:
         """The JSON file's text: short values on one line, one sample and one layer's curve per line."""
-        return _json_text(self.to_json()) + "\n"
+        return document_text(self.to_json()) + "\n"
 
     def save(self, path: Path) -> None:
         """Write the recipe to ``path``, whole or not at all."""
@@ -302,19 +302,3 @@ def _check_shares(name: str, shares: tuple[float, ...]) -> None:
 def _check_mass(name: str, mass: float) -> None:
     if not 0.0 <= mass <= 1.0:
         raise RecipeError(f"{name} is not a share of the importance", got=mass, expected="a number in [0, 1]")
-
-
-def _json_text(value: Any, indent: str = "") -> str:
-    """JSON in which only containers of containers are broken into lines."""
-    inner = indent + "  "
-    if isinstance(value, dict) and (not indent or any(_is_nested(item) for item in value.values())):
-        items = [f"{inner}{json.dumps(key)}: {_json_text(item, inner)}" for key, item in value.items()]
-        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
-    if _is_nested(value):
-        items = [f"{inner}{json.dumps(item, allow_nan=False)}" for item in value]
-        return "[\n" + ",\n".join(items) + f"\n{indent}]"
-    return json.dumps(value, allow_nan=False)
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value)

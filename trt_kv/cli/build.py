@@ -8,12 +8,13 @@ from trt_kv.cli.options import (
     any_path,
     calibration_options,
     debug_option,
+    drift_options,
     existing_file,
     model_options,
     policy_options,
     target_options,
 )
-from trt_kv.cli.requests import CalibrationPlan, ModelSource, TargetPlan, check_recipe_is_read
+from trt_kv.cli.requests import CalibrationPlan, DriftPlan, ModelSource, TargetPlan, check_drift_is_read, check_recipe_is_read
 from trt_kv.policy import Policy
 
 
@@ -21,6 +22,7 @@ from trt_kv.policy import Policy
 @model_options
 @policy_options
 @click.option("--recipe", type=existing_file, metavar="FILE", help="Use this recipe instead of calibrating one.")
+@drift_options(with_file=True)
 @calibration_options
 @target_options
 @click.option("--out", type=any_path, metavar="FOLDER", help="The engine. Default: engines/MODEL-POLICY.")
@@ -31,6 +33,7 @@ def command(
     source: ModelSource,
     policy: Policy,
     recipe: Path | None,
+    drift: DriftPlan,
     calibration: CalibrationPlan,
     target: TargetPlan,
     out: Path | None,
@@ -38,23 +41,26 @@ def command(
 ) -> None:
     """Build an engine from a checkpoint.
 
-    A policy with calibrated budgets is calibrated on the way, unless --recipe brings a recipe. The engine folder
-    appears whole or not at all.
+    A policy with calibrated budgets is calibrated on the way, unless --recipe brings a recipe; so is one with calibrated
+    drift thresholds, unless --drift brings them. The engine folder appears whole or not at all.
 
     \b
     Examples:
       trt-kv build
       trt-kv build --policy prefixkv --budget 0.3 --score window --out engines/small
+      trt-kv build --policy freekv --set tokens=512 drift=calibrated --correction-rate 0.05
       trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/yardstick
       trt-kv build --checkpoint ~/models/Llama-3.1-8B --target tensorrt --profile datacenter --dtype bfloat16
     """
     check_recipe_is_read(policy, recipe)
+    check_drift_is_read(policy, drift)
     from trt_kv.cli.pipeline import build_engine
 
     engine = build_engine(
         source=source,
         policy=policy,
         recipe=recipe,
+        drift=drift,
         calibration=calibration,
         target=target,
         out=out or Path("engines") / f"{source.model}-{policy.name}",

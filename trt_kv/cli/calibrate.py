@@ -1,19 +1,32 @@
-"""``trt-kv calibrate``: prompts become a recipe."""
+"""``trt-kv calibrate``: prompts become a recipe, or drift thresholds."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
-from trt_kv.cli.options import any_path, calibration_options, debug_option, existing_file, model_options, policy_options
-from trt_kv.cli.requests import CalibrationPlan, ModelSource
+from trt_kv.cli.options import (
+    any_path,
+    calibration_options,
+    debug_option,
+    drift_options,
+    existing_file,
+    model_options,
+    policy_options,
+)
+from trt_kv.cli.requests import CalibrationPlan, DriftPlan, ModelSource, check_drift_is_read, check_recipe_is_read
 from trt_kv.errors import UsageError
+from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
+from trt_kv.policy_settings import differences, setting_as_text
 
 
-@click.command("calibrate", short_help="Find the kept share of each layer.")
+@click.command("calibrate", short_help="Find the kept share, or the drift threshold, of each layer.")
 @model_options
 @policy_options
 @calibration_options
+@drift_options(with_file=False)
 @click.option(
     "--from-published",
     type=existing_file,
@@ -26,30 +39,59 @@ from trt_kv.policy import Policy
     metavar="FOLDER",
     help="Also write the budgets in the published form, one file per forgotten share.",
 )
-@click.option("--out", type=any_path, metavar="FILE", help="The recipe. Default: recipes/MODEL-POLICY.json.")
+@click.option(
+    "--recipe",
+    type=existing_file,
+    metavar="FILE",
+    help="Budgets under which drift is measured, for a policy with budget=recipe. Default: calibrated on the way.",
+)
+@click.option(
+    "--out",
+    type=any_path,
+    metavar="FILE",
+    help="Default: recipes/MODEL-POLICY.json, for drift recipes/MODEL-POLICY-drift.json.",
+)
 @debug_option
 def command(
     *,
     source: ModelSource,
     policy: Policy,
     calibration: CalibrationPlan,
+    drift: DriftPlan,
     from_published: Path | None,
     to_published: Path | None,
+    recipe: Path | None,
     out: Path | None,
 ) -> None:
-    """Find how much each layer must keep, and write it as a recipe.
+    """Find how much each layer must keep, and write it as a recipe; or, for a policy that recalls pages, how far a query
+    may drift before its KV head chooses pages anew.
 
     A recipe is a JSON file for people to read: kept shares per layer, and how they were found. It belongs to one
     model. A picture of the shares and of the cumulative curves is written beside it.
+
+    Drift thresholds (policies freekv, quest, arkvale) are such a file too: a tau per layer, at which --correction-rate of
+    its KV heads are corrected, and how alike adjacent queries and their pages are, per layer and head. With
+    --set budget=recipe a recipe is written, with drift=calibrated as well the thresholds under that recipe.
 
     \b
     Examples:
       trt-kv calibrate --budget 0.3
       trt-kv calibrate --score window --prompts prompts.txt --samples 20 --out recipes/window.json
       trt-kv calibrate --from-published llama_0.8.json --budget 0.2 --out recipes/published.json
+      trt-kv calibrate --policy freekv --set tokens=512 --correction-rate 0.05
     """
+    if policy.needs_drift or (policy.recalls and not policy.needs_recipe):
+        policy = _with_thresholds(policy)
+        check_recipe_is_read(policy, recipe)
+        _refuse({"--from-published": from_published, "--to-published": to_published}, "thresholds have no published form")
+        _calibrate_drift(source, policy, calibration, drift, recipe, out)
+        return
     if not policy.needs_recipe:
-        raise UsageError(f"policy {policy.name!r} reads no recipe", fix="calibrate a policy that does, e.g. --policy prefixkv")
+        raise UsageError(
+            f"policy {policy.name!r} reads no recipe", fix="calibrate a policy that does, e.g. --policy prefixkv, or freekv"
+        )
+    check_drift_is_read(policy, drift)
+    _refuse({"--recipe": recipe}, "a recipe is what this finds")
     if from_published is not None and calibration.prompts is not None:
         raise UsageError(
             "a published list is taken as it is, without prompts",
@@ -58,7 +100,7 @@ def command(
         )
     from trt_kv.cli.pipeline import calibrate_recipe
 
-    recipe = calibrate_recipe(
+    written = calibrate_recipe(
         source=source,
         policy=policy,
         calibration=calibration,
@@ -66,5 +108,37 @@ def command(
         to_published=to_published,
         out=out or Path("recipes") / f"{source.model}-{policy.name}.json",
     )
-    click.echo(f"recipe: {recipe}")
-    click.echo(f"next:   trt-kv build --policy {policy.name} --recipe {recipe}")
+    click.echo(f"recipe: {written}")
+    click.echo(f"next:   trt-kv build --policy {policy.name} --recipe {written}")
+
+
+def _calibrate_drift(
+    source: ModelSource, policy: Policy, calibration: CalibrationPlan, drift: DriftPlan, recipe: Path | None, out: Path | None
+) -> None:
+    from trt_kv.cli.pipeline import calibrate_drift
+
+    written = calibrate_drift(
+        source=source,
+        policy=policy,
+        calibration=calibration,
+        drift=drift,
+        recipe=recipe,
+        out=out or Path("recipes") / f"{source.model}-{policy.name}-drift.json",
+    )
+    settings = [setting_as_text(name, value) for name, value in differences(policy, policy_from_name(policy.name)).items()]
+    using = f" --recipe {recipe}" if recipe is not None else ""
+    click.echo(f"drift:  {written}")
+    click.echo(f"next:   trt-kv build --policy {policy.name} --set {' '.join(settings)}{using} --drift {written}")
+
+
+def _with_thresholds(policy: Policy) -> Policy:
+    """``policy`` with a calibrated tau; ``UsageError`` where a fixed one is asked for."""
+    if policy.drift == "fixed" and policy.tau != policy_from_name(policy.name).tau:
+        raise UsageError("tau is what this finds", got=f"--set tau={policy.tau}", fix="leave tau out")
+    return dataclasses.replace(policy, drift="calibrated")
+
+
+def _refuse(options: Mapping[str, Path | None], reason: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name} is not for this calibration: {reason}", got=f"{name} {value}", fix=f"leave {name} out")

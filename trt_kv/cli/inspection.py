@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from trt_kv.drift import Drift
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest, load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
@@ -19,14 +20,16 @@ def describe_engine(folder: Path) -> str:
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
     recipe = Recipe.load(folder / "recipe.json") if manifest.policy.needs_recipe else None
-    sections = (
+    drift = Drift.load(folder / "drift.json") if manifest.policy.needs_drift else None
+    sections = [
         _model(folder, manifest),
         _policy(manifest, recipe),
         _budgets(manifest, recipe),
+        _taus(manifest, drift),
         _sizes(manifest),
-        _origins(manifest, recipe),
-    )
-    return "\n\n".join("\n".join(section) for section in sections)
+        _origins(manifest, recipe, drift),
+    ]
+    return "\n\n".join("\n".join(section) for section in sections if section)
 
 
 def bar(share: float, width: int = BAR_WIDTH) -> str:
@@ -113,6 +116,28 @@ def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
     return [*lines, f" mean {' ' * BAR_WIDTH}{sum(shares) / len(shares):6.1%}"]
 
 
+def _taus(manifest: Manifest, drift: Drift | None) -> list[str]:
+    """Each layer's drift threshold, with what was measured where it was calibrated; nothing where nothing is recalled."""
+    if not manifest.policy.recalls:
+        return []
+    if drift is None:
+        lines = ["drift threshold per layer (from the policy)"]
+        return lines + [f"  {layer:>3} " + ("-" if tau is None else f"{tau:.4g}") for layer, tau in enumerate(manifest.taus)]
+    lines = [
+        f"drift threshold per layer (from drift.json, for a correction rate of {drift.correction_rate:.4g})",
+        "      tau       mean cosine  same pages  KV heads corrected  steps with any",
+    ]
+    measured = {layer.layer: layer for layer in drift.layers}
+    for layer, tau in enumerate(manifest.taus):
+        if tau is None:
+            lines.append(f"  {layer:>3} -")
+            continue
+        found = measured[layer]
+        overlap = "-" if found.overlap is None else f"{found.overlap:.1%}"
+        lines.append(f"  {layer:>3} {tau:<9.6f} {found.mean:>11.4f} {overlap:>11} {found.rate:>19.1%} {found.step_rate:>15.1%}")
+    return lines
+
+
 def _shares(manifest: Manifest) -> list[float]:
     """Kept share of each layer of a prompt that fills the model's positions; 1 where only the input tells."""
     length = manifest.config.max_positions
@@ -135,12 +160,16 @@ def _sizes(manifest: Manifest) -> list[str]:
     ]
 
 
-def _origins(manifest: Manifest, recipe: Recipe | None) -> list[str]:
+def _origins(manifest: Manifest, recipe: Recipe | None, drift: Drift | None) -> list[str]:
     lines = [f"weights   {manifest.model_source}, {_short(manifest.model_digest)}"]
     if recipe is not None:
         record = recipe.calibration
         seed = "" if record.seed is None else f", seed {record.seed}"
         lines.append(f"recipe    {recipe.method}, {len(record.samples)} samples{_lengths(recipe)}: {record.source}{seed}")
+    if drift is not None:
+        origin = drift.calibration
+        seed = "" if origin.seed is None else f", seed {origin.seed}"
+        lines.append(f"drift     {drift.n_steps} steps after {len(origin.samples)} samples: {origin.source}{seed}")
     return [
         *lines,
         f"made by   {manifest.created_by}",

@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from trt_kv.cli.requests import TARGETS, CalibrationPlan, ModelSource, TargetPlan
+from trt_kv.cli.requests import (
+    DEFAULT_CORRECTION_RATE,
+    DEFAULT_NEW_TOKENS,
+    TARGETS,
+    CalibrationPlan,
+    DriftPlan,
+    ModelSource,
+    TargetPlan,
+)
 from trt_kv.errors import UsageError
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import SCORES, Policy
@@ -152,3 +160,39 @@ def calibration_options(command: CommandFunction) -> CommandFunction:
         command(calibration=CalibrationPlan(prompts=prompts, samples=samples, seed=seed), **others)
 
     return collected
+
+
+def drift_options(*, with_file: bool) -> Callable[[CommandFunction], CommandFunction]:
+    """Add --correction-rate, --new-tokens and, ``with_file``, --drift; ``command`` receives ``drift``, a ``DriftPlan``."""
+
+    def decorate(command: CommandFunction) -> CommandFunction:
+        @click.option(
+            "--correction-rate",
+            type=float,
+            metavar="SHARE",
+            help="Share of KV heads that choose their pages anew in a step, in each layer; with drift=calibrated. "
+            f"Default: {DEFAULT_CORRECTION_RATE}.",
+        )
+        @click.option(
+            "--new-tokens",
+            type=int,
+            metavar="N",
+            help=f"Tokens generated after each calibration prompt to measure drift. Default: {DEFAULT_NEW_TOKENS}.",
+        )
+        @functools.wraps(command)
+        def collected(
+            *, correction_rate: float | None, new_tokens: int | None, drift: Path | None = None, **others: Any
+        ) -> None:
+            command(drift=DriftPlan(file=drift, rate=correction_rate, tokens=new_tokens), **others)
+
+        return drift_file_option(collected) if with_file else collected
+
+    return decorate
+
+
+drift_file_option = click.option(
+    "--drift",
+    type=existing_file,
+    metavar="FILE",
+    help="Thresholds per layer, for a policy with drift=calibrated, instead of measuring them.",
+)
