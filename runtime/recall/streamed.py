@@ -258,7 +258,6 @@ class StreamedRecall:
     ) -> np.ndarray:
         """Everything that decides what a generated token attends to; which KV heads were corrected, [K] bool."""
         ticket = self._join(working_set)
-        assert working_set.query_HD is not None
         size = choice.limits.page_size
         working_set.append(k, v)
         n_tokens = working_set.n_tokens
@@ -287,7 +286,7 @@ class StreamedRecall:
         with self.trace.span("recall at once"):
             n_chosen = choice.n_chosen(working_set.n_tokens)
             working_set.make_room(n_chosen + staging_slots(n_chosen))
-            wanted_KC = self._choose(working_set, choice, working_set.n_tokens)
+            wanted_KC = self._choose(working_set.query_HD, choice, working_set.n_tokens)
             if working_set.chosen_KC.shape[1] != n_chosen:
                 working_set.chosen_KC = np.full_like(wanted_KC, NO_PAGE)
             heads = np.flatnonzero(heads_K)
@@ -308,11 +307,11 @@ class StreamedRecall:
         n_chosen = choice.n_chosen(n_next)
         working_set.make_room(n_chosen + staging_slots(n_chosen))
         ticket = Ticket(held_KS=working_set.held_KS.copy())
-        attended_KC = working_set.chosen_KC
+        query_HD, attended_KC = working_set.query_HD, working_set.chosen_KC
 
         def work() -> Iterator[Event | None]:
             with self.trace.span("choose pages"):
-                ticket.chosen_KC = self._choose(working_set, choice, n_next)
+                ticket.chosen_KC = self._choose(query_HD, choice, n_next)
             moves = moves_to(ticket.chosen_KC, ticket.held_KS, attended_KC, range(len(ticket.held_KS)))
             ticket.n_moved = len(moves)
             for step in in_turn(moves, ticket):
@@ -326,12 +325,11 @@ class StreamedRecall:
         working_set.ticket = ticket
         self._submit(working_set, "recalling pages", work)
 
-    def _choose(self, working_set: WorkingSet, choice: Choice, n_tokens: int) -> Ints:
-        """The page numbers that each KV head wants with the working set's query, for a step with ``n_tokens``: [K, C]."""
+    def _choose(self, query_HD: Floats, choice: Choice, n_tokens: int) -> Ints:
+        """The page numbers that each KV head wants for a query, in a step with ``n_tokens``: [K, C]."""
         between = choice.limits.choosable(n_tokens)
-        assert working_set.query_HD is not None
         return between.start + best_pages(
-            working_set.query_HD,
+            query_HD,
             choice.pages[between.start : between.stop],
             self.summaries,
             choice.n_chosen(n_tokens),

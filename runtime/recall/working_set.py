@@ -57,7 +57,7 @@ class WorkingSet:
     def __init__(self, device: KvPool, limits: PageLimits) -> None:
         self.limits = limits
         self.n_tokens = 0
-        self.query_HD: Floats | None = None
+        self.query_HD: Floats = np.empty((0, 0), np.float32)
         """The query of the last token."""
         self.lane: Job | None = None
         """The last job on this layer and sequence: when it has ended, all have."""
