@@ -85,7 +85,7 @@ class StepwiseCopies:
     def __init__(self, seed: int = 0, *, eagerness: float = 0.5, fail_at: int | None = None) -> None:
         self._random = random.Random(seed)
         self._eagerness = eagerness
-        self._fail_at = fail_at
+        self.fail_at = fail_at
         self._running: list[tuple[Job, Iterator[Event | None]]] = []
         self._parked: dict[int, Event] = {}
         self.n_steps = 0
@@ -110,7 +110,7 @@ class StepwiseCopies:
         self.n_steps += 1
         error: BaseException | None = None
         try:
-            if self.n_steps == self._fail_at:
+            if self.n_steps == self.fail_at:
                 raise OSError("the test made this copy fail")
             event = next(steps)
         except StopIteration:

@@ -96,6 +96,7 @@ class FileTier(HostTier):
             ) from error
 
     def write(self, page: int, kv_2KPD: Floats) -> None:
+        self._check_whole()
         self._transfer(os.pwritev, kv_2KPD, page * self.page_bytes)
 
     def read_head(self, page: int, head: int, into_2PD: Floats) -> None:
@@ -112,6 +113,12 @@ class FileTier(HostTier):
 
     def close(self) -> None:
         self._finalizer()
+
+    def _check_whole(self) -> None:
+        """``OSError`` where somebody cut the file: a page written behind its end would make a hole that reads as zeros."""
+        n_bytes = os.fstat(self.file_descriptor).st_size
+        if n_bytes < self.n_pages * self.page_bytes:
+            raise OSError(f"the host tier's file was cut to {n_bytes} bytes")
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], array: Floats, offset: int) -> None:
         """Read or write the whole of a contiguous ``array``; ``OSError`` where the file ends before it."""
