@@ -316,7 +316,8 @@ class StreamedRecall:
             ticket.n_moved = len(moves)
             for step in in_turn(moves, ticket):
                 if isinstance(step, Event):
-                    yield step
+                    with self.trace.span("waiting for attention"):
+                        yield step
                     continue
                 self._bring(working_set, choice.pages, step, ticket.held_KS)
                 yield None
