@@ -37,6 +37,9 @@ PROMPT_FILE =
 TASKS = examples/evaluate/tasks.jsonl
 AGAINST =
 RESULTS =
+PAGE_SIZE =
+HOST_TIER =
+TRACE =
 ARGS =
 # Through the shell's environment a prompt may hold quotes and spaces.
 export PROMPT
@@ -48,8 +51,10 @@ help: ## this list
 	echo '  engine    MODEL=$(MODEL) POLICY=$(POLICY) [CHECKPOINT= BUDGET= SCORE= WINDOW= SET= RECIPE= PROMPTS= SAMPLES= SEED= OUT= FORCE=1]'
 	echo '            SET="score=window budget=pyramid" changes parts of the policy; .venv/bin/trt-kv policies lists them'
 	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] corrects each layer at the same rate'
+	echo '            [PAGE_SIZE=32] tokens per page, which is what freekv recalls at a time'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json DTYPE=float32|float16|bfloat16]'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
+	echo '            [HOST_TIER=ram|mmap:/path] where a cache on the host lies; [TRACE=FILE.json] what ran when'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=$(ENGINE) AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]'
 
@@ -69,10 +74,14 @@ engine: $(VENV)/.ready-build ## checkpoint -> engine folder
 		$(if $(TARGET),--target '$(TARGET)') \
 		$(if $(PROFILE),--profile '$(PROFILE)') \
 		$(if $(DTYPE),--dtype '$(DTYPE)') \
+		$(if $(PAGE_SIZE),--page-size '$(PAGE_SIZE)') \
 		$(if $(FORCE),--force)
 
 generate: $(VENV)/.ready-build ## engine + prompt -> text
-	@$(VENV)/bin/trt-kv generate $(ARGS) $(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- '$(ENGINE)' $(if $(PROMPT),"$$PROMPT")
+	@$(VENV)/bin/trt-kv generate $(ARGS) \
+		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(TRACE),--trace '$(TRACE)') \
+		$(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- '$(ENGINE)' $(if $(PROMPT),"$$PROMPT")
 
 evaluate: $(VENV)/.ready-build ## engine + tasks of one's own -> accuracy, perplexity, kept share
 	@$(VENV)/bin/trt-kv evaluate --tasks '$(TASKS)' \

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -109,12 +110,12 @@ class SequenceCache:
         """After EvictTokens ran while decoding: layer l holds ``kept[l]`` tokens. Pages stay, the next token needs them."""
         self.kv_len = np.array(kept, np.int64)
 
-    def fork(self) -> "SequenceCache":
+    def fork(self) -> Self:
         """A sequence that holds the same tokens in pages of its own, and from here on grows and shrinks by itself.
 
         All or nothing: ``CapacityError`` when the pool has not as many free pages as this sequence owns.
         """
-        twin = SequenceCache(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance)
+        twin = self._empty_twin()
         twin._grow_tables(self._n_pages)
         for array in self.pool.states.values():
             if len(array):
@@ -132,6 +133,9 @@ class SequenceCache:
                 deque(slot_of_page[slot // size] * size + slot % size for slot in slots) for slots in self._reuse_order
             ]
         return twin
+
+    def _empty_twin(self) -> Self:
+        return type(self)(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance)
 
     def release(self) -> None:
         """Give every page back; the sequence is empty afterwards."""

@@ -195,3 +195,26 @@ def test_the_device_holds_the_budget_and_the_host_everything() -> None:
         runner.decode([sequence], [n_tokens % 7])
     sequence.release()
     assert sum(runner.recall.used_bytes.values()) == 0
+
+
+@given(n_before=st.integers(0, 20), page_size=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_a_fork_goes_on_as_its_original_and_alone(n_before: int, page_size: int, seed: int) -> None:
+    """Pages of both tiers, what was recalled and the remembered queries are copied; then neither notices the other."""
+    model, policy = RandomModel(), freekv(exempt_layers=(1,))
+    runs = []
+    for copies in (None, StepwiseCopies(seed)):
+        runner = runner_of(model, policy, copies=copies, page_size=page_size)
+        one = runner.new_sequence()
+        runner.prefill(one, prompt_of(50))
+        for step in range(n_before):
+            runner.decode([one], [step % 7])
+        two = one.fork()
+        assert set(one.pages).isdisjoint(two.pages)
+        logits = [runner.decode([one, two], [step % 5, step % 3]) for step in range(15)]
+        one.release()
+        logits += [runner.decode([two], [step % 4]) for step in range(15)]
+        two.release()
+        check_integrity(runner)
+        runs.append(logits)
+    for expected, got in zip(*runs, strict=True):
+        np.testing.assert_array_equal(got, expected)

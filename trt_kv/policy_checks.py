@@ -124,9 +124,9 @@ def _check_residency(policy: "Policy") -> None:
         return
     if not -2.0 <= policy.tau <= 2.0:
         raise UsageError("tau is compared with a cosine", got=policy.tau, expected="a number in [-2, 2]", fix="e.g. tau=0.8")
-    if not 0.0 < policy.softmax_scale < float("inf"):
+    if not 1e-6 <= policy.softmax_scale <= 1e6:
         raise UsageError(
-            "softmax_scale is a factor", got=policy.softmax_scale, expected="a number > 0", fix="1 is as published"
+            "softmax_scale is a factor", got=policy.softmax_scale, expected="a number in [1e-6, 1e6]", fix="1 is as published"
         )
     for field, neutral, reason in (
         ("decode", "keep", "on the host every generated token is kept"),

@@ -213,6 +213,16 @@ class StreamedRecall:
                 ticket.attention_done.set()
         return (budget,)
 
+    def fork(self, pages: Ints, twin_pages: Ints) -> None:
+        """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
+        working_set = self.sets[int(pages[0])]
+        self._join(working_set)
+        n_full = working_set.n_tokens // working_set.limits.page_size
+        for page, twin_page in zip(pages[:n_full], twin_pages, strict=False):
+            self._write_now(int(twin_page), self._read_pages(np.array([page]))[0])
+        self.summaries[twin_pages] = self.summaries[pages]
+        self.sets[int(twin_pages[0])] = working_set.fork()
+
     def release(self, rows: Sequence[int]) -> None:
         """Forget layers of sequences: wait for their jobs, whatever became of them, and free their device pages."""
         for row in rows:
@@ -296,7 +306,7 @@ class StreamedRecall:
                 for move in moves:
                     self._bring(working_set, choice.pages, move, working_set.held_KS)
             except OSError as error:
-                raise _unreadable(error) from error
+                raise _lost(error) from error
             return len(moves)
 
     def _recall_ahead(self, working_set: WorkingSet, choice: Choice, tickets: list[Ticket]) -> None:
@@ -381,17 +391,23 @@ class StreamedRecall:
             working_set.held_KS, working_set.chosen_KC = ticket.held_KS, ticket.chosen_KC
         return ticket
 
+    def _write_now(self, page: int, kv_2KPD: Floats) -> None:
+        try:
+            self.host.write(page, kv_2KPD)
+        except OSError as error:
+            raise _lost(error) from error
+
     def _read_pages(self, pages: Ints) -> Floats:
         """Pages from the host, now; ``RecallError`` where they cannot be read."""
         try:
             return self.host.read_pages([int(page) for page in pages])
         except OSError as error:
-            raise _unreadable(error) from error
+            raise _lost(error) from error
 
 
-def _unreadable(error: OSError) -> RecallError:
+def _lost(error: OSError) -> RecallError:
     return RecallError(
-        "the KV cache on the host cannot be read",
+        "the KV cache on the host cannot be read or written",
         got=str(error),
         fix="this request is lost, others are not; check the disk and the memory of the host tier, then send it again",
     )

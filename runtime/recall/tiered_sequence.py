@@ -1,6 +1,7 @@
 """A sequence whose cache lies on the host in some layers and on the device in the others."""
 
 from collections.abc import Sequence
+from typing import Self
 
 from trt_kv.errors import TrtKvError
 from trt_kv.runtime.page_pool import PagePool
@@ -33,8 +34,21 @@ class TieredSequence(SequenceCache):
                 held[layer] = min(held[layer], working_set.n_held_tokens)
         return held
 
-    def fork(self) -> "SequenceCache":
-        raise NotImplementedError("a sequence with jobs on their way has no twin")
+    def fork(self) -> Self:
+        """See ``SequenceCache.fork``; waits for what is on its way. ``RecallError`` where a page cannot be copied."""
+        twin = super().fork()
+        try:
+            for layer in self._host_layers:
+                n_pages = self._n_pages[layer]
+                if n_pages:
+                    self._recall.fork(self.page_table[layer, :n_pages], twin.page_table[layer, :n_pages])
+        except BaseException:
+            twin.release()
+            raise
+        return twin
+
+    def _empty_twin(self) -> Self:
+        return type(self)(self._recall, n_layers=self.n_layers, host_layers=tuple(self._host_layers))
 
     def release(self) -> None:
         """Wait for what is on its way, then give every page of both tiers back."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trt_kv.errors import TrtKvError
+from trt_kv.errors import CapacityError, TrtKvError
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.cpu import attended_pages
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
@@ -69,8 +69,8 @@ class WorkingSet:
         self.chosen_KC: Ints = np.empty((n_kv_heads, 0), np.int64)
         """The page numbers chosen with ``query_HD``, ascending."""
         self._device = device
-        self._sinks = device.allocate(limits.n_sinks)
-        self._newest = device.allocate(limits.n_newest)
+        own = device.allocate(limits.n_sinks + limits.n_newest)
+        self._sinks, self._newest = own[: limits.n_sinks], own[limits.n_sinks :]
         self._slots: list[int] = []
         device.register(self)
 
@@ -140,6 +140,19 @@ class WorkingSet:
         """Where a slot holds a KV head's part of a page: [2, P, D]."""
         view: Floats = self._device.kv[self._slots[slot], :, head]
         return view
+
+    def fork(self) -> "WorkingSet":
+        """The same pages in device pages of its own. No job may be running."""
+        twin = WorkingSet(self._device, self.limits)
+        try:
+            twin.make_room(len(self._slots))
+        except CapacityError:
+            twin.release()
+            raise
+        twin.n_tokens, twin.query_HD = self.n_tokens, self.query_HD
+        twin.held_KS, twin.chosen_KC = self.held_KS.copy(), self.chosen_KC.copy()
+        self._device.kv[twin.pages_in(self._device)] = self._device.kv[self.pages_in(self._device)]
+        return twin
 
     def release(self) -> None:
         """Give the device pages back. No job may run any more."""

@@ -143,7 +143,7 @@ def _read(engine: "Engine", case: "TaskCase", owned: contextlib.ExitStack, on_ch
         limit=case.limit,
         sequence=sequence,
     )
-    kept = tuple(int(n) for n in sequence.kv_len)
+    kept = tuple(int(n) for n in sequence.held_tokens)
     one = _Running(case=case, request=request, twin=twin, kept_tokens=kept, prompt_seconds=seconds)
     request.accept(logits_V)
     one.lose(logits_V)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trt_kv.cli.progress import OnProgress
-from trt_kv.cli.requests import CalibrationPlan, DriftPlan
+from trt_kv.cli.requests import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.drift import ALWAYS, Drift, drift_settings
 from trt_kv.errors import CheckpointError, UsageError
 from trt_kv.policy import Policy
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from trt_kv.runtime.model_runner import ModelRunner
 
 CALIBRATION_TOKENS = 1024
-PAGE_SIZE = 32
 
 
 def recipe_from_prompts(checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan, on_progress: OnProgress) -> Recipe:
@@ -66,10 +65,10 @@ def drift_from_prompts(
     longest = max(len(ids) for ids in prompts)
     return calibrate_drift(
         prompts,
-        drift_trace_of(checkpoint, policy, longest, drift.new_tokens, kept_shares=kept_shares),
+        drift_trace_of(checkpoint, policy, longest, drift.new_tokens, page_size=drift.page_size, kept_shares=kept_shares),
         correction_rate=drift.correction_rate,
         model=recipe_model(checkpoint),
-        settings=drift_settings(policy, PAGE_SIZE),
+        settings=drift_settings(policy, drift.page_size),
         source=where,
         seed=plan.seed,
         max_new_tokens=drift.new_tokens,
@@ -77,7 +76,9 @@ def drift_from_prompts(
     )
 
 
-def importance_of(checkpoint: "Checkpoint", policy: Policy, max_tokens: int, page_size: int = PAGE_SIZE) -> "Importance":
+def importance_of(
+    checkpoint: "Checkpoint", policy: Policy, max_tokens: int, page_size: int = DEFAULT_PAGE_SIZE
+) -> "Importance":
     """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the ops that score at run time.
 
     It ranks as the recipe for ``policy`` does (``recipe_score``), in every layer.
@@ -109,7 +110,7 @@ def drift_trace_of(
     max_tokens: int,
     new_tokens: int,
     *,
-    page_size: int = PAGE_SIZE,
+    page_size: int,
     kept_shares: Sequence[float] | None = None,
 ) -> "TraceOf":
     """Continues prompts of up to ``max_tokens`` by ``new_tokens`` of the likeliest tokens, or to the end of the text.

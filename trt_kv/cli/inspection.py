@@ -7,7 +7,7 @@ from trt_kv.drift import Drift
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest, load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
-from trt_kv.policy import DECODES, METRIC_ROWS, SCORES, Policy
+from trt_kv.policy import DECODES, GROUP_POOLINGS, METRIC_ROWS, PAGE_SUMMARIES, RESIDENCIES, SCORES, Policy
 from trt_kv.policy_settings import differences, setting_as_text
 from trt_kv.recipe import Recipe
 
@@ -75,6 +75,14 @@ def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
             f"always    {_protected(policy)}",
             f"decoding  {policy.decode}: {DECODES[policy.decode]}",
         ]
+    if policy.recalls:
+        lines += [
+            f"residency {policy.residency}: {RESIDENCIES[policy.residency]}",
+            f"pages     {policy.page_summary}: {PAGE_SUMMARIES[policy.page_summary]}",
+            f"          {policy.group_pooling}: {GROUP_POOLINGS[policy.group_pooling]}{_softmax(policy)}",
+            f"budget    {policy.budget}: {_budget(policy)}, for what one step attends to",
+            f"always    first {policy.sinks} and last {policy.recent} tokens, in whole pages",
+        ]
     if recipe is not None and recipe.mass is not None:
         lines.append(f"mass      each layer keeps {recipe.mass:.1%} of its importance ({recipe.score.described})")
     return lines
@@ -85,6 +93,11 @@ def _details(policy: Policy) -> str:
     parts += ["each KV head"] if policy.heads == "each" else []
     parts += [f"pooling {policy.pooling}"] if policy.pooling > 1 else []
     return f" ({', '.join(parts)})" if parts else ""
+
+
+def _softmax(policy: Policy) -> str:
+    """The factor on bounds where it is not as published."""
+    return f", of bounds times {policy.softmax_scale:g}" if policy.softmax_scale != 1.0 else ""
 
 
 def _budget(policy: Policy) -> str:
@@ -107,7 +120,8 @@ def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
     origin = "recipe.json" if recipe is not None else "the policy"
     depends = any(budget is not None and budget.tokens for budget in manifest.budgets)
     at = f", at {length} tokens" if depends else ""
-    lines = [f"kept share per layer (from {origin}{at})"]
+    what = "share attended to" if manifest.policy.recalls else "kept share"
+    lines = [f"{what} per layer (from {origin}{at})"]
     shares = _shares(manifest)
     for layer, (budget, share) in enumerate(zip(manifest.budgets, shares, strict=True)):
         lines.append(f"  {layer:>3} found for each input" if budget is None else f"  {layer:>3} {bar(share)} {share:6.1%}")
@@ -154,10 +168,15 @@ def _sizes(manifest: Manifest) -> list[str]:
     weights = manifest.files["graphs/weights.data" if manifest.plan is None else manifest.plan.file].n_bytes
     instead = f"at {config.max_positions} tokens, instead of {_megabytes(full)}"
     at_most = "at most " if None in manifest.budgets else ""
-    return [
+    lines = [
         f"size      {_megabytes(total)}, of which weights {_megabytes(weights)}",
         f"KV cache  {at_most}{_megabytes(kept)} {instead} (computed from shapes and shares)",
     ]
+    if manifest.policy.recalls:
+        host = token_bytes * sum(tau is not None for tau in manifest.taus) * config.max_positions
+        summaries = _megabytes(host / manifest.page_size)
+        lines.append(f"on host   {_megabytes(host)} at {config.max_positions} tokens, and {summaries} of summaries")
+    return lines
 
 
 def _origins(manifest: Manifest, recipe: Recipe | None, drift: Drift | None) -> list[str]:

@@ -11,6 +11,7 @@ import click
 from trt_kv.cli.requests import (
     DEFAULT_CORRECTION_RATE,
     DEFAULT_NEW_TOKENS,
+    DEFAULT_PAGE_SIZE,
     TARGETS,
     CalibrationPlan,
     DriftPlan,
@@ -123,6 +124,16 @@ def _policy_from_options(name: str, short: Mapping[str, Any], settings: Mapping[
     return policy_with(policy_from_name(name), {**short, **settings})
 
 
+page_size_option = click.option(
+    "--page-size",
+    type=int,
+    default=DEFAULT_PAGE_SIZE,
+    show_default=True,
+    metavar="TOKENS",
+    help="Tokens per page of the KV cache; what freekv recalls at a time.",
+)
+
+
 def target_options(command: CommandFunction) -> CommandFunction:
     """Add --target and the options of TensorRT; ``command`` receives ``target``, a ``TargetPlan``."""
 
@@ -136,9 +147,12 @@ def target_options(command: CommandFunction) -> CommandFunction:
     )
     @click.option("--dtype", metavar="NAME", help="float32, float16 or bfloat16, with --target tensorrt. Default: float32.")
     @click.option("--timing-cache", type=any_path, metavar="FILE", help="TensorRT's measurements, read and written.")
+    @page_size_option
     @functools.wraps(command)
-    def collected(*, target: str, profile: str | None, dtype: str | None, timing_cache: Path | None, **others: Any) -> None:
-        plan = TargetPlan(target=target, profile=profile, dtype=dtype, timing_cache=timing_cache)
+    def collected(
+        *, target: str, profile: str | None, dtype: str | None, timing_cache: Path | None, page_size: int, **others: Any
+    ) -> None:
+        plan = TargetPlan(target=target, profile=profile, dtype=dtype, timing_cache=timing_cache, page_size=page_size)
         command(target=plan, **others)
 
     return collected
@@ -163,7 +177,9 @@ def calibration_options(command: CommandFunction) -> CommandFunction:
 
 
 def drift_options(*, with_file: bool) -> Callable[[CommandFunction], CommandFunction]:
-    """Add --correction-rate, --new-tokens and, ``with_file``, --drift; ``command`` receives ``drift``, a ``DriftPlan``."""
+    """Add --correction-rate, --new-tokens and, ``with_file``, --drift, else --page-size; ``command`` receives ``drift``, a
+    ``DriftPlan``.
+    """
 
     def decorate(command: CommandFunction) -> CommandFunction:
         @click.option(
@@ -183,9 +199,10 @@ def drift_options(*, with_file: bool) -> Callable[[CommandFunction], CommandFunc
         def collected(
             *, correction_rate: float | None, new_tokens: int | None, drift: Path | None = None, **others: Any
         ) -> None:
-            command(drift=DriftPlan(file=drift, rate=correction_rate, tokens=new_tokens), **others)
+            size = DEFAULT_PAGE_SIZE if with_file else others.pop("page_size")
+            command(drift=DriftPlan(file=drift, rate=correction_rate, tokens=new_tokens, page_size=size), **others)
 
-        return drift_file_option(collected) if with_file else collected
+        return drift_file_option(collected) if with_file else page_size_option(collected)
 
     return decorate
 

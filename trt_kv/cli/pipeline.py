@@ -14,7 +14,15 @@ import click
 
 from trt_kv.cli.calibration_runs import drift_from_prompts, recipe_from_prompts, recipe_model
 from trt_kv.cli.progress import OnProgress, progress_bars
-from trt_kv.cli.requests import CalibrationPlan, DriftPlan, GenerationRequest, ModelSource, RunOptions, TargetPlan
+from trt_kv.cli.requests import (
+    DEFAULT_PAGE_SIZE,
+    CalibrationPlan,
+    DriftPlan,
+    GenerationRequest,
+    ModelSource,
+    RunOptions,
+    TargetPlan,
+)
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.drift import Drift, drift_settings
 from trt_kv.errors import EngineError, UsageError
@@ -52,6 +60,7 @@ def build_engine(
     from trt_kv.export.new_folder import check_destination
 
     options = _tensorrt_options(target)
+    drift = dataclasses.replace(drift, page_size=target.page_size)
     if not (out / MANIFEST_FILE).is_file():
         check_destination(out, replace=replace)
     checkpoint = _open(source)
@@ -85,6 +94,7 @@ def build_engine(
             recipe=loaded,
             drift=thresholds,
             dtype=target.dtype or "float32",
+            page_size=target.page_size,
             tensorrt=options,
             model_source=source.checkpoint or f"bundled {source.model}",
             reproduce=command_line,
@@ -341,4 +351,5 @@ def _command_line(
     words += ["--target", target.target] if target.target != "onnxruntime" else []
     words += ["--profile", target.profile] if target.profile else []
     words += ["--dtype", target.dtype] if target.dtype else []
+    words += ["--page-size", target.page_size] if target.page_size != DEFAULT_PAGE_SIZE else []
     return shlex.join(str(word) for word in words)

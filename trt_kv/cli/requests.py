@@ -12,6 +12,9 @@ DEFAULT_CORRECTION_RATE = 0.1
 DEFAULT_NEW_TOKENS = 64
 
 
+DEFAULT_PAGE_SIZE = 32
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """Where the weights come from: the preset ``model``, or ``checkpoint`` (a folder or a hub id) read as that preset."""
@@ -44,14 +47,16 @@ class CalibrationPlan:
 @dataclass(frozen=True, kw_only=True)
 class DriftPlan:
     """How drift thresholds are found: read from ``file``, or at the correction rate ``rate`` from ``tokens`` generated after
-    each calibration prompt. None: the default.
+    each calibration prompt, recalling pages of ``page_size`` tokens. None: the default.
     """
 
     file: Path | None = None
     rate: float | None = None
     tokens: int | None = None
+    page_size: int = DEFAULT_PAGE_SIZE
 
     def __post_init__(self) -> None:
+        check_page_size(self.page_size)
         check_correction_rate(self.correction_rate, error=UsageError)
         if self.new_tokens < 1:
             raise UsageError("drift is measured on generated tokens", got=self.tokens, expected="--new-tokens >= 1")
@@ -81,18 +86,26 @@ class DriftPlan:
 TARGETS = ("onnxruntime", "tensorrt")
 
 
+def check_page_size(page_size: int) -> None:
+    """``UsageError`` unless a page holds tokens."""
+    if page_size < 1:
+        raise UsageError("a page holds tokens", got=page_size, expected="--page-size >= 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetPlan:
-    """What runs the engine, and how it is compiled. ``profile`` (a preset or a .json file), ``dtype`` and ``timing_cache`` are
-    TensorRT's; None: the default.
+    """What runs the engine, and how it is compiled. ``page_size``: tokens per page of the KV cache. ``profile`` (a preset or a
+    .json file), ``dtype`` and ``timing_cache`` are TensorRT's; None: the default.
     """
 
     target: str = "onnxruntime"
     profile: str | None = None
     dtype: str | None = None
     timing_cache: Path | None = None
+    page_size: int = DEFAULT_PAGE_SIZE
 
     def __post_init__(self) -> None:
+        check_page_size(self.page_size)
         if self.target not in TARGETS:
             raise UnknownNameError("target", self.target, TARGETS)
         given = {"--profile": self.profile, "--dtype": self.dtype, "--timing-cache": self.timing_cache}

@@ -1,0 +1,253 @@
+"""Engines whose cache stays on the host: built, loaded, run and refused as a user does it."""
+
+import dataclasses
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.engines import CHUNK, build_for_test, random_ids, recipe_for
+from trt_kv.cli import main
+from trt_kv.errors import CapacityError, RecallError, UsageError
+from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.engine import EngineRequest
+from trt_kv.policies import policy_from_name
+from trt_kv.policy_settings import policy_with
+from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.trace import Trace
+
+SETTINGS: dict[str, Any] = {"tokens": 40, "sinks": 5, "recent": 10, "tau": 0.5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
+    """FreeKV for the small random checkpoint (3 layers), pages of 5 tokens; layer 0 stays on the device."""
+    policy = policy_with(policy_from_name("freekv"), SETTINGS | {"exempt_layers": (0,)})
+    request = EngineRequest(checkpoint=open_checkpoint(small_checkpoint_folder), policy=policy, page_size=5)
+    return build_for_test(request, tmp_path_factory.mktemp("engines") / "freekv")
+
+
+@pytest.fixture(scope="module")
+def recipe_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
+    """The same with working sets from a PrefixKV recipe."""
+    checkpoint = open_checkpoint(small_checkpoint_folder)
+    policy = policy_with(policy_from_name("freekv"), {"budget": "recipe", "kept": 0.5, "sinks": 5, "recent": 10, "tau": 0.5})
+    request = EngineRequest(
+        checkpoint=checkpoint, policy=policy, recipe=recipe_for(checkpoint, (0.7, 0.3, 0.5), budget=0.5), page_size=5
+    )
+    return build_for_test(request, tmp_path_factory.mktemp("engines") / "recipe")
+
+
+def load(folder: Path, **options: Any) -> Engine:
+    return Engine.load(folder, **({"cache_tokens": 400, "host_tokens": 1000, "chunk": CHUNK, "n_threads": 1} | options))
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[Engine]:
+    with load(folder) as engine:
+        yield engine
+
+
+def assert_nothing_leaked(engine: Engine) -> None:
+    assert engine.runner.recall is not None
+    engine.runner.pool.check_integrity([])
+    engine.runner.recall.host.check_integrity([])
+
+
+def test_a_file_tier_and_a_batch_give_the_tokens_of_one_alone_in_memory(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    prompts = [random_ids(engine, n, seed=n) for n in (100, 7, 61)]
+    alone = [engine.generate(prompt, max_new_tokens=20).token_ids for prompt in prompts]
+    assert [r.token_ids for r in engine.generate_batch(prompts, max_new_tokens=20)] == alone
+    with load(folder, host_tier=f"mmap:{tmp_path}") as in_file:
+        assert [r.token_ids for r in in_file.generate_batch(prompts, max_new_tokens=20)] == alone
+        assert_nothing_leaked(in_file)
+    assert list(tmp_path.iterdir()) == []
+    assert_nothing_leaked(engine)
+
+
+def test_results_tell_what_the_device_held(engine: Engine) -> None:
+    """All of the exempt layer; of the others the budget and the slots that pages arrive in."""
+    result = engine.generate(random_ids(engine, 110, seed=1), max_new_tokens=10)
+    n_sinks, n_newest = 1, 3
+    n_chosen = 40 // 5 - n_sinks - n_newest
+    working_set = (n_sinks + n_newest + n_chosen + 1) * 5
+    assert result.kv_tokens == (119, working_set, working_set)
+
+
+def test_working_sets_follow_a_recipe(recipe_folder: Path) -> None:
+    with load(recipe_folder) as engine:
+        result = engine.generate(random_ids(engine, 120, seed=1), max_new_tokens=5)
+        budgets = [int(120 * share) for share in (0.7, 0.3, 0.5)]
+        for held, budget in zip(result.kv_tokens, budgets, strict=True):
+            assert budget - 5 <= held <= 1.25 * budget + 5
+
+
+def test_a_request_that_fits_neither_tier_is_refused_before_it_starts(folder: Path) -> None:
+    with load(folder, host_tokens=100) as engine:
+        prompt = random_ids(engine, 120, seed=0)
+        with pytest.raises(CapacityError, match="host tier is too small") as caught:
+            engine.generate(prompt, max_new_tokens=11)
+        assert "host_tokens=130" in str(caught.value)
+        engine.generate(prompt[:90], max_new_tokens=10)
+        assert_nothing_leaked(engine)
+    with load(folder, cache_tokens=100) as engine, pytest.raises(CapacityError, match="KV pool is too small"):
+        engine.generate_batch([prompt] * 3, max_new_tokens=10)
+
+
+def test_the_tiers_that_a_refusal_asks_for_are_enough(folder: Path) -> None:
+    """Loaded as the two refusals say, and no larger, the engine serves the batch to its end."""
+    sizes = {"cache_tokens": 50, "host_tokens": 50}
+    for _ in range(3):
+        with load(folder, **sizes) as engine:
+            prompts = [random_ids(engine, n, seed=n) for n in (95, 14, 60)]
+            try:
+                results = engine.generate_batch(prompts, max_new_tokens=30)
+            except CapacityError as refusal:
+                (asked_for,) = re.findall(r"(cache_tokens|host_tokens)=(\d+)", str(refusal))
+                sizes[asked_for[0]] = int(asked_for[1])
+                results = []
+            assert_nothing_leaked(engine)
+    assert [len(result.token_ids) for result in results] == [30, 30, 30]
+
+
+def test_a_request_whose_pages_are_lost_fails_and_the_others_go_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [random_ids(engine, n, seed=n) for n in (90, 120, 70)]
+    expected = [engine.generate(prompt, max_new_tokens=15).token_ids for prompt in prompts]
+    assert engine.runner.recall is not None
+    host = engine.runner.recall.host
+    read, lost = host.read_head, set[int]()
+
+    def read_unless_lost(page: int, head: int, into_2PD: np.ndarray) -> None:
+        if page in lost:
+            raise OSError("the disk is gone")
+        read(page, head, into_2PD)
+
+    monkeypatch.setattr(host, "read_head", read_unless_lost)
+    original = engine.runner.prefill
+
+    def prefill(sequence: Any, ids: list[int], **options: Any) -> Any:
+        logits = original(sequence, ids, **options)
+        if len(ids) == 120:
+            lost.update(sequence.pages_in(host))
+        return logits
+
+    monkeypatch.setattr(engine.runner, "prefill", prefill)
+    results = engine.generate_batch(prompts, max_new_tokens=15)
+    assert [result.finish_reason for result in results] == ["length", "error", "length"]
+    assert "the disk is gone" in str(results[1].error)
+    assert results[0].token_ids == expected[0]
+    assert results[2].token_ids == expected[2]
+    assert results[1].token_ids == expected[1][: len(results[1].token_ids)]
+    assert_nothing_leaked(engine)
+    with pytest.raises(RecallError, match="the disk is gone"):
+        engine.generate(prompts[1], max_new_tokens=15)
+    stream = engine.stream(prompts[1], max_new_tokens=15)
+    with pytest.raises(RecallError, match="the disk is gone"):
+        list(stream)
+    lost.clear()
+    monkeypatch.setattr(engine.runner, "prefill", original)
+    assert engine.generate(prompts[1], max_new_tokens=15).token_ids == expected[1]
+    assert_nothing_leaked(engine)
+
+
+def test_an_abandoned_stream_gives_everything_back(engine: Engine) -> None:
+    stream = engine.stream(random_ids(engine, 100, seed=3), max_new_tokens=20)
+    next(stream)
+    stream._pieces.close()
+    assert_nothing_leaked(engine)
+
+
+def test_closing_stops_the_threads(folder: Path) -> None:
+    before = threading.active_count()
+    with load(folder) as engine:
+        engine.generate(random_ids(engine, 90, seed=0), max_new_tokens=5)
+        assert threading.active_count() > before
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"host_tier": "disk"}, "unknown host tier"),
+        ({"host_tier": "mmap:/nowhere/at/all"}, "no file for the host tier"),
+        ({"host_tokens": 0}, "host_tokens"),
+    ],
+)
+def test_bad_options_are_refused(folder: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        load(folder, **options)
+
+
+def test_an_engine_without_a_host_tier_takes_none(small_folder: Path) -> None:
+    with pytest.raises(UsageError, match="keeps no cache on the host"):
+        Engine.load(small_folder, host_tier="ram")
+
+
+def test_a_trace_tells_what_ran_when(folder: Path) -> None:
+    trace = Trace()
+    with load(folder, trace=trace) as engine:
+        engine.generate(random_ids(engine, 100, seed=0), max_new_tokens=5)
+    events = trace.to_json()["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    names = {span["name"] for span in spans}
+    assert names >= {"prefill step", "decode step", "attention", "join", "choose pages", "recalling pages", "storing pages"}
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} >= {"MainThread", "recall_0"}
+    main_thread = {span["tid"] for span in spans if span["name"] == "attention"}
+    assert main_thread.isdisjoint({span["tid"] for span in spans if span["name"] == "choose pages"})
+    assert all(span["dur"] >= 0 and span["ts"] >= 0 for span in spans)
+
+
+def test_the_command_line_from_build_to_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """256 tokens of pages of 8 find a fact that stands far back; the device held about half of the tokens."""
+    out, trace = tmp_path / "freekv", tmp_path / "trace.json"
+    settings = ["tokens=160", "sinks=8", "recent=32"]
+    assert main(["build", "--policy", "freekv", "--set", *settings, "--page-size", "8", "--out", str(out)]) == 0
+    assert main(["inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "every token stays in host memory" in said
+    assert "--page-size 8" in said
+    question = Path(__file__).parent.parent / "examples" / "late_question.txt"
+    words = ["generate", str(out), "--prompt-file", str(question), "--max-new-tokens", "8"]
+    assert main([*words, "--host-tier", f"mmap:{tmp_path}", "--trace", str(trace)]) == 0
+    spoken = capsys.readouterr()
+    assert spoken.out.startswith("code of trent is 5 3 7")
+    assert "recalled" in spoken.err
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["freekv", "trace.json"]
+    assert main([*words, "--host-tier", f"mmap:{trace}"]) == 2
+    assert "nothing was overwritten" in capsys.readouterr().err
+    assert main([*words, "--trace", str(tmp_path / "missing" / "trace.json")]) == 2
+    assert main(["build", "--policy", "freekv", "--page-size", "0", "--out", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tau": 3.0}, "compared with a cosine"),
+        ({"softmax_scale": 0.0}, "a factor"),
+        ({"recent": 0}, "newest token"),
+        ({"tokens": 100}, "counts sinks and the newest"),
+        ({"decode": "rank"}, "about eviction"),
+        ({"recent_share": 0.5}, "about eviction"),
+        ({"heads": "each"}, "made from attention"),
+        ({"group_pooling": "max_raw", "softmax_scale": 0.5}, "would be ignored"),
+        ({"budget": "unimetric", "metric_row": "scores"}, "metric_row"),
+        ({"budget": "unimetric", "metric_order": "ranking"}, "follows the last query"),
+    ],
+)
+def test_combinations_that_mean_nothing_are_refused_with_the_reason(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        policy_with(policy_from_name("freekv"), settings)
+    with pytest.raises(UsageError, match=r"would be ignored"):
+        policy_with(policy_from_name("prefixkv"), {"tau": 0.5})
+
+
+def test_pages_are_ranked_exactly_where_the_cache_is_on_the_host() -> None:
+    for name, residency in (("prefixkv", "host"), ("freekv", "dropped")):
+        with pytest.raises(UsageError, match="combines score"):
+            dataclasses.replace(policy_from_name(name), residency=residency)
