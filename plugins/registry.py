@@ -1,6 +1,7 @@
 """Every op by name: its spec and its implementations, found by folder."""
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from trt_kv.errors import UnknownNameError
 from trt_kv.opspec import OpSpec
 
 IMPLEMENTATIONS = ("reference", "cpu")
+"""Those that every op has; they take numpy arrays."""
 
 Kernel = Callable[..., tuple[Any, ...]]
 """Takes the spec's inputs and attributes by name, updates states in place, returns the spec's other outputs."""
@@ -37,3 +39,28 @@ def kernel(op: str, implementation: str) -> Kernel:
         raise UnknownNameError("implementation", implementation, IMPLEMENTATIONS)
     run: Kernel = importlib.import_module(f"trt_kv.plugins.{op_specs()[op].folder}.{implementation}").run
     return run
+
+
+def device_kernel(op: str) -> Kernel | None:
+    """The op's kernels for GPUs, which take torch tensors and launch on the current stream; None where there are none: the op
+    has no ``plugins/<op>/triton.py``, or Triton is not installed. Triton is imported when they are first called.
+
+    Raises ``UnknownNameError`` for an op nobody wrote.
+    """
+    if op not in op_specs():
+        raise UnknownNameError("op", op, op_specs())
+    module = f"trt_kv.plugins.{op_specs()[op].folder}.triton"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(module) is None:
+        return None
+    return _Lazy(module)
+
+
+class _Lazy:
+    """``run`` of a module that is imported when it is first called."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def __call__(self, **tensors: Any) -> tuple[Any, ...]:
+        results: tuple[Any, ...] = importlib.import_module(self.module).run(**tensors)
+        return results

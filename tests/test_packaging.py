@@ -136,7 +136,7 @@ def reachable_distributions(root: str, root_extra: str) -> Iterator[NormalizedNa
             child = canonicalize_name(requirement.name)
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
                 continue
-            if child.startswith(("nvidia-", "cuda-", "triton")):
+            if child.startswith(("nvidia-", "cuda-")):
                 continue
             todo += [(child, wanted) for wanted in ("", *requirement.extras)]
 

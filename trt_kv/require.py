@@ -7,9 +7,9 @@ from trt_kv.errors import MissingDependencyError
 
 # By import name, as pyproject.toml has them; a test compares the two.
 BASE = ("click", "numba", "numpy", "onnxruntime", "rich", "tokenizers", "torch")
-EXTRAS = {"build": ("huggingface_hub", "matplotlib", "onnx", "onnxscript", "safetensors")}
+EXTRAS = {"build": ("huggingface_hub", "matplotlib", "onnx", "onnxscript", "safetensors"), "gpu": ("triton",)}
 # Packages that no extra installs, because they are of use on some machines only.
-SEPARATE = ("tensorrt", "tensorrt_rtx", "triton")
+SEPARATE = ("tensorrt", "tensorrt_rtx")
 
 
 def install_command(package: str) -> str | None:

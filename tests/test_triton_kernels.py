@@ -1,0 +1,157 @@
+"""The Triton kernels: in Triton's interpreter they equal the reference, and they compile for every GPU we name.
+
+Numerics on a GPU are in the tests marked ``gpu``. The interpreter runs programs one after the other, so what no test here can
+tell is a race; no kernel has two programs that write one place, or one that reads what another writes.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.rig.buffers import padded, padding_slots
+from tests.test_op_parity import untouched
+from tests.triton_kernels import HALF_TOLERANCE, ROOT, Interpreter, assert_equals_reference, rounded
+from tests.triton_worker import device_outputs
+from trt_kv.opspec import Case, OpSpec, Tolerance
+from trt_kv.plugins.cases import case_inputs
+from trt_kv.plugins.registry import device_kernel
+from trt_kv.plugins.triton_compile import (
+    CAPABILITIES,
+    SHARED_BYTES,
+    compiled,
+    distinct_launches,
+    specs_with_kernels,
+)
+
+SPECS = specs_with_kernels()
+CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases]
+EACH_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+LONG = Case(name="long", cached=(1500, 3, 700, 0), new=(1, 1, 1, 2), dims={"H": 6, "K": 2, "D": 5, "P": 16, "L": 1})
+ONE_TOKEN_KERNELS = ("decode_kernel", "combine_kernel", "append_kernel")
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
+    interpreter = Interpreter(tmp_path_factory.mktemp("interpreter"))
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_kernels_equal_the_reference(interpreter: Interpreter, spec: OpSpec, case: Case) -> None:
+    """And leave the pages of other layers and of nobody as they are."""
+    inputs = case_inputs(spec, case)
+    outputs = interpreter.outputs(spec, inputs)
+    assert_equals_reference(spec, inputs, outputs, spec.tolerance)
+    for state in spec.states:
+        others = untouched(state, inputs)
+        np.testing.assert_array_equal(outputs[f"{state.name}_out"][others], inputs[state.name][others])
+
+
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_kernels_equal_the_reference_in_half_precision(interpreter: Interpreter, spec: OpSpec, case: Case) -> None:
+    inputs = rounded(spec, case_inputs(spec, case), "float16")
+    assert_equals_reference(spec, inputs, interpreter.outputs(spec, inputs, "float16"), HALF_TOLERANCE)
+
+
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_padding_behind_the_last_token_and_sequence_changes_nothing(interpreter: Interpreter, spec: OpSpec, case: Case) -> None:
+    inputs = case_inputs(spec, case)
+    step = padded(inputs, n_tokens=5, n_sequences=2)
+    written = padding_slots(inputs, step, n_tokens=5)
+    assert_equals_reference(spec, inputs, interpreter.outputs(spec, step), spec.tolerance, written)
+
+
+def test_long_sequences_are_attended_to_in_parts(interpreter: Interpreter) -> None:
+    """More tokens than one program takes, beside sequences that leave most parts empty."""
+    from trt_kv.plugins import attention_triton
+
+    spec = SPECS["CachedAttention"]
+    assert attention_triton._n_splits(8, 1552, 132) > 1
+    inputs = case_inputs(spec, LONG)
+    tolerance = Tolerance(atol=1e-4, rtol=1e-4, reason="fp32 sums of 1500 products in another order")
+    assert_equals_reference(spec, inputs, interpreter.outputs(spec, inputs), tolerance)
+
+
+def test_importing_an_op_imports_no_triton() -> None:
+    code = "import sys; from trt_kv.plugins.cached_attention.tensorrt import KERNELS"
+    code += "; print(KERNELS.device, 'triton' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert answer.stdout.startswith("<trt_kv.plugins.registry._Lazy")
+    assert answer.stdout.endswith("False\n")
+
+
+@EACH_SPEC
+def test_kernels_have_the_signature_the_spec_tells(spec: OpSpec) -> None:
+    import importlib
+
+    run = importlib.import_module(f"trt_kv.plugins.{spec.folder}.triton").run
+    assert set(run.__annotations__) - {"return"} == {t.name for t in spec.inputs} | {a.name for a in spec.attributes}
+
+
+@EACH_SPEC
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_compile_for_every_gpu_we_name(spec: OpSpec, capability: int) -> None:
+    """PTX for that GPU, within its shared memory, and decoding spills no register."""
+    for launch in distinct_launches({spec.name: spec}, ["Llama-3.1-8B"], (torch.float16,)):
+        check(launch, capability)
+
+
+@EACH_SPEC
+def test_kernels_compile_for_the_shapes_of_models_in_every_type(spec: OpSpec) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for launch in distinct_launches({spec.name: spec}, ["Llama-3.1-70B", "Llama-3.2-1B"], (dtype,)):
+            check(launch, 90)
+
+
+def check(launch: Any, capability: int) -> None:
+    resources = compiled(launch, capability)
+    assert f".target sm_{capability}" in resources.ptx
+    assert f".visible .entry {launch.name}" in resources.ptx
+    assert resources.shared_bytes <= SHARED_BYTES[capability]
+    if launch.name in ONE_TOKEN_KERNELS:
+        assert resources.local_bytes == 0, f"{launch.name} spills on sm_{capability}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_kernels_on_the_gpu_equal_the_reference(spec: OpSpec, case: Case, dtype: str) -> None:
+    inputs = rounded(spec, case_inputs(spec, case), dtype)
+    tensors = device_outputs(spec.name, inputs, dtype=getattr(torch, dtype), device="cuda")
+    outputs = {n: (t.float() if t.is_floating_point() else t).cpu().numpy() for n, t in tensors.items()}
+    coarse = Tolerance(atol=3e-2, rtol=3e-2, reason="bf16 has 8 bits")
+    assert_equals_reference(
+        spec, inputs, outputs, {"float32": spec.tolerance, "float16": HALF_TOLERANCE, "bfloat16": coarse}[dtype]
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_cached", [1, 31, 5000, 40000])
+def test_lengths_of_real_contexts_on_the_gpu(n_cached: int) -> None:
+    """Against the CPU's kernel: one-token sequences in parts beside a chunk."""
+    from tests.test_op_parity import run
+
+    spec = SPECS["CachedAttention"]
+    case = Case(name="real", cached=(n_cached, 700), new=(1, 300), dims={"H": 32, "K": 8, "D": 128, "P": 32, "L": 1})
+    inputs = case_inputs(spec, case)
+    expected = run(spec, "cpu", inputs)
+    got = device_outputs(spec.name, inputs, dtype=torch.float32, device="cuda")
+    for name in ("out", "lse"):
+        np.testing.assert_allclose(got[name].cpu().numpy(), expected[name], atol=1e-4, rtol=1e-4)
+
+
+@EACH_SPEC
+def test_the_plugin_runs_the_kernels(spec: OpSpec) -> None:
+    """Where TensorRT hands tensors on a GPU to the plugin."""
+    import importlib
+
+    kernels = importlib.import_module(f"trt_kv.plugins.{spec.folder}.tensorrt").KERNELS
+    kernel = device_kernel(spec.name)
+    assert kernel is not None
+    assert vars(kernels.device) == vars(kernel)
