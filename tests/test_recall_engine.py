@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.engines import CHUNK, build_for_test, random_ids, recipe_for
+from tests.engines import CHUNK, build_for_test, interrupted_at_line, random_ids, recipe_for
 from trt_kv.cli import main
 from trt_kv.errors import CapacityError, RecallError, UsageError
 from trt_kv.export.checkpoint import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_from_name
 from trt_kv.policy_settings import policy_with
+from trt_kv.runtime import page_pool, sequence_cache
 from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.recall import streamed, tiered_sequence, working_set
 from trt_kv.runtime.trace import Trace
 
 SETTINGS: dict[str, Any] = {"tokens": 40, "sinks": 5, "recent": 10, "tau": 0.5}
@@ -160,6 +162,24 @@ def test_an_abandoned_stream_gives_everything_back(engine: Engine) -> None:
     next(stream)
     stream._pieces.close()
     assert_nothing_leaked(engine)
+
+
+def test_ctrl_c_in_the_middle_of_a_step_loses_no_page_and_leaves_nothing_waiting(engine: Engine) -> None:
+    """At any line of the bookkeeping of either tier; the same request then gives what it would have given."""
+    prompt = random_ids(engine, CHUNK + 20, seed=1)
+    expected = engine.generate(prompt, max_new_tokens=4)
+    number = 0
+    while interrupted_at_line(
+        number,
+        [streamed, working_set, page_pool, tiered_sequence, sequence_cache],
+        lambda: engine.generate(prompt, max_new_tokens=4),
+        only="attend _read_prompt _before_attention _recall_at_once _recall_ahead _join _submit _write_behind append "
+        "make_room place block_with attended allocate _grow_tables",
+    ):
+        assert_nothing_leaked(engine)
+        number += 11
+    assert number > 1000
+    assert engine.generate(prompt, max_new_tokens=4) == expected
 
 
 def test_closing_stops_the_threads(folder: Path) -> None:

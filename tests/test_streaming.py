@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tests.engines import CHUNK, assert_nothing_leaked, interrupted_at_line, random_ids
 from trt_kv.errors import CapacityError, EngineError
 from trt_kv.presets import PRESETS
-from trt_kv.runtime import kv_pool, model_runner, sequence_cache
+from trt_kv.runtime import model_runner, page_pool, sequence_cache
 from trt_kv.runtime import request as request_module
 from trt_kv.runtime.detokenizer import Detokenizer, load_tokenizer
 from trt_kv.runtime.engine import Engine
@@ -282,7 +282,7 @@ def test_ctrl_c_at_any_line_of_a_step_frees_everything(small_engine: Engine) -> 
     number = 0
     while interrupted_at_line(
         number,
-        [model_runner, sequence_cache, kv_pool, request_module],
+        [model_runner, sequence_cache, page_pool, request_module],
         lambda: small_engine.generate(prompt, max_new_tokens=4),
         only="prefill decode _step append shrink allocate accept _grow_tables _slots _evicts_for_next",
     ):

@@ -24,16 +24,17 @@ class Job:
         self.what = what
         self.done = threading.Event()
         self.error: BaseException | None = None
-        self._after = after
+        self.after = after
         self._work = work
+        self._claim = threading.Lock()
 
     def steps(self) -> Iterator[threading.Event | None]:
         """The work, step by step. Whoever runs it calls ``finish`` in the end."""
-        if self._after is not None:
-            yield self._after.done
-            if self._after.error is not None:
-                raise self._after.error
-            self._after = None
+        if self.after is not None:
+            yield self.after.done
+            if self.after.error is not None:
+                raise self.after.error
+            self.after = None
         yield from self._work()
 
     def finish(self, error: BaseException | None) -> None:
@@ -42,7 +43,9 @@ class Job:
         self.done.set()
 
     def run(self) -> None:
-        """Do the whole work on the current thread, waiting where it waits."""
+        """Do the whole work on the current thread, waiting where it waits; nothing, where another thread has begun it."""
+        if not self._claim.acquire(blocking=False):
+            return
         error: BaseException | None = None
         try:
             for event in self.steps():
@@ -64,7 +67,10 @@ class Copies(Protocol):
         ...
 
     def settle(self, job: Job) -> None:
-        """Return when the job is done. What it waits for has happened, or happens without the caller."""
+        """Return when the job is done, and all before it. What it waits for has happened, or happens without the caller.
+
+        A job that was never submitted is done here.
+        """
         ...
 
     def close(self) -> None:
@@ -73,7 +79,10 @@ class Copies(Protocol):
 
 
 class ThreadedCopies:
-    """Jobs run on background threads, begun in the order in which they came; so no job waits for one that cannot begin."""
+    """Jobs run on background threads, begun in the order in which they came; so no job waits for one that cannot begin.
+
+    Who waits for a job that no thread has begun yet does it himself.
+    """
 
     def __init__(self, n_threads: int = 2) -> None:
         self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="recall")
@@ -82,7 +91,7 @@ class ThreadedCopies:
         self._pool.submit(job.run)
 
     def settle(self, job: Job) -> None:
-        job.done.wait()
+        settle_in_place(job)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -91,18 +100,22 @@ class ThreadedCopies:
 class SynchronousCopies:
     """Nothing overlaps: jobs run when somebody waits for them, in the order in which they came."""
 
-    def __init__(self) -> None:
-        self._waiting: list[Job] = []
-
     def submit(self, job: Job) -> None:
-        self._waiting.append(job)
+        """Nothing yet."""
 
     def settle(self, job: Job) -> None:
-        while not job.done.is_set():
-            self._waiting.pop(0).run()
+        settle_in_place(job)
 
     def close(self) -> None:
         """Nothing runs."""
+
+
+def settle_in_place(job: Job) -> None:
+    """Do a job and those before it on the current thread, or wait for the threads that have begun them."""
+    if (before := job.after) is not None:
+        settle_in_place(before)
+    job.run()
+    job.done.wait()
 
 
 def join(copies: Copies, job: Job) -> None:

@@ -229,6 +229,8 @@ class StreamedRecall:
             working_set = self.sets.pop(row, None)
             self._first_choices.pop(row, None)
             if working_set is not None:
+                if working_set.ticket is not None:
+                    working_set.ticket.attention_done.set()  # a step that was interrupted may not have come to it
                 if working_set.lane is not None:
                     self._copies.settle(working_set.lane)
                 working_set.release()
