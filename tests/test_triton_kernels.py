@@ -4,6 +4,7 @@ Numerics on a GPU are in the tests marked ``gpu``. The interpreter runs programs
 tell is a race; no kernel has two programs that write one place, or one that reads what another writes.
 """
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tests.rig.buffers import padded, padding_slots
-from tests.test_op_parity import untouched
+from tests.test_op_parity import run, untouched
 from tests.triton_kernels import HALF_TOLERANCE, ROOT, Interpreter, assert_equals_reference, rounded
 from tests.triton_worker import device_outputs
 from trt_kv.opspec import Case, OpSpec, Tolerance
@@ -31,8 +32,45 @@ from trt_kv.plugins.triton_compile import (
 SPECS = specs_with_kernels()
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases]
 EACH_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-LONG = Case(name="long", cached=(1500, 3, 700, 0), new=(1, 1, 1, 2), dims={"H": 6, "K": 2, "D": 5, "P": 16, "L": 1})
-ONE_TOKEN_KERNELS = ("decode_kernel", "combine_kernel", "append_kernel")
+PROMPT = tuple(range(299, -1, -1))
+LONG = {
+    "CachedAttention": [
+        Case(name="parts", cached=(1500, 3, 700, 0), new=(1, 1, 1, 2), dims={"H": 6, "K": 2, "D": 5, "P": 16, "L": 1}),
+        Case(name="tiles", cached=(270, 0), new=(70, 33), dims={"H": 3, "K": 1, "D": 6, "P": 7, "L": 1}, in_order=True),
+    ],
+    "TokenScores": [
+        Case(
+            name="tiles_in_order",
+            cached=(0, 90),
+            new=(300, 1),
+            dims={"H": 3, "K": 1, "D": 5, "P": 7, "L": 1},
+            attributes={"per_head": 1, "window": 30, "pooling": 5, "average": 1},
+            values={"prompt_remaining": (*PROMPT, -1)},
+            in_order=True,
+        ),
+        Case(
+            name="tiles_of_own_tokens",
+            cached=(150, 60),
+            new=(20, 3),
+            dims={"H": 4, "K": 2, "D": 5, "P": 16, "L": 1},
+            attributes={"per_head": 1, "pooling": 7},
+            values={"prompt_remaining": (*PROMPT[-20:], *PROMPT[-3:])},
+            own_tokens=True,
+        ),
+        Case(
+            name="shared",
+            cached=(40,),
+            new=(299,),
+            dims={"H": 4, "K": 2, "D": 3, "P": 16, "L": 1},
+            attributes={"generated": 1},
+            values={"prompt_remaining": (*PROMPT[1:-3], -1, -1, -1)},
+        ),
+    ],
+}
+"""More tokens than one program takes: parts that are combined, tiles that look at each other."""
+LONG_CASES = [pytest.param(SPECS[op], case, id=f"{op}-{case.name}") for op, cases in LONG.items() for case in cases]
+LONG_TOLERANCE = Tolerance(atol=1e-4, rtol=1e-4, reason="fp32 sums of 1500 products in another order")
+ONE_TOKEN_KERNELS = ("append_kernel", "combine_kernel", "decode_kernel", "zero_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +105,19 @@ def test_padding_behind_the_last_token_and_sequence_changes_nothing(interpreter:
     assert_equals_reference(spec, inputs, interpreter.outputs(spec, step), spec.tolerance, written)
 
 
-def test_long_sequences_are_attended_to_in_parts(interpreter: Interpreter) -> None:
-    """More tokens than one program takes, beside sequences that leave most parts empty."""
-    from trt_kv.plugins import attention_triton
+@pytest.mark.parametrize(("spec", "case"), LONG_CASES)
+def test_kernels_equal_the_reference_where_work_is_divided(interpreter: Interpreter, spec: OpSpec, case: Case) -> None:
+    inputs = case_inputs(spec, case)
+    assert_equals_reference(spec, inputs, interpreter.outputs(spec, inputs), LONG_TOLERANCE)
 
-    spec = SPECS["CachedAttention"]
-    assert attention_triton._n_splits(8, 1552, 132) > 1
-    inputs = case_inputs(spec, LONG)
-    tolerance = Tolerance(atol=1e-4, rtol=1e-4, reason="fp32 sums of 1500 products in another order")
-    assert_equals_reference(spec, inputs, interpreter.outputs(spec, inputs), tolerance)
+
+def test_a_long_page_table_means_parts() -> None:
+    from trt_kv.plugins.attention_triton import _n_splits
+
+    assert _n_splits(8, 1552, 132) == 4
+    assert _n_splits(8, 255, 132) == 1
+    assert _n_splits(1000, 100_000, 132) == 1
+    assert _n_splits(1, 10_000_000, 132) == 64
 
 
 def test_importing_an_op_imports_no_triton() -> None:
@@ -88,8 +130,6 @@ def test_importing_an_op_imports_no_triton() -> None:
 
 @EACH_SPEC
 def test_kernels_have_the_signature_the_spec_tells(spec: OpSpec) -> None:
-    import importlib
-
     run = importlib.import_module(f"trt_kv.plugins.{spec.folder}.triton").run
     assert set(run.__annotations__) - {"return"} == {t.name for t in spec.inputs} | {a.name for a in spec.attributes}
 
@@ -132,26 +172,38 @@ def test_kernels_on_the_gpu_equal_the_reference(spec: OpSpec, case: Case, dtype:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("spec", "case"), LONG_CASES)
+def test_kernels_on_the_gpu_equal_the_reference_where_work_is_divided(spec: OpSpec, case: Case) -> None:
+    inputs = case_inputs(spec, case)
+    tensors = device_outputs(spec.name, inputs, dtype=torch.float32, device="cuda")
+    assert_equals_reference(spec, inputs, {n: t.cpu().numpy() for n, t in tensors.items()}, LONG_TOLERANCE)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("n_cached", [1, 31, 5000, 40000])
 def test_lengths_of_real_contexts_on_the_gpu(n_cached: int) -> None:
     """Against the CPU's kernel: one-token sequences in parts beside a chunk."""
-    from tests.test_op_parity import run
-
     spec = SPECS["CachedAttention"]
     case = Case(name="real", cached=(n_cached, 700), new=(1, 300), dims={"H": 32, "K": 8, "D": 128, "P": 32, "L": 1})
     inputs = case_inputs(spec, case)
     expected = run(spec, "cpu", inputs)
     got = device_outputs(spec.name, inputs, dtype=torch.float32, device="cuda")
     for name in ("out", "lse"):
-        np.testing.assert_allclose(got[name].cpu().numpy(), expected[name], atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(got[name].cpu().numpy(), expected[name], atol=LONG_TOLERANCE.atol, rtol=LONG_TOLERANCE.rtol)
 
 
 @EACH_SPEC
 def test_the_plugin_runs_the_kernels(spec: OpSpec) -> None:
     """Where TensorRT hands tensors on a GPU to the plugin."""
-    import importlib
-
     kernels = importlib.import_module(f"trt_kv.plugins.{spec.folder}.tensorrt").KERNELS
     kernel = device_kernel(spec.name)
     assert kernel is not None
     assert vars(kernels.device) == vars(kernel)
+
+
+@pytest.mark.slow
+def test_the_table_of_kernels_is_current() -> None:
+    from trt_kv.plugins.triton_compile import kernels_markdown
+
+    current = (ROOT / "docs" / "kernels.md").read_text()
+    assert current == kernels_markdown() + "\n", "run: python -m trt_kv.plugins.triton_compile > docs/kernels.md"
