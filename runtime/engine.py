@@ -314,6 +314,7 @@ def _on_tensorrt(
         manifest.plan,
         manifest.programs["prefill"],
         vocab_size=manifest.config.vocab_size,
+        n_kv_heads=manifest.config.n_kv_heads,
         dtype=manifest.dtype,
     )
     sizes = _pool_sizes(manifest, cache_tokens, tensorrt_engine.free_device_bytes())

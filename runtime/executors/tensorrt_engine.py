@@ -50,7 +50,15 @@ class TensorRtExecutor:
     """
 
     def __init__(
-        self, path: Path, plan: Plan, program: Program, *, vocab_size: int, dtype: str, cuda_graphs: bool = False
+        self,
+        path: Path,
+        plan: Plan,
+        program: Program,
+        *,
+        vocab_size: int,
+        n_kv_heads: int,
+        dtype: str,
+        cuda_graphs: bool = False,
     ) -> None:
         """``cuda_graphs`` needs device kernels in every plugin: what runs on the host cannot be recorded."""
         register_plugins()
@@ -61,7 +69,7 @@ class TensorRtExecutor:
         self._stream = torch.cuda.Stream()
         self._contexts = [self._context(index) for index in range(len(plan.profiles))]
         largest = {axis: max(ranges[axis][2] for ranges in plan.profiles) for axis in plan.profiles[0]}
-        largest |= {"B+1": largest["B"] + 1, "L": len(program), "V": vocab_size}
+        largest |= {"B+1": largest["B"] + 1, "L": len(program), "V": vocab_size, "K": n_kv_heads}
         types = {"float": _TORCH_TYPES[dtype], "float32": torch.float32, "int64": torch.int64}
         states = states_of(program)
         self._buffers = {
@@ -81,14 +89,19 @@ class TensorRtExecutor:
     def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
         """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than the plan was built for."""
         sizes = {"N": len(step.input_ids), "R": len(step.logit_rows), "B": len(step.cu_tokens) - 1}
-        sizes |= {"T": step.page_table.shape[2], "M": pool.n_pages}
+        sizes |= {"T": step.page_table.shape[2], "M": pool.n_pages, "U": pool.n_pages}
         index = profile_index(self._plan.profiles, sizes, newest_first=phase == "decode")
         context = self._contexts[index]
         with torch.cuda.stream(self._stream):
             self._bind(context, step, pool)
             self._execute((index, *sizes.values(), states_address(pool)), context)
             logits = self._buffers["logits"][: sizes["R"] * self._vocab_size].view(sizes["R"], -1).float().cpu().numpy()
-            return StepResult(logits=logits, kept=self._kept(step), found_budget=self._found_budget(step))
+            return StepResult(
+                logits=logits,
+                kept=self._kept(step),
+                found_budget=self._found_budget(step),
+                corrected=self._corrected(step, pool),
+            )
 
     def _context(self, index: int) -> Any:
         context = self._engine.create_execution_context()
@@ -143,12 +156,17 @@ class TensorRtExecutor:
         found = self._result("budget", np.full(step.kv_len.shape, -1))
         return np.where(step.evict == 1, found, -1)
 
+    def _corrected(self, step: Step, pool: KvPool) -> Ints:
+        shape = (*step.kv_len.shape, pool.kv.shape[2])
+        return self._result("corrected", np.zeros(shape, np.int64))
+
     def _result(self, name: str, otherwise: Ints) -> Ints:
-        """What the layers' ops made under ``name``, [L, B]; ``otherwise`` in layers that make nothing."""
+        """What the layers' ops made under ``name``, [L, ...]; ``otherwise`` in layers that make nothing."""
         values = otherwise.copy()
         for layer in range(len(self._program)):
             if f"{name}_{layer}" in results_of(self._program):
-                values[layer] = self._buffers[f"{name}_{layer}"][: values.shape[1]].cpu().numpy()
+                made = self._buffers[f"{name}_{layer}"][: values[layer].size].cpu().numpy()
+                values[layer] = made.reshape(values[layer].shape)
         return values
 
 
