@@ -57,21 +57,23 @@ def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Floats, n_chosen: int
 def page_values(
     probe_HD: Floats, pages_J: Ints, summaries: Floats, softmax: bool, maximum: bool, softmax_scale: np.float32
 ) -> Floats:
-    """[K, J] fp32: what each KV head ranks pages by; a page-head's summary is read once for the whole query group."""
+    """[K, J] fp32: what each KV head ranks pages by; summaries are read once, in order, for the whole query group."""
     n_kv_heads, _, head_size = summaries.shape[1:]
     group = len(probe_HD) // n_kv_heads
     n_pages = len(pages_J)
     values_KJ = np.empty((n_kv_heads, n_pages), np.float32)
-    bounds_GJ = np.empty((group, n_pages), np.float32)
-    for head in range(n_kv_heads):
-        for j in range(n_pages):
-            page = pages_J[j]
+    bounds_KGJ = np.empty((n_kv_heads, group, n_pages), np.float32)
+    for j in range(n_pages):
+        page = pages_J[j]
+        for head in range(n_kv_heads):
             for g in range(group):
                 bound = np.float32(0.0)
                 for d in range(head_size):
                     x = probe_HD[head * group + g, d]
                     bound += max(x * summaries[page, head, 0, d], x * summaries[page, head, 1, d])
-                bounds_GJ[g, j] = bound
+                bounds_KGJ[head, g, j] = bound
+    for head in range(n_kv_heads):
+        bounds_GJ = bounds_KGJ[head]
         if softmax:
             for g in range(group):
                 largest = bounds_GJ[g].max()
@@ -91,9 +93,26 @@ def page_values(
 
 @numba.njit(nogil=True, cache=True)
 def _best(values_KJ: Floats, n_chosen: int) -> Ints:
-    """Indices of each row's ``n_chosen`` largest values, ascending; among equal ones the lower index is chosen."""
+    """Indices of each row's ``n_chosen`` largest values, ascending; among equal ones the lower index is chosen.
+
+    What is not a number is chosen last. Whatever is above the ``n_chosen``-th largest value is in, and the first ones equal to
+    it fill the rest: nothing is sorted, which at thousands of pages took longer than computing their values.
+    """
+    n_pages = values_KJ.shape[1]
     chosen_KC = np.empty((len(values_KJ), n_chosen), np.int64)
     for head in range(len(values_KJ)):
-        order = np.argsort(-values_KJ[head], kind="mergesort")
-        chosen_KC[head] = np.sort(order[:n_chosen])
+        values_J = values_KJ[head]
+        if np.isnan(values_J).any():
+            order = np.argsort(-values_J, kind="mergesort")
+            chosen_KC[head] = np.sort(order[:n_chosen])
+            continue
+        least = np.partition(values_J, n_pages - n_chosen)[n_pages - n_chosen]
+        n_equal = n_chosen - (values_J > least).sum()
+        at = 0
+        for j in range(n_pages):
+            is_equal = values_J[j] == least and n_equal > 0
+            if is_equal or values_J[j] > least:
+                chosen_KC[head, at] = j
+                at += 1
+                n_equal -= is_equal
     return chosen_KC
