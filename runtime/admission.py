@@ -8,7 +8,7 @@ from trt_kv.errors import CapacityError
 from trt_kv.layer_budget import LayerBudget
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.page_pool import PagePool
-from trt_kv.runtime.recall.streamed import staging_slots
+from trt_kv.runtime.recall.layer_streams import staging_slots
 from trt_kv.runtime.request import Request
 
 

@@ -20,7 +20,8 @@ from trt_kv.policies import policy_from_name
 from trt_kv.policy_settings import policy_with
 from trt_kv.runtime import page_pool, sequence_cache
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.recall import streamed, tiered_sequence, working_set
+from trt_kv.runtime.recall import layer_streams, streamed, tiered_sequence, working_set
+from trt_kv.runtime.request import Generation
 from trt_kv.runtime.trace import Trace
 
 SETTINGS: dict[str, Any] = {"tokens": 40, "sinks": 5, "recent": 10, "tau": 0.5}
@@ -104,6 +105,7 @@ def test_a_request_that_fits_neither_tier_is_refused_before_it_starts(folder: Pa
 def test_the_tiers_that_a_refusal_asks_for_are_enough(folder: Path) -> None:
     """Loaded as the two refusals say, and no larger, the engine serves the batch to its end."""
     sizes = {"cache_tokens": 50, "host_tokens": 50}
+    results: list[Generation] = []
     for _ in range(3):
         with load(folder, **sizes) as engine:
             prompts = [random_ids(engine, n, seed=n) for n in (95, 14, 60)]
@@ -112,7 +114,6 @@ def test_the_tiers_that_a_refusal_asks_for_are_enough(folder: Path) -> None:
             except CapacityError as refusal:
                 (asked_for,) = re.findall(r"(cache_tokens|host_tokens)=(\d+)", str(refusal))
                 sizes[asked_for[0]] = int(asked_for[1])
-                results = []
             assert_nothing_leaked(engine)
     assert [len(result.token_ids) for result in results] == [30, 30, 30]
 
@@ -171,9 +172,9 @@ def test_ctrl_c_in_the_middle_of_a_step_loses_no_page_and_leaves_nothing_waiting
     number = 0
     while interrupted_at_line(
         number,
-        [streamed, working_set, page_pool, tiered_sequence, sequence_cache],
+        [streamed, layer_streams, working_set, page_pool, tiered_sequence, sequence_cache],
         lambda: engine.generate(prompt, max_new_tokens=4),
-        only="attend _read_prompt _before_attention _recall_at_once _recall_ahead _join _submit _write_behind append "
+        only="attend read_prompt before_attention _recall_at_once recall_ahead join _submit _write_behind append "
         "make_room place block_with attended allocate _grow_tables",
     ):
         assert_nothing_leaked(engine)

@@ -16,9 +16,9 @@ from trt_kv.errors import RecallError, TrtKvError
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention import choice as choices
 from trt_kv.policy import Policy
-from trt_kv.runtime.recall import background, streamed
+from trt_kv.runtime.recall import background, layer_streams
 from trt_kv.runtime.recall.background import Copies, Job, SynchronousCopies
-from trt_kv.runtime.recall.streamed import StreamedRecall
+from trt_kv.runtime.recall.layer_streams import LayerStreams
 from trt_kv.runtime.recall.working_set import Move, Ticket, WorkingSet
 
 MODEL = RandomModel(steadiness=0.6)
@@ -38,16 +38,16 @@ def streams_like_the_op(copies: Copies, *, policy: Policy = POLICY, model: Rando
 def test_1_a_recall_begins_when_its_query_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Published: nothing makes the recall stream wait for the query (and the summaries) of its own step."""
     assert streams_like_the_op(StepwiseCopies(eagerness=1.0))
-    recall_ahead = StreamedRecall._recall_ahead
+    recall_ahead = LayerStreams.recall_ahead
     earlier: dict[int, np.ndarray] = {}
 
-    def with_the_query_before(self: StreamedRecall, working_set: WorkingSet, *arguments: Any) -> None:
+    def with_the_query_before(self: LayerStreams, working_set: WorkingSet, *arguments: Any) -> None:
         own = working_set.query_HD
         working_set.query_HD = earlier.get(id(working_set), own)
         recall_ahead(self, working_set, *arguments)
         working_set.query_HD = earlier[id(working_set)] = own
 
-    monkeypatch.setattr(StreamedRecall, "_recall_ahead", with_the_query_before)
+    monkeypatch.setattr(LayerStreams, "recall_ahead", with_the_query_before)
     assert not streams_like_the_op(StepwiseCopies(eagerness=1.0))
 
 
@@ -58,7 +58,7 @@ def test_2_a_slot_is_not_overwritten_while_attention_reads_it(monkeypatch: pytes
     def without_waiting(moves: list[Move], _ticket: Ticket) -> Iterator[Move | Event]:
         yield from moves
 
-    monkeypatch.setattr(streamed, "in_turn", without_waiting)
+    monkeypatch.setattr(layer_streams, "in_turn", without_waiting)
     assert not streams_like_the_op(StepwiseCopies(eagerness=1.0))
 
 
@@ -87,7 +87,7 @@ def test_4_a_ticket_owns_what_it_says_about_its_layer(monkeypatch: pytest.Monkey
         shared.held_KS = held_KS
         return shared
 
-    monkeypatch.setattr(streamed, "Ticket", the_only_ticket)
+    monkeypatch.setattr(layer_streams, "Ticket", the_only_ticket)
     assert not streams_like_the_op(StepwiseCopies(eagerness=0.0))
 
 
@@ -118,7 +118,7 @@ def test_6_an_error_in_the_background_surfaces_where_its_layer_joins(monkeypatch
         return False
 
     assert fails()
-    monkeypatch.setattr(streamed, "join", lambda copies, job: copies.settle(job))
+    monkeypatch.setattr(layer_streams, "join", lambda copies, job: copies.settle(job))
     assert not fails()
 
 

@@ -15,31 +15,12 @@ from trt_kv.manifest import Plan
 from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, results_of, states_of
 from trt_kv.plugins.tensorrt_base import OpPlugin, register_plugins, trt
 from trt_kv.program import Program
+from trt_kv.runtime.device_pool import TORCH_TYPES, DeviceKvPool
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.step import Ints, Step, StepResult
 
 Ranges = Mapping[str, tuple[int, int, int]]
-_TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class CudaKvPool(KvPool):
-    """A KV pool on the GPU. What reads it from the host (scores, per-request budgets) is refused by the model runner."""
-
-    on_host = False
-
-    def __init__(
-        self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int, dtype: str, n_query_heads: int = 0
-    ) -> None:
-        super().__init__(
-            n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size, n_query_heads=n_query_heads
-        )
-        # The host arrays were reserved, never touched, and go with the assignment.
-        self.kv = torch.empty(self.kv.shape, dtype=_TORCH_TYPES[dtype], device="cuda")  # type: ignore[assignment]
-        self.token_positions = torch.empty(self.token_positions.shape, dtype=torch.int64, device="cuda")  # type: ignore[assignment]
-        self.scores = torch.empty(self.scores.shape, device="cuda")  # type: ignore[assignment]
-        for name in ("summaries", "last_query"):
-            shape = getattr(self, name).shape
-            setattr(self, name, torch.empty(shape, dtype=_TORCH_TYPES[dtype], device="cuda"))
+CudaKvPool = DeviceKvPool
 
 
 class TensorRtExecutor:
@@ -70,7 +51,7 @@ class TensorRtExecutor:
         self._contexts = [self._context(index) for index in range(len(plan.profiles))]
         largest = {axis: max(ranges[axis][2] for ranges in plan.profiles) for axis in plan.profiles[0]}
         largest |= {"B+1": largest["B"] + 1, "L": len(program), "V": vocab_size, "K": n_kv_heads}
-        types = {"float": _TORCH_TYPES[dtype], "float32": torch.float32, "int64": torch.int64}
+        types = {"float": TORCH_TYPES[dtype], "float32": torch.float32, "int64": torch.int64}
         states = states_of(program)
         self._buffers = {
             name: torch.empty(int(np.prod([largest[axis] for axis in t.axes])), dtype=types[t.dtype], device="cuda")
