@@ -1,5 +1,7 @@
 """A KV pool in the memory of a torch device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,12 @@ class DeviceKvPool(KvPool):
     scores: Tensor  # type: ignore[assignment]
     summaries: Tensor  # type: ignore[assignment]
     last_query: Tensor  # type: ignore[assignment]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """``states`` as what they are here."""
+        states: dict[str, Any] = self.states
+        return states
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

@@ -21,6 +21,7 @@ from trt_kv.runtime.step import Ints, Step, StepResult
 
 Ranges = Mapping[str, tuple[int, int, int]]
 CudaKvPool = DeviceKvPool
+"""The pool of engines on TensorRT; its device is "cuda" where nobody says otherwise."""
 
 
 class TensorRtExecutor:

@@ -1,0 +1,168 @@
+"""Whole steps on one device with torch: the decoder module and the ops' device kernels; on GPUs decode steps as CUDA graphs.
+
+What of it has run on a GPU stands in benchmarks/README.md.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trt_kv.errors import UsageError
+from trt_kv.program import Program
+from trt_kv.runtime.device_ops import DeviceOps, Tensors
+from trt_kv.runtime.device_pool import DeviceKvPool
+from trt_kv.runtime.executors.step_buffers import StepBuffers, StepSizes
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.step import Step, StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recorded:
+    """A step as a CUDA graph, and where its results are after a replay."""
+
+    graph: torch.cuda.CUDAGraph
+    results: Tensors
+
+
+class TorchDeviceExecutor:
+    """Runs the steps of one pool on the pool's device. See ``StepExecutor``.
+
+    A step's tensors go there with one copy and its results come back with one wait; in between the host only launches. Page
+    tables are padded to widths that are powers of 2, decode steps also to batches that are; what pads a step writes to the
+    pool's spare page.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        programs: Mapping[str, Program],
+        pool: DeviceKvPool,
+        largest: StepSizes,
+        *,
+        cuda_graphs: bool | None = None,
+    ) -> None:
+        """``decoder(input_ids, positions, logit_rows, attend) -> logits`` has parameters of the pool's type and is moved to the
+        pool's device. ``largest`` sizes the buffers. ``cuda_graphs`` records decode steps; None: where the device is a GPU.
+
+        Raises ``UsageError`` for what does not fit together, ``EngineError`` for an op without kernels for devices.
+        """
+        on_gpu = pool.device.type == "cuda"
+        spare_slot = _spare_slot(decoder, pool)
+        if cuda_graphs and not on_gpu:
+            raise UsageError("only GPUs replay CUDA graphs", got=str(pool.device), expected="a pool on cuda")
+        self._pool = pool
+        self._largest = largest
+        self._decoder = decoder.to(pool.device).eval()
+        self._ops = {phase: DeviceOps(program, pool) for phase, program in programs.items()}
+        self._buffers = {
+            phase: StepBuffers(ops.step_tensors, largest, n_layers=ops.n_layers, spare_slot=spare_slot, device=pool.device)
+            for phase, ops in self._ops.items()
+        }
+        self._stream = torch.cuda.Stream(pool.device) if on_gpu else None
+        self._graphs: dict[StepSizes, _Recorded] | None = {} if on_gpu and cuda_graphs is not False else None
+        self._graph_memory = None if self._graphs is None else torch.cuda.graph_pool_handle()
+
+    @property
+    def description(self) -> str:
+        device = self._pool.device
+        on = torch.cuda.get_device_name(device) if self._stream is not None else f"the {device.type.upper()}"
+        return f"torch {torch.__version__} on {on}{'' if self._graphs is None else ', CUDA graphs'}"
+
+    @property
+    def n_graphs(self) -> int:
+        """How many decode steps have been recorded, one per bucket."""
+        return len(self._graphs or {})
+
+    def warm_up(self) -> None:
+        """Compile the kernels that the smallest steps launch, by steps of nothing but padding."""
+        smallest = StepSizes(n_tokens=1, n_rows=1, n_sequences=1, table_width=1)
+        for phase in self._ops:
+            sizes = smallest if phase == "decode" or self._largest.n_tokens < 2 else smallest.with_tokens(2)
+            with self._on_stream():
+                self._launch(phase, None, sizes)
+                self._wait()
+
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+        """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than what memory was planned for."""
+        if pool is not self._pool:
+            raise UsageError("an executor on a device runs the steps of its own pool", fix="make one executor per pool")
+        sizes = StepSizes.of(step, pool.page_size)
+        sizes.check_within(self._largest)
+        bucket = sizes.bucket(self._largest, one_token_each=phase == "decode")
+        with self._on_stream():
+            recorded = self._graphs is not None and phase == "decode"
+            results = self._replay(step, bucket) if recorded else self._launch(phase, step, bucket)
+            # To pinned memory, where the device is a GPU.
+            on_host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in results.items()}
+            self._wait()
+        return self._result(phase, step, {name: tensor.numpy() for name, tensor in on_host.items()})
+
+    def _launch(self, phase: str, step: Step | None, sizes: StepSizes) -> Tensors:
+        self._buffers[phase].fill(step, sizes)
+        return self._compute(phase, self._buffers[phase].views(sizes))
+
+    def _replay(self, step: Step, sizes: StepSizes) -> Tensors:
+        assert self._graphs is not None
+        if sizes not in self._graphs:
+            self._graphs[sizes] = self._record(sizes)
+        recorded = self._graphs[sizes]
+        self._buffers["decode"].fill(step, sizes)
+        recorded.graph.replay()
+        return recorded.results
+
+    def _record(self, sizes: StepSizes) -> _Recorded:
+        """Record a decode step, after one of nothing but padding has compiled what it launches."""
+        self._launch("decode", None, sizes)
+        self._wait()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=self._stream, capture_error_mode="thread_local"):
+            results = self._compute("decode", self._buffers["decode"].views(sizes))
+        return _Recorded(graph=graph, results=results)
+
+    @torch.inference_mode()
+    def _compute(self, phase: str, tensors: Tensors) -> Tensors:
+        """All that happens on the device in a step. Nothing here may wait for it."""
+        attend = self._ops[phase].for_step(tensors)
+        logits = self._decoder(tensors["input_ids"], tensors["positions"], tensors["logit_rows"], attend)
+        return attend.results | {"logits": logits.float()}
+
+    def _result(self, phase: str, step: Step, values: Mapping[str, np.ndarray]) -> StepResult:
+        """``values`` without what padded the step; what an op makes in some layers only has its default in the others."""
+        n_layers, n_sequences = step.kv_len.shape
+        results = {
+            "kept": step.kv_len.copy(),
+            "budget": np.full(step.kv_len.shape, -1),
+            "corrected": np.zeros((n_layers, n_sequences, self._pool.kv.shape[2]), np.int64),
+        }
+        makers = self._ops[phase].makers
+        for name, layers in makers.items():
+            results[name][layers] = values[name][:, :n_sequences]
+        return StepResult(
+            logits=values["logits"][: len(step.logit_rows)],
+            kept=results["kept"],
+            found_budget=np.where(step.evict == 1, results["budget"], -1),
+            corrected=results["corrected"] if "corrected" in makers else None,
+        )
+
+    def _on_stream(self) -> Any:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+def _spare_slot(decoder: nn.Module, pool: DeviceKvPool) -> int:
+    """The slot that padding writes to. ``UsageError`` where decoder and pool do not fit together."""
+    types = {parameter.dtype for parameter in decoder.parameters()}
+    if types != {pool.dtype}:
+        raise UsageError("the decoder and the pool have different types", got=sorted(map(str, types)), expected=str(pool.dtype))
+    if pool.spare_page is None:
+        raise UsageError("steps are padded, and padding needs a place", fix="make the pool with spare_page=True")
+    return pool.spare_page * pool.page_size
