@@ -66,11 +66,34 @@ LONG = {
             values={"prompt_remaining": (*PROMPT[1:-3], -1, -1, -1)},
         ),
     ],
+    "RecallAttention": [
+        Case(
+            name="thousands_of_pages",
+            cached=(4300, 700, 1500),
+            new=(1, 1, 1),
+            dims={"H": 4, "K": 2, "D": 3, "P": 1, "L": 1},
+            attributes={"kept_share": 0.0, "kept_tokens": 900, "sinks": 3, "recent": 7, "tau": 0.0, "pooling": 2},
+            values={"prompt_remaining": (-1, -1, -1)},
+            in_order=True,
+        ),
+        Case(
+            name="thousands_of_equal_pages",
+            cached=(3000,),
+            new=(1,),
+            dims={"H": 3, "K": 3, "D": 5, "P": 2, "L": 1},
+            attributes={"kept_share": 0.6, "recent": 70},
+            values={"prompt_remaining": (-1,), "summaries": (0.0,), "prompt_len": (2900,)},
+            in_order=True,
+        ),
+    ],
 }
 """More tokens than one program takes: parts that are combined, tiles that look at each other."""
 LONG_CASES = [pytest.param(SPECS[op], case, id=f"{op}-{case.name}") for op, cases in LONG.items() for case in cases]
 LONG_TOLERANCE = Tolerance(atol=1e-4, rtol=1e-4, reason="fp32 sums of 1500 products in another order")
-ONE_TOKEN_KERNELS = ("append_kernel", "combine_kernel", "decode_kernel", "zero_kernel")
+ONE_TOKEN_KERNELS = (
+    *("append_kernel", "combine_kernel", "decode_kernel", "zero_kernel"),
+    *("bound_kernel", "choose_kernel", "count_kernel", "drift_kernel", "summary_kernel", "table_kernel"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,211 @@
+"""RecallAttention on the GPU: summaries of pages that fill, a choice of pages per KV head, attention over a table of each head.
+
+Each piece can be called alone, by those who keep the pool elsewhere.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trt_kv.plugins.attention_triton import append_tokens, attend_chunks, attend_one, sequence_of_tile
+from trt_kv.plugins.recall_attention.choice_triton import PageCounts, choose_pages, drifted, page_counts
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.plugins.triton_launch import launch, power_of_2
+
+
+@triton.jit(
+    do_not_specialize=["table_stride_b", "n_sequences"], do_not_specialize_on_alignment=["cu_ptr", "table_ptr", "len_ptr"]
+)
+def summary_kernel(
+    cu_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    len_ptr: tl.tensor,
+    kv_ptr: tl.tensor,
+    summaries_ptr: tl.tensor,
+    table_stride_b: tl.tensor,
+    n_sequences: tl.tensor,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    DEVIATION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+) -> None:
+    """One program per (page that a sequence may have filled in this step, KV head)."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    b = sequence_of_tile(cu_ptr, tile, n_sequences, P)
+    begin = tl.load(cu_ptr + b)
+    n = tl.load(len_ptr + b)
+    n_new = tl.load(cu_ptr + b + 1) - begin
+    j = (n - n_new) // P + (tile - begin // P - b)
+    if j >= n // P:
+        return
+    page = tl.load(table_ptr + b * table_stride_b + j)
+    kv_ptr += (page * 2 * K + head) * P * D
+    d = tl.arange(0, BLOCK_D)
+    lo = tl.full([BLOCK_D], float("inf"), tl.float32)
+    hi = tl.full([BLOCK_D], float("-inf"), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < P)[:, None] & (d < D)[None, :]
+        k = tl.load(kv_ptr + p[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        lo = tl.minimum(lo, tl.min(tl.where(mask, k, float("inf")), 0))
+        hi = tl.maximum(hi, tl.max(tl.where(mask, k, float("-inf")), 0))
+    if DEVIATION:
+        middle = (lo + hi) / 2
+        deviation = tl.zeros([BLOCK_D], tl.float32)
+        for start in range(0, P, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            mask = (p < P)[:, None] & (d < D)[None, :]
+            k = tl.load(kv_ptr + p[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            deviation += tl.sum(tl.where(mask, tl.abs(k - middle[None, :]), 0.0), 0)
+        lo = middle - deviation / P
+        hi = middle + deviation / P
+    to = summaries_ptr + (page * K + head) * 2 * D + d
+    tl.store(to, lo.to(summaries_ptr.dtype.element_ty), mask=d < D)
+    tl.store(to + D, hi.to(summaries_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(
+    do_not_specialize=["table_stride_b", "n_table", "sink_pages"],
+    do_not_specialize_on_alignment=["table_ptr", "len_ptr", "n_chosen_ptr", "attended_ptr"],
+)
+def table_kernel(
+    table_ptr: tl.tensor,
+    len_ptr: tl.tensor,
+    n_chosen_ptr: tl.tensor,
+    attended_ptr: tl.tensor,
+    chosen_ptr: tl.tensor,
+    head_table_ptr: tl.tensor,
+    table_stride_b: tl.tensor,
+    n_table: tl.tensor,
+    sink_pages: tl.tensor,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+) -> None:
+    """One program per (sequence, KV head): the pages it attends to, sinks, chosen ones and the newest, in order."""
+    b = tl.program_id(0)
+    row = b.to(tl.int64) * K + tl.program_id(1)
+    n_pages = tl.cdiv(tl.load(len_ptr + b), P).to(tl.int32)
+    n_attended = tl.cdiv(tl.load(attended_ptr + b), P).to(tl.int32)
+    n_chosen = tl.load(n_chosen_ptr + b).to(tl.int32)
+    for start in range(0, n_attended, BLOCK_J):
+        i = start + tl.arange(0, BLOCK_J)
+        is_chosen = (i >= sink_pages) & (i < sink_pages + n_chosen)
+        chosen = tl.load(chosen_ptr + row * n_table + i - sink_pages, mask=is_chosen, other=0)
+        others = tl.where(i < sink_pages, i, n_pages - n_attended + i)
+        page = tl.load(table_ptr + b * table_stride_b + tl.where(is_chosen, chosen, others), mask=i < n_attended, other=0)
+        tl.store(head_table_ptr + row * n_table + i, page, mask=i < n_attended)
+
+
+def run(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cu_tokens: Tensor,
+    prompt_remaining: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    kv_len: Tensor,
+    prompt_len: Tensor,
+    found_budget: Tensor,
+    query_rows: Tensor,
+    kv: Tensor,
+    token_positions: Tensor,
+    summaries: Tensor,
+    last_query: Tensor,
+    layer: int,
+    scale: float,
+    page_size: int,
+    kept_share: float = 1.0,
+    kept_tokens: int = 0,
+    sinks: int = 0,
+    recent: int = 1,
+    tau: float = 0.8,
+    summary: int = 0,
+    pooling: int = 0,
+    softmax_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Spec: ``spec.py``. Returns (out [N, H, D], lse [N, H], corrected [B, K]); updates the states in place.
+
+    Launches on the current stream and does not wait. Rows behind the last sequence's are left as they were allocated.
+    """
+    append_tokens(kv, token_positions, slots[layer], k, v, positions)
+
+    q = q.contiguous()
+    table_BT, len_B = page_table[layer], kv_len[layer]
+    limits = PageLimits(page_size=page_size, sinks=sinks, recent=recent)
+    summaries_of_filled(kv, summaries, cu_tokens, table_BT, len_B, len(q), summary)
+    corrected_BK, probe_BHD = drifted(q, cu_tokens, prompt_remaining, query_rows[layer], last_query, kv.shape[2], tau)
+    counts = page_counts(cu_tokens, prompt_remaining, len_B, prompt_len, found_budget[layer], limits, kept_share, kept_tokens)
+    chosen_BKT = choose_pages(probe_BHD, summaries, table_BT, counts, limits.n_sinks, pooling, softmax_scale)
+
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    attend_chosen(q, cu_tokens, table_BT, len_B, kv, counts, chosen_BKT, limits.n_sinks, scale, out, lse)
+    attend_chunks(q, positions, cu_tokens, table_BT, counts.prompt, kv, token_positions, scale, out, lse, min_new=1)
+    return out, lse, corrected_BK
+
+
+def summaries_of_filled(
+    kv: Tensor, summaries: Tensor, cu_tokens: Tensor, table_BT: Tensor, kv_len_B: Tensor, n_tokens: int, summary: int
+) -> None:
+    """Write the summaries of the pages that the last of this step's ``n_tokens`` tokens, already in ``kv``, have filled."""
+    n_kv_heads, page_size, head_size = kv.shape[2:]
+    launch(
+        summary_kernel,
+        (n_tokens // page_size + len(kv_len_B), n_kv_heads),
+        cu_ptr=cu_tokens,
+        table_ptr=table_BT,
+        len_ptr=kv_len_B,
+        kv_ptr=kv,
+        summaries_ptr=summaries,
+        table_stride_b=table_BT.stride(0),
+        n_sequences=len(kv_len_B),
+        K=n_kv_heads,
+        P=page_size,
+        D=head_size,
+        DEVIATION=summary,
+        BLOCK_D=power_of_2(head_size),
+        BLOCK_P=min(32, power_of_2(page_size)),
+    )
+
+
+def attend_chosen(
+    q_NHD: Tensor,
+    cu_tokens: Tensor,
+    table_BT: Tensor,
+    kv_len_B: Tensor,
+    kv: Tensor,
+    counts: PageCounts,
+    chosen_BKT: Tensor,
+    n_sinks: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """The query of each generated token attends to the sinks, the newest pages and those that its KV head has chosen."""
+    n_sequences, n_kv_heads, n_table = chosen_BKT.shape
+    head_table_BKT = torch.empty_like(chosen_BKT)
+    launch(
+        table_kernel,
+        (n_sequences, n_kv_heads),
+        table_ptr=table_BT,
+        len_ptr=kv_len_B,
+        n_chosen_ptr=counts.chosen,
+        attended_ptr=counts.attended,
+        chosen_ptr=chosen_BKT,
+        head_table_ptr=head_table_BKT,
+        table_stride_b=table_BT.stride(0),
+        n_table=n_table,
+        sink_pages=n_sinks,
+        K=n_kv_heads,
+        P=kv.shape[3],
+        BLOCK_J=128,
+    )
+    attend_one(q_NHD, cu_tokens, head_table_BKT, counts.attended, kv, scale, out, lse)
