@@ -17,7 +17,7 @@ import torch
 
 from trt_kv.opspec import OpSpec
 from trt_kv.plugins.registry import device_kernel, op_specs
-from trt_kv.plugins.triton_launch import Launch, recording
+from trt_kv.plugins.triton_launch import OPTIONS, Launch, recording
 from trt_kv.require import require
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -98,7 +98,7 @@ def compiled(launch: Launch, capability: int) -> Resources:
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, **OPTIONS}
     kernel = triton.compile(source, target=backends.GPUTarget("cuda", capability, 32), options=options)
     registers, local_bytes = _registers_and_stack(kernel.asm["cubin"])
     return Resources(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+OPTIONS = {"enable_fp_fusion": True}
+"""For every kernel, whatever the default of the Triton release is: multiply-adds are rounded once."""
 _PROCESSORS_WITHOUT_GPU = 132
 """What a launch is planned for where tensors are on no GPU: the streaming multiprocessors of a large one."""
 
@@ -56,7 +58,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *, warps: int = 4, stages: int = 
         return
     launches = _recorded.get()
     if launches is None:
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages, **OPTIONS)
     else:
         launches.append(_launch_of(kernel, arguments, warps, stages))
 

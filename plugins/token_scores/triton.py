@@ -23,14 +23,8 @@ def zero_kernel(slots_ptr: tl.tensor, scores_ptr: tl.tensor, K: tl.constexpr, P:
     tl.store(scores_ptr + (slot // P * K + heads) * P + slot % P, tl.zeros([BLOCK_K], tl.float32), mask=heads < K)
 
 
-@triton.jit
-def counts(remaining: tl.tensor, window: tl.tensor, generated: tl.tensor) -> tl.tensor:
-    """Whether queries of tokens with so many prompt tokens behind them count."""
-    return ((remaining >= 0) & ((remaining < window) | (window == 0))) | ((remaining == -1) & (generated != 0))
-
-
 @triton.jit(
-    do_not_specialize=["table_stride_b", "window", "generated"],
+    do_not_specialize=["table_stride_b", "counted_from", "counted_to"],
     do_not_specialize_on_alignment=["positions_ptr", "cu_ptr", "remaining_ptr", "table_ptr", "len_ptr"],
 )
 def receive_kernel(
@@ -46,8 +40,8 @@ def receive_kernel(
     scores_ptr: tl.tensor,
     scale: tl.tensor,
     table_stride_b: tl.tensor,
-    window: tl.tensor,
-    generated: tl.tensor,
+    counted_from: tl.tensor,
+    counted_to: tl.tensor,
     H: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -61,6 +55,7 @@ def receive_kernel(
     """One program per (BLOCK_S tokens of a sequence, sequence, KV head), or for all KV heads where these share their scores.
 
     Keys ask and queries answer: a tile of keys stays, queries stream by, from the first that counts and sees one of the keys.
+    A query counts that has ``counted_from`` to ``counted_to`` - 1 prompt tokens behind it.
     """
     b = tl.program_id(1)
     first_slot = tl.program_id(0) * BLOCK_S
@@ -86,7 +81,7 @@ def receive_kernel(
         row = start + tl.arange(0, 256)
         asked = tl.load(positions_ptr + begin + row, mask=row < n_new, other=-1)
         remaining = tl.load(remaining_ptr + begin + row, mask=row < n_new, other=-2)
-        is_useful = (row < n_new) & counts(remaining, window, generated) & (asked >= oldest)
+        is_useful = (remaining >= counted_from) & (remaining < counted_to) & (asked >= oldest)
         low = tl.minimum(low, tl.min(tl.where(is_useful, row, n_new), 0))
         high = tl.maximum(high, tl.max(tl.where(is_useful, row + 1, 0), 0))
     if high == 0:
@@ -103,7 +98,7 @@ def receive_kernel(
             token = begin + row
             asked = tl.load(positions_ptr + token, mask=is_row, other=-1)
             remaining = tl.load(remaining_ptr + token, mask=is_row, other=-2)
-            is_counted = is_row & counts(remaining, window, generated)
+            is_counted = (remaining >= counted_from) & (remaining < counted_to)
             at_row = token * H + head * G + m % G
             q = tl.load(q_ptr + at_row[None, :] * D + d[:, None], mask=is_counted[None, :] & (d < D)[:, None], other=0.0)
             lse = tl.load(lse_ptr + at_row, mask=is_counted, other=0.0)
@@ -287,7 +282,6 @@ def run(
         "token_positions_ptr": token_positions,
         "scores_ptr": scores,
         "table_stride_b": page_table.stride(1),
-        "window": window,
     }
     launch(
         zero_kernel,
@@ -306,7 +300,8 @@ def run(
         lse_ptr=lse,
         kv_ptr=kv,
         scale=scale,
-        generated=generated,
+        counted_from=-1 if generated else 0,
+        counted_to=window or 2**31 - 1,
         H=n_heads,
         D=head_size,
         PER_HEAD=per_head,
@@ -320,7 +315,7 @@ def run(
         # Without pooling nothing is sorted, and the kernel touches neither of the two.
         sorted_scores = torch.empty_like(scores) if pooling > 1 else scores
         ranks = torch.empty_like(scores, dtype=torch.int32) if pooling > 1 else scores
-        step |= {"sorted_ptr": sorted_scores, "ranks_ptr": ranks}
+        step |= {"sorted_ptr": sorted_scores, "ranks_ptr": ranks, "window": window}
         launch(finish_kernel, (*tiles, n_kv_heads), AVERAGE=average, SORT=int(pooling > 1), BLOCK_R=64, **step, **sizes)
     if pooling > 1:
         launch(pool_kernel, (*tiles, n_kv_heads), POOLING=pooling, **step, **sizes)
