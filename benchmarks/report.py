@@ -3,7 +3,8 @@
 # What is measured: report_settings (how much), report_tasks, report_policies. With what: report_steps, report_harness,
 # report_recipes, report_cells, report_effort, report_measure. What is shown: report_text with report_tables and
 # report_sentences; report_plots with report_plots_adaptive and report_plots_kept, all in report_style. The results file:
-# calibration/evaluation_results.py.
+# calibration/evaluation_results.py. Policies whose cache stays on the host have the same in report_recall_*: another harness,
+# results file and page, on the same documents.
 
 import shlex
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import click
 
-from benchmarks import report_measure, report_plots, report_text
-from benchmarks.report_settings import FULL_SETTINGS, QUICK_SETTINGS
+from benchmarks import report_measure, report_plots, report_recall_plots, report_recall_text, report_text
+from benchmarks.report_recall_measure import measure_recall
+from benchmarks.report_recall_results import RecallResults
+from benchmarks.report_settings import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS, QUICK_SETTINGS
 from trt_kv.calibration.evaluation_results import Results
 from trt_kv.cli.progress import progress_bars
-from trt_kv.errors import ReportError, TrtKvError
+from trt_kv.errors import ReportError, TrtKvError, UsageError
 from trt_kv.export.checkpoint import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.json_file import write_atomically
@@ -32,20 +35,31 @@ BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
 
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True, help="a few short documents and two kept shares: a minute, and wide intervals")
-@click.option("--from-results", type=click.Path(path_type=Path), help="measure nothing; render this results file again")
+@click.option(
+    "--from-results",
+    type=click.Path(path_type=Path),
+    help="measure nothing; render this results file again, and recall.json beside it",
+)
+@click.option("--recall-only", is_flag=True, help="measure host-resident policies only; for the others take docs/report")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     help="where to write; default docs/report, with --quick build/report",
 )
-def main(quick: bool, from_results: Path | None, out: Path | None) -> None:
+def main(quick: bool, from_results: Path | None, recall_only: bool, out: Path | None) -> None:
     """Measure or load results, then write tables and pictures; the committed report also fills the README's table."""
     out = out or (ROOT / "build" / "report" if quick else COMMITTED)
     try:
-        results = Results.load(from_results) if from_results else measured(quick=quick)
-        write_report(results, out)
+        if recall_only and (quick or from_results):
+            raise UsageError("--recall-only takes all other results from docs/report", fix="leave the other option out")
+        if from_results:
+            results, recall = Results.load(from_results), RecallResults.load(from_results.with_name("recall.json"))
+        else:
+            results, recall = measured(quick=quick, known=Results.load(COMMITTED / "results.json") if recall_only else None)
+        write_report(results, recall, out)
         if out.resolve() == COMMITTED:
-            content = readme_with_summary(README.read_text(encoding="utf-8"), report_text.summary_markdown(results))
+            summary = report_text.summary_markdown(results, recall)
+            content = readme_with_summary(README.read_text(encoding="utf-8"), summary)
             write_atomically(README, content.encode(), kind="README", error=ReportError)
     except TrtKvError as error:
         click.echo(f"error: {error}", err=True)
@@ -53,35 +67,45 @@ def main(quick: bool, from_results: Path | None, out: Path | None) -> None:
     click.echo(f"report: {out / 'report.md'}")
 
 
-def measured(*, quick: bool) -> Results:
-    """Results on the bundled checkpoint, through an engine built for the purpose; parts are kept in ``build``."""
+def measured(*, quick: bool, known: Results | None = None) -> tuple[Results, RecallResults]:
+    """Results on the bundled checkpoint, through an engine built for the purpose; parts are kept in ``build``.
+
+    ``known``: the results of policies that drop tokens, if they need not be measured.
+    """
     checkpoint = open_checkpoint(preset("llama3").bundled_folder)
     command = shlex.join(["python", "-m", "benchmarks.report", *(["--quick"] if quick else [])])
+    settings, plans = (QUICK_SETTINGS, QUICK_HOST_PLANS) if quick else (FULL_SETTINGS, FULL_HOST_PLANS)
+    folder = PARTS / ("quick" if quick else "full")
     with progress_bars() as on_progress, tempfile.TemporaryDirectory() as scratch:
         engine = Path(scratch) / "engine"
         build_engine(EngineRequest(checkpoint=checkpoint, policy=policy_from_name("full")), engine, on_progress=on_progress)
-        return report_measure.measure(
+        results = known or report_measure.measure(
             checkpoint,
             engine,
-            QUICK_SETTINGS if quick else FULL_SETTINGS,
-            folder=PARTS / ("quick" if quick else "full"),
+            settings,
+            folder=folder,
             command=command,
             on_progress=on_progress,
             tell=lambda message: click.echo(message, err=True),
         )
+        recall = measure_recall(checkpoint, engine, settings, plans, folder=folder, command=command, on_progress=on_progress)
+    return results, recall
 
 
-def write_report(results: Results, out: Path) -> None:
-    """``results.json``, ``report.md``, ``summary.md`` and the pictures, into the folder ``out``."""
+def write_report(results: Results, recall: RecallResults, out: Path) -> None:
+    """``results.json`` and ``recall.json``, their pages, ``summary.md`` and the pictures, into the folder ``out``."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise ReportError("cannot write the report", got=f"{out}: {cause.strerror or cause}") from cause
     results.save(out / "results.json")
+    recall.save(out / "recall.json")
     files = {
-        "report.md": report_text.report_markdown(results).encode(),
-        "summary.md": (report_text.summary_markdown(results) + "\n").encode(),
+        "report.md": report_text.report_markdown(results, recall).encode(),
+        "recall.md": report_recall_text.recall_markdown(recall, results).encode(),
+        "summary.md": (report_text.summary_markdown(results, recall) + "\n").encode(),
         **report_plots.pictures(results),
+        **report_recall_plots.recall_pictures(recall, results),
     }
     for name, content in files.items():
         write_atomically(out / name, content, kind="report", error=ReportError)

@@ -37,7 +37,7 @@ class Entry:
         policy = dataclasses.replace(policy, kept=self.budget)
         if not policy.needs_recipe or self.contender.searches:
             return Plan(policy=policy, searches=self.contender.searches)
-        return Plan(policy=policy, kept_shares=recipes.kept(recipe_kind(policy), self.budget))
+        return Plan(policy=policy, kept_shares=recipes.kept(recipe_kind(self.contender.recipe_policy), self.budget))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class CellMeasurer:
             return 0.0
         task, context_length = places[0][0], self.settings.main_context
         entries = self.entries(context_length)
-        (case, *_) = self._cases(task, context_length)
+        (case, *_) = cases_of(task, self.settings, context_length, self.encode)
         plans = [entry.plan(self.recipes, lots=0) for entry in entries]
         self.harness.run(case, plans)  # compiles what is compiled at its first call
         return self.effort.minutes_here(
@@ -122,35 +122,23 @@ class CellMeasurer:
         run: Callable[[Case, int], tuple[list[Outcome], tuple[float, ...]]],
     ) -> Cell:
         start = time.perf_counter()
-        cases = self._cases(task, context_length)
+        cases = cases_of(task, self.settings, context_length, self.encode)
         found = []
         for number, case in enumerate(cases):
             found.append(run(case, number))
             self.effort.finish(self._seconds(task, context_length, len(entries)))
         outcomes = [of_case for of_case, _ in found]
-        per_seed = self.settings.at(context_length).documents_per_seed
         return Cell(
             task=task.name,
             context_length=context_length,
-            documents=tuple(
-                Document(
-                    seed=self.settings.seeds[number // per_seed],
-                    n_prompt_tokens=len(case.prompt),
-                    n_counted_tokens=len(case.fed) - case.first_counted,
-                )
-                for number, case in enumerate(cases)
-            ),
+            documents=documents_of(cases, self.settings, context_length),
             sink_mass=tuple(np.mean([mass for _, mass in found], axis=0).round(4).tolist()) if found[0][1] else (),
             rows=tuple(
-                _row(entry, cases, [of_case[i] for of_case in outcomes], [of_case[0] for of_case in outcomes])
+                row_of(entry, cases, [of_case[i] for of_case in outcomes], [of_case[0] for of_case in outcomes])
                 for i, entry in enumerate(entries)
             ),
             elapsed_s=round(time.perf_counter() - start, 1),
         )
-
-    def _cases(self, task: ReportTask, context_length: int) -> list[Case]:
-        tasks = task.documents(self.settings, context_length)
-        return [case_from_task(one, self.encode, question_known=task.question_known) for one in tasks]
 
     def _seconds(self, task: ReportTask, context_length: int, n_rows: int) -> float:
         n_fed = task.n_fed(self.settings)
@@ -162,9 +150,7 @@ class CellMeasurer:
         return f"full-{_name(task, context_length)}"
 
     def _asked(self, task: ReportTask, context_length: int) -> dict[str, Any]:
-        """What decides the answers of the full cache: every document, word for word, and what of it is known when."""
-        documents = repr((task.question_known, task.documents(self.settings, context_length)))
-        return {"documents": hashlib.sha256(documents.encode()).hexdigest(), "seeds": list(self.settings.seeds)}
+        return what_is_asked(task, self.settings, context_length)
 
     def _compared(self, task: ReportTask, context_length: int) -> dict[str, Any]:
         """What decides the rows of a context: every policy, in full."""
@@ -172,11 +158,37 @@ class CellMeasurer:
         return {**self._asked(task, context_length), "policies": [[name, repr(plan)] for name, plan in plans]}
 
 
+def what_is_asked(task: ReportTask, settings: Settings, context_length: int) -> dict[str, Any]:
+    """What decides the answers of the full cache: every document, word for word, and what of it is known when."""
+    documents = repr((task.question_known, task.documents(settings, context_length)))
+    return {"documents": hashlib.sha256(documents.encode()).hexdigest(), "seeds": list(settings.seeds)}
+
+
+def cases_of(task: ReportTask, settings: Settings, context_length: int, encode: Encode) -> list[Case]:
+    """A task's documents at a context as token ids."""
+    tasks = task.documents(settings, context_length)
+    return [case_from_task(one, encode, question_known=task.question_known) for one in tasks]
+
+
+def documents_of(cases: Sequence[Case], settings: Settings, context_length: int) -> tuple[Document, ...]:
+    """What the results say about each of ``cases_of``."""
+    per_seed = settings.at(context_length).documents_per_seed
+    return tuple(
+        Document(
+            seed=settings.seeds[number // per_seed],
+            n_prompt_tokens=len(case.prompt),
+            n_counted_tokens=len(case.fed) - case.first_counted,
+        )
+        for number, case in enumerate(cases)
+    )
+
+
 def _name(task: ReportTask, context_length: int) -> str:
     return f"{task.name}-{context_length}"
 
 
-def _row(entry: Entry, cases: Sequence[Case], outcomes: Sequence[Outcome], full: Sequence[Outcome]) -> Row:
+def row_of(entry: Entry, cases: Sequence[Case], outcomes: Sequence[Outcome], full: Sequence[Outcome]) -> Row:
+    """One row from an outcome per case, beside those of the full cache."""
     n_layers = len(outcomes[0].kept_by_layer)
     pairs = zip(cases, outcomes, full, strict=True)
     agreed = [

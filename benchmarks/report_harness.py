@@ -89,16 +89,16 @@ class Harness:
 
     def full(self, case: Case) -> Outcome:
         """What the full cache does with a case; nothing is scored, so this is the fastest question to ask."""
-        with _released() as made:
+        with released() as made:
             made.append(self.plain_runner.new_sequence())
             logits_V = self.plain_runner.prefill(made[0], case.prompt, evict=False)
             held = self._held(made[0], case)
             steps = [logits_V, *(self.plain_runner.decode(made, [token])[0] for token in case.fed[:-1])]
-        return _outcome(case, np.stack(steps), held)
+        return outcome_of(case, np.stack(steps), held)
 
     def run(self, case: Case, plans: Sequence[Plan]) -> tuple[list[Outcome], tuple[float, ...]]:
         """One outcome per plan, and the sink mass per layer. Leaves the pool as it was."""
-        with self.prefilled(case.prompt, plans) as whole, _released() as forks:
+        with self.prefilled(case.prompt, plans) as whole, released() as forks:
             held = []
             for plan in plans:
                 forks.append(self.forked(whole.sequence, plan))
@@ -106,7 +106,7 @@ class Harness:
             decoded_FTV = self.decode(forks, plans, case.fed)
         first_F1V = np.broadcast_to(whole.logits, (len(forks), 1, len(whole.logits)))
         logits_FTV = np.concatenate([first_F1V, decoded_FTV], axis=1)
-        outcomes = [_outcome(case, logits_TV, fields) for logits_TV, fields in zip(logits_FTV, held, strict=True)]
+        outcomes = [outcome_of(case, logits_TV, fields) for logits_TV, fields in zip(logits_FTV, held, strict=True)]
         return outcomes, whole.sink_mass
 
     def importance(self, token_ids: Sequence[int], scores: Sequence[RecipeScore]) -> list[Floats]:
@@ -120,7 +120,7 @@ class Harness:
         """A prompt, prefilled with every score that one of ``plans`` needs and nothing evicted."""
         keys = {score_key(self._program(plan, "prefill")) for plan in plans}
         self.steps.keys = sorted(key for key in keys if key is not None)
-        with _released() as made:
+        with released() as made:
             made.append(self.runner.new_sequence())
             logits_V = self.runner.prefill(made[0], token_ids, evict=False)
             yield Prefilled(sequence=made[0], logits=logits_V, sink_mass=self._sink_mass(made[0]))
@@ -254,7 +254,7 @@ def harness_from_engine(folder: Path, manifest: Manifest, *, context_length: int
 
 
 @contextmanager
-def _released() -> Iterator[list[SequenceCache]]:
+def released() -> Iterator[list[SequenceCache]]:
     """A list whose sequences are released at the end of the block."""
     sequences: list[SequenceCache] = []
     try:
@@ -264,7 +264,8 @@ def _released() -> Iterator[list[SequenceCache]]:
             sequence.release()
 
 
-def _outcome(case: Case, logits_TV: Floats, held: dict[str, Any]) -> Outcome:
+def outcome_of(case: Case, logits_TV: Floats, held: dict[str, Any]) -> Outcome:
+    """What the logits of the fed tokens say about a case; ``held``: the fields of what is kept."""
     ranked_first_T, losses_T = answer_losses(logits_TV, case.fed)
     return Outcome(
         tokens=tuple(logits_TV.argmax(axis=1).tolist()),

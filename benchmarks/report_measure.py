@@ -5,7 +5,6 @@ Each part is stored as soon as it is measured, so that an interrupted run goes o
 
 import dataclasses
 import math
-import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +17,11 @@ import trt_kv
 from benchmarks.report_cells import CellMeasurer
 from benchmarks.report_effort import Effort, OnProgress
 from benchmarks.report_harness import harness_from_engine
+from benchmarks.report_machine import this_machine
 from benchmarks.report_policies import Contender, contenders
 from benchmarks.report_recipes import Recipes, calibrate
 from benchmarks.report_tasks import report_tasks
-from trt_kv.calibration.evaluation_results import Machine, ModelFacts, Results, Versions
+from trt_kv.calibration.evaluation_results import ModelFacts, Results, Versions
 from trt_kv.calibration.evaluation_settings import ContextPlan, Settings
 from trt_kv.calibration.evaluation_store import Store
 from trt_kv.export.checkpoint import Checkpoint
@@ -89,7 +89,7 @@ def measure(
     capable = tuple(cells.capability(task, context_length) for task, context_length in places)
     results = Results(
         command=command,
-        machine=Machine(cpu=_cpu_name(), n_cores=os.cpu_count() or 1, system=f"{platform.system()} {platform.machine()}"),
+        machine=this_machine(),
         versions=versions,
         settings=settings,
         model=ModelFacts(
@@ -126,13 +126,3 @@ def _whole_forks(settings: Settings, known: Sequence[Contender]) -> int:
         return (2.0 + sum(kept)) * plan.context_length / longest
 
     return math.ceil(max(map(forks, settings.contexts)))
-
-
-def _cpu_name() -> str:
-    """The CPU's model name where Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,6 +1,7 @@
 """Which policies the report compares: every preset, and presets with one part replaced.
 
-A new preset in ``trt_kv/policies`` joins by itself, in the group "ours".
+A new preset in ``trt_kv/policies`` joins by itself, in the group "ours"; those that keep the cache on the host are compared in
+``report_recall_policies``.
 """
 
 import dataclasses
@@ -33,6 +34,11 @@ class Contender:
         return self.policy.budget not in SHARED_BUDGETS
 
     @property
+    def recipe_policy(self) -> Policy:
+        """The policy whose recipe sets the layers' shares, where there is one."""
+        return self.policy
+
+    @property
     def facts(self) -> PolicyFacts:
         """What the results say about it."""
         policy = self.policy
@@ -42,7 +48,7 @@ class Contender:
             label=self.label,
             group=self.group,
             settings=" ".join(setting_as_text(name, value) for name, value in settings.items()),
-            recipe=recipe_score(policy).described if policy.needs_recipe else "",
+            recipe=recipe_score(self.recipe_policy).described if policy.needs_recipe else "",
             adaptive=self.adaptive,
             searches=self.searches,
             threshold=policy.threshold if policy.budget == "unimetric" else None,
@@ -52,7 +58,8 @@ class Contender:
 
 def contenders() -> list[Contender]:
     """Every policy of the report, the full cache first."""
-    ours = [name for name in policy_names() if name not in (*PUBLISHED, "full")]
+    presets = {name: policy_from_name(name) for name in policy_names()}
+    ours = [name for name, policy in presets.items() if name not in (*PUBLISHED, "full") and not policy.recalls]
     return [
         Contender(name="full", label="full cache", group="reference", policy=policy_from_name("full")),
         *(Contender(name=name, label=name, group="published", policy=policy_from_name(name)) for name in PUBLISHED),

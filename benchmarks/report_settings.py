@@ -1,5 +1,6 @@
 """How much the report measures: everything, in half an hour on two cores, or what fits into a minute."""
 
+from benchmarks.report_recall_results import HostPlan
 from trt_kv.calibration.evaluation_settings import ContextPlan, Settings
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
@@ -40,4 +41,52 @@ QUICK_SETTINGS = Settings(
     calibration_samples=2,
     calibration_context=384,
     calibration_seed=0,
+)
+
+NEEDLES = ("needle_near", "needle_middle", "needle_far")
+LATE = (*NEEDLES, "many", "distractors")
+HOST_SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)
+SWEPT_SHARES = (0.05, 0.2)
+PUBLISHED_PAGE = 32
+"""Tokens of a page in the published systems; a small model with short contexts needs smaller ones."""
+
+FULL_HOST_PLANS = (
+    HostPlan(
+        context_length=1024,
+        page_size=8,
+        tasks=(*LATE, "copy"),
+        groups=("host", "mixture", "tau", "choosing", "exempt"),
+        budgets=HOST_SHARES,
+        sweep_budgets=SWEPT_SHARES,
+    ),
+    HostPlan(
+        context_length=1024,
+        page_size=8,
+        tasks=("follow_up", "plain_text"),
+        groups=("host", "mixture"),
+        budgets=HOST_SHARES,
+    ),
+    HostPlan(
+        context_length=1024,
+        page_size=8,
+        tasks=(*LATE, "copy", "follow_up", "plain_text"),
+        groups=("combined",),
+        budgets=HOST_SHARES,
+    ),
+    HostPlan(context_length=1024, page_size=16, tasks=(*LATE, "copy"), groups=("host",), budgets=FEW_SHARES),
+    HostPlan(context_length=1024, page_size=PUBLISHED_PAGE, tasks=(*LATE, "copy"), groups=("host",), budgets=FEW_SHARES),
+    HostPlan(context_length=2048, page_size=8, tasks=(*LATE, "follow_up"), groups=("host",), budgets=FEW_SHARES),
+    HostPlan(context_length=4096, page_size=8, tasks=(*LATE, "follow_up"), groups=("host",), budgets=FEW_SHARES),
+    HostPlan(context_length=8192, page_size=8, tasks=(*NEEDLES, "follow_up"), groups=("host",), budgets=FEW_SHARES),
+    HostPlan(context_length=8192, page_size=PUBLISHED_PAGE, tasks=NEEDLES, groups=("host",), budgets=FEW_SHARES),
+)
+QUICK_HOST_PLANS = (
+    HostPlan(
+        context_length=384,
+        page_size=8,
+        tasks=(*LATE, "copy", "plain_text"),
+        groups=("host", "mixture", "combined", "tau", "choosing", "exempt"),
+        budgets=(0.2,),
+        sweep_budgets=(0.2,),
+    ),
 )

@@ -227,7 +227,12 @@ def memory_table(results: Results) -> str:
 
 
 def policy_table(results: Results) -> str:
-    """Every policy with its settings."""
+    """Every policy of the main results with its settings."""
+    return policy_rows(results.policies)
+
+
+def policy_rows(policies: Iterable[PolicyFacts]) -> str:
+    """A table of policies with their settings."""
     rows = [
         [
             f"`{policy.name}`",
@@ -236,6 +241,6 @@ def policy_table(results: Results) -> str:
             f"`{policy.settings}`" if policy.settings else "",
             policy.recipe,
         ]
-        for policy in results.policies
+        for policy in policies
     ]
     return table(["name", "what", "group", "settings that are not defaults", "recipe found with"], rows)

@@ -2,21 +2,23 @@
 
 from collections.abc import Iterable
 
+from benchmarks import report_recall_text as recall_text
 from benchmarks import report_tables as tables
+from benchmarks.report_recall_results import RecallResults
 from benchmarks.report_sentences import asking_cells, findings, main_cells
 from trt_kv.calibration.evaluation_cell import Cell
 from trt_kv.calibration.evaluation_findings import against_the_best, by_answers, describe, percent
 from trt_kv.calibration.evaluation_results import PolicyFacts, Results
 
 
-def report_markdown(results: Results) -> str:
-    """The whole report."""
+def report_markdown(results: Results, recall: RecallResults) -> str:
+    """The whole report but what ``report_recall_text`` says."""
     budget = summary_budget(results)
     parts = [
         "# Quality against kept share",
         _setting(results),
         "## Which policy when",
-        summary_markdown(results),
+        summary_markdown(results, recall),
         "## What it shows",
         "\n".join(f"* {sentence}" for sentence in findings(results)),
         "## What the model can do",
@@ -31,6 +33,8 @@ def report_markdown(results: Results) -> str:
         _picture("perplexity.png", "Perplexity of the right answer against the kept share, a panel per task"),
         _picture("agreement.png", "Greedy tokens as with the full cache against the kept share, a panel per task"),
         *[part for cell in results.compared() for part in _task_section(results, cell)],
+        "## The whole cache on the host",
+        recall_text.recall_section(recall),
         "## Shorter and longer contexts",
         _picture("contexts.png", "Exact answers against the context, a panel per task"),
         f"Late questions (of the tasks that the model can do there) at {percent(budget)} % kept, exact answers in %:",
@@ -87,7 +91,7 @@ def summary_budget(results: Results) -> float:
     return min(results.settings.budgets, key=lambda budget: abs(budget - 0.2))
 
 
-def summary_markdown(results: Results) -> str:
+def summary_markdown(results: Results, recall: RecallResults) -> str:
     """The table for the README: every policy on every kind of task at one kept share, or at its own budget."""
     budget = summary_budget(results)
     cells = main_cells(results)
@@ -99,12 +103,14 @@ def summary_markdown(results: Results) -> str:
             told.append(tables.quality(results, cell, row) + (f" at {percent(row.mean_kept)} %" if policy.adaptive else ""))
         name = f"`{policy.name}`" + (" (ours)" if policy.group == "ours" else "")
         rows.append([f"{name}, own budget" if policy.adaptive else name, *told])
+    rows += recall_text.summary_rows(recall, results, budget, [name for name, _ in cells])
     counts = ", ".join(f"{len(cell.documents)} {name}" for name, cell in cells)
     notes = [
         (
             f"Bundled model, {results.settings.main_context} tokens, {percent(budget)} % of the cache kept or what the policy"
             f" finds; exact answers in % with 95 % intervals, perplexity for plain text. Documents: {counts}."
-        )
+        ),
+        recall_text.summary_note(recall),
     ]
     for policy in results.in_groups("ours"):
         if not policy.adaptive:

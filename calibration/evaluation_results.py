@@ -160,7 +160,7 @@ class Results:
         for cell, cell_data in zip(self.cells, data["cells"], strict=True):
             for row, row_data in zip(cell.rows, cell_data["rows"], strict=True):
                 row_data["summary"] = cell.summary(row, asks=self.task(cell.task).asks)
-        write_atomically(path, (_json_text(data) + "\n").encode(), kind="report", error=ReportError)
+        write_atomically(path, (json_text(data) + "\n").encode(), kind="report", error=ReportError)
 
     @classmethod
     def load(cls, path: Path) -> "Results":
@@ -184,13 +184,13 @@ class Results:
         return results
 
 
-def _json_text(value: Any, indent: str = "") -> str:
+def json_text(value: Any, indent: str = "") -> str:
     """JSON in which the documents and rows stand on a line each."""
     inner = indent + "  "
     if isinstance(value, dict) and (not indent or "rows" in value):
-        items = [f"{inner}{json.dumps(key)}: {_json_text(item, inner)}" for key, item in value.items()]
+        items = [f"{inner}{json.dumps(key)}: {json_text(item, inner)}" for key, item in value.items()]
         return "{\n" + ",\n".join(items) + f"\n{indent}}}"
     if isinstance(value, Sequence) and value and isinstance(value[0], dict):
-        items = [f"{inner}{_json_text(item, inner)}" for item in value]
+        items = [f"{inner}{json_text(item, inner)}" for item in value]
         return "[\n" + ",\n".join(items) + f"\n{indent}]"
     return json.dumps(value, allow_nan=False)

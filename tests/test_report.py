@@ -9,48 +9,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import report, report_measure, report_plots, report_text
+from benchmarks import report, report_plots, report_recall_plots, report_recall_text, report_text
 from benchmarks.report_harness import Harness
 from benchmarks.report_policies import PUBLISHED, contenders
-from benchmarks.report_settings import FULL_SETTINGS, QUICK_SETTINGS
+from benchmarks.report_recall_results import RecallResults
+from benchmarks.report_settings import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_SETTINGS
 from benchmarks.report_tasks import report_tasks
+from tests.reports import measured
 from trt_kv.calibration.evaluation_findings import COMPARISONS
 from trt_kv.calibration.evaluation_results import Results
-from trt_kv.calibration.evaluation_settings import Settings
 from trt_kv.errors import ReportError, UsageError
 from trt_kv.export.checkpoint import Checkpoint
-from trt_kv.policies import policy_names
+from trt_kv.policies import policy_from_name, policy_names
 
 PNG_HEAD = b"\x89PNG"
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the quick report keeps what it has measured."""
-    return tmp_path_factory.mktemp("report") / "parts"
-
-
-def _measured(checkpoint: Checkpoint, engine: Path, parts: Path, settings: Settings, told: list[str]) -> Results:
-    return report_measure.measure(
-        checkpoint,
-        engine,
-        settings,
-        folder=parts,
-        command="a test",
-        on_progress=lambda stage, done, total: told.append(f"{stage} {done}/{total}"),
-        tell=told.append,
-    )
-
-
-@pytest.fixture(scope="module")
-def quick(full_folder: Path, bundled_checkpoint: Checkpoint, parts: Path) -> Results:
-    """What ``--quick`` measures."""
-    told: list[str] = []
-    results = _measured(bundled_checkpoint, full_folder, parts, QUICK_SETTINGS, told)
-    assert "minutes" in told[0]
-    done, total = told[-1].removeprefix("measuring ").split("/")
-    assert abs(int(done) - int(total)) <= 1
-    return results
 
 
 def test_every_cell_has_every_policy_at_its_budget(quick: Results) -> None:
@@ -127,7 +99,8 @@ def test_every_preset_takes_part_and_comparisons_are_between_contenders() -> Non
     known = contenders()
     names = [contender.name for contender in known]
     assert len(set(names)) == len(names) == len({contender.label for contender in known})
-    assert {"full", *PUBLISHED} | {c.name for c in known if c.group == "ours"} == set(policy_names())
+    dropping = {name for name in policy_names() if not policy_from_name(name).recalls}
+    assert {"full", *PUBLISHED} | {c.name for c in known if c.group == "ours"} == dropping
     for comparison in COMPARISONS:
         assert {comparison.policy, comparison.other} <= set(names)
 
@@ -157,14 +130,14 @@ def test_a_run_goes_on_where_it_stopped(
     monkeypatch.setattr(Harness, "run", counted)
     monkeypatch.setattr(Harness, "full", None)
     monkeypatch.setattr(Harness, "importance", None)
-    again = _measured(bundled_checkpoint, full_folder, parts, QUICK_SETTINGS, [])
+    again = measured(bundled_checkpoint, full_folder, parts, QUICK_SETTINGS, [])
     assert len(runs) == 4 + 2, "the cell's documents, and two to tell how long it takes"
     found, expected = json.loads(lost.read_bytes())["part"], json.loads(content)["part"]
     assert {**found, "elapsed_s": 0} == {**expected, "elapsed_s": 0}
     assert [cell.rows for cell in again.cells] == [cell.rows for cell in quick.cells]
     runs.clear()
     told: list[str] = []
-    _measured(bundled_checkpoint, full_folder, parts, QUICK_SETTINGS, told)
+    measured(bundled_checkpoint, full_folder, parts, QUICK_SETTINGS, told)
     assert (runs, told) == ([], [])
 
 
@@ -173,28 +146,27 @@ def test_what_the_model_cannot_do_is_shown_and_not_compared(
     full_folder: Path,
     bundled_checkpoint: Checkpoint,
     parts: Path,
+    quick_recall: RecallResults,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(Harness, "full", None)
     strict = dataclasses.replace(QUICK_SETTINGS, capable_from=1.01)
     told: list[str] = []
-    results = _measured(bundled_checkpoint, full_folder, parts, strict, told)
+    results = measured(bundled_checkpoint, full_folder, parts, strict, told)
     assert told == [], "nothing is left to be measured"
     assert [cell.is_compared for cell in results.cells] == [False] * 7 + [True]
     assert [cell.task for cell in results.compared()] == ["plain_text"]
     assert results.late() is None
-    report.write_report(results, tmp_path)
-    text = (tmp_path / "report.md").read_text()
+    text = report_text.report_markdown(results, quick_recall)
     assert "Left out of every comparison: one fact, near at 384, " in text
     assert "*100 (51–100)*" in text
 
 
-def test_results_survive_the_file_and_make_the_same_report(quick: Results, tmp_path: Path) -> None:
+def test_results_survive_the_file_and_make_the_same_report(quick: Results, quick_recall: RecallResults, tmp_path: Path) -> None:
     quick.save(tmp_path / "results.json")
     loaded = Results.load(tmp_path / "results.json")
     assert loaded == quick
-    assert report_text.report_markdown(loaded) == report_text.report_markdown(quick)
+    assert report_text.report_markdown(loaded, quick_recall) == report_text.report_markdown(quick, quick_recall)
 
 
 def test_a_number_that_does_not_follow_from_the_documents_is_refused(quick: Results, tmp_path: Path) -> None:
@@ -216,18 +188,24 @@ def test_a_file_that_holds_no_results_is_refused(content: str, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_renders_a_report_from_its_results_alone(quick: Results, tmp_path: Path) -> None:
+def test_the_command_renders_a_report_from_its_results_alone(
+    quick: Results, quick_recall: RecallResults, tmp_path: Path
+) -> None:
     quick.save(tmp_path / "results.json")
+    quick_recall.save(tmp_path / "recall.json")
     out = tmp_path / "out"
     result = CliRunner().invoke(report.main, ["--from-results", str(tmp_path / "results.json"), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    pictures = set(report_plots.PICTURES)
-    assert {path.name for path in out.iterdir()} == pictures | {"results.json", "report.md", "summary.md"}
+    pictures = {*report_plots.PICTURES, *report_recall_plots.RECALL_PICTURES}
+    pages = {"report.md", "recall.md", "summary.md"}
+    assert {path.name for path in out.iterdir()} == pictures | pages | {"results.json", "recall.json"}
     assert all((out / name).read_bytes().startswith(PNG_HEAD) for name in pictures)
-    text = (out / "report.md").read_text()
-    assert all(f"({name})" in text for name in pictures)
-    assert (out / "summary.md").read_text().strip() in text
-    assert (out / "results.json").read_bytes() == (tmp_path / "results.json").read_bytes()
+    text = {name: (out / name).read_text() for name in pages}
+    assert all(f"({name})" in text["report.md"] for name in report_plots.PICTURES)
+    assert all(f"({name})" in text["recall.md"] for name in report_recall_plots.RECALL_PICTURES)
+    assert text["summary.md"].strip() in text["report.md"]
+    for name in ("results.json", "recall.json"):
+        assert (out / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_settings_that_measure_nothing_are_refused() -> None:
@@ -249,9 +227,13 @@ def test_the_readme_takes_the_summary_between_its_markers() -> None:
 
 def test_the_committed_report_is_what_its_results_give() -> None:
     results = Results.load(report.COMMITTED / "results.json")
+    recall = RecallResults.load(report.COMMITTED / "recall.json")
     assert results.settings == FULL_SETTINGS
-    assert (report.COMMITTED / "report.md").read_text() == report_text.report_markdown(results)
-    summary = report_text.summary_markdown(results)
+    assert recall.plans == FULL_HOST_PLANS
+    assert (report.COMMITTED / "report.md").read_text() == report_text.report_markdown(results, recall)
+    assert (report.COMMITTED / "recall.md").read_text() == report_recall_text.recall_markdown(recall, results)
+    summary = report_text.summary_markdown(results, recall)
     assert (report.COMMITTED / "summary.md").read_text() == summary + "\n"
     assert report.README.read_text() == report.readme_with_summary(report.README.read_text(), summary)
-    assert {path.name for path in report.COMMITTED.glob("*.png")} == set(report_plots.PICTURES)
+    pictures = {*report_plots.PICTURES, *report_recall_plots.RECALL_PICTURES}
+    assert {path.name for path in report.COMMITTED.glob("*.png")} == pictures
