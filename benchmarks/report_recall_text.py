@@ -170,6 +170,10 @@ def _method(recall: RecallResults, results: Results) -> str:
         ),
         "Traffic ahead is per step from the second on; so is all traffic of policies that recall nothing ahead.",
         (
+            "FreeKV with ArkVale's ranking, and that with pooledwindow's recipe, were put together after the other policies had"
+            " been seen on these very documents: their lead is to be confirmed on others."
+        ),
+        (
             f"{versions.executor}, trt-kv {versions.trt_kv}, torch {versions.torch}, numpy {versions.numpy}, Python"
             f" {versions.python}; {machine.cpu}, {machine.n_cores} cores, {machine.system}; {minutes:.0f} minutes."
         ),
