@@ -13,7 +13,17 @@ from rich.console import Console
 from benchmarks.harness import load, measured, save, show
 from trt_kv.errors import TrtKvError
 
-NAMES = ("split_vs_monolithic", "decode_speed", "attention_kernels", "prefill_scores_cost", "prefill_memory", "kvpress_overlap")
+NAMES = (
+    "split_vs_monolithic",
+    "decode_speed",
+    "attention_kernels",
+    "prefill_scores_cost",
+    "prefill_memory",
+    "kvpress_overlap",
+    "recall_memory",
+    "recall_speed",
+    "recall_timeline",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

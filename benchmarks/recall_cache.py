@@ -24,7 +24,8 @@ from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.recall.background import Copies
 from trt_kv.runtime.recall.host_tier import HostTier, RamTier
-from trt_kv.runtime.recall.streamed import StreamedRecall, staging_slots
+from trt_kv.runtime.recall.layer_streams import staging_slots
+from trt_kv.runtime.recall.streamed import StreamedRecall
 from trt_kv.runtime.recall.working_set import WorkingSet
 from trt_kv.runtime.sequence_cache import SequenceCache
 from trt_kv.runtime.step import Ints

@@ -15,10 +15,15 @@ from benchmarks import memory
 from benchmarks.__main__ import NAMES, RESULTS, main
 from benchmarks.harness import BenchmarkError, Check, Report, Target, Timings, check_close, measured, save, show, take_turns
 from benchmarks.memory import peak_growth_bytes
-from benchmarks.models import MASS, Shape, model_runner
+from benchmarks.models import MASS, PAGE_SIZE, Shape, model_runner
+from benchmarks.recall_cache import CALM, Drift, PoolTier, SharedTier
+from benchmarks.recall_timeline import hidden_work
 from trt_kv.hf_config import model_config_from_hf
 from trt_kv.plugins.paging import Floats
+from trt_kv.plugins.recall_attention.choice import drifted_heads
 from trt_kv.runtime.executors.protocol import Attend
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.recall.host_tier import RamTier
 from trt_kv.runtime.step import Ints
 
 MIB = 2**20
@@ -152,6 +157,53 @@ def test_an_unknown_benchmark_is_named() -> None:
     outcome = click.testing.CliRunner().invoke(main, ["attention"])
     assert outcome.exit_code == 2
     assert "split_vs_monolithic" in outcome.output
+
+
+@pytest.mark.parametrize("drift", [CALM, Drift(name="some", events=0.5, heads=0.4)])
+def test_queries_drift_as_often_as_they_are_told(drift: Drift) -> None:
+    """In share events * heads of all cases, judged as the op judges; the others keep their cosine."""
+    config = model_config_from_hf(
+        Shape(n_layers=3, hidden_size=64, n_heads=12, n_kv_heads=6, head_dim=64, intermediate_size=1).hf_config, source="test"
+    )
+    queries = drift.queries(config, 101)
+    drifted = [
+        drifted_heads(now, before, config.n_kv_heads, 0.8)
+        for step in range(100)
+        for before, now in zip(queries[step], queries[step + 1], strict=True)
+    ]
+    assert np.mean(drifted) == pytest.approx(drift.events * drift.heads, abs=0.05)
+    assert np.abs(queries).max() < 8
+
+
+def test_sides_share_pages_that_none_of_them_can_change() -> None:
+    sizes = {"page_size": PAGE_SIZE, "n_kv_heads": 3, "head_size": 5}
+    pool = KvPool(n_pages=4, **sizes)
+    pool.kv[:] = np.arange(pool.kv.size).reshape(pool.kv.shape)
+    tier = SharedTier(PoolTier(pool), RamTier(n_pages=2, **sizes), n_shared=3)
+    own = -pool.kv[0]
+    tier.write(3, own)
+    np.testing.assert_array_equal(tier.read_pages([1, 2, 3]), np.stack([pool.kv[1], pool.kv[2], own]))
+    part = np.empty((2, PAGE_SIZE, 5), np.float32)
+    tier.read_head(2, 1, part)
+    np.testing.assert_array_equal(part, pool.kv[2, :, 1])
+    assert (pool.kv >= 0).all()
+    with pytest.raises(AssertionError, match="never written"):
+        tier.write(2, own)
+
+
+def test_work_is_hidden_while_the_model_works() -> None:
+    """A job of 10 us works for 6: 2 before the step ends, 1 of them while the step waits for copies."""
+    spans = [("decode step", 1, 0, 20), ("join", 1, 19, 1), ("recalling pages", 2, 14, 10), ("waiting for attention", 2, 14, 4)]
+    events = [{"name": name, "tid": tid, "ts": float(ts), "dur": float(dur)} for name, tid, ts, dur in spans]
+    assert hidden_work(events) == (6.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["recall_speed", "recall_timeline"])
+def test_recall_benchmarks_run_small(name: str, tmp_path: Path) -> None:
+    """They check that all sides say the same, bit for bit, before they measure."""
+    click.testing.CliRunner().invoke(main, [name, "--quick", "--out", str(tmp_path)], catch_exceptions=False)
+    document = json.loads((tmp_path / f"{name}.json").read_text())
+    assert sum(check["error"] == check["allowed"] == 0.0 for check in document["checks"]) >= 2
 
 
 @pytest.mark.slow
