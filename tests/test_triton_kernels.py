@@ -66,6 +66,42 @@ LONG = {
             values={"prompt_remaining": (*PROMPT[1:-3], -1, -1, -1)},
         ),
     ],
+    "EvictTokens": [
+        Case(
+            name="prompt",
+            cached=(700, 300),
+            new=(0, 0),
+            dims={"H": 2, "K": 2, "D": 5, "P": 16, "L": 1},
+            attributes={"kept_share": 0.4, "recent_share": 0.3, "sinks": 4},
+            in_order=True,
+        ),
+        Case(
+            name="cycles",
+            cached=(500, 90),
+            new=(0, 0),
+            dims={"H": 2, "K": 2, "D": 3, "P": 7, "L": 1},
+            attributes={"kept_share": 0.7, "ranking": 2, "seed": 5},
+            own_tokens=True,
+        ),
+        Case(
+            name="holes",
+            cached=(700, 200),
+            new=(0, 0),
+            dims={"H": 2, "K": 2, "D": 3, "P": 5, "L": 1},
+            attributes={"kept_share": 1.0, "drop": 150, "recent": 40},
+            values={"evict": (2, 2)},
+            own_tokens=True,
+        ),
+        Case(
+            name="one_hole",
+            cached=(1100,),
+            new=(0,),
+            dims={"H": 2, "K": 2, "D": 3, "P": 9, "L": 1},
+            attributes={"kept_share": 1.0, "recent_share": 0.5, "sinks": 3},
+            values={"evict": (2,), "scores": (3,)},
+            own_tokens=True,
+        ),
+    ],
     "RecallAttention": [
         Case(
             name="thousands_of_pages",
@@ -93,6 +129,7 @@ LONG_TOLERANCE = Tolerance(atol=1e-4, rtol=1e-4, reason="fp32 sums of 1500 produ
 ONE_TOKEN_KERNELS = (
     *("append_kernel", "combine_kernel", "decode_kernel", "zero_kernel"),
     *("bound_kernel", "choose_kernel", "count_kernel", "drift_kernel", "summary_kernel", "table_kernel"),
+    *("threshold_kernel", "source_kernel", "move_kernel"),
 )
 
 
@@ -179,7 +216,8 @@ def check(launch: Any, capability: int) -> None:
     assert f".target sm_{capability}" in resources.ptx
     assert f".visible .entry {launch.name}" in resources.ptx
     assert resources.shared_bytes <= SHARED_BYTES[capability]
-    if launch.name in ONE_TOKEN_KERNELS:
+    is_decode_scoring = launch.constants.get("BLOCK_M") == 16 and "fp32" not in launch.signature["kv_ptr"]
+    if launch.name in ONE_TOKEN_KERNELS or is_decode_scoring:
         assert resources.local_bytes == 0, f"{launch.name} spills on sm_{capability}"
 
 

@@ -270,7 +270,7 @@ def run(
     n_kv_heads, n_sequences = kv.shape[2], kv_len.shape[1]
     group = n_heads // n_kv_heads
     block_slots = 64 if kv.itemsize == 2 else 32
-    tile_rows = 64 if n_tokens > 2 * n_sequences and kv.itemsize == 2 else 16
+    tile_rows = 32 if n_tokens > 2 * n_sequences and kv.itemsize == 2 else 16
     tiles = (-(-page_table.shape[2] * page_size // block_slots), n_sequences)
     sizes = {"K": n_kv_heads, "P": page_size, "BLOCK_S": block_slots}
     step: dict[str, Any] = {
