@@ -17,7 +17,7 @@ from trt_kv.errors import CapacityError, RecallError, UsageError
 from trt_kv.export.checkpoint import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_from_name
-from trt_kv.policy_settings import policy_with
+from trt_kv.policy_settings import differences, policy_with, setting_as_text, settings_from_text
 from trt_kv.runtime import page_pool, sequence_cache
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.recall import layer_streams, streamed, tiered_sequence, working_set
@@ -272,3 +272,21 @@ def test_pages_are_ranked_exactly_where_the_cache_is_on_the_host() -> None:
     for name, residency in (("prefixkv", "host"), ("freekv", "dropped")):
         with pytest.raises(UsageError, match="combines score"):
             dataclasses.replace(policy_from_name(name), residency=residency)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"budget": "recipe", "kept": 0.3, "page_summary": "deviation", "group_pooling": "mean_raw"},
+        {"budget": "unimetric", "threshold": 0.05},
+        {"budget": "uniform", "kept": 0.2, "drift": "calibrated"},
+        {"tokens": 512, "tau": 0.9, "exempt_layers": (0, 1)},
+        {"score": "mass", "budget": "uniform"},
+    ],
+)
+def test_the_command_that_makes_an_engine_again_is_taken(settings: dict[str, Any]) -> None:
+    """What differs from the preset, written down and read back, is the same policy."""
+    preset = policy_from_name("freekv")
+    policy = policy_with(preset, settings)
+    texts = [setting_as_text(name, value) for name, value in differences(policy, preset).items()]
+    assert policy_with(preset, settings_from_text(texts)) == policy

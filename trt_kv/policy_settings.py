@@ -90,8 +90,9 @@ def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
 
 
 def differences(policy: Policy, preset: Policy) -> dict[str, Any]:
-    """The settings that make ``policy`` from ``preset``."""
-    return {name: getattr(policy, name) for name in SETTABLE if getattr(policy, name) != getattr(preset, name)}
+    """The settings that make ``policy`` from ``preset``: ``policy_with`` takes them back."""
+    differing = (name for name in SETTABLE if getattr(policy, name) != getattr(preset, name))
+    return {name: getattr(policy, name) for name in differing if name not in _READ_BY or _READ_BY[name][1](policy)}
 
 
 def setting_as_text(name: str, value: Any) -> str:

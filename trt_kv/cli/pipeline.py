@@ -30,7 +30,7 @@ from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
 from trt_kv.manifest import digest_of, load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
-from trt_kv.policy_settings import SHARED_BUDGETS, differences, setting_as_text
+from trt_kv.policy_settings import DEFAULT_KEPT, SHARED_BUDGETS, differences, setting_as_text
 from trt_kv.presets import is_bundled
 from trt_kv.recipe import CREATED_BY, Recipe, recipe_from_published, recipe_score
 from trt_kv.require import require_tensorrt
@@ -283,15 +283,16 @@ def _loaded_drift(policy: Policy, plan: DriftPlan) -> Drift | None:
 
 def _policy_of_recipe(policy: Policy, recipe: Recipe) -> Policy:
     """``policy`` with the recipe's budget. Raises ``UsageError`` where the command line asks for another one."""
-    asked = policy.kept != policy_from_name(policy.name).kept if policy.name in policy_names() else True
-    if asked and abs(policy.kept - recipe.budget) > 1e-6:
+    preset = policy_from_name(policy.name) if policy.name in policy_names() else None
+    default = preset.kept if preset is not None and preset.budget in SHARED_BUDGETS else DEFAULT_KEPT
+    if (preset is None or policy.kept != default) and abs(policy.kept - recipe.budget) > 1e-6:
         raise UsageError(
             "the recipe was made for another budget",
             got=f"--budget {policy.kept}",
             expected=recipe.budget,
             fix="leave --budget out",
         )
-    if recipe_score(policy) != recipe.score:
+    if recipe_score(policy) != recipe.score and not policy.recalls:
         score = recipe.score
         settings = [f"score={score.name}", *([f"window={score.window}"] if score.window else [])]
         settings += [f"heads={score.heads}", f"pooling={score.pooling}"]
@@ -334,7 +335,7 @@ def _command_line(
     words: list[str | Path | int | float] = ["trt-kv", "build", "--model", source.model]
     words += ["--checkpoint", source.checkpoint] if source.checkpoint else []
     words += ["--policy", policy.name]
-    words += ["--budget", policy.kept] if policy.budget in SHARED_BUDGETS else []
+    words += ["--budget", policy.kept] if policy.budget in SHARED_BUDGETS and recipe is None else []
     words += ["--score", policy.score] if policy.evicts else []
     words += ["--window", policy.window] if policy.score == "window" else []
     changed = differences(policy, policy_from_name(policy.name)) if policy.name in policy_names() else {}
