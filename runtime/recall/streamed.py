@@ -138,9 +138,7 @@ class StreamedRecall:
                             if not self._finds_budgets:
                                 streams.recall_ahead(working_set, choice, tickets)
                     else:
-                        corrected[b] = streams.before_attention(
-                            layer, working_set, choice, q[last], k[last], v[last], summary
-                        )
+                        corrected[b] = streams.before_attention(layer, working_set, choice, q[last], k[last], v[last], summary)
                         attended_KT = working_set.attended()
                         n_left_out = len(choice.pages) - attended_KT.shape[1]
                         decoding.append((last, attended_KT, n_cached - n_left_out * page_size))
