@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trt_kv.plugins.ranking_triton import byte_of, is_candidate, next_byte, ordered_key
+from trt_kv.plugins.ranking_triton import extended, next_bytes, ordered_key
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.plugins.shares_triton import kept_of_share
 from trt_kv.plugins.triton_launch import launch, power_of_2
 
 _BOUND_PAGES = 32
@@ -65,11 +66,7 @@ def count_kernel(
     n = tl.load(len_ptr + b)
     prompt_len = tl.load(prompt_len_ptr + b)
     budget = tl.load(found_ptr + b)
-    # In fp64 adding and taking away 2**52 rounds to a whole number, halves to the even one.
-    share = (tl.zeros([], tl.float32) + kept_share).to(tl.float64)
-    dropped = (1.0 - share) * prompt_len.to(tl.float64)
-    dropped = (dropped + 4503599627370496.0) - 4503599627370496.0
-    budget = tl.where(budget >= 0, budget, prompt_len - dropped.to(tl.int64) + kept_tokens)
+    budget = tl.where(budget >= 0, budget, kept_of_share(prompt_len, kept_share) + kept_tokens)
     n_pages = tl.cdiv(n, P)
     first_newest = tl.maximum(n - recent, 0) // P
     between = tl.maximum(first_newest - sink_pages, 0)
@@ -231,13 +228,12 @@ def choose_kernel(
     tl.debug_barrier()
 
     least = tl.zeros([], tl.int64)
-    for nth in tl.static_range(4):
+    for nth in range(4):
         histogram = tl.zeros([256], tl.int32)
         for start in range(0, n, BLOCK_J):
             keys = tl.load(keys_ptr + start + tile, mask=start + tile < n, other=0)
-            mask = (start + tile < n) & is_candidate(keys, least, nth, 32)
-            histogram += tl.histogram(byte_of(keys, nth, 32), 256, mask)
-        least, wanted = next_byte(least, wanted, histogram)
+            histogram += next_bytes(keys, start + tile < n, least, nth)
+        least, wanted = extended(least, wanted, histogram)
 
     # All above the least value, and the first ones that are equal to it.
     n_before = 0
