@@ -67,6 +67,8 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Compile what is compiled at its first call (seconds on a fresh installation, milliseconds afterwards)."""
         self._executor.warm_up()
+        if self.recall is not None:
+            self.recall.warm_up()
 
     def new_sequence(self) -> SequenceCache:
         if self.recall is not None:

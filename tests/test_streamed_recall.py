@@ -13,6 +13,7 @@ from trt_kv.policies import policy_from_name
 from trt_kv.runtime.recall import prompt_attention
 from trt_kv.runtime.recall.background import SynchronousCopies, ThreadedCopies
 from trt_kv.runtime.recall.host_tier import host_tier_at
+from trt_kv.runtime.recall.working_set import moves_to
 
 N_NEW = 40
 
@@ -218,3 +219,25 @@ def test_a_fork_goes_on_as_its_original_and_alone(n_before: int, page_size: int,
         runs.append(logits)
     for expected, got in zip(*runs, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@given(data=st.data())
+def test_moves_bring_what_is_missing_into_slots_that_nobody_needs(data: st.DataObject) -> None:
+    """Against sets in plain Python."""
+    n_wanted = data.draw(st.integers(0, 6))
+    n_slots = n_wanted + data.draw(st.integers(0, 3))
+    wanted, attended = (
+        np.sort([data.draw(st.permutations(range(12)))[:n] for _ in range(2)], axis=1).astype(np.int64).reshape(2, n)
+        for n in (n_wanted, data.draw(st.integers(0, n_slots)))
+    )
+    held = np.array([data.draw(st.permutations(range(-1, 12)))[:n_slots] for _ in range(2)], np.int64).reshape(2, n_slots)
+    moves = moves_to(wanted, held, attended, [0, 1])
+    assert [move.waits for move in moves] == sorted(move.waits for move in moves)
+    for head in (0, 1):
+        own = [move for move in moves if move.head == head]
+        missing = [page for page in wanted[head] if page not in held[head]]
+        free = [slot for slot in range(n_slots) if held[head, slot] not in wanted[head]]
+        unread = [slot for slot in free if held[head, slot] not in attended[head]]
+        assert [move.page for move in own] == missing
+        assert [move.slot for move in own] == [*unread, *(slot for slot in free if slot not in unread)][: len(missing)]
+        assert [move.waits for move in own] == [move.slot not in unread for move in own]

@@ -1,6 +1,6 @@
 """Whole steps on one device with torch: the decoder module and the ops' device kernels; on GPUs decode steps as CUDA graphs.
 
-What of it has run on a GPU stands in benchmarks/README.md.
+What of it has run on a GPU stands in benchmarks/gpu/README.md.
 """
 
 from collections.abc import Mapping
@@ -151,7 +151,11 @@ class TorchDeviceExecutor:
         )
 
     def _on_stream(self) -> Any:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        """The executor's stream, after what others have begun on theirs: a sequence that was forked is still being copied."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self._pool.device))
+        return torch.cuda.stream(self._stream)
 
     def _wait(self) -> None:
         if self._stream is not None:

@@ -34,7 +34,7 @@ from trt_kv.runtime.recall.host_tier import HostTier
 from trt_kv.runtime.recall.layer_streams import Choice, LayerStreams
 from trt_kv.runtime.recall.prompt_attention import last_query_row
 from trt_kv.runtime.recall.statistics import RecallStatistics
-from trt_kv.runtime.recall.working_set import Ticket, WorkingSet
+from trt_kv.runtime.recall.working_set import Ticket, WorkingSet, planned_moves
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 
@@ -198,6 +198,11 @@ class StreamedRecall:
     def fork(self, pages: Ints, twin_pages: Ints) -> None:
         """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
         self.sets[int(twin_pages[0])] = self._streams.fork(self.sets[int(pages[0])], pages, twin_pages)
+
+    def warm_up(self) -> None:
+        """Compile what is compiled at its first call and is not a kernel of an op."""
+        nothing = np.empty((self.device.kv.shape[2], 0), np.int64)
+        planned_moves(nothing, nothing, nothing, np.arange(0))
 
     def release(self, rows: Sequence[int]) -> None:
         """Forget layers of sequences: wait for their jobs, whatever became of them, and free their device pages."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numba
 import numpy as np
 
 from trt_kv.errors import CapacityError, TrtKvError
@@ -172,20 +173,48 @@ def slots_of(held_KS: Ints, pages_KC: Ints) -> Ints:
 def moves_to(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Iterable[int]) -> list[Move]:
     """What has to be brought so that each of ``heads`` holds its wanted pages: only what is missing.
 
-    Slots whose page nobody wants are filled: first those that the running step does not attend to, then the others.
+    Slots whose page nobody wants are filled: first those that the running step does not attend to, then the others. Wanted and
+    attended pages are in ascending order.
     """
-    moves: list[Move] = []
-    for head in heads:
-        held_S, wanted_C = held_KS[head], wanted_KC[head]
-        missing = wanted_C[~np.isin(wanted_C, held_S)]
-        free = np.flatnonzero(~np.isin(held_S, wanted_C))
-        in_use = np.isin(held_S[free], attended_KC[head])
-        free, waits = np.concatenate([free[~in_use], free[in_use]]), np.sort(in_use)
-        moves += [
-            Move(head=head, page=int(page), slot=int(slot), waits=bool(wait))
-            for page, slot, wait in zip(missing, free, waits, strict=False)
-        ]
+    found_M4 = planned_moves(wanted_KC, held_KS, attended_KC, np.fromiter(heads, np.int64))
+    moves = [Move(head=head, page=page, slot=slot, waits=bool(waits)) for head, page, slot, waits in found_M4.tolist()]
     return sorted(moves, key=lambda move: move.waits)
+
+
+@numba.njit(nogil=True, cache=True)
+def planned_moves(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Ints) -> Ints:
+    """Rows (head, page, slot, waits) of ``moves_to``, head by head. Without the interpreter's lock: the model computes."""
+    n_wanted, n_slots, n_attended = wanted_KC.shape[1], held_KS.shape[1], attended_KC.shape[1]
+    moves_M4 = np.empty((len(heads) * n_wanted, 4), np.int64)
+    n_moves = 0
+    free = np.empty(n_slots, np.int64)
+    for head in heads:
+        wanted, held, attended = wanted_KC[head], held_KS[head], attended_KC[head]
+        n_free = n_unread = 0
+        for reads in range(2):
+            for slot in range(n_slots):
+                at = np.searchsorted(wanted, held[slot])
+                if at < n_wanted and wanted[at] == held[slot]:
+                    continue
+                at = np.searchsorted(attended, held[slot])
+                if (at < n_attended and attended[at] == held[slot]) == (reads == 1):
+                    free[n_free] = slot
+                    n_free += 1
+            if reads == 0:
+                n_unread = n_free
+        ordered = np.sort(held)
+        n_missing = 0
+        for page in wanted:
+            at = np.searchsorted(ordered, page)
+            if at < n_slots and ordered[at] == page:
+                continue
+            moves_M4[n_moves, 0] = head
+            moves_M4[n_moves, 1] = page
+            moves_M4[n_moves, 2] = free[n_missing]
+            moves_M4[n_moves, 3] = n_missing >= n_unread
+            n_missing += 1
+            n_moves += 1
+    return moves_M4[:n_moves]
 
 
 def in_turn(moves: Iterable[Move], ticket: Ticket) -> Iterator[Move | threading.Event]:
