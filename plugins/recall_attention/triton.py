@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trt_kv.plugins.attention_triton import append_tokens, attend_chunks, attend_one, sequence_of_tile
+from trt_kv.plugins.attention_kernels import sequence_of_tile
+from trt_kv.plugins.attention_triton import append_tokens, attend_chunks, attend_one
 from trt_kv.plugins.recall_attention.choice_triton import PageCounts, choose_pages, drifted, page_counts
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.triton_launch import launch, power_of_2
