@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
 OPTIONS = {"enable_fp_fusion": True}
 """For every kernel, whatever the default of the Triton release is: multiply-adds are rounded once."""
 _PROCESSORS_WITHOUT_GPU = 132

@@ -66,6 +66,33 @@ LONG = {
             values={"prompt_remaining": (*PROMPT[1:-3], -1, -1, -1)},
         ),
     ],
+    "AdaptiveBudget": [
+        Case(
+            name="prompt",
+            cached=(0, 1000),
+            new=(700, 1),
+            dims={"H": 6, "K": 2, "D": 7, "P": 16, "L": 1},
+            attributes={"threshold": 0.02, "protected_in_norm": 1, "recent": 40},
+            in_order=True,
+        ),
+        Case(
+            name="by_score",
+            cached=(600, 40, 333),
+            new=(1, 2, 3),
+            dims={"H": 4, "K": 2, "D": 5, "P": 7, "L": 1},
+            attributes={"threshold": 0.1, "ranking": 0},
+            values={"scores": ()},
+            own_tokens=True,
+        ),
+        Case(
+            name="scores_as_row",
+            cached=(600, 900),
+            new=(0, 1),
+            dims={"H": 3, "K": 3, "D": 3, "P": 9, "L": 1},
+            attributes={"threshold": 0.03, "row": 1, "sinks": 0},
+            values={"scores": ()},
+        ),
+    ],
     "EvictTokens": [
         Case(
             name="prompt",
@@ -129,7 +156,7 @@ LONG_TOLERANCE = Tolerance(atol=1e-4, rtol=1e-4, reason="fp32 sums of 1500 produ
 ONE_TOKEN_KERNELS = (
     *("append_kernel", "combine_kernel", "decode_kernel", "zero_kernel"),
     *("bound_kernel", "choose_kernel", "count_kernel", "drift_kernel", "summary_kernel", "table_kernel"),
-    *("threshold_kernel", "source_kernel", "move_kernel"),
+    *("threshold_kernel", "source_kernel", "move_kernel", "order_kernel", "weigh_kernel", "sum_kernel", "cut_kernel"),
 )
 
 
