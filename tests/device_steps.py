@@ -15,7 +15,6 @@ import torch
 
 from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
 from trt_kv.export.decoder import Decoder, decoder_from_checkpoint
-from trt_kv.plugins.registry import device_kernel
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
@@ -26,9 +25,9 @@ from trt_kv.runtime.executors.torch_device import TorchDeviceExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
-PAGE_SIZE, CHUNK = 5, 16
-PROMPTS = (7, 41, 19)
-N_DECODED = 4
+PAGE_SIZE, CHUNK = 5, 20
+PROMPTS = (7, 37, 18)
+N_DECODED = 3
 SHARES = (0.6, 0.3, 0.9)
 CHANGES: dict[str, dict[str, Any]] = {
     "prefixkv": {"kept": 0.6},
@@ -72,14 +71,6 @@ def programs_of(policy: Policy, decoder: Decoder) -> dict[str, Program]:
         phase: program_of(policy, phase=phase, n_layers=len(SHARES), scale=scale, page_size=PAGE_SIZE, kept_shares=shares)
         for phase in PHASES
     }
-
-
-def missing_kernels(name: str) -> list[str]:
-    """Ops of the policy that have no kernels for devices."""
-    policy = changed_policy(name)
-    programs = [program_of(policy, phase=phase, n_layers=2, scale=1.0, page_size=1, kept_shares=SHARES[:2]) for phase in PHASES]
-    ops = {node.op for program in programs for nodes in program for node in nodes}
-    return sorted(op for op in ops if device_kernel(op) is None)
 
 
 def host_runner(name: str, checkpoint: Checkpoint) -> ModelRunner:

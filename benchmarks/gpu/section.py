@@ -1,0 +1,37 @@
+"""``python -m benchmarks.gpu.section NAME FILE [--quick]``: one section of ``python -m benchmarks.gpu``, a process of its own.
+
+What goes wrong on a GPU cannot be undone within a process: every later call fails too.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import measured, save
+
+
+def main(name: str, file: str, *, quick: bool) -> None:
+    """Measure the section and write its document. Without a GPU the kernels run in Triton's interpreter."""
+    import torch
+
+    if not torch.cuda.is_available():
+        # Before a kernel is imported, and with it Triton.
+        os.environ["TRITON_INTERPRET"] = "1"
+        np.seterr(divide="ignore")  # log2(0) is meant
+    from benchmarks.gpu.device import gpu_record
+
+    module = importlib.import_module(f"benchmarks.gpu.{name}")
+    document = measured(functools.partial(module.run, quick=quick))
+    document["gpu"] = gpu_record()
+    document["packages"]["triton"] = importlib.metadata.version("triton")
+    document["quick"] = quick
+    save(document, Path(file))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], quick="--quick" in sys.argv[3:])
