@@ -24,9 +24,10 @@ def next_bytes(keys: tl.tensor, mask: tl.tensor, prefix: tl.tensor, nth: tl.tens
 
 
 @triton.jit
-def extended(prefix: tl.tensor, wanted: tl.tensor, histogram: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The prefix with one byte more, and the how manieth largest the key is among those that begin so."""
+def extended(prefix: tl.tensor, wanted: tl.tensor, histogram: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The prefix with one byte more, the how manieth largest the key is among those that begin so, and how many these are."""
     at_least = tl.cumsum(histogram, reverse=True)
     byte = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
-    above = tl.sum(tl.where(tl.arange(0, 256) > byte, histogram, 0), 0)
-    return prefix * 256 + byte, wanted - above
+    values = tl.arange(0, 256)
+    above = tl.sum(tl.where(values > byte, histogram, 0), 0)
+    return prefix * 256 + byte, wanted - above, tl.sum(tl.where(values == byte, histogram, 0), 0)

@@ -350,6 +350,7 @@ def run(
     launch(
         cut_kernel,
         (n_sequences,),
+        warps=8,
         budget_ptr=budget,
         threshold=float(threshold),
         PROTECTED=protected_in_norm,

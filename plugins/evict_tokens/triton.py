@@ -82,11 +82,12 @@ def nth_largest(
     K: tl.constexpr,
     P: tl.constexpr,
     BLOCK_S: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The ``wanted``-th lowest or highest position, worth between ``low`` and ``high``, or position of those worth ``least``;
-    and the how manieth it is among equal ones. Lowest ones as ``LARGEST`` minus the position.
+    the how manieth it is among equal ones, and how many these are. Lowest ones as ``LARGEST`` minus the position.
     """
     prefix = tl.zeros([], tl.int64)
+    n_equal = tl.zeros([], tl.int32)
     for nth in range(4):
         histogram = tl.zeros([256], tl.int32)
         for start in range(0, n, BLOCK_S):
@@ -103,8 +104,8 @@ def nth_largest(
                 else:
                     mask = mask & (worth == least)
             histogram += next_bytes(keys, mask, prefix, nth)
-        prefix, wanted = extended(prefix, wanted, histogram)
-    return prefix, wanted
+        prefix, wanted, n_equal = extended(prefix, wanted, histogram)
+    return prefix, wanted, n_equal
 
 
 @triton.jit(
@@ -177,14 +178,14 @@ def threshold_kernel(
     none = tl.zeros([], tl.int64)
     low = none + sinks - 1
     if n_below != sinks:
-        lowest, _ = nth_largest(
+        lowest, _, _ = nth_largest(
             (none + sinks).to(tl.int32), table_ptr, token_positions_ptr, scores_ptr, lot_base, n, head, none, none, none,
             LOWEST, RANKING, K, P, BLOCK_S,
         )  # fmt: skip
         low = LARGEST - lowest
     high = newest - recents + 1
     if n_above != recents:
-        high, _ = nth_largest(
+        high, _, _ = nth_largest(
             recents.to(tl.int32), table_ptr, token_positions_ptr, scores_ptr, lot_base, n, head, none, none, none,
             HIGHEST, RANKING, K, P, BLOCK_S,
         )  # fmt: skip
@@ -205,15 +206,17 @@ def threshold_kernel(
                 last = tl.where(worst < least, latest, tl.where(worst == least, tl.maximum(last, latest), last))
                 least = tl.minimum(least, worst)
         else:
-            least, wanted = nth_largest(
+            least, wanted, n_equal = nth_largest(
                 wanted, table_ptr, token_positions_ptr, scores_ptr, lot_base, n, head, low, high, none,
                 WORTH, RANKING, K, P, BLOCK_S,
             )  # fmt: skip
-            latest, _ = nth_largest(
-                wanted, table_ptr, token_positions_ptr, scores_ptr, lot_base, n, head, low, high, least,
-                TIE, RANKING, K, P, BLOCK_S,
-            )  # fmt: skip
-            last = LARGEST - latest
+            last = none + ALL
+            if wanted < n_equal:
+                latest, _, _ = nth_largest(
+                    wanted, table_ptr, token_positions_ptr, scores_ptr, lot_base, n, head, low, high, least,
+                    TIE, RANKING, K, P, BLOCK_S,
+                )  # fmt: skip
+                last = LARGEST - latest
     tl.store(thresholds_ptr, low)
     tl.store(thresholds_ptr + 1, high)
     tl.store(thresholds_ptr + 2, least)
@@ -468,6 +471,7 @@ def run(
     launch(
         threshold_kernel,
         (n_sequences, n_kv_heads),
+        warps=8,
         budget_ptr=len_B if budget is None else budget,
         kept_share=float(kept_share),
         recent_share=float(recent_share),

@@ -233,7 +233,7 @@ def choose_kernel(
         for start in range(0, n, BLOCK_J):
             keys = tl.load(keys_ptr + start + tile, mask=start + tile < n, other=0)
             histogram += next_bytes(keys, start + tile < n, least, nth)
-        least, wanted = extended(least, wanted, histogram)
+        least, wanted, _ = extended(least, wanted, histogram)
 
     # All above the least value, and the first ones that are equal to it.
     n_before = 0
