@@ -156,7 +156,7 @@ LONG_TOLERANCE = Tolerance(atol=1e-4, rtol=1e-4, reason="fp32 sums of 1500 produ
 ONE_TOKEN_KERNELS = (
     *("append_kernel", "combine_kernel", "decode_kernel", "zero_kernel"),
     *("bound_kernel", "choose_kernel", "count_kernel", "drift_kernel", "summary_kernel", "table_kernel"),
-    *("threshold_kernel", "source_kernel", "move_kernel", "order_kernel", "weigh_kernel", "sum_kernel", "cut_kernel"),
+    *("threshold_kernel", "source_kernel", "move_kernel"),
 )
 SPILLED_BYTES = {"threshold_kernel": 8}
 """One address, which the assembler puts away although registers are free."""
