@@ -18,7 +18,7 @@ from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.model_runner import ModelRunner
 
 N_LAYERS = len(SHARES)
-EVICTING = [name for name in policy_names() if name != "full"]
+EVICTING = [name for name in policy_names() if policy_from_name(name).evicts]
 ADAPTIVE = [name for name in EVICTING if policy_from_name(name).budget == "unimetric"]
 N_PROMPT, N_DECODED = 200, 12
 
