@@ -1,0 +1,271 @@
+"""RecallAttention over two tiers, driven by the device: what is chosen, missing and moved is known there alone.
+
+One layer of one decode step, as launches that a CUDA graph can record and replay at any lengths
+(docs/decisions/0022-recall-driven-by-the-device.md):
+
+    main stream                                             side stream
+    append the token; a page that fills: to the host, summed up
+    test drift; KV heads in need choose, plan, bring
+    table of the device pages that each KV head attends to
+    the query is there ------------------------------------> choose for the next step, plan, fill slots that nobody reads
+    attention over the working set
+    attention is done -------------------------------------> fill the slots that it read
+    next layers ...
+    <------------------- the last layer joins the side stream
+
+Chosen lists and what slots hold are changed by the plan on the side stream, after this step's table was made of them and before
+the next step's is. Joining within the step is what a graph asks for: the side stream must return to the stream from which it
+was forked. It costs that whatever of the recall is not done when the last layer has attended is waited for there, before
+that layer's projection, instead of behind the next step's first layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trt_kv.errors import CapacityError, UsageError
+from trt_kv.plugins.attention_triton import attend_one
+from trt_kv.plugins.recall_attention.choice_triton import PageCounts, choose_pages, drifted, page_counts
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.plugins.recall_attention.recall_triton import recall_pages
+from trt_kv.plugins.recall_attention.triton import summaries_of_filled
+from trt_kv.plugins.recall_attention.working_set_triton import Moves, attended_places, heads_in_need, keep_tokens, plan_moves
+from trt_kv.plugins.registry import Kernel
+from trt_kv.program import Program, recall_nodes
+from trt_kv.runtime.device_pool import TORCH_TYPES
+from trt_kv.runtime.recall.device_prompt import PromptStaging
+from trt_kv.runtime.recall.device_sets import BlockSizes, DeviceSets, PinnedTier
+from trt_kv.runtime.recall.prompt_attention import BLOCK_TOKENS
+from trt_kv.runtime.recall.side_work import InPlace, SideStream, SideWork, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallCapacity:
+    """What memory is planned for. ``prompt_block``: tokens of earlier pages that a chunk has on the device at a time."""
+
+    host_pages: int
+    sequences: int
+    longest_prompt: int
+    largest_chunk: int
+    prompt_block: int = BLOCK_TOKENS
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) < 1:
+            raise UsageError("recall needs room for something", got=vars(self), expected="at least 1 of each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LayerStep:
+    """One layer of one step: its tensors, and how it chooses."""
+
+    cu_tokens: Tensor
+    remaining_N: Tensor
+    table_BT: Tensor
+    kv_len_B: Tensor
+    prompt_len_B: Tensor
+    found_budget_B: Tensor
+    blocks_B: Tensor
+    limits: PageLimits
+    kept_share: float
+    kept_tokens: int
+    pooling: int
+    softmax_scale: float
+
+    def counts(self, ahead: int) -> PageCounts:
+        """``ahead`` 1: of the next step, which has one token more and none of the prompt where this one has read all of it."""
+        remaining_N, kv_len_B = (self.remaining_N - 1, self.kv_len_B + 1) if ahead else (self.remaining_N, self.kv_len_B)
+        return page_counts(
+            self.cu_tokens,
+            remaining_N,
+            kv_len_B,
+            self.prompt_len_B,
+            self.found_budget_B,
+            self.limits,
+            self.kept_share,
+            self.kept_tokens,
+        )
+
+    def choose(self, probe_BHD: Tensor, summaries: Tensor, counts: PageCounts) -> Tensor:
+        return choose_pages(probe_BHD, summaries, self.table_BT, counts, self.limits.n_sinks, self.pooling, self.softmax_scale)
+
+
+class DeviceRecall:
+    """Kernels with a memory, like ``StreamedRecall``: page tables name host pages, rows of queries are first host pages.
+
+    A cache begins with a prompt, read by the kernels of phase "prefill", which wait for the device; those of "decode" never do
+    and expect generated tokens alone. ``release`` takes a sequence's working sets back.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        capacity: RecallCapacity,
+        *,
+        n_query_heads: int,
+        n_kv_heads: int,
+        head_size: int,
+        dtype: str = "float16",
+        device: str | torch.device = "cuda",
+        side: SideWork | None = None,
+    ) -> None:
+        """``program``: any phase's. ``side``: who does what no step waits for; None: a stream of its own on a GPU.
+
+        ``UsageError`` where no layer recalls, or where budgets are found from the input.
+        """
+        on = torch.device(device)
+        layers = [layer for layer, node in enumerate(recall_nodes(program)) if node is not None]
+        if not layers:
+            raise UsageError("no layer recalls", expected="a program with RecallAttention", fix="choose a policy that recalls")
+        node = recall_nodes(program)[layers[0]]
+        assert node is not None
+        sizes = BlockSizes.of(program, capacity.longest_prompt)
+        page_shape = (2, n_kv_heads, int(node.attributes["page_size"]), head_size)
+        self.host = PinnedTier(capacity.host_pages, page_shape, TORCH_TYPES[dtype], on)
+        self.sets = DeviceSets(
+            self.host, sizes, n_blocks=capacity.sequences * len(layers), n_query_heads=n_query_heads, device=on
+        )
+        self.prompts = PromptStaging(self.sets, largest_chunk=capacity.largest_chunk, block_tokens=capacity.prompt_block)
+        self._longest_prompt = capacity.longest_prompt
+        self._side = side or (SideStream(on) if on.type == "cuda" else InPlace())
+        self._first_layer, self._last_layer = layers[0], layers[-1]
+
+    def kernels(self, phase: str) -> Mapping[str, Kernel]:
+        """What runs instead of the op's own kernels in steps of ``phase``, "prefill" or "decode"."""
+        return {"RecallAttention": partial(self._attend, phase == "prefill")}
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Forget layers of sequences, known by their first host pages."""
+        self._side.join()
+        self.sets.release(rows)
+
+    def _attend(
+        self,
+        reads_prompts: bool,
+        *,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        cu_tokens: Tensor,
+        prompt_remaining: Tensor,
+        page_table: Tensor,
+        kv_len: Tensor,
+        prompt_len: Tensor,
+        found_budget: Tensor,
+        query_rows: Tensor,
+        layer: int,
+        scale: float,
+        page_size: int,
+        kept_share: float = 1.0,
+        kept_tokens: int = 0,
+        sinks: int = 0,
+        recent: int = 1,
+        tau: float = 0.8,
+        summary: int = 0,
+        pooling: int = 0,
+        softmax_scale: float = 1.0,
+        **_states: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """RecallAttention as its spec says; the states that the spec keeps in the pool are kept here."""
+        if layer == self._first_layer:
+            self._side.join()  # a step may have been interrupted before its last layer
+        sets = self.sets.tensors
+        q = q.contiguous()
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        limits = PageLimits(page_size=page_size, sinks=sinks, recent=recent)
+        tables = page_table[layer], kv_len[layer]
+        if reads_prompts:
+            self._read_prompts(limits, (q, k, v, positions), cu_tokens, prompt_remaining, tables, prompt_len, scale, (out, lse))
+        step = _LayerStep(
+            cu_tokens=cu_tokens,
+            remaining_N=prompt_remaining,
+            table_BT=tables[0],
+            kv_len_B=tables[1],
+            prompt_len_B=prompt_len,
+            found_budget_B=found_budget[layer],
+            blocks_B=self.sets.block_of[query_rows[layer]],
+            limits=limits,
+            kept_share=kept_share,
+            kept_tokens=kept_tokens,
+            pooling=pooling,
+            softmax_scale=softmax_scale,
+        )
+        counts = step.counts(ahead=0)
+        keep_tokens(sets, k, v, cu_tokens, step.table_BT, step.kv_len_B, counts, step.blocks_B, limits)
+        # From the host, where every full page is by now.
+        summaries_of_filled(sets.host_kv, sets.summaries, cu_tokens, step.table_BT, step.kv_len_B, len(q), summary)
+        corrected_BK, probe_BHD = drifted(q, cu_tokens, prompt_remaining, step.blocks_B, sets.last_query, sets.kv.shape[2], tau)
+        self._recall_at_once(step, counts, corrected_BK, probe_BHD)
+        places_BKT = attended_places(sets, step.kv_len_B, counts, step.blocks_B, limits, step.table_BT.shape[1])
+        rest = self._recall_ahead(step, counts) if tau <= 1.0 else None  # a cosine is at most 1
+        attend_one(q, cu_tokens, places_BKT, counts.attended, sets.kv, scale, out, lse)
+        if rest is not None:
+            self._side.submit(rest)
+        if layer == self._last_layer:
+            self._side.join()
+        return out, lse, corrected_BK
+
+    def _recall_at_once(self, step: _LayerStep, counts: PageCounts, corrected_BK: Tensor, probe_BHD: Tensor) -> None:
+        """For KV heads that were corrected, or for which nothing was chosen ahead. A sequence with none of them does nothing;
+        in others, all KV heads rank their pages, and those in need bring some.
+        """
+        sets = self.sets.tensors
+        needs_BK, gated = heads_in_need(sets, corrected_BK, step.kv_len_B, counts, step.blocks_B)
+        wanted_BKT = step.choose(probe_BHD, sets.summaries, gated)
+        moves = plan_moves(sets, wanted_BKT, step.table_BT, step.kv_len_B, counts, step.blocks_B, needs_BK=needs_BK)
+        recall_pages(sets.host_kv, sets.kv, moves.rows, moves.unread)
+
+    def _recall_ahead(self, step: _LayerStep, counts: PageCounts) -> Work:
+        """Recall for the next step, with this step's query; returns what is left to submit when this step has attended."""
+        sets = self.sets.tensors
+        planned: list[Moves] = []
+
+        def choose_and_fill() -> None:
+            ahead = step.counts(ahead=1)
+            wanted_BKT = step.choose(sets.last_query[step.blocks_B], sets.summaries, ahead)
+            moves = plan_moves(sets, wanted_BKT, step.table_BT, step.kv_len_B, ahead, step.blocks_B, n_read_B=counts.chosen)
+            recall_pages(sets.host_kv, sets.kv, moves.rows, moves.unread)
+            planned.append(moves)
+
+        def fill_read_slots() -> None:
+            recall_pages(sets.host_kv, sets.kv, planned[0].rows, planned[0].read)
+
+        self._side.submit(choose_and_fill)
+        return fill_read_slots
+
+    def _read_prompts(
+        self,
+        limits: PageLimits,
+        tokens: tuple[Tensor, Tensor, Tensor, Tensor],
+        cu_tokens: Tensor,
+        remaining_N: Tensor,
+        tables: tuple[Tensor, Tensor],
+        prompt_len_B: Tensor,
+        scale: float,
+        results: tuple[Tensor, Tensor],
+    ) -> None:
+        """Chunks of prompts, one by one. ``tokens``: q, k, v and positions; ``results``: out and lse."""
+        ends, prompts, lengths = cu_tokens.tolist(), prompt_len_B.tolist(), tables[1].tolist()
+        remaining = remaining_N.tolist()
+        for b, (begin, end) in enumerate(pairwise(ends)):
+            if begin == end or remaining[end - 1] < 0:
+                continue
+            if prompts[b] > self._longest_prompt:
+                raise CapacityError(
+                    "the prompt is longer than recall was planned for",
+                    got=f"{prompts[b]} tokens",
+                    expected=f"at most {self._longest_prompt}",
+                    fix="send a shorter prompt, or plan for longer ones",
+                )
+            pages = tables[0][b, : -(-lengths[b] // limits.page_size)].tolist()
+            begins = lengths[b] == end - begin
+            block = self.sets.allocate(pages[0]) if begins else self.sets.block(pages[0])
+            q, k, v, positions = (tensor[begin:end] for tensor in tokens)
+            found = self.prompts.attend(block, limits, pages, lengths[b], q, k, v, positions, scale)
+            for tensor, rows in zip(results, found, strict=True):
+                tensor[begin:end] = rows
