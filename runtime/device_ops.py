@@ -1,5 +1,6 @@
 """Runs the KV ops between the dense parts with their device kernels, in place on a pool on the device."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ Tensors = dict[str, Tensor]
 class DeviceOps:
     """A program whose device kernels have been looked up; ``for_step`` binds it to the tensors of one step."""
 
-    def __init__(self, program: Program, pool: DeviceKvPool) -> None:
-        """Raises ``EngineError`` for an op that has no kernels for devices."""
+    def __init__(self, program: Program, pool: DeviceKvPool, kernels: Mapping[str, Kernel] | None = None) -> None:
+        """``kernels`` run instead of the ops' own. Raises ``EngineError`` for an op that has no kernels for devices."""
+        instead = kernels or {}
         specs = op_specs()
         self.n_layers = len(program)
         self.step_tensors: dict[str, TensorSpec] = {
@@ -34,7 +36,9 @@ class DeviceOps:
             made, _, layer = name.rpartition("_")
             self.makers.setdefault(made, []).append(int(layer))
         self._states = pool.tensors
-        self._layers = [[(specs[n.op], _device_kernel(n.op), dict(n.attributes)) for n in nodes] for nodes in program]
+        self._layers = [
+            [(specs[n.op], instead.get(n.op) or _device_kernel(n.op), dict(n.attributes)) for n in nodes] for nodes in program
+        ]
 
     def for_step(self, tensors: Tensors) -> "BoundDeviceOps":
         return BoundDeviceOps(self._layers, tensors | self._states, self.makers)

@@ -12,7 +12,7 @@ from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
 from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.recall.streamed import StreamedRecall
-from trt_kv.runtime.recall.tiered_sequence import TieredSequence
+from trt_kv.runtime.recall.tiered_sequence import TieredSequence, Tiers
 from trt_kv.runtime.sequence_cache import SequenceCache
 from trt_kv.runtime.step import Ints, Step, StepResult
 from trt_kv.runtime.trace import NO_TRACE, Trace
@@ -40,13 +40,15 @@ class ModelRunner:
         decode_distance: int = 25,
         implementation: str = "cpu",
         recall: StreamedRecall | None = None,
+        tiers: Tiers | None = None,
         trace: Trace = NO_TRACE,
     ) -> None:
-        """``recall`` runs RecallAttention over a cache on the host, with ``pool`` as the device; without it, the op's kernel
-        runs over the whole cache in ``pool``.
+        """``recall`` runs RecallAttention over a cache on the host, with ``pool`` as the device; so do other ``tiers``, whose
+        kernels an executor of whole steps has been given. Without both, the op's kernel runs over the whole cache in ``pool``.
         """
         self.pool = pool
         self.recall = recall
+        self._tiers = recall or tiers
         self._trace = trace
         self.chunk = chunk
         self._executor = (
@@ -67,12 +69,12 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Compile what is compiled at its first call (seconds on a fresh installation, milliseconds afterwards)."""
         self._executor.warm_up()
-        if self.recall is not None:
-            self.recall.warm_up()
+        if self._tiers is not None:
+            self._tiers.warm_up()
 
     def new_sequence(self) -> SequenceCache:
-        if self.recall is not None:
-            return TieredSequence(self.recall, n_layers=len(self._budgets), host_layers=self._host_layers)
+        if self._tiers is not None:
+            return TieredSequence(self._tiers, n_layers=len(self._budgets), host_layers=self._host_layers)
         return SequenceCache(self.pool, n_layers=len(self._budgets), decode_distance=self._decode_distance)
 
     def prefill(
@@ -181,8 +183,8 @@ class ModelRunner:
 
     def reclaim(self) -> None:
         """After Ctrl-C in the middle of a step: take back what no living sequence owns."""
-        if self.recall is not None:
-            self.recall.reclaim()
+        if self._tiers is not None:
+            self._tiers.reclaim()
         self.pool.reclaim()
 
     def _require_host_pool(self, what: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tests.device_recall_cases import BLOCKWISE, CASES, SLOW_CASES, Case
 from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program
+from trt_kv.runtime.device_pool import DeviceKvPool
 
 Values = dict[str, Tensor]
 
@@ -96,11 +97,8 @@ class World:
         self.recall = DeviceRecall(
             case.program,
             capacity,
+            pool_of(case, self.device),
             n_query_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            head_size=head_size,
-            dtype=case.dtype,
-            device=self.device,
             side=self.side,
         )
         sets = self.recall.sets.tensors
@@ -202,6 +200,14 @@ class World:
         sets = self.recall.sets.tensors
         names = ("kv", "host_kv", "held", "chosen", "moved")
         return {name: getattr(sets, name).clone() for name in names}
+
+
+def pool_of(case: Case, device: str) -> DeviceKvPool:
+    """Layers that do not recall have no pages."""
+    _, n_kv_heads, head_size = case.heads
+    return DeviceKvPool(
+        n_pages=0, page_size=case.page_size, n_kv_heads=n_kv_heads, head_size=head_size, dtype=case.dtype, device=device
+    )
 
 
 def over_layers(kernels: Mapping[str, Kernel], program: Program, values: Values) -> list[tuple[Tensor, ...]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.device_recall_cases import BLOCKWISE, CASES, Case
-from tests.device_recall_rig import ReplayedSteps, World, over_layers, play
+from tests.device_recall_rig import ReplayedSteps, World, over_layers, play, pool_of
 from tests.triton_kernels import ROOT
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.triton_compile import CAPABILITIES, MODELS, SHARED_BYTES, compiled
@@ -48,18 +48,34 @@ def test_outputs_equal_attention_over_the_whole_cache_in_many_more_worlds(tmp_pa
     assert not errors, "\n".join(f"{name}: {error}" for name, error in errors.items())
 
 
+def test_an_executor_of_whole_steps_recalls_from_the_host(small_checkpoint_folder: Path) -> None:
+    """A decoder's requests, padded to buckets: logits bit for bit those with the whole cache on the device."""
+    command = [sys.executable, "-m", "tests.device_recall_requests", str(small_checkpoint_folder)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    outcome = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_on_the_gpu_an_executor_of_whole_steps_recalls_from_the_host(
+    small_checkpoint_folder: Path, *, cuda_graphs: bool
+) -> None:
+    from tests.device_recall_requests import check
+    from trt_kv.export.checkpoint import open_checkpoint
+
+    check(open_checkpoint(small_checkpoint_folder), device="cuda", cuda_graphs=cuda_graphs)
+
+
 def recall_of(case: Case, **changes: Any) -> Any:
     from trt_kv.runtime.recall.device_recall import DeviceRecall, RecallCapacity
 
     sizes = {"host_pages": 9, "sequences": 1, "longest_prompt": 40, "largest_chunk": 8}
-    n_heads, n_kv_heads, head_size = case.heads
     return DeviceRecall(
         changes.get("program", case.program),
         RecallCapacity(**sizes | changes.get("capacity", {})),
-        n_query_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_size=head_size,
-        device="cpu",
+        pool_of(case, "cpu"),
+        n_query_heads=case.heads[0],
     )
 
 
@@ -93,17 +109,10 @@ def decode_launches(model: str, dtype: str) -> list[Launch]:
     from trt_kv.runtime.recall.device_recall import DeviceRecall, RecallCapacity
 
     n_heads, n_kv_heads, head_size = (MODELS[model][axis] for axis in "HKD")
-    case = Case(name=model, page_size=32, kept_tokens=4096, sinks=512, recent=512, heads=(n_heads, n_kv_heads, head_size))
+    heads = n_heads, n_kv_heads, head_size
+    case = Case(name=model, page_size=32, kept_tokens=4096, sinks=512, recent=512, heads=heads, dtype=dtype)
     capacity = RecallCapacity(host_pages=8192, sequences=4, longest_prompt=32768, largest_chunk=2048)
-    recall = DeviceRecall(
-        case.program,
-        capacity,
-        n_query_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_size=head_size,
-        dtype=dtype,
-        device="meta",
-    )
+    recall = DeviceRecall(case.program, capacity, pool_of(case, "meta"), n_query_heads=n_heads)
     integers = {
         **dict.fromkeys(("positions", "prompt_remaining", "prompt_len"), (4,)),
         **dict.fromkeys(("kv_len", "found_budget", "query_rows"), (1, 4)),

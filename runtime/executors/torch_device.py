@@ -3,7 +3,7 @@
 What of it has run on a GPU stands in benchmarks/gpu/README.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trt_kv.errors import UsageError
+from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program
 from trt_kv.runtime.device_ops import DeviceOps, Tensors
 from trt_kv.runtime.device_pool import DeviceKvPool
@@ -45,9 +46,11 @@ class TorchDeviceExecutor:
         largest: StepSizes,
         *,
         cuda_graphs: bool | None = None,
+        kernels: Callable[[str], Mapping[str, Kernel]] | None = None,
     ) -> None:
         """``decoder(input_ids, positions, logit_rows, attend) -> logits`` has parameters of the pool's type and is moved to the
         pool's device. ``largest`` sizes the buffers. ``cuda_graphs`` records decode steps; None: where the device is a GPU.
+        ``kernels(phase)`` run instead of the ops' own: ``DeviceRecall.kernels``.
 
         Raises ``UsageError`` for what does not fit together, ``EngineError`` for an op without kernels for devices.
         """
@@ -58,7 +61,9 @@ class TorchDeviceExecutor:
         self._pool = pool
         self._largest = largest
         self._decoder = decoder.to(pool.device).eval()
-        self._ops = {phase: DeviceOps(program, pool) for phase, program in programs.items()}
+        self._ops = {
+            phase: DeviceOps(program, pool, None if kernels is None else kernels(phase)) for phase, program in programs.items()
+        }
         self._buffers = {
             phase: StepBuffers(ops.step_tensors, largest, n_layers=ops.n_layers, spare_slot=spare_slot, device=pool.device)
             for phase, ops in self._ops.items()

@@ -37,11 +37,12 @@ from trt_kv.plugins.recall_attention.triton import summaries_of_filled
 from trt_kv.plugins.recall_attention.working_set_triton import Moves, attended_places, heads_in_need, keep_tokens, plan_moves
 from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program, recall_nodes
-from trt_kv.runtime.device_pool import TORCH_TYPES
+from trt_kv.runtime.device_pool import DeviceKvPool
 from trt_kv.runtime.recall.device_prompt import PromptStaging
 from trt_kv.runtime.recall.device_sets import BlockSizes, DeviceSets, PinnedTier
 from trt_kv.runtime.recall.prompt_attention import BLOCK_TOKENS
 from trt_kv.runtime.recall.side_work import InPlace, SideStream, SideWork, Work
+from trt_kv.runtime.step import Ints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,27 +106,23 @@ class DeviceRecall:
         self,
         program: Program,
         capacity: RecallCapacity,
+        pool: DeviceKvPool,
         *,
         n_query_heads: int,
-        n_kv_heads: int,
-        head_size: int,
-        dtype: str = "float16",
-        device: str | torch.device = "cuda",
         side: SideWork | None = None,
     ) -> None:
-        """``program``: any phase's. ``side``: who does what no step waits for; None: a stream of its own on a GPU.
+        """``program``: any phase's. ``pool``: the cache of layers that do not recall, and what is said of types and sizes.
+        ``side``: who does what no step waits for; None: a stream of its own on a GPU.
 
         ``UsageError`` where no layer recalls, or where budgets are found from the input.
         """
-        on = torch.device(device)
         layers = [layer for layer, node in enumerate(recall_nodes(program)) if node is not None]
         if not layers:
             raise UsageError("no layer recalls", expected="a program with RecallAttention", fix="choose a policy that recalls")
-        node = recall_nodes(program)[layers[0]]
-        assert node is not None
         sizes = BlockSizes.of(program, capacity.longest_prompt)
-        page_shape = (2, n_kv_heads, int(node.attributes["page_size"]), head_size)
-        self.host = PinnedTier(capacity.host_pages, page_shape, TORCH_TYPES[dtype], on)
+        on = pool.device
+        self.device = pool
+        self.host = PinnedTier(capacity.host_pages, pool.kv.shape[1:], pool.dtype, on)
         self.sets = DeviceSets(
             self.host, sizes, n_blocks=capacity.sequences * len(layers), n_query_heads=n_query_heads, device=on
         )
@@ -138,10 +135,34 @@ class DeviceRecall:
         """What runs instead of the op's own kernels in steps of ``phase``, "prefill" or "decode"."""
         return {"RecallAttention": partial(self._attend, phase == "prefill")}
 
+    def fork(self, pages: Ints, twin_pages: Ints) -> None:
+        """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
+        self._side.join()
+        sets = self.sets.tensors
+        heads = range(sets.kv.shape[2])
+        pairs = zip(pages.tolist(), twin_pages.tolist(), strict=True)
+        moves = torch.tensor([(head, *pair) for pair in pairs for head in heads], device=self.device.device)
+        recall_pages(sets.host_kv, sets.host_kv, moves)
+        sets.summaries[torch.from_numpy(twin_pages)] = sets.summaries[torch.from_numpy(pages)]
+        self.sets.fork(int(pages[0]), int(twin_pages[0]))
+
+    def warm_up(self) -> None:
+        """All kernels are compiled by the executor's steps."""
+
     def release(self, rows: Sequence[int]) -> None:
         """Forget layers of sequences, known by their first host pages."""
         self._side.join()
         self.sets.release(rows)
+
+    def reclaim(self) -> None:
+        """After Ctrl-C in the middle of a step: what no living sequence holds is free again."""
+        held = set(self.host.held_pages())
+        self.release([row for row in self.sets.rows if row not in held])
+        self.host.reclaim()
+
+    def close(self) -> None:
+        """Release everything."""
+        self.release(self.sets.rows)
 
     def _attend(
         self,

@@ -74,6 +74,15 @@ class BlockSizes:
         return cls(own_pages=own_pages, n_chosen=n_chosen)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldBlock:
+    """A block that somebody has. Nothing on the device fails by itself."""
+
+    number: int
+    n_held_tokens: int
+    failure: None = None
+
+
 class DeviceSets:
     """Blocks and who has them. A layer of a sequence is known by its row, the number of its first host page."""
 
@@ -118,9 +127,28 @@ class DeviceSets:
         sets = self.tensors
         return {"host": sets.host_kv.nbytes, "device": sets.kv.nbytes, "summaries": sets.summaries.nbytes}
 
+    @property
+    def rows(self) -> list[int]:
+        """Who has a block."""
+        return list(self._blocks)
+
     def block(self, row: int) -> int:
         """The block of a row that has one."""
         return self._blocks[row]
+
+    def get(self, row: int) -> HeldBlock | None:
+        """What is on the device of a row; None where it has no block."""
+        if row not in self._blocks:
+            return None
+        return HeldBlock(number=self._blocks[row], n_held_tokens=self.sizes.n_pages * self.host.page_size)
+
+    def fork(self, row: int, twin_row: int) -> None:
+        """Copy a row's block to one of the new row's own."""
+        block, twin = self._blocks[row], self.allocate(twin_row)
+        sets, size = self.tensors, self.sizes.n_pages
+        for tensor in (sets.last_query, sets.held, sets.chosen, sets.slots, sets.chosen_for, sets.moved):
+            tensor[twin] = tensor[block]
+        sets.kv[twin * size : (twin + 1) * size] = sets.kv[block * size : (block + 1) * size]
 
     def allocate(self, row: int) -> int:
         """Give a row, whose cache begins now, an empty block; ``CapacityError`` where all are in use."""

@@ -1,20 +1,72 @@
 """A sequence whose cache lies on the host in some layers and on the device in the others."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Protocol, Self
 
 from trt_kv.errors import TrtKvError
+from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.page_pool import PagePool
-from trt_kv.runtime.recall.streamed import StreamedRecall
-from trt_kv.runtime.recall.working_set import WorkingSet
 from trt_kv.runtime.sequence_cache import SequenceCache
 from trt_kv.runtime.step import Ints
+
+
+class Held(Protocol):
+    """What of one layer of a sequence is on the device."""
+
+    @property
+    def failure(self) -> TrtKvError | None:
+        """Why the layer's pages are lost."""
+        ...
+
+    @property
+    def n_held_tokens(self) -> int:
+        """Tokens that its device pages have room for."""
+        ...
+
+
+class HeldByRow(Protocol):
+    """What is on the device, by the number of a layer's first host page."""
+
+    def get(self, row: int, /) -> Held | None: ...
+
+
+class Tiers(Protocol):
+    """Two tiers, and what is kept of sequences beside their page tables."""
+
+    @property
+    def host(self) -> PagePool:
+        """Where the pages of layers are that recall."""
+        ...
+
+    @property
+    def device(self) -> KvPool:
+        """Where those of the others are."""
+        ...
+
+    @property
+    def sets(self) -> HeldByRow: ...
+
+    def fork(self, pages: Ints, twin_pages: Ints) -> None:
+        """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
+        ...
+
+    def warm_up(self) -> None:
+        """Compile what is compiled at its first call and is not a kernel of an op."""
+        ...
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Forget layers of sequences, known by their first host pages."""
+        ...
+
+    def reclaim(self) -> None:
+        """After Ctrl-C in the middle of a step: what no living sequence holds is free again."""
+        ...
 
 
 class TieredSequence(SequenceCache):
     """Page tables name host pages in ``host_layers`` and device pages elsewhere."""
 
-    def __init__(self, recall: StreamedRecall, *, n_layers: int, host_layers: Sequence[int]) -> None:
+    def __init__(self, recall: Tiers, *, n_layers: int, host_layers: Sequence[int]) -> None:
         self._recall = recall
         self._host_layers = frozenset(host_layers)
         super().__init__(recall.device, n_layers=n_layers)
@@ -55,7 +107,7 @@ class TieredSequence(SequenceCache):
         self._recall.release([int(self.page_table[layer, 0]) for layer in self._host_layers])
         super().release()
 
-    def _working_sets(self) -> list[WorkingSet | None]:
+    def _working_sets(self) -> list[Held | None]:
         rows = [self.page_table[layer, 0] if layer in self._host_layers else -1 for layer in range(self.n_layers)]
         return [self._recall.sets.get(int(row)) for row in rows]
 
