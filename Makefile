@@ -11,6 +11,8 @@ SHELL := bash
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell command -v $(name))) python3.11)
 VENV ?= .venv
 PIP_ARGS ?=
+# Processes that run the tests; 0: all of them in this one.
+JOBS ?= 2
 
 # The request: from make's command line only, so that a variable left in the environment changes nothing.
 MODEL = llama3
@@ -56,7 +58,7 @@ help: ## this list
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
 	echo '            [HOST_TIER=ram|mmap:/path] where a cache on the host lies; [TRACE=FILE.json] what ran when'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=$(ENGINE) AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
-	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]'
+	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]; test also [JOBS=$(JOBS)]'
 
 engine: $(VENV)/.ready-build ## checkpoint -> engine folder
 	@$(VENV)/bin/trt-kv build --model '$(MODEL)' --policy '$(POLICY)' --out '$(OUT)' \
@@ -90,7 +92,7 @@ evaluate: $(VENV)/.ready-build ## engine + tasks of one's own -> accuracy, perpl
 		$(ARGS) -- '$(ENGINE)'
 
 test: $(VENV)/.ready-dev ## the tests that need no GPU and no patience
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses '$(JOBS)' --dist loadfile $(ARGS)
 
 check: $(VENV)/.ready-dev ## lint, format, types, import rules
 	@$(VENV)/bin/ruff check .
