@@ -35,7 +35,7 @@ class Case:
     prompts: tuple[int, ...] = (51, 6)
     cut: int = 0
     seed: int = 0
-    n_steps: int = 6
+    n_steps: int = 4
 
     @property
     def limits(self) -> PageLimits:
@@ -54,7 +54,7 @@ class Case:
 
 
 CASES = (
-    Case(name="never_corrected", tau=-1.01, steadiness=0.1),
+    Case(name="never_corrected", tau=-1.01, steadiness=0.0, prompts=(79, 6)),
     Case(name="prompts_without_end", tau=-1.01, cut=1, n_steps=3),
     Case(name="corrected_at_times"),
     Case(name="always_corrected", tau=1.01),
@@ -64,7 +64,7 @@ CASES = (
 )
 SLOW_CASES = (
     *(
-        Case(name=f"{placement}_{tau}", placement=placement, tau=tau, n_layers=2, seed=seed)
+        Case(name=f"{placement}_{tau}", placement=placement, tau=tau, n_layers=2, seed=seed, n_steps=10)
         for seed, placement in enumerate(("at_once", "after_attention", "last_moment", "random"))
         for tau in (-1.01, 0.5, 0.8)
     ),

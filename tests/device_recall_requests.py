@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.device_steps import CHUNK, N_DECODED, PROMPTS, Side, changed_policy, device_runner, programs_of, requests
+from tests.device_steps import CHUNK, PROMPTS, Side, changed_policy, device_runner, programs_of, requests
 from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.runtime.device_pool import TORCH_TYPES, DeviceKvPool
@@ -53,7 +53,7 @@ def check(checkpoint: Checkpoint, *, device: str, cuda_graphs: bool) -> None:
     runner.prefill(sequence, range(3, 3 + max(PROMPTS)))
     runner.decode([sequence], [5])
     twin = sequence.fork()
-    for i in range(N_DECODED):
+    for i in range(2):
         one, other = runner.decode([sequence, twin], [7 + i, 7 + i])
         np.testing.assert_array_equal(one, other)
     assert (sequence.held_tokens <= sequence.kv_len).all()

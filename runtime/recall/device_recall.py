@@ -61,7 +61,7 @@ class RecallCapacity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LayerStep:
+class LayerStep:
     """One layer of one step: its tensors, and how it chooses."""
 
     cu_tokens: Tensor
@@ -202,7 +202,7 @@ class DeviceRecall:
         tables = page_table[layer], kv_len[layer]
         if reads_prompts:
             self._read_prompts(limits, (q, k, v, positions), cu_tokens, prompt_remaining, tables, prompt_len, scale, (out, lse))
-        step = _LayerStep(
+        step = LayerStep(
             cu_tokens=cu_tokens,
             remaining_N=prompt_remaining,
             table_BT=tables[0],
@@ -231,7 +231,7 @@ class DeviceRecall:
             self._side.join()
         return out, lse, corrected_BK
 
-    def _recall_at_once(self, step: _LayerStep, counts: PageCounts, corrected_BK: Tensor, probe_BHD: Tensor) -> None:
+    def _recall_at_once(self, step: LayerStep, counts: PageCounts, corrected_BK: Tensor, probe_BHD: Tensor) -> None:
         """For KV heads that were corrected, or for which nothing was chosen ahead. A sequence with none of them does nothing;
         in others, all KV heads rank their pages, and those in need bring some.
         """
@@ -241,7 +241,7 @@ class DeviceRecall:
         moves = plan_moves(sets, wanted_BKT, step.table_BT, step.kv_len_B, counts, step.blocks_B, needs_BK=needs_BK)
         recall_pages(sets.host_kv, sets.kv, moves.rows, moves.unread)
 
-    def _recall_ahead(self, step: _LayerStep, counts: PageCounts) -> Work:
+    def _recall_ahead(self, step: LayerStep, counts: PageCounts) -> Work:
         """Recall for the next step, with this step's query; returns what is left to submit when this step has attended."""
         sets = self.sets.tensors
         planned: list[Moves] = []
