@@ -20,7 +20,6 @@ HEADS = {"H": 32, "K": 8, "D": 64, "P": 32}
 N_LAYERS = 4
 """Taken in turn, as in a model: a single layer's pages would stay in the cache."""
 CHUNK = 512
-BLOCK = 512
 AGREE_WITHIN = 1e-4
 
 
@@ -130,34 +129,34 @@ def _chunk_sides(n_cached: int) -> tuple[dict[str, Callable[[], Floats]], dict[s
         "flash attention": lambda: attend_chunk(q_NHD, k_KSD, v_KSD, visible_NS, scale)[0],
         "matmul, head by head": lambda: _softmax_matmul(q_NHD, k_KSD, v_KSD, scale, visible_NS),
     }, {
-        "flash attention, roles exchanged": lambda: scores.attention_received(scaled_NHD, lse_NH, k_KSD, visible_NS),
-        "blocks of weights": lambda: _received_by_blocks(scaled_NHD, lse_NH, k_KSD, visible_NS),
+        "products and sums of exps, by block": lambda: scores.attention_received(scaled_NHD, lse_NH, k_KSD, visible_NS),
+        "flash attention, roles exchanged": lambda: _received_by_flash(scaled_NHD, lse_NH, k_KSD, visible_NS),
     }
 
 
-def _received_by_blocks(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
-    """``attention_received`` by rebuilding the weights in blocks that fit a core's cache: [K, S]."""
+def _received_by_flash(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
+    """``attention_received`` as the softmax denominators of an attention in which keys ask and queries answer: [K, S].
+
+    Cached tokens before the chunk are seen by all its queries and need no mask.
+    """
     n_tokens, n_heads, _ = q_NHD.shape
     n_kv_heads, n_cached, _ = k_KSD.shape
     group = n_heads // n_kv_heads
     # With a channel -lse in q and a channel 1 in k, the product is the logarithm of the weight.
     q_NHC = torch.cat([torch.from_numpy(q_NHD), -torch.from_numpy(lse_NH)[:, :, None]], dim=-1)
-    q_KNGC = q_NHC.unflatten(1, (n_kv_heads, group)).transpose(0, 1).contiguous()
-    k_KCS = torch.cat([torch.from_numpy(k_KSD).transpose(1, 2), torch.ones(n_kv_heads, 1, n_cached)], dim=1)
-    hidden_NS = torch.from_numpy(~visible_NS)
-    received_KS = torch.zeros(n_kv_heads, n_cached)
-    for columns in _blocks(n_cached, BLOCK):
-        for rows in _blocks(n_tokens, max(1, BLOCK // group)):
-            hidden = hidden_NS[rows, columns]
-            masks = bool(hidden.any())
-            for head in range(n_kv_heads):
-                log_weights = q_KNGC[head, rows].flatten(0, 1) @ k_KCS[head, :, columns]
-                if masks:
-                    log_weights.unflatten(0, (-1, group)).masked_fill_(hidden[:, None], float("-inf"))
-                received_KS[head, columns] += log_weights.exp_().sum(dim=0)
-    received: Floats = (received_KS / group).numpy()
+    q_KGNC = q_NHC.view(n_tokens, n_kv_heads, group, -1).permute(1, 2, 0, 3).contiguous()
+    k_KGSC = torch.cat([torch.from_numpy(k_KSD), torch.ones(n_kv_heads, n_cached, 1)], dim=-1)[:, None].expand(
+        -1, group, -1, -1
+    )
+    hidden_TN = torch.from_numpy(~visible_NS[:, n_cached - n_tokens :].T)
+    mask_TN = torch.zeros(hidden_TN.shape).masked_fill_(hidden_TN, float("-inf"))
+    parts = [(k_KGSC[:, :, : n_cached - n_tokens], None), (k_KGSC[:, :, n_cached - n_tokens :], mask_TN[None, None])]
+    sums = [
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            asking, q_KGNC, q_KGNC, 0.0, False, attn_mask=mask, scale=1.0
+        )[1]
+        for asking, mask in parts
+        if asking.shape[2]
+    ]
+    received: Floats = (torch.cat(sums, dim=2).exp().sum(dim=1) / group).numpy()
     return received
-
-
-def _blocks(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -1,4 +1,4 @@
-"""TokenScores on the CPU: column sums of the attention matrix, by torch's flash attention with exchanged roles.
+"""TokenScores on the CPU: column sums of the attention matrix, block by block: products (torch), then sums of exps (numba).
 
 A sequence of one token is counted where its pages lie (numba).
 """
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from trt_kv.plugins.fast_math import exp_nonpositive
 from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, head_groups, pages_of, scatter_slots
+
+BLOCK_TOKENS = 1024
+"""Tokens whose exponents are held at a time: enough for a matrix product to pay, few enough for the caches."""
 
 
 def run(
@@ -88,9 +91,8 @@ def attention_received(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS:
     """Attention that each cached token receives, summed over queries, mean over a KV head's query heads: [K, S] fp32.
 
     q is already scaled. Token k receives sum_m exp(q_m.k - lse_m). With -lse as one more channel of q and 1 as one more
-    channel of k, that is what flash attention calls the denominator of row k when keys ask and queries answer; it makes it
-    without ever holding a weight. Memory: O(N * T), T being the tokens from the first one on that some query may not see:
-    this step's, as a rule.
+    channel of k, the exponents are one matrix product. Memory: O(N * T), T being the tokens from the first one on that some
+    query may not see: this step's, as a rule; and the exponents of ``BLOCK_TOKENS`` tokens.
     """
     n_queries, n_heads, _ = q_NHD.shape
     n_kv_heads, n_cached, _ = k_KSD.shape
@@ -108,16 +110,30 @@ def attention_received(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS:
 
 
 def _denominators(k_KTC: Tensor, q_KGNC: Tensor, mask_TN: Tensor | None = None) -> Tensor:
-    """sum over a KV head's query heads and queries of exp(q.k + mask) for each of T tokens: [K, T]."""
-    if k_KTC.shape[1] == 0:  # torch would divide by zero and kill the process
-        return torch.zeros(len(k_KTC), 0)
-    k_KGTC = k_KTC[:, None].expand(-1, q_KGNC.shape[1], -1, -1)
-    mask = None if mask_TN is None else mask_TN[None, None]
-    _, log_sums_KGT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        k_KGTC, q_KGNC, q_KGNC, 0.0, False, attn_mask=mask, scale=1.0
-    )
-    sums_KT: Tensor = log_sums_KGT.exp().sum(dim=1)
+    """sum over a KV head's query heads and queries of exp(q.k + mask) for each of T tokens: [K, T]. Exponents are at most 0."""
+    n_kv_heads, n_tokens, _ = k_KTC.shape
+    group, n_queries = q_KGNC.shape[1:3]
+    sums_KT = torch.zeros(n_kv_heads, n_tokens)
+    block_TM = torch.empty(min(BLOCK_TOKENS, n_tokens), group * n_queries)
+    for head in range(n_kv_heads):
+        q_CM = q_KGNC[head].flatten(0, 1).T
+        for first in range(0, n_tokens, BLOCK_TOKENS):
+            tokens = slice(first, min(first + BLOCK_TOKENS, n_tokens))
+            exponents_TM = torch.mm(k_KTC[head, tokens], q_CM, out=block_TM[: tokens.stop - first])
+            if mask_TN is not None:
+                exponents_TM.view(-1, group, n_queries).add_(mask_TN[tokens, None])
+            sum_exps(exponents_TM.numpy(), sums_KT[head, tokens].numpy())
     return sums_KT
+
+
+@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+def sum_exps(exponents_TM: Floats, sums_T: Floats) -> None:
+    """The sum of each row's exps, the exponents being at most 0."""
+    for t in numba.prange(len(exponents_TM)):
+        total = np.float32(0.0)
+        for m in range(exponents_TM.shape[1]):
+            total += exp_nonpositive(exponents_TM[t, m])
+        sums_T[t] = total
 
 
 def pool_neighbours(positions_KS: Ints, scores_KS: Floats, *, end: int, pooling: int) -> None:
