@@ -13,7 +13,7 @@ import pytest
 from trt_kv.cli import environment, main
 from trt_kv.cli.environment import Finding, State, examine
 from trt_kv.presets import PRESETS, Preset
-from trt_kv.require import BASE, EXTRAS
+from trt_kv.require import BASE, EXTRAS, require
 
 
 def finding(name: str) -> Finding:
@@ -87,7 +87,8 @@ def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1, get_device_name=lambda index: f"GPU {index}")
     torch = SimpleNamespace(get_num_threads=lambda: 2, cuda=cuda, version=SimpleNamespace(cuda="12.9"))
     providers = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(environment, "require", {"torch": torch, "onnxruntime": providers}.__getitem__)
+    known = {"torch": torch, "onnxruntime": providers}
+    monkeypatch.setattr(environment, "require", lambda package: known.get(package) or require(package))
     assert finding("torch CUDA").text == "CUDA 12.9: GPU 0"
 
 
