@@ -3,6 +3,8 @@
 Why two kernels: docs/decisions/0004-cpu-kernels.md.
 """
 
+from collections.abc import Sequence
+
 import numba
 import numpy as np
 import torch
@@ -58,6 +60,18 @@ def attend_chunk(
     out = out_KGND.permute(2, 0, 1, 3).reshape(n_tokens, n_heads, head_size)
     lse = lse_KGN.permute(2, 0, 1).reshape(n_tokens, n_heads)
     return out.numpy(), lse.numpy()
+
+
+def attend_tables(
+    q_NHD: Floats, entries: Sequence[tuple[int, Ints, int]], kv: Floats, scale: float, out_NHD: Floats, lse_NH: Floats
+) -> None:
+    """One query per entry (row of q, pages [K, T] of each KV head, tokens in them) attends to its pages; fills out and lse."""
+    width = max(pages_KT.shape[1] for _, pages_KT, _ in entries)
+    table_BKT = np.zeros((len(entries), kv.shape[2], width), np.int64)
+    for i, (_, pages_KT, _) in enumerate(entries):
+        table_BKT[i, :, : pages_KT.shape[1]] = pages_KT
+    rows_B, n_tokens_B = (np.array([entry[at] for entry in entries]) for at in (0, 2))
+    attend_one(q_NHD, rows_B, table_BKT, n_tokens_B, kv, np.float32(scale), out_NHD, lse_NH)
 
 
 @numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)

@@ -3,6 +3,8 @@
 from trt_kv.opspec import AttributeSpec, TensorSpec
 
 Q = TensorSpec(name="q", axes=("N", "H", "D"), dtype="float", doc="queries of this step, rotated")
+K = TensorSpec(name="k", axes=("N", "K", "D"), dtype="float", doc="keys of this step, rotated")
+V = TensorSpec(name="v", axes=("N", "K", "D"), dtype="float", doc="values of this step")
 LSE = TensorSpec(name="lse", axes=("N", "H"), dtype="float32", doc="log of the softmax denominator of each query row")
 POSITIONS = TensorSpec(name="positions", axes=("N",), dtype="int64", doc="true absolute position of each token of this step")
 CU_TOKENS = TensorSpec(

@@ -63,7 +63,7 @@ class ModelRunner:
         self._decode_distance = decode_distance
         self._budgets = budgets_of(programs["prefill"])
         self._evicts = any(eviction_nodes(programs["prefill"]))
-        self._ends_prompts = any(eviction_nodes(programs["prefill"])) or finds_budgets(programs["prefill"])
+        self._ends_prompts = self._evicts or finds_budgets(programs["prefill"])
         self._evict = kernel("EvictTokens", implementation)
 
     def warm_up(self) -> None:

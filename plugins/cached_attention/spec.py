@@ -16,8 +16,8 @@ SPEC = OpSpec(
     source="paged attention (arXiv 2309.06180, section 4.1), with lengths per layer",
     inputs=(
         t.Q,
-        TensorSpec(name="k", axes=("N", "K", "D"), dtype="float", doc="keys of this step, rotated"),
-        TensorSpec(name="v", axes=("N", "K", "D"), dtype="float", doc="values of this step"),
+        t.K,
+        t.V,
         t.POSITIONS,
         t.CU_TOKENS,
         t.SLOTS,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trt_kv.plugins.attention_cpu import append_tokens, attend_cached, attend_one
+from trt_kv.plugins.attention_cpu import append_tokens, attend_cached, attend_tables
 from trt_kv.plugins.paging import Floats, Ints, pages_of
 from trt_kv.plugins.recall_attention.choice import best_pages, drifted_heads, summaries_of
 from trt_kv.plugins.recall_attention.page_counts import PageLimits, budget_tokens
@@ -69,11 +69,7 @@ def run(
             decoding.append((last, attended_KT, n_cached - (len(pages) - attended_KT.shape[1]) * page_size))
         last_query[row] = q[last]
     if decoding:
-        table_BKT = np.zeros((len(decoding), n_kv_heads, max(pages.shape[1] for _, pages, _ in decoding)), np.int64)
-        for i, (_, attended_KT, _) in enumerate(decoding):
-            table_BKT[i, :, : attended_KT.shape[1]] = attended_KT
-        rows, n_attended = (np.array([entry[at] for entry in decoding]) for at in (0, 2))
-        attend_one(q, rows, table_BKT, n_attended, kv, np.float32(scale), out, lse)
+        attend_tables(q, decoding, kv, scale, out, lse)
     return out, lse, corrected
 
 

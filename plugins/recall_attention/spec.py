@@ -35,8 +35,8 @@ SPEC = OpSpec(
     ),
     inputs=(
         t.Q,
-        TensorSpec(name="k", axes=("N", "K", "D"), dtype="float", doc="keys of this step, rotated"),
-        TensorSpec(name="v", axes=("N", "K", "D"), dtype="float", doc="values of this step"),
+        t.K,
+        t.V,
         t.POSITIONS,
         t.CU_TOKENS,
         TensorSpec(

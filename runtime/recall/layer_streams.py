@@ -173,7 +173,7 @@ class LayerStreams:
 
     def _bring(self, working_set: WorkingSet, pages: Ints, move: Move, held_KS: Ints) -> None:
         """Copy one page-head into its slot; the slot holds nothing while that goes on."""
-        held_KS[move.head, move.slot] = -1
+        held_KS[move.head, move.slot] = NO_PAGE
         self.host.read_head(int(pages[move.page]), move.head, working_set.slot(move.slot, move.head))
         held_KS[move.head, move.slot] = move.page
 

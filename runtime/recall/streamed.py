@@ -24,7 +24,7 @@ import numpy as np
 
 from trt_kv.errors import RecallError
 from trt_kv.plugins.adaptive_budget.cpu import budget_of_row
-from trt_kv.plugins.attention_cpu import attend_one
+from trt_kv.plugins.attention_cpu import attend_tables
 from trt_kv.plugins.paging import Floats, Ints, pages_of
 from trt_kv.plugins.recall_attention.page_counts import PageLimits, budget_tokens
 from trt_kv.plugins.registry import Kernel
@@ -147,7 +147,7 @@ class StreamedRecall:
                     working_set.failure = error
             if decoding:
                 with self._trace.span("attention", layer=layer):
-                    _attend(q, decoding, self.device.kv, scale, out, lse)
+                    attend_tables(q, decoding, self.device.kv, scale, out, lse)
         finally:
             for ticket in tickets:
                 ticket.attention_done.set()
@@ -227,13 +227,3 @@ class StreamedRecall:
         self.release(list(self.sets))
         self._copies.close()
         self.host.close()
-
-
-def _attend(q: Floats, decoding: Sequence[tuple[int, Ints, int]], kv: Floats, scale: float, out: Floats, lse: Floats) -> None:
-    """Attention of one query per entry: (row of q, device pages [K, T], tokens in them)."""
-    width = max(pages_KT.shape[1] for _, pages_KT, _ in decoding)
-    table_BKT = np.zeros((len(decoding), kv.shape[2], width), np.int64)
-    for i, (_, pages_KT, _) in enumerate(decoding):
-        table_BKT[i, :, : pages_KT.shape[1]] = pages_KT
-    rows, n_tokens = (np.array([entry[at] for entry in decoding]) for at in (0, 2))
-    attend_one(q, rows, table_BKT, n_tokens, kv, np.float32(scale), out, lse)
