@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from tests.checkpoints import write_checkpoint
+from trt_kv.cli import main
 from trt_kv.export import engine as engine_module
 from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
@@ -33,6 +34,9 @@ CACHE_TOKENS = 10_000
 CHUNK = 64
 """Prompt tokens per prefill step, small enough that many prompts need several."""
 
+
+Run = Callable[..., tuple[int, str, str]]
+"""Runs a command line; see the fixture ``run``."""
 
 _TRACED: dict[tuple[str, str, int, torch.dtype], ir.Model] = {}
 
@@ -117,6 +121,21 @@ def random_ids(engine: Engine, n: int, *, seed: int) -> list[int]:
 def assert_nothing_leaked(engine: Engine) -> None:
     """Every page of the engine's pool is free again."""
     engine.runner.pool.check_integrity([])
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run a command line in an empty folder; (exit code, standard output, error stream)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine_module, "graph_from_checkpoint", traced_once)
+
+    def run_words(*words: str | Path) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        said = capfd.readouterr()
+        return code, said.out, said.err
+
+    return run_words
 
 
 @pytest.fixture

@@ -13,32 +13,13 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.engines import traced_once
+from tests.engines import Run
 from trt_kv.cli import pipeline
-from trt_kv.cli.app import main
-from trt_kv.export import engine as engine_module
 from trt_kv.manifest import load_manifest
 from trt_kv.recipe import Recipe
 from trt_kv.runtime.engine import Engine
 
-Run = Callable[..., tuple[int, str, str]]
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run a command line in an empty folder; (exit code, standard output, error stream)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine_module, "graph_from_checkpoint", traced_once)
-
-    def run_words(*words: str | Path) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main([str(word) for word in words])
-        said = capfd.readouterr()
-        return code, said.out, said.err
-
-    return run_words
 
 
 @pytest.fixture(scope="session")

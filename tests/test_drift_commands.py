@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.engines import traced_once
-from trt_kv.cli.app import main
+from tests.engines import Run
 from trt_kv.drift import Drift
 from trt_kv.errors import EngineError, RecipeError
 from trt_kv.export import engine as engine_module
@@ -21,25 +19,9 @@ from trt_kv.policies import policy_from_name
 from trt_kv.recipe import Recipe
 from trt_kv.runtime.applicable import check_applicable, check_recipe
 
-Run = Callable[..., tuple[int, str, str]]
 SETTINGS = ("--set", "tokens=128", "sinks=2", "recent=3")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run a command line in an empty folder; (exit code, standard output, error stream)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine_module, "graph_from_checkpoint", traced_once)
-
-    def run_words(*words: str | Path) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main([str(word) for word in words])
-        said = capfd.readouterr()
-        return code, said.out, said.err
-
-    return run_words
 
 
 @pytest.fixture(scope="module")
