@@ -7,30 +7,17 @@ from typing import Unpack
 from tokenizers import Tokenizer
 
 from trt_kv.errors import EngineError, RecallError, UsageError
-from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest, load_manifest, verify_files
-from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.program import budgets_of, finds_budgets, recall_nodes
-from trt_kv.require import require
-from trt_kv.runtime.admission import Admission, CacheDemand, Demand, HostDemand, WorkingSetDemand
 from trt_kv.runtime.applicable import check_applicable, check_recipe
 from trt_kv.runtime.detokenizer import load_tokenizer
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
-from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
-from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.memory import available_bytes
+from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, load_as_built
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
-from trt_kv.runtime.recall.background import ThreadedCopies
-from trt_kv.runtime.recall.host_tier import free_bytes, host_tier_at
-from trt_kv.runtime.recall.streamed import StreamedRecall
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 Prompt = str | Sequence[int]
 """Text, or token ids that are used as they are."""
-
-OnProgress = Callable[[str, int, int], None]
 
 
 class Engine:
@@ -40,13 +27,17 @@ class Engine:
     >>> engine.generate("the old man ...", max_new_tokens=32).text
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, runner: ModelRunner, tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, loaded: Loaded, tokenizer: Tokenizer) -> None:
         """Use ``Engine.load``."""
         self.folder = folder
         self.manifest = manifest
-        self.runner = runner
+        self.loaded = loaded
         self.tokenizer = tokenizer
-        self._admission = Admission(_demands(manifest, runner))
+
+    @property
+    def runner(self) -> ModelRunner:
+        """What runs the engine's steps."""
+        return self.loaded.runner
 
     @classmethod
     def load(
@@ -73,7 +64,14 @@ class Engine:
 
         Raises ``EngineError`` for anything that is not a complete, untouched engine whose policy this version applies.
         """
-        _check_load_options(cache_tokens, chunk, n_threads)
+        options = LoadOptions(
+            cache_tokens=cache_tokens,
+            host_tier=host_tier,
+            host_tokens=host_tokens,
+            chunk=chunk,
+            n_threads=n_threads,
+            trace=trace,
+        )
         folder = Path(path)
         tell = on_progress or _tell_nobody
         manifest = load_manifest(folder)
@@ -82,32 +80,11 @@ class Engine:
             _verify_with_progress(folder, manifest, tell)
         check_recipe(folder, manifest)
         tokenizer = load_tokenizer(folder / "tokenizer.json", error=EngineError)
-        policy = manifest.policy
-        streams = policy.recalls and manifest.plan is None
-        if not streams and (host_tier, host_tokens) != (None, None):
-            raise UsageError(
-                f"{folder} keeps no cache on the host",
-                got=f"host_tier={host_tier}, host_tokens={host_tokens} for policy {policy.name!r}, target {manifest.target}",
-                expected="neither",
-                fix="leave them out, or build an engine with --policy freekv",
-            )
-        executor, pool = (_on_onnxruntime if manifest.plan is None else _on_tensorrt)(
-            folder, manifest, cache_tokens, n_threads, tell
-        )
-        runner = ModelRunner(
-            executor,
-            pool,
-            manifest.programs,
-            chunk=chunk,
-            decode=policy.decode,
-            decode_distance=policy.decode_distance,
-            recall=_recall(manifest, pool, host_tier or "ram", host_tokens, trace) if streams else None,
-            trace=trace,
-        )
+        loaded = load_as_built(folder, manifest, options, tell)
         tell("compiling kernels", 0, 1)
-        runner.warm_up()
+        loaded.runner.warm_up()
         tell("compiling kernels", 1, 1)
-        return cls(folder, manifest, runner, tokenizer)
+        return cls(folder, manifest, loaded, tokenizer)
 
     def generate(self, prompt: Prompt, **sampling: Unpack[SamplingOptions]) -> Generation:
         """Continue one prompt; options as in ``SamplingParams``. ``UsageError`` and ``CapacityError`` come before it starts;
@@ -169,14 +146,14 @@ class Engine:
                     sequence=self.runner.new_sequence(),
                 )
             )
-        self._admission.check(requests)
+        self.loaded.admission.check(requests)
         return requests
 
     def _run(self, requests: Sequence[Request], on_prefill: Callable[[int], None] | None = None) -> Iterator[tuple[int, str]]:
         """Prefill each request, then decode all unfinished ones together; yields (request index, new text)."""
         finished = False
         try:
-            with self._admission.promise(requests):
+            with self.loaded.admission.promise(requests):
                 for index, request in enumerate(requests):
                     try:
                         logits_V = self.runner.prefill(request.sequence, request.prompt_ids, on_chunk=on_prefill)
@@ -237,31 +214,6 @@ def _check_prompt(prompt: Prompt, ids: Sequence[int], max_positions: int, vocab_
         )
 
 
-def _demands(manifest: Manifest, runner: ModelRunner) -> list[Demand]:
-    """What requests need of the engine's pools."""
-    budgets = budgets_of(manifest.programs["prefill"])
-    policy = manifest.policy
-    if runner.recall is None:
-        kept = [ALL] * len(budgets) if policy.recalls else budgets
-        return [CacheDemand(runner.pool, budgets=kept, n_protected=policy.sinks + policy.recent)]
-    limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
-    recalling = [node is not None for node in recall_nodes(manifest.programs["decode"])]
-    return [
-        WorkingSetDemand(runner.pool, limits=[limits if recalls else None for recalls in recalling], budgets=budgets),
-        HostDemand(runner.recall.host, n_layers=sum(recalling)),
-    ]
-
-
-def _check_load_options(cache_tokens: int | None, chunk: int, n_threads: int) -> None:
-    for name, valid, got, expected in (
-        ("cache_tokens", cache_tokens is None or cache_tokens >= 1, cache_tokens, "tokens >= 1, or None"),
-        ("chunk", chunk >= 1, chunk, "tokens >= 1"),
-        ("n_threads", n_threads >= 0, n_threads, "threads >= 1, or 0: one per core"),
-    ):
-        if not valid:
-            raise UsageError(f"bad {name}", got=got, expected=expected)
-
-
 def _tell_nobody(stage: str, done: int, total: int) -> None:
     """The progress callback of callers that gave none."""
 
@@ -276,71 +228,3 @@ def _verify_with_progress(folder: Path, manifest: Manifest, on_progress: OnProgr
         on_progress("checking digests", done, total)
 
     verify_files(folder, manifest, on_bytes)
-
-
-def _on_onnxruntime(
-    folder: Path, manifest: Manifest, cache_tokens: int | None, n_threads: int, tell: OnProgress
-) -> tuple[DenseExecutor | StepExecutor, KvPool]:
-    executor = OnnxRuntimeExecutor(
-        folder / "graphs",
-        manifest.pieces,
-        manifest.attention_ports,
-        n_threads=n_threads,
-        on_piece=lambda done, total: tell("opening graphs", done, total),
-    )
-    return executor, KvPool(**_pool_sizes(manifest, cache_tokens, available_bytes()))
-
-
-def _recall(manifest: Manifest, device: KvPool, where: str, host_tokens: int | None, trace: Trace) -> StreamedRecall:
-    """The cache on the host, and threads that stream it."""
-    if host_tokens is not None and host_tokens < 1:
-        raise UsageError("bad host_tokens", got=host_tokens, expected="tokens >= 1, or None")
-    sizes = _pool_sizes(manifest, host_tokens, free_bytes(where))
-    n_layers = manifest.config.n_layers
-    n_host_layers = sum(node is not None for node in recall_nodes(manifest.programs["decode"]))
-    host = host_tier_at(where, **sizes | {"n_pages": sizes["n_pages"] // n_layers * n_host_layers})
-    finds = finds_budgets(manifest.programs["prefill"])
-    return StreamedRecall(host, device, ThreadedCopies(), n_layers=n_layers, finds_budgets=finds, trace=trace)
-
-
-def _on_tensorrt(
-    folder: Path, manifest: Manifest, cache_tokens: int | None, _n_threads: int, tell: OnProgress
-) -> tuple[DenseExecutor | StepExecutor, KvPool]:
-    tensorrt_engine = require("trt_kv.runtime.executors.tensorrt_engine")
-    assert manifest.plan is not None
-    tell("loading the plan", 0, 1)
-    executor = tensorrt_engine.TensorRtExecutor(
-        folder / manifest.plan.file,
-        manifest.plan,
-        manifest.programs["prefill"],
-        vocab_size=manifest.config.vocab_size,
-        n_kv_heads=manifest.config.n_kv_heads,
-        dtype=manifest.dtype,
-    )
-    sizes = _pool_sizes(manifest, cache_tokens, tensorrt_engine.free_device_bytes())
-    largest = max(ranges["M"][2] for ranges in manifest.plan.profiles)
-    n_query_heads = manifest.config.n_heads if manifest.policy.recalls else 0
-    pool = tensorrt_engine.CudaKvPool(
-        **sizes | {"n_pages": min(sizes["n_pages"], largest)}, n_query_heads=n_query_heads, dtype=manifest.dtype
-    )
-    tell("loading the plan", 1, 1)
-    return executor, pool
-
-
-def _pool_sizes(manifest: Manifest, cache_tokens: int | None, free_bytes: int) -> dict[str, int]:
-    """Sizes of a pool for ``cache_tokens`` tokens in every layer; None: what fits into half of ``free_bytes``."""
-    config = manifest.config
-    element_bytes = 4 if manifest.dtype == "float32" else 2
-    token_bytes = config.n_layers * config.n_kv_heads * (2 * config.head_dim * element_bytes + 12)
-    if cache_tokens is None:
-        cache_tokens = max(1, min(2 * config.max_positions, free_bytes // 2 // token_bytes))
-    return {
-        "n_pages": config.n_layers * _pages(cache_tokens, manifest.page_size),
-        "page_size": manifest.page_size,
-        "n_kv_heads": config.n_kv_heads,
-        "head_size": config.head_dim,
-    }
-
-
-def _pages(n_tokens: int, page_size: int) -> int:
-    return -(-n_tokens // page_size)

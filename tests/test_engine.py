@@ -19,7 +19,7 @@ from trt_kv.errors import CapacityError, EngineError, RecipeError, UsageError
 from trt_kv.json_file import read_json
 from trt_kv.manifest import FILE_NAME, FileRecord, Manifest, digest_of, load_manifest
 from trt_kv.presets import PRESETS
-from trt_kv.runtime import engine as engine_module
+from trt_kv.runtime import loading as loading_module
 from trt_kv.runtime import memory
 from trt_kv.runtime.detokenizer import load_tokenizer
 from trt_kv.runtime.engine import Engine
@@ -87,7 +87,7 @@ def test_a_prompt_may_fill_all_positions_but_not_more(small_engine: Engine) -> N
 def test_generation_stops_at_the_last_position(small_engine: Engine) -> None:
     config = dataclasses.replace(small_engine.manifest.config, eos_token_ids=())
     manifest = dataclasses.replace(small_engine.manifest, config=config)
-    engine = Engine(small_engine.folder, manifest, small_engine.runner, small_engine.tokenizer)
+    engine = Engine(small_engine.folder, manifest, small_engine.loaded, small_engine.tokenizer)
     generation = engine.generate(random_ids(small_engine, MAX_POSITIONS - 9, seed=1), max_new_tokens=1000)
     assert len(generation.token_ids) == 10
     assert generation.finish_reason == "length"
@@ -150,7 +150,7 @@ def test_the_default_pool_is_twice_the_positions_or_what_memory_allows(
     small_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert load(small_folder, cache_tokens=None).runner.pool.n_pages == 3 * -(-2 * MAX_POSITIONS // 5)
-    monkeypatch.setattr(engine_module, "available_bytes", lambda: 0)
+    monkeypatch.setattr(loading_module, "available_bytes", lambda: 0)
     assert load(small_folder, cache_tokens=None).runner.pool.n_pages == 3
 
 

@@ -82,7 +82,7 @@ def test_the_end_token_ends_where_transformers_ends(full_engine: Engine, bundled
     eos = tuple(full_engine.encode(". ?")[1:])
     config = dataclasses.replace(full_engine.manifest.config, eos_token_ids=eos)
     manifest = dataclasses.replace(full_engine.manifest, config=config)
-    engine = Engine(full_engine.folder, manifest, full_engine.runner, full_engine.tokenizer)
+    engine = Engine(full_engine.folder, manifest, full_engine.loaded, full_engine.tokenizer)
     prompts = prompts_of_many_lengths()[5:45:4]
     for prompt, ours in zip(prompts, engine.generate_batch(prompts, max_new_tokens=NEW_TOKENS), strict=True):
         expected = generated_by_transformers(bundled_model, engine.encode(prompt), eos)

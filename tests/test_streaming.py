@@ -204,7 +204,7 @@ def test_an_end_token_at_once_is_an_empty_answer(full_engine: Engine) -> None:
     first = full_engine.generate("the old storm", max_new_tokens=1).token_ids[0]
     config = dataclasses.replace(full_engine.manifest.config, eos_token_ids=(EOS, first))
     manifest = dataclasses.replace(full_engine.manifest, config=config)
-    engine = Engine(full_engine.folder, manifest, full_engine.runner, full_engine.tokenizer)
+    engine = Engine(full_engine.folder, manifest, full_engine.loaded, full_engine.tokenizer)
     generation = engine.generate("the old storm")
     assert (generation.text, generation.token_ids, generation.finish_reason) == ("", (), "stop")
     assert list(engine.stream("the old storm")) == []
