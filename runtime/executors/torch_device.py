@@ -1,4 +1,4 @@
-"""Whole steps on one device with torch: the decoder module and the ops' device kernels; on GPUs decode steps as CUDA graphs.
+"""Whole steps on one device: a decoder's dense parts and the ops' device kernels; on GPUs decode steps as CUDA graphs.
 
 What of it has run on a GPU stands in benchmarks/gpu/README.md.
 """
@@ -17,6 +17,7 @@ from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program
 from trt_kv.runtime.device_ops import DeviceOps, Tensors
 from trt_kv.runtime.device_pool import DeviceKvPool
+from trt_kv.runtime.executors.device_decoder import DeviceDecoder, ModuleDecoder
 from trt_kv.runtime.executors.step_buffers import StepBuffers, StepSizes
 from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.step import Step, StepResult
@@ -40,7 +41,7 @@ class TorchDeviceExecutor:
 
     def __init__(
         self,
-        decoder: nn.Module,
+        decoder: DeviceDecoder | nn.Module,
         programs: Mapping[str, Program],
         pool: DeviceKvPool,
         largest: StepSizes,
@@ -48,19 +49,19 @@ class TorchDeviceExecutor:
         cuda_graphs: bool | None = None,
         kernels: Callable[[str], Mapping[str, Kernel]] | None = None,
     ) -> None:
-        """``decoder(input_ids, positions, logit_rows, attend) -> logits`` has parameters of the pool's type and is moved to the
-        pool's device. ``largest`` sizes the buffers. ``cuda_graphs`` records decode steps; None: where the device is a GPU.
+        """``decoder`` has the pool's type, and its device; a module is moved there. ``largest`` sizes the buffers.
+        ``cuda_graphs`` records decode steps; None: where the device is a GPU and the decoder can be recorded.
         ``kernels(phase)`` run instead of the ops' own: ``DeviceRecall.kernels``.
 
         Raises ``UsageError`` for what does not fit together, ``EngineError`` for an op without kernels for devices.
         """
         on_gpu = pool.device.type == "cuda"
-        spare_slot = _spare_slot(decoder, pool)
-        if cuda_graphs and not on_gpu:
-            raise UsageError("only GPUs replay CUDA graphs", got=str(pool.device), expected="a pool on cuda")
+        self._decoder = ModuleDecoder(decoder, pool.device) if isinstance(decoder, nn.Module) else decoder
+        spare_slot = _spare_slot(self._decoder, pool)
+        if cuda_graphs:
+            _check_recordable(self._decoder, pool)
         self._pool = pool
         self._largest = largest
-        self._decoder = decoder.to(pool.device).eval()
         self._ops = {
             phase: DeviceOps(program, pool, None if kernels is None else kernels(phase)) for phase, program in programs.items()
         }
@@ -68,15 +69,16 @@ class TorchDeviceExecutor:
             phase: StepBuffers(ops.step_tensors, largest, n_layers=ops.n_layers, spare_slot=spare_slot, device=pool.device)
             for phase, ops in self._ops.items()
         }
-        self._stream = torch.cuda.Stream(pool.device) if on_gpu else None
-        self._graphs: dict[StepSizes, _Recorded] | None = {} if on_gpu and cuda_graphs is not False else None
+        self._stream = (self._decoder.stream or torch.cuda.Stream(pool.device)) if on_gpu else None
+        records = on_gpu and cuda_graphs is not False and self._decoder.can_be_recorded
+        self._graphs: dict[StepSizes, _Recorded] | None = {} if records else None
         self._graph_memory = None if self._graphs is None else torch.cuda.graph_pool_handle()
 
     @property
     def description(self) -> str:
         device = self._pool.device
         on = torch.cuda.get_device_name(device) if self._stream is not None else f"the {device.type.upper()}"
-        return f"torch {torch.__version__} on {on}{'' if self._graphs is None else ', CUDA graphs'}"
+        return f"{self._decoder.description} on {on}{'' if self._graphs is None else ', CUDA graphs'}"
 
     @property
     def n_graphs(self) -> int:
@@ -167,11 +169,30 @@ class TorchDeviceExecutor:
             self._stream.synchronize()
 
 
-def _spare_slot(decoder: nn.Module, pool: DeviceKvPool) -> int:
+def _check_recordable(decoder: DeviceDecoder, pool: DeviceKvPool) -> None:
+    """``UsageError`` unless decode steps can be CUDA graphs."""
+    if pool.device.type != "cuda":
+        raise UsageError("only GPUs replay CUDA graphs", got=str(pool.device), expected="a pool on cuda")
+    if not decoder.can_be_recorded:
+        raise UsageError(
+            "these dense parts cannot be recorded as a CUDA graph", got=decoder.description, fix="leave cuda_graphs out"
+        )
+
+
+def _spare_slot(decoder: DeviceDecoder, pool: DeviceKvPool) -> int:
     """The slot that padding writes to. ``UsageError`` where decoder and pool do not fit together."""
-    types = {parameter.dtype for parameter in decoder.parameters()}
-    if types != {pool.dtype}:
-        raise UsageError("the decoder and the pool have different types", got=sorted(map(str, types)), expected=str(pool.dtype))
+    for what, of_decoder, of_pool in (
+        ("types", decoder.dtype, pool.dtype),
+        ("devices", _with_index(decoder.device), _with_index(pool.device)),
+    ):
+        if of_decoder != of_pool:
+            raise UsageError(f"the decoder and the pool have different {what}", got=str(of_decoder), expected=str(of_pool))
     if pool.spare_page is None:
         raise UsageError("steps are padded, and padding needs a place", fix="make the pool with spare_page=True")
     return pool.spare_page * pool.page_size
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """``device``, and which of several where it is just "cuda"."""
+    unclear = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if unclear else device
