@@ -17,6 +17,7 @@ from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.new_folder import new_folder
 from trt_kv.export.split import pieces_from_graph, program_from_graph, save_pieces
 from trt_kv.export.tensorrt_profile import DTYPES, TensorRtOptions
+from trt_kv.export.weights import save_weight_index
 from trt_kv.manifest import AttentionPort, Manifest, Piece, Plan, file_records
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
@@ -150,6 +151,7 @@ def build_engine(
         if request.tensorrt is None:
             models, pieces, ports = pieces_from_graph(_load_graph(graphs, "decode"))
             save_pieces(models, pieces, graphs)
+            save_weight_index(request.checkpoint, _load_graph(graphs, "decode"), graphs, dtype=request.dtype)
             parts = _Parts(pieces=tuple(pieces), ports=tuple(ports))
         else:
             parts = _Parts(plan=_compile(request, request.tensorrt, programs, folder, on_progress))

@@ -122,7 +122,15 @@ def test_a_rebuild_takes_the_old_engines_place(build: Callable[..., None], home:
     assert not (home / "engine" / "notes.txt").exists()
 
 
-WRITTEN_FILES = ("graphs/weights.data", "graphs/prefill.onnx", "graphs/decode.onnx", "graphs/piece_01.onnx", "tokenizer.json")
+WRITTEN_FILES = (
+    "graphs/weights.data",
+    "graphs/prefill.onnx",
+    "graphs/decode.onnx",
+    "graphs/piece_01.onnx",
+    "graphs/small_weights.data",
+    "graphs/weights.json",
+    "tokenizer.json",
+)
 
 
 @pytest.mark.parametrize("name", [*WRITTEN_FILES, "manifest.json"])

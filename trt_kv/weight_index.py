@@ -1,0 +1,66 @@
+"""weights.json: where each tensor of the decoder stands among an engine's graphs, for who runs the decoder without them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trt_kv.errors import EngineError
+from trt_kv.json_file import dataclass_from_json, document_text, read_json
+
+FILE_NAME = "weights.json"
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight:
+    """One tensor, C-contiguous and little-endian: from byte ``offset`` of ``file``, which stands beside the index."""
+
+    name: str
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightIndex:
+    """The tensors of a decoder, all of ``dtype``, named as checkpoints name them."""
+
+    dtype: str
+    weights: tuple[StoredWeight, ...]
+
+    def n_bytes(self, weight: StoredWeight) -> int:
+        return math.prod(weight.shape) * ITEM_BYTES[self.dtype]
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE_NAME).write_text(document_text(dataclasses.asdict(self)) + "\n")
+
+
+def load_weight_index(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> WeightIndex:
+    """The index in ``folder``. ``EngineError`` where there is none, or where it tells of others than the tensors ``shapes`` or
+    of places that its files do not have.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise EngineError(
+            f"{folder} does not say where each weight is",
+            got=f"no {FILE_NAME}",
+            expected="an engine of this version of trt-kv",
+            fix="build the engine again, with --force (make: FORCE=1)",
+        )
+    data = read_json(path, kind="list of weights", error=EngineError)
+    index = dataclass_from_json(WeightIndex, data, where=str(path), error=EngineError)
+    if index.dtype not in ITEM_BYTES or {weight.name: weight.shape for weight in index.weights} != dict(shapes):
+        raise EngineError(f"{path} is not about this model's weights", fix="build the engine again")
+    for weight in index.weights:
+        stored = folder / weight.file
+        n_bytes = stored.stat().st_size if stored.is_file() else 0
+        if weight.offset < 0 or weight.offset + index.n_bytes(weight) > n_bytes:
+            raise EngineError(
+                f"{stored} does not hold {weight.name}",
+                got=f"{n_bytes} bytes",
+                expected=f"{index.n_bytes(weight)} from byte {weight.offset} on",
+                fix="build the engine again",
+            )
+    return index
