@@ -1,6 +1,6 @@
 """The dense pieces of an engine, each an ONNX Runtime session; arrays pass between them and the KV ops without a copy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ class OnnxRuntimeExecutor:
         self._pieces = pieces
         self._sessions = []
         for done, piece in enumerate(pieces, start=1):
-            self._sessions.append(_session(folder / piece.file, n_threads))
+            self._sessions.append(open_piece(folder / piece.file, n_threads=n_threads))
             if on_piece is not None:
                 on_piece(done, len(pieces))
 
@@ -59,13 +59,23 @@ class OnnxRuntimeExecutor:
         return values["logits"]
 
 
-def _session(path: Path, n_threads: int) -> ort.InferenceSession:
+def open_piece(
+    path: Path,
+    *,
+    n_threads: int,
+    providers: Sequence[str | tuple[str, Mapping[str, str]]] = ("CPUExecutionProvider",),
+    config: Mapping[str, str] = SESSION_OPTIONS,
+    weights: Mapping[str, ort.OrtValue] | None = None,
+) -> ort.InferenceSession:
+    """A session for one piece; ``weights`` are read where they are. ``EngineError`` where ONNX Runtime cannot load it."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = n_threads
-    for name, value in SESSION_OPTIONS.items():
+    for name, value in config.items():
         options.add_session_config_entry(name, value)
+    for name, weight in (weights or {}).items():
+        options.add_initializer(name, weight)
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise EngineError(f"ONNX Runtime cannot load {path}", got=str(error), fix="build the engine again") from error

@@ -1,0 +1,73 @@
+"""An engine's pieces on the step executor of a device; as a program, on the CPU with the kernels in Triton's interpreter.
+
+``TRITON_INTERPRET=1 python -m tests.onnxruntime_steps RESULTS ENGINE ...`` writes what ``requests`` returns for every engine.
+A program, because the variable has to be set before a kernel is imported.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.device_steps import CHUNK, Side, requests
+from trt_kv.manifest import Manifest, load_manifest
+from trt_kv.runtime.device_pool import DeviceKvPool
+from trt_kv.runtime.executors.device_decoder import DeviceDecoder
+from trt_kv.runtime.executors.onnxruntime_device import OnnxRuntimeDeviceDecoder
+from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
+from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.executors.torch_device import TorchDeviceExecutor
+from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.model_runner import ModelRunner
+
+N_PAGES = 100
+
+
+def pieces_of(engine: Path, *, device: str, weights: dict[str, torch.Tensor] | None = None) -> OnnxRuntimeDeviceDecoder:
+    manifest = load_manifest(engine)
+    return OnnxRuntimeDeviceDecoder(
+        engine / "graphs", manifest.pieces, manifest.attention_ports, device=device, weights=weights, n_threads=1
+    )
+
+
+def on_device(engine: Path, decoder: DeviceDecoder | torch.nn.Module, *, device: str) -> ModelRunner:
+    """Requests to ``engine`` on ``device``, the dense parts by ``decoder``; steps are launched."""
+    manifest = load_manifest(engine)
+    pool = DeviceKvPool(**_pool_sizes(manifest), dtype=manifest.dtype, device=device, spare_page=True)
+    largest = Side(policy=manifest.policy.name).largest
+    executor = TorchDeviceExecutor(decoder, manifest.programs, pool, largest, cuda_graphs=None if device == "cpu" else False)
+    return ModelRunner(executor, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
+
+
+def on_host(engine: Path, dense: DenseExecutor | None = None) -> ModelRunner:
+    """Requests to ``engine`` as hosts run it, the dense parts by ``dense``; None: by its pieces."""
+    manifest = load_manifest(engine)
+    dense = dense or OnnxRuntimeExecutor(engine / "graphs", manifest.pieces, manifest.attention_ports, n_threads=1)
+    pool = KvPool(**_pool_sizes(manifest))
+    return ModelRunner(dense, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
+
+
+def _pool_sizes(manifest: Manifest) -> dict[str, int]:
+    config = manifest.config
+    return {
+        "n_pages": N_PAGES,
+        "page_size": manifest.page_size,
+        "n_kv_heads": config.n_kv_heads,
+        "head_size": config.head_dim,
+    }
+
+
+def main(results: str, *engines: str) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
+    np.seterr(divide="ignore")  # log2(0) is meant
+    arrays: dict[str, np.ndarray] = {}
+    for engine in map(Path, engines):
+        found = requests(on_device(engine, pieces_of(engine, device="cpu"), device="cpu"))
+        arrays |= {f"{engine.name}.{name}": array for name, array in found.items()}
+    np.savez(results, **arrays)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
