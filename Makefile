@@ -54,7 +54,7 @@ help: ## this list
 	echo '            SET="score=window budget=pyramid" changes parts of the policy; .venv/bin/trt-kv policies lists them'
 	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] corrects each layer at the same rate'
 	echo '            [PAGE_SIZE=32] tokens per page, which is what freekv recalls at a time'
-	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json DTYPE=float32|float16|bfloat16]'
+	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json]; [DTYPE=float16|bfloat16] for GPUs'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
 	echo '            [HOST_TIER=ram|mmap:/path] where a cache on the host lies; [TRACE=FILE.json] what ran when'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=$(ENGINE) AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'

@@ -16,9 +16,9 @@ from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.new_folder import new_folder
 from trt_kv.export.split import pieces_from_graph, program_from_graph, save_pieces
-from trt_kv.export.tensorrt_profile import DTYPES, TensorRtOptions
+from trt_kv.export.tensorrt_profile import TensorRtOptions
 from trt_kv.export.weights import save_weight_index
-from trt_kv.manifest import AttentionPort, Manifest, Piece, Plan, file_records
+from trt_kv.manifest import DTYPES, AttentionPort, Manifest, Piece, Plan, file_records
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
@@ -36,7 +36,7 @@ class EngineRequest:
     """What to build. ``reproduce`` is the command that makes the same engine again.
 
     With ``tensorrt`` the engine is compiled by it, else ONNX Runtime runs its graphs. ``dtype`` is what the graphs compute in;
-    only TensorRT takes another one than float32.
+    ONNX Runtime takes another one than float32 on GPUs only.
     """
 
     checkpoint: Checkpoint
@@ -52,11 +52,8 @@ class EngineRequest:
     def __post_init__(self) -> None:
         if self.page_size < 1:
             raise UsageError("a page holds tokens", got=self.page_size, expected="an integer >= 1")
-        dtypes = ("float32",) if self.tensorrt is None else DTYPES
-        if self.dtype not in dtypes:
-            raise UsageError(
-                f"the target {self.target!r} does not compute in this type", got=self.dtype, expected=" or ".join(dtypes)
-            )
+        if self.dtype not in DTYPES:
+            raise UsageError("graphs do not compute in this type", got=self.dtype, expected=" or ".join(DTYPES))
         if self.policy.needs_recipe and self.recipe is None:
             raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
         if self.recipe is not None:

@@ -10,7 +10,6 @@ from trt_kv.json_file import read_json
 
 FOLDER = Path(__file__).parent / "profiles"
 DEFAULT = "edge"
-DTYPES = ("float32", "float16", "bfloat16")
 
 Range = tuple[int, int, int]
 """Smallest, most usual and largest size of an axis."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trt_kv.drift import Drift
 from trt_kv.errors import EngineError
-from trt_kv.manifest import Manifest
+from trt_kv.manifest import DTYPES, Manifest
 from trt_kv.opspec import OP_VERSION
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import AttributeValue, OpNode, Program, program_of
@@ -19,12 +19,12 @@ def check_applicable(folder: Path, manifest: Manifest) -> None:
     """``EngineError`` for a target, type or op that this version does not run, or KV ops that are not the policy's."""
     known = dict.fromkeys(op_specs(), OP_VERSION)
     unknown = {op: version for op, version in manifest.op_versions.items() if known.get(op) != version}
-    runs = manifest.target == "tensorrt" or (manifest.target == "onnxruntime" and manifest.dtype == "float32")
+    runs = manifest.target in ("onnxruntime", "tensorrt") and manifest.dtype in DTYPES
     if unknown or not runs or (manifest.target == "tensorrt") != (manifest.plan is not None):
         raise EngineError(
             f"this version of trt-kv does not run {folder}",
             got=f"target {manifest.target!r}, {manifest.dtype}, ops {dict(manifest.op_versions)}",
-            expected=f"target 'onnxruntime' in float32, or 'tensorrt' with a plan; ops among {known}",
+            expected=f"target 'onnxruntime', or 'tensorrt' with a plan, in {' or '.join(DTYPES)}; ops among {known}",
             fix="build the engine again",
         )
     policy = manifest.policy

@@ -132,6 +132,13 @@ def _demands(manifest: Manifest, runner: ModelRunner) -> list[Demand]:
 def _on_onnxruntime(
     folder: Path, manifest: Manifest, cache_tokens: int | None, n_threads: int, tell: OnProgress
 ) -> tuple[DenseExecutor | StepExecutor, KvPool]:
+    if manifest.dtype != "float32":
+        raise UsageError(
+            f"{folder} was built for GPUs",
+            got=f"graphs in {manifest.dtype}",
+            expected="float32 on a host",
+            fix="load it on a GPU, or build it again without --dtype",
+        )
     executor = OnnxRuntimeExecutor(
         folder / "graphs",
         manifest.pieces,

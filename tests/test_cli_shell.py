@@ -107,7 +107,7 @@ def test_a_misspelt_command_line_exits_with_2(arguments: list[str], capsys: pyte
         (["build", "--samples", "0"], "--samples >= 1"),
         (["build", "--target", "abacus"], "unknown target"),
         (["build", "--profile", "edge"], "--target tensorrt"),
-        (["build", "--dtype", "float16"], "--target tensorrt"),
+        (["build", "--dtype", "int4"], "one of bfloat16, float16, float32"),
         (["build", "--target", "tensorrt", "--profile", "moon"], "one of a .json file, datacenter, edge"),
         (["build", "--policy", "full", "--recipe", "RECIPE"], "reads no recipe"),
         (["calibrate", "--policy", "full"], "reads no recipe"),

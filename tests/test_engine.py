@@ -319,7 +319,7 @@ def with_other_node(manifest: Manifest, **attributes: Any) -> dict[str, Any]:
     ("changes", "said"),
     [
         (lambda _: {"target": "tensorrt"}, "does not run .*target 'tensorrt'"),
-        (lambda _: {"dtype": "bfloat16"}, "does not run .*bfloat16"),
+        (lambda _: {"dtype": "float8"}, "does not run .*float8"),
         (lambda m: {"op_versions": {**m.op_versions, "CachedAttention": 2}}, "does not run .*'CachedAttention': 2"),
         (lambda m: {"op_versions": {**m.op_versions, "FutureAttention": 1}}, "does not run .*RecallAttention"),
         (lambda m: {"policy": dataclasses.replace(m.policy, sinks=4)}, "layer 0 of the prefill graph .* does not apply"),

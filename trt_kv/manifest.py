@@ -18,6 +18,8 @@ from trt_kv.program import PHASES, OpNode, Program, budgets_of, recall_nodes
 FORMAT = "trt-kv-engine"
 VERSION = 1
 FILE_NAME = "manifest.json"
+DTYPES = ("float32", "float16", "bfloat16")
+"""What an engine's graphs may compute in; hosts run float32 alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

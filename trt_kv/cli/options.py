@@ -145,7 +145,7 @@ def target_options(command: CommandFunction) -> CommandFunction:
         metavar="NAME|FILE",
         help="Sizes to compile for, with --target tensorrt: edge, datacenter, or a .json file like theirs. Default: edge.",
     )
-    @click.option("--dtype", metavar="NAME", help="float32, float16 or bfloat16, with --target tensorrt. Default: float32.")
+    @click.option("--dtype", metavar="NAME", help="What it computes in: float32 (the default); float16 or bfloat16, for GPUs.")
     @click.option("--timing-cache", type=any_path, metavar="FILE", help="TensorRT's measurements, read and written.")
     @page_size_option
     @functools.wraps(command)

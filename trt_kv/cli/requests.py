@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trt_kv.drift import check_correction_rate
 from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.manifest import DTYPES
 from trt_kv.policy import Policy
 from trt_kv.presets import preset
 
@@ -94,8 +95,8 @@ def check_page_size(page_size: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetPlan:
-    """What runs the engine, and how it is compiled. ``page_size``: tokens per page of the KV cache. ``profile`` (a preset or a
-    .json file), ``dtype`` and ``timing_cache`` are TensorRT's; None: the default.
+    """What runs the engine, and how it is compiled. ``page_size``: tokens per page of the KV cache. ``dtype``: what it computes
+    in. ``profile`` (a preset or a .json file) and ``timing_cache`` are TensorRT's; None: the default.
     """
 
     target: str = "onnxruntime"
@@ -108,7 +109,9 @@ class TargetPlan:
         check_page_size(self.page_size)
         if self.target not in TARGETS:
             raise UnknownNameError("target", self.target, TARGETS)
-        given = {"--profile": self.profile, "--dtype": self.dtype, "--timing-cache": self.timing_cache}
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UnknownNameError("type", self.dtype, DTYPES)
+        given = {"--profile": self.profile, "--timing-cache": self.timing_cache}
         needless = [name for name, value in given.items() if value is not None]
         if self.target != "tensorrt" and needless:
             raise UsageError(
