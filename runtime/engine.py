@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Unpack
 
+import torch
 from tokenizers import Tokenizer
 
 from trt_kv.errors import EngineError, RecallError, UsageError
 from trt_kv.manifest import Manifest, load_manifest, verify_files
+from trt_kv.require import require
 from trt_kv.runtime.applicable import check_applicable, check_recipe
 from trt_kv.runtime.detokenizer import load_tokenizer
+from trt_kv.runtime.devices import HOST, DeviceOptions, device_from_name
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, load_as_built
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.request import Generation, Request
@@ -45,6 +48,11 @@ class Engine:
         path: str | Path,
         *,
         verify: bool = True,
+        device: str = HOST,
+        dense: str | None = None,
+        dtype: str | None = None,
+        batch: int | None = None,
+        cuda_graphs: bool | None = None,
         cache_tokens: int | None = None,
         host_tier: str | None = None,
         host_tokens: int | None = None,
@@ -62,7 +70,14 @@ class Engine:
         For engines whose cache stays on the host: ``host_tier`` is "ram" (the default) or "mmap:PATH", a file that need not fit
         into memory; ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
 
-        Raises ``EngineError`` for anything that is not a complete, untouched engine whose policy this version applies.
+        ``device`` "cpu": what the engine was built for. "cuda" or "cuda:N": an engine for ONNX Runtime runs on an NVIDIA GPU, the
+        ops as Triton kernels, a cache on the host in pinned memory; all memory is taken at once. ``dense`` says what runs the
+        dense parts there: "torch" (the default), which converts weights to ``dtype`` ("float32", "float16", "bfloat16") as it
+        loads them, or "onnxruntime" (needs onnxruntime-gpu). At most ``batch`` sequences (default: 8) decode together.
+        ``cuda_graphs`` records decode steps; None: where that is possible.
+
+        Raises ``EngineError`` for anything that is not a complete, untouched engine whose policy this version applies,
+        ``UsageError`` for what cannot run on ``device``, ``CapacityError`` where that has too little memory.
         """
         options = LoadOptions(
             cache_tokens=cache_tokens,
@@ -72,15 +87,35 @@ class Engine:
             n_threads=n_threads,
             trace=trace,
         )
-        folder = Path(path)
-        tell = on_progress or _tell_nobody
+        on = DeviceOptions(dense=dense, dtype=dtype, batch=batch, cuda_graphs=cuda_graphs)
+        place = device_from_name(device)
+        if place is None:
+            on.check_host()
+        return cls._open(Path(path), options, on, place, verify=verify, tell=on_progress or _tell_nobody)
+
+    @classmethod
+    def _open(
+        cls,
+        folder: Path,
+        options: LoadOptions,
+        on: DeviceOptions,
+        device: torch.device | None,
+        *,
+        verify: bool,
+        tell: OnProgress,
+    ) -> "Engine":
+        """``device`` None: what the engine was built for. On the device "cpu" Triton's interpreter runs kernels of devices."""
         manifest = load_manifest(folder)
         check_applicable(folder, manifest)
         if verify:
             _verify_with_progress(folder, manifest, tell)
         check_recipe(folder, manifest)
         tokenizer = load_tokenizer(folder / "tokenizer.json", error=EngineError)
-        loaded = load_as_built(folder, manifest, options, tell)
+        if device is None:
+            loaded = load_as_built(folder, manifest, options, tell)
+        else:
+            load_on_device = require("trt_kv.runtime.device_loading").load_on_device
+            loaded = load_on_device(folder, manifest, options, on, device, tell)
         tell("compiling kernels", 0, 1)
         loaded.runner.warm_up()
         tell("compiling kernels", 1, 1)
@@ -118,8 +153,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop background work and free the host tier, if there is any; the engine runs nothing afterwards."""
-        if self.runner.recall is not None:
-            self.runner.recall.close()
+        self.runner.close()
 
     def __enter__(self) -> "Engine":
         return self

@@ -48,7 +48,7 @@ class ModelRunner:
         """
         self.pool = pool
         self.recall = recall
-        self._tiers = recall or tiers
+        self.tiers = recall or tiers
         self._trace = trace
         self.chunk = chunk
         self._executor = (
@@ -66,15 +66,25 @@ class ModelRunner:
         self._ends_prompts = self._evicts or finds_budgets(programs["prefill"])
         self._evict = kernel("EvictTokens", implementation)
 
+    @property
+    def description(self) -> str:
+        """What runs the steps, for reports: library, version, device."""
+        return self._executor.description
+
+    def close(self) -> None:
+        """Stop background work and free a cache on the host, if there is any; nothing runs afterwards."""
+        if self.tiers is not None:
+            self.tiers.close()
+
     def warm_up(self) -> None:
         """Compile what is compiled at its first call (seconds on a fresh installation, milliseconds afterwards)."""
         self._executor.warm_up()
-        if self._tiers is not None:
-            self._tiers.warm_up()
+        if self.tiers is not None:
+            self.tiers.warm_up()
 
     def new_sequence(self) -> SequenceCache:
-        if self._tiers is not None:
-            return TieredSequence(self._tiers, n_layers=len(self._budgets), host_layers=self._host_layers)
+        if self.tiers is not None:
+            return TieredSequence(self.tiers, n_layers=len(self._budgets), host_layers=self._host_layers)
         return SequenceCache(self.pool, n_layers=len(self._budgets), decode_distance=self._decode_distance)
 
     def prefill(
@@ -183,8 +193,8 @@ class ModelRunner:
 
     def reclaim(self) -> None:
         """After Ctrl-C in the middle of a step: take back what no living sequence owns."""
-        if self._tiers is not None:
-            self._tiers.reclaim()
+        if self.tiers is not None:
+            self.tiers.reclaim()
         self.pool.reclaim()
 
     def _require_host_pool(self, what: str) -> None:

@@ -62,6 +62,10 @@ class Tiers(Protocol):
         """After Ctrl-C in the middle of a step: what no living sequence holds is free again."""
         ...
 
+    def close(self) -> None:
+        """Release everything; nothing is recalled afterwards."""
+        ...
+
 
 class TieredSequence(SequenceCache):
     """Page tables name host pages in ``host_layers`` and device pages elsewhere."""

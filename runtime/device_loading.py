@@ -1,0 +1,165 @@
+"""An engine on a device: dense parts by torch or ONNX Runtime, KV ops by Triton; all memory is taken when it is loaded."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from trt_kv.errors import CapacityError, UsageError
+from trt_kv.layer_budget import ALL
+from trt_kv.manifest import Manifest
+from trt_kv.program import budgets_of, finds_budgets, recall_nodes
+from trt_kv.require import require
+from trt_kv.runtime.admission import Admission, CacheDemand, Demand, HostDemand
+from trt_kv.runtime.device_admission import BlockDemand, LargestStep
+from trt_kv.runtime.device_plan import DevicePlan, Wanted, device_plan
+from trt_kv.runtime.device_pool import TORCH_TYPES, DeviceKvPool
+from trt_kv.runtime.devices import DENSE, DeviceOptions, free_device_bytes
+from trt_kv.runtime.executors.device_decoder import DeviceDecoder, ModuleDecoder
+from trt_kv.runtime.executors.torch_device import TorchDeviceExecutor
+from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier
+from trt_kv.runtime.memory import available_bytes
+from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.recall.device_recall import DeviceRecall
+from trt_kv.runtime.weights import decoder_from_engine
+
+
+def load_on_device(
+    folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOptions, device: torch.device, tell: OnProgress
+) -> Loaded:
+    """Dense parts and KV ops on ``device``; where the policy recalls, the cache in pinned memory of the host.
+
+    ``UsageError`` for what cannot run there, ``CapacityError`` where it has too little memory, ``MissingDependencyError`` for a
+    library that is not installed. A ``device`` "cpu" means kernels of devices on the CPU, which only Triton's interpreter runs.
+    """
+    dtype = on.dtype or manifest.dtype
+    _check(folder, manifest, options, on, device)
+    with _told_out_of_memory(device):
+        decoder = _decoder(folder / "graphs", manifest, on.dense or DENSE[0], dtype, device, tell)
+        plan = device_plan(
+            manifest,
+            Wanted(
+                chunk=options.chunk,
+                cache_tokens=options.cache_tokens,
+                host_tokens=options.host_tokens,
+                **({} if on.batch is None else {"batch": on.batch}),
+            ),
+            element_bytes=TORCH_TYPES[dtype].itemsize,
+            free_device=free_device_bytes(device) if device.type == "cuda" else available_bytes(),
+            free_host=available_bytes(),
+        )
+        tell("taking memory", 0, 1)
+        pool = DeviceKvPool(
+            n_pages=plan.n_pages,
+            page_size=manifest.page_size,
+            n_kv_heads=manifest.config.n_kv_heads,
+            head_size=manifest.config.head_dim,
+            dtype=dtype,
+            device=device,
+            spare_page=True,
+        )
+        recall = None
+        if plan.recall is not None:
+            recall = DeviceRecall(manifest.programs["prefill"], plan.recall, pool, n_query_heads=manifest.config.n_heads)
+        executor = TorchDeviceExecutor(
+            decoder,
+            manifest.programs,
+            pool,
+            plan.largest,
+            cuda_graphs=on.cuda_graphs,
+            kernels=None if recall is None else recall.kernels,
+        )
+        tell("taking memory", 1, 1)
+    runner = ModelRunner(
+        executor,
+        pool,
+        manifest.programs,
+        chunk=options.chunk,
+        decode=manifest.policy.decode,
+        decode_distance=manifest.policy.decode_distance,
+        tiers=recall,
+        trace=options.trace,
+    )
+    return Loaded(runner=runner, admission=_admission(manifest, plan, pool, recall))
+
+
+def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOptions, device: torch.device) -> None:
+    """Everything that can be refused before a weight is read."""
+    if manifest.plan is not None:
+        raise UsageError(
+            f"{folder} is a TensorRT plan, which runs where it was built for",
+            got=f"the device {device}",
+            fix="leave the device out, or build an engine with --target onnxruntime",
+        )
+    if not manifest.policy.recalls:
+        check_no_host_tier(folder, manifest, options)
+    elif finds_budgets(manifest.programs["prefill"]):
+        raise UsageError(
+            "recall on a device needs budgets that are known before the prompt is",
+            got=f"policy {manifest.policy.name!r} with budget {manifest.policy.budget}",
+            fix="take the device cpu, or build with another budget",
+        )
+    elif options.host_tier not in (None, "ram"):
+        raise UsageError(
+            "a device recalls from memory, not from a file",
+            got=f"host_tier={options.host_tier}",
+            expected="ram",
+            fix="leave host_tier out, or take the device cpu",
+        )
+    if on.dense == "onnxruntime" and on.dtype not in (None, manifest.dtype):
+        raise UsageError(
+            "ONNX Runtime computes in the type of the engine's graphs",
+            got=f"dtype={on.dtype}",
+            expected=manifest.dtype,
+            fix="take dense=torch, which converts weights when it loads them",
+        )
+
+
+def _decoder(graphs: Path, manifest: Manifest, dense: str, dtype: str, device: torch.device, tell: OnProgress) -> DeviceDecoder:
+    if dense == "torch":
+        module = decoder_from_engine(
+            graphs,
+            manifest.config,
+            dtype=TORCH_TYPES[dtype],
+            device=device,
+            on_weight=lambda done, total: tell("loading weights", done, total),
+        )
+        return ModuleDecoder(module, device)
+    onnxruntime_device = require("trt_kv.runtime.executors.onnxruntime_device")
+    decoder: DeviceDecoder = onnxruntime_device.OnnxRuntimeDeviceDecoder(
+        graphs,
+        manifest.pieces,
+        manifest.attention_ports,
+        device=device,
+        on_piece=lambda done, total: tell("opening graphs", done, total),
+    )
+    return decoder
+
+
+def _admission(manifest: Manifest, plan: DevicePlan, pool: DeviceKvPool, recall: DeviceRecall | None) -> Admission:
+    policy, budgets = manifest.policy, budgets_of(manifest.programs["prefill"])
+    longest_prompt = None if plan.recall is None else plan.recall.longest_prompt
+    limits = [LargestStep(plan.largest, page_size=manifest.page_size, longest_prompt=longest_prompt)]
+    if recall is None or plan.recall is None:
+        return Admission([CacheDemand(pool, budgets=budgets, n_protected=policy.sinks + policy.recent)], limits)
+    layers = [layer for layer, node in enumerate(recall_nodes(manifest.programs["decode"])) if node is not None]
+    demands: list[Demand] = [
+        HostDemand(recall.host, n_layers=len(layers)),
+        BlockDemand(recall.sets, layers=layers, n_blocks=plan.recall.sequences * len(layers)),
+    ]
+    if len(layers) < len(budgets):
+        demands.append(CacheDemand(pool, budgets=[ALL] * (len(budgets) - len(layers)), n_protected=0))
+    return Admission(demands, limits)
+
+
+@contextlib.contextmanager
+def _told_out_of_memory(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"{device} has too little free memory for this engine",
+            got=(str(error).splitlines() or ["no memory"])[0],
+            fix="lower cache_tokens, take dtype=bfloat16, or free memory of the device",
+        ) from error

@@ -1,0 +1,66 @@
+"""Where an engine runs: names of devices, and what users are told where there is none."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.weight_index import ITEM_BYTES
+
+HOST = "cpu"
+DENSE = ("torch", "onnxruntime")
+"""What can run a decoder's dense parts on a device; the first is the default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """What is chosen for devices only; see ``Engine.load``. None: the default."""
+
+    dense: str | None = None
+    dtype: str | None = None
+    batch: int | None = None
+    cuda_graphs: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.dense is not None and self.dense not in DENSE:
+            raise UnknownNameError("way to run dense parts", self.dense, DENSE)
+        if self.dtype is not None and self.dtype not in ITEM_BYTES:
+            raise UnknownNameError("dtype", self.dtype, ITEM_BYTES)
+
+    def check_host(self) -> None:
+        """``UsageError`` where anything is chosen, for an engine on the host."""
+        given = [f"{name}={value}" for name, value in vars(self).items() if value is not None]
+        if given:
+            raise UsageError(
+                f"{given[0].split('=')[0]} is for devices",
+                got=f"{', '.join(given)} on the device {HOST}",
+                fix="add device=cuda, or leave it out",
+            )
+
+
+def device_from_name(name: str) -> torch.device | None:
+    """The GPU called "cuda" or "cuda:N"; None for "cpu", which means the kernels of the host.
+
+    ``UsageError`` for another name, or where torch finds no such GPU.
+    """
+    if name == HOST:
+        return None
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise UsageError("unknown device", got=repr(name), expected="cpu, cuda, or cuda:N")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = int(name.partition(":")[2] or 0)
+    if number >= n_gpus:
+        raise UsageError(
+            f"no GPU for the device {name!r}",
+            got=f"torch {torch.__version__} finds {n_gpus} NVIDIA GPUs that it can use",
+            expected=f"at least {number + 1}",
+            fix="see `trt-kv doctor`: a GPU needs its driver and a build of torch for CUDA; or take the device cpu",
+        )
+    return torch.device("cuda", number)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nobody has taken, or that torch would hand out again."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
