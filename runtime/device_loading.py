@@ -9,11 +9,12 @@ import torch
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest
+from trt_kv.profiles import build_profile
 from trt_kv.program import budgets_of, finds_budgets, recall_nodes
 from trt_kv.require import require
 from trt_kv.runtime.admission import Admission, CacheDemand, Demand, HostDemand
 from trt_kv.runtime.device_admission import BlockDemand, LargestStep
-from trt_kv.runtime.device_plan import DevicePlan, Wanted, device_plan
+from trt_kv.runtime.device_plan import DEFAULT_BATCH, DevicePlan, Wanted, device_plan
 from trt_kv.runtime.device_pool import TORCH_TYPES, DeviceKvPool
 from trt_kv.runtime.devices import DENSE, DeviceOptions, free_device_bytes
 from trt_kv.runtime.executors.device_decoder import DeviceDecoder, ModuleDecoder
@@ -34,17 +35,13 @@ def load_on_device(
     library that is not installed. A ``device`` "cpu" means kernels of devices on the CPU, which only Triton's interpreter runs.
     """
     dtype = on.dtype or manifest.dtype
+    wanted = _wanted(options, on)
     _check(folder, manifest, options, on, device)
     with _told_out_of_memory(device):
         decoder = _decoder(folder / "graphs", manifest, on.dense or DENSE[0], dtype, device, tell)
         plan = device_plan(
             manifest,
-            Wanted(
-                chunk=options.chunk,
-                cache_tokens=options.cache_tokens,
-                host_tokens=options.host_tokens,
-                **({} if on.batch is None else {"batch": on.batch}),
-            ),
+            wanted,
             element_bytes=TORCH_TYPES[dtype].itemsize,
             free_device=free_device_bytes(device) if device.type == "cuda" else available_bytes(),
             free_host=available_bytes(),
@@ -75,13 +72,31 @@ def load_on_device(
         executor,
         pool,
         manifest.programs,
-        chunk=options.chunk,
+        chunk=wanted.chunk,
         decode=manifest.policy.decode,
         decode_distance=manifest.policy.decode_distance,
         tiers=recall,
         trace=options.trace,
     )
     return Loaded(runner=runner, admission=_admission(manifest, plan, pool, recall))
+
+
+def _wanted(options: LoadOptions, on: DeviceOptions) -> Wanted:
+    """Sizes of the profile, where one is named, and those that are given beside it."""
+    profile = None if on.profile is None else build_profile(on.profile)
+    own = {"cache_tokens": options.cache_tokens, "host_tokens": options.host_tokens}
+    if profile is None:
+        return Wanted(chunk=options.chunk, batch=DEFAULT_BATCH if on.batch is None else on.batch, **own)
+    most_tokens, most_sequences = (
+        max(most for *_, most in ranges) for ranges in (profile.prefill_tokens, profile.decode_sequences)
+    )
+    return Wanted(
+        chunk=min(options.chunk, most_tokens),
+        batch=most_sequences if on.batch is None else on.batch,
+        context_tokens=profile.context_tokens[-1],
+        most_cache_tokens=profile.cache_tokens[-1],
+        **own,
+    )
 
 
 def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOptions, device: torch.device) -> None:

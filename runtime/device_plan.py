@@ -28,7 +28,7 @@ class Wanted:
     """
 
     chunk: int
-    batch: int = DEFAULT_BATCH
+    batch: int
     context_tokens: int | None = None
     cache_tokens: int | None = None
     most_cache_tokens: int | None = None

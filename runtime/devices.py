@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from trt_kv.errors import UnknownNameError, UsageError
-from trt_kv.weight_index import ITEM_BYTES
+from trt_kv.manifest import DTYPES
 
 HOST = "cpu"
 DENSE = ("torch", "onnxruntime")
@@ -20,13 +20,14 @@ class DeviceOptions:
     dense: str | None = None
     dtype: str | None = None
     batch: int | None = None
+    profile: str | None = None
     cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         if self.dense is not None and self.dense not in DENSE:
             raise UnknownNameError("way to run dense parts", self.dense, DENSE)
-        if self.dtype is not None and self.dtype not in ITEM_BYTES:
-            raise UnknownNameError("dtype", self.dtype, ITEM_BYTES)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UnknownNameError("dtype", self.dtype, DTYPES)
 
     def check_host(self) -> None:
         """``UsageError`` where anything is chosen, for an engine on the host."""

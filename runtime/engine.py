@@ -52,6 +52,7 @@ class Engine:
         dense: str | None = None,
         dtype: str | None = None,
         batch: int | None = None,
+        profile: str | None = None,
         cuda_graphs: bool | None = None,
         cache_tokens: int | None = None,
         host_tier: str | None = None,
@@ -70,11 +71,12 @@ class Engine:
         For engines whose cache stays on the host: ``host_tier`` is "ram" (the default) or "mmap:PATH", a file that need not fit
         into memory; ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
 
-        ``device`` "cpu": what the engine was built for. "cuda" or "cuda:N": an engine for ONNX Runtime runs on an NVIDIA GPU, the
-        ops as Triton kernels, a cache on the host in pinned memory; all memory is taken at once. ``dense`` says what runs the
-        dense parts there: "torch" (the default), which converts weights to ``dtype`` ("float32", "float16", "bfloat16") as it
-        loads them, or "onnxruntime" (needs onnxruntime-gpu). At most ``batch`` sequences (default: 8) decode together.
-        ``cuda_graphs`` records decode steps; None: where that is possible.
+        ``device`` "cpu": what the engine was built for. "cuda" or "cuda:N": an engine for ONNX Runtime runs on an NVIDIA GPU,
+        its ops as Triton kernels, a cache on the host in pinned memory; all memory is taken at once. Then ``dense`` says what
+        runs the dense parts: "torch" (the default), which converts weights to ``dtype`` ("float32", "float16", "bfloat16") as
+        it loads them, or "onnxruntime" (needs onnxruntime-gpu), which computes in the engine's. At most ``batch`` sequences
+        decode together (default: the profile's, else 8). ``profile``: a build profile, by name or file, whose largest sizes
+        bound steps, contexts and the cache. ``cuda_graphs`` records decode steps; None: where that is possible.
 
         Raises ``EngineError`` for anything that is not a complete, untouched engine whose policy this version applies,
         ``UsageError`` for what cannot run on ``device``, ``CapacityError`` where that has too little memory.
@@ -87,7 +89,7 @@ class Engine:
             n_threads=n_threads,
             trace=trace,
         )
-        on = DeviceOptions(dense=dense, dtype=dtype, batch=batch, cuda_graphs=cuda_graphs)
+        on = DeviceOptions(dense=dense, dtype=dtype, batch=batch, profile=profile, cuda_graphs=cuda_graphs)
         place = device_from_name(device)
         if place is None:
             on.check_host()

@@ -137,7 +137,7 @@ def _on_onnxruntime(
             f"{folder} was built for GPUs",
             got=f"graphs in {manifest.dtype}",
             expected="float32 on a host",
-            fix="load it on a GPU, or build it again without --dtype",
+            fix="load it with device=cuda, or build it again without --dtype",
         )
     executor = OnnxRuntimeExecutor(
         folder / "graphs",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trt_kv.errors import UnknownNameError, UsageError
-from trt_kv.export.tensorrt_profile import FOLDER, build_profile, profile_names
+from trt_kv.profiles import FOLDER, build_profile, profile_names
 
 PAGE_SIZE = 32
 

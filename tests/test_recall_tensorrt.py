@@ -14,10 +14,11 @@ from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
 from tests.test_tensorrt_graphs import PAGE_SIZE, TINY, plan_request, program
 from trt_kv.export.checkpoint import open_checkpoint
 from trt_kv.export.engine import EngineRequest, export_graphs
-from trt_kv.export.tensorrt_profile import TensorRtOptions, build_profile
+from trt_kv.export.tensorrt_profile import TensorRtOptions
 from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
+from trt_kv.profiles import build_profile
 from trt_kv.program import PHASES
 
 FREEKV = policy_from_name("freekv")

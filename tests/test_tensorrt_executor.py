@@ -14,10 +14,11 @@ from tests.test_op_parity import CASES, by_slot, is_per_slot, live_slots, run
 from trt_kv.errors import CapacityError, EngineError, UsageError
 from trt_kv.export.checkpoint import open_checkpoint
 from trt_kv.export.engine import build_engine
-from trt_kv.export.tensorrt_profile import TensorRtOptions, build_profile
+from trt_kv.export.tensorrt_profile import TensorRtOptions
 from trt_kv.opspec import Case, OpSpec
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.policies import policy_from_name
+from trt_kv.profiles import build_profile
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.executors.protocol import StepExecutor

@@ -15,12 +15,13 @@ from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
 from trt_kv.errors import EngineError
 from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine, export_graphs
-from trt_kv.export.tensorrt_profile import BuildProfile, TensorRtOptions, build_profile
+from trt_kv.export.tensorrt_profile import TensorRtOptions
 from trt_kv.manifest import load_manifest
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.registry import op_specs
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
+from trt_kv.profiles import BuildProfile, build_profile
 from trt_kv.program import PHASES, OpNode, Program, program_of
 from trt_kv.runtime.engine import Engine
 

@@ -32,6 +32,8 @@ from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import DEFAULT_KEPT, SHARED_BUDGETS, differences, setting_as_text
 from trt_kv.presets import is_bundled
+from trt_kv.profiles import DEFAULT as DEFAULT_PROFILE
+from trt_kv.profiles import build_profile
 from trt_kv.recipe import CREATED_BY, Recipe, recipe_from_published, recipe_score
 from trt_kv.require import require_tensorrt
 
@@ -319,11 +321,11 @@ def _is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool
 
 def _tensorrt_options(target: TargetPlan) -> "TensorRtOptions | None":
     """How to compile for TensorRT; raises before anything is read where TensorRT is not installed or the profile is none."""
-    from trt_kv.export.tensorrt_profile import DEFAULT, TensorRtOptions, build_profile
+    from trt_kv.export.tensorrt_profile import TensorRtOptions
 
     if target.target != "tensorrt":
         return None
-    profile = build_profile(target.profile or DEFAULT)
+    profile = build_profile(target.profile or DEFAULT_PROFILE)
     require_tensorrt()
     return TensorRtOptions(profile=profile, timing_cache=target.timing_cache)
 
