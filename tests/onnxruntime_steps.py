@@ -48,6 +48,12 @@ def on_host(engine: Path, dense: DenseExecutor | None = None) -> ModelRunner:
     return ModelRunner(dense, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
 
 
+def two_rows(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A step's ``input_ids``, ``positions`` and ``logit_rows``: five tokens of which two need logits."""
+    ids, positions, rows = [17, 4, 101, 55, 9], [0, 1, 2, 3, 4], [4, 2]
+    return torch.tensor(ids, device=device), torch.tensor(positions, device=device), torch.tensor(rows, device=device)
+
+
 def _pool_sizes(manifest: Manifest) -> dict[str, int]:
     config = manifest.config
     return {

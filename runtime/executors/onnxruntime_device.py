@@ -8,7 +8,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from trt_kv.errors import EngineError, MissingDependencyError, UsageError
+from trt_kv.errors import MissingDependencyError, UsageError
 from trt_kv.manifest import AttentionPort, Piece
 from trt_kv.runtime.executors.device_decoder import DeviceAttend
 from trt_kv.runtime.executors.onnxruntime_pieces import SESSION_OPTIONS, open_piece
@@ -112,22 +112,14 @@ class OnnxRuntimeDeviceDecoder:
             # float32 means float32, as on the host and in torch.
             "use_tf32": "0",
         }
-        # The host only launches: it needs no threads.
-        session = open_piece(
+        return open_piece(
             path,
-            n_threads=1,
+            n_threads=1,  # The host only launches.
             providers=[(CUDA, options)],
             config=SESSION_OPTIONS | GPU_OPTIONS,
             weights=self._weights,
+            fix="install the release of CUDA and cuDNN that onnxruntime-gpu was built for; else build the engine again",
         )
-        if session.get_providers()[0] != CUDA:
-            raise EngineError(
-                f"ONNX Runtime cannot run {path} on the GPU",
-                got=", ".join(session.get_providers()),
-                expected=CUDA,
-                fix="install the CUDA and cuDNN libraries of the release that onnxruntime-gpu was built for",
-            )
-        return session
 
 
 class _BoundPiece:

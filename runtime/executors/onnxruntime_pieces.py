@@ -66,8 +66,9 @@ def open_piece(
     providers: Sequence[str | tuple[str, Mapping[str, str]]] = ("CPUExecutionProvider",),
     config: Mapping[str, str] = SESSION_OPTIONS,
     weights: Mapping[str, ort.OrtValue] | None = None,
+    fix: str = "build the engine again",
 ) -> ort.InferenceSession:
-    """A session for one piece; ``weights`` are read where they are. ``EngineError`` where ONNX Runtime cannot load it."""
+    """A session for one piece; ``weights`` are read where they are. ``EngineError`` with ``fix`` where it cannot be loaded."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = n_threads
     for name, value in config.items():
@@ -76,6 +77,7 @@ def open_piece(
         options.add_initializer(name, weight)
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(path, options, providers=list(providers))
+        # Else a provider that fails is replaced by another one, and standard output told so.
+        return ort.InferenceSession(path, options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        raise EngineError(f"ONNX Runtime cannot load {path}", got=str(error), fix="build the engine again") from error
+        raise EngineError(f"ONNX Runtime cannot load {path}", got=str(error), fix=fix) from error
