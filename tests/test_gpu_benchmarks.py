@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click.testing
 import pytest
 
 from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import kernel_timeline
 from benchmarks.harness import BenchmarkError, Check, Report, measured, save
 from tests.triton_kernels import ROOT
 
@@ -76,3 +78,96 @@ def test_a_kernel_that_is_wrong_stops_its_section(monkeypatch: pytest.MonkeyPatc
     case = op_specs()["CachedAttention"].cases[0]
     with pytest.raises(BenchmarkError, match="CachedAttention and its reference"):
         device.check_kernel("CachedAttention", case, torch.float32, within=1e-2)
+
+
+def test_queries_drift_as_often_as_is_asked_for() -> None:
+    import torch
+
+    from benchmarks.gpu.freekv_model import Corrections, Shape, drifting_queries
+
+    shape, n_steps, batch = Shape(n_layers=5, n_heads=12, n_kv_heads=4, head_size=14), 7, 3
+    q, corrected = drifting_queries(shape, batch, n_steps, Corrections(layer_steps=0.6, heads=0.5))
+    assert q.shape == (n_steps, 5, batch, 12, 14)
+    assert corrected[0].all()
+    of_step = corrected[1:]
+    assert of_step.any(3).sum((1, 2)).tolist() == [9] * 6, "60 % of 5 layers of 3 sequences, in every step"
+    assert set(of_step.sum(3).unique().tolist()) == {0, 2}, "half of 4 KV heads, or none"
+    cosines = torch.nn.functional.cosine_similarity(q[1:], q[:-1], dim=-1).unflatten(-1, (4, 3)).mean(-1)
+    assert torch.equal(cosines < shape.policy.tau, of_step)
+    assert not drifting_queries(shape, batch, n_steps, Corrections(layer_steps=0.0, heads=0.5))[1][1:].any()
+
+
+def test_what_goes_wrong_in_one_combination_or_comes_too_late_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import freekv
+
+    tiers = SimpleNamespace(recall=SimpleNamespace(release=list, sets=SimpleNamespace(rows=[])))
+    monkeypatch.setattr(freekv, "Tiers", lambda _shape: tiers)
+    bench = freekv.Bench(freekv.SMALL, limit_s=1000.0)
+
+    def fails() -> None:
+        raise RuntimeError("no memory")
+
+    bench.attempt("large", fails)
+    bench.attempt("small", lambda: bench.rows.append({"side": "small"}))
+    late = freekv.Bench(freekv.SMALL, limit_s=-1.0)
+    late.attempt("large", fails)
+    late.attempt("timeline", lambda: late.rows.append({"side": "timeline"}), always=True)
+    assert bench.notes == ["large: RuntimeError: no memory"]
+    assert bench.rows == [{"side": "small"}]
+    assert (late.left_out, late.notes, late.rows) == (["large"], [], [{"side": "timeline"}])
+
+
+def test_ours_is_compared_with_itself_where_both_rates_were_measured() -> None:
+    from benchmarks.gpu.freekv_tables import CALM, OFTEN, overview, targets_of
+
+    def row(batch: int, side: str, rate: Any, median_ms: float) -> dict[str, Any]:
+        names = {"tokens": 32768, "batch": batch, "side": side, "median_ms": median_ms}
+        return {**names, "rate": rate and rate.layer_steps, "rate_of_heads": rate and rate.heads}
+
+    rows = [row(1, "ours", CALM, 10.0), row(1, "ours", OFTEN, 14.0), row(4, "ours", CALM, 20.0), row(1, "whole", None, 5.0)]
+    (target,) = targets_of(rows, "ours")
+    assert (target.measured, target.is_met) == (1.4, False)
+    assert "batch 1" in target.what
+    lines = overview(rows)
+    assert [line["90% / 0%"] for line in lines] == [1.4, None, None]
+    assert lines[2]["any rate"] == 5.0
+
+
+def traced(layers: int, *, side: int, begin_us: float = 0.0) -> list[dict[str, Any]]:
+    """A step as a profiler tells it: in each layer 100 us of products, 20 us of attention; 50 us of recall from 10 us on."""
+    kernels = []
+    for layer in range(layers):
+        at = begin_us + 120.0 * layer
+        of_layer = (("nvjet_tst_64x8", 7, 0, 100), ("recall_kernel", side, 10, 50), ("decode_kernel", 7, 100, 20))
+        kernels += [(name, stream, at + start, duration) for name, stream, start, duration in of_layer]
+    kernels.append(("recall_kernel", side, begin_us + 120.0 * layers - 10, 40))
+    return [
+        {"cat": "kernel", "name": name, "ts": start, "dur": duration, "args": {"stream": stream}}
+        for name, stream, start, duration in kernels
+    ]
+
+
+def test_a_timeline_tells_which_recall_is_hidden_and_can_be_drawn_again(tmp_path: Path) -> None:
+    others: list[dict[str, Any]] = [
+        {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 5},
+        {"ph": "M", "name": "process_name"},
+    ]
+    sleep = {"cat": "kernel", "name": "spin_kernel(long)", "ts": 2e4, "dur": 1e4, "args": {"stream": 7}}
+    first, second = kernel_timeline.steps_of([*others, *traced(6, side=8), sleep, *traced(6, side=8, begin_us=4e4)])
+    assert len(first) == len(second) == 19
+    assert kernel_timeline.tells_streams_apart(first)
+    assert not kernel_timeline.tells_streams_apart(kernel_timeline.steps_of(traced(6, side=7))[0])
+    found = kernel_timeline.hidden_work(second)
+    assert (found["step_us"], found["main_busy_us"]) == (750.0, 720.0)
+    assert (found["recall_ahead_us"], found["recall_hidden_percent"]) == (340.0, 91.2)
+    assert (found["recall_main_us"], found["choose_ahead_us"], found["choose_hidden_percent"]) == (0, 0, None)
+
+    lines = kernel_timeline.to_json(second)
+    assert kernel_timeline.hidden_work(kernel_timeline.from_json(lines)) == found
+    results, picture = tmp_path / "results.json", tmp_path / "images" / "picture.png"
+    results.write_text(json.dumps({"settings": {"timeline": {"title": "a step", "events": lines}}}))
+    kernel_timeline.draw_results(results, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    results.write_text(json.dumps({"settings": {"timeline": None}}))
+    with pytest.raises(BenchmarkError, match="no timeline"):
+        kernel_timeline.draw_results(results, picture)

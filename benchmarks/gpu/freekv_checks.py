@@ -69,7 +69,7 @@ class Beginning:
         assert run is not None
         whole = {name: tensor.clone() for name, tensor in self._whole.items()}
         values = {name: tensor.clone() for name, tensor in sequences.values.items()}
-        size, outs = sequences.shape.page_size, []
+        size, program, outs = sequences.shape.page_size, sequences.shape.program(tau), []
         for i in range(N_STEPS):
             values["kv_len"] += 1
             values["positions"] += 1
@@ -78,7 +78,7 @@ class Beginning:
                 ..., 0
             ]
             slots = page_LB * size + values["positions"] % size
-            for layer, (node,) in enumerate(sequences.shape.program(tau)):
+            for layer, (node,) in enumerate(program):
                 q = sequences.queries[i, layer]
                 out, *_ = run(**values, **whole, slots=slots, q=q, k=sequences.k, v=sequences.v, **node.attributes)
                 outs.append(out.cpu())

@@ -20,8 +20,8 @@ from trt_kv.program import Program, program_of
 DTYPE = "float16"
 STEADY, TURNED = 0.995, 0.95
 """Cosine of a query's content with that of the query before, where its KV head is not corrected and where it is. With random
-keys about 10 % and 30 % of the chosen pages differ then. Of 32 pages that a KV head of R1-Llama-8B chose, 3.6 changed in a step, and
-8.2 where it was corrected (a line through the figures that others measured with FreeKV's code)."""
+keys about 10 % and 30 % of the chosen pages differ then. Of 32 pages that a KV head of R1-Llama-8B chose, 3.6 changed in a
+step, and 8.2 where it was corrected (a line through the figures that others measured with FreeKV's code)."""
 
 
 @dataclass(frozen=True, kw_only=True)

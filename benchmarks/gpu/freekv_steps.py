@@ -16,6 +16,7 @@ from trt_kv.plugins.recall_attention.choice_triton import PageCounts
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.recall_attention.recall_triton import recall_pages
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
+from trt_kv.program import Program
 from trt_kv.runtime.device_pool import DeviceKvPool
 from trt_kv.runtime.recall.device_recall import DeviceRecall, LayerStep, RecallCapacity
 from trt_kv.runtime.recall.side_work import InPlace, SideStream, SideWork
@@ -134,7 +135,7 @@ class Sequences:
         while len(dealt) < shape.n_layers * batch * n_shared:
             dealt = torch.cat([dealt, own.numel() + torch.randperm(n_others, generator=generator)])
         shared = dealt[: shape.n_layers * batch * n_shared].view(*layers, n_shared)
-        self.share_of_own_pages = min(1.0, n_others / shared.numel())
+        self.distinct_share = min(1.0, n_others / shared.numel())
         table = torch.cat([own[..., :1], shared, own[..., 1:]], dim=2)
         values = {
             "positions": torch.full((batch,), n_tokens - 1),
@@ -171,13 +172,13 @@ class Sequences:
         self.corrected.copy_(corrected)
         self.at.fill_(-1)
 
-    def run(self, way: Way, tau: float | None, results: list[tuple[Tensor, ...]]) -> Tensor:
+    def run(self, way: Way, program: Program, results: list[tuple[Tensor, ...]]) -> Tensor:
         """One token of every sequence through all layers: logits. ``results`` becomes (out, lse, corrected) of each layer."""
         self.values["kv_len"].add_(1)
         self.values["positions"].add_(1)
         self.at.add_(1).remainder_(len(self.queries))
         q_LBHD = self.queries.index_select(0, self.at)[0]
-        program, kernel = self.shape.program(tau), way.kernels("decode")["RecallAttention"]
+        kernel = way.kernels("decode")["RecallAttention"]
         results.clear()
 
         def attend(layer: int) -> Tensor:
@@ -209,7 +210,8 @@ class Step:
         self.sequences, self.side = sequences, side
         self.results: list[tuple[Tensor, ...]] = []
         way = side.kind(sequences.recall, None if side.overlaps else InPlace())
-        self._run: Callable[[], object] = lambda: sequences.run(way, side.tau, self.results)
+        program = sequences.shape.program(side.tau)
+        self._run: Callable[[], object] = lambda: sequences.run(way, program, self.results)
         if side.replayed:
             self._run = recorded(self._run)
 
