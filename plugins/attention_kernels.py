@@ -119,6 +119,7 @@ def combine_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ) -> None:
     """One program per (sequence, query head): the parts of ``decode_kernel``, each weighted by its softmax denominator."""
     b = tl.program_id(0)
@@ -127,12 +128,14 @@ def combine_kernel(
     if (tl.load(cu_ptr + b + 1) - row != 1) | (tl.load(len_ptr + b) == 0):
         return
     d = tl.arange(0, BLOCK_D)
-    parts = (b.to(tl.int64) * H + head) * SPLITS + tl.arange(0, SPLITS)
-    lse = tl.load(part_lse_ptr + parts)
+    t = tl.arange(0, BLOCK_T)
+    parts = (b.to(tl.int64) * H + head) * SPLITS + t
+    lse = tl.load(part_lse_ptr + parts, mask=t < SPLITS, other=float("-inf"))
     largest = tl.max(lse, 0)
     weights = tl.exp(lse - largest)
     total = tl.sum(weights, 0)
-    out = tl.load(part_out_ptr + parts[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+    is_part = (t < SPLITS)[:, None] & (d < D)[None, :]
+    out = tl.load(part_out_ptr + parts[:, None] * D + d[None, :], mask=is_part, other=0.0)
     out = tl.sum(out * weights[:, None], 0) / total
     tl.store(out_ptr + (row * H + head) * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
     tl.store(lse_ptr + row * H + head, largest + tl.log(total))
@@ -153,24 +156,29 @@ def sequence_of_tile(cu_ptr: tl.tensor, tile: tl.tensor, n_sequences: tl.tensor,
 
 
 @triton.jit
-def visible_end(
+def visible_ends(
     table_ptr: tl.tensor,
     token_positions_ptr: tl.tensor,
     n: tl.tensor,
+    oldest: tl.tensor,
     newest: tl.tensor,
     head: tl.tensor,
     K: tl.constexpr,
     P: tl.constexpr,
 ) -> tl.tensor:
-    """One more than the last of a sequence's ``n`` slots that a query at position ``newest`` may see."""
-    SCAN: tl.constexpr = 256
+    """Of a sequence's ``n`` slots: how many come before the first that a query at position ``oldest`` may not see, and one more
+    than the last that one at ``newest`` may see.
+    """
+    SCAN: tl.constexpr = 1024
+    hidden = n
     last = -1
     for start in range(0, n, SCAN):
         s = start + tl.arange(0, SCAN)
         page = tl.load(table_ptr + s // P, mask=s < n, other=0)
         position = tl.load(token_positions_ptr + (page * K + head) * P + s % P, mask=s < n, other=2**62)
+        hidden = tl.minimum(hidden, tl.min(tl.where(position > oldest, s, n), 0))
         last = tl.maximum(last, tl.max(tl.where(position <= newest, s, -1), 0))
-    return last + 1
+    return hidden, last + 1
 
 
 @triton.jit(
@@ -200,8 +208,12 @@ def chunk_kernel(
     BLOCK_S: tl.constexpr,
     LOG2_E: tl.constexpr,
 ) -> None:
-    """One program per (BLOCK_M // G tokens of one sequence, KV head); a row of the tile is a token in one query head."""
-    tile = tl.program_id(0)
+    """One program per (BLOCK_M // G tokens of one sequence, KV head); a row of the tile is a token in one query head.
+
+    Slots before the first that some row may not see, as almost all are in a cache in order of position, are read without masks.
+    """
+    # The last tiles see most: they begin first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     G: tl.constexpr = H // K
     ROWS: tl.constexpr = BLOCK_M // G
@@ -215,24 +227,39 @@ def chunk_kernel(
     table_ptr += b * table_stride_b
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
+    is_d = d < D
     token = first + m // G
     is_row = (m // G < ROWS) & (token < end)
     at_row = token * H + head * G + m % G
-    q_mask = is_row[:, None] & (d < D)[None, :]
+    q_mask = is_row[:, None] & is_d[None, :]
     q = tl.load(q_ptr + at_row[:, None] * D + d[None, :], mask=q_mask, other=0.0)
     asked = tl.load(positions_ptr + token, mask=is_row, other=-1)
-    n_visible = visible_end(table_ptr, token_positions_ptr, n, tl.max(asked, 0), head, K, P)
+    oldest = tl.min(tl.where(is_row, asked, 2**62), 0)
+    hidden, n_visible = visible_ends(table_ptr, token_positions_ptr, n, oldest, tl.max(asked, 0), head, K, P)
+    n_whole = hidden // BLOCK_S * BLOCK_S
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, n_visible, BLOCK_S):
+    for start in range(0, n_whole, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        at = ((tl.load(table_ptr + s // P) * 2 * K + head) * P + s % P) * D
+        k = tl.load(kv_ptr + at[None, :] + d[:, None], mask=is_d[:, None], other=0.0)
+        logits = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
+        larger = tl.maximum(largest, tl.max(logits, 1))
+        weights = tl.exp2(logits - larger[:, None])
+        before = tl.exp2(largest - larger)
+        total = total * before + tl.sum(weights, 1)
+        v = tl.load(kv_ptr + K * P * D + at[:, None] + d[None, :], mask=is_d[None, :], other=0.0)
+        sums = tl.dot(weights.to(v.dtype), v, sums * before[:, None], input_precision="ieee")
+        largest = larger
+    for start in range(n_whole, n_visible, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         inside = s < n_visible
         page = tl.load(table_ptr + s // P, mask=inside, other=0)
         slot = page * K * P + head * P + s % P
         position = tl.load(token_positions_ptr + slot, mask=inside, other=2**62)
         at = (slot + page * K * P) * D
-        k = tl.load(kv_ptr + at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        k = tl.load(kv_ptr + at[None, :] + d[:, None], mask=inside[None, :] & is_d[:, None], other=0.0)
         logits = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
         logits = tl.where(position[None, :] <= asked[:, None], logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, 1))
@@ -241,7 +268,7 @@ def chunk_kernel(
         weights = tl.exp2(logits - offset[:, None])
         before = tl.exp2(largest - offset)
         total = total * before + tl.sum(weights, 1)
-        v = tl.load(kv_ptr + K * P * D + at[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.load(kv_ptr + K * P * D + at[:, None] + d[None, :], mask=inside[:, None] & is_d[None, :], other=0.0)
         sums = tl.dot(weights.to(v.dtype), v, sums * before[:, None], input_precision="ieee")
         largest = larger
     sums = sums / tl.where(total > 0, total, 1.0)[:, None]

@@ -57,8 +57,7 @@ def attend_one(
     launch(
         decode_kernel,
         (n_sequences, n_kv_heads, n_splits),
-        # A third stage fetches the page numbers of the tile after the next.
-        stages=3 if kv.itemsize == 2 else 1,
+        stages=2 if kv.itemsize == 2 else 1,
         q_ptr=q_NHD,
         cu_ptr=cu_tokens,
         table_ptr=table_BKT,
@@ -72,7 +71,7 @@ def attend_one(
         K=n_kv_heads,
         P=page_size,
         BLOCK_G=max(16, power_of_2(n_heads // n_kv_heads)),
-        BLOCK_S=64 if kv.itemsize == 2 else 32,
+        BLOCK_S=_decode_tile(kv.itemsize, head_size),
         LOG2_E=_LOG2_E,
         **sizes,
     )
@@ -86,14 +85,24 @@ def attend_one(
             len_ptr=kv_len_B,
             out_ptr=out,
             lse_ptr=lse,
+            BLOCK_T=power_of_2(n_splits),
             **sizes,
         )
 
 
+def _decode_tile(itemsize: int, head_size: int) -> int:
+    """Tokens that a program of ``decode_kernel`` reads at a time: 32 KiB of keys, of which any GPU's processor holds two."""
+    return (128 if head_size <= 128 else 64) if itemsize == 2 else 32
+
+
 def _n_splits(n_tasks: int, table_tokens: int, processors: int) -> int:
-    """Into how many parts each sequence's tokens are divided: enough for two programs per processor, from shapes alone."""
-    wanted = min(-(-2 * processors // max(1, n_tasks)), table_tokens // _SPLIT_TOKENS)
-    return min(64, 1 << max(0, wanted.bit_length() - 1))
+    """Into how many parts each sequence's tokens are divided, from shapes alone: two programs per processor, all of them
+    running at the same time, so that none waits for others to end.
+    """
+    wanted = max(1, 2 * processors // max(1, n_tasks))
+    most = max(1, table_tokens // _SPLIT_TOKENS)
+    # Each number is a kernel to compile: widths of page tables, of which there are many, make few.
+    return min(64, wanted if wanted <= most else 1 << (most.bit_length() - 1))
 
 
 def attend_chunks(
@@ -116,10 +125,11 @@ def attend_chunks(
     n_tokens, n_heads, _ = q_NHD.shape
     n_kv_heads, page_size, head_size = kv.shape[2:]
     group = n_heads // n_kv_heads
-    block = max(64 if kv.itemsize == 2 else 16, power_of_2(group))
+    block = max(128 if kv.itemsize == 2 else 16, power_of_2(group))
     launch(
         chunk_kernel,
         (n_tokens // (block // group) + len(kv_len_B), n_kv_heads),
+        warps=8 if kv.itemsize == 2 else 4,
         stages=2 if kv.itemsize == 2 else 1,
         q_ptr=q_NHD,
         positions_ptr=positions_N,

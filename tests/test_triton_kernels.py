@@ -140,6 +140,15 @@ LONG = {
             in_order=True,
         ),
         Case(
+            name="ranked_in_registers_or_by_tiles",
+            cached=(1033, 1034, 4105, 4106),
+            new=(1, 1, 1, 1),
+            dims={"H": 6, "K": 2, "D": 3, "P": 1, "L": 1},
+            attributes={"kept_share": 0.0, "kept_tokens": 300, "sinks": 3, "recent": 7, "tau": 0.0},
+            values={"prompt_remaining": (-1, -1, -1, -1)},
+            in_order=True,
+        ),
+        Case(
             name="thousands_of_equal_pages",
             cached=(3000,),
             new=(1,),
@@ -154,7 +163,7 @@ LONG = {
 LONG_CASES = [pytest.param(SPECS[op], case, id=f"{op}-{case.name}") for op, cases in LONG.items() for case in cases]
 LONG_TOLERANCE = Tolerance(atol=1e-4, rtol=1e-4, reason="fp32 sums of 1500 products in another order")
 ONE_TOKEN_KERNELS = (
-    *("append_kernel", "combine_kernel", "decode_kernel", "zero_kernel"),
+    *("append_kernel", "combine_kernel", "decode_kernel", "zero_kernel", "share_kernel"),
     *("bound_kernel", "choose_kernel", "count_kernel", "drift_kernel", "summary_kernel", "table_kernel"),
     *("threshold_kernel", "source_kernel", "move_kernel"),
 )
@@ -204,6 +213,8 @@ def test_a_long_page_table_means_parts() -> None:
     from trt_kv.plugins.attention_triton import _n_splits
 
     assert _n_splits(8, 1552, 132) == 4
+    assert _n_splits(8, 131072, 132) == 33
+    assert _n_splits(256, 131072, 132) == 1
     assert _n_splits(8, 255, 132) == 1
     assert _n_splits(1000, 100_000, 132) == 1
     assert _n_splits(1, 10_000_000, 132) == 64

@@ -13,6 +13,8 @@ from torch import Tensor
 from trt_kv.plugins.triton_launch import launch, power_of_2
 
 _LOG2_E = 1.4426950408889634
+_BLOCK_S = 64
+"""Slots of a tile where there is little to do for each."""
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
@@ -24,7 +26,7 @@ def zero_kernel(slots_ptr: tl.tensor, scores_ptr: tl.tensor, K: tl.constexpr, P:
 
 
 @triton.jit(
-    do_not_specialize=["table_stride_b", "counted_from", "counted_to"],
+    do_not_specialize=["table_stride_b", "counted_from", "counted_to", "n_slots"],
     do_not_specialize_on_alignment=["positions_ptr", "cu_ptr", "remaining_ptr", "table_ptr", "len_ptr"],
 )
 def receive_kernel(
@@ -38,10 +40,12 @@ def receive_kernel(
     kv_ptr: tl.tensor,
     token_positions_ptr: tl.tensor,
     scores_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
     scale: tl.tensor,
     table_stride_b: tl.tensor,
     counted_from: tl.tensor,
     counted_to: tl.tensor,
+    n_slots: tl.tensor,
     H: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -52,12 +56,15 @@ def receive_kernel(
     BLOCK_S: tl.constexpr,
     LOG2_E: tl.constexpr,
 ) -> None:
-    """One program per (BLOCK_S tokens of a sequence, sequence, KV head), or for all KV heads where these share their scores.
+    """One program per (BLOCK_S tokens of a sequence, sequence, KV head). Where KV heads share their scores each writes what it
+    received to ``parts_ptr`` [B, K, slots of a page table], for ``share_kernel``.
 
     Keys ask and queries answer: a tile of keys stays, queries stream by, from the first that counts and sees one of the keys.
-    A query counts that has ``counted_from`` to ``counted_to`` - 1 prompt tokens behind it.
+    A query counts that has ``counted_from`` to ``counted_to`` - 1 prompt tokens behind it. From the row on from which all
+    count and see the whole tile, as almost all do in a prompt in order, nothing is compared.
     """
     b = tl.program_id(1)
+    head = tl.program_id(2)
     first_slot = tl.program_id(0) * BLOCK_S
     n = tl.load(len_ptr + b).to(tl.int32)
     begin = tl.load(cu_ptr + b)
@@ -69,45 +76,90 @@ def receive_kernel(
     s = first_slot + tl.arange(0, BLOCK_S)
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
+    is_d = d < D
     inside = s < n
     page = tl.load(table_ptr + b * table_stride_b + s // P, mask=inside, other=0)
-    # Where KV heads share their scores they hold the same tokens: the first one's positions are everybody's.
-    mine = tl.program_id(2)
-    position = tl.load(token_positions_ptr + (page * K + mine) * P + s % P, mask=inside, other=2**62)
+    at_slot = (page * K + head) * P + s % P
+    at_part = parts_ptr + (b * K + head) * n_slots + s
+    position = tl.load(token_positions_ptr + at_slot, mask=inside, other=2**62)
     oldest = tl.min(position, 0)
+    newest = tl.max(tl.where(inside, position, -1), 0)
     low = n_new
     high = 0
-    for start in range(0, n_new, 256):
-        row = start + tl.arange(0, 256)
+    whole = 0
+    for start in range(0, n_new, 1024):
+        row = start + tl.arange(0, 1024)
         asked = tl.load(positions_ptr + begin + row, mask=row < n_new, other=-1)
         remaining = tl.load(remaining_ptr + begin + row, mask=row < n_new, other=-2)
-        is_useful = (remaining >= counted_from) & (remaining < counted_to) & (asked >= oldest)
+        is_counted = (remaining >= counted_from) & (remaining < counted_to)
+        is_useful = is_counted & (asked >= oldest)
         low = tl.minimum(low, tl.min(tl.where(is_useful, row, n_new), 0))
         high = tl.maximum(high, tl.max(tl.where(is_useful, row + 1, 0), 0))
+        is_whole = is_counted & (asked >= newest)
+        whole = tl.maximum(whole, tl.max(tl.where(is_whole | (row >= n_new), 0, row + 1), 0))
     if high == 0:
+        if not PER_HEAD:
+            tl.store(at_part, tl.zeros([BLOCK_S], tl.float32), mask=inside)
         return
-    HEADS: tl.constexpr = 1 if PER_HEAD else K
-    received = tl.zeros([BLOCK_S], tl.float32)
-    for nth in range(HEADS):
-        head = nth + mine
-        at = ((page * 2 * K + head) * P + s % P) * D
-        k = tl.load(kv_ptr + at[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        for start in range(low, high, ROWS):
-            row = start + m // G
-            is_row = (m // G < ROWS) & (row < high)
-            token = begin + row
-            asked = tl.load(positions_ptr + token, mask=is_row, other=-1)
-            remaining = tl.load(remaining_ptr + token, mask=is_row, other=-2)
-            is_counted = (remaining >= counted_from) & (remaining < counted_to)
-            at_row = token * H + head * G + m % G
-            q = tl.load(q_ptr + at_row[None, :] * D + d[:, None], mask=is_counted[None, :] & (d < D)[:, None], other=0.0)
-            lse = tl.load(lse_ptr + at_row, mask=is_counted, other=0.0)
-            logits = tl.dot(k, q, input_precision="ieee") * (scale * LOG2_E)
-            visible = (position[:, None] <= asked[None, :]) & is_counted[None, :]
-            received += tl.sum(tl.where(visible, tl.exp2(logits - lse[None, :] * LOG2_E), 0.0), 1)
-    for nth in range(HEADS):
-        to = scores_ptr + (page * K + nth + mine) * P + s % P
-        tl.store(to, tl.load(to, mask=inside, other=0.0) + received / (G * HEADS), mask=inside)
+    # Rows low to compared - 1 are compared, the others up to high are not.
+    compared = tl.minimum(low + tl.cdiv(tl.maximum(whole - low, 0), ROWS) * ROWS, high)
+    k_at = kv_ptr + (at_slot + page * K * P) * D
+    k = tl.load(k_at[:, None] + d[None, :], mask=inside[:, None] & is_d[None, :], other=0.0)
+    received = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
+    for start in range(low, compared, ROWS):
+        row = start + m // G
+        is_row = (m // G < ROWS) & (row < high)
+        token = begin + row
+        asked = tl.load(positions_ptr + token, mask=is_row, other=-1)
+        remaining = tl.load(remaining_ptr + token, mask=is_row, other=-2)
+        is_counted = (remaining >= counted_from) & (remaining < counted_to)
+        at_row = token * H + head * G + m % G
+        q = tl.load(q_ptr + at_row[None, :] * D + d[:, None], mask=is_counted[None, :] & is_d[:, None], other=0.0)
+        lse = tl.load(lse_ptr + at_row, mask=is_counted, other=float("inf")) * LOG2_E
+        logits = tl.dot(k, q, input_precision="ieee") * (scale * LOG2_E)
+        received += tl.where(position[:, None] <= asked[None, :], tl.exp2(logits - lse[None, :]), 0.0)
+    for start in range(compared, high, ROWS):
+        row = start + m // G
+        is_row = (m // G < ROWS) & (row < high)
+        at_row = (begin + row) * H + head * G + m % G
+        q = tl.load(q_ptr + at_row[None, :] * D + d[:, None], mask=is_row[None, :] & is_d[:, None], other=0.0)
+        lse = tl.load(lse_ptr + at_row, mask=is_row, other=float("inf")) * LOG2_E
+        logits = tl.dot(k, q, input_precision="ieee") * (scale * LOG2_E)
+        received += tl.exp2(logits - lse[None, :])
+    mean = tl.sum(received, 1) / G
+    if PER_HEAD:
+        tl.store(scores_ptr + at_slot, tl.load(scores_ptr + at_slot, mask=inside, other=0.0) + mean, mask=inside)
+    else:
+        tl.store(at_part, mean, mask=inside)
+
+
+@triton.jit(do_not_specialize=["table_stride_b", "n_slots"], do_not_specialize_on_alignment=["cu_ptr", "table_ptr", "len_ptr"])
+def share_kernel(
+    cu_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    len_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
+    scores_ptr: tl.tensor,
+    table_stride_b: tl.tensor,
+    n_slots: tl.tensor,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    """One program per (BLOCK_S tokens of a sequence, sequence): every KV head gets the mean of what they received."""
+    b = tl.program_id(1)
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    n = tl.load(len_ptr + b).to(tl.int32)
+    if (tl.program_id(0) * BLOCK_S >= n) | (tl.load(cu_ptr + b + 1) == tl.load(cu_ptr + b)):
+        return
+    inside = s < n
+    total = tl.zeros([BLOCK_S], tl.float32)
+    for head in range(K):
+        total += tl.load(parts_ptr + (b * K + head) * n_slots + s, mask=inside, other=0.0)
+    page = tl.load(table_ptr + b * table_stride_b + s // P, mask=inside, other=0)
+    for head in range(K):
+        to = scores_ptr + (page * K + head) * P + s % P
+        tl.store(to, tl.load(to, mask=inside, other=0.0) + total / K, mask=inside)
 
 
 @triton.jit
@@ -264,15 +316,15 @@ def run(
 ) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place. Launches on the current stream and does not wait.
 
-    Pooling takes twice the memory of ``scores`` for a while: 2 / D of what half-precision keys and values take.
+    Pooling takes twice the memory of ``scores`` for a while: 2 / D of what half-precision keys and values take. KV heads that
+    share their scores take as much as the scores of the step's sequences.
     """
     n_tokens, n_heads, head_size = q.shape
     n_kv_heads, n_sequences = kv.shape[2], kv_len.shape[1]
     group = n_heads // n_kv_heads
-    block_slots = 64 if kv.itemsize == 2 else 32
-    tile_rows = 32 if n_tokens > 2 * n_sequences and kv.itemsize == 2 else 16
-    tiles = (-(-page_table.shape[2] * page_size // block_slots), n_sequences)
-    sizes = {"K": n_kv_heads, "P": page_size, "BLOCK_S": block_slots}
+    n_slots = page_table.shape[2] * page_size
+    tiles = (-(-n_slots // _BLOCK_S), n_sequences)
+    sizes = {"K": n_kv_heads, "P": page_size}
     step: dict[str, Any] = {
         "positions_ptr": positions,
         "cu_ptr": cu_tokens,
@@ -292,31 +344,47 @@ def run(
         P=page_size,
         BLOCK_K=power_of_2(n_kv_heads),
     )
+    # Per head nothing is shared, and the kernel does not touch parts.
+    parts = scores if per_head else torch.empty((n_sequences, n_kv_heads, n_slots), dtype=scores.dtype, device=scores.device)
+    shape = _receive_shape(kv.itemsize, head_size, group, is_prompt=n_tokens > 2 * n_sequences)
     launch(
         receive_kernel,
-        (*tiles, n_kv_heads if per_head else 1),
-        stages=2 if kv.itemsize == 2 else 1,
+        (-(-n_slots // shape["BLOCK_S"]), n_sequences, n_kv_heads),
         q_ptr=q.contiguous(),
         lse_ptr=lse,
         kv_ptr=kv,
+        parts_ptr=parts,
         scale=scale,
         counted_from=-1 if generated else 0,
         counted_to=window or 2**31 - 1,
+        n_slots=n_slots,
         H=n_heads,
         D=head_size,
         PER_HEAD=per_head,
         BLOCK_D=max(16, power_of_2(head_size)),
-        BLOCK_M=max(tile_rows, power_of_2(group)),
         LOG2_E=_LOG2_E,
         **step,
         **sizes,
+        **shape,
     )
+    if not per_head:
+        shared = {name: step[name] for name in ("cu_ptr", "table_ptr", "len_ptr", "scores_ptr", "table_stride_b")}
+        launch(share_kernel, tiles, parts_ptr=parts, n_slots=n_slots, BLOCK_S=_BLOCK_S, **shared, **sizes)
     if average or pooling > 1:
         # Without pooling nothing is sorted, and the kernel touches neither of the two.
         sorted_scores = torch.empty_like(scores) if pooling > 1 else scores
         ranks = torch.empty_like(scores, dtype=torch.int32) if pooling > 1 else scores
-        step |= {"sorted_ptr": sorted_scores, "ranks_ptr": ranks, "window": window}
+        step |= {"sorted_ptr": sorted_scores, "ranks_ptr": ranks, "window": window, "BLOCK_S": _BLOCK_S}
         launch(finish_kernel, (*tiles, n_kv_heads), AVERAGE=average, SORT=int(pooling > 1), BLOCK_R=64, **step, **sizes)
     if pooling > 1:
         launch(pool_kernel, (*tiles, n_kv_heads), POOLING=pooling, **step, **sizes)
     return ()
+
+
+def _receive_shape(itemsize: int, head_size: int, group: int, *, is_prompt: bool) -> dict[str, int]:
+    """Keys and rows of queries of a tile; both of a prompt's tiles in half precision are as large as matrix units like them."""
+    if itemsize == 2 and is_prompt and head_size <= 128:
+        return {"BLOCK_S": 64, "BLOCK_M": max(128, power_of_2(group)), "warps": 4, "stages": 2}
+    if itemsize == 2:
+        return {"BLOCK_S": 64, "BLOCK_M": max(32 if is_prompt else 16, power_of_2(group)), "warps": 4, "stages": 2}
+    return {"BLOCK_S": 32, "BLOCK_M": max(16, power_of_2(group)), "warps": 4, "stages": 1}
