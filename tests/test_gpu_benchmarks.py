@@ -155,6 +155,8 @@ def test_a_timeline_tells_which_recall_is_hidden_and_can_be_drawn_again(tmp_path
     sleep = {"cat": "kernel", "name": "spin_kernel(long)", "ts": 2e4, "dur": 1e4, "args": {"stream": 7}}
     first, second = kernel_timeline.steps_of([*others, *traced(6, side=8), sleep, *traced(6, side=8, begin_us=4e4)])
     assert len(first) == len(second) == 19
+    assert [event.kind for event in second[:3]] == ["dense", "recall", "attention"]
+    assert kernel_timeline.Event(name="plan_kernel", stream=8, start_us=0.0, duration_us=1.0).kind == "choose"
     assert kernel_timeline.tells_streams_apart(first)
     assert not kernel_timeline.tells_streams_apart(kernel_timeline.steps_of(traced(6, side=7))[0])
     found = kernel_timeline.hidden_work(second)

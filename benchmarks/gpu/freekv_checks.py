@@ -45,12 +45,12 @@ class Beginning:
             attended, corrected = [], []
             for _ in range(N_STEPS):
                 step()
-                attended.append(step.attended.cpu())
-                corrected.append(step.corrected.cpu())
+                attended.append(step.attended)
+                corrected.append(step.corrected)
             name = f"batch {self._sequences.batch} at {self._sequences.n_tokens} tokens, {step.side.name}"
-            got, wanted = torch.stack(attended).float().numpy(), expected[tau].float().numpy()
+            got, wanted = torch.stack(attended).float().cpu().numpy(), expected[tau].float().numpy()
             checks.append(check_close(f"attention, {name}", got, wanted, within=0.0))
-            flags = torch.stack(corrected).float().numpy()
+            flags = torch.stack(corrected).float().cpu().numpy()
             checks.append(
                 check_close(f"KV heads corrected, {name}", flags, planned if tau is None else np.ones_like(flags), within=0.0)
             )

@@ -6,6 +6,7 @@ draws the steps that are saved with the results of ``freekv``; it needs no GPU.
 """
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -26,13 +27,10 @@ KINDS = {
     "recall": ("#2a9d5c", "recall: pages over the bus"),
 }
 """Colour and name of each kind of kernel."""
-_ATTENTION = "decode"
-_KIND_OF = {
-    **dict.fromkeys((_ATTENTION, "combine"), "attention"),
-    "recall": "recall",
-    **dict.fromkeys(("count", "drift", "need", "bound", "choose", "plan", "places", "keep", "summary"), "choose"),
-}
-"""By the name of our kernels, without what follows; all others are dense."""
+_ATTENDS = "decode_kernel"
+_KIND_OF = {**dict.fromkeys((_ATTENDS, "combine_kernel"), "attention"), "recall_kernel": "recall"}
+_OURS = re.compile(r"[a-z_]+_kernel")
+"""Names of our other kernels; those of torch and its libraries have types or sizes in them."""
 _LAYERS_SHOWN = 4
 _GAP_US = 1000.0
 """Steps are profiled with longer pauses between them than any within them."""
@@ -58,12 +56,12 @@ class Event:
     @property
     def kind(self) -> str:
         """One of ``KINDS``."""
-        return _KIND_OF.get(self.name.partition("_kernel")[0], "dense")
+        return _KIND_OF.get(self.name) or ("choose" if _OURS.fullmatch(self.name) else "dense")
 
     @property
     def attends(self) -> bool:
         """Once in every layer."""
-        return self.name.partition("_kernel")[0] == _ATTENTION
+        return self.name == _ATTENDS
 
 
 def wake_profiler() -> None:
