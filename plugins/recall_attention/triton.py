@@ -144,7 +144,8 @@ def run(
     summaries_of_filled(kv, summaries, cu_tokens, table_BT, len_B, len(q), summary)
     corrected_BK, probe_BHD = drifted(q, cu_tokens, prompt_remaining, query_rows[layer], last_query, kv.shape[2], tau)
     counts = page_counts(cu_tokens, prompt_remaining, len_B, prompt_len, found_budget[layer], limits, kept_share, kept_tokens)
-    chosen_BKT = choose_pages(probe_BHD, summaries, table_BT, counts, limits.n_sinks, pooling, softmax_scale)
+    wanted_BK = counts.chosen[:, None].expand(corrected_BK.shape)
+    chosen_BKT = choose_pages(probe_BHD, summaries, table_BT, counts.between, wanted_BK, limits.n_sinks, pooling, softmax_scale)
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)

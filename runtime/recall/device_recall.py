@@ -92,7 +92,9 @@ class LayerStep:
         )
 
     def choose(self, probe_BHD: Tensor, summaries: Tensor, counts: PageCounts) -> Tensor:
-        return choose_pages(probe_BHD, summaries, self.table_BT, counts, self.limits.n_sinks, self.pooling, self.softmax_scale)
+        wanted_BK = counts.chosen[:, None].expand(len(probe_BHD), summaries.shape[1])
+        limits, scale = self.limits, self.softmax_scale
+        return choose_pages(probe_BHD, summaries, self.table_BT, counts.between, wanted_BK, limits.n_sinks, self.pooling, scale)
 
 
 class DeviceRecall:
