@@ -1,14 +1,18 @@
-"""What TokenScores adds to the prefill of a layer of Llama 3 8B: to its attention, and to the layer."""
+"""What TokenScores adds to the prefill of a layer of Llama 3 8B: to its attention, and to the layer; and that attention over
+pages beside torch's.
+"""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.gpu.decode_attention import DTYPE, Shape
-from benchmarks.gpu.device import check_kernel, device, times
+from benchmarks.gpu.device import check_kernel, device, on_gpu, times
 from benchmarks.harness import Report, Row, Target
 from trt_kv.opspec import Case
 
@@ -55,6 +59,18 @@ class Prefill:
                 scored = {"scores": self.scores, "prompt_remaining": remaining, "window": window}
                 token_scores(q=q, lse=lse, **step, **cache, **scored, **attributes)  # type: ignore[arg-type]
 
+    def gathered(self) -> None:
+        """The pages of each chunk's tokens copied side by side, then torch's attention."""
+        for start, kv_len in zip(self.lengths, [min(s + self.chunk, self.n_tokens) for s in self.lengths], strict=True):
+            pages = self.table_LBT[0, 0, : -(-kv_len // self.shape.page_size)]
+            k, v = (self.kv[pages, part].transpose(0, 1).flatten(1, 2)[None, :, :kv_len] for part in range(2))
+            q = self.q[start:kv_len].transpose(0, 1)[None]
+            _sdpa(q, k, v, attn_mask=causal_lower_right(q.shape[2], kv_len))
+
+    def contiguous(self) -> None:
+        """torch's attention over the whole prompt in one call."""
+        _sdpa(*(t.transpose(0, 1)[None] for t in (self.q, self.k, self.v)), is_causal=True)
+
 
 def run(*, quick: bool) -> Report:
     """8k and 32k tokens, in chunks as an engine reads them."""
@@ -73,14 +89,17 @@ def run(*, quick: bool) -> Report:
     checks = [check_kernel(op, case, DTYPE, within=1e-2) for op in ("CachedAttention", "TokenScores")]
     dense = _dense_layer(shape, quick)
     rows: list[Row] = []
+    beside: list[Row] = []
     for n_tokens in (24, 40) if quick else (8192, 32768):
-        rows += _rows(Prefill(shape, n_tokens, chunk), dense, rounds=2 if quick else 10)
+        prefill = Prefill(shape, n_tokens, chunk)
+        rows += _rows(prefill, dense, rounds=2 if quick else 10)
+        beside.append(_beside_torch(prefill, rounds=2 if quick else 10))
     worst = max(row["ratio_of_layer"] for row in rows if row["tokens"] == rows[-1]["tokens"])
     return Report(
         title="Prefill with TokenScores beside prefill without",
         settings={"shape": vars(shape), "dtype": str(DTYPE), "chunk": chunk},
         checks=checks,
-        tables={"one layer, medians on the device": rows},
+        tables={"one layer, medians on the device": rows, "attention without scores beside torch's": beside},
         targets=[] if quick else [Target(what="a layer's prefill at 32k, scores over none", measured=worst, limit=1.3)],
     )
 
@@ -102,6 +121,22 @@ def _rows(prefill: Prefill, dense: Callable[[int], object], *, rounds: int) -> l
         }
         for name in SIDES
     ]
+
+
+def _beside_torch(prefill: Prefill, *, rounds: int) -> Row:
+    """Attention over pages, which also appends; torch's over copies of them, and over the prompt as it was computed."""
+    sides: dict[str, Callable[[], object]] = {
+        "ours": functools.partial(prefill.run, None),
+        "torch_contiguous": prefill.contiguous,
+    }
+    if on_gpu():  # elsewhere torch's attention has no such mask for grouped heads
+        sides["torch_gathered"] = prefill.gathered
+    timings = times(sides, rounds=rounds)
+    return {"tokens": prefill.n_tokens} | {f"{name}_ms": timings.row(name)["median_ms"] for name in sides}
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)
 
 
 def _dense_layer(shape: Shape, quick: bool) -> Callable[[int], Tensor]:
