@@ -41,6 +41,7 @@ AGAINST =
 RESULTS =
 PAGE_SIZE =
 HOST_TIER =
+DEVICE =
 TRACE =
 ARGS =
 # Through the shell's environment a prompt may hold quotes and spaces.
@@ -57,6 +58,7 @@ help: ## this list
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json]; [DTYPE=float16|bfloat16] for GPUs'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
 	echo '            [HOST_TIER=ram|mmap:/path] where a cache on the host lies; [TRACE=FILE.json] what ran when'
+	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=$(ENGINE) AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]; test also [JOBS=$(JOBS)]'
 
@@ -79,16 +81,20 @@ engine: $(VENV)/.ready-build ## checkpoint -> engine folder
 		$(if $(PAGE_SIZE),--page-size '$(PAGE_SIZE)') \
 		$(if $(FORCE),--force)
 
+on_device = $(if $(DEVICE),--device '$(DEVICE)' $(if $(DTYPE),--dtype '$(DTYPE)') $(if $(PROFILE),--profile '$(PROFILE)'))
+
 generate: $(VENV)/.ready-build ## engine + prompt -> text
 	@$(VENV)/bin/trt-kv generate $(ARGS) \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
 		$(if $(TRACE),--trace '$(TRACE)') \
+		$(on_device) \
 		$(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- '$(ENGINE)' $(if $(PROMPT),"$$PROMPT")
 
 evaluate: $(VENV)/.ready-build ## engine + tasks of one's own -> accuracy, perplexity, kept share
 	@$(VENV)/bin/trt-kv evaluate --tasks '$(TASKS)' \
 		$(if $(AGAINST),--against '$(AGAINST)') \
 		$(if $(RESULTS),--out '$(RESULTS)') \
+		$(on_device) \
 		$(ARGS) -- '$(ENGINE)'
 
 test: $(VENV)/.ready-dev ## the tests that need no GPU and no patience

@@ -78,7 +78,12 @@ def load_on_device(
         tiers=recall,
         trace=options.trace,
     )
-    return Loaded(runner=runner, admission=_admission(manifest, plan, pool, recall))
+    return Loaded(
+        runner=runner,
+        admission=_admission(manifest, plan, pool, recall),
+        layer_pages=plan.layer_pages,
+        batch=plan.batch,
+    )
 
 
 def _wanted(options: LoadOptions, on: DeviceOptions) -> Wanted:

@@ -42,11 +42,21 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
-    """``largest``: the largest step. ``n_pages``: of the pool on the device. ``recall``: where a cache stays on the host."""
+    """``largest``: the largest step. ``n_pages``: of the pool on the device. ``recall``: where a cache stays on the host.
+
+    ``layer_pages``: pages of whole caches that there is room for in every layer.
+    """
 
     largest: StepSizes
     n_pages: int
+    layer_pages: int
     recall: RecallCapacity | None = None
+
+    @property
+    def batch(self) -> int:
+        """How many sequences may decode together, each of them and ``COPIES`` - 1 others of it being held."""
+        n_most = self.largest.n_sequences
+        return n_most if self.recall is None else max(1, min(n_most, self.recall.sequences // COPIES))
 
 
 def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_device: int, free_host: int) -> DevicePlan:
@@ -58,7 +68,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     context = min(config.max_positions, wanted.context_tokens or config.max_positions)
     n_tokens = max(wanted.chunk, wanted.batch)
     largest = StepSizes(n_tokens=n_tokens, n_rows=n_tokens, n_sequences=wanted.batch, table_width=_pages(context, size))
-    most = min(COPIES * config.max_positions, wanted.most_cache_tokens or COPIES * config.max_positions)
+    most = min(COPIES * wanted.batch * context, wanted.most_cache_tokens or COPIES * wanted.batch * context)
     token_bytes = config.n_kv_heads * (2 * config.head_dim * element_bytes + 12)
     recalling = sum(node is not None for node in recall_nodes(manifest.programs["decode"]))
     whole = config.n_layers - recalling
@@ -68,7 +78,8 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
         return n_layers * _pages(max(1, min(most, tokens)), size)
 
     if not recalling:
-        return DevicePlan(largest=largest, n_pages=whole_pages(whole, free_device // 2))
+        n_pages = whole_pages(whole, free_device // 2)
+        return DevicePlan(largest=largest, n_pages=n_pages, layer_pages=n_pages // whole)
     page_bytes = config.n_kv_heads * 2 * size * config.head_dim * element_bytes
     host_tokens = wanted.host_tokens or max(
         1, min(COPIES * config.max_positions, free_host // 2 * size // (recalling * page_bytes))
@@ -77,7 +88,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     # Layers that are read whole get their share of the memory as if all were; the others divide what is left.
     n_pages = whole_pages(whole, free_device // 2 * whole // config.n_layers) if whole else 0
     summaries = host_pages * page_bytes // size
-    free = free_device // 2 - n_pages * size * token_bytes - summaries
+    free = max(0, free_device // 2 - n_pages * size * token_bytes - summaries)
     if wanted.cache_tokens is not None:
         free = recalling * _pages(wanted.cache_tokens, size) * page_bytes
     capacity = RecallCapacity(
@@ -86,7 +97,12 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
         longest_prompt=min(context, host_tokens),
         largest_chunk=wanted.chunk,
     )
-    return DevicePlan(largest=largest, n_pages=n_pages, recall=_fitting(manifest, capacity, free // (recalling * page_bytes)))
+    return DevicePlan(
+        largest=largest,
+        n_pages=n_pages,
+        layer_pages=min([host_pages // recalling, *([n_pages // whole] if whole else [])]),
+        recall=_fitting(manifest, capacity, free // (recalling * page_bytes)),
+    )
 
 
 def _fitting(manifest: Manifest, capacity: RecallCapacity, n_pages: int) -> RecallCapacity:

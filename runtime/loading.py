@@ -52,6 +52,10 @@ class Loaded:
 
     runner: ModelRunner
     admission: Admission
+    layer_pages: int
+    """Pages of whole caches that there is room for in every layer."""
+    batch: int | None = None
+    """How many sequences may certainly decode together, each of them and a copy of it; None: any number."""
 
 
 def load_as_built(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgress) -> Loaded:
@@ -75,7 +79,12 @@ def load_as_built(folder: Path, manifest: Manifest, options: LoadOptions, tell: 
         recall=_recall(manifest, pool, options) if streams else None,
         trace=options.trace,
     )
-    return Loaded(runner=runner, admission=Admission(_demands(manifest, runner)))
+    return Loaded(
+        runner=runner,
+        admission=Admission(_demands(manifest, runner)),
+        layer_pages=pool.n_pages // manifest.config.n_layers,
+        batch=None if manifest.plan is None else max(ranges["B"][2] for ranges in manifest.plan.profiles),
+    )
 
 
 def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -> None:

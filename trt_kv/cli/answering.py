@@ -85,14 +85,13 @@ class _Running:
 
 def _batches(engine: "Engine", cases: Sequence["TaskCase"], batch_size: int) -> Iterator[list["TaskCase"]]:
     """Neighbouring cases that certainly fit into the pool together; one alone may turn out not to."""
-    plan, pool, n_layers = engine.manifest.plan, engine.runner.pool, engine.manifest.config.n_layers
-    if plan is not None:
-        batch_size = min(batch_size, max(ranges["B"][2] for ranges in plan.profiles))
+    loaded, page_size = engine.loaded, engine.manifest.page_size
+    batch_size = min(batch_size, loaded.batch or batch_size)
     batch: list[TaskCase] = []
     n_taken = 0
     for case in cases:
-        n_pages = n_layers * sum(-(-(len(case.prompt) + n_new) // pool.page_size) for n_new in (case.limit, len(case.expected)))
-        if batch and (len(batch) == batch_size or n_taken + n_pages > pool.n_pages):
+        n_pages = sum(-(-(len(case.prompt) + n_new) // page_size) for n_new in (case.limit, len(case.expected)))
+        if batch and (len(batch) == batch_size or n_taken + n_pages > loaded.layer_pages):
             yield batch
             batch, n_taken = [], 0
         batch.append(case)

@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from trt_kv.calibration.task_files import MATCHES, Match
-from trt_kv.cli.options import any_path, debug_option, existing_file
+from trt_kv.cli.options import any_path, debug_option, device_options, existing_file
+from trt_kv.cli.requests import DeviceChoice
 
 
 @click.command("evaluate", short_help="Measure how well an engine answers tasks.")
@@ -44,6 +45,7 @@ from trt_kv.cli.options import any_path, debug_option, existing_file
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Tasks that decode together."
 )
+@device_options
 @debug_option
 def command(
     *,
@@ -57,6 +59,7 @@ def command(
     max_new_tokens: int | None,
     separator: str,
     batch_size: int,
+    on: DeviceChoice,
 ) -> None:
     """Let ENGINE answer tasks, and show accuracy, perplexity of the expected answers, kept share of the cache and time.
 
@@ -83,6 +86,7 @@ def command(
         limit=limit,
         out=out,
         force=force,
+        on=on,
     )
     click.echo(describe_evaluation(evaluate(plan)))
     if out is not None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
 import platform
 import time
@@ -17,9 +16,11 @@ import trt_kv
 from trt_kv.calibration.task_files import Match, tasks_from_file
 from trt_kv.cli.answering import answers_to
 from trt_kv.cli.progress import OnProgress, progress_bars
+from trt_kv.cli.requests import DENSE, DeviceChoice
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.errors import EngineError, ReportError, UsageError
 from trt_kv.manifest import Manifest, digest_of, load_manifest
+from trt_kv.require import require
 
 if TYPE_CHECKING:
     from trt_kv.calibration.answer_files import EngineFacts, Evaluation, Run, Settings
@@ -46,6 +47,7 @@ class EvaluationPlan:
     limit: int | None
     out: Path | None
     force: bool
+    on: DeviceChoice
 
 
 def evaluate(plan: EvaluationPlan) -> "Evaluation":
@@ -68,7 +70,8 @@ def evaluate(plan: EvaluationPlan) -> "Evaluation":
             run = evaluation.runs[index]
             if folder is None or len(run.answers) == len(cases):
                 continue
-            engine = Engine.load(folder, on_progress=on_progress)
+            batch = None if plan.on.on_host else plan.batch_size
+            engine = Engine.load(folder, on_progress=on_progress, batch=batch, **plan.on.options)
             keep(evaluation, at_once=True)
             for answers in _missing_answers(engine, run, cases, plan, on_progress):
                 evaluation = evaluation.with_answers(index, answers)
@@ -82,7 +85,9 @@ def _begin(plan: EvaluationPlan) -> tuple["Evaluation", list["TaskCase"]]:
     from trt_kv.calibration.answer_files import Evaluation, Run, Settings
     from trt_kv.calibration.task_cases import CaseRules, cases_from_tasks
     from trt_kv.runtime.detokenizer import load_tokenizer
+    from trt_kv.runtime.devices import device_from_name
 
+    device_from_name(plan.on.device)
     manifest = load_manifest(plan.engine)
     settings = Settings(
         tasks_digest=digest_of(plan.tasks),
@@ -92,14 +97,14 @@ def _begin(plan: EvaluationPlan) -> tuple["Evaluation", list["TaskCase"]]:
         trt_kv=trt_kv.__version__,
     )
     tasks = tasks_from_file(plan.tasks)[: plan.limit]
-    facts = _engine_facts(plan.engine, manifest)
+    facts = _engine_facts(plan.engine, manifest, plan.on)
     evaluation = Evaluation(
         tasks=plan.tasks.name,
         n_tasks=len(tasks),
         settings=settings,
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         run=Run(engine=facts),
-        against=None if plan.against is None else _other_run(plan.against, facts, settings, len(tasks)),
+        against=_other_run(plan, facts, settings, len(tasks)),
     )
     tokenizer = load_tokenizer(plan.engine / TOKENIZER_FILE, error=EngineError)
     rules = CaseRules(
@@ -112,7 +117,7 @@ def _begin(plan: EvaluationPlan) -> tuple["Evaluation", list["TaskCase"]]:
     return evaluation, cases_from_tasks(tasks, tokenizer, rules, source=plan.tasks)
 
 
-def _engine_facts(folder: Path, manifest: Manifest) -> "EngineFacts":
+def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "EngineFacts":
     """Raises ``EngineError`` where loading the engine would, files' digests aside."""
     from trt_kv.calibration.answer_files import EngineFacts
     from trt_kv.runtime.applicable import check_applicable
@@ -120,9 +125,8 @@ def _engine_facts(folder: Path, manifest: Manifest) -> "EngineFacts":
     check_applicable(folder, manifest)
     if TOKENIZER_FILE not in manifest.files:
         raise EngineError(f"the engine {folder} has no tokenizer", expected=TOKENIZER_FILE, fix="build the engine again")
-    built_by = (
-        manifest.plan.built_by if manifest.plan is not None else f"onnxruntime {importlib.metadata.version('onnxruntime')}"
-    )
+    library = "onnxruntime" if on.on_host else on.dense or DENSE[0]
+    runs_on = manifest.plan.built_by if manifest.plan is not None else f"{library} {require(library).__version__}"
     return EngineFacts(
         name=folder.resolve().name,
         digest=manifest.to_json()["digest"],
@@ -131,16 +135,22 @@ def _engine_facts(folder: Path, manifest: Manifest) -> "EngineFacts":
         tokenizer_digest=manifest.files[TOKENIZER_FILE].digest,
         policy=manifest.policy,
         target=manifest.target,
-        dtype=manifest.dtype,
-        runs_on=built_by,
+        dtype=on.dtype or manifest.dtype,
+        runs_on=runs_on if on.on_host else f"{runs_on} on {on.device}",
     )
 
 
-def _other_run(path: Path, facts: "EngineFacts", settings: "Settings", n_tasks: int) -> "Run":
-    """The run to compare with: of an engine, still without answers, or the first run of a finished results file."""
+def _other_run(plan: EvaluationPlan, facts: "EngineFacts", settings: "Settings", n_tasks: int) -> "Run | None":
+    """The run to compare with: of an engine, still without answers, or the first run of a finished results file; or none."""
     from trt_kv.calibration.answer_files import Run
 
-    run = _run_of_file(path, settings, n_tasks) if path.is_file() else Run(engine=_engine_facts(path, load_manifest(path)))
+    path = plan.against
+    if path is None:
+        return None
+    if path.is_file():
+        run = _run_of_file(path, settings, n_tasks)
+    else:
+        run = Run(engine=_engine_facts(path, load_manifest(path), plan.on))
     for what, mine, theirs in (
         ("models", facts.model_digest, run.engine.model_digest),
         ("tokenizers", facts.tokenizer_digest, run.engine.tokenizer_digest),
@@ -190,9 +200,8 @@ def _earlier(plan: EvaluationPlan, evaluation: "Evaluation") -> "Evaluation | No
         ("engine", earlier.run, evaluation.run),
         ("engine to compare with", earlier.against, evaluation.against),
     ):
-        if before is not None and (now is None or before.engine.digest != now.engine.digest):
-            got = f"{before.engine.name}, {before.engine.digest}"
-            asked = "none" if now is None else f"{now.engine.name}, {now.engine.digest}"
+        got, asked = ("none" if run is None else _told(run.engine) for run in (before, now))
+        if before is not None and got != asked:
             raise UsageError(f"{plan.out} is about another {name}", got=got, expected=asked, fix=fix)
     if max(len(run.answers) for run in earlier.runs) > evaluation.n_tasks:
         raise UsageError(
@@ -202,6 +211,11 @@ def _earlier(plan: EvaluationPlan, evaluation: "Evaluation") -> "Evaluation | No
             fix=fix,
         )
     return earlier
+
+
+def _told(facts: "EngineFacts") -> str:
+    """An engine, as far as answers depend on it."""
+    return f"{facts.digest}, {facts.dtype}, {facts.runs_on}"
 
 
 def _check_same_settings(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from trt_kv.cli.options import any_path, debug_option
-from trt_kv.cli.requests import GenerationRequest, RunOptions
+from trt_kv.cli.options import any_path, debug_option, device_options
+from trt_kv.cli.requests import DeviceChoice, GenerationRequest, RunOptions
 from trt_kv.errors import UsageError
 
 
@@ -34,6 +34,7 @@ from trt_kv.errors import UsageError
 )
 @click.option("--trace", type=any_path, metavar="FILE", help="Write what ran when, as JSON for chrome://tracing or Perfetto.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times.")
+@device_options
 @debug_option
 def command(
     *,
@@ -48,6 +49,7 @@ def command(
     host_tier: str | None,
     trace: Path | None,
     stop: tuple[str, ...],
+    on: DeviceChoice,
 ) -> None:
     """Continue PROMPT with ENGINE, printing the text as it comes. PROMPT - reads the prompt from standard input.
 
@@ -56,6 +58,7 @@ def command(
       trt-kv generate engines/llama3-prefixkv "the keeper of the tower"
       trt-kv generate engines/llama3-prefixkv - < prompt.txt
       trt-kv generate engines/llama3-freekv --prompt-file long.txt --host-tier mmap:/var/tmp/kv --trace trace.json
+      trt-kv generate engines/llama3-prefixkv --prompt-file long.txt --device cuda --dtype bfloat16
       trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --top-p 0.95 --seed 7 --stop "."
     """
     request = GenerationRequest(
@@ -70,7 +73,7 @@ def command(
     from trt_kv.cli.pipeline import stream_text
 
     notes: list[str] = []
-    running = RunOptions(host_tier=host_tier, trace=trace)
+    running = RunOptions(on=on, host_tier=host_tier, trace=trace)
     for piece in stream_text(engine=engine, request=request, running=running, on_end=notes.append):
         click.echo(piece, nl=False)
     click.echo()

@@ -14,6 +14,7 @@ from trt_kv.cli.requests import (
     DEFAULT_PAGE_SIZE,
     TARGETS,
     CalibrationPlan,
+    DeviceChoice,
     DriftPlan,
     ModelSource,
     TargetPlan,
@@ -154,6 +155,36 @@ def target_options(command: CommandFunction) -> CommandFunction:
     ) -> None:
         plan = TargetPlan(target=target, profile=profile, dtype=dtype, timing_cache=timing_cache, page_size=page_size)
         command(target=plan, **others)
+
+    return collected
+
+
+def device_options(command: CommandFunction) -> CommandFunction:
+    """Add --device, --dtype, --dense and --profile; ``command`` receives ``on``, a ``DeviceChoice``."""
+
+    @click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="cpu|cuda[:N]",
+        help="cuda: an NVIDIA GPU, for an engine built for onnxruntime. cpu: what the engine was built for.",
+    )
+    @click.option(
+        "--dtype", metavar="NAME", help="Convert weights while they are loaded, with --device cuda. Default: the engine's type."
+    )
+    @click.option(
+        "--dense",
+        metavar="NAME",
+        help="What runs the dense parts with --device cuda: torch (the default), or onnxruntime (needs onnxruntime-gpu).",
+    )
+    @click.option(
+        "--profile",
+        metavar="NAME|FILE",
+        help="Sizes to plan memory for with --device cuda, as for building. Default: the model's, as far as they fit.",
+    )
+    @functools.wraps(command)
+    def collected(*, device: str, dense: str | None, dtype: str | None, profile: str | None, **others: Any) -> None:
+        command(on=DeviceChoice(device=device, dense=dense, dtype=dtype, profile=profile), **others)
 
     return collected
 

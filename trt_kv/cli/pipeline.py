@@ -189,7 +189,7 @@ def stream_text(
     options = dataclasses.asdict(request)
     prompt = options.pop("prompt")
     with progress_bars() as on_progress:
-        loaded = Engine.load(engine, host_tier=running.host_tier, trace=trace, on_progress=on_progress)
+        loaded = Engine.load(engine, host_tier=running.host_tier, trace=trace, on_progress=on_progress, **running.on.options)
         n_prompt = len(loaded.encode(prompt))
         stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **options)
         first = next(stream, "")
@@ -204,6 +204,8 @@ def stream_text(
         f"[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
         f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%}{told})]"
     )
+    if not running.on.on_host:
+        on_end(f"[run by {loaded.runner.description}]")
     if loaded.runner.recall is not None:
         on_end(_told_recall(loaded.runner.recall.statistics, len(result.token_ids)))
     loaded.close()

@@ -1,7 +1,8 @@
 """What the commands hand to ``trt_kv.cli.pipeline``: the options of the command line, grouped and checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trt_kv.drift import check_correction_rate
 from trt_kv.errors import UnknownNameError, UsageError
@@ -121,6 +122,42 @@ class TargetPlan:
             )
 
 
+DENSE = ("torch", "onnxruntime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceChoice:
+    """Where an engine runs, and how it is made to fit there; None: the default. Whether there is such a GPU is not asked."""
+
+    device: str = "cpu"
+    dense: str | None = None
+    dtype: str | None = None
+    profile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dense is not None and self.dense not in DENSE:
+            raise UnknownNameError("way to run dense parts", self.dense, DENSE)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UnknownNameError("type", self.dtype, DTYPES)
+        given = {"--dense": self.dense, "--dtype": self.dtype, "--profile": self.profile}
+        needless = [name for name, value in given.items() if value is not None]
+        if self.on_host and needless:
+            raise UsageError(
+                f"{needless[0]} is for devices",
+                got=f"--device {self.device}",
+                fix=f"add --device cuda, or leave {needless[0]} out",
+            )
+
+    @property
+    def on_host(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of ``Engine.load``."""
+        return dict(vars(self))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One prompt and how to continue it; the values are checked by the runtime, for its Python callers as well."""
@@ -136,10 +173,11 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How an engine is run. ``host_tier``: where a cache that stays on the host lies; None: the default, or the engine has
-    none. ``trace``: the file that says afterwards what ran when.
+    """How an engine is run, ``on`` what. ``host_tier``: where a cache that stays on the host lies; None: the default, or the
+    engine has none. ``trace``: the file that says afterwards what ran when.
     """
 
+    on: DeviceChoice = field(default_factory=DeviceChoice)
     host_tier: str | None = None
     trace: Path | None = None
 

@@ -1,0 +1,72 @@
+"""Engines on a device say what they say on the host; as a program, in Triton's interpreter:
+``TRITON_INTERPRET=1 python -m tests.device_engines ENGINE ...`` fails where one does not.
+
+A program, because the variable has to be set before a kernel is imported.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.device_steps import CHANGES, PAGE_SIZE, SHARES
+from tests.engines import build_for_test, recipe_for
+from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.engine import EngineRequest
+from trt_kv.policies import policy_from_name
+from trt_kv.runtime.devices import DeviceOptions
+from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.loading import LoadOptions
+
+CHUNK, N_NEW = 20, 3
+COMPOSED: dict[str, dict[str, Any]] = {
+    "freekv": CHANGES["freekv"],
+    "freekv-recipe": CHANGES["freekv"] | {"budget": "recipe", "kept": 0.6, "tokens": 0, "exempt_layers": (0,)},
+}
+"""The cache on the host: working sets of one size; and by a recipe, beside a layer that stays on the device."""
+
+
+def build(name: str, checkpoint: Checkpoint, folder: Path, *, dtype: str = "float32") -> Path:
+    """The engine of a preset whose prompts of some tens of tokens have something to lose, or of a composed policy."""
+    changes = COMPOSED.get(name, CHANGES.get(name, {}))
+    policy = dataclasses.replace(policy_from_name(name.partition("-")[0]), **changes)
+    recipe = recipe_for(checkpoint, SHARES, budget=policy.kept) if policy.needs_recipe else None
+    request = EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe, page_size=PAGE_SIZE, dtype=dtype)
+    return build_for_test(request, folder / f"{name}-{dtype}")
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(4)
+    return [rng.integers(3, 200, n).tolist() for n in (37, 12)]
+
+
+def load_on(folder: Path, device: torch.device, on: DeviceOptions | None = None, **sizes: Any) -> Engine:
+    """``Engine.load`` with the kernels of devices; on the device "cpu" these are only run by Triton's interpreter."""
+    options = LoadOptions(**({"cache_tokens": 300, "chunk": CHUNK} | sizes))
+    return Engine._open(folder, options, on or DeviceOptions(), device, verify=False, tell=lambda *_: None)
+
+
+def check(folder: Path, device: torch.device, on: DeviceOptions | None = None) -> None:
+    """The tokens of the host, and everything given back."""
+    with Engine.load(folder, cache_tokens=200, chunk=CHUNK, n_threads=1) as host:
+        expected = host.generate_batch(prompts(), max_new_tokens=N_NEW)
+    with load_on(folder, device, on) as engine:
+        found = engine.generate_batch(prompts(), max_new_tokens=N_NEW)
+        assert [one.token_ids for one in found] == [one.token_ids for one in expected], folder
+        assert [one.finish_reason for one in found] == ["length"] * len(found)
+        engine.runner.pool.check_integrity([])
+        if engine.runner.tiers is not None:
+            engine.runner.tiers.host.check_integrity([])
+        else:
+            assert [one.kv_tokens for one in found] == [one.kv_tokens for one in expected]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
+    np.seterr(divide="ignore", invalid="ignore", over="ignore")  # what is masked afterwards
+    for engine_folder in sys.argv[1:]:
+        check(Path(engine_folder), torch.device("cpu"))

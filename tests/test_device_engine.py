@@ -1,0 +1,232 @@
+"""``Engine.load`` on a device: the host's tokens, memory planned before the first request, and what is refused and how."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.device_engines import CHUNK, N_NEW, build, check, load_on, prompts
+from tests.engines import Run
+from tests.triton_kernels import ROOT
+from trt_kv.errors import CapacityError, UnknownNameError, UsageError
+from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.manifest import Manifest, load_manifest
+from trt_kv.runtime import device_loading
+from trt_kv.runtime.device_plan import DevicePlan, Wanted, device_plan
+from trt_kv.runtime.devices import DeviceOptions, device_from_name
+from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.loading import LoadOptions
+from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.recall.device_recall import DeviceRecall
+from trt_kv.runtime.sampling import SamplingParams
+
+POLICIES = ("full", "prefixkv", "refreekv", "freekv", "freekv-recipe")
+CPU = torch.device("cpu")
+POSITIONS = 128
+"""Of the small checkpoint."""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_checkpoint_folder: Path) -> Checkpoint:
+    return open_checkpoint(small_checkpoint_folder)
+
+
+@pytest.fixture(scope="module")
+def folder_of(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("device-engines")
+    built: dict[str, Path] = {}
+
+    def built_once(name: str) -> Path:
+        if name not in built:
+            built[name] = build(name, checkpoint, folder)
+        return built[name]
+
+    return built_once
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that are loaded and asked, but run nothing: no kernel is compiled."""
+    monkeypatch.setattr(ModelRunner, "warm_up", lambda _: None)
+
+
+def test_an_engine_says_on_a_device_what_it_says_on_the_host(folder_of: Callable[[str], Path]) -> None:
+    """In Triton's interpreter: prompts in chunks, eviction, recall, batched decoding; every page given back."""
+    folders = [str(folder_of(name)) for name in POLICIES]
+    command = [sys.executable, "-m", "tests.device_engines", *folders]
+    outcome = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.usefixtures("idle")
+def test_what_does_not_fit_is_refused_before_it_starts(folder_of: Callable[[str], Path]) -> None:
+    full = load_on(folder_of("full"), CPU, DeviceOptions(batch=2), cache_tokens=60)
+    with pytest.raises(CapacityError, match="more prompts at once") as caught:
+        full.generate_batch([[5, 6]] * 3)
+    assert "batch=3" in str(caught.value)
+    with pytest.raises(CapacityError, match="the KV pool is too small") as caught:
+        full.generate_batch([[5] * 40], max_new_tokens=30)
+    assert "cache_tokens=70" in str(caught.value)
+
+
+@pytest.mark.usefixtures("idle")
+def test_contexts_are_bounded_by_the_profile(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    text = (ROOT / "trt_kv" / "profiles" / "edge.json").read_text()
+    profile = tmp_path / "short.json"
+    profile.write_text(text.replace("8192]", "40]", 1).replace("2048", "20").replace("[[1, 1, 4]]", "[[1, 1, 3]]"))
+    engine = load_on(folder_of("full"), CPU, DeviceOptions(profile=str(profile)))
+    assert engine.loaded.batch == 3
+    engine._admit([[5] * 31], SamplingParams(max_new_tokens=10))
+    with pytest.raises(CapacityError, match="longer than this engine was loaded for") as caught:
+        engine.generate([5] * 32, max_new_tokens=10)
+    assert "at most 40 together" in str(caught.value)
+
+
+@pytest.mark.usefixtures("idle")
+def test_caches_on_the_host_are_admitted_by_tiers_and_working_sets(folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("freekv")
+    engine = load_on(folder, CPU, DeviceOptions(batch=2), cache_tokens=40, host_tokens=100)
+    assert isinstance(engine.runner.tiers, DeviceRecall)
+    block_tokens = engine.runner.tiers.sets.sizes.n_pages * 5
+    assert block_tokens <= 40 < 2 * block_tokens
+    engine._admit([[5] * 50], SamplingParams(max_new_tokens=20))
+    with pytest.raises(CapacityError, match="too few working sets") as caught:
+        engine.generate_batch([[5, 6]] * 2, max_new_tokens=5)
+    assert f"cache_tokens={2 * block_tokens}" in str(caught.value)
+    roomy = load_on(folder, CPU, DeviceOptions(batch=2), host_tokens=100)
+    with pytest.raises(CapacityError, match="the host tier is too small") as caught:
+        roomy.generate_batch([[5] * 50] * 2, max_new_tokens=10)
+    assert "host_tokens=120" in str(caught.value)
+    with pytest.raises(CapacityError, match="no room for one working set"):
+        load_on(folder, CPU, cache_tokens=10)
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_promise_counts_until_its_group_ends(folder_of: Callable[[str], Path]) -> None:
+    engine = load_on(folder_of("freekv"), CPU, cache_tokens=40, host_tokens=100)
+    requests = engine._admit([[5] * 20], SamplingParams(max_new_tokens=10))
+    with engine.loaded.admission.promise(requests), pytest.raises(CapacityError, match="too few working sets"):
+        engine._admit([[5] * 20], SamplingParams(max_new_tokens=10))
+    engine._admit([[5] * 20], SamplingParams(max_new_tokens=10))
+
+
+def planned(manifest: Manifest, *, free_device: int, **wanted: int) -> DevicePlan:
+    sizes = Wanted(**({"chunk": 32, "batch": 4} | wanted))
+    return device_plan(manifest, sizes, element_bytes=4, free_device=free_device, free_host=10**9)
+
+
+def test_half_of_the_free_memory_holds_the_cache(folder_of: Callable[[str], Path]) -> None:
+    manifest = load_manifest(folder_of("full"))
+    page_bytes = 5 * 2 * (2 * 16 * 4 + 12)
+    plan = planned(manifest, free_device=2 * page_bytes * 3 * 7)
+    assert (plan.n_pages, plan.layer_pages, plan.batch) == (3 * 7, 7, 4)
+    assert plan.largest.axes == {"N": 32, "R": 32, "B": 4, "T": -(-POSITIONS // 5)}
+    assert planned(manifest, free_device=10**12).n_pages == 3 * -(-2 * 4 * POSITIONS // 5)
+    assert planned(manifest, free_device=10**12, cache_tokens=52).n_pages == 3 * 11
+
+
+def test_working_sets_that_grow_with_prompts_are_sized_for_the_longest_that_fits(folder_of: Callable[[str], Path]) -> None:
+    manifest = load_manifest(folder_of("freekv-recipe"))
+    roomy = planned(manifest, free_device=10**9)
+    assert roomy.recall is not None
+    assert (roomy.recall.longest_prompt, roomy.recall.sequences, roomy.batch) == (POSITIONS, 8, 4)
+    tight = planned(manifest, free_device=10**9, cache_tokens=50)
+    assert tight.recall is not None
+    assert 10 < tight.recall.longest_prompt < POSITIONS
+    assert tight.recall.sequences >= 1
+    assert tight.n_pages == 10  # of the layer that is read whole
+    with pytest.raises(CapacityError, match="no room for one working set"):
+        planned(manifest, free_device=1000)
+
+
+@pytest.mark.usefixtures("idle")
+def test_what_devices_do_not_run_is_refused(
+    folder_of: Callable[[str], Path], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, freekv = folder_of("full"), folder_of("freekv")
+    for folder, options, message in (
+        (full, {"host_tokens": 5}, "keeps no cache on the host"),
+        (freekv, {"host_tier": "mmap:/tmp"}, "recalls from memory, not from a file"),
+        (full, {"on": DeviceOptions(dense="onnxruntime", dtype="bfloat16")}, "in the type of the engine's graphs"),
+        (full, {"on": DeviceOptions(cuda_graphs=True)}, "only GPUs replay"),
+        (full, {"on": DeviceOptions(batch=0)}, "bad batch"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load_on(folder, CPU, **options)
+    finding = load_manifest(freekv)
+    monkeypatch.setattr(device_loading, "finds_budgets", lambda _: True)
+    with pytest.raises(UsageError, match="known before the prompt is") as caught:
+        device_loading._check(freekv, finding, LoadOptions(), DeviceOptions(), CPU)
+    assert "take the device cpu" in str(caught.value)
+
+
+def test_devices_are_named_and_missing_ones_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_from_name("cpu") is None
+    for name in ("gpu", "cuda:", "cuda:-1", "CUDA"):
+        with pytest.raises(UsageError, match="unknown device"):
+            device_from_name(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_from_name("cuda") == torch.device("cuda", 0)
+    assert device_from_name("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match="no GPU for the device 'cuda:2'"):
+        device_from_name("cuda:2")
+    with pytest.raises(UnknownNameError):
+        DeviceOptions(dense="tensorflow")
+    with pytest.raises(UnknownNameError):
+        DeviceOptions(dtype="int4")
+
+
+def test_options_of_devices_need_one(folder_of: Callable[[str], Path]) -> None:
+    with pytest.raises(UsageError, match="dtype is for devices"):
+        Engine.load(folder_of("full"), dtype="bfloat16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_the_command_line_says_what_a_gpu_needs(command: str, folder_of: Callable[[str], Path], run: Run) -> None:
+    tasks = ROOT / "examples" / "evaluate" / "tasks.jsonl"
+    words = ("the old storm",) if command == "generate" else ("--tasks", tasks)
+    code, _, error = run(command, folder_of("full"), *words, "--device", "cuda")
+    assert code == 2
+    assert "no GPU for the device 'cuda'" in error
+    assert "trt-kv doctor" in error
+    code, _, error = run(command, folder_of("full"), *words, "--dtype", "bfloat16")
+    assert code == 2
+    assert "add --device cuda" in error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", POLICIES)
+def test_on_the_gpu_an_engine_says_what_it_says_on_the_host(name: str, folder_of: Callable[[str], Path]) -> None:
+    check(folder_of(name), torch.device("cuda", 0))
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_half_precision_and_the_default_sizes_serve_requests(folder_of: Callable[[str], Path]) -> None:
+    """Memory that is planned by what is free; weights that are converted; CUDA graphs where they are the default."""
+    for name in ("prefixkv", "freekv"):
+        with Engine.load(folder_of(name), device="cuda", dtype="bfloat16", chunk=CHUNK) as engine:
+            results = engine.generate_batch(prompts(), max_new_tokens=N_NEW)
+            assert [len(one.token_ids) for one in results] == [N_NEW] * 2
+            assert "CUDA graphs" in engine.runner.description
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_the_command_line_generates_and_evaluates(folder_of: Callable[[str], Path], run: Run) -> None:
+    words = (folder_of("prefixkv"), "--device", "cuda", "--profile", "edge")
+    code, out, error = run("generate", *words, "the old storm", "--max-new-tokens", "4")
+    assert code == 0, error
+    assert "run by torch" in error
+    tasks = ROOT / "examples" / "evaluate" / "tasks.jsonl"
+    code, out, error = run("evaluate", *words, "--tasks", tasks, "--limit", "2", "--max-new-tokens", "2")
+    assert code == 0, error
+    assert "on cuda" in out
