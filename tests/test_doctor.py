@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from trt_kv.cli import environment, main
 from trt_kv.cli.environment import Finding, State, examine
@@ -83,13 +84,40 @@ def test_a_base_package_that_does_not_load_is_missing(monkeypatch: pytest.Monkey
     assert "libgomp.so.1" in found.text
 
 
-def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1, get_device_name=lambda index: f"GPU {index}")
-    torch = SimpleNamespace(get_num_threads=lambda: 2, cuda=cuda, version=SimpleNamespace(cuda="12.9"))
+@pytest.mark.parametrize(
+    ("capability", "state", "text"),
+    [((9, 0), State.OK, "compute capability 9.0"), ((7, 5), State.OPTIONAL, "not tried on compute capability 7.5")],
+    ids=str,
+)
+def test_a_gpu_is_named_and_judged(
+    capability: tuple[int, int], state: State, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        get_device_name=lambda index: f"GPU {index}",
+        get_device_capability=lambda _: capability,
+    )
+    fake = SimpleNamespace(get_num_threads=lambda: 2, cuda=cuda, version=SimpleNamespace(cuda="12.9"))
     providers = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
-    known = {"torch": torch, "onnxruntime": providers}
+    known: dict[str, Any] = {"torch": fake, "onnxruntime": providers, "triton": SimpleNamespace(__version__="3.7.1")}
     monkeypatch.setattr(environment, "require", lambda package: known.get(package) or require(package))
     assert finding("torch CUDA").text == "CUDA 12.9: GPU 0"
+    found = finding("--device cuda")
+    assert found.state is state
+    assert text in found.text
+    del known["triton"]
+    hide(monkeypatch, "triton")
+    found = finding("--device cuda")
+    assert (found.state, found.fix) == (State.OPTIONAL, "pip install 'trt-kv[gpu]'")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_doctor_says_what_a_device_needs() -> None:
+    found = finding("--device cuda")
+    assert found.state is State.OPTIONAL
+    assert "no GPU" in found.text
+    assert "driver" in found.fix
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no header", "absent", "not JSON"])

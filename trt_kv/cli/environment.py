@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from trt_kv import __file__ as package_file
 from trt_kv import __version__
@@ -19,6 +20,8 @@ from trt_kv.presets import PRESETS, Preset
 from trt_kv.require import BASE, EXTRAS, SEPARATE, install_command, require
 
 GIB = 1024**3
+OLDEST_MAJOR = 8
+"""The oldest compute capability that the kernels are compiled for in tests: that of A100."""
 
 
 class State(enum.Enum):
@@ -134,6 +137,26 @@ def _torch(section: str) -> Iterator[Finding]:
         yield Finding(section=section, name="torch CUDA", state=State.OK, text=f"CUDA {torch.version.cuda}: {devices}")
     else:
         yield Finding(section=section, name="torch CUDA", state=State.OPTIONAL, text="no usable GPU; the CPU does the work")
+    yield _device(section, torch)
+
+
+def _device(section: str, torch: ModuleType) -> Finding:
+    """Whether ``--device cuda`` works."""
+    name = "--device cuda"
+    if not torch.cuda.is_available():
+        fix = "needs an NVIDIA GPU, its driver, and a build of torch for CUDA"
+        return Finding(section=section, name=name, state=State.OPTIONAL, text="not usable: no GPU", fix=fix)
+    try:
+        triton = require("triton").__version__
+    except (ImportError, OSError, MissingDependencyError) as error:
+        text, fix = f"not usable without Triton: {_first_line(error)}", install_command("triton") or ""
+        return Finding(section=section, name=name, state=State.OPTIONAL, text=text, fix=fix)
+    major, minor = torch.cuda.get_device_capability(0)
+    if major < OLDEST_MAJOR:
+        text = f"not tried on compute capability {major}.{minor}; kernels are made for {OLDEST_MAJOR}.0 and newer"
+        return Finding(section=section, name=name, state=State.OPTIONAL, text=text)
+    text = f"runs engines built for onnxruntime: Triton {triton}, compute capability {major}.{minor}"
+    return Finding(section=section, name=name, state=State.OK, text=text)
 
 
 def _bundled_model(preset: Preset) -> Finding:
