@@ -177,9 +177,11 @@ def _admission(manifest: Manifest, plan: DevicePlan, pool: DeviceKvPool, recall:
 def _told_out_of_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        if "out of memory" not in str(error):
+            raise
         raise CapacityError(
-            f"{device} has too little free memory for this engine",
+            f"too little free memory for this engine on {device}",
             got=(str(error).splitlines() or ["no memory"])[0],
-            fix="lower cache_tokens, take dtype=bfloat16, or free memory of the device",
+            fix="lower cache_tokens or host_tokens, take dtype=bfloat16, or free memory",
         ) from error

@@ -1,5 +1,5 @@
 """Engines on a device say what they say on the host; as a program, in Triton's interpreter:
-``TRITON_INTERPRET=1 python -m tests.device_engines ENGINE ...`` fails where one does not.
+``TRITON_INTERPRET=1 python -m tests.device_engines DENSE ENGINE ...`` fails where one does not.
 
 A program, because the variable has to be set before a kernel is imported.
 """
@@ -68,5 +68,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
     np.seterr(divide="ignore", invalid="ignore", over="ignore")  # what is masked afterwards
-    for engine_folder in sys.argv[1:]:
-        check(Path(engine_folder), torch.device("cpu"))
+    for engine_folder in sys.argv[2:]:
+        check(Path(engine_folder), torch.device("cpu"), DeviceOptions(dense=sys.argv[1]))

@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from trt_kv.runtime import device_loading
 from trt_kv.runtime.device_plan import DevicePlan, Wanted, device_plan
 from trt_kv.runtime.devices import DeviceOptions, device_from_name
 from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.executors.onnxruntime_device import CUDA
 from trt_kv.runtime.loading import LoadOptions
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.recall.device_recall import DeviceRecall
@@ -56,10 +58,12 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "warm_up", lambda _: None)
 
 
-def test_an_engine_says_on_a_device_what_it_says_on_the_host(folder_of: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(("dense", "names"), [("torch", POLICIES), ("onnxruntime", ("prefixkv", "freekv"))])
+def test_an_engine_says_on_a_device_what_it_says_on_the_host(
+    dense: str, names: Sequence[str], folder_of: Callable[[str], Path]
+) -> None:
     """In Triton's interpreter: prompts in chunks, eviction, recall, batched decoding; every page given back."""
-    folders = [str(folder_of(name)) for name in POLICIES]
-    command = [sys.executable, "-m", "tests.device_engines", *folders]
+    command = [sys.executable, "-m", "tests.device_engines", dense, *(str(folder_of(name)) for name in names)]
     outcome = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}
     )
@@ -211,6 +215,13 @@ def test_on_the_gpu_an_engine_says_what_it_says_on_the_host(name: str, folder_of
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu")
+@pytest.mark.parametrize("name", ["prefixkv", "freekv"])
+def test_on_the_gpu_onnxruntime_runs_the_dense_parts(name: str, folder_of: Callable[[str], Path]) -> None:
+    check(folder_of(name), torch.device("cuda", 0), DeviceOptions(dense="onnxruntime"))
+
+
+@pytest.mark.gpu
 def test_on_the_gpu_half_precision_and_the_default_sizes_serve_requests(folder_of: Callable[[str], Path]) -> None:
     """Memory that is planned by what is free; weights that are converted; CUDA graphs where they are the default."""
     for name in ("prefixkv", "freekv"):
@@ -221,12 +232,16 @@ def test_on_the_gpu_half_precision_and_the_default_sizes_serve_requests(folder_o
 
 
 @pytest.mark.gpu
-def test_on_the_gpu_the_command_line_generates_and_evaluates(folder_of: Callable[[str], Path], run: Run) -> None:
-    words = (folder_of("prefixkv"), "--device", "cuda", "--profile", "edge")
+@pytest.mark.parametrize("name", ["prefixkv", "freekv"])
+def test_on_the_gpu_the_command_line_generates_and_evaluates(
+    name: str, folder_of: Callable[[str], Path], run: Run, tmp_path: Path
+) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"prompt": "the old storm", "expected": "came over"}\n' * 3)
+    words = (folder_of(name), "--device", "cuda", "--profile", "edge")
     code, out, error = run("generate", *words, "the old storm", "--max-new-tokens", "4")
     assert code == 0, error
     assert "run by torch" in error
-    tasks = ROOT / "examples" / "evaluate" / "tasks.jsonl"
-    code, out, error = run("evaluate", *words, "--tasks", tasks, "--limit", "2", "--max-new-tokens", "2")
+    code, out, error = run("evaluate", *words, "--tasks", tasks, "--batch-size", "2")
     assert code == 0, error
     assert "on cuda" in out
