@@ -200,7 +200,9 @@ class ModelRunner:
     def _require_host_pool(self, what: str) -> None:
         if not self.pool.on_host:
             raise UsageError(
-                f"{what} need a KV pool on the host", got=self._executor.description, fix="use --target onnxruntime"
+                f"{what} need a KV pool on the host",
+                got=self._executor.description,
+                fix="build for --target onnxruntime, and load it on the device cpu",
             )
 
     def _growth(self, kept_shares: Sequence[float]) -> list[float] | None:
