@@ -26,7 +26,7 @@ Values = dict[str, Tensor]
 
 
 class Deferred:
-    """Side work done later than it was submitted: when the second half of a layer's comes, when it is joined, or by chance."""
+    """Side work done later than it was submitted: when the last third of a layer's comes, when it is joined, or by chance."""
 
     def __init__(self, placement: str, seed: int) -> None:
         self._placement = placement
@@ -35,7 +35,7 @@ class Deferred:
 
     def submit(self, work: Callable[[], None]) -> None:
         self._waiting.append(work)
-        runs = {"after_attention": len(self._waiting) // 2 * 2, "last_moment": 0}
+        runs = {"after_attention": len(self._waiting) // 3 * 3, "last_moment": 0}
         self._run(runs.get(self._placement, self._random.randint(0, len(self._waiting))))
 
     def join(self) -> None:
@@ -174,7 +174,7 @@ class World:
             "kv_len": np.tile(kv_len, (case.n_layers, 1)),
             "prompt_len": np.array([min(s.n_prompt, s.n_tokens) for s, _ in entries]),
             "found_budget": np.full((case.n_layers, len(entries)), -1),
-            "query_rows": table[:, :, 0],
+            "query_rows": table[:, :, 0].copy(),
         }
         floats = {name: np.concatenate([of[name] for of in vectors], axis=1) for name in "qkv"}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for name, array in integers.items()}
@@ -285,14 +285,18 @@ def check_moves(case: Case, stream: Stream, tensors: Any, before: Values, block:
         return
     n_now = case.n_chosen(stream.n_prompt, stream.n_tokens) if is_generated else 0
     n_wanted = case.n_chosen(stream.n_prompt, stream.n_tokens + looks_ahead)
-    first = stream.n_tokens == stream.n_prompt
+    first, limits = stream.n_tokens == stream.n_prompt, case.limits
     held_KS = np.full(tensors.held[block].shape, -1) if first else before["held"][block].cpu().numpy()
     moved_K2 = tensors.moved[block].cpu().numpy() - (0 if first else before["moved"][block].cpu().numpy())
     wanted_KC = tensors.chosen[block, :, :n_wanted].cpu().numpy()
     attended_KC = before["chosen"][block, :, : n_now if looks_ahead else 0].cpu().numpy()
     for head in range(len(held_KS)):
         if corrected_K[head] and looks_ahead:
-            continue  # twice: what lay between cannot be seen
+            # Twice, and what lay between cannot be seen; but with as many pages to choose from, the same are chosen again.
+            if limits.choosable(stream.n_tokens) == limits.choosable(stream.n_tokens + 1):
+                assert moved_K2[head, 1] == 0
+                assert set(wanted_KC[head]) <= set(tensors.held[block, head].tolist())
+            continue
         wanted, held, attended = (np.ascontiguousarray(array) for array in (wanted_KC, held_KS, attended_KC))
         moves = planned_moves(wanted, held, attended, np.array([head]))
         expected_S = held_KS[head].copy()

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trt_kv.plugins.recall_attention.choice_kernels import bound_kernel, choose_kernel, count_kernel, drift_kernel
+from trt_kv.plugins.recall_attention.choice_kernels import count_kernel, drift_kernel
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.plugins.recall_attention.rank_kernels import bound_kernel, choose_kernel
 from trt_kv.plugins.triton_launch import launch, power_of_2
 
 _BOUND_PAGES = 32
-CHOICE_WARPS = 16
-"""A few large programs: what they wait for is one another's threads, and a step waits for them."""
+CHOICE_WARPS = 8
+"""A few wide programs: a step waits for them, and they for one another's threads."""
 _FEW_PAGES = 1024
 _MOST_PAGES, _MOST_VALUES = 4096, 16384
-"""Ranked in registers, 32 numbers per thread; more are ranked by tiles of as many."""
+"""Ranked in registers, 64 numbers per thread; more than ``_MOST_PAGES`` by tiles of ``_FEW_PAGES``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,6 @@ class PageCounts:
     """How many of them each KV head chooses."""
     attended: Tensor
     """Tokens that each KV head attends to: those in sinks, chosen pages and the newest."""
-    prompt: Tensor
-    """Cached tokens of a sequence whose tokens in this step are of its prompt, else 0."""
 
 
 def drifted(
@@ -81,8 +80,10 @@ def page_counts(
     limits: PageLimits,
     kept_share: float,
     kept_tokens: int,
-) -> PageCounts:
-    """What the budgets mean in pages, for every sequence of a step."""
+) -> tuple[PageCounts, Tensor]:
+    """What the budgets mean in pages, for every sequence of a step; and the cached tokens of sequences that read their prompts
+    in this step, [B] int64, else 0.
+    """
     between, chosen, attended, prompt = torch.empty((4, len(kv_len_B)), dtype=torch.int64, device=kv_len_B.device)
     launch(
         count_kernel,
@@ -104,7 +105,7 @@ def page_counts(
         recent=limits.recent,
         P=limits.page_size,
     )
-    return PageCounts(between=between, chosen=chosen, attended=attended, prompt=prompt)
+    return PageCounts(between=between, chosen=chosen, attended=attended), prompt
 
 
 def choose_pages(

@@ -12,7 +12,10 @@ from trt_kv.plugins.triton_launch import launch, power_of_2
 
 PROGRAMS = 64
 """Each has 16 KiB on its way at a time: ten times what the bus needs to be full, and half of a large GPU left to the model."""
+AHEAD_PROGRAMS = 16
+"""Where nothing waits for them. They fill the bus but for 2 percent, and leave more processors to what runs meanwhile."""
 _TILE_BYTES = 8192
+_TILE_MOVES = 16
 
 
 @triton.jit(do_not_specialize=["n_moves"], do_not_specialize_on_alignment=["moves_ptr", "wanted_ptr"])
@@ -27,25 +30,34 @@ def recall_kernel(
     D: tl.constexpr,
     HAS_WANTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
-    """Program p makes moves p, p + programs, ..."""
+    """Program p makes moves p, p + programs, ...; whether any is to be made it sees TILE moves at a time."""
     at = tl.arange(0, BLOCK)
-    for i in range(tl.program_id(0), n_moves, tl.num_programs(0)):
-        head = tl.load(moves_ptr + 3 * i)
-        host_page = tl.load(moves_ptr + 3 * i + 1)
-        device_page = tl.load(moves_ptr + 3 * i + 2)
-        moves = (head >= 0) & (host_page >= 0) & (device_page >= 0)
+    stride = tl.num_programs(0)
+    for first in range(tl.program_id(0), n_moves, stride * TILE):
+        ours = first + stride * tl.arange(0, TILE)
         if HAS_WANTED:
-            moves = moves & (tl.load(wanted_ptr + i) != 0)
-        if moves:
-            source = host_ptr + (host_page * 2 * K + head) * (P * D)
-            target = device_ptr + (device_page * 2 * K + head) * (P * D)
-            for start in range(0, P * D, BLOCK):
-                mask = start + at < P * D
-                k = tl.load(source + start + at, mask=mask)
-                v = tl.load(source + K * P * D + start + at, mask=mask)
-                tl.store(target + start + at, k, mask=mask)
-                tl.store(target + K * P * D + start + at, v, mask=mask)
+            is_wanted = tl.load(wanted_ptr + ours, mask=ours < n_moves, other=0) != 0
+        else:
+            is_wanted = ours < n_moves
+        if tl.max(is_wanted.to(tl.int32), 0) > 0:
+            for i in range(first, tl.minimum(first + stride * TILE, n_moves), stride):
+                head = tl.load(moves_ptr + 3 * i)
+                host_page = tl.load(moves_ptr + 3 * i + 1)
+                device_page = tl.load(moves_ptr + 3 * i + 2)
+                moves = (head >= 0) & (host_page >= 0) & (device_page >= 0)
+                if HAS_WANTED:
+                    moves = moves & (tl.load(wanted_ptr + i) != 0)
+                if moves:
+                    source = host_ptr + (host_page * 2 * K + head) * (P * D)
+                    target = device_ptr + (device_page * 2 * K + head) * (P * D)
+                    for start in range(0, P * D, BLOCK):
+                        mask = start + at < P * D
+                        k = tl.load(source + start + at, mask=mask)
+                        v = tl.load(source + K * P * D + start + at, mask=mask)
+                        tl.store(target + start + at, k, mask=mask)
+                        tl.store(target + K * P * D + start + at, v, mask=mask)
 
 
 def recall_pages(
@@ -73,4 +85,5 @@ def recall_pages(
         D=head_size,
         HAS_WANTED=int(wanted_E is not None),
         BLOCK=min(power_of_2(page_size * head_size), _TILE_BYTES // device.itemsize),
+        TILE=_TILE_MOVES,
     )

@@ -8,65 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trt_kv.plugins.attention_kernels import sequence_of_tile
 from trt_kv.plugins.attention_triton import append_tokens, attend_chunks, attend_one
 from trt_kv.plugins.recall_attention.choice_triton import PageCounts, choose_pages, drifted, page_counts
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.plugins.recall_attention.summary_kernels import summary_kernel
 from trt_kv.plugins.triton_launch import launch, power_of_2
-
-
-@triton.jit(
-    do_not_specialize=["table_stride_b", "n_sequences"], do_not_specialize_on_alignment=["cu_ptr", "table_ptr", "len_ptr"]
-)
-def summary_kernel(
-    cu_ptr: tl.tensor,
-    table_ptr: tl.tensor,
-    len_ptr: tl.tensor,
-    kv_ptr: tl.tensor,
-    summaries_ptr: tl.tensor,
-    table_stride_b: tl.tensor,
-    n_sequences: tl.tensor,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    DEVIATION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-) -> None:
-    """One program per (page that a sequence may have filled in this step, KV head)."""
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    b = sequence_of_tile(cu_ptr, tile, n_sequences, P)
-    begin = tl.load(cu_ptr + b)
-    n = tl.load(len_ptr + b)
-    n_new = tl.load(cu_ptr + b + 1) - begin
-    j = (n - n_new) // P + (tile - begin // P - b)
-    if j >= n // P:
-        return
-    page = tl.load(table_ptr + b * table_stride_b + j)
-    kv_ptr += (page * 2 * K + head) * P * D
-    d = tl.arange(0, BLOCK_D)
-    lo = tl.full([BLOCK_D], float("inf"), tl.float32)
-    hi = tl.full([BLOCK_D], float("-inf"), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        mask = (p < P)[:, None] & (d < D)[None, :]
-        k = tl.load(kv_ptr + p[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        lo = tl.minimum(lo, tl.min(tl.where(mask, k, float("inf")), 0))
-        hi = tl.maximum(hi, tl.max(tl.where(mask, k, float("-inf")), 0))
-    if DEVIATION:
-        middle = (lo + hi) / 2
-        deviation = tl.zeros([BLOCK_D], tl.float32)
-        for start in range(0, P, BLOCK_P):
-            p = start + tl.arange(0, BLOCK_P)
-            mask = (p < P)[:, None] & (d < D)[None, :]
-            k = tl.load(kv_ptr + p[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            deviation += tl.sum(tl.where(mask, tl.abs(k - middle[None, :]), 0.0), 0)
-        lo = middle - deviation / P
-        hi = middle + deviation / P
-    to = summaries_ptr + (page * K + head) * 2 * D + d
-    tl.store(to, lo.to(summaries_ptr.dtype.element_ty), mask=d < D)
-    tl.store(to + D, hi.to(summaries_ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit(
@@ -143,14 +89,16 @@ def run(
     limits = PageLimits(page_size=page_size, sinks=sinks, recent=recent)
     summaries_of_filled(kv, summaries, cu_tokens, table_BT, len_B, len(q), summary)
     corrected_BK, probe_BHD = drifted(q, cu_tokens, prompt_remaining, query_rows[layer], last_query, kv.shape[2], tau)
-    counts = page_counts(cu_tokens, prompt_remaining, len_B, prompt_len, found_budget[layer], limits, kept_share, kept_tokens)
+    counts, prompt_B = page_counts(
+        cu_tokens, prompt_remaining, len_B, prompt_len, found_budget[layer], limits, kept_share, kept_tokens
+    )
     wanted_BK = counts.chosen[:, None].expand(corrected_BK.shape)
     chosen_BKT = choose_pages(probe_BHD, summaries, table_BT, counts.between, wanted_BK, limits.n_sinks, pooling, softmax_scale)
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     attend_chosen(q, cu_tokens, table_BT, len_B, kv, counts, chosen_BKT, limits.n_sinks, scale, out, lse)
-    attend_chunks(q, positions, cu_tokens, table_BT, counts.prompt, kv, token_positions, scale, out, lse, min_new=1)
+    attend_chunks(q, positions, cu_tokens, table_BT, prompt_B, kv, token_positions, scale, out, lse, min_new=1)
     return out, lse, corrected_BK
 
 

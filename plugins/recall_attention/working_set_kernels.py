@@ -3,83 +3,13 @@
 import triton
 import triton.language as tl
 
+from trt_kv.plugins.recall_attention.rank_kernels import choose_for_head
+
 
 @triton.jit
 def own_page(number: tl.tensor, sink_pages: tl.tensor, newest_pages: tl.tensor) -> tl.tensor:
     """Where in its block a sink or one of the newest pages is."""
     return tl.where(number < sink_pages, number, sink_pages + number % newest_pages)
-
-
-@triton.jit(
-    do_not_specialize=["table_stride_b", "sink_pages", "newest_pages", "block_pages"],
-    do_not_specialize_on_alignment=["cu_ptr", "table_ptr", "len_ptr", "attended_ptr", "blocks_ptr"],
-)
-def keep_kernel(
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
-    cu_ptr: tl.tensor,
-    table_ptr: tl.tensor,
-    len_ptr: tl.tensor,
-    attended_ptr: tl.tensor,
-    blocks_ptr: tl.tensor,
-    kv_ptr: tl.tensor,
-    host_ptr: tl.tensor,
-    table_stride_b: tl.tensor,
-    sink_pages: tl.tensor,
-    newest_pages: tl.tensor,
-    block_pages: tl.tensor,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """One program per (sequence, KV head): a generated token into the open page; a page that it fills to the host."""
-    b = tl.program_id(0)
-    head = tl.program_id(1)
-    if tl.load(attended_ptr + b) == 0:
-        return
-    position = tl.load(len_ptr + b) - 1
-    number = position // P
-    offset = position % P
-    page = tl.load(blocks_ptr + b) * block_pages + own_page(number, sink_pages, newest_pages)
-    page_ptr = kv_ptr + (page * 2 * K + head) * P * D
-    d = tl.arange(0, BLOCK_D)
-    at = ((tl.load(cu_ptr + b + 1) - 1) * K + head) * D + d
-    tl.store(page_ptr + offset * D + d, tl.load(k_ptr + at, mask=d < D), mask=d < D)
-    tl.store(page_ptr + (K * P + offset) * D + d, tl.load(v_ptr + at, mask=d < D), mask=d < D)
-    if offset == P - 1:
-        # The token is read by other threads than wrote it.
-        tl.debug_barrier()
-        to_ptr = host_ptr + (tl.load(table_ptr + b * table_stride_b + number) * 2 * K + head) * P * D
-        for start in range(0, P * D, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            tl.store(to_ptr + i, tl.load(page_ptr + i, mask=i < P * D), mask=i < P * D)
-            tl.store(to_ptr + K * P * D + i, tl.load(page_ptr + K * P * D + i, mask=i < P * D), mask=i < P * D)
-
-
-@triton.jit(do_not_specialize_on_alignment=["len_ptr", "n_chosen_ptr", "attended_ptr", "blocks_ptr", "gated_ptr"])
-def need_kernel(
-    corrected_ptr: tl.tensor,
-    len_ptr: tl.tensor,
-    n_chosen_ptr: tl.tensor,
-    attended_ptr: tl.tensor,
-    blocks_ptr: tl.tensor,
-    chosen_for_ptr: tl.tensor,
-    needs_ptr: tl.tensor,
-    gated_ptr: tl.tensor,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
-    """One program per sequence: KV heads that were corrected, or for which nothing was chosen ahead."""
-    b = tl.program_id(0)
-    heads = tl.arange(0, BLOCK_K)
-    corrected = tl.load(corrected_ptr + b * K + heads, mask=heads < K, other=0)
-    chosen_for = tl.load(chosen_for_ptr + tl.load(blocks_ptr + b) * K + heads, mask=heads < K, other=0)
-    is_generated = tl.load(attended_ptr + b) > 0
-    needs = (is_generated & (heads < K) & ((corrected != 0) | (chosen_for != tl.load(len_ptr + b)))).to(tl.int64)
-    tl.store(needs_ptr + b * K + heads, needs, mask=heads < K)
-    tl.store(gated_ptr + b, tl.where(tl.sum(needs, 0) > 0, tl.load(n_chosen_ptr + b), 0))
 
 
 @triton.jit
@@ -96,73 +26,35 @@ def place_in(list_ptr: tl.tensor, n: tl.tensor, values: tl.tensor, STEPS: tl.con
     return tl.where(is_there, low, -1)
 
 
-@triton.jit(
-    do_not_specialize=["table_stride_b", "n_table", "first_slot", "block_pages"],
-    do_not_specialize_on_alignment=[
-        *("table_ptr", "len_ptr", "n_wanted_ptr", "attended_ptr", "blocks_ptr", "n_read_ptr", "needs_ptr"),
-        *("wanted_ptr", "held_ptr", "chosen_ptr", "slots_ptr", "chosen_for_ptr", "moved_ptr"),
-    ],
-)
-def plan_kernel(
+@triton.jit
+def plan_for_head(
     wanted_ptr: tl.tensor,
+    n_wanted: tl.tensor,
+    n_read: tl.tensor,
     table_ptr: tl.tensor,
-    len_ptr: tl.tensor,
-    n_wanted_ptr: tl.tensor,
-    attended_ptr: tl.tensor,
-    blocks_ptr: tl.tensor,
-    needs_ptr: tl.tensor,
-    n_read_ptr: tl.tensor,
     held_ptr: tl.tensor,
     chosen_ptr: tl.tensor,
     slots_ptr: tl.tensor,
-    chosen_for_ptr: tl.tensor,
     moved_ptr: tl.tensor,
     places_ptr: tl.tensor,
     free_ptr: tl.tensor,
     rows_ptr: tl.tensor,
     unread_ptr: tl.tensor,
     read_ptr: tl.tensor,
-    table_stride_b: tl.tensor,
-    n_table: tl.tensor,
-    first_slot: tl.tensor,
-    block_pages: tl.tensor,
-    K: tl.constexpr,
+    head: tl.tensor,
+    first_slot_page: tl.tensor,
     S: tl.constexpr,
     C: tl.constexpr,
     AHEAD: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per (sequence, KV head): the pages it wants that no slot holds, each into a slot whose page it does not want,
-    first into those that the running step does not read, in order. The same rule as ``working_set.planned_moves``.
+    """The pages that a KV head wants and no slot holds, each into a slot whose page it does not want, first into those that the
+    running step does not read, in order. The same rule as ``working_set.planned_moves``.
 
-    AHEAD: for the next step, while this one reads ``n_read`` of the pages chosen for it; else for KV heads in need.
+    AHEAD: the running step reads the first ``n_read`` of the pages chosen for it. All pointers are to this KV head's.
     """
-    b = tl.program_id(0)
-    head = tl.program_id(1)
-    row = b.to(tl.int64) * K + head
-    rows_ptr += row * C * 3
-    unread_ptr += row * C
-    read_ptr += row * C
     tile = tl.arange(0, BLOCK)
-    is_asked = tl.load(attended_ptr + b) > 0
-    if AHEAD == 0:
-        is_asked = is_asked & (tl.load(needs_ptr + row) != 0)
-    if is_asked == 0:
-        for start in range(0, C, BLOCK):
-            i = start + tile
-            tl.store(rows_ptr + 3 * i, tl.full([BLOCK], -1, tl.int64), mask=i < C)
-            tl.store(unread_ptr + i, tl.zeros([BLOCK], tl.int64), mask=i < C)
-            tl.store(read_ptr + i, tl.zeros([BLOCK], tl.int64), mask=i < C)
-        return
-    block = tl.load(blocks_ptr + b)
-    n_wanted = tl.load(n_wanted_ptr + b)
-    wanted_ptr += row * n_table
-    held_ptr += (block * K + head) * S
-    chosen_ptr += (block * K + head) * C
-    slots_ptr += (block * K + head) * C
-    places_ptr += row * C
-    free_ptr += row * 2 * S
     for start in range(0, C, BLOCK):
         tl.store(places_ptr + start + tile, tl.full([BLOCK], -1, tl.int64), mask=start + tile < C)
     tl.debug_barrier()
@@ -177,7 +69,7 @@ def plan_kernel(
         is_free = (slot < S) & (place < 0)
         is_read = tl.zeros([BLOCK], tl.int1)
         if AHEAD:
-            is_read = place_in(chosen_ptr, tl.load(n_read_ptr + b), held, STEPS) >= 0
+            is_read = place_in(chosen_ptr, n_read, held, STEPS) >= 0
         unread = (is_free & (is_read == 0)).to(tl.int32)
         others = (is_free & is_read).to(tl.int32)
         tl.store(free_ptr + n_unread + tl.cumsum(unread) - 1, slot.to(tl.int64), mask=unread == 1)
@@ -200,51 +92,183 @@ def plan_kernel(
         tl.store(held_ptr + slot, page, mask=missing)
         tl.store(chosen_ptr + i, page, mask=i < n_wanted)
         tl.store(slots_ptr + i, slot, mask=i < n_wanted)
-        host_page = tl.load(table_ptr + b * table_stride_b + page, mask=missing, other=-1)
+        host_page = tl.load(table_ptr + page, mask=missing, other=-1)
         tl.store(rows_ptr + 3 * i, tl.where(missing, head, -1).to(tl.int64), mask=i < C)
         tl.store(rows_ptr + 3 * i + 1, host_page, mask=i < C)
-        tl.store(rows_ptr + 3 * i + 2, block * block_pages + first_slot + slot, mask=i < C)
+        tl.store(rows_ptr + 3 * i + 2, first_slot_page + slot, mask=i < C)
         tl.store(unread_ptr + i, (missing & (waits == 0)).to(tl.int64), mask=i < C)
-        tl.store(read_ptr + i, waits.to(tl.int64), mask=i < C)
+        if AHEAD:
+            tl.store(read_ptr + i, waits.to(tl.int64), mask=i < C)
         n_missing += tl.sum(missing.to(tl.int32), 0)
-    tl.store(chosen_for_ptr + block * K + head, tl.load(len_ptr + b) + AHEAD)
-    moved_ptr += (block * K + head) * 2 + AHEAD
     tl.store(moved_ptr, tl.load(moved_ptr) + n_missing)
 
 
+@triton.jit
+def nothing(flags_ptr: tl.tensor, C: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """None of a KV head's C rows of moves is made."""
+    for start in range(0, C, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(flags_ptr + i, tl.zeros([BLOCK], tl.int64), mask=i < C)
+
+
 @triton.jit(
-    do_not_specialize=["n_table", "sink_pages", "newest_pages", "first_slot", "block_pages"],
-    do_not_specialize_on_alignment=["len_ptr", "n_chosen_ptr", "attended_ptr", "blocks_ptr", "slots_ptr", "head_table_ptr"],
+    do_not_specialize=["table_stride_b", "n_table", "first_slot", "block_pages"],
+    do_not_specialize_on_alignment=[
+        *("table_ptr", "len_ptr", "n_wanted_ptr", "attended_ptr", "blocks_ptr", "n_read_ptr", "wanted_ptr"),
+        *("held_ptr", "chosen_ptr", "slots_ptr", "chosen_for_ptr", "moved_ptr", "unread_ptr", "read_ptr"),
+    ],
 )
-def places_kernel(
+def plan_kernel(
+    wanted_ptr: tl.tensor,
+    table_ptr: tl.tensor,
     len_ptr: tl.tensor,
+    n_wanted_ptr: tl.tensor,
+    attended_ptr: tl.tensor,
+    blocks_ptr: tl.tensor,
+    n_read_ptr: tl.tensor,
+    held_ptr: tl.tensor,
+    chosen_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    chosen_for_ptr: tl.tensor,
+    moved_ptr: tl.tensor,
+    places_ptr: tl.tensor,
+    free_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    unread_ptr: tl.tensor,
+    read_ptr: tl.tensor,
+    table_stride_b: tl.tensor,
+    n_table: tl.tensor,
+    first_slot: tl.tensor,
+    block_pages: tl.tensor,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program per (sequence, KV head): moves for the next step. ``n_wanted`` -1: what it wants is chosen and held."""
+    b = tl.program_id(0)
+    head = tl.program_id(1)
+    row = b.to(tl.int64) * K + head
+    block = tl.load(blocks_ptr + b)
+    of_head = block * K + head
+    is_generated = tl.load(attended_ptr + b) > 0
+    n_wanted = tl.load(n_wanted_ptr + row)
+    if is_generated & (n_wanted >= 0):
+        plan_for_head(
+            *(wanted_ptr + row * n_table, n_wanted, tl.load(n_read_ptr + b), table_ptr + b * table_stride_b),
+            *(held_ptr + of_head * S, chosen_ptr + of_head * C, slots_ptr + of_head * C, moved_ptr + of_head * 2 + 1),
+            *(places_ptr + row * C, free_ptr + row * 2 * S, rows_ptr + row * 3 * C, unread_ptr + row * C, read_ptr + row * C),
+            *(head, block * block_pages + first_slot, S, C, 1, STEPS, BLOCK),
+        )
+    else:
+        nothing(unread_ptr + row * C, C, BLOCK)
+        nothing(read_ptr + row * C, C, BLOCK)
+    if is_generated:
+        tl.store(chosen_for_ptr + of_head, tl.load(len_ptr + b) + 1)
+
+
+@triton.jit
+def places_for_head(
+    slots_ptr: tl.tensor,
+    to_ptr: tl.tensor,
+    n_pages: tl.tensor,
+    n_attended: tl.tensor,
+    n_chosen: tl.tensor,
+    first_page: tl.tensor,
+    sink_pages: tl.tensor,
+    newest_pages: tl.tensor,
+    first_slot: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The device pages that a KV head attends to, sinks, chosen ones and the newest, in order; its block's first page given."""
+    for start in range(0, n_attended, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        is_chosen = (i >= sink_pages) & (i < sink_pages + n_chosen)
+        slot = tl.load(slots_ptr + i - sink_pages, mask=is_chosen, other=0)
+        others = own_page(tl.where(i < sink_pages, i, n_pages - n_attended + i), sink_pages, newest_pages)
+        tl.store(to_ptr + i, first_page + tl.where(is_chosen, first_slot + slot, others), mask=i < n_attended)
+
+
+@triton.jit(
+    do_not_specialize=["table_stride_b", "n_table", "sink_pages", "newest_pages", "first_slot", "block_pages"],
+    do_not_specialize_on_alignment=[
+        *("table_ptr", "len_ptr", "between_ptr", "n_chosen_ptr", "attended_ptr", "blocks_ptr", "needs_ptr"),
+        *("held_ptr", "last_ptr", "slots_ptr", "chosen_for_ptr", "moved_ptr", "unread_ptr", "head_table_ptr"),
+    ],
+)
+def now_kernel(
+    bounds_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    chosen_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    len_ptr: tl.tensor,
+    between_ptr: tl.tensor,
     n_chosen_ptr: tl.tensor,
     attended_ptr: tl.tensor,
     blocks_ptr: tl.tensor,
+    needs_ptr: tl.tensor,
+    held_ptr: tl.tensor,
+    last_ptr: tl.tensor,
     slots_ptr: tl.tensor,
+    chosen_for_ptr: tl.tensor,
+    moved_ptr: tl.tensor,
+    places_ptr: tl.tensor,
+    free_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    unread_ptr: tl.tensor,
     head_table_ptr: tl.tensor,
+    softmax_scale: tl.tensor,
+    table_stride_b: tl.tensor,
     n_table: tl.tensor,
     sink_pages: tl.tensor,
     newest_pages: tl.tensor,
     first_slot: tl.tensor,
     block_pages: tl.tensor,
+    H: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
+    S: tl.constexpr,
     C: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    FEW: tl.constexpr,
+    MANY: tl.constexpr,
 ) -> None:
-    """One program per (sequence, KV head): the device pages it attends to, sinks, chosen ones and the newest, in order."""
+    """One program per (sequence, KV head). One in need chooses for the running step and plans moves; all write their tables.
+
+    ``chosen`` is what is made here, ``last`` what working sets remember.
+    """
     b = tl.program_id(0)
     head = tl.program_id(1)
-    head_table_ptr += (b.to(tl.int64) * K + head) * n_table
-    n_pages = tl.cdiv(tl.load(len_ptr + b), P).to(tl.int32)
-    n_attended = tl.cdiv(tl.load(attended_ptr + b), P).to(tl.int32)
-    n_chosen = tl.load(n_chosen_ptr + b).to(tl.int32)
+    row = b.to(tl.int64) * K + head
+    G: tl.constexpr = H // K
     block = tl.load(blocks_ptr + b)
-    for start in range(0, n_attended, BLOCK_J):
-        i = start + tl.arange(0, BLOCK_J)
-        is_chosen = (i >= sink_pages) & (i < sink_pages + n_chosen)
-        slot = tl.load(slots_ptr + (block * K + head) * C + i - sink_pages, mask=is_chosen, other=0)
-        others = own_page(tl.where(i < sink_pages, i, n_pages - n_attended + i), sink_pages, newest_pages)
-        page = block * block_pages + tl.where(is_chosen, first_slot + slot, others)
-        tl.store(head_table_ptr + i, page, mask=i < n_attended)
+    of_head = block * K + head
+    n = tl.load(len_ptr + b)
+    n_chosen = tl.load(n_chosen_ptr + b).to(tl.int32)
+    n_attended = tl.cdiv(tl.load(attended_ptr + b), P).to(tl.int32)
+    if tl.load(needs_ptr + row) != 0:
+        choose_for_head(
+            *(bounds_ptr, keys_ptr, chosen_ptr, row, tl.load(between_ptr + b).to(tl.int32), n_chosen, softmax_scale),
+            *(n_table, sink_pages, G, SOFTMAX, MAXIMUM, BLOCK_G, FEW, MANY),
+        )
+        # Chosen pages are read by other threads than wrote them; slots below, too.
+        tl.debug_barrier()
+        plan_for_head(
+            *(chosen_ptr + row * n_table, n_chosen.to(tl.int64), n_chosen, table_ptr + b * table_stride_b),
+            *(held_ptr + of_head * S, last_ptr + of_head * C, slots_ptr + of_head * C, moved_ptr + of_head * 2),
+            *(places_ptr + row * C, free_ptr + row * 2 * S, rows_ptr + row * 3 * C, unread_ptr + row * C, unread_ptr),
+            *(head, block * block_pages + first_slot, S, C, 0, STEPS, BLOCK),
+        )
+        tl.store(chosen_for_ptr + of_head, n)
+        tl.debug_barrier()
+    else:
+        nothing(unread_ptr + row * C, C, BLOCK)
+    places_for_head(
+        *(slots_ptr + of_head * C, head_table_ptr + row * n_table, tl.cdiv(n, P).to(tl.int32), n_attended, n_chosen),
+        *(block * block_pages, sink_pages, newest_pages, first_slot, BLOCK),
+    )

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trt_kv.plugins.recall_attention.choice_triton import PageCounts
+from trt_kv.plugins.recall_attention.choice_triton import CHOICE_WARPS, PageCounts, choice_arguments
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.plugins.recall_attention.working_set_kernels import keep_kernel, need_kernel, places_kernel, plan_kernel
+from trt_kv.plugins.recall_attention.working_set_kernels import now_kernel, plan_kernel
 from trt_kv.plugins.triton_launch import launch, power_of_2
 
 _TILE = 256
-_COPY_BYTES = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,155 +48,102 @@ class WorkingSets:
 
 @dataclass(frozen=True, kw_only=True)
 class Moves:
-    """Page-heads to bring, as ``recall_pages`` takes them; rows of nothing are -1."""
+    """Page-heads to bring, as ``recall_pages`` takes them."""
 
     rows: Tensor
-    """[E, 3]: KV head, host page, device page."""
+    """[E, 3]: KV head, host page, device page; undefined where no flag is set."""
     unread: Tensor
-    """[E]: 1 where the running step does not read the slot."""
+    """[E]: 1 where the running step does not read what is in the slot."""
     read: Tensor
     """[E]: 1 where it does, so that the move waits for its attention."""
 
 
-def keep_tokens(
+def plan_now(
     sets: WorkingSets,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    cu_tokens: Tensor,
+    bounds_BHT: Tensor,
     table_BT: Tensor,
     kv_len_B: Tensor,
     counts: PageCounts,
     blocks_B: Tensor,
+    needs_BK: Tensor,
     limits: PageLimits,
-) -> None:
-    """Put each generated token into its open page, and store pages that it fills on the host, at those of ``table_BT``."""
-    n_kv_heads, page_size, head_size = sets.kv.shape[2:]
+    pooling: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KV heads in need choose for the running step, by ``bounds_BHT``, and what they miss has to be brought at once.
+
+    Returns moves [E, 3] and which of them are to be made, [E]; and the device pages that each KV head attends to, [B, K, T]:
+    those of ``counts.attended[b]`` tokens are defined.
+    """
+    chosen_BKT = torch.empty((*needs_BK.shape, table_BT.shape[1]), dtype=torch.int64, device=sets.held.device)
+    places_BKT = torch.empty_like(chosen_BKT)
+    rows, made, arguments = _plan_arguments(sets, needs_BK)
     launch(
-        keep_kernel,
-        (len(kv_len_B), n_kv_heads),
-        k_ptr=k_NKD.contiguous(),
-        v_ptr=v_NKD.contiguous(),
-        cu_ptr=cu_tokens,
+        now_kernel,
+        tuple(needs_BK.shape),
+        warps=CHOICE_WARPS,
+        **choice_arguments(bounds_BHT, chosen_BKT, pooling, softmax_scale),
+        **arguments,
         table_ptr=table_BT,
         len_ptr=kv_len_B,
-        attended_ptr=counts.attended,
-        blocks_ptr=blocks_B,
-        kv_ptr=sets.kv,
-        host_ptr=sets.host_kv,
-        table_stride_b=table_BT.stride(0),
-        sink_pages=limits.n_sinks,
-        newest_pages=limits.n_newest,
-        block_pages=sets.block_pages,
-        K=n_kv_heads,
-        P=page_size,
-        D=head_size,
-        BLOCK_D=power_of_2(head_size),
-        BLOCK=min(power_of_2(page_size * head_size), _COPY_BYTES // sets.kv.itemsize),
-    )
-
-
-def heads_in_need(
-    sets: WorkingSets, corrected_BK: Tensor, kv_len_B: Tensor, counts: PageCounts, blocks_B: Tensor
-) -> tuple[Tensor, PageCounts]:
-    """1 for KV heads that have to choose now, [B, K]; and ``counts`` with nothing to choose in sequences that have none."""
-    needs_BK, gated_B = torch.empty_like(corrected_BK), torch.empty_like(counts.chosen)
-    n_kv_heads = corrected_BK.shape[1]
-    launch(
-        need_kernel,
-        (len(kv_len_B),),
-        warps=1,
-        corrected_ptr=corrected_BK,
-        len_ptr=kv_len_B,
+        between_ptr=counts.between,
         n_chosen_ptr=counts.chosen,
         attended_ptr=counts.attended,
         blocks_ptr=blocks_B,
-        chosen_for_ptr=sets.chosen_for,
         needs_ptr=needs_BK,
-        gated_ptr=gated_B,
-        K=n_kv_heads,
-        BLOCK_K=power_of_2(n_kv_heads),
+        last_ptr=sets.chosen,
+        head_table_ptr=places_BKT,
+        table_stride_b=table_BT.stride(0),
+        sink_pages=limits.n_sinks,
+        newest_pages=limits.n_newest,
+        P=limits.page_size,
     )
-    gated = PageCounts(between=counts.between, chosen=gated_B, attended=counts.attended, prompt=counts.prompt)
-    return needs_BK, gated
+    return rows, made, places_BKT
 
 
-def plan_moves(
+def plan_ahead(
     sets: WorkingSets,
     wanted_BKT: Tensor,
+    n_wanted_BK: Tensor,
     table_BT: Tensor,
     kv_len_B: Tensor,
-    counts: PageCounts,
+    ahead: PageCounts,
+    n_read_B: Tensor,
     blocks_B: Tensor,
-    *,
-    needs_BK: Tensor | None = None,
-    n_read_B: Tensor | None = None,
 ) -> Moves:
-    """What has to be brought so that ``wanted_BKT`` is held, which is what working sets hold and have chosen from then on.
-
-    ``needs_BK``: now, in these KV heads. ``n_read_B``: for the next step, whose ``counts`` these are, in all KV heads, while
-    the running step reads the first so many chosen pages. One of them is given.
+    """What has to be brought so that ``wanted_BKT``, chosen for the next step, is held: what working sets hold and have chosen
+    from then on. ``n_wanted_BK`` -1: they do already. The running step reads the first ``n_read_B`` chosen pages.
     """
-    assert (needs_BK is None) != (n_read_B is None)
-    n_sequences, n_kv_heads, n_table = wanted_BKT.shape
-    n_slots, n_most = sets.held.shape[2], sets.chosen.shape[2]
-    sizes = {"rows": 3 * n_most, "unread": n_most, "read": n_most, "places": n_most, "free": 2 * n_slots}
-    n_rows = n_sequences * n_kv_heads
-    made = {name: torch.empty((n_rows, n), dtype=torch.int64, device=sets.held.device) for name, n in sizes.items()}
-    pointers: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in made.items()}
+    rows, unread, arguments = _plan_arguments(sets, n_wanted_BK)
+    read = torch.empty_like(unread)
     launch(
         plan_kernel,
-        (n_sequences, n_kv_heads),
+        tuple(n_wanted_BK.shape),
+        **arguments,
         wanted_ptr=wanted_BKT,
         table_ptr=table_BT,
         len_ptr=kv_len_B,
-        n_wanted_ptr=counts.chosen,
-        attended_ptr=counts.attended,
+        n_wanted_ptr=n_wanted_BK,
+        attended_ptr=ahead.attended,
         blocks_ptr=blocks_B,
-        needs_ptr=counts.chosen if needs_BK is None else needs_BK,
-        n_read_ptr=counts.chosen if n_read_B is None else n_read_B,
-        held_ptr=sets.held,
+        n_read_ptr=n_read_B,
         chosen_ptr=sets.chosen,
-        slots_ptr=sets.slots,
-        chosen_for_ptr=sets.chosen_for,
-        moved_ptr=sets.moved,
-        **pointers,
+        read_ptr=read,
         table_stride_b=table_BT.stride(0),
-        n_table=n_table,
-        first_slot=sets.first_slot,
-        block_pages=sets.block_pages,
-        K=n_kv_heads,
-        S=n_slots,
-        C=n_most,
-        AHEAD=int(n_read_B is not None),
-        STEPS=n_most.bit_length(),
-        BLOCK=min(_TILE, power_of_2(n_slots)),
+        n_table=wanted_BKT.shape[2],
+        K=n_wanted_BK.shape[1],
     )
-    return Moves(rows=made["rows"].view(-1, 3), unread=made["unread"].view(-1), read=made["read"].view(-1))
+    return Moves(rows=rows, unread=unread, read=read)
 
 
-def attended_places(
-    sets: WorkingSets, kv_len_B: Tensor, counts: PageCounts, blocks_B: Tensor, limits: PageLimits, n_table: int
-) -> Tensor:
-    """The device pages that each KV head attends to, [B, K, T]; those of ``counts.attended[b]`` tokens are defined."""
-    n_sequences, n_kv_heads = len(kv_len_B), sets.held.shape[1]
-    head_table_BKT = torch.empty((n_sequences, n_kv_heads, n_table), dtype=torch.int64, device=sets.held.device)
-    launch(
-        places_kernel,
-        (n_sequences, n_kv_heads),
-        len_ptr=kv_len_B,
-        n_chosen_ptr=counts.chosen,
-        attended_ptr=counts.attended,
-        blocks_ptr=blocks_B,
-        slots_ptr=sets.slots,
-        head_table_ptr=head_table_BKT,
-        n_table=n_table,
-        sink_pages=limits.n_sinks,
-        newest_pages=limits.n_newest,
-        first_slot=sets.first_slot,
-        block_pages=sets.block_pages,
-        K=n_kv_heads,
-        P=sets.kv.shape[3],
-        C=sets.chosen.shape[2],
-        BLOCK_J=128,
-    )
-    return head_table_BKT
+def _plan_arguments(sets: WorkingSets, of_heads_BK: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Moves and flags to be written, and what both kernels that plan are given."""
+    n_slots, n_most = sets.held.shape[2], sets.chosen.shape[2]
+    widths = {"rows": 3 * n_most, "unread": n_most, "places": n_most, "free": 2 * n_slots}
+    n_rows = of_heads_BK.numel()
+    made = {name: torch.empty((n_rows, n), dtype=torch.int64, device=sets.held.device) for name, n in widths.items()}
+    arguments: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in made.items()}
+    arguments |= {f"{name}_ptr": getattr(sets, name) for name in ("held", "slots", "chosen_for", "moved")}
+    arguments |= {"first_slot": sets.first_slot, "block_pages": sets.block_pages}
+    arguments |= {"S": n_slots, "C": n_most, "STEPS": n_most.bit_length(), "BLOCK": min(_TILE, power_of_2(n_slots))}
+    return made["rows"].view(-1, 3), made["unread"].view(-1), arguments

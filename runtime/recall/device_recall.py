@@ -30,18 +30,20 @@ from torch import Tensor
 
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.attention_triton import attend_one
-from trt_kv.plugins.recall_attention.choice_triton import PageCounts, choose_pages, drifted, page_counts
+from trt_kv.plugins.recall_attention.begin_triton import BegunLayer, Choosing, StepTensors, begin_layer
+from trt_kv.plugins.recall_attention.choice_triton import PageCounts, page_bounds
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.recall_attention.recall_triton import recall_pages
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
-from trt_kv.plugins.recall_attention.working_set_triton import Moves, attended_places, heads_in_need, keep_tokens, plan_moves
+from trt_kv.plugins.recall_attention.working_set_triton import plan_now
 from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program, recall_nodes
 from trt_kv.runtime.device_pool import DeviceKvPool
+from trt_kv.runtime.recall.device_ahead import RecallAhead
 from trt_kv.runtime.recall.device_prompt import PromptStaging
 from trt_kv.runtime.recall.device_sets import BlockSizes, DeviceSets, PinnedTier
 from trt_kv.runtime.recall.prompt_attention import BLOCK_TOKENS
-from trt_kv.runtime.recall.side_work import InPlace, SideStream, SideWork, Work
+from trt_kv.runtime.recall.side_work import InPlace, SideStream, SideWork
 from trt_kv.runtime.step import Ints
 
 
@@ -62,39 +64,11 @@ class RecallCapacity:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStep:
-    """One layer of one step: its tensors, and how it chooses."""
+    """One layer of one step: its tensors, how it chooses, and what is known of it by now."""
 
-    cu_tokens: Tensor
-    remaining_N: Tensor
-    table_BT: Tensor
-    kv_len_B: Tensor
-    prompt_len_B: Tensor
-    found_budget_B: Tensor
-    blocks_B: Tensor
-    limits: PageLimits
-    kept_share: float
-    kept_tokens: int
-    pooling: int
-    softmax_scale: float
-
-    def counts(self, ahead: int) -> PageCounts:
-        """``ahead`` 1: of the next step, which has one token more and none of the prompt where this one has read all of it."""
-        remaining_N, kv_len_B = (self.remaining_N - 1, self.kv_len_B + 1) if ahead else (self.remaining_N, self.kv_len_B)
-        return page_counts(
-            self.cu_tokens,
-            remaining_N,
-            kv_len_B,
-            self.prompt_len_B,
-            self.found_budget_B,
-            self.limits,
-            self.kept_share,
-            self.kept_tokens,
-        )
-
-    def choose(self, probe_BHD: Tensor, summaries: Tensor, counts: PageCounts) -> Tensor:
-        wanted_BK = counts.chosen[:, None].expand(len(probe_BHD), summaries.shape[1])
-        limits, scale = self.limits, self.softmax_scale
-        return choose_pages(probe_BHD, summaries, self.table_BT, counts.between, wanted_BK, limits.n_sinks, self.pooling, scale)
+    tensors: StepTensors
+    choosing: Choosing
+    begun: BegunLayer
 
 
 class DeviceRecall:
@@ -204,62 +178,72 @@ class DeviceRecall:
         tables = page_table[layer], kv_len[layer]
         if reads_prompts:
             self._read_prompts(limits, (q, k, v, positions), cu_tokens, prompt_remaining, tables, prompt_len, scale, (out, lse))
-        step = LayerStep(
+        choosing = Choosing(
+            limits=limits,
+            kept_share=kept_share,
+            kept_tokens=kept_tokens,
+            tau=tau,
+            summary=summary,
+            pooling=pooling,
+            softmax_scale=softmax_scale,
+        )
+        tensors = StepTensors(
+            q_NHD=q,
+            k_NKD=k,
+            v_NKD=v,
             cu_tokens=cu_tokens,
             remaining_N=prompt_remaining,
             table_BT=tables[0],
             kv_len_B=tables[1],
             prompt_len_B=prompt_len,
             found_budget_B=found_budget[layer],
-            blocks_B=self.sets.block_of[query_rows[layer]],
-            limits=limits,
-            kept_share=kept_share,
-            kept_tokens=kept_tokens,
-            pooling=pooling,
-            softmax_scale=softmax_scale,
+            query_rows_B=query_rows[layer],
         )
-        counts = step.counts(ahead=0)
-        keep_tokens(sets, k, v, cu_tokens, step.table_BT, step.kv_len_B, counts, step.blocks_B, limits)
-        # From the host, where every full page is by now.
-        summaries_of_filled(sets.host_kv, sets.summaries, cu_tokens, step.table_BT, step.kv_len_B, len(q), summary)
-        corrected_BK, probe_BHD = drifted(q, cu_tokens, prompt_remaining, step.blocks_B, sets.last_query, sets.kv.shape[2], tau)
-        self._recall_at_once(step, counts, corrected_BK, probe_BHD)
-        places_BKT = attended_places(sets, step.kv_len_B, counts, step.blocks_B, limits, step.table_BT.shape[1])
-        rest = self._recall_ahead(step, counts) if tau <= 1.0 else None  # a cosine is at most 1
-        attend_one(q, cu_tokens, places_BKT, counts.attended, sets.kv, scale, out, lse)
-        if rest is not None:
-            self._side.submit(rest)
+        begun = begin_layer(sets, self.sets.block_of, tensors, choosing)
+        if reads_prompts:  # from the host, where every full page is by now
+            summaries_of_filled(sets.host_kv, sets.summaries, cu_tokens, tables[0], tables[1], len(q), summary)
+        step = LayerStep(tensors=tensors, choosing=choosing, begun=begun)
+        ahead = RecallAhead(sets, tensors, choosing, begun) if tau <= 1.0 else None  # a cosine is at most 1
+        if ahead is not None:
+            self._side.submit(ahead.choose)
+        places_BKT = self._recall_at_once(step, begun.now, begun.corrected_BK, begun.probe_BHD)
+        if places_BKT is None:
+            *_, places_BKT = self._plan_now(step, torch.zeros_like(begun.needs_BK), begun.probe_BHD.float())
+        if ahead is not None:
+            self._side.submit(ahead.plan_and_fill)
+        attend_one(q, cu_tokens, places_BKT, begun.now.attended, sets.kv, scale, out, lse)
+        if ahead is not None:
+            self._side.submit(ahead.fill_read)
         if layer == self._last_layer:
             self._side.join()
-        return out, lse, corrected_BK
+        return out, lse, begun.corrected_BK
 
-    def _recall_at_once(self, step: LayerStep, counts: PageCounts, corrected_BK: Tensor, probe_BHD: Tensor) -> None:
-        """For KV heads that were corrected, or for which nothing was chosen ahead. A sequence with none of them does nothing;
-        in others, all KV heads rank their pages, and those in need bring some.
+    def _recall_at_once(self, step: LayerStep, counts: PageCounts, corrected_BK: Tensor, probe_BHD: Tensor) -> Tensor | None:
+        """For KV heads that were corrected, or for which nothing was chosen ahead: choose and bring pages now.
+
+        ``step`` knows the others. Returns the device pages that KV heads attend to, [B, K, T]; None: as if none was in need.
         """
+        begun, tensors, limits = step.begun, step.tensors, step.choosing.limits
         sets = self.sets.tensors
-        needs_BK, gated = heads_in_need(sets, corrected_BK, step.kv_len_B, counts, step.blocks_B)
-        wanted_BKT = step.choose(probe_BHD, sets.summaries, gated)
-        moves = plan_moves(sets, wanted_BKT, step.table_BT, step.kv_len_B, counts, step.blocks_B, needs_BK=needs_BK)
-        recall_pages(sets.host_kv, sets.kv, moves.rows, moves.unread)
+        bounds_BHT = page_bounds(probe_BHD, sets.summaries, tensors.table_BT, counts.between, begun.wanted_BK, limits.n_sinks)
+        rows, made, places_BKT = self._plan_now(step, begun.needs_BK, bounds_BHT)
+        recall_pages(sets.host_kv, sets.kv, rows, made)
+        return places_BKT
 
-    def _recall_ahead(self, step: LayerStep, counts: PageCounts) -> Work:
-        """Recall for the next step, with this step's query; returns what is left to submit when this step has attended."""
-        sets = self.sets.tensors
-        planned: list[Moves] = []
-
-        def choose_and_fill() -> None:
-            ahead = step.counts(ahead=1)
-            wanted_BKT = step.choose(sets.last_query[step.blocks_B], sets.summaries, ahead)
-            moves = plan_moves(sets, wanted_BKT, step.table_BT, step.kv_len_B, ahead, step.blocks_B, n_read_B=counts.chosen)
-            recall_pages(sets.host_kv, sets.kv, moves.rows, moves.unread)
-            planned.append(moves)
-
-        def fill_read_slots() -> None:
-            recall_pages(sets.host_kv, sets.kv, planned[0].rows, planned[0].read)
-
-        self._side.submit(choose_and_fill)
-        return fill_read_slots
+    def _plan_now(self, step: LayerStep, needs_BK: Tensor, bounds_BHT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        begun, tensors, choosing = step.begun, step.tensors, step.choosing
+        return plan_now(
+            self.sets.tensors,
+            bounds_BHT,
+            tensors.table_BT,
+            tensors.kv_len_B,
+            begun.now,
+            begun.blocks_B,
+            needs_BK,
+            choosing.limits,
+            choosing.pooling,
+            choosing.softmax_scale,
+        )
 
     def _read_prompts(
         self,

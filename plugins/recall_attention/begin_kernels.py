@@ -1,0 +1,166 @@
+"""The Triton function behind ``begin_triton.py``: what a layer of a step does before pages are chosen, in one launch.
+
+H query heads, K KV heads, G = H / K, P page size, D head size, B sequences.
+"""
+
+import triton
+import triton.language as tl
+
+from trt_kv.plugins.recall_attention.choice_kernels import counted, is_steady_query
+from trt_kv.plugins.recall_attention.summary_kernels import summarise
+from trt_kv.plugins.recall_attention.working_set_kernels import own_page
+
+
+@triton.jit
+def keep_token(
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    page_ptr: tl.tensor,
+    host_ptr: tl.tensor,
+    summary_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    number: tl.tensor,
+    offset: tl.tensor,
+    head: tl.tensor,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    DEVIATION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One KV head of a token into the open page; where that fills it, the page to the host, and its summary."""
+    d = tl.arange(0, BLOCK_D)
+    tl.store(page_ptr + offset * D + d, tl.load(k_ptr + d, mask=d < D), mask=d < D)
+    tl.store(page_ptr + (K * P + offset) * D + d, tl.load(v_ptr + d, mask=d < D), mask=d < D)
+    if offset == P - 1:
+        # The token is read by other threads than wrote it.
+        tl.debug_barrier()
+        host_page = tl.load(table_ptr + number)
+        host_ptr += (host_page * 2 * K + head) * P * D
+        for start in range(0, P * D, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            tl.store(host_ptr + i, tl.load(page_ptr + i, mask=i < P * D), mask=i < P * D)
+            tl.store(host_ptr + K * P * D + i, tl.load(page_ptr + K * P * D + i, mask=i < P * D), mask=i < P * D)
+        summarise(page_ptr, summary_ptr + (host_page * K + head) * 2 * D, P, D, DEVIATION, BLOCK_D, BLOCK_P)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("kept_tokens", "n_sequences", "table_stride_b"),
+        *("sink_pages", "newest_pages", "recent", "block_pages"),
+    ],
+    do_not_specialize_on_alignment=[
+        *("cu_ptr", "remaining_ptr", "len_ptr", "prompt_len_ptr", "found_ptr", "table_ptr", "rows_ptr", "block_of_ptr"),
+        *("chosen_for_ptr", "counts_ptr", "heads_ptr"),
+    ],
+)
+def begin_kernel(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    cu_ptr: tl.tensor,
+    remaining_ptr: tl.tensor,
+    len_ptr: tl.tensor,
+    prompt_len_ptr: tl.tensor,
+    found_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    block_of_ptr: tl.tensor,
+    kv_ptr: tl.tensor,
+    host_ptr: tl.tensor,
+    summaries_ptr: tl.tensor,
+    last_query_ptr: tl.tensor,
+    chosen_for_ptr: tl.tensor,
+    probe_ptr: tl.tensor,
+    latest_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    heads_ptr: tl.tensor,
+    tau: tl.tensor,
+    kept_share: tl.tensor,
+    kept_tokens: tl.tensor,
+    n_sequences: tl.tensor,
+    table_stride_b: tl.tensor,
+    sink_pages: tl.tensor,
+    newest_pages: tl.tensor,
+    recent: tl.tensor,
+    block_pages: tl.tensor,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    DEVIATION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program per (sequence, KV head); those of the first KV heads also say what holds for the whole sequence.
+
+    ``counts`` [7, B]: between, chosen, attended; the same of the next step; block. ``heads`` [4, B, K]: corrected, needs,
+    wanted now, wanted ahead.
+    """
+    b = tl.program_id(0)
+    head = tl.program_id(1)
+    begin = tl.load(cu_ptr + b)
+    end = tl.load(cu_ptr + b + 1)
+    is_there = end > begin
+    block = tl.load(block_of_ptr + tl.load(rows_ptr + b, mask=is_there, other=0))
+    remaining = tl.load(remaining_ptr + end - 1, mask=is_there, other=0)
+    n = tl.load(len_ptr + b)
+    prompt_len = tl.load(prompt_len_ptr + b)
+    budget = tl.load(found_ptr + b)
+    between, chosen, attended = counted(
+        is_there & (remaining < 0), n, prompt_len, budget, kept_share, kept_tokens, sink_pages, newest_pages, recent, P
+    )
+    # One token more, and none of the prompt where this step has read all of it.
+    between_ahead, chosen_ahead, attended_ahead = counted(
+        is_there & (remaining < 1), n + 1, prompt_len, budget, kept_share, kept_tokens, sink_pages, newest_pages, recent, P
+    )
+    if head == 0:
+        counts_ptr += b
+        tl.store(counts_ptr, between)
+        tl.store(counts_ptr + n_sequences, chosen)
+        tl.store(counts_ptr + 2 * n_sequences, attended)
+        tl.store(counts_ptr + 3 * n_sequences, between_ahead)
+        tl.store(counts_ptr + 4 * n_sequences, chosen_ahead)
+        tl.store(counts_ptr + 5 * n_sequences, attended_ahead)
+        tl.store(counts_ptr + 6 * n_sequences, block)
+
+    corrected = tl.zeros([], tl.int1)
+    needs = tl.zeros([], tl.int1)
+    if is_there:
+        G: tl.constexpr = H // K
+        g = tl.arange(0, BLOCK_G)
+        d = tl.arange(0, BLOCK_D)
+        mask = (g < G)[:, None] & (d < D)[None, :]
+        at = (head * G + g[:, None]) * D + d[None, :]
+        before_ptr = last_query_ptr + block * H * D
+        q = tl.load(q_ptr + (end - 1) * H * D + at, mask=mask, other=0.0)
+        before = tl.load(before_ptr + at, mask=mask, other=0.0)
+        chosen_for = tl.load(chosen_for_ptr + block * K + head)
+        is_steady = is_steady_query(q.to(tl.float32), before.to(tl.float32), g < G, tau, G)
+        corrected = (remaining < 0) & (is_steady == 0)
+        needs = (attended > 0) & (corrected | (chosen_for != n))
+        tl.store(probe_ptr + b.to(tl.int64) * H * D + at, tl.where(is_steady, before, q), mask=mask)
+        tl.store(latest_ptr + b.to(tl.int64) * H * D + at, q, mask=mask)
+        # Whatever thread holds an element: nothing is overwritten that is still to be read.
+        tl.debug_barrier()
+        tl.store(before_ptr + at, q, mask=mask)
+    # With the same query, and as many of as many pages, the choice for the next step is this step's.
+    repeats = corrected & (attended > 0) & (between_ahead == between) & (chosen_ahead == chosen)
+    heads_ptr += b * K + head
+    tl.store(heads_ptr, corrected.to(tl.int64))
+    tl.store(heads_ptr + n_sequences * K, needs.to(tl.int64))
+    tl.store(heads_ptr + 2 * n_sequences * K, tl.where(needs, chosen, 0))
+    tl.store(heads_ptr + 3 * n_sequences * K, tl.where(repeats, -1, chosen_ahead))
+
+    if attended > 0:
+        number = (n - 1) // P
+        token = ((end - 1) * K + head) * D
+        page_ptr = kv_ptr + ((block * block_pages + own_page(number, sink_pages, newest_pages)) * 2 * K + head) * P * D
+        keep_token(
+            *(k_ptr + token, v_ptr + token, page_ptr, host_ptr, summaries_ptr, table_ptr + b * table_stride_b),
+            *(number, (n - 1) % P, head, K, P, D, DEVIATION, BLOCK_D, BLOCK_P, BLOCK),
+        )
