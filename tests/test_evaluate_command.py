@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 
 from tests.evaluation_tasks import timeless, write_tasks
@@ -157,6 +158,18 @@ def test_more_tasks_or_another_engine_add_to_what_is_there(run: Run, small_folde
     assert both.run.answers == more
     assert both.against is not None
     assert both.against.answers == more
+
+
+def test_an_evaluation_goes_on_with_the_library_that_began_it(
+    run: Run, small_folder: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (small_folder, "--tasks", tasks, "--out", "out.json")
+    assert run(*words, "--limit", 1)[0] == 0
+    monkeypatch.setattr(onnxruntime, "__version__", "0.0")
+    code, _, error = run(*words, "--limit", 2)
+    assert code == 2
+    assert "about another engine" in error
+    assert "float32, onnxruntime 0.0" in error
 
 
 def test_what_is_there_is_never_lost_by_asking_for_something_else(
