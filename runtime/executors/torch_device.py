@@ -69,7 +69,8 @@ class TorchDeviceExecutor:
             phase: StepBuffers(ops.step_tensors, largest, n_layers=ops.n_layers, spare_slot=spare_slot, device=pool.device)
             for phase, ops in self._ops.items()
         }
-        self._stream = (self._decoder.stream or torch.cuda.Stream(pool.device)) if on_gpu else None
+        # Of high priority: what a step does not wait for, on streams of others, gives way.
+        self._stream = (self._decoder.stream or torch.cuda.Stream(pool.device, priority=-1)) if on_gpu else None
         records = on_gpu and cuda_graphs is not False and self._decoder.can_be_recorded
         self._graphs: dict[StepSizes, _Recorded] | None = {} if records else None
         self._graph_memory = None if self._graphs is None else torch.cuda.graph_pool_handle()
