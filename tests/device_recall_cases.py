@@ -60,6 +60,7 @@ CASES = (
     Case(name="always_corrected", tau=1.01),
     Case(name="at_the_last_moment", placement="last_moment", n_layers=2, prompts=(38, 6)),
     Case(name="by_chance", placement="random", page_size=3, seed=1, summary=1, pooling=3),
+    Case(name="pages_become_choosable", page_size=2, kept_tokens=28, prompts=(31,), n_steps=6, seed=1, tau=0.6),
     Case(name="share", placement="after_attention", kept_tokens=4, kept_share=0.55, page_size=5, heads=(4, 1, 7), pooling=2),
 )
 SLOW_CASES = (

@@ -5,9 +5,11 @@ One layer of one decode step, as launches that a CUDA graph can record and repla
 
     main stream                                             side stream
     append the token; a page that fills: to the host, summed up
-    test drift; KV heads in need choose, plan, bring
-    table of the device pages that each KV head attends to
-    the query is there ------------------------------------> choose for the next step, plan, fill slots that nobody reads
+    test drift, count pages
+    the query is there ------------------------------------> choose for the next step
+    KV heads in need choose, plan; tables of device pages
+    bring what they miss
+    tables are made ---------------------------------------> plan, fill slots that nobody reads
     attention over the working set
     attention is done -------------------------------------> fill the slots that it read
     next layers ...
