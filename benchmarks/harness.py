@@ -20,12 +20,13 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+import trt_kv
 from trt_kv.errors import TrtKvError
 from trt_kv.json_file import read_json, write_atomically
 from trt_kv.plugins.paging import Floats
 
 VERSION = 1
-PACKAGES = ("trt-kv", "numba", "numpy", "onnx", "onnxruntime", "torch")
+PACKAGES = ("numba", "numpy", "onnx", "onnxruntime", "torch")
 Row = dict[str, Any]
 
 
@@ -150,7 +151,7 @@ def measured(run: Callable[[], Report]) -> dict[str, Any]:
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "elapsed_s": round(elapsed_s, 1),
         "machine": {**machine(), "cores_used_by_others": round(max(0.0, others), 2)},
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {"trt-kv": trt_kv.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         **dataclasses.asdict(report),
         "targets": [{**dataclasses.asdict(target), "is_met": target.is_met} for target in report.targets],
     }

@@ -119,7 +119,6 @@ def combine_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ) -> None:
     """One program per (sequence, query head): the parts of ``decode_kernel``, each weighted by its softmax denominator."""
     b = tl.program_id(0)
@@ -128,14 +127,12 @@ def combine_kernel(
     if (tl.load(cu_ptr + b + 1) - row != 1) | (tl.load(len_ptr + b) == 0):
         return
     d = tl.arange(0, BLOCK_D)
-    t = tl.arange(0, BLOCK_T)
-    parts = (b.to(tl.int64) * H + head) * SPLITS + t
-    lse = tl.load(part_lse_ptr + parts, mask=t < SPLITS, other=float("-inf"))
+    parts = (b.to(tl.int64) * H + head) * SPLITS + tl.arange(0, SPLITS)
+    lse = tl.load(part_lse_ptr + parts)
     largest = tl.max(lse, 0)
     weights = tl.exp(lse - largest)
     total = tl.sum(weights, 0)
-    is_part = (t < SPLITS)[:, None] & (d < D)[None, :]
-    out = tl.load(part_out_ptr + parts[:, None] * D + d[None, :], mask=is_part, other=0.0)
+    out = tl.load(part_out_ptr + parts[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
     out = tl.sum(out * weights[:, None], 0) / total
     tl.store(out_ptr + (row * H + head) * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
     tl.store(lse_ptr + row * H + head, largest + tl.log(total))

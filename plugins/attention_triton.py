@@ -85,7 +85,6 @@ def attend_one(
             len_ptr=kv_len_B,
             out_ptr=out,
             lse_ptr=lse,
-            BLOCK_T=power_of_2(n_splits),
             **sizes,
         )
 
@@ -96,13 +95,11 @@ def _decode_tile(itemsize: int, head_size: int) -> int:
 
 
 def _n_splits(n_tasks: int, table_tokens: int, processors: int) -> int:
-    """Into how many parts each sequence's tokens are divided, from shapes alone: two programs per processor, all of them
-    running at the same time, so that none waits for others to end.
+    """Into how many parts each sequence's tokens are divided, from shapes alone: at most two programs per processor, so that
+    all of them run at the same time; a few that have to wait for others to end would double the time.
     """
-    wanted = max(1, 2 * processors // max(1, n_tasks))
-    most = max(1, table_tokens // _SPLIT_TOKENS)
-    # Each number is a kernel to compile: widths of page tables, of which there are many, make few.
-    return min(64, wanted if wanted <= most else 1 << (most.bit_length() - 1))
+    wanted = min(2 * processors // max(1, n_tasks), table_tokens // _SPLIT_TOKENS)
+    return min(64, 1 << max(0, wanted.bit_length() - 1))
 
 
 def attend_chunks(

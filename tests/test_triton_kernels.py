@@ -213,7 +213,8 @@ def test_a_long_page_table_means_parts() -> None:
     from trt_kv.plugins.attention_triton import _n_splits
 
     assert _n_splits(8, 1552, 132) == 4
-    assert _n_splits(8, 131072, 132) == 33
+    assert _n_splits(8, 131072, 132) == 32
+    assert _n_splits(90, 131072, 132) == 2
     assert _n_splits(256, 131072, 132) == 1
     assert _n_splits(8, 255, 132) == 1
     assert _n_splits(1000, 100_000, 132) == 1
