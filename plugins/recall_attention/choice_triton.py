@@ -12,9 +12,11 @@ from torch import Tensor
 from trt_kv.plugins.recall_attention.choice_kernels import count_kernel, drift_kernel
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.recall_attention.rank_kernels import bound_kernel, choose_kernel
-from trt_kv.plugins.triton_launch import launch, power_of_2
+from trt_kv.plugins.triton_launch import launch, n_processors, power_of_2
 
 _BOUND_PAGES = 32
+_BOUND_PROGRAMS = 4
+"""For each processor, as many as it has room for: at any batch and width they are gone at once where nothing is wanted."""
 CHOICE_WARPS = 8
 """A few wide programs: a step waits for them, and they for one another's threads."""
 _FEW_PAGES = 1024
@@ -146,9 +148,10 @@ def page_bounds(
     n_sequences, n_heads, head_size = probe_BHD.shape
     n_kv_heads, n_table = summaries.shape[1], table_BT.shape[1]
     bounds_BHT = torch.empty((n_sequences, n_heads, n_table), dtype=torch.float32, device=summaries.device)
+    n_programs = -(-_BOUND_PROGRAMS * n_processors(summaries.device) // max(1, n_sequences * n_kv_heads))
     launch(
         bound_kernel,
-        (-(-n_table // _BOUND_PAGES), n_sequences, n_kv_heads),
+        (min(n_programs, -(-n_table // _BOUND_PAGES)), n_sequences, n_kv_heads),
         probe_ptr=probe_BHD,
         summaries_ptr=summaries,
         table_ptr=table_BT,

@@ -31,16 +31,20 @@ def bound_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ) -> None:
-    """One program per (BLOCK_J pages between sinks and newest, sequence, KV head): summaries are read once for the group."""
+    """Some programs per (sequence, KV head), each for every so manieth BLOCK_J of the pages between sinks and newest: summaries
+    are read once for the group.
+    """
     b = tl.program_id(1)
     head = tl.program_id(2)
-    start = tl.program_id(0) * BLOCK_J
-    j = start + tl.arange(0, BLOCK_J)
+    first = tl.program_id(0) * BLOCK_J
+    stride = tl.num_programs(0) * BLOCK_J
+    tile = tl.arange(0, BLOCK_J)
+    table_ptr += b * table_stride_b + sink_pages
     # Before it is known whether there is anything to do: one wait less where there is.
-    page = tl.load(table_ptr + b * table_stride_b + sink_pages + j, mask=sink_pages + j < n_table, other=0)
+    page = tl.load(table_ptr + first + tile, mask=sink_pages + first + tile < n_table, other=0)
     n = tl.load(between_ptr + b).to(tl.int32)
     wanted = tl.load(wanted_ptr + b * wanted_stride_b + head * wanted_stride_k).to(tl.int32)
-    if (start >= n) | (wanted <= 0) | (wanted == n):
+    if (first >= n) | (wanted <= 0) | (wanted == n):
         return
     G: tl.constexpr = H // K
     d = tl.arange(0, BLOCK_D)
@@ -48,13 +52,16 @@ def bound_kernel(
     queries: tl.tuple = ()
     for g in tl.static_range(G):
         queries = queries + (tl.load(probe_ptr + (query + g) * D + d, mask=d < D, other=0.0),)  # noqa: RUF005  (of Triton)
-    at = (page * K + head)[:, None] * 2 * D + d[None, :]
-    mask = (j < n)[:, None] & (d < D)[None, :]
-    lo = tl.load(summaries_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    hi = tl.load(summaries_ptr + at + D, mask=mask, other=0.0).to(tl.float32)
-    for g in tl.static_range(G):
-        x = queries[g].to(tl.float32)[None, :]
-        tl.store(bounds_ptr + (query + g) * n_table + j, tl.sum(tl.maximum(x * lo, x * hi), 1), mask=j < n)
+    for start in range(first, n, stride):
+        j = start + tile
+        at = (page * K + head)[:, None] * 2 * D + d[None, :]
+        mask = (j < n)[:, None] & (d < D)[None, :]
+        lo = tl.load(summaries_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        hi = tl.load(summaries_ptr + at + D, mask=mask, other=0.0).to(tl.float32)
+        page = tl.load(table_ptr + j + stride, mask=sink_pages + j + stride < n_table, other=0)
+        for g in tl.static_range(G):
+            x = queries[g].to(tl.float32)[None, :]
+            tl.store(bounds_ptr + (query + g) * n_table + j, tl.sum(tl.maximum(x * lo, x * hi), 1), mask=j < n)
 
 
 @triton.jit
