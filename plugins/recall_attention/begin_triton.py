@@ -81,6 +81,7 @@ def begin_layer(sets: WorkingSets, block_of: Tensor, step: StepTensors, choosing
     launch(
         begin_kernel,
         (n_sequences, n_kv_heads),
+        warps=1,  # little to do for each, and sums that need no memory shared by warps
         q_ptr=step.q_NHD,
         k_ptr=step.k_NKD.contiguous(),
         v_ptr=step.v_NKD.contiguous(),

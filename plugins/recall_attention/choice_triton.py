@@ -56,6 +56,7 @@ def drifted(
     launch(
         drift_kernel,
         (n_sequences, n_kv_heads),
+        warps=1,  # as begin_kernel, which sums the same in the same order
         q_ptr=q_NHD,
         cu_ptr=cu_tokens,
         remaining_ptr=prompt_remaining_N,
