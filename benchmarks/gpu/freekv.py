@@ -43,7 +43,7 @@ COMBINATIONS = ((32768, 1), (131072, 1), (131072, 8), (32768, 4), (131072, 4), (
 """Tokens and sequences, in order of what is to be known first."""
 PICTURED = Corrections(layer_steps=0.5, heads=HEADS)
 WHOLE, NO_ATTENTION = "whole cache on the device", "no attention at all"
-LIMIT_S = 130.0
+LIMIT_S = 100.0
 """When this has passed, what is left out is noted and the timeline, a matter of seconds, is made."""
 FAILURES = (RuntimeError, MemoryError, TritonError)
 """What one combination may meet without taking the others' results along: memory, CUDA's refusals, a kernel too large."""
