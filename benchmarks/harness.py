@@ -186,9 +186,10 @@ def load(path: Path) -> dict[str, Any]:
 def show(document: Mapping[str, Any], console: Console) -> None:
     """Print a document of ``measured`` as tables."""
     machine_of = document["machine"]
+    others = machine_of.get("cores_used_by_others", "an unknown number")
     console.print(
         f"{document['title']}. {document['date']}, {machine_of['cores']} cores of {machine_of['cpu']}, "
-        f"{machine_of['cores_used_by_others']} of them used by other work meanwhile."
+        f"{others} of them used by other work meanwhile."
     )
     for caption, rows in document["tables"].items():
         table = Table(title=caption, title_justify="left")
