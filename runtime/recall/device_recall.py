@@ -22,6 +22,7 @@ that layer's projection, instead of behind the next step's first layers.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -120,7 +121,8 @@ class DeviceRecall:
         heads = range(sets.kv.shape[2])
         pairs = zip(pages.tolist(), twin_pages.tolist(), strict=True)
         moves = torch.tensor([(head, *pair) for pair in pairs for head in heads], device=self.device.device)
-        recall_pages(sets.host_kv, sets.host_kv, moves)
+        with torch.cuda.device(moves.device) if moves.is_cuda else nullcontext():  # where kernels are launched
+            recall_pages(sets.host_kv, sets.host_kv, moves)
         sets.summaries[torch.from_numpy(twin_pages)] = sets.summaries[torch.from_numpy(pages)]
         self.sets.fork(int(pages[0]), int(twin_pages[0]))
 
