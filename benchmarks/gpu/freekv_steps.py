@@ -36,9 +36,8 @@ class Way(DeviceRecall):
 class CorrectedByHost(Way):
     """The host asks in every layer whether any KV head is corrected, as the system published with FreeKV does."""
 
-    def _recall_at_once(self, step: LayerStep, counts: PageCounts, corrected_BK: Tensor, probe_BHD: Tensor) -> None:
-        if bool(corrected_BK.any()):
-            super()._recall_at_once(step, counts, corrected_BK, probe_BHD)
+    def _recall_at_once(self, step: LayerStep, counts: PageCounts, corrected_BK: Tensor, probe_BHD: Tensor) -> Tensor | None:
+        return super()._recall_at_once(step, counts, corrected_BK, probe_BHD) if bool(corrected_BK.any()) else None
 
 
 @dataclass(frozen=True, kw_only=True)
