@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from trt_kv.errors import CapacityError
+from trt_kv.runtime.device_plan import COPIES
 from trt_kv.runtime.executors.step_buffers import StepSizes
 from trt_kv.runtime.recall.device_sets import DeviceSets
 from trt_kv.runtime.request import Request
@@ -48,10 +49,12 @@ class LargestStep:
 class BlockDemand:
     """Working sets on the device: a block of pages for each recalling layer of each sequence, all of one size."""
 
-    def __init__(self, sets: DeviceSets, *, layers: Sequence[int], n_blocks: int) -> None:
+    def __init__(self, sets: DeviceSets, *, layers: Sequence[int], n_blocks: int, block_pages: int) -> None:
+        """``block_pages``: of a block where there is memory for the longest prompt; those of ``sets`` may be smaller."""
         self._sets = sets
         self._layers = layers
         self._n_blocks = n_blocks
+        self._block_pages = block_pages
 
     @property
     def n_free(self) -> int:
@@ -67,11 +70,11 @@ class BlockDemand:
     def refusal(self, needed: int, available: int) -> CapacityError:
         n_layers = len(self._layers)
         enough = -(-(self._n_blocks + needed - available) // n_layers)
-        block_tokens = self._sets.sizes.n_pages * self._sets.host.page_size
+        block_tokens = self._block_pages * self._sets.host.page_size
         return CapacityError(
             "the device has too few working sets for this request",
             got=f"room for {available // n_layers} more sequences",
             expected=f"room for {needed // n_layers}",
             fix=f"send fewer prompts at once, or load the engine with cache_tokens={enough * block_tokens} and "
-            f"batch={-(-enough // 2)} or more",
+            f"batch={-(-enough // COPIES)} or more",
         )

@@ -23,6 +23,7 @@ from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_hos
 from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.recall.device_recall import DeviceRecall
+from trt_kv.runtime.recall.device_sets import BlockSizes
 from trt_kv.runtime.weights import decoder_from_engine
 
 
@@ -164,9 +165,11 @@ def _admission(manifest: Manifest, plan: DevicePlan, pool: DeviceKvPool, recall:
     if recall is None or plan.recall is None:
         return Admission([CacheDemand(pool, budgets=budgets, n_protected=policy.sinks + policy.recent)], limits)
     layers = [layer for layer, node in enumerate(recall_nodes(manifest.programs["decode"])) if node is not None]
+    longest = manifest.page_size * min(plan.largest.table_width, plan.recall.host_pages // len(layers))
+    block_pages = BlockSizes.of(manifest.programs["prefill"], longest).n_pages
     demands: list[Demand] = [
         HostDemand(recall.host, n_layers=len(layers)),
-        BlockDemand(recall.sets, layers=layers, n_blocks=plan.recall.sequences * len(layers)),
+        BlockDemand(recall.sets, layers=layers, n_blocks=plan.recall.sequences * len(layers), block_pages=block_pages),
     ]
     if len(layers) < len(budgets):
         demands.append(CacheDemand(pool, budgets=[ALL] * (len(budgets) - len(layers)), n_protected=0))

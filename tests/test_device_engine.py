@@ -1,6 +1,7 @@
 """``Engine.load`` on a device: the host's tokens, memory planned before the first request, and what is refused and how."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -111,6 +112,18 @@ def test_caches_on_the_host_are_admitted_by_tiers_and_working_sets(folder_of: Ca
     assert "host_tokens=120" in str(caught.value)
     with pytest.raises(CapacityError, match="no room for one working set"):
         load_on(folder, CPU, cache_tokens=10)
+
+
+@pytest.mark.usefixtures("idle")
+def test_who_does_what_a_refusal_says_is_served(folder_of: Callable[[str], Path]) -> None:
+    """Also where working sets were made smaller than the longest prompt asks for, so that one sequence fits."""
+    folder = folder_of("freekv-recipe")
+    tight = load_on(folder, CPU, DeviceOptions(batch=4), cache_tokens=50)
+    with pytest.raises(CapacityError, match="too few working sets") as caught:
+        tight.generate_batch([[5, 6]] * 4, max_new_tokens=5)
+    sizes = {name: int(value) for name, value in re.findall(r"(cache_tokens|batch)=(\d+)", str(caught.value))}
+    roomy = load_on(folder, CPU, DeviceOptions(batch=max(4, sizes["batch"])), cache_tokens=sizes["cache_tokens"])
+    roomy._admit([[5, 6]] * 4, SamplingParams(max_new_tokens=5))
 
 
 @pytest.mark.usefixtures("idle")
