@@ -11,6 +11,7 @@ from trt_kv.errors import CapacityError, UsageError
 from trt_kv.manifest import Manifest
 from trt_kv.program import recall_nodes
 from trt_kv.runtime.executors.step_buffers import StepSizes
+from trt_kv.runtime.kv_pool import token_bytes
 from trt_kv.runtime.recall.device_recall import RecallCapacity
 from trt_kv.runtime.recall.device_sets import BlockSizes
 
@@ -69,12 +70,12 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     n_tokens = max(wanted.chunk, wanted.batch)
     largest = StepSizes(n_tokens=n_tokens, n_rows=n_tokens, n_sequences=wanted.batch, table_width=_pages(context, size))
     most = min(COPIES * wanted.batch * context, wanted.most_cache_tokens or COPIES * wanted.batch * context)
-    token_bytes = config.n_kv_heads * (2 * config.head_dim * element_bytes + 12)
+    of_token = token_bytes(config, element_bytes=element_bytes)
     recalling = sum(node is not None for node in recall_nodes(manifest.programs["decode"]))
     whole = config.n_layers - recalling
 
     def whole_pages(n_layers: int, n_bytes: int) -> int:
-        tokens = wanted.cache_tokens or n_bytes // (n_layers * token_bytes)
+        tokens = wanted.cache_tokens or n_bytes // (n_layers * of_token)
         return n_layers * _pages(max(1, min(most, tokens)), size)
 
     if not recalling:
@@ -88,7 +89,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     # Layers that are read whole get their share of the memory as if all were; the others divide what is left.
     n_pages = whole_pages(whole, free_device // 2 * whole // config.n_layers) if whole else 0
     summaries = host_pages * page_bytes // size
-    free = max(0, free_device // 2 - n_pages * size * token_bytes - summaries)
+    free = max(0, free_device // 2 - n_pages * size * of_token - summaries)
     if wanted.cache_tokens is not None:
         free = recalling * _pages(wanted.cache_tokens, size) * page_bytes
     capacity = RecallCapacity(

@@ -6,7 +6,13 @@ One pool for all layers, because budgets differ per layer: pages that one layer 
 
 import numpy as np
 
+from trt_kv.model_config import ModelConfig
 from trt_kv.runtime.page_pool import PagePool
+
+
+def token_bytes(config: ModelConfig, *, element_bytes: int) -> int:
+    """Bytes that a pool has for one token of one layer: keys and values, an int64 position and an fp32 score per KV head."""
+    return config.n_kv_heads * (2 * config.head_dim * element_bytes + 8 + 4)
 
 
 class KvPool(PagePool):

@@ -13,7 +13,7 @@ from trt_kv.require import require
 from trt_kv.runtime.admission import Admission, CacheDemand, Demand, HostDemand, WorkingSetDemand
 from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
 from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.kv_pool import KvPool, token_bytes
 from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.recall.background import ThreadedCopies
@@ -100,14 +100,11 @@ def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -
         )
 
 
-def pool_sizes(manifest: Manifest, cache_tokens: int | None, free_bytes: int, *, dtype: str | None = None) -> dict[str, int]:
-    """Sizes of a pool for ``cache_tokens`` tokens in every layer; None: what fits into half of ``free_bytes``.
-
-    ``dtype``: of keys and values; None: the engine's.
-    """
+def _pool_sizes(manifest: Manifest, cache_tokens: int | None, free_bytes: int) -> dict[str, int]:
+    """Sizes of a pool for ``cache_tokens`` tokens in every layer; None: what fits into half of ``free_bytes``."""
     config = manifest.config
     if cache_tokens is None:
-        n_bytes = config.n_layers * token_bytes(manifest, dtype)
+        n_bytes = config.n_layers * token_bytes(config, element_bytes=4 if manifest.dtype == "float32" else 2)
         cache_tokens = max(1, min(2 * config.max_positions, free_bytes // 2 // n_bytes))
     return {
         "n_pages": config.n_layers * -(-cache_tokens // manifest.page_size),
@@ -115,12 +112,6 @@ def pool_sizes(manifest: Manifest, cache_tokens: int | None, free_bytes: int, *,
         "n_kv_heads": config.n_kv_heads,
         "head_size": config.head_dim,
     }
-
-
-def token_bytes(manifest: Manifest, dtype: str | None = None) -> int:
-    """Bytes that a pool has for one token of one layer: keys and values, positions and scores."""
-    element_bytes = 4 if (dtype or manifest.dtype) == "float32" else 2
-    return manifest.config.n_kv_heads * (2 * manifest.config.head_dim * element_bytes + 12)
 
 
 def _demands(manifest: Manifest, runner: ModelRunner) -> list[Demand]:
@@ -155,7 +146,7 @@ def _on_onnxruntime(
         n_threads=n_threads,
         on_piece=lambda done, total: tell("opening graphs", done, total),
     )
-    return executor, KvPool(**pool_sizes(manifest, cache_tokens, available_bytes()))
+    return executor, KvPool(**_pool_sizes(manifest, cache_tokens, available_bytes()))
 
 
 def _recall(manifest: Manifest, device: KvPool, options: LoadOptions) -> StreamedRecall:
@@ -163,7 +154,7 @@ def _recall(manifest: Manifest, device: KvPool, options: LoadOptions) -> Streame
     host_tokens, where = options.host_tokens, options.host_tier or "ram"
     if host_tokens is not None and host_tokens < 1:
         raise UsageError("bad host_tokens", got=host_tokens, expected="tokens >= 1, or None")
-    sizes = pool_sizes(manifest, host_tokens, free_bytes(where))
+    sizes = _pool_sizes(manifest, host_tokens, free_bytes(where))
     n_layers = manifest.config.n_layers
     n_host_layers = sum(node is not None for node in recall_nodes(manifest.programs["decode"]))
     host = host_tier_at(where, **sizes | {"n_pages": sizes["n_pages"] // n_layers * n_host_layers})
@@ -185,7 +176,7 @@ def _on_tensorrt(
         n_kv_heads=manifest.config.n_kv_heads,
         dtype=manifest.dtype,
     )
-    sizes = pool_sizes(manifest, cache_tokens, tensorrt_engine.free_device_bytes())
+    sizes = _pool_sizes(manifest, cache_tokens, tensorrt_engine.free_device_bytes())
     largest = max(ranges["M"][2] for ranges in manifest.plan.profiles)
     n_query_heads = manifest.config.n_heads if manifest.policy.recalls else 0
     pool = tensorrt_engine.CudaKvPool(

@@ -122,12 +122,6 @@ class DeviceSets:
         return len(self._free)
 
     @property
-    def planned_bytes(self) -> dict[str, int]:
-        """Bytes that are reserved: host pages, device pages, summaries."""
-        sets = self.tensors
-        return {"host": sets.host_kv.nbytes, "device": sets.kv.nbytes, "summaries": sets.summaries.nbytes}
-
-    @property
     def rows(self) -> list[int]:
         """Who has a block."""
         return list(self._blocks)
