@@ -1,12 +1,10 @@
 """An engine on a device: dense parts by torch or ONNX Runtime, KV ops by Triton; all memory is taken when it is loaded."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from trt_kv.errors import CapacityError, UsageError
+from trt_kv.errors import UsageError
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest
 from trt_kv.profiles import build_profile
@@ -16,7 +14,7 @@ from trt_kv.runtime.admission import Admission, CacheDemand, Demand, HostDemand
 from trt_kv.runtime.device_admission import BlockDemand, LargestStep
 from trt_kv.runtime.device_plan import DEFAULT_BATCH, DevicePlan, Wanted, device_plan
 from trt_kv.runtime.device_pool import TORCH_TYPES, DeviceKvPool
-from trt_kv.runtime.devices import DENSE, DeviceOptions, free_device_bytes
+from trt_kv.runtime.devices import DENSE, DeviceOptions, free_device_bytes, told_out_of_memory
 from trt_kv.runtime.executors.device_decoder import DeviceDecoder, ModuleDecoder
 from trt_kv.runtime.executors.torch_device import TorchDeviceExecutor
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier
@@ -38,7 +36,10 @@ def load_on_device(
     dtype = on.dtype or manifest.dtype
     wanted = _wanted(options, on)
     _check(folder, manifest, options, on, device)
-    with _told_out_of_memory(device):
+    with told_out_of_memory(
+        f"too little free memory for this engine on {device}",
+        fix="lower cache_tokens or host_tokens, take dtype=bfloat16, or free memory",
+    ):
         decoder = _decoder(folder / "graphs", manifest, on.dense or DENSE[0], dtype, device, tell)
         plan = device_plan(
             manifest,
@@ -174,17 +175,3 @@ def _admission(manifest: Manifest, plan: DevicePlan, pool: DeviceKvPool, recall:
     if len(layers) < len(budgets):
         demands.append(CacheDemand(pool, budgets=[ALL] * (len(budgets) - len(layers)), n_protected=0))
     return Admission(demands, limits)
-
-
-@contextlib.contextmanager
-def _told_out_of_memory(device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        if "out of memory" not in str(error):
-            raise
-        raise CapacityError(
-            f"too little free memory for this engine on {device}",
-            got=(str(error).splitlines() or ["no memory"])[0],
-            fix="lower cache_tokens or host_tokens, take dtype=bfloat16, or free memory",
-        ) from error

@@ -1,11 +1,13 @@
 """Where an engine runs: names of devices, and what users are told where there is none."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.errors import CapacityError, UnknownNameError, UsageError
 from trt_kv.manifest import DTYPES
 
 HOST = "cpu"
@@ -65,3 +67,14 @@ def free_device_bytes(device: torch.device) -> int:
     """Memory of a GPU that nobody has taken, or that torch would hand out again."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+@contextlib.contextmanager
+def told_out_of_memory(what: str, *, fix: str) -> Iterator[None]:
+    """``CapacityError`` where the memory of a GPU, or what can be pinned for it, does not do for what is done inside."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        if "out of memory" not in str(error):
+            raise
+        raise CapacityError(what, got=(str(error).splitlines() or ["no memory"])[0], fix=fix) from error

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -124,6 +125,24 @@ def test_who_does_what_a_refusal_says_is_served(folder_of: Callable[[str], Path]
     sizes = {name: int(value) for name, value in re.findall(r"(cache_tokens|batch)=(\d+)", str(caught.value))}
     roomy = load_on(folder, CPU, DeviceOptions(batch=max(4, sizes["batch"])), cache_tokens=sizes["cache_tokens"])
     roomy._admit([[5, 6]] * 4, SamplingParams(max_new_tokens=5))
+
+
+@pytest.mark.usefixtures("idle")
+def test_memory_that_runs_out_is_told(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first line of what torch says: where all of it is taken, and in a step, for which some was left."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nIf reserved memory is large ...")
+
+    engine = load_on(folder_of("full"), CPU)
+    monkeypatch.setattr(engine.runner._executor, "_decoder", full)
+    with pytest.raises(CapacityError, match="for this step") as caught:
+        engine.generate([5, 6])
+    assert "got: CUDA out of memory. Tried to allocate 1 GiB.\n  fix: load" in str(caught.value)
+    engine.runner.pool.check_integrity([])
+    monkeypatch.setattr(device_loading, "DeviceKvPool", full)
+    with pytest.raises(CapacityError, match="too little free memory for this engine"):
+        load_on(folder_of("full"), CPU)
 
 
 @pytest.mark.usefixtures("idle")

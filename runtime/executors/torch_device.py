@@ -3,10 +3,9 @@
 What of it has run on a GPU stands in benchmarks/gpu/README.md.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program
 from trt_kv.runtime.device_ops import DeviceOps, Tensors
 from trt_kv.runtime.device_pool import DeviceKvPool
+from trt_kv.runtime.devices import told_out_of_memory
 from trt_kv.runtime.executors.device_decoder import DeviceDecoder, ModuleDecoder
 from trt_kv.runtime.executors.step_buffers import StepBuffers, StepSizes
 from trt_kv.runtime.kv_pool import KvPool
@@ -96,7 +96,7 @@ class TorchDeviceExecutor:
                 self._wait()
 
     def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
-        """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than what memory was planned for."""
+        """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than planned, or that runs out of memory."""
         if pool is not self._pool:
             raise UsageError("an executor on a device runs the steps of its own pool", fix="make one executor per pool")
         sizes = StepSizes.of(step, pool.page_size)
@@ -158,12 +158,22 @@ class TorchDeviceExecutor:
             corrected=results["corrected"] if "corrected" in makers else None,
         )
 
-    def _on_stream(self) -> Any:
-        """The executor's stream, after what others have begun on theirs: a sequence that was forked is still being copied."""
-        if self._stream is None:
-            return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self._pool.device))
-        return torch.cuda.stream(self._stream)
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """The executor's stream, after what others have begun on theirs: a sequence that was forked is still being copied.
+
+        ``CapacityError`` where the memory that was left to steps does not do for what happens there.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._pool.device))
+        with (
+            told_out_of_memory(
+                f"too little memory is left on {self._pool.device} for this step",
+                fix="load the engine with less cache_tokens or a smaller chunk, batch or profile, or free memory",
+            ),
+            nullcontext() if self._stream is None else torch.cuda.stream(self._stream),
+        ):
+            yield
 
     def _wait(self) -> None:
         if self._stream is not None:
