@@ -162,7 +162,7 @@ def visible_ends(
     head: tl.tensor,
     K: tl.constexpr,
     P: tl.constexpr,
-) -> tl.tensor:
+) -> tuple[tl.tensor, tl.tensor]:
     """Of a sequence's ``n`` slots: how many come before the first that a query at position ``oldest`` may not see, and one more
     than the last that one at ``newest`` may see.
     """
