@@ -96,7 +96,7 @@ class TorchDeviceExecutor:
                 self._wait()
 
     def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
-        """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than planned, or that runs out of memory."""
+        """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than planned, or out of memory."""
         if pool is not self._pool:
             raise UsageError("an executor on a device runs the steps of its own pool", fix="make one executor per pool")
         sizes = StepSizes.of(step, pool.page_size)
