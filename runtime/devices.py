@@ -1,14 +1,18 @@
-"""Where an engine runs: names of devices, and what users are told where there is none."""
+"""Where an engine runs: names of devices, and what users are told where there is none. The command line asks it, too: torch is
+imported where it is used.
+"""
 
 import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from trt_kv.errors import CapacityError, UnknownNameError, UsageError
 from trt_kv.manifest import DTYPES
+
+if TYPE_CHECKING:
+    import torch
 
 HOST = "cpu"
 DENSE = ("torch", "onnxruntime")
@@ -42,7 +46,7 @@ class DeviceOptions:
             )
 
 
-def device_from_name(name: str) -> torch.device | None:
+def device_from_name(name: str) -> "torch.device | None":
     """The GPU called "cuda" or "cuda:N"; None for "cpu", which means the kernels of the host.
 
     ``UsageError`` for another name, or where torch finds no such GPU.
@@ -51,6 +55,8 @@ def device_from_name(name: str) -> torch.device | None:
         return None
     if not re.fullmatch(r"cuda(:\d+)?", name):
         raise UsageError("unknown device", got=repr(name), expected="cpu, cuda, or cuda:N")
+    import torch
+
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     number = int(name.partition(":")[2] or 0)
     if number >= n_gpus:
@@ -63,8 +69,10 @@ def device_from_name(name: str) -> torch.device | None:
     return torch.device("cuda", number)
 
 
-def free_device_bytes(device: torch.device) -> int:
+def free_device_bytes(device: "torch.device") -> int:
     """Memory of a GPU that nobody has taken, or that torch would hand out again."""
+    import torch
+
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
 
@@ -72,6 +80,8 @@ def free_device_bytes(device: torch.device) -> int:
 @contextlib.contextmanager
 def told_out_of_memory(what: str, *, fix: str) -> Iterator[None]:
     """``CapacityError`` where the memory of a GPU, or what can be pinned for it, does not do for what is done inside."""
+    import torch
+
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:

@@ -16,11 +16,12 @@ import trt_kv
 from trt_kv.calibration.task_files import Match, tasks_from_file
 from trt_kv.cli.answering import answers_to
 from trt_kv.cli.progress import OnProgress, progress_bars
-from trt_kv.cli.requests import DENSE, DeviceChoice
+from trt_kv.cli.requests import DeviceChoice
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.errors import EngineError, ReportError, UsageError
 from trt_kv.manifest import Manifest, digest_of, load_manifest
 from trt_kv.require import require
+from trt_kv.runtime.devices import DENSE, device_from_name
 
 if TYPE_CHECKING:
     from trt_kv.calibration.answer_files import EngineFacts, Evaluation, Run, Settings
@@ -85,7 +86,6 @@ def _begin(plan: EvaluationPlan) -> tuple["Evaluation", list["TaskCase"]]:
     from trt_kv.calibration.answer_files import Evaluation, Run, Settings
     from trt_kv.calibration.task_cases import CaseRules, cases_from_tasks
     from trt_kv.runtime.detokenizer import load_tokenizer
-    from trt_kv.runtime.devices import device_from_name
 
     device_from_name(plan.on.device)
     manifest = load_manifest(plan.engine)

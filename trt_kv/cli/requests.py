@@ -9,6 +9,7 @@ from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.manifest import DTYPES
 from trt_kv.policy import Policy
 from trt_kv.presets import preset
+from trt_kv.runtime.devices import DENSE, HOST
 
 DEFAULT_CORRECTION_RATE = 0.1
 DEFAULT_NEW_TOKENS = 64
@@ -122,14 +123,11 @@ class TargetPlan:
             )
 
 
-DENSE = ("torch", "onnxruntime")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DeviceChoice:
     """Where an engine runs, and how it is made to fit there; None: the default. Whether there is such a GPU is not asked."""
 
-    device: str = "cpu"
+    device: str = HOST
     dense: str | None = None
     dtype: str | None = None
     profile: str | None = None
@@ -150,7 +148,7 @@ class DeviceChoice:
 
     @property
     def on_host(self) -> bool:
-        return self.device == "cpu"
+        return self.device == HOST
 
     @property
     def options(self) -> dict[str, Any]:
