@@ -5,8 +5,6 @@ import torch
 from trt_kv.decoder import Decoder
 from trt_kv.export.checkpoint import Checkpoint
 
-__all__ = ["Decoder", "decoder_from_checkpoint"]
-
 
 def decoder_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Decoder:
     """The checkpoint's decoder in evaluation mode with weights of ``dtype`` on the CPU, without gradients.

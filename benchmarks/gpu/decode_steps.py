@@ -13,7 +13,8 @@ import torch
 from benchmarks.gpu.device import WARMUP, copy_bandwidth, device, on_gpu
 from benchmarks.harness import Check, Report, Row, Timings, check_close, take_turns
 from benchmarks.models import FULL, PAGE_SIZE, Shape, model_runner, random_checkpoint, random_tokens
-from trt_kv.export.decoder import Decoder, decoder_from_checkpoint
+from trt_kv.decoder import Decoder
+from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.hf_config import model_config_from_hf
 from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name
