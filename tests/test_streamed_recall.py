@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.recall_rig import RandomModel, StepwiseCopies, check_integrity, freekv, generate, prompt_of, runner_of
-from trt_kv.plugins.paging import Floats
+from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policies import policy_from_name
 from trt_kv.runtime.recall import prompt_attention
 from trt_kv.runtime.recall.background import SynchronousCopies, ThreadedCopies
 from trt_kv.runtime.recall.host_tier import host_tier_at
+from trt_kv.runtime.recall.layer_streams import Choice, LayerStreams
 from trt_kv.runtime.recall.working_set import moves_to
 
 N_NEW = 40
@@ -160,6 +162,29 @@ def test_only_missing_pages_move() -> None:
         moved[steadiness] = int(counts.moved_ahead_L.sum())
     n_chosen = 24 // 4 - 1 - 2
     assert moved[0.999] < moved[0.0] < (N_NEW - 1) * 3 * 2 * n_chosen
+
+
+def test_a_query_ranks_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every KV head is corrected, the next step is given what was chosen, but for steps that have another page."""
+    asked: list[int] = []
+    choose = LayerStreams._choose
+
+    def counted(streams: LayerStreams, query_HD: Floats, choice: Choice, n_tokens: int) -> Ints:
+        asked.append(n_tokens)
+        return choose(streams, query_HD, choice, n_tokens)
+
+    monkeypatch.setattr(LayerStreams, "_choose", counted)
+    runner = runner_of(RandomModel(steadiness=0.0), freekv(tau=0.99), copies=StepwiseCopies())
+    generate(runner, prompt_of(90), N_NEW)
+    assert runner.recall is not None
+    counts = runner.recall.statistics
+    assert counts.head_rate == 1.0
+    n_steps = int(counts.layer_steps_L[0])
+    limits = PageLimits(page_size=4, sinks=3, recent=5)
+    n_grown = sum(limits.choosable(n + 1) != limits.choosable(n) for n in range(91, 91 + n_steps))
+    assert 0 < n_grown < n_steps
+    after_prompt = 1
+    assert len(asked) == len(counts.layer_steps_L) * (after_prompt + n_steps + n_grown)
 
 
 def test_what_is_counted_is_what_happened() -> None:

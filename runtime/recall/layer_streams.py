@@ -81,7 +81,7 @@ class LayerStreams:
         with self.trace.span("attention of a chunk"):
             out, lse = attend_prompt(q, n_cached, choice.pages[:first], block, self.read_pages, scale)
         working_set.place(block, n_cached)
-        working_set.query_HD = q[-1].copy()
+        working_set.query_HD, working_set.ranked_KC = q[-1].copy(), None
         self.summaries[choice.pages[first:full]] = summaries_of(block[: full - first, 0], summary)
         self._write_behind(working_set, choice.pages[first:full], block[: full - first])
         return out, lse
@@ -103,7 +103,7 @@ class LayerStreams:
         n_moved = 0
         if working_set.chosen_KC.shape[1] != choice.n_chosen(n_tokens) and not drifted_K.all():
             n_moved = self._recall_at_once(working_set, choice, ~drifted_K)
-        working_set.query_HD = q.copy()
+        working_set.query_HD, working_set.ranked_KC = q.copy(), None
         if drifted_K.any():
             n_moved += self._recall_at_once(working_set, choice, drifted_K)
         counts = self.statistics
@@ -120,6 +120,7 @@ class LayerStreams:
             n_chosen = choice.n_chosen(working_set.n_tokens)
             working_set.make_room(n_chosen + staging_slots(n_chosen))
             wanted_KC = self._choose(working_set.query_HD, choice, working_set.n_tokens)
+            working_set.ranked_KC = wanted_KC
             if working_set.chosen_KC.shape[1] != n_chosen:
                 working_set.chosen_KC = np.full_like(wanted_KC, NO_PAGE)
             heads = np.flatnonzero(heads_K)
@@ -133,7 +134,11 @@ class LayerStreams:
             return len(moves)
 
     def recall_ahead(self, working_set: WorkingSet, choice: Choice, tickets: list[Ticket]) -> None:
-        """Submit the ticket for the next step, which will have one token more."""
+        """Submit the ticket for the next step, which will have one token more.
+
+        Where a KV head was corrected, all have been ranked with this query, and they choose the same again unless the next
+        step has other pages to choose from.
+        """
         if not choice.looks_ahead:
             return
         n_next = working_set.n_tokens + 1
@@ -141,10 +146,15 @@ class LayerStreams:
         working_set.make_room(n_chosen + staging_slots(n_chosen))
         ticket = Ticket(held_KS=working_set.held_KS.copy())
         query_HD, attended_KC = working_set.query_HD, working_set.chosen_KC
+        same_pages = choice.limits.choosable(n_next) == choice.limits.choosable(working_set.n_tokens)
+        ranked_KC = working_set.ranked_KC if same_pages else None
 
         def work() -> Iterator[Event | None]:
-            with self.trace.span("choose pages"):
-                ticket.chosen_KC = self._choose(query_HD, choice, n_next)
+            if ranked_KC is not None:
+                ticket.chosen_KC = ranked_KC
+            else:
+                with self.trace.span("choose pages"):
+                    ticket.chosen_KC = self._choose(query_HD, choice, n_next)
             moves = moves_to(ticket.chosen_KC, ticket.held_KS, attended_KC, range(len(ticket.held_KS)))
             ticket.n_moved = len(moves)
             for step in in_turn(moves, ticket):

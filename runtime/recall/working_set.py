@@ -69,6 +69,8 @@ class WorkingSet:
         """The page number that each slot holds for each KV head."""
         self.chosen_KC: Ints = np.empty((n_kv_heads, 0), np.int64)
         """The page numbers chosen with ``query_HD``, ascending."""
+        self.ranked_KC: Ints | None = None
+        """What every KV head would choose with ``query_HD`` in the step of its token; None where nobody asked."""
         self._device = device
         own = device.allocate(limits.n_sinks + limits.n_newest)
         self._sinks, self._newest = own[: limits.n_sinks], own[limits.n_sinks :]
