@@ -172,6 +172,26 @@ def test_what_does_not_fit_together_is_refused(checkpoint: Checkpoint) -> None:
         )
 
 
+def test_a_step_that_is_interrupted_has_ended_before_the_next_begins(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one fills the buffers from which this one's copy may still be going on."""
+    runner = device_runner(Side(policy="full"), checkpoint)
+    executor = runner._executor
+    assert isinstance(executor, TorchDeviceExecutor)
+    events: list[str] = []
+
+    def interrupted(*_: Any) -> None:
+        events.append("launched")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(executor, "_decoder", interrupted)
+    monkeypatch.setattr(executor, "_wait", lambda: events.append("waited"))
+    with pytest.raises(KeyboardInterrupt):
+        runner.prefill(runner.new_sequence(), [5, 6])
+    assert events == ["launched", "waited"]
+
+
 def test_a_pool_on_a_device_has_the_arrays_of_one_on_the_host_and_a_page_for_nobody() -> None:
     sizes = {"n_pages": 9, "page_size": 5, "n_kv_heads": 2, "head_size": 16, "n_query_heads": 6}
     pool = DeviceKvPool(**sizes, device="cpu", dtype="bfloat16", spare_page=True)

@@ -93,7 +93,6 @@ class TorchDeviceExecutor:
             sizes = smallest if phase == "decode" or self._largest.n_tokens < 2 else smallest.with_tokens(2)
             with self._on_stream():
                 self._launch(phase, None, sizes)
-                self._wait()
 
     def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
         """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than planned, or out of memory."""
@@ -107,7 +106,6 @@ class TorchDeviceExecutor:
             results = self._replay(step, bucket) if recorded else self._launch(phase, step, bucket)
             # To pinned memory, where the device is a GPU.
             on_host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in results.items()}
-            self._wait()
         return self._result(phase, step, {name: tensor.numpy() for name, tensor in on_host.items()})
 
     def _launch(self, phase: str, step: Step | None, sizes: StepSizes) -> Tensors:
@@ -162,6 +160,7 @@ class TorchDeviceExecutor:
     def _on_stream(self) -> Iterator[None]:
         """The executor's stream, after what others have begun on theirs: a sequence that was forked is still being copied.
 
+        Ends when all that was launched has ended, after Ctrl-C too: the next step fills the buffers that this one reads.
         ``CapacityError`` where the memory that was left to steps does not do for what happens there.
         """
         if self._stream is not None:
@@ -173,7 +172,10 @@ class TorchDeviceExecutor:
             ),
             nullcontext() if self._stream is None else torch.cuda.stream(self._stream),
         ):
-            yield
+            try:
+                yield
+            finally:
+                self._wait()
 
     def _wait(self) -> None:
         if self._stream is not None:
