@@ -154,7 +154,9 @@ class Engine:
         return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else [int(token) for token in prompt]
 
     def close(self) -> None:
-        """Stop background work and free the host tier, if there is any; the engine runs nothing afterwards."""
+        """Stop background work and let go of a host tier; the engine runs nothing afterwards. Memory on a device, and what is
+        pinned for it, goes with the engine itself.
+        """
         self.runner.close()
 
     def __enter__(self) -> "Engine":

@@ -72,7 +72,7 @@ class ModelRunner:
         return self._executor.description
 
     def close(self) -> None:
-        """Stop background work and free a cache on the host, if there is any; nothing runs afterwards."""
+        """Stop background work and let go of a cache on the host, if there is any; nothing runs afterwards."""
         if self.tiers is not None:
             self.tiers.close()
 
