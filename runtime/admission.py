@@ -125,6 +125,10 @@ class CacheDemand(PageDemand):
             settled += sum(_pages(self._kept_at_most(n_prompt, budget) + request.limit, self.pool) for budget in self._budgets)
         return max(most, settled)
 
+    def kept_in_any_layer(self, n_prompt: int) -> int:
+        """The most tokens of a prompt that a layer keeps once it has been read."""
+        return max(self._kept_at_most(n_prompt, budget) for budget in self._budgets)
+
     def _kept_at_most(self, n_prompt: int, budget: LayerBudget | None) -> int:
         return n_prompt if budget is None else min(budget.of(n_prompt) + self._n_protected, n_prompt)
 

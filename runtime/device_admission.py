@@ -1,6 +1,6 @@
 """What requests need of a device beside pages of pools: places in a step, and working sets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trt_kv.errors import CapacityError
 from trt_kv.runtime.device_plan import COPIES
@@ -12,29 +12,39 @@ from trt_kv.runtime.request import Request
 class LargestStep:
     """Buffers are sized once: how many sequences decode together, and how long one may become."""
 
-    def __init__(self, largest: StepSizes, *, page_size: int, longest_prompt: int | None = None) -> None:
-        """``longest_prompt``: what working sets were sized for; None: where there are none."""
-        self.n_sequences = largest.n_sequences
+    def __init__(
+        self,
+        largest: StepSizes,
+        *,
+        page_size: int,
+        kept: Callable[[int], int] = lambda n_prompt: n_prompt,
+        longest_prompt: int | None = None,
+    ) -> None:
+        """``kept``: how many tokens of a prompt a layer keeps at most once it has been read. ``longest_prompt``: what working
+        sets were sized for; None: where there are none.
+        """
+        self._n_sequences = largest.n_sequences
         self._longest = largest.table_width * page_size
+        self._kept = kept
         self._longest_prompt = longest_prompt
 
     def check(self, requests: Sequence[Request]) -> None:
         """See ``Limit``."""
-        if len(requests) > self.n_sequences:
+        if len(requests) > self._n_sequences:
             raise CapacityError(
                 "more prompts at once than this engine was loaded for",
                 got=f"{len(requests)} prompts",
-                expected=f"at most {self.n_sequences}",
+                expected=f"at most {self._n_sequences}",
                 fix=f"send fewer at once, or load the engine with batch={len(requests)}",
             )
         for request in requests:
             n_prompt = len(request.prompt_ids)
-            n_tokens = n_prompt + request.limit - 1  # nothing attends to the last one
-            if n_tokens > self._longest:
+            n_decoding = self._kept(n_prompt) + request.limit - 1  # nothing attends to the last one
+            if max(n_prompt, n_decoding) > self._longest:
                 raise CapacityError(
                     "the request is longer than this engine was loaded for",
                     got=f"{n_prompt} prompt tokens, {request.limit} to generate",
-                    expected=f"at most {self._longest} together",
+                    expected=f"at most {self._longest} together, of the prompt what is kept; and no longer prompt",
                     fix="shorten it, or load the engine with a profile of a longer context",
                 )
             if self._longest_prompt is not None and n_prompt > self._longest_prompt:

@@ -160,13 +160,12 @@ def _decoder(graphs: Path, manifest: Manifest, dense: str, dtype: str, device: t
 
 
 def _admission(manifest: Manifest, plan: DevicePlan, pool: DeviceKvPool, recall: DeviceRecall | None) -> Admission:
-    policy, budgets = manifest.policy, budgets_of(manifest.programs["prefill"])
-    longest_prompt = None if plan.recall is None else plan.recall.longest_prompt
-    limits = [LargestStep(plan.largest, page_size=manifest.page_size, longest_prompt=longest_prompt)]
+    policy, budgets, page_size = manifest.policy, budgets_of(manifest.programs["prefill"]), manifest.page_size
     if recall is None or plan.recall is None:
-        return Admission([CacheDemand(pool, budgets=budgets, n_protected=policy.sinks + policy.recent)], limits)
+        demand = CacheDemand(pool, budgets=budgets, n_protected=policy.sinks + policy.recent)
+        return Admission([demand], [LargestStep(plan.largest, page_size=page_size, kept=demand.kept_in_any_layer)])
     layers = [layer for layer, node in enumerate(recall_nodes(manifest.programs["decode"])) if node is not None]
-    longest = manifest.page_size * min(plan.largest.table_width, plan.recall.host_pages // len(layers))
+    longest = page_size * min(plan.largest.table_width, plan.recall.host_pages // len(layers))
     block_pages = BlockSizes.of(manifest.programs["prefill"], longest).n_pages
     demands: list[Demand] = [
         HostDemand(recall.host, n_layers=len(layers)),
@@ -174,4 +173,4 @@ def _admission(manifest: Manifest, plan: DevicePlan, pool: DeviceKvPool, recall:
     ]
     if len(layers) < len(budgets):
         demands.append(CacheDemand(pool, budgets=[ALL] * (len(budgets) - len(layers)), n_protected=0))
-    return Admission(demands, limits)
+    return Admission(demands, [LargestStep(plan.largest, page_size=page_size, longest_prompt=plan.recall.longest_prompt)])

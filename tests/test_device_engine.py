@@ -94,6 +94,12 @@ def test_contexts_are_bounded_by_the_profile(folder_of: Callable[[str], Path], t
     with pytest.raises(CapacityError, match="longer than this engine was loaded for") as caught:
         engine.generate([5] * 32, max_new_tokens=10)
     assert "at most 40 together" in str(caught.value)
+    # Of 38 prompt tokens half are kept.
+    evicting = load_on(folder_of("h2o"), CPU, DeviceOptions(profile=str(profile)))
+    evicting._admit([[5] * 38], SamplingParams(max_new_tokens=22))
+    for n_prompt, n_new in ((38, 23), (41, 1)):
+        with pytest.raises(CapacityError, match="longer than this engine was loaded for"):
+            evicting._admit([[5] * n_prompt], SamplingParams(max_new_tokens=n_new))
 
 
 @pytest.mark.usefixtures("idle")
