@@ -136,6 +136,12 @@ def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOpt
             expected=manifest.dtype,
             fix="take dense=torch, which converts weights when it loads them",
         )
+    if on.dense == "onnxruntime" and on.cuda_graphs:
+        raise UsageError(
+            "steps that ONNX Runtime takes part in are not recorded as CUDA graphs",
+            got="dense=onnxruntime, cuda_graphs=True",
+            fix="leave cuda_graphs out, or take dense=torch",
+        )
 
 
 def _decoder(graphs: Path, manifest: Manifest, dense: str, dtype: str, device: torch.device, tell: OnProgress) -> DeviceDecoder:

@@ -60,7 +60,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "warm_up", lambda _: None)
 
 
-@pytest.mark.parametrize(("dense", "names"), [("torch", POLICIES), ("onnxruntime", ("prefixkv", "freekv"))])
+@pytest.mark.parametrize(("dense", "names"), [("torch", POLICIES), ("onnxruntime", ("freekv",))])
 def test_an_engine_says_on_a_device_what_it_says_on_the_host(
     dense: str, names: Sequence[str], folder_of: Callable[[str], Path]
 ) -> None:
@@ -206,6 +206,7 @@ def test_what_devices_do_not_run_is_refused(
         (full, {"host_tokens": 5}, "keeps no cache on the host"),
         (freekv, {"host_tier": "mmap:/tmp"}, "recalls from memory, not from a file"),
         (full, {"on": DeviceOptions(dense="onnxruntime", dtype="bfloat16")}, "in the type of the engine's graphs"),
+        (full, {"on": DeviceOptions(dense="onnxruntime", cuda_graphs=True)}, "not recorded as CUDA graphs"),
         (full, {"on": DeviceOptions(cuda_graphs=True)}, "only GPUs replay"),
         (full, {"on": DeviceOptions(batch=0)}, "bad batch"),
     ):

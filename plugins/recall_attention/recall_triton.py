@@ -13,7 +13,7 @@ from trt_kv.plugins.triton_launch import launch, power_of_2
 PROGRAMS = 64
 """Each has 16 KiB on its way at a time: ten times what the bus needs to be full, and half of a large GPU left to the model."""
 AHEAD_PROGRAMS = 16
-"""Where nothing waits for them. They fill the bus but for 2 percent, and leave more processors to what runs meanwhile."""
+"""Where nothing waits for them. They fill the bus but for 1 to 3 percent, and leave more processors to what runs meanwhile."""
 _TILE_BYTES = 8192
 _TILE_MOVES = 16
 

@@ -65,7 +65,7 @@ class OnnxRuntimeDeviceDecoder:
         it cannot load or not run there as a whole.
         """
         self.device = _existing(torch.device(device))
-        self.stream = (stream or torch.cuda.Stream(self.device)) if self.device.type == "cuda" else None
+        self.stream = (stream or torch.cuda.Stream(self.device, priority=-1)) if self.device.type == "cuda" else None
         self._ports = ports
         # Sessions read shared weights for as long as they live.
         self._weights = {name: ort.OrtValue.from_dlpack(tensor.detach()) for name, tensor in (weights or {}).items()}
