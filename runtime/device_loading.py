@@ -8,7 +8,7 @@ from trt_kv.errors import UsageError
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest
 from trt_kv.profiles import build_profile
-from trt_kv.program import budgets_of, finds_budgets, recall_nodes
+from trt_kv.program import budgets_of, finds_budgets, recalling_layers
 from trt_kv.require import require
 from trt_kv.runtime.admission import Admission, CacheDemand, Demand, HostDemand
 from trt_kv.runtime.device_admission import BlockDemand, LargestStep
@@ -170,7 +170,7 @@ def _admission(manifest: Manifest, plan: DevicePlan, pool: DeviceKvPool, recall:
     if recall is None or plan.recall is None:
         demand = CacheDemand(pool, budgets=budgets, n_protected=policy.sinks + policy.recent)
         return Admission([demand], [LargestStep(plan.largest, page_size=page_size, kept=demand.kept_in_any_layer)])
-    layers = [layer for layer, node in enumerate(recall_nodes(manifest.programs["decode"])) if node is not None]
+    layers = recalling_layers(manifest.programs["decode"])
     longest = page_size * min(plan.largest.table_width, plan.recall.host_pages // len(layers))
     block_pages = BlockSizes.of(manifest.programs["prefill"], longest).n_pages
     demands: list[Demand] = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.manifest import Manifest
-from trt_kv.program import recall_nodes
+from trt_kv.program import recalling_layers
 from trt_kv.runtime.executors.step_buffers import StepSizes
 from trt_kv.runtime.kv_pool import token_bytes
 from trt_kv.runtime.recall.device_recall import RecallCapacity
@@ -71,7 +71,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     largest = StepSizes(n_tokens=n_tokens, n_rows=n_tokens, n_sequences=wanted.batch, table_width=_pages(context, size))
     most = min(COPIES * wanted.batch * context, wanted.most_cache_tokens or COPIES * wanted.batch * context)
     of_token = token_bytes(config, element_bytes=element_bytes)
-    recalling = sum(node is not None for node in recall_nodes(manifest.programs["decode"]))
+    recalling = len(recalling_layers(manifest.programs["decode"]))
     whole = config.n_layers - recalling
 
     def whole_pages(n_layers: int, n_bytes: int) -> int:

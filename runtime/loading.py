@@ -8,7 +8,7 @@ from trt_kv.errors import UsageError
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.program import budgets_of, finds_budgets, recall_nodes
+from trt_kv.program import budgets_of, finds_budgets, recalling_layers
 from trt_kv.require import require
 from trt_kv.runtime.admission import Admission, CacheDemand, Demand, HostDemand, WorkingSetDemand
 from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
@@ -122,10 +122,12 @@ def _demands(manifest: Manifest, runner: ModelRunner) -> list[Demand]:
         kept = [ALL] * len(budgets) if policy.recalls else budgets
         return [CacheDemand(runner.pool, budgets=kept, n_protected=policy.sinks + policy.recent)]
     limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
-    recalling = [node is not None for node in recall_nodes(manifest.programs["decode"])]
+    recalling = recalling_layers(manifest.programs["decode"])
     return [
-        WorkingSetDemand(runner.pool, limits=[limits if recalls else None for recalls in recalling], budgets=budgets),
-        HostDemand(runner.recall.host, n_layers=sum(recalling)),
+        WorkingSetDemand(
+            runner.pool, limits=[limits if layer in recalling else None for layer in range(len(budgets))], budgets=budgets
+        ),
+        HostDemand(runner.recall.host, n_layers=len(recalling)),
     ]
 
 
@@ -156,7 +158,7 @@ def _recall(manifest: Manifest, device: KvPool, options: LoadOptions) -> Streame
         raise UsageError("bad host_tokens", got=host_tokens, expected="tokens >= 1, or None")
     sizes = _pool_sizes(manifest, host_tokens, free_bytes(where))
     n_layers = manifest.config.n_layers
-    n_host_layers = sum(node is not None for node in recall_nodes(manifest.programs["decode"]))
+    n_host_layers = len(recalling_layers(manifest.programs["decode"]))
     host = host_tier_at(where, **sizes | {"n_pages": sizes["n_pages"] // n_layers * n_host_layers})
     finds = finds_budgets(manifest.programs["prefill"])
     return StreamedRecall(host, device, ThreadedCopies(), n_layers=n_layers, finds_budgets=finds, trace=options.trace)

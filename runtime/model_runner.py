@@ -7,7 +7,7 @@ import numpy as np
 from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.plugins.registry import kernel
-from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recall_nodes
+from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers
 from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
 from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.kv_pool import KvPool
@@ -58,7 +58,7 @@ class ModelRunner:
                 executor, programs, implementation=implementation, kernels=recall.kernels if recall is not None else None
             )
         )
-        self._host_layers = [layer for layer, node in enumerate(recall_nodes(programs["decode"])) if node is not None]
+        self._host_layers = recalling_layers(programs["decode"])
         self._decode = decode
         self._decode_distance = decode_distance
         self._budgets = budgets_of(programs["prefill"])

@@ -81,6 +81,11 @@ def recall_nodes(program: Program) -> list[OpNode | None]:
     return [next((node for node in nodes if node.op == "RecallAttention"), None) for nodes in program]
 
 
+def recalling_layers(program: Program) -> list[int]:
+    """The layers whose cache stays on the host."""
+    return [layer for layer, node in enumerate(recall_nodes(program)) if node is not None]
+
+
 def finds_budgets(program: Program) -> bool:
     """Whether any layer's budget is found from the input."""
     return any(node.op == "AdaptiveBudget" for nodes in program for node in nodes)

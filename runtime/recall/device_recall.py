@@ -40,7 +40,7 @@ from trt_kv.plugins.recall_attention.recall_triton import recall_pages
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
 from trt_kv.plugins.recall_attention.working_set_triton import plan_now
 from trt_kv.plugins.registry import Kernel
-from trt_kv.program import Program, recall_nodes
+from trt_kv.program import Program, recalling_layers
 from trt_kv.runtime.device_pool import DeviceKvPool
 from trt_kv.runtime.recall.device_ahead import RecallAhead
 from trt_kv.runtime.recall.device_prompt import PromptStaging
@@ -95,7 +95,7 @@ class DeviceRecall:
 
         ``UsageError`` where no layer recalls, or where budgets are found from the input.
         """
-        layers = [layer for layer, node in enumerate(recall_nodes(program)) if node is not None]
+        layers = recalling_layers(program)
         if not layers:
             raise UsageError("no layer recalls", expected="a program with RecallAttention", fix="choose a policy that recalls")
         sizes = BlockSizes.of(program, capacity.longest_prompt)
