@@ -12,7 +12,6 @@ from torch import Tensor
 
 from benchmarks.gpu.device import device, on_gpu, recorded
 from benchmarks.gpu.freekv_model import DTYPE, Corrections, Dense, Shape, drifting_queries
-from trt_kv.plugins.recall_attention.choice_triton import PageCounts
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.recall_attention.recall_triton import recall_pages
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
@@ -36,8 +35,12 @@ class Way(DeviceRecall):
 class CorrectedByHost(Way):
     """The host asks in every layer whether any KV head is corrected, as the system published with FreeKV does."""
 
-    def _recall_at_once(self, step: LayerStep, counts: PageCounts, corrected_BK: Tensor, probe_BHD: Tensor) -> Tensor | None:
-        return super()._recall_at_once(step, counts, corrected_BK, probe_BHD) if bool(corrected_BK.any()) else None
+    def _recall_at_once(self, step: LayerStep) -> Tensor:
+        begun = step.begun
+        if bool(begun.corrected_BK.any()):
+            return super()._recall_at_once(step)
+        *_, places_BKT = self._plan_now(step, torch.zeros_like(begun.needs_BK), begun.probe_BHD.float())
+        return places_BKT
 
 
 @dataclass(frozen=True, kw_only=True)

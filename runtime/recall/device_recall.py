@@ -34,7 +34,7 @@ from torch import Tensor
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.attention_triton import attend_one
 from trt_kv.plugins.recall_attention.begin_triton import BegunLayer, Choosing, StepTensors, begin_layer
-from trt_kv.plugins.recall_attention.choice_triton import PageCounts, page_bounds
+from trt_kv.plugins.recall_attention.choice_triton import page_bounds
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.recall_attention.recall_triton import recall_pages
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
@@ -210,9 +210,7 @@ class DeviceRecall:
         ahead = RecallAhead(sets, tensors, choosing, begun) if tau <= 1.0 else None  # a cosine is at most 1
         if ahead is not None:
             self._side.submit(ahead.choose)
-        places_BKT = self._recall_at_once(step, begun.now, begun.corrected_BK, begun.probe_BHD)
-        if places_BKT is None:
-            *_, places_BKT = self._plan_now(step, torch.zeros_like(begun.needs_BK), begun.probe_BHD.float())
+        places_BKT = self._recall_at_once(step)
         if ahead is not None:
             self._side.submit(ahead.plan_and_fill)
         attend_one(q, cu_tokens, places_BKT, begun.now.attended, sets.kv, scale, out, lse)
@@ -222,19 +220,21 @@ class DeviceRecall:
             self._side.join()
         return out, lse, begun.corrected_BK
 
-    def _recall_at_once(self, step: LayerStep, counts: PageCounts, corrected_BK: Tensor, probe_BHD: Tensor) -> Tensor | None:
-        """For KV heads that were corrected, or for which nothing was chosen ahead: choose and bring pages now.
-
-        ``step`` knows the others. Returns the device pages that KV heads attend to, [B, K, T]; None: as if none was in need.
+    def _recall_at_once(self, step: LayerStep) -> Tensor:
+        """For KV heads that were corrected, or for which nothing was chosen ahead: choose and bring pages now. Returns the
+        device pages that all KV heads attend to, [B, K, T].
         """
         begun, tensors, limits = step.begun, step.tensors, step.choosing.limits
         sets = self.sets.tensors
-        bounds_BHT = page_bounds(probe_BHD, sets.summaries, tensors.table_BT, counts.between, begun.wanted_BK, limits.n_sinks)
+        bounds_BHT = page_bounds(
+            begun.probe_BHD, sets.summaries, tensors.table_BT, begun.now.between, begun.wanted_BK, limits.n_sinks
+        )
         rows, made, places_BKT = self._plan_now(step, begun.needs_BK, bounds_BHT)
         recall_pages(sets.host_kv, sets.kv, rows, made)
         return places_BKT
 
     def _plan_now(self, step: LayerStep, needs_BK: Tensor, bounds_BHT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Moves, which of them are to be made, and what is attended to: see ``plan_now``."""
         begun, tensors, choosing = step.begun, step.tensors, step.choosing
         return plan_now(
             self.sets.tensors,
