@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trt_kv.errors import UsageError
 from trt_kv.layer_budget import ALL
-from trt_kv.manifest import Manifest
+from trt_kv.manifest import ITEM_BYTES, Manifest
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import budgets_of, finds_budgets, recalling_layers
 from trt_kv.require import require
@@ -104,7 +104,7 @@ def _pool_sizes(manifest: Manifest, cache_tokens: int | None, free_bytes: int) -
     """Sizes of a pool for ``cache_tokens`` tokens in every layer; None: what fits into half of ``free_bytes``."""
     config = manifest.config
     if cache_tokens is None:
-        n_bytes = config.n_layers * token_bytes(config, element_bytes=4 if manifest.dtype == "float32" else 2)
+        n_bytes = config.n_layers * token_bytes(config, element_bytes=ITEM_BYTES[manifest.dtype])
         cache_tokens = max(1, min(2 * config.max_positions, free_bytes // 2 // n_bytes))
     return {
         "n_pages": config.n_layers * -(-cache_tokens // manifest.page_size),

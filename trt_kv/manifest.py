@@ -18,7 +18,8 @@ from trt_kv.program import PHASES, OpNode, Program, budgets_of, recall_nodes
 FORMAT = "trt-kv-engine"
 VERSION = 1
 FILE_NAME = "manifest.json"
-DTYPES = ("float32", "float16", "bfloat16")
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = tuple(ITEM_BYTES)
 """What an engine's graphs may compute in; hosts run float32 alone."""
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from trt_kv.errors import EngineError
 from trt_kv.json_file import dataclass_from_json, document_text, read_json
+from trt_kv.manifest import ITEM_BYTES
 
 FILE_NAME = "weights.json"
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.manifest import DTYPES
 from trt_kv.policy import Policy
 from trt_kv.presets import preset
-from trt_kv.runtime.devices import DENSE, HOST
+from trt_kv.runtime.devices import HOST, DeviceOptions
 
 DEFAULT_CORRECTION_RATE = 0.1
 DEFAULT_NEW_TOKENS = 64
@@ -133,10 +133,7 @@ class DeviceChoice:
     profile: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dense is not None and self.dense not in DENSE:
-            raise UnknownNameError("way to run dense parts", self.dense, DENSE)
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UnknownNameError("type", self.dtype, DTYPES)
+        DeviceOptions(dense=self.dense, dtype=self.dtype)  # refuses unknown names
         given = {"--dense": self.dense, "--dtype": self.dtype, "--profile": self.profile}
         needless = [name for name, value in given.items() if value is not None]
         if self.on_host and needless:
