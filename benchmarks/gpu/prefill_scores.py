@@ -61,7 +61,8 @@ class Prefill:
 
     def gathered(self) -> None:
         """The pages of each chunk's tokens copied side by side, then torch's attention."""
-        for start, kv_len in zip(self.lengths, [min(s + self.chunk, self.n_tokens) for s in self.lengths], strict=True):
+        for start in self.lengths:
+            kv_len = min(start + self.chunk, self.n_tokens)
             pages = self.table_LBT[0, 0, : -(-kv_len // self.shape.page_size)]
             k, v = (self.kv[pages, part].transpose(0, 1).flatten(1, 2)[None, :, :kv_len] for part in range(2))
             q = self.q[start:kv_len].transpose(0, 1)[None]
