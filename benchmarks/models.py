@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 
@@ -128,14 +130,14 @@ def model_runner(
     config: ModelConfig,
     *,
     cache_tokens: int = 0,
-    pool: KvPool | None = None,
+    pool: KvPool[Any] | None = None,
     policy: Policy = FULL,
     kept_shares: list[float] | None = None,
     chunk: int = DEFAULT_CHUNK,
     implementation: str = "cpu",
 ) -> ModelRunner:
     """A runner of ``policy`` with the given pool, or a new one for ``cache_tokens`` tokens in every layer."""
-    pool = pool or KvPool(
+    pool = pool or HostKvPool(
         n_pages=config.n_layers * -(-cache_tokens // PAGE_SIZE),
         page_size=PAGE_SIZE,
         n_kv_heads=config.n_kv_heads,

@@ -8,6 +8,7 @@ L layers, H query heads, K KV heads, P page size, D head size, M pages.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.layer import staging_slots
 from trt_kv.runtime.backends.host.recall.store import HostTier, RamTier
 from trt_kv.runtime.backends.host.recall.working_set import WorkingSet
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
@@ -40,7 +42,7 @@ PAGES_AT_A_TIME = 128
 class PoolTier(RamTier):
     """The pages of a KV pool, read where they lie, so that the whole cache and a recalled one are the same memory."""
 
-    def __init__(self, pool: KvPool) -> None:
+    def __init__(self, pool: KvPool[Any]) -> None:
         super().__init__(
             n_pages=pool.n_pages, page_size=pool.page_size, n_kv_heads=pool.kv.shape[2], head_size=pool.kv.shape[4]
         )
@@ -206,7 +208,7 @@ def recall_side(
     ``queries_LHD``: of the prompt's last token; None: nothing has been read yet. ``summaries``: of the pages on the host; None:
     room for them is made.
     """
-    device = KvPool(
+    device = HostKvPool(
         n_pages=device_pages(policy, config.n_layers),
         page_size=PAGE_SIZE,
         n_kv_heads=config.n_kv_heads,

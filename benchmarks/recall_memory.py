@@ -208,7 +208,7 @@ def _placed(folder: Path, model: ExportedModel, executor: DenseExecutor, n_token
 def _file(folder: Path, config: ModelConfig, n_tokens: int) -> HostTier:
     n_pages = config.n_layers * (-(-n_tokens // PAGE_SIZE) + OWN_PAGES)
     return host_tier_at(
-        f"mmap:{folder}", n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=config.n_kv_heads, head_size=config.head_dim
+        f"file:{folder}", n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=config.n_kv_heads, head_size=config.head_dim
     )
 
 

@@ -16,7 +16,7 @@ from trt_kv.policy import Policy
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.recall.background import SynchronousCopies, ThreadedCopies
 from trt_kv.runtime.backends.host.recall.store import HostTier, host_tier_at
-from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
 
@@ -53,7 +53,7 @@ Side = WholeCacheSide | RecallSide
 class Pages:
     """One fill for all sides and contexts: pages in a pool and in a file, their summaries, room behind them."""
 
-    pool: KvPool
+    pool: HostKvPool
     tiers: Mapping[str, HostTier]
     summaries: Floats
     folder: Path
@@ -64,11 +64,11 @@ def pages_for(config: ModelConfig, n_tokens: int, folder: Path) -> Pages:
     n_pages = config.n_layers * n_tokens // PAGE_SIZE
     n_all = n_pages + config.n_layers * OWN_PAGES
     sizes = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
-    pool = KvPool(n_pages=n_all, **sizes)
+    pool = HostKvPool(n_pages=n_all, **sizes)
     summaries = np.empty((n_all, config.n_kv_heads, 2, config.head_dim), np.float32)
     ram = PoolTier(pool)
     fill_pages(ram, summaries, n_pages)
-    file = host_tier_at(f"mmap:{folder}", n_pages=n_pages, **sizes)
+    file = host_tier_at(f"file:{folder}", n_pages=n_pages, **sizes)
     for page in range(n_pages):
         file.write(page, pool.kv[page])
     return Pages(pool=pool, tiers={"ram": ram, "file": file}, summaries=summaries, folder=folder)
@@ -77,7 +77,7 @@ def pages_for(config: ModelConfig, n_tokens: int, folder: Path) -> Pages:
 def whole_cache_side(executor: DenseExecutor, config: ModelConfig, pages: Pages, context: int) -> WholeCacheSide:
     """Where it grows it overwrites pages of longer contexts: these come first."""
     n_pages = config.n_layers * (context // PAGE_SIZE + OWN_PAGES)
-    pool = KvPool(n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+    pool = HostKvPool(n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     pool.kv = pages.pool.kv[:n_pages]
     runner = model_runner(executor, config, pool=pool)
     sequence = runner.new_sequence()
@@ -90,7 +90,7 @@ def recall_sides(
 ) -> dict[str, RecallSide]:
     """Streamed, not overlapped, all at once; each with a working set of its own."""
     sizes = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
-    where = {"ram": "ram", "file": f"mmap:{pages.folder}"}[tier]
+    where = {"ram": "ram", "file": f"file:{pages.folder}"}[tier]
     sides = {}
     for name, tau, copies in (
         (STREAMED, policy.tau, ThreadedCopies()),

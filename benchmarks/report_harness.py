@@ -28,6 +28,7 @@ from trt_kv.program import PHASES, Program, budgets_of, eviction_nodes, program_
 from trt_kv.recipe import Protected, RecipeScore, recipe_score
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
@@ -78,7 +79,7 @@ class Prefilled:
 class Harness:
     """One model on one executor with one pool."""
 
-    def __init__(self, executor: DenseExecutor, pool: KvPool, *, n_layers: int, scale: float) -> None:
+    def __init__(self, executor: DenseExecutor, pool: KvPool[Any], *, n_layers: int, scale: float) -> None:
         self.pool = pool
         self._n_layers = n_layers
         self._scale = scale
@@ -244,7 +245,7 @@ def harness_from_engine(folder: Path, manifest: Manifest, *, context_length: int
     config = manifest.config
     executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
     n_pages = config.n_layers * -(-context_length // manifest.page_size)
-    pool = KvPool(
+    pool = HostKvPool(
         n_pages=n_pages * (n_forks + 1),
         page_size=manifest.page_size,
         n_kv_heads=config.n_kv_heads,

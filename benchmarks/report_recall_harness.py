@@ -23,6 +23,7 @@ from trt_kv.policy import Policy
 from trt_kv.program import PAGE_SUMMARIES, PHASES, Program, program_of, recall_nodes
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
@@ -50,7 +51,7 @@ class Moved:
 class RecallHarness:
     """One model on one executor, with one pool of pages of ``pool.page_size`` tokens; ``adaptive`` finds budgets in prefill."""
 
-    def __init__(self, executor: DenseExecutor, pool: KvPool, adaptive: Policy, *, n_layers: int, scale: float) -> None:
+    def __init__(self, executor: DenseExecutor, pool: KvPool[Any], adaptive: Policy, *, n_layers: int, scale: float) -> None:
         self.pool = pool
         self._n_layers = n_layers
         self._scale = scale
@@ -61,7 +62,7 @@ class RecallHarness:
     @property
     def page_head_bytes(self) -> int:
         """Bytes of keys and values of one KV head in one page: what is moved at once."""
-        return self.pool.kv[0, :, 0].nbytes
+        return int(self.pool.kv[0, :, 0].nbytes)
 
     def run(self, case: Case, plans: Sequence[Plan]) -> list[tuple[Outcome, Moved]]:
         """One outcome per plan, and what it moved. Leaves the pool as it was."""
@@ -126,7 +127,7 @@ def recall_harness_from_engine(
     """A harness on the dense pieces of a built engine, whatever its policy; its pool has room for ``n_forks`` forks."""
     config = manifest.config
     n_pages = config.n_layers * -(-context_length // page_size)
-    pool = KvPool(
+    pool = HostKvPool(
         n_pages=n_pages * (n_forks + 1),
         page_size=page_size,
         n_kv_heads=config.n_kv_heads,

@@ -172,7 +172,7 @@ class RecallSteps:
     def warm_up(self) -> None:
         """Nothing: the first document compiles what it needs."""
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``."""
         found_budget = np.full(step.kv_len.shape, -1)
         tensors = recall_tensors(step, pool)
@@ -216,7 +216,7 @@ class RecallSteps:
         return out
 
 
-def recall_tensors(step: Step, pool: KvPool) -> dict[str, Any]:
+def recall_tensors(step: Step, pool: KvPool[Any]) -> dict[str, Any]:
     """The tensors that the KV ops of a host-resident policy may read in a step, by name."""
     own = {name: getattr(step, name) for name in ("prompt_len", "found_budget", "query_rows")}
     return {**step_tensors(step, pool), **own, **pool.states}

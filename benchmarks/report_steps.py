@@ -51,7 +51,7 @@ class SharedSteps:
     what is cached.
     """
 
-    def __init__(self, dense: DenseExecutor, pool: KvPool, *, n_layers: int, scale: float) -> None:
+    def __init__(self, dense: DenseExecutor, pool: KvPool[Any], *, n_layers: int, scale: float) -> None:
         self.dense = dense
         self.keys: Sequence[ScoreKey] = ()
         self.scores: dict[ScoreKey, Floats] = {}
@@ -67,7 +67,7 @@ class SharedSteps:
     def warm_up(self) -> None:
         """Nothing: the first document compiles what it needs."""
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``; nothing is evicted in prefill."""
         tensors = step_tensors(step, pool)
         self.kept = step.kv_len.copy()
@@ -108,7 +108,7 @@ class SharedSteps:
                 self.kept[layer, group.members] = of_group["kept"]
 
 
-def step_tensors(step: Step, pool: KvPool) -> dict[str, Any]:
+def step_tensors(step: Step, pool: KvPool[Any]) -> dict[str, Any]:
     """The tensors that KV ops may read in a step, by name."""
     arrays = {"kv": pool.kv, "token_positions": pool.token_positions, "scores": pool.scores}
     names = ("positions", "cu_tokens", "slots", "page_table", "kv_len", "prompt_remaining", "evict")

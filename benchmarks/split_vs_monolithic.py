@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -139,7 +140,7 @@ def _step(model: ExportedModel, n_sequences: int, context: int) -> dict[str, np.
     }
 
 
-def _contiguous_cache(pool: KvPool, sequences: list[SequenceCache]) -> dict[str, Floats]:
+def _contiguous_cache(pool: KvPool[Any], sequences: list[SequenceCache]) -> dict[str, Floats]:
     """The cached tokens as ONNX's attention ops want them: ``past_key_<l>`` and ``past_value_<l>`` [B, K, S, D]."""
     cache = {}
     for layer in range(sequences[0].n_layers):

@@ -23,8 +23,8 @@ from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.recall_attention.choice import drifted_heads
 from trt_kv.runtime.backends.base import Attend
 from trt_kv.runtime.backends.host.recall.store import RamTier
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.step import Ints
-from trt_kv.runtime.cache.kv_pool import KvPool
 
 MIB = 2**20
 CHECK = Check(what="one is one", error=0.0, allowed=0.0)
@@ -177,7 +177,7 @@ def test_queries_drift_as_often_as_they_are_told(drift: Drift) -> None:
 
 def test_sides_share_pages_that_none_of_them_can_change() -> None:
     sizes = {"page_size": PAGE_SIZE, "n_kv_heads": 3, "head_size": 5}
-    pool = KvPool(n_pages=4, **sizes)
+    pool = HostKvPool(n_pages=4, **sizes)
     pool.kv[:] = np.arange(pool.kv.size).reshape(pool.kv.shape)
     tier = SharedTier(PoolTier(pool), RamTier(n_pages=2, **sizes), n_shared=3)
     own = -pool.kv[0]

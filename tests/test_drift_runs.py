@@ -20,8 +20,8 @@ from trt_kv.policies import policy_from_name
 from trt_kv.policy_settings import policy_with
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.text.detokenizer import load_tokenizer
 
@@ -64,7 +64,7 @@ def corrected_after(checkpoint: Checkpoint, drift: Drift, prompts: list[list[int
         phase: program_of(POLICY, phase=phase, n_layers=N_LAYERS, scale=32**-0.5, page_size=PAGE_SIZE, taus=taus)
         for phase in PHASES
     }
-    pool = KvPool(
+    pool = HostKvPool(
         n_pages=N_LAYERS * 16,
         page_size=PAGE_SIZE,
         n_kv_heads=config.n_kv_heads,

@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def _cases(folder: Path) -> list[Case]:
     return [case_from_task(task, lambda text: list(tokenizer.encode(text).ids)) for task in tasks]
 
 
-def _kv(pool: KvPool, sequence: SequenceCache, layer: int) -> np.ndarray:
+def _kv(pool: KvPool[Any], sequence: SequenceCache, layer: int) -> np.ndarray:
     """Keys and values [2, K, S, D] that a layer of a sequence holds, in slot order."""
     n_cached = int(sequence.kv_len[layer])
     pages = pages_of(sequence.page_table[:, None], layer, 0, n_cached, pool.page_size)

@@ -31,7 +31,7 @@ from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecuto
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import RamTier
-from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
 BY_NAME = {contender.name: contender.policy for contender in host_contenders()}
@@ -72,7 +72,7 @@ def _runner(folder: Path, policy: Policy, *, streams: bool = False) -> ModelRunn
         for phase in PHASES
     }
     sizes = {"n_pages": 1000, "page_size": PAGE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
-    pool = KvPool(**sizes, n_query_heads=0 if streams else config.n_heads)
+    pool = HostKvPool(**sizes, n_query_heads=0 if streams else config.n_heads)
     executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
     recall = None
     if streams:

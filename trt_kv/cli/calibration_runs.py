@@ -83,13 +83,13 @@ def importance_of(
 
     It ranks as the recipe for ``policy`` does (``recipe_score``), in every layer.
     """
+    from trt_kv.runtime.backends.host.store import HostKvPool
     from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
-    from trt_kv.runtime.cache.kv_pool import KvPool
     from trt_kv.runtime.model_runner import ModelRunner
 
     config = checkpoint.config
     n_pages = config.n_layers * -(-max_tokens // page_size)
-    pool = KvPool(n_pages=n_pages, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+    pool = HostKvPool(n_pages=n_pages, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     score = recipe_score(policy)
     scoring = Policy(
         name="scoring",
@@ -120,13 +120,13 @@ def drift_trace_of(
     from trt_kv.calibration.drift import DriftRecorder
     from trt_kv.plugins.registry import kernel
     from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+    from trt_kv.runtime.backends.host.store import HostKvPool
     from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
-    from trt_kv.runtime.cache.kv_pool import KvPool
     from trt_kv.runtime.model_runner import ModelRunner
 
     config = checkpoint.config
     new_tokens = min(new_tokens, config.max_positions)
-    pool = KvPool(
+    pool = HostKvPool(
         n_pages=config.n_layers * -(-min(max_tokens + new_tokens, config.max_positions) // page_size),
         page_size=page_size,
         n_kv_heads=config.n_kv_heads,
@@ -153,16 +153,19 @@ def recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
 
 
 def _continue(runner: "ModelRunner", token_ids: Sequence[int], n_steps: int, end_ids: Sequence[int]) -> None:
-    sequence = runner.new_sequence()
-    try:
-        logits_V = runner.prefill(sequence, token_ids)
-        for _ in range(n_steps):
-            token_id = int(logits_V.argmax())
-            if token_id in end_ids:
-                break
-            (logits_V,) = runner.decode([sequence], [token_id])
-    finally:
-        sequence.release()
+    """Read a prompt and run ``n_steps`` decode steps with the likeliest tokens, fewer where the text ends."""
+    from trt_kv.runtime.engine_core import EngineCore
+    from trt_kv.runtime.request import Request
+    from trt_kv.runtime.reservation import Reservation
+    from trt_kv.runtime.sampling import SamplingParams
+
+    # The token chosen last is not fed: one more than steps.
+    request = Request(prompt_ids=token_ids, params=SamplingParams(), tokenizer=None, eos_token_ids=end_ids, limit=n_steps + 1)
+    core = EngineCore(runner, Reservation([]))
+    core.add([request])
+    core.run_until_idle()
+    if request.error is not None:
+        raise request.error
 
 
 def _programs(

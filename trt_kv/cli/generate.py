@@ -29,7 +29,7 @@ from trt_kv.errors import UsageError
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the sampling.")
 @click.option(
     "--host-tier",
-    metavar="ram|mmap:PATH",
+    metavar="ram|file:PATH",
     help="Where an engine whose cache stays on the host keeps it: in memory, or in a new file. Default: ram.",
 )
 @click.option("--trace", type=any_path, metavar="FILE", help="Write what ran when, as JSON for chrome://tracing or Perfetto.")
@@ -57,7 +57,7 @@ def command(
     Examples:
       trt-kv generate engines/llama3-prefixkv "the keeper of the tower"
       trt-kv generate engines/llama3-prefixkv - < prompt.txt
-      trt-kv generate engines/llama3-freekv --prompt-file long.txt --host-tier mmap:/var/tmp/kv --trace trace.json
+      trt-kv generate engines/llama3-freekv --prompt-file long.txt --host-tier file:/var/tmp/kv --trace trace.json
       trt-kv generate engines/llama3-prefixkv --prompt-file long.txt --device cuda --dtype bfloat16
       trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --top-p 0.95 --seed 7 --stop "."
     """
