@@ -11,9 +11,10 @@ from trt_kv.cli.app import main
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.layer_budget import ALL, LayerBudget, layer_budgets, pyramid_budgets
 from trt_kv.policies import policy_from_name, policy_names
-from trt_kv.policy import BUDGETS, SCORES, Policy, kept_tokens
+from trt_kv.policy import BUDGETS, Policy, kept_tokens
 from trt_kv.policy_settings import differences, policy_with, setting_as_text, settings_from_text
 from trt_kv.program import budgets_of, eviction_nodes, program_of
+from trt_kv.scores import score_names
 
 PUBLISHED = ("full", "h2o", "prefixkv", "pyramidkv", "random", "refreekv", "snapkv", "streamingllm", "uniform")
 
@@ -51,7 +52,7 @@ def test_the_programs_of_the_published_policies() -> None:
     assert [node is not None for node in eviction_nodes(program)] == [False, False, True]
 
 
-@given(score=st.sampled_from(sorted(SCORES)), budget=st.sampled_from(sorted(BUDGETS)), name=st.sampled_from(PUBLISHED))
+@given(score=st.sampled_from(score_names()), budget=st.sampled_from(sorted(BUDGETS)), name=st.sampled_from(PUBLISHED))
 def test_any_score_goes_with_any_budget_or_is_refused_with_a_reason(score: str, budget: str, name: str) -> None:
     settings = {"score": score, "budget": budget} | ({"tokens": 128} if budget == "constant" else {})
     try:
