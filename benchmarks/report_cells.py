@@ -28,9 +28,9 @@ class Entry:
     budget: float | None
 
     def plan(self, recipes: Recipes, lots: int) -> Plan:
-        """The policy as an engine is built with it; ``lots`` is the seed of random scores."""
+        """The policy as an engine is built with it; ``lots`` is the seed of scores by lot."""
         policy = self.contender.policy
-        if policy.score == "random":
+        if "seed" in policy.scoring.settings:
             policy = dataclasses.replace(policy, seed=lots)
         if self.budget is None:
             return Plan(policy=policy)

@@ -341,7 +341,7 @@ def _command_line(
     words += ["--policy", policy.name]
     words += ["--budget", policy.kept] if policy.budget in SHARED_BUDGETS and recipe is None else []
     words += ["--score", policy.score] if policy.evicts else []
-    words += ["--window", policy.window] if policy.score == "window" else []
+    words += ["--window", policy.window] if "window" in policy.scoring.settings else []
     changed = differences(policy, policy_from_name(policy.name)) if policy.name in policy_names() else {}
     settings = [setting_as_text(name, value) for name, value in changed.items() if name not in ("kept", "score", "window")]
     words += ["--set", *settings] if settings else []
