@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import kvpress_overlap
 from benchmarks.__main__ import RESULTS
 from benchmarks.kvpress.docs import DOCS, measured_section
+from benchmarks.kvpress.overlap import SETS_TABLE, SHARES, compared
 from benchmarks.kvpress.pairs import (
     H2O_PAIR,
     LOTS,
@@ -24,7 +24,6 @@ from benchmarks.kvpress.pairs import (
 )
 from benchmarks.kvpress.presses import Ints, PressRun
 from benchmarks.kvpress.sides import FEW, ROUNDING, FixedScores, Sides, documents, overlap
-from benchmarks.kvpress_overlap import SETS_TABLE, SHARES
 from trt_kv.manifest import load_manifest
 from trt_kv.plugins.lots import key_of, lot_of
 from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
@@ -172,7 +171,7 @@ def test_the_results_are_those_of_this_version(sides: Sides, prompts: list[list[
     assert set(rows) == {(pair.press, pair.named, share) for pair in PAIRS for share in SHARES}
     for pair in PAIRS:
         row = rows[pair.press, pair.named, SHARES[0]]
-        found = kvpress_overlap.compared(sides, pair, SHARES[0], prompts)
+        found = compared(sides, pair, SHARES[0], prompts)
         assert 100 * found.both / found.kvpress == pytest.approx(row["also_kept_by_us_percent"], abs=0.3)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.harness import Check, Report, Row, Target, check_close, take_turns
 from benchmarks.models import ExportedModel, Shape, exported_model, model_runner, random_checkpoint, random_tokens
-from benchmarks.monolithic_graph import (
+from benchmarks.speed.monolithic_graph import (
     bound_step,
     graph_with_group_query_attention,
     graph_with_onnx_attention,

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.harness import Check, check_close
 from benchmarks.models import PAGE_SIZE, Shape, exported_model, model_runner, random_checkpoint, random_tokens
-from benchmarks.recall_cache import FREEKV, PoolTier, RecallSide, SharedTier, fill_pages, recall_side
+from benchmarks.speed.recall_cache import FREEKV, PoolTier, RecallSide, SharedTier, fill_pages, recall_side
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy

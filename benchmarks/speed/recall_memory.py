@@ -1,7 +1,7 @@
 """Memory of a long context whose cache lies in a file: weights, working sets and summaries, whatever the whole cache is.
 
-Each point is a process of its own (``python -m benchmarks.recall_memory FOLDER WHAT TOKENS MIB``). Once its weights are loaded
-it limits itself to that many MiB of private memory (RLIMIT_DATA): what the kernel refuses beyond it raises MemoryError.
+Each point is a process of its own (``python -m benchmarks.speed.recall_memory FOLDER WHAT TOKENS MIB``). Once its weights are
+loaded it limits itself to that many MiB of private memory (RLIMIT_DATA): what the kernel refuses beyond it raises MemoryError.
 """
 
 import gc
@@ -29,9 +29,18 @@ from benchmarks.models import (
     random_checkpoint,
     random_tokens,
 )
-from benchmarks.prefill_memory import RETURN_AT_ONCE
-from benchmarks.recall_cache import AS_AT_08, FREEKV, RecallSide, WithQueries, fill_pages, limits_of, place_prompt, recall_side
-from benchmarks.recall_sides import OWN_PAGES, WIDE, check_placed
+from benchmarks.speed.prefill_memory import RETURN_AT_ONCE
+from benchmarks.speed.recall_cache import (
+    AS_AT_08,
+    FREEKV,
+    RecallSide,
+    WithQueries,
+    fill_pages,
+    limits_of,
+    place_prompt,
+    recall_side,
+)
+from benchmarks.speed.recall_sides import OWN_PAGES, WIDE, check_placed
 from trt_kv.model_config import ModelConfig
 from trt_kv.runtime.executors.protocol import DenseExecutor
 from trt_kv.runtime.model_runner import ModelRunner
@@ -112,13 +121,13 @@ def _require_disk(folder: Path, n_bytes: int) -> None:
 
 
 def _in_new_process(folder: Path, what: str, n_tokens: int, limit_mib: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.recall_memory", str(folder), what, str(n_tokens), str(limit_mib)]
+    command = [sys.executable, "-m", "benchmarks.speed.recall_memory", str(folder), what, str(n_tokens), str(limit_mib)]
     done = subprocess.run(
         command,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parent.parent.parent,
         env={**os.environ, **RETURN_AT_ONCE},
     )
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,8 @@
 """Time per decoded token against context: the whole cache beside caches on the host, recalled ahead, in turn and at once.
 
-Weights, keys, values and queries are random (``benchmarks.recall_cache``). All sides of a context read the same pages: those of
-the whole cache's pool, or a file with the same content. A turn of a side is a few steps and all copies that they ask for.
+Weights, keys, values and queries are random (``benchmarks.speed.recall_cache``). All sides of a context read the same pages:
+those of the whole cache's pool, or a file with the same content. A turn of a side is a few steps and all copies that they ask
+for.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ import psutil
 
 from benchmarks.harness import Check, Report, Row, Target, Timings, check_close, take_turns
 from benchmarks.models import ExportedModel, exported_model, random_checkpoint
-from benchmarks.recall_cache import AS_AT_08, AS_AT_09, CALM, FREEKV, Drift, RecallSide, WithQueries
-from benchmarks.recall_sides import (
+from benchmarks.speed.recall_cache import AS_AT_08, AS_AT_09, CALM, FREEKV, Drift, RecallSide, WithQueries
+from benchmarks.speed.recall_sides import (
     AT_ONCE,
     FULL,
     IN_TURN,

@@ -1,6 +1,7 @@
 """Memory of a prefill with scores, budgets and eviction against its length: O(N * chunk), never N * N.
 
-N prompt tokens. Each point is measured in a process of its own: ``python -m benchmarks.prefill_memory FOLDER SIDE N CHUNK``.
+N prompt tokens. Each point is measured in a process of its own:
+``python -m benchmarks.speed.prefill_memory FOLDER SIDE N CHUNK``.
 """
 
 import json
@@ -92,13 +93,13 @@ def _check_scores(folder: Path) -> Check:
 
 
 def _in_new_process(folder: Path, side: str, n_tokens: int, chunk: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.prefill_memory", str(folder), side, str(n_tokens), str(chunk)]
+    command = [sys.executable, "-m", "benchmarks.speed.prefill_memory", str(folder), side, str(n_tokens), str(chunk)]
     done = subprocess.run(
         command,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parent.parent.parent,
         env={**os.environ, **RETURN_AT_ONCE},
     )
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

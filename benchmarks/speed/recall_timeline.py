@@ -14,8 +14,17 @@ import numpy as np
 
 from benchmarks.harness import Report, Row, check_close, take_turns
 from benchmarks.models import PAGE_SIZE, exported_model, random_checkpoint
-from benchmarks.recall_cache import AS_AT_08, FREEKV, RecallSide, WithQueries, fill_pages, limits_of, place_prompt, recall_side
-from benchmarks.recall_sides import IN_TURN, NARROW, OWN_PAGES, STREAMED, WIDE, check_placed
+from benchmarks.speed.recall_cache import (
+    AS_AT_08,
+    FREEKV,
+    RecallSide,
+    WithQueries,
+    fill_pages,
+    limits_of,
+    place_prompt,
+    recall_side,
+)
+from benchmarks.speed.recall_sides import IN_TURN, NARROW, OWN_PAGES, STREAMED, WIDE, check_placed
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy
@@ -26,7 +35,7 @@ from trt_kv.runtime.trace import Trace
 
 STEPS_PER_TURN = 3
 CHECK_STEPS = 3
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 PICTURE, TRACE = "recall_timeline.png", "recall_timeline_trace.json"
 JOBS = ("recalling pages", "storing pages")
 COLOURS = {
