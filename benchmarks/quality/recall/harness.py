@@ -2,7 +2,7 @@
 
 What a step attends to does not depend on where pages lie, so everything is measured with the whole cache in one pool, read
 in place. A document is prefilled once, attending to everything as all these policies do; each plan gets a fork of that
-sequence, and all forks decode the right answer together (see ``report_harness``).
+sequence, and all forks decode the right answer together (see ``benchmarks.quality.harness``).
 
 L layers, K KV heads, T fed tokens, F forks, V vocabulary.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report_harness import Outcome, Plan, outcome_of, released
-from benchmarks.report_recall_steps import Movement, RecallSteps
+from benchmarks.quality.harness import Outcome, Plan, outcome_of, released
+from benchmarks.quality.recall.steps import Movement, RecallSteps
 from trt_kv.calibration.evaluation import Case
 from trt_kv.manifest import Manifest
 from trt_kv.plugins.recall_attention.choice import summaries_of
@@ -34,7 +34,7 @@ class Moved:
 
     ``cosine_LK``: cosine of a step's queries with those before. ``corrected_LK``: share of steps in which a KV head was
     corrected. ``corrected_heads``: its mean over the layers that recall; ``corrected_layer_steps``: share of (layer, step) with
-    any corrected KV head. ``ahead`` and ``late``: pages per step, over all layers (``report_recall_steps.Movement``).
+    any corrected KV head. ``ahead`` and ``late``: pages per step, over all layers (``recall.steps.Movement``).
     ``overlap``: share of chosen pages that were chosen in the step before; None where none was chosen.
     """
 

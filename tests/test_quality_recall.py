@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks.report_harness import Outcome, Plan
-from benchmarks.report_recall_harness import Moved, RecallHarness, recall_harness_from_engine
-from benchmarks.report_recall_measure import ADAPTIVE, entries
-from benchmarks.report_recall_policies import host_contenders
-from benchmarks.report_recall_results import RecallResults, beside
-from benchmarks.report_recall_steps import Choice, Movement
-from benchmarks.report_recall_tables import COMPARISONS, SYNCHRONOUS, UNCORRECTED, measured_cells, sweep
-from benchmarks.report_settings import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS
-from tests.reports import measured_recall
+from benchmarks.quality.harness import Outcome, Plan
+from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS
+from benchmarks.quality.recall.harness import Moved, RecallHarness, recall_harness_from_engine
+from benchmarks.quality.recall.measure import ADAPTIVE, entries
+from benchmarks.quality.recall.policies import host_contenders
+from benchmarks.quality.recall.results import RecallResults, beside
+from benchmarks.quality.recall.steps import Choice, Movement
+from benchmarks.quality.recall.tables import COMPARISONS, SYNCHRONOUS, UNCORRECTED, measured_cells, sweep
+from tests.quality import measured_recall
 from trt_kv.calibration.evaluation import Case, case_from_task
 from trt_kv.calibration.evaluation_results import Results
 from trt_kv.calibration.tasks import copy_tasks, evaluation_tasks

@@ -1,6 +1,6 @@
 """How much the report measures: everything, in half an hour on two cores, or what fits into a minute."""
 
-from benchmarks.report_recall_results import HostPlan
+from benchmarks.quality.recall.results import HostPlan
 from trt_kv.calibration.evaluation_settings import ContextPlan, Settings
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)

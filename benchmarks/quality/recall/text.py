@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from benchmarks import report_recall_tables as tables
-from benchmarks.report_recall_results import RecallResults
-from benchmarks.report_recall_sentences import findings, swept_budget
-from benchmarks.report_tables import policy_rows, quality
+from benchmarks.quality.recall import tables
+from benchmarks.quality.recall.results import RecallResults
+from benchmarks.quality.recall.sentences import findings, swept_budget
+from benchmarks.quality.tables import policy_rows, quality
 from trt_kv.calibration.evaluation_findings import percent
 from trt_kv.calibration.evaluation_results import Results
 

@@ -3,8 +3,8 @@
 import itertools
 from collections.abc import Sequence
 
-from benchmarks.report_plots_adaptive import REFREEKV, sweep
-from benchmarks.report_tables import quality, share
+from benchmarks.quality.plots.adaptive import REFREEKV, sweep
+from benchmarks.quality.tables import quality, share
 from trt_kv.calibration.evaluation_cell import Cell, Row
 from trt_kv.calibration.evaluation_findings import (
     COMPARISONS,

@@ -14,13 +14,13 @@ import torch
 from tokenizers import Tokenizer
 
 import trt_kv
-from benchmarks.report_cells import CellMeasurer
-from benchmarks.report_effort import Effort, OnProgress
-from benchmarks.report_harness import harness_from_engine
-from benchmarks.report_machine import this_machine
-from benchmarks.report_policies import Contender, contenders
-from benchmarks.report_recipes import Recipes, calibrate
-from benchmarks.report_tasks import report_tasks
+from benchmarks.quality.effort import Effort, OnProgress
+from benchmarks.quality.harness import harness_from_engine
+from benchmarks.quality.machine import this_machine
+from benchmarks.quality.measure_cells import CellMeasurer
+from benchmarks.quality.policies import Contender, contenders
+from benchmarks.quality.recipes import Recipes, calibrate
+from benchmarks.quality.tasks import report_tasks
 from trt_kv.calibration.evaluation_results import ModelFacts, Results, Versions
 from trt_kv.calibration.evaluation_settings import ContextPlan, Settings
 from trt_kv.calibration.evaluation_store import Store

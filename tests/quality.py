@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report_measure
-from benchmarks.report_recall_measure import measure_recall
-from benchmarks.report_recall_results import RecallResults
-from benchmarks.report_settings import QUICK_HOST_PLANS, QUICK_SETTINGS
+from benchmarks.quality.measure import measure
+from benchmarks.quality.plans import QUICK_HOST_PLANS, QUICK_SETTINGS
+from benchmarks.quality.recall.measure import measure_recall
+from benchmarks.quality.recall.results import RecallResults
 from trt_kv.calibration.evaluation_results import Results
 from trt_kv.calibration.evaluation_settings import Settings
 from trt_kv.export.checkpoint import Checkpoint
@@ -15,7 +15,7 @@ from trt_kv.export.checkpoint import Checkpoint
 
 def measured(checkpoint: Checkpoint, engine: Path, parts: Path, settings: Settings, told: list[str]) -> Results:
     """Results of the policies that drop tokens."""
-    return report_measure.measure(
+    return measure(
         checkpoint,
         engine,
         settings,

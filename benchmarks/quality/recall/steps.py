@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.report_steps import run_nodes, step_tensors
+from benchmarks.quality.steps import run_nodes, step_tensors
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.choice import best_pages, cosines
 from trt_kv.plugins.recall_attention.page_counts import PageLimits, budget_tokens

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks import report_tables as tables
-from benchmarks.report_recall_results import HostCell, MovedRow, RecallResults, beside, late_cell
+from benchmarks.quality import tables
+from benchmarks.quality.recall.results import HostCell, MovedRow, RecallResults, beside, late_cell
 from trt_kv.calibration.evaluation_cell import Cell
 from trt_kv.calibration.evaluation_findings import Comparison, by_answers, by_loss, percent, signs, verdicts
 from trt_kv.calibration.evaluation_results import PolicyFacts, Results

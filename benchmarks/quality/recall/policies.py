@@ -7,7 +7,7 @@ share a step attends to equally many tokens whatever the policy.
 import dataclasses
 from dataclasses import dataclass
 
-from benchmarks.report_policies import Contender
+from benchmarks.quality.policies import Contender
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 

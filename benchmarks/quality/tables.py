@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.report_plots_adaptive import sweep
+from benchmarks.quality.plots.adaptive import sweep
 from trt_kv.calibration.evaluation_cell import Cell, Row
 from trt_kv.calibration.evaluation_findings import COMPARISONS, by_answers, by_loss, percent, row_at_most, signs, verdicts
 from trt_kv.calibration.evaluation_results import PolicyFacts, Results

@@ -11,16 +11,16 @@ import torch
 from tokenizers import Tokenizer
 
 import trt_kv
-from benchmarks.report_cells import Entry, cases_of, documents_of, row_of, what_is_asked
-from benchmarks.report_effort import OnProgress
-from benchmarks.report_harness import harness_from_engine
-from benchmarks.report_machine import this_machine
-from benchmarks.report_policies import contenders
-from benchmarks.report_recall_harness import Moved, RecallHarness, recall_harness_from_engine
-from benchmarks.report_recall_policies import RECENT, SINKS, HostContender, host_contenders
-from benchmarks.report_recall_results import HostCell, HostPlan, MovedRow, RecallResults
-from benchmarks.report_recipes import Recipes, calibrate
-from benchmarks.report_tasks import ReportTask, report_tasks
+from benchmarks.quality.effort import OnProgress
+from benchmarks.quality.harness import harness_from_engine
+from benchmarks.quality.machine import this_machine
+from benchmarks.quality.measure_cells import Entry, cases_of, documents_of, row_of, what_is_asked
+from benchmarks.quality.policies import contenders
+from benchmarks.quality.recall.harness import Moved, RecallHarness, recall_harness_from_engine
+from benchmarks.quality.recall.policies import RECENT, SINKS, HostContender, host_contenders
+from benchmarks.quality.recall.results import HostCell, HostPlan, MovedRow, RecallResults
+from benchmarks.quality.recipes import Recipes, calibrate
+from benchmarks.quality.tasks import ReportTask, report_tasks
 from trt_kv.calibration.evaluation import Encode
 from trt_kv.calibration.evaluation_results import Versions
 from trt_kv.calibration.evaluation_settings import Settings

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.report_steps import SharedSteps, after_attention, decode_groups, run_nodes, score_key
+from benchmarks.quality.steps import SharedSteps, after_attention, decode_groups, run_nodes, score_key
 from trt_kv.calibration.evaluation import Case, answer_losses
 from trt_kv.calibration.prefixkv import online_budget
 from trt_kv.manifest import Manifest

@@ -1,7 +1,7 @@
 """Which policies the report compares: every preset, and presets with one part replaced.
 
 A new preset in ``trt_kv/policies`` joins by itself, in the group "ours"; those that keep the cache on the host are compared in
-``report_recall_policies``.
+``recall.policies``.
 """
 
 import dataclasses

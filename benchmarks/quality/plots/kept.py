@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.report_style import (
+from benchmarks.quality.plots.style import (
     FAINT,
     INK,
     accuracy_axis,

@@ -6,7 +6,7 @@ L layers, K KV heads, N tokens of a prompt.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.report_harness import Harness
+from benchmarks.quality.harness import Harness
 from trt_kv.calibration.evaluation import Encode
 from trt_kv.calibration.evaluation_results import RecipeFacts
 from trt_kv.calibration.evaluation_settings import Settings

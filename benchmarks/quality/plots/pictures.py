@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks import report_plots_adaptive, report_plots_kept
-from benchmarks.report_style import (
+from benchmarks.quality.plots import adaptive
+from benchmarks.quality.plots import kept as kept_plots
+from benchmarks.quality.plots.style import (
     INK,
     accuracy_axis,
     headline,
@@ -212,9 +213,9 @@ PICTURES |= {
     "perplexity.png": perplexity,
     "agreement.png": agreement,
     "contexts.png": contexts,
-    "budgets.png": report_plots_adaptive.budgets,
-    "thresholds.png": report_plots_adaptive.thresholds,
-    "ablations.png": report_plots_adaptive.ablations,
-    "layers.png": report_plots_kept.layers,
-    "kept.png": report_plots_kept.kept,
+    "budgets.png": adaptive.budgets,
+    "thresholds.png": adaptive.thresholds,
+    "ablations.png": adaptive.ablations,
+    "layers.png": kept_plots.layers,
+    "kept.png": kept_plots.kept,
 }

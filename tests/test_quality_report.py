@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import report, report_plots, report_recall_plots, report_recall_text, report_text
-from benchmarks.report_harness import Harness
-from benchmarks.report_policies import PUBLISHED, contenders
-from benchmarks.report_recall_results import RecallResults
-from benchmarks.report_settings import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_SETTINGS
-from benchmarks.report_tasks import report_tasks
-from tests.reports import measured
+from benchmarks.quality import __main__ as report
+from benchmarks.quality import text as report_text
+from benchmarks.quality.harness import Harness
+from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_SETTINGS
+from benchmarks.quality.plots.pictures import PICTURES
+from benchmarks.quality.policies import PUBLISHED, contenders
+from benchmarks.quality.recall.plots import RECALL_PICTURES
+from benchmarks.quality.recall.results import RecallResults
+from benchmarks.quality.recall.text import recall_markdown
+from benchmarks.quality.tasks import report_tasks
+from tests.quality import measured
 from trt_kv.calibration.evaluation_findings import COMPARISONS
 from trt_kv.calibration.evaluation_results import Results
 from trt_kv.errors import ReportError, UsageError
@@ -196,13 +200,13 @@ def test_the_command_renders_a_report_from_its_results_alone(
     out = tmp_path / "out"
     result = CliRunner().invoke(report.main, ["--from-results", str(tmp_path / "results.json"), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    pictures = {*report_plots.PICTURES, *report_recall_plots.RECALL_PICTURES}
+    pictures = {*PICTURES, *RECALL_PICTURES}
     pages = {"report.md", "recall.md", "summary.md"}
     assert {path.name for path in out.iterdir()} == pictures | pages | {"results.json", "recall.json"}
     assert all((out / name).read_bytes().startswith(PNG_HEAD) for name in pictures)
     text = {name: (out / name).read_text() for name in pages}
-    assert all(f"({name})" in text["report.md"] for name in report_plots.PICTURES)
-    assert all(f"({name})" in text["recall.md"] for name in report_recall_plots.RECALL_PICTURES)
+    assert all(f"({name})" in text["report.md"] for name in PICTURES)
+    assert all(f"({name})" in text["recall.md"] for name in RECALL_PICTURES)
     assert text["summary.md"].strip() in text["report.md"]
     for name in ("results.json", "recall.json"):
         assert (out / name).read_bytes() == (tmp_path / name).read_bytes()
@@ -231,9 +235,9 @@ def test_the_committed_report_is_what_its_results_give() -> None:
     assert results.settings == FULL_SETTINGS
     assert recall.plans == FULL_HOST_PLANS
     assert (report.COMMITTED / "report.md").read_text() == report_text.report_markdown(results, recall)
-    assert (report.COMMITTED / "recall.md").read_text() == report_recall_text.recall_markdown(recall, results)
+    assert (report.COMMITTED / "recall.md").read_text() == recall_markdown(recall, results)
     summary = report_text.summary_markdown(results, recall)
     assert (report.COMMITTED / "summary.md").read_text() == summary + "\n"
     assert report.README.read_text() == report.readme_with_summary(report.README.read_text(), summary)
-    pictures = {*report_plots.PICTURES, *report_recall_plots.RECALL_PICTURES}
+    pictures = {*PICTURES, *RECALL_PICTURES}
     assert {path.name for path in report.COMMITTED.glob("*.png")} == pictures

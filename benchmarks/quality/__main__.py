@@ -1,10 +1,8 @@
-"""``python -m benchmarks.report``: measure quality against kept share on the bundled model, and write the report."""
+"""``python -m benchmarks.quality``: measure quality against kept share on the bundled model, and write the report."""
 
-# What is measured: report_settings (how much), report_tasks, report_policies. With what: report_steps, report_harness,
-# report_recipes, report_cells, report_effort, report_measure. What is shown: report_text with report_tables and
-# report_sentences; report_plots with report_plots_adaptive and report_plots_kept, all in report_style. The results file:
-# calibration/evaluation_results.py. Policies whose cache stays on the host have the same in report_recall_*: another harness,
-# results file and page, on the same documents.
+# What is measured: plans (how much), tasks, policies. With what: steps, harness, recipes, measure_cells, effort, measure. What
+# is shown: text with tables and sentences; plots. The results file: trt_kv/calibration/evaluation_results.py. Policies whose
+# cache stays on the host have the same in recall/: another harness, results file and page, on the same documents.
 
 import shlex
 import sys
@@ -13,10 +11,14 @@ from pathlib import Path
 
 import click
 
-from benchmarks import report_measure, report_plots, report_recall_plots, report_recall_text, report_text
-from benchmarks.report_recall_measure import measure_recall
-from benchmarks.report_recall_results import RecallResults
-from benchmarks.report_settings import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS, QUICK_SETTINGS
+from benchmarks.quality import text
+from benchmarks.quality.measure import measure
+from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS, QUICK_SETTINGS
+from benchmarks.quality.plots.pictures import pictures
+from benchmarks.quality.recall.measure import measure_recall
+from benchmarks.quality.recall.plots import recall_pictures
+from benchmarks.quality.recall.results import RecallResults
+from benchmarks.quality.recall.text import recall_markdown
 from trt_kv.calibration.evaluation_results import Results
 from trt_kv.cli.progress import progress_bars
 from trt_kv.errors import ReportError, TrtKvError, UsageError
@@ -26,7 +28,7 @@ from trt_kv.json_file import write_atomically
 from trt_kv.policies import policy_from_name
 from trt_kv.presets import preset
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ROOT / "build" / "report-parts"
 COMMITTED = ROOT / "docs" / "report"
 README = ROOT / "README.md"
@@ -58,7 +60,7 @@ def main(quick: bool, from_results: Path | None, recall_only: bool, out: Path | 
             results, recall = measured(quick=quick, known=Results.load(COMMITTED / "results.json") if recall_only else None)
         write_report(results, recall, out)
         if out.resolve() == COMMITTED:
-            summary = report_text.summary_markdown(results, recall)
+            summary = text.summary_markdown(results, recall)
             content = readme_with_summary(README.read_text(encoding="utf-8"), summary)
             write_atomically(README, content.encode(), kind="README", error=ReportError)
     except TrtKvError as error:
@@ -73,13 +75,13 @@ def measured(*, quick: bool, known: Results | None = None) -> tuple[Results, Rec
     ``known``: the results of policies that drop tokens, if they need not be measured.
     """
     checkpoint = open_checkpoint(preset("llama3").bundled_folder)
-    command = shlex.join(["python", "-m", "benchmarks.report", *(["--quick"] if quick else [])])
+    command = shlex.join(["python", "-m", "benchmarks.quality", *(["--quick"] if quick else [])])
     settings, plans = (QUICK_SETTINGS, QUICK_HOST_PLANS) if quick else (FULL_SETTINGS, FULL_HOST_PLANS)
     folder = PARTS / ("quick" if quick else "full")
     with progress_bars() as on_progress, tempfile.TemporaryDirectory() as scratch:
         engine = Path(scratch) / "engine"
         build_engine(EngineRequest(checkpoint=checkpoint, policy=policy_from_name("full")), engine, on_progress=on_progress)
-        results = known or report_measure.measure(
+        results = known or measure(
             checkpoint,
             engine,
             settings,
@@ -101,11 +103,11 @@ def write_report(results: Results, recall: RecallResults, out: Path) -> None:
     results.save(out / "results.json")
     recall.save(out / "recall.json")
     files = {
-        "report.md": report_text.report_markdown(results, recall).encode(),
-        "recall.md": report_recall_text.recall_markdown(recall, results).encode(),
-        "summary.md": (report_text.summary_markdown(results, recall) + "\n").encode(),
-        **report_plots.pictures(results),
-        **report_recall_plots.recall_pictures(recall, results),
+        "report.md": text.report_markdown(results, recall).encode(),
+        "recall.md": recall_markdown(recall, results).encode(),
+        "summary.md": (text.summary_markdown(results, recall) + "\n").encode(),
+        **pictures(results),
+        **recall_pictures(recall, results),
     }
     for name, content in files.items():
         write_atomically(out / name, content, kind="report", error=ReportError)

@@ -5,10 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.report_recall_results import RecallResults, beside
-from benchmarks.report_recall_sentences import swept_budget
-from benchmarks.report_recall_tables import Measured, measured_cells, sweep
-from benchmarks.report_style import (
+from benchmarks.quality.plots.style import (
     FAINT,
     INK,
     Style,
@@ -22,6 +19,9 @@ from benchmarks.report_style import (
     style_of,
     title,
 )
+from benchmarks.quality.recall.results import RecallResults, beside
+from benchmarks.quality.recall.sentences import swept_budget
+from benchmarks.quality.recall.tables import Measured, measured_cells, sweep
 from trt_kv.calibration.evaluation_cell import Row
 from trt_kv.calibration.evaluation_results import PolicyFacts, Results
 from trt_kv.calibration.evaluation_statistics import Estimate

@@ -42,7 +42,7 @@ class HostPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MovedRow:
-    """What a row of a cell moved and corrected. Fields of ``report_recall_harness.Moved``, a value per document.
+    """What a row of a cell moved and corrected. Fields of ``recall.harness.Moved``, a value per document.
 
     ``cosine_LK`` and ``corrected_LK`` are means over documents. ``overlap``: of documents in which pages were chosen at all.
     """

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable
 
-from benchmarks import report_recall_text as recall_text
-from benchmarks import report_tables as tables
-from benchmarks.report_recall_results import RecallResults
-from benchmarks.report_sentences import asking_cells, findings, main_cells
+from benchmarks.quality import tables
+from benchmarks.quality.recall import text as recall_text
+from benchmarks.quality.recall.results import RecallResults
+from benchmarks.quality.sentences import asking_cells, findings, main_cells
 from trt_kv.calibration.evaluation_cell import Cell
 from trt_kv.calibration.evaluation_findings import against_the_best, by_answers, describe, percent
 from trt_kv.calibration.evaluation_results import PolicyFacts, Results
 
 
 def report_markdown(results: Results, recall: RecallResults) -> str:
-    """The whole report but what ``report_recall_text`` says."""
+    """The whole report but what ``recall.text`` says."""
     budget = summary_budget(results)
     parts = [
         "# Quality against kept share",

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.report_recall_results import RecallResults
-from benchmarks.report_recall_tables import FREEKV, SYNCHRONOUS, UNCORRECTED, Measured, sweep
-from benchmarks.report_tables import quality, share
+from benchmarks.quality.recall.results import RecallResults
+from benchmarks.quality.recall.tables import FREEKV, SYNCHRONOUS, UNCORRECTED, Measured, sweep
+from benchmarks.quality.tables import quality, share
 from trt_kv.calibration.evaluation_findings import (
     Compare,
     best_rival,

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report_effort import Effort, seconds_of_comparison, seconds_of_full
-from benchmarks.report_harness import Harness, Outcome, Plan
-from benchmarks.report_policies import Contender
-from benchmarks.report_recipes import Recipes, recipe_kind
-from benchmarks.report_tasks import ReportTask
+from benchmarks.quality.effort import Effort, seconds_of_comparison, seconds_of_full
+from benchmarks.quality.harness import Harness, Outcome, Plan
+from benchmarks.quality.policies import Contender
+from benchmarks.quality.recipes import Recipes, recipe_kind
+from benchmarks.quality.tasks import ReportTask
 from trt_kv.calibration.evaluation import Case, Encode, case_from_task
 from trt_kv.calibration.evaluation_cell import Cell, Document, Row
 from trt_kv.calibration.evaluation_settings import Settings

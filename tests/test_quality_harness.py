@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks.report_harness import Harness, Plan, harness_from_engine
-from benchmarks.report_policies import contenders
+from benchmarks.quality.harness import Harness, Plan, harness_from_engine
+from benchmarks.quality.policies import contenders
 from tests.engines import SHARES
 from trt_kv.calibration.evaluation import Case, case_from_task
 from trt_kv.calibration.tasks import copy_tasks, distractor_tasks, evaluation_tasks, plain_text_tasks
