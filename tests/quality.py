@@ -8,8 +8,8 @@ from benchmarks.quality.measure import measure
 from benchmarks.quality.plans import QUICK_HOST_PLANS, QUICK_SETTINGS
 from benchmarks.quality.recall.measure import measure_recall
 from benchmarks.quality.recall.results import RecallResults
-from trt_kv.calibration.evaluation_results import Results
-from trt_kv.calibration.evaluation_settings import Settings
+from benchmarks.quality.results import Results
+from benchmarks.quality.settings import Settings
 from trt_kv.export.checkpoint import Checkpoint
 
 

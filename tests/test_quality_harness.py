@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from benchmarks.quality.cases import Case, case_from_task
 from benchmarks.quality.harness import Harness, Plan, harness_from_engine
 from benchmarks.quality.policies import contenders
 from tests.engines import SHARES
-from trt_kv.calibration.evaluation import Case, case_from_task
 from trt_kv.calibration.tasks import copy_tasks, distractor_tasks, evaluation_tasks, plain_text_tasks
 from trt_kv.errors import UsageError
 from trt_kv.manifest import load_manifest

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from benchmarks.quality.cases import Case, case_from_task
 from benchmarks.quality.harness import Outcome, Plan
 from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS
 from benchmarks.quality.recall.harness import Moved, RecallHarness, recall_harness_from_engine
@@ -17,9 +18,8 @@ from benchmarks.quality.recall.policies import host_contenders
 from benchmarks.quality.recall.results import RecallResults, beside
 from benchmarks.quality.recall.steps import Choice, Movement
 from benchmarks.quality.recall.tables import COMPARISONS, SYNCHRONOUS, UNCORRECTED, measured_cells, sweep
+from benchmarks.quality.results import Results
 from tests.quality import measured_recall
-from trt_kv.calibration.evaluation import Case, case_from_task
-from trt_kv.calibration.evaluation_results import Results
 from trt_kv.calibration.tasks import copy_tasks, evaluation_tasks
 from trt_kv.errors import ReportError
 from trt_kv.export.checkpoint import Checkpoint

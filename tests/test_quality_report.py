@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from benchmarks.quality import __main__ as report
 from benchmarks.quality import text as report_text
+from benchmarks.quality.comparisons import COMPARISONS
 from benchmarks.quality.harness import Harness
 from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_SETTINGS
 from benchmarks.quality.plots.pictures import PICTURES
@@ -18,10 +19,9 @@ from benchmarks.quality.policies import PUBLISHED, contenders
 from benchmarks.quality.recall.plots import RECALL_PICTURES
 from benchmarks.quality.recall.results import RecallResults
 from benchmarks.quality.recall.text import recall_markdown
+from benchmarks.quality.results import Results
 from benchmarks.quality.tasks import report_tasks
 from tests.quality import measured
-from trt_kv.calibration.evaluation_findings import COMPARISONS
-from trt_kv.calibration.evaluation_results import Results
 from trt_kv.errors import ReportError, UsageError
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.policies import policy_from_name, policy_names

@@ -1,7 +1,7 @@
 """``python -m benchmarks.quality``: measure quality against kept share on the bundled model, and write the report."""
 
 # What is measured: plans (how much), tasks, policies. With what: steps, harness, recipes, measure_cells, effort, measure. What
-# is shown: text with tables and sentences; plots. The results file: trt_kv/calibration/evaluation_results.py. Policies whose
+# is shown: text with tables and sentences; plots. The results file: results.py. Policies whose
 # cache stays on the host have the same in recall/: another harness, results file and page, on the same documents.
 
 import shlex
@@ -19,7 +19,7 @@ from benchmarks.quality.recall.measure import measure_recall
 from benchmarks.quality.recall.plots import recall_pictures
 from benchmarks.quality.recall.results import RecallResults
 from benchmarks.quality.recall.text import recall_markdown
-from trt_kv.calibration.evaluation_results import Results
+from benchmarks.quality.results import Results
 from trt_kv.cli.progress import progress_bars
 from trt_kv.errors import ReportError, TrtKvError, UsageError
 from trt_kv.export.checkpoint import open_checkpoint

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.quality.cases import Case
 from benchmarks.quality.steps import SharedSteps, after_attention, decode_groups, run_nodes, score_key
-from trt_kv.calibration.evaluation import Case, answer_losses
+from trt_kv.calibration.answers import answer_losses
 from trt_kv.calibration.prefixkv import online_budget
 from trt_kv.manifest import Manifest
 from trt_kv.plugins.paging import gather_kv, pages_of
@@ -52,7 +53,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one plan did with one case. Fields as in ``evaluation_results.Row``; ``tokens`` are the greedy choices, [T]."""
+    """What one plan did with one case. Fields as in ``cell.Row``; ``tokens`` are the greedy choices, [T]."""
 
     tokens: tuple[int, ...]
     right: bool

@@ -4,7 +4,7 @@ import os
 import platform
 from pathlib import Path
 
-from trt_kv.calibration.evaluation_results import Machine
+from benchmarks.quality.results import Machine
 
 
 def this_machine() -> Machine:

@@ -20,10 +20,10 @@ from benchmarks.quality.machine import this_machine
 from benchmarks.quality.measure_cells import CellMeasurer
 from benchmarks.quality.policies import Contender, contenders
 from benchmarks.quality.recipes import Recipes, calibrate
+from benchmarks.quality.results import ModelFacts, Results, Versions
+from benchmarks.quality.settings import ContextPlan, Settings
+from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import report_tasks
-from trt_kv.calibration.evaluation_results import ModelFacts, Results, Versions
-from trt_kv.calibration.evaluation_settings import ContextPlan, Settings
-from trt_kv.calibration.evaluation_store import Store
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.manifest import load_manifest
 from trt_kv.recipe import RecipeModel

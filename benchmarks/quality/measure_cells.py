@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality.cases import Case, Encode, case_from_task
+from benchmarks.quality.cell import Cell, Document, Row
 from benchmarks.quality.effort import Effort, seconds_of_comparison, seconds_of_full
 from benchmarks.quality.harness import Harness, Outcome, Plan
 from benchmarks.quality.policies import Contender
 from benchmarks.quality.recipes import Recipes, recipe_kind
+from benchmarks.quality.settings import Settings
+from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import ReportTask
-from trt_kv.calibration.evaluation import Case, Encode, case_from_task
-from trt_kv.calibration.evaluation_cell import Cell, Document, Row
-from trt_kv.calibration.evaluation_settings import Settings
-from trt_kv.calibration.evaluation_store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

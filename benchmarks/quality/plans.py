@@ -1,7 +1,7 @@
 """How much the report measures: everything, in half an hour on two cores, or what fits into a minute."""
 
 from benchmarks.quality.recall.results import HostPlan
-from trt_kv.calibration.evaluation_settings import ContextPlan, Settings
+from benchmarks.quality.settings import ContextPlan, Settings
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 FEW_SHARES = (0.1, 0.2, 0.5)

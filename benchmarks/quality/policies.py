@@ -7,7 +7,7 @@ A new preset in ``trt_kv/policies`` joins by itself, in the group "ours"; those 
 import dataclasses
 from dataclasses import dataclass
 
-from trt_kv.calibration.evaluation_results import PolicyFacts
+from benchmarks.quality.results import PolicyFacts
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import SHARED_BUDGETS, differences, setting_as_text

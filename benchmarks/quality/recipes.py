@@ -6,10 +6,10 @@ L layers, K KV heads, N tokens of a prompt.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.quality.cases import Encode
 from benchmarks.quality.harness import Harness
-from trt_kv.calibration.evaluation import Encode
-from trt_kv.calibration.evaluation_results import RecipeFacts
-from trt_kv.calibration.evaluation_settings import Settings
+from benchmarks.quality.results import RecipeFacts
+from benchmarks.quality.settings import Settings
 from trt_kv.calibration.prefixkv import calibrate_prefixkv_budgets
 from trt_kv.calibration.tasks import calibration_prompts
 from trt_kv.errors import ReportError

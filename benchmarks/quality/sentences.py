@@ -3,10 +3,8 @@
 import itertools
 from collections.abc import Sequence
 
-from benchmarks.quality.plots.adaptive import REFREEKV, sweep
-from benchmarks.quality.tables import quality, share
-from trt_kv.calibration.evaluation_cell import Cell, Row
-from trt_kv.calibration.evaluation_findings import (
+from benchmarks.quality.cell import Cell, Row
+from benchmarks.quality.comparisons import (
     COMPARISONS,
     NO_DIFFERENCE,
     Comparison,
@@ -23,8 +21,10 @@ from trt_kv.calibration.evaluation_findings import (
     verdicts,
     worse_places,
 )
-from trt_kv.calibration.evaluation_results import PolicyFacts, Results
-from trt_kv.calibration.evaluation_statistics import FEWEST_DOCUMENTS
+from benchmarks.quality.plots.adaptive import REFREEKV, sweep
+from benchmarks.quality.results import PolicyFacts, Results
+from benchmarks.quality.tables import quality, share
+from trt_kv.calibration.statistics import FEWEST_DOCUMENTS
 
 
 def findings(results: Results) -> list[str]:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from benchmarks.quality.cell import Cell, Row
+from benchmarks.quality.comparisons import COMPARISONS, by_answers, by_loss, percent, row_at_most, signs, verdicts
 from benchmarks.quality.plots.adaptive import sweep
-from trt_kv.calibration.evaluation_cell import Cell, Row
-from trt_kv.calibration.evaluation_findings import COMPARISONS, by_answers, by_loss, percent, row_at_most, signs, verdicts
-from trt_kv.calibration.evaluation_results import PolicyFacts, Results
-from trt_kv.calibration.evaluation_statistics import Estimate, wilson_interval
+from benchmarks.quality.results import PolicyFacts, Results
+from trt_kv.calibration.statistics import Estimate, wilson_interval
 
 MORE_THAN_ROUNDING = 0.005
 """By how much a kept share may be above the one asked for without a word."""

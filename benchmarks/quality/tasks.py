@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trt_kv.calibration.evaluation_results import TaskFacts
-from trt_kv.calibration.evaluation_settings import Settings
+from benchmarks.quality.results import TaskFacts
+from benchmarks.quality.settings import Settings
 from trt_kv.calibration.synthetic_english import LONGEST_FACT, LONGEST_QUESTION
 from trt_kv.calibration.tasks import REGIONS, Region, Task, copy_tasks, distractor_tasks, evaluation_tasks, plain_text_tasks
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 
 from benchmarks.quality import tables
+from benchmarks.quality.cell import Cell
+from benchmarks.quality.comparisons import against_the_best, by_answers, describe, percent
 from benchmarks.quality.recall import text as recall_text
 from benchmarks.quality.recall.results import RecallResults
+from benchmarks.quality.results import PolicyFacts, Results
 from benchmarks.quality.sentences import asking_cells, findings, main_cells
-from trt_kv.calibration.evaluation_cell import Cell
-from trt_kv.calibration.evaluation_findings import against_the_best, by_answers, describe, percent
-from trt_kv.calibration.evaluation_results import PolicyFacts, Results
 
 
 def report_markdown(results: Results, recall: RecallResults) -> str:

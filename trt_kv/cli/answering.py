@@ -51,7 +51,7 @@ class _Running:
 
     def lose(self, logits_V: "Floats") -> None:
         """Count what logits [V] lose on the next expected token."""
-        from trt_kv.calibration.evaluation import answer_losses
+        from trt_kv.calibration.answers import answer_losses
 
         _, (loss,) = answer_losses(logits_V[None], self.case.expected[len(self.losses) :][:1])
         if not math.isfinite(loss):

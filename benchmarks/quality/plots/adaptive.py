@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.quality.cell import Cell, Row
 from benchmarks.quality.plots.style import (
     FAINT,
     INK,
@@ -16,8 +17,7 @@ from benchmarks.quality.plots.style import (
     task_color,
     title,
 )
-from trt_kv.calibration.evaluation_cell import Cell, Row
-from trt_kv.calibration.evaluation_results import PolicyFacts, Results
+from benchmarks.quality.results import PolicyFacts, Results
 from trt_kv.require import require
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.quality.cell import Cell, Row
 from benchmarks.quality.plots.style import (
     FAINT,
     INK,
@@ -18,8 +19,7 @@ from benchmarks.quality.plots.style import (
     style_of,
     title,
 )
-from trt_kv.calibration.evaluation_cell import Cell, Row
-from trt_kv.calibration.evaluation_results import Results
+from benchmarks.quality.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.quality.cell import Cell, Row
 from benchmarks.quality.plots import adaptive
 from benchmarks.quality.plots import kept as kept_plots
 from benchmarks.quality.plots.style import (
@@ -22,9 +23,8 @@ from benchmarks.quality.plots.style import (
     style_of,
     title,
 )
-from trt_kv.calibration.evaluation_cell import Cell, Row
-from trt_kv.calibration.evaluation_results import PolicyFacts, Results
-from trt_kv.calibration.evaluation_statistics import Estimate
+from benchmarks.quality.results import PolicyFacts, Results
+from trt_kv.calibration.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

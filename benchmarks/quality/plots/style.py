@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trt_kv.calibration.evaluation_results import PolicyFacts, Results
+from benchmarks.quality.results import PolicyFacts, Results
 from trt_kv.require import require
 
 if TYPE_CHECKING:

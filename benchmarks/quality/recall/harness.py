@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality.cases import Case
 from benchmarks.quality.harness import Outcome, Plan, outcome_of, released
 from benchmarks.quality.recall.steps import Movement, RecallSteps
-from trt_kv.calibration.evaluation import Case
 from trt_kv.manifest import Manifest
 from trt_kv.plugins.recall_attention.choice import summaries_of
 from trt_kv.policy import Policy

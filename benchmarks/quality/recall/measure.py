@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 import trt_kv
+from benchmarks.quality.cases import Encode
 from benchmarks.quality.effort import OnProgress
 from benchmarks.quality.harness import harness_from_engine
 from benchmarks.quality.machine import this_machine
@@ -20,11 +21,10 @@ from benchmarks.quality.recall.harness import Moved, RecallHarness, recall_harne
 from benchmarks.quality.recall.policies import RECENT, SINKS, HostContender, host_contenders
 from benchmarks.quality.recall.results import HostCell, HostPlan, MovedRow, RecallResults
 from benchmarks.quality.recipes import Recipes, calibrate
+from benchmarks.quality.results import Versions
+from benchmarks.quality.settings import Settings
+from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import ReportTask, report_tasks
-from trt_kv.calibration.evaluation import Encode
-from trt_kv.calibration.evaluation_results import Versions
-from trt_kv.calibration.evaluation_settings import Settings
-from trt_kv.calibration.evaluation_store import Store
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.manifest import load_manifest
 from trt_kv.policy import Policy

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.quality.cell import Row
 from benchmarks.quality.plots.style import (
     FAINT,
     INK,
@@ -22,9 +23,8 @@ from benchmarks.quality.plots.style import (
 from benchmarks.quality.recall.results import RecallResults, beside
 from benchmarks.quality.recall.sentences import swept_budget
 from benchmarks.quality.recall.tables import Measured, measured_cells, sweep
-from trt_kv.calibration.evaluation_cell import Row
-from trt_kv.calibration.evaluation_results import PolicyFacts, Results
-from trt_kv.calibration.evaluation_statistics import Estimate
+from benchmarks.quality.results import PolicyFacts, Results
+from trt_kv.calibration.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

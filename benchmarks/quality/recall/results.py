@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from trt_kv.calibration.evaluation_cell import Cell, pooled
-from trt_kv.calibration.evaluation_results import Machine, PolicyFacts, RecipeFacts, Results, Versions, json_text
-from trt_kv.calibration.evaluation_statistics import Estimate, mean_interval
+from benchmarks.quality.cell import Cell, pooled
+from benchmarks.quality.results import Machine, PolicyFacts, RecipeFacts, Results, Versions, json_text
+from trt_kv.calibration.statistics import Estimate, mean_interval
 from trt_kv.errors import ReportError
 from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
 

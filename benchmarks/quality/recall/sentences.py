@@ -4,10 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.quality.recall.results import RecallResults
-from benchmarks.quality.recall.tables import FREEKV, SYNCHRONOUS, UNCORRECTED, Measured, sweep
-from benchmarks.quality.tables import quality, share
-from trt_kv.calibration.evaluation_findings import (
+from benchmarks.quality.comparisons import (
     Compare,
     best_rival,
     by_answers,
@@ -17,8 +14,11 @@ from trt_kv.calibration.evaluation_findings import (
     ranges_of,
     verdicts,
 )
-from trt_kv.calibration.evaluation_results import Results
-from trt_kv.calibration.evaluation_statistics import Verdict
+from benchmarks.quality.recall.results import RecallResults
+from benchmarks.quality.recall.tables import FREEKV, SYNCHRONOUS, UNCORRECTED, Measured, sweep
+from benchmarks.quality.results import Results
+from benchmarks.quality.tables import quality, share
+from trt_kv.calibration.statistics import Verdict
 
 PUBLISHED_TAUS = (0.8, 0.9)
 """For long inputs, and for long generation."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.quality import tables
+from benchmarks.quality.cell import Cell
+from benchmarks.quality.comparisons import Comparison, by_answers, by_loss, percent, signs, verdicts
 from benchmarks.quality.recall.results import HostCell, MovedRow, RecallResults, beside, late_cell
-from trt_kv.calibration.evaluation_cell import Cell
-from trt_kv.calibration.evaluation_findings import Comparison, by_answers, by_loss, percent, signs, verdicts
-from trt_kv.calibration.evaluation_results import PolicyFacts, Results
+from benchmarks.quality.results import PolicyFacts, Results
 from trt_kv.policy import Policy
 
 SHOWN = ("host", "mixture", "combined")

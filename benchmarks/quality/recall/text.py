@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
+from benchmarks.quality.comparisons import percent
 from benchmarks.quality.recall import tables
 from benchmarks.quality.recall.results import RecallResults
 from benchmarks.quality.recall.sentences import findings, swept_budget
+from benchmarks.quality.results import Results
 from benchmarks.quality.tables import policy_rows, quality
-from trt_kv.calibration.evaluation_findings import percent
-from trt_kv.calibration.evaluation_results import Results
 
 IN_SUMMARY = ("freekv", "quest", "arkvale")
 ADAPTIVE = "freekv-unimetric"

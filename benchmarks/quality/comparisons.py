@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from trt_kv.calibration.evaluation_cell import Cell, Row
-from trt_kv.calibration.evaluation_results import PolicyFacts, Results
-from trt_kv.calibration.evaluation_statistics import Verdict, compare_losses, compare_shares
+from benchmarks.quality.cell import Cell, Row
+from benchmarks.quality.results import PolicyFacts, Results
+from trt_kv.calibration.statistics import Verdict, compare_losses, compare_shares
 
 NO_DIFFERENCE: Verdict = "no clear difference"
 Compare = Callable[[Row, Row], Verdict]

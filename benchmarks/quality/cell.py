@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_kv.calibration.evaluation_statistics import (
+from trt_kv.calibration.statistics import (
     Estimate,
     mean_interval,
     perplexity_interval,

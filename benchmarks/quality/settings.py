@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trt_kv.calibration.evaluation_cell import Cell
+from benchmarks.quality.cell import Cell
 from trt_kv.errors import UsageError
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trt_kv.calibration.evaluation_cell import Cell, pooled
-from trt_kv.calibration.evaluation_settings import Settings
+from benchmarks.quality.cell import Cell, pooled
+from benchmarks.quality.settings import Settings
 from trt_kv.errors import ReportError
 from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
 

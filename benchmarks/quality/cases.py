@@ -1,19 +1,11 @@
-"""Tasks as token ids with the right answer, and what logits say about an answer.
+"""Tasks as token ids with the right answer."""
 
-T tokens fed after a prompt, V vocabulary.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from trt_kv.calibration.tasks import Task
 from trt_kv.errors import UsageError
 
-Floats = npt.NDArray[np.floating[Any]]
 Encode = Callable[[str], list[int]]
 
 
@@ -67,11 +59,3 @@ def case_from_task(task: Task, encode: Encode, *, question_known: bool = True) -
         fact=fact,
         question=range(1 + n_document, len(prompt)),
     )
-
-
-def answer_losses(logits_TV: Floats, fed: Sequence[int]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    """For each token of ``fed``: whether logits [T, V] rank it first, and its negative log-likelihood in nats, both [T]."""
-    tokens_T = np.asarray(fed)
-    shifted_TV = logits_TV.astype(np.float64) - logits_TV.max(axis=1, keepdims=True)
-    picked_T = shifted_TV[np.arange(len(tokens_T)), tokens_T]
-    return logits_TV.argmax(axis=1) == tokens_T, np.log(np.exp(shifted_TV).sum(axis=1)) - picked_T
