@@ -10,18 +10,23 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.quality import __main__ as report
-from benchmarks.quality import text as report_text
-from benchmarks.quality.comparisons import COMPARISONS
+from benchmarks.quality.cell import Row
+from benchmarks.quality.comparisons import COMPARISONS, best_published, percent
 from benchmarks.quality.harness import Harness
-from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_SETTINGS
+from benchmarks.quality.pages import recall_markdown, report_markdown, summary_markdown
+from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS, QUICK_SETTINGS
 from benchmarks.quality.plots.pictures import PICTURES
 from benchmarks.quality.policies import PUBLISHED, contenders
+from benchmarks.quality.recall.harness import RecallHarness
+from benchmarks.quality.recall.measure import entries
 from benchmarks.quality.recall.plots import RECALL_PICTURES
-from benchmarks.quality.recall.results import RecallResults
-from benchmarks.quality.recall.text import recall_markdown
+from benchmarks.quality.recall.policies import host_contenders
+from benchmarks.quality.recall.results import RecallResults, beside
+from benchmarks.quality.recall.tables import UNCORRECTED, measured_cells, sweep
 from benchmarks.quality.results import Results
 from benchmarks.quality.tasks import report_tasks
-from tests.quality import measured
+from benchmarks.quality.verdicts import rival_table, weak_table
+from tests.quality import measured, measured_recall
 from trt_kv.errors import ReportError, UsageError
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.policies import policy_from_name, policy_names
@@ -99,6 +104,89 @@ def test_memory_is_that_of_the_kept_tokens(quick: Results) -> None:
         assert kept - 1 <= used <= kept + 8 * quick.page_size
 
 
+def test_what_is_certain_about_recall_shows(quick: Results, quick_recall: RecallResults) -> None:
+    """Directions that hold with few short documents."""
+    late, copy, text = measured_cells(quick_recall, quick)
+    assert [cell.name for cell in (late, copy, text)] == ["late questions", "long copy", "plain text"]
+    right = {policy: late.all.row(policy, 0.2).accuracy.value for policy in ("freekv", "quest", "arkvale", "streamingllm")}
+    assert min(right["freekv"], right["quest"], right["arkvale"]) > right["streamingllm"] + 0.5
+    assert late.all.row("freekv", 0.2).accuracy.value >= late.all.row(UNCORRECTED, 0.2).accuracy.value
+    assert late.all.row("freekv-windowrecipe", 0.2).accuracy.value > late.all.row("freekv-recipe", 0.2).accuracy.value + 0.5
+    for cell in (late, copy, text):
+        assert (
+            cell.all.perplexity(cell.all.row("freekv", 0.2)).value < cell.all.perplexity(cell.all.row(UNCORRECTED, 0.2)).value
+        )
+        for row in cell.host.rows[1:]:
+            if row.budget is not None and not row.policy.endswith("exempt"):
+                assert row.budget - 0.04 < row.mean_kept < row.budget + 0.005, row.name
+        moved = [cell.host.moved_by(policy.name, 0.2) for _, policy in sweep(quick_recall)]
+        for less, more in itertools.pairwise(moved):
+            assert np.mean(less.corrected_heads) <= np.mean(more.corrected_heads)
+            assert np.mean(less.corrected_layer_steps) <= np.mean(more.corrected_layer_steps)
+            assert np.mean(less.late) <= np.mean(more.late) + 0.5
+        assert np.mean(moved[3].corrected_layer_steps) > np.mean(moved[3].corrected_heads) > 0.3
+
+
+def test_every_cell_has_the_policies_of_its_plan(quick_recall: RecallResults) -> None:
+    (plan,) = QUICK_HOST_PLANS
+    expected = [(entry.contender.name, entry.budget) for entry in entries(plan, host_contenders())]
+    assert [cell.task for cell in quick_recall.cells] == list(plan.tasks)
+    for cell in quick_recall.cells:
+        assert [(row.policy, row.budget) for row in cell.rows] == expected
+        assert len(cell.moved) == len(cell.rows) - 1
+
+
+def test_nothing_that_is_stored_is_measured_again(
+    quick_recall: RecallResults,
+    full_folder: Path,
+    bundled_checkpoint: Checkpoint,
+    parts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(RecallHarness, "run", None)
+    assert measured_recall(bundled_checkpoint, full_folder, parts, []) == quick_recall
+    quick_recall.save(tmp_path / "recall.json")
+    assert RecallResults.load(tmp_path / "recall.json") == quick_recall
+
+
+def test_results_on_other_documents_are_not_put_side_by_side(quick: Results, quick_recall: RecallResults) -> None:
+    cell = quick_recall.cells[0]
+    others = tuple(dataclasses.replace(document, seed=7) for document in cell.documents)
+    with pytest.raises(ReportError, match="other documents"):
+        beside(quick, dataclasses.replace(cell, documents=others))
+
+
+def test_ours_are_compared_with_the_best_published_policy_of_their_share(quick: Results) -> None:
+    """A policy that finds its own budget: with the next smaller and the next larger share; and every loss is listed."""
+    rivals = [policy.name for policy in quick.in_groups("published") if not policy.adaptive]
+    for cell in quick.cells:
+        for budget in QUICK_SETTINGS.budgets:
+            best = best_published(quick)(cell, cell.row("pooledwindow", budget))
+            assert best is not None
+            assert best.budget == budget
+            assert best.right.count("1") == max(cell.row(name, budget).right.count("1") for name in rivals)
+            assert best_published(quick, keeps_more=True)(cell, cell.row("pooledwindow", budget)) is None
+        reach = cell.row("reach")
+        smaller, larger = (best_published(quick, keeps_more=more)(cell, reach) for more in (False, True))
+        assert smaller is None or smaller.budget == max(b for b in QUICK_SETTINGS.budgets if b <= reach.mean_kept)
+        assert larger is None or larger.budget == min(b for b in QUICK_SETTINGS.budgets if b >= reach.mean_kept)
+        assert smaller is not larger
+
+
+def test_where_ours_lose_is_told(quick: Results) -> None:
+    def worse(row: Row) -> Row:
+        return dataclasses.replace(row, losses=tuple(loss + 9 for loss in row.losses)) if row.policy == "reach" else row
+
+    cells = [dataclasses.replace(cell, rows=tuple(map(worse, cell.rows))) for cell in quick.cells]
+    results = dataclasses.replace(quick, cells=tuple(cells))
+    kept = percent(results.cell("plain_text").row("reach").mean_kept)
+    for rival in ("full cache", "best published", "refreekv"):
+        assert f"| reach | {rival} | Plain text | {kept} |" in weak_table(results).splitlines()
+        (line,) = [line for line in rival_table(results).splitlines() if line.startswith(f"| reach | {rival} |")]
+        assert line.endswith("| `-` |")
+
+
 def test_every_preset_takes_part_and_comparisons_are_between_contenders() -> None:
     known = contenders()
     names = [contender.name for contender in known]
@@ -161,8 +249,7 @@ def test_what_the_model_cannot_do_is_shown_and_not_compared(
     assert [cell.is_compared for cell in results.cells] == [False] * 7 + [True]
     assert [cell.task for cell in results.compared()] == ["plain_text"]
     assert results.late() is None
-    text = report_text.report_markdown(results, quick_recall)
-    assert "Left out of every comparison: one fact, near at 384, " in text
+    text = report_markdown(results, quick_recall)
     assert "*100 (51–100)*" in text
 
 
@@ -170,7 +257,7 @@ def test_results_survive_the_file_and_make_the_same_report(quick: Results, quick
     quick.save(tmp_path / "results.json")
     loaded = Results.load(tmp_path / "results.json")
     assert loaded == quick
-    assert report_text.report_markdown(loaded, quick_recall) == report_text.report_markdown(quick, quick_recall)
+    assert report_markdown(loaded, quick_recall) == report_markdown(quick, quick_recall)
 
 
 def test_a_number_that_does_not_follow_from_the_documents_is_refused(quick: Results, tmp_path: Path) -> None:
@@ -234,9 +321,9 @@ def test_the_committed_report_is_what_its_results_give() -> None:
     recall = RecallResults.load(report.COMMITTED / "recall.json")
     assert results.settings == FULL_SETTINGS
     assert recall.plans == FULL_HOST_PLANS
-    assert (report.COMMITTED / "report.md").read_text() == report_text.report_markdown(results, recall)
+    assert (report.COMMITTED / "report.md").read_text() == report_markdown(results, recall)
     assert (report.COMMITTED / "recall.md").read_text() == recall_markdown(recall, results)
-    summary = report_text.summary_markdown(results, recall)
+    summary = summary_markdown(results, recall)
     assert (report.COMMITTED / "summary.md").read_text() == summary + "\n"
     assert report.README.read_text() == report.readme_with_summary(report.README.read_text(), summary)
     pictures = {*PICTURES, *RECALL_PICTURES}

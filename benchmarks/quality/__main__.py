@@ -1,7 +1,7 @@
 """``python -m benchmarks.quality``: measure quality against kept share on the bundled model, and write the report."""
 
-# What is measured: plans (how much), tasks, policies. With what: steps, harness, recipes, measure_cells, effort, measure. What
-# is shown: text with tables and sentences; plots. The results file: results.py. Policies whose
+# What is measured: plans (how much), tasks, policies. With what: steps, harness, recipes, measure_cells, effort, measure. The
+# results: results, with its cells. What is shown: pages fills templates/ with tables and verdicts; plots/ draws. Policies whose
 # cache stays on the host have the same in recall/: another harness, results file and page, on the same documents.
 
 import shlex
@@ -11,14 +11,13 @@ from pathlib import Path
 
 import click
 
-from benchmarks.quality import text
 from benchmarks.quality.measure import measure
+from benchmarks.quality.pages import recall_markdown, report_markdown, summary_markdown
 from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS, QUICK_SETTINGS
 from benchmarks.quality.plots.pictures import pictures
 from benchmarks.quality.recall.measure import measure_recall
 from benchmarks.quality.recall.plots import recall_pictures
 from benchmarks.quality.recall.results import RecallResults
-from benchmarks.quality.recall.text import recall_markdown
 from benchmarks.quality.results import Results
 from trt_kv.cli.progress import progress_bars
 from trt_kv.errors import ReportError, TrtKvError, UsageError
@@ -60,7 +59,7 @@ def main(quick: bool, from_results: Path | None, recall_only: bool, out: Path | 
             results, recall = measured(quick=quick, known=Results.load(COMMITTED / "results.json") if recall_only else None)
         write_report(results, recall, out)
         if out.resolve() == COMMITTED:
-            summary = text.summary_markdown(results, recall)
+            summary = summary_markdown(results, recall)
             content = readme_with_summary(README.read_text(encoding="utf-8"), summary)
             write_atomically(README, content.encode(), kind="README", error=ReportError)
     except TrtKvError as error:
@@ -103,9 +102,9 @@ def write_report(results: Results, recall: RecallResults, out: Path) -> None:
     results.save(out / "results.json")
     recall.save(out / "recall.json")
     files = {
-        "report.md": text.report_markdown(results, recall).encode(),
+        "report.md": report_markdown(results, recall).encode(),
         "recall.md": recall_markdown(recall, results).encode(),
-        "summary.md": (text.summary_markdown(results, recall) + "\n").encode(),
+        "summary.md": (summary_markdown(results, recall) + "\n").encode(),
         **pictures(results),
         **recall_pictures(recall, results),
     }

@@ -1,4 +1,4 @@
-"""What a report's results say: what is better, where, and where nothing can be told."""
+"""Which of two rows is better on the same documents, and what each row is compared with."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,8 +7,10 @@ from benchmarks.quality.cell import Cell, Row
 from benchmarks.quality.results import PolicyFacts, Results
 from trt_kv.calibration.statistics import Verdict, compare_losses, compare_shares
 
-NO_DIFFERENCE: Verdict = "no clear difference"
+REFREEKV = "refreekv"
 Compare = Callable[[Row, Row], Verdict]
+Rival = Callable[[Cell, Row], Row | None]
+"""What a row of a cell is compared with; None where there is nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +62,6 @@ def signs(verdicts_by_budget: Mapping[float, Verdict]) -> str:
     return "".join({"better": "+", "worse": "-"}.get(verdict, ".") for verdict in verdicts_by_budget.values())
 
 
-def describe(verdicts_by_budget: Mapping[float, Verdict]) -> str:
-    """E.g. "better at 10-30 %, no clear difference at 40-90 %"; the budgets must be in order."""
-    budgets = list(verdicts_by_budget)
-    found: dict[Verdict, list[float]] = {}
-    for budget, verdict in verdicts_by_budget.items():
-        found.setdefault(verdict, []).append(budget)
-    if len(found) == 1:
-        (verdict,) = found
-        return f"{verdict} at {'any' if verdict == NO_DIFFERENCE else 'every'} kept share"
-    order: tuple[Verdict, ...] = ("better", "worse", NO_DIFFERENCE)
-    return ", ".join(f"{verdict} at {ranges_of(found[verdict], budgets)} %" for verdict in order if verdict in found)
-
-
 def lossless_share(cell: Cell, policy: str, budgets: Sequence[float], compare: Compare) -> float | None:
     """The smallest measured kept share from which on ``policy`` is nowhere clearly worse than the full cache, or None."""
     share = None
@@ -83,41 +72,51 @@ def lossless_share(cell: Cell, policy: str, budgets: Sequence[float], compare: C
     return share
 
 
-def best_rival(cell: Cell, rivals: Sequence[PolicyFacts], budget: float) -> Row:
-    """The best row of a rival at a kept share."""
-    best = best_of([cell.row(rival.name, budget) for rival in rivals if cell.has(rival.name, budget)])
-    assert best is not None
-    return best
-
-
-def best_of(rows: Sequence[Row]) -> Row | None:
-    """The row with the most exact answers; the likeliest one among equals; None of none."""
+def best_rival(cell: Cell, rivals: Sequence[PolicyFacts], budget: float | None) -> Row | None:
+    """The best row of a rival at a kept share: the one with the most exact answers, the likeliest one among equals."""
+    rows = [cell.row(rival.name, budget) for rival in rivals if budget is not None and cell.has(rival.name, budget)]
     return max(rows, key=lambda row: (row.right.count("1"), -sum(row.losses)), default=None)
 
 
-def against_the_best(results: Results, cell: Cell, policy: str, compare: Compare) -> dict[float, Verdict]:
-    """``policy`` against whichever published policy with a kept share is best, at every kept share of the cell's context."""
-    rivals = [rival for rival in results.in_groups("published") if not rival.adaptive]
-    budgets = [budget for budget in results.settings.at(cell.context_length).budgets if cell.has(policy, budget)]
-    return {budget: compare(cell.row(policy, budget), best_rival(cell, rivals, budget)) for budget in budgets}
+def best_published(results: Results, *, keeps_more: bool = False) -> Rival:
+    """The best published policy at the row's kept share.
 
-
-def worse_places(results: Results, policy: str, rival_of: Callable[[Cell, Row], Row | None]) -> list[tuple[Cell, list[float]]]:
-    """The cells of any context in which ``policy`` is clearly worse than a rival, with the kept shares at which it is.
-
-    By exact answers where the task asks, else by loss. ``rival_of`` gives the rival to a row of the cell, None for none.
+    Beside a policy that finds its own budget: at the largest measured share that is not above the row's, with ``keeps_more`` at
+    the smallest that is not below it.
     """
-    places = []
-    for cell in results.cells:
-        if not cell.is_compared:
-            continue
-        compare = by_answers if results.task(cell.task).asks else by_loss
-        rows = [row for row in cell.rows if row.policy == policy]
-        found = [(row, rival) for row in rows if (rival := rival_of(cell, row)) is not None]
-        worse = [row.budget or row.mean_kept for row, rival in found if compare(row, rival) == "worse"]
-        if worse:
-            places.append((cell, worse))
-    return places
+    rivals = [rival for rival in results.in_groups("published") if not rival.adaptive]
+
+    def rival_of(cell: Cell, row: Row) -> Row | None:
+        budgets = results.settings.at(cell.context_length).budgets
+        if row.budget is not None:
+            return None if keeps_more else best_rival(cell, rivals, row.budget)
+        if keeps_more:
+            return best_rival(cell, rivals, min((b for b in budgets if b >= row.mean_kept), default=None))
+        return best_rival(cell, rivals, max((b for b in budgets if b <= row.mean_kept), default=None))
+
+    return rival_of
+
+
+def rivals_of_ours(results: Results) -> dict[str, Rival]:
+    """What our policies are compared with, by name; all but the first two only those that find their own budget."""
+    return {
+        "full cache": lambda cell, _row: cell.full,
+        "best published": best_published(results),
+        "best published that keeps more": best_published(results, keeps_more=True),
+        REFREEKV: lambda cell, row: cell.row(REFREEKV) if row.budget is None else None,
+    }
+
+
+def against(cell: Cell, policy: str, rival_of: Rival, compare: Compare) -> dict[float, Verdict]:
+    """Every row of ``policy`` against its rival, by kept share."""
+    rows = [row for row in cell.rows if row.policy == policy]
+    found = [(row, rival) for row in rows if (rival := rival_of(cell, row)) is not None]
+    return {row.budget or row.mean_kept: compare(row, rival) for row, rival in found}
+
+
+def compare_of(results: Results, cell: Cell) -> Compare:
+    """By exact answers where the task asks, else by loss."""
+    return by_answers if results.asks(cell) else by_loss
 
 
 def row_at_most(results: Results, cell: Cell, policy: str, kept: float) -> Row | None:
@@ -127,24 +126,6 @@ def row_at_most(results: Results, cell: Cell, policy: str, kept: float) -> Row |
     return rows[-1] if rows else None
 
 
-def row_at_least(results: Results, cell: Cell, policy: str, kept: float) -> Row | None:
-    """The row of ``policy`` at the smallest measured kept share that is not below ``kept``; None where all are."""
-    budgets = [budget for budget in results.settings.at(cell.context_length).budgets if budget >= kept]
-    rows = [cell.row(policy, budget) for budget in budgets if cell.has(policy, budget)]
-    return rows[0] if rows else None
-
-
 def percent(share: float) -> str:
     """A share as whole percents without the sign."""
     return f"{100 * share:.0f}"
-
-
-def ranges_of(some: Sequence[float], budgets: Sequence[float]) -> str:
-    """``some`` of ``budgets`` as percents, neighbours joined: "10-30, 50"."""
-    runs: list[list[float]] = []
-    for budget in some:
-        if runs and budgets.index(budget) == budgets.index(runs[-1][-1]) + 1:
-            runs[-1].append(budget)
-        else:
-            runs.append([budget])
-    return ", ".join(percent(run[0]) if len(run) == 1 else f"{percent(run[0])}–{percent(run[-1])}" for run in runs)

@@ -18,6 +18,8 @@ from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
 
 FORMAT = "trt-kv-report"
 VERSION = 2
+LATE = "late"
+"""The cell of all late questions together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,17 @@ class Results:
     def late(self, context_length: int | None = None) -> Cell | None:
         """All late questions of a context in one cell, as far as the model can answer them; None where it cannot any."""
         cells = [cell for cell in self.compared(context_length) if self.task(cell.task).late]
-        return pooled("late", cells) if cells else None
+        return pooled(LATE, cells) if cells else None
+
+    def main_cells(self) -> list[tuple[str, Cell]]:
+        """Late questions together and every other task, by name, at the main context, as far as the model can do them."""
+        late = self.late()
+        cells = [("late questions", late)] if late else []
+        return cells + [(self.task(cell.task).title.lower(), cell) for cell in self.compared() if not self.task(cell.task).late]
+
+    def asks(self, cell: Cell) -> bool:
+        """Whether answers in a cell, which may be that of ``late``, can be right or wrong."""
+        return cell.task == LATE or self.task(cell.task).asks
 
     def save(self, path: Path) -> None:
         """Write the results to ``path``, whole or not at all; each row gets its summary for readers."""

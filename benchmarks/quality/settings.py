@@ -60,6 +60,11 @@ class Settings:
         """The mean kept shares of the main context, smallest first."""
         return self.main.budgets
 
+    @property
+    def summary_budget(self) -> float:
+        """The kept share that stands for all where there is no room for all."""
+        return min(self.budgets, key=lambda budget: abs(budget - 0.2))
+
     def at(self, context_length: int) -> ContextPlan:
         """The plan of a context."""
         return next(plan for plan in self.contexts if plan.context_length == context_length)

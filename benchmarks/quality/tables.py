@@ -1,13 +1,14 @@
 """The report's tables, as Markdown, made from the results alone."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from benchmarks.quality.cell import Cell, Row
-from benchmarks.quality.comparisons import COMPARISONS, by_answers, by_loss, percent, row_at_most, signs, verdicts
+from benchmarks.quality.comparisons import REFREEKV, percent, row_at_most
 from benchmarks.quality.plots.adaptive import sweep
 from benchmarks.quality.results import PolicyFacts, Results
+from benchmarks.quality.settings import Settings
 from trt_kv.calibration.statistics import Estimate, wilson_interval
 
 MORE_THAN_ROUNDING = 0.005
@@ -33,8 +34,18 @@ def ratio(estimate: Estimate) -> str:
 
 def quality(results: Results, cell: Cell, row: Row) -> str:
     """Exact answers in % where the task asks, else perplexity; with its interval."""
-    asks = cell.task == "late" or results.task(cell.task).asks
-    return share(row.accuracy) if asks else ratio(cell.perplexity(row))
+    return share(row.accuracy) if results.asks(cell) else ratio(cell.perplexity(row))
+
+
+def summary_rows(results: Results) -> list[list[str]]:
+    """Every policy on the main cells at one kept share, or at its own budget."""
+    cells = [cell for _, cell in results.main_cells()]
+    rows = [["`full`", *[quality(results, cell, cell.full) for cell in cells]]]
+    for policy in results.in_groups("ours", "published"):
+        found = [(cell, cell.row(policy.name, results.settings.summary_budget)) for cell in cells]
+        name = f"`{policy.name}`" + (" (ours)" if policy.group == "ours" else "") + (", own budget" if policy.adaptive else "")
+        rows.append([name, *[with_share(row, quality(results, cell, row)) for cell, row in found]])
+    return rows
 
 
 def capability_table(results: Results) -> str:
@@ -52,48 +63,40 @@ def capability_table(results: Results) -> str:
 
 def budget_table(results: Results, cell: Cell, policies: Sequence[PolicyFacts], value: Callable[[Row], str]) -> str:
     """A value per policy and kept share; policies that find their own budget have a column of their own."""
-    budgets = [budget for budget in results.settings.at(cell.context_length).budgets if cell.has(policies[0].name, budget)]
+    known = results.settings.at(cell.context_length).budgets
+    budgets = [budget for budget in known if all(cell.has(policy.name, budget) for policy in policies)]
+
+    def told(policy: PolicyFacts, budget: float | None) -> str:
+        row = cell.row(policy.name, budget)
+        return with_share(row, value(row))
+
     rows = []
     for policy in policies:
-        if policy.adaptive:
-            row = cell.row(policy.name)
-            told = f"{value(row)} at {percent(row.mean_kept)} %"
-            rows.append([policy.label, *[""] * len(budgets), told])
-        else:
-            rows.append([policy.label, *[_with_share(cell.row(policy.name, budget), value) for budget in budgets], ""])
+        shown = [""] * len(budgets) if policy.adaptive else [told(policy, budget) for budget in budgets]
+        rows.append([policy.label, *shown, told(policy, None) if policy.adaptive else ""])
     full = f"Full cache: {value(cell.full)}."
     return f"{table(['kept, %', *map(percent, budgets), 'own budget'], rows)}\n\n{full}"
 
 
-def _with_share(row: Row, value: Callable[[Row], str]) -> str:
-    """A row's value, and what it keeps where that is not its budget: protected tokens can be more."""
-    assert row.budget is not None
-    return value(row) + (f" at {percent(row.mean_kept)} %" if row.mean_kept > row.budget + MORE_THAN_ROUNDING else "")
+def with_share(row: Row, told: str) -> str:
+    """What is ``told`` of a policy's row, and what it keeps where that is not its budget: protected tokens can be more."""
+    own = row.budget is None or row.mean_kept > row.budget + MORE_THAN_ROUNDING
+    return told + (f" at {percent(row.mean_kept)} %" if own else "")
 
 
-def context_table(results: Results, budget: float) -> str:
-    """Late questions of every context at one kept share."""
-    contexts = [plan.context_length for plan in results.settings.contexts]
-    cells = {context: results.late(context) for context in contexts}
+def context_table(policies: Iterable[PolicyFacts], cells: Mapping[str, Cell | None], budget: float) -> str:
+    """Exact answers at one kept share in cells with a heading each, of those that have them."""
 
     def told(cell: Cell | None, policy: PolicyFacts) -> str:
         if cell is None or not cell.has(policy.name, budget):
             return ""
         row = cell.row(policy.name, budget)
-        own = policy.adaptive or row.mean_kept > budget + MORE_THAN_ROUNDING
-        return share(row.accuracy) + (f" at {percent(row.mean_kept)} %" if own else "")
+        return with_share(row, share(row.accuracy))
 
-    policies = results.in_groups("reference", "published", "ours")
-    rows = [
-        [policy.label, *[told(cell, policy) if policy.group != "reference" else _full(cell) for cell in cells.values()]]
-        for policy in policies
-    ]
+    rows = [[policy.label, *[told(cell, policy) for cell in cells.values()]] for policy in policies]
+    full = ["full cache", *["" if cell is None else share(cell.full.accuracy) for cell in cells.values()]]
     counts = ["documents", *["" if cell is None else str(len(cell.documents)) for cell in cells.values()]]
-    return table(["context, tokens", *map(str, contexts)], [*rows, counts])
-
-
-def _full(cell: Cell | None) -> str:
-    return "" if cell is None else share(cell.full.accuracy)
+    return table(["context, tokens", *cells], [full, *rows, counts])
 
 
 def own_budget_table(results: Results, policy: PolicyFacts) -> str:
@@ -128,7 +131,7 @@ def own_budget_table(results: Results, policy: PolicyFacts) -> str:
 
 def _brief(results: Results, cell: Cell, row: Row) -> str:
     """A row's quality without its interval, and its kept share where the table does not say it."""
-    value = percent(row.accuracy.value) if results.task(cell.task).asks else f"{cell.perplexity(row).value:.2f}"
+    value = percent(row.accuracy.value) if results.asks(cell) else f"{cell.perplexity(row).value:.2f}"
     return f"{value} at {percent(row.budget or row.mean_kept)} %"
 
 
@@ -146,16 +149,13 @@ def threshold_table(results: Results) -> str:
 
 def ablation_table(results: Results) -> str:
     """ReFreeKV with one part replaced each."""
-    policies = [results.policy("refreekv"), *results.in_groups("ablation")]
+    policies = [results.policy(REFREEKV), *results.in_groups("ablation")]
     cells = results.compared()
     rows = []
     for policy in policies:
+        found = [(cell, cell.row(policy.name)) for cell in cells]
         label = "as published" if policy is policies[0] else policy.label
-        told = []
-        for cell in cells:
-            row = cell.row(policy.name)
-            told.append(f"{quality(results, cell, row)} at {percent(row.mean_kept)} %")
-        rows.append([label, *told])
+        rows.append([label, *[with_share(row, quality(results, cell, row)) for cell, row in found]])
     return table(["", *[results.task(cell.task).title for cell in cells]], rows)
 
 
@@ -165,36 +165,30 @@ def sink_table(results: Results) -> str:
     return table(["layer", *map(str, range(results.model.n_layers))], rows)
 
 
-def choice_table(results: Results) -> str:
-    """One sign per kept share for each choice alone."""
-    late = results.late()
-    cells = [("Late questions", late)] if late else []
-    cells += [(results.task(cell.task).title, cell) for cell in results.compared() if not results.task(cell.task).late]
-    columns = []
-    for name, cell in cells:
-        if cell.task == "late" or results.task(cell.task).asks:
-            columns.append((f"{name}: exact", cell, by_answers))
-        columns.append((f"{name}: perplexity", cell, by_loss))
-    budgets = results.settings.budgets
+def kept_table(results: Results) -> str:
+    """What is kept of late questions at about half: where it stands in the prompt, how much of the fact and the question."""
+    cell = results.late()
+    budget = min(results.settings.budgets, key=lambda budget: abs(budget - 0.5))
     rows = []
-    for comparison in COMPARISONS:
-        found = [verdicts(cell, comparison.policy, comparison.other, budgets, compare) for _, cell, compare in columns]
-        rows.append([comparison.choice, *[f"`{signs(verdicts_by_budget)}`" for verdicts_by_budget in found]])
-    return table(["choice", *[name for name, _, _ in columns]], rows)
+    for policy in results.in_groups("published", "ours") if cell else ():
+        assert cell is not None
+        row = cell.row(policy.name, budget)
+        kept = (row.mean_kept, row.kept_place, row.fact_kept, row.question_kept)
+        rows.append([policy.label, *["" if value is None else percent(value) for value in kept]])
+    return table(["policy", "kept, %", "mean place (0 first, 100 last)", "of the asked fact, %", "of the question, %"], rows)
 
 
-def seed_table(results: Results, budget: float) -> str:
+def seed_table(results: Results) -> str:
     """Late questions, each seed's documents by themselves."""
     cell = results.late()
     seeds = results.settings.seeds
     rows = []
     for policy in results.in_groups("published", "ours") if cell else ():
         assert cell is not None
-        row = cell.row(policy.name, budget)
+        row = cell.row(policy.name, results.settings.summary_budget)
         told = [policy.label]
         for seed in seeds:
-            members = [document.seed == seed for document in cell.documents]
-            answers = [right for right, member in zip(row.answers, members, strict=True) if member]
+            answers = [right for right, document in zip(row.answers, cell.documents, strict=True) if document.seed == seed]
             told.append(share(wilson_interval(sum(answers), len(answers))))
         rows.append([*told, share(row.accuracy)])
     return table(["", *[f"seed {seed}" for seed in seeds], "all"], rows)
@@ -211,28 +205,21 @@ def recipe_table(results: Results) -> str:
 
 def memory_table(results: Results) -> str:
     """KiB of the pages that one sequence holds after a prompt."""
-    cell = results.compared()[0]
-    budgets = results.settings.budgets
+    policies = results.in_groups("published", "ours")
+    return budget_table(results, results.compared()[0], policies, lambda row: f"{row.kv_bytes / 1024:.0f}")
 
-    def kib(row: Row) -> str:
-        return f"{row.kv_bytes / 1024:.0f}"
 
+def document_table(settings: Settings) -> str:
+    """How many documents each task has at a context, and the kept shares there."""
     rows = [
-        [policy.label, *[kib(cell.row(policy.name, budget)) for budget in budgets], ""]
-        if not policy.adaptive
-        else [policy.label, *[""] * len(budgets), kib(cell.row(policy.name))]
-        for policy in results.in_groups("published", "ours")
+        [str(plan.context_length), str(len(settings.seeds) * plan.documents_per_seed), ", ".join(map(percent, plan.budgets))]
+        for plan in settings.contexts
     ]
-    return table(["kept, %", *map(percent, budgets), "own budget"], rows) + f"\n\nFull cache: {kib(cell.full)}."
+    return table(["context, tokens", "documents per task", "kept, %"], rows)
 
 
-def policy_table(results: Results) -> str:
-    """Every policy of the main results with its settings."""
-    return policy_rows(results.policies)
-
-
-def policy_rows(policies: Iterable[PolicyFacts]) -> str:
-    """A table of policies with their settings."""
+def policy_table(policies: Iterable[PolicyFacts]) -> str:
+    """Policies with their settings."""
     rows = [
         [
             f"`{policy.name}`",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.quality.cell import Cell, Row
+from benchmarks.quality.comparisons import REFREEKV
 from benchmarks.quality.plots.style import (
     FAINT,
     INK,
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-REFREEKV = "refreekv"
 
 
 def budgets(results: Results) -> "Figure":

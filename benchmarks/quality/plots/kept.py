@@ -27,13 +27,11 @@ if TYPE_CHECKING:
 
 def layers(results: Results) -> "Figure":
     """Kept share of each layer: policies that give layers different shares, and those that find them from the input."""
-    late = results.late()
-    cells = {"late questions": late} if late else {}
-    cells |= {results.task(cell.task).title.lower(): cell for cell in results.compared() if not results.task(cell.task).late}
-    budget = min(results.settings.budgets, key=lambda b: abs(b - 0.2))
+    cells = results.main_cells()
+    budget = results.settings.summary_budget
     rows: list[tuple[str, Row]] = []
     for policy in results.in_groups("published", "ours"):
-        first, *others = cells.items()
+        first, *others = cells
         if policy.adaptive:
             rows += [(f"{policy.label}: {name}", cell.row(policy.name)) for name, cell in (first, *others)]
         elif len(set(first[1].row(policy.name, budget).kept_by_layer)) > 1:

@@ -106,7 +106,7 @@ def agreement(results: Results) -> "Figure":
 def contexts(results: Results) -> "Figure":
     """Exact answers against the context at one kept share, a panel per task; only where the full cache can do the task."""
     lengths = [plan.context_length for plan in results.settings.contexts]
-    budget = min((b for b in results.settings.budgets), key=lambda b: abs(b - 0.2))
+    budget = results.settings.summary_budget
     tasks = [task for task in results.tasks if task.asks]
     figure, axes = panels(len(tasks), columns=4)
     policies = shown_policies(results)

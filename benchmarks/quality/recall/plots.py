@@ -21,7 +21,6 @@ from benchmarks.quality.plots.style import (
     title,
 )
 from benchmarks.quality.recall.results import RecallResults, beside
-from benchmarks.quality.recall.sentences import swept_budget
 from benchmarks.quality.recall.tables import Measured, measured_cells, sweep
 from benchmarks.quality.results import PolicyFacts, Results
 from trt_kv.calibration.statistics import Estimate
@@ -161,7 +160,7 @@ def tau(recall: RecallResults, results: Results) -> "Figure":
             if cell.asks:
                 _series(axes[0], [row.accuracy for row in rows], color, dash, label)
             _series(axes[1], [cell.all.perplexity_ratio(row, cell.all.full) for row in rows], color, dash, label)
-        moved = [cell.host.moved_by(policy.name, swept_budget(recall)) for _, policy in swept]
+        moved = [cell.host.moved_by(policy.name, recall.swept_budget) for _, policy in swept]
         _series(axes[2], [of.mean("corrected_layer_steps") for of in moved], color, (0, (1, 1.2)), "_")
         _series(axes[2], [of.mean("corrected_heads") for of in moved], color, "-", f"{cell.name} (dotted: layer-steps)")
     accuracy_axis(axes[0])
@@ -178,7 +177,7 @@ def tau(recall: RecallResults, results: Results) -> "Figure":
     headline(
         figure,
         f"FreeKV's threshold of correction, {recall.main.context_length} tokens; corrections and traffic at"
-        f" {100 * swept_budget(recall):.0f} % attended",
+        f" {100 * recall.swept_budget:.0f} % attended",
     )
     return figure
 
@@ -194,7 +193,7 @@ def _series(axis: "Axes", estimates: Sequence[Estimate], color: str, dash: Any, 
 
 
 def _draw_traffic(axis: "Axes", recall: RecallResults, cell: Measured) -> None:
-    moved = [cell.host.moved_by(policy.name, swept_budget(recall)) for _, policy in sweep(recall)]
+    moved = [cell.host.moved_by(policy.name, recall.swept_budget) for _, policy in sweep(recall)]
     ahead, late = (np.array([cell.kib(float(np.mean(getattr(of, field)))) for of in moved]) for field in ("ahead", "late"))
     places = np.arange(len(moved))
     axis.bar(places, ahead, color="#93c5fd", label="recalled ahead")
@@ -203,7 +202,7 @@ def _draw_traffic(axis: "Axes", recall: RecallResults, cell: Measured) -> None:
 
 def corrected(recall: RecallResults, results: Results) -> "Figure":
     """How often each KV head of each layer is corrected, at each tau between."""
-    budget, between = swept_budget(recall), [(value, policy) for value, policy in sweep(recall) if -1.0 <= value <= 1.0]
+    budget, between = recall.swept_budget, [(value, policy) for value, policy in sweep(recall) if -1.0 <= value <= 1.0]
     cell = next(of for of in measured_cells(recall, results) if of.host.has(between[0][1].name, budget))
     figure, axes = panels(len(between), columns=len(between), width=2.4, height=3.4)
     for axis, (value, policy) in zip(axes, between, strict=True):

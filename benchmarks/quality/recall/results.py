@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality.cell import Cell, pooled
-from benchmarks.quality.results import Machine, PolicyFacts, RecipeFacts, Results, Versions, json_text
+from benchmarks.quality.results import LATE, Machine, PolicyFacts, RecipeFacts, Results, Versions, json_text
 from trt_kv.calibration.statistics import Estimate, mean_interval
 from trt_kv.errors import ReportError
 from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
@@ -110,6 +110,11 @@ class RecallResults:
         """The plan that most is said about: the first."""
         return self.plans[0]
 
+    @property
+    def swept_budget(self) -> float:
+        """The share at which sweeps are told: of those measured, the largest."""
+        return max(self.main.sweep_budgets)
+
     def in_groups(self, *groups: str) -> list[PolicyFacts]:
         """The policies of some groups, in order of the groups."""
         return [policy for group in groups for policy in self.policies if policy.group == group]
@@ -160,7 +165,7 @@ def beside(results: Results, cell: HostCell) -> Cell:
 
     ``ReportError`` where the documents are not the same ones.
     """
-    late = cell.task == "late"
+    late = cell.task == LATE
     main = results.late(cell.context_length) if late else results.cell(cell.task, cell.context_length)
     if main is None:
         raise ReportError(f"{cell.name} was not measured with policies that drop tokens", fix="measure again: make report")
@@ -182,7 +187,7 @@ def check_documents(cell: Cell, other: Cell) -> None:
 
 
 def _pooled(cells: Sequence[HostCell]) -> HostCell:
-    cell = pooled("late", cells)
+    cell = pooled(LATE, cells)
     first = cells[0]
     rows = [[of.moved_by(row.policy, row.budget) for of in cells] for row in cell.rows[1:]]
     sizes = [len(of.documents) for of in cells]

@@ -7,11 +7,18 @@ import numpy as np
 
 from benchmarks.quality import tables
 from benchmarks.quality.cell import Cell
-from benchmarks.quality.comparisons import Comparison, by_answers, by_loss, percent, signs, verdicts
+from benchmarks.quality.comparisons import Comparison, Rival, against, best_published, percent
 from benchmarks.quality.recall.results import HostCell, MovedRow, RecallResults, beside, late_cell
 from benchmarks.quality.results import PolicyFacts, Results
+from benchmarks.quality.verdicts import sign_cell, verdict_columns
 from trt_kv.policy import Policy
 
+IN_SUMMARY = {
+    "freekv": "`freekv`",
+    "quest": "`quest`",
+    "arkvale": "`arkvale`",
+    "freekv-unimetric": "`freekv` with `budget=unimetric`, own budget",
+}
 SHOWN = ("host", "mixture", "combined")
 """The groups that have a row in every table."""
 FREEKV, UNCORRECTED, SYNCHRONOUS = "freekv", "freekv-uncorrected", "freekv-synchronous"
@@ -34,6 +41,7 @@ COMPARISONS = (
         policy="freekv-arkvale-windowrecipe",
         other="freekv-arkvale",
     ),
+    Comparison(choice="ArkVale's ranking and pooledwindow's recipe", policy="freekv-arkvale-windowrecipe", other=FREEKV),
     Comparison(choice="layer 0 exempt, FreeKV (attends to more)", policy="freekv-exempt", other=FREEKV),
     Comparison(choice="layer 0 exempt, Quest (attends to more)", policy="quest-exempt", other="quest"),
     Comparison(choice="layer 0 exempt, ArkVale (attends to more)", policy="arkvale-exempt", other="arkvale"),
@@ -132,9 +140,9 @@ def kib_of(cell: Measured, moved: MovedRow) -> list[str]:
     return [f"{cell.kib(float(np.mean(pages))):.1f}" for pages in (moved.ahead, moved.late)]
 
 
-def traffic_table(recall: RecallResults, cell: Measured, budgets: Sequence[float]) -> str:
+def traffic_table(recall: RecallResults, cell: Measured) -> str:
     """What each policy moves at each share, per step and over all layers, and what one step attends to."""
-    rows = []
+    budgets, rows = recall.main.budgets, []
     for policy in _here(recall, cell.host, *SHOWN):
         own = [""] * len(budgets)
         if policy.adaptive:
@@ -166,22 +174,22 @@ def heads_table(recall: RecallResults, cell: Measured, budget: float) -> str:
     return tables.table(header, rows)
 
 
-def choice_table(cells: Sequence[Measured], budgets: Sequence[float]) -> str:
-    """One sign per share for each choice alone, where both were measured."""
-    columns = [
-        (f"{cell.name}: {what}", cell, compare)
-        for cell in cells
-        for what, compare in (("exact", by_answers), ("perplexity", by_loss))
-        if cell.asks or what == "perplexity"
-    ]
+def rival_table(recall: RecallResults, results: Results, cells: Sequence[Measured]) -> str:
+    """Every policy against the best published one that drops tokens, and against each of ours at the same share."""
+    columns = verdict_columns(results, [(cell.name, cell.all) for cell in cells])
+    rivals = {"best published": best_published(results)}
+    rivals |= {policy.label: _at_same_share(policy) for policy in results.in_groups("ours") if not policy.adaptive}
     rows = []
-    for comparison in COMPARISONS:
-        found = [verdicts(cell.all, comparison.policy, comparison.other, budgets, compare) for _, cell, compare in columns]
-        if any(found):
-            shares = next(of_cell for of_cell in found if of_cell)
-            told = [f"`{signs(of_cell)}`" if of_cell else "" for of_cell in found]
-            rows.append([comparison.choice, ", ".join(map(percent, shares)), *told])
-    return tables.table(["choice", "shares, %", *[name for name, _, _ in columns]], rows)
+    for policy in recall.in_groups(*SHOWN):
+        for name, rival_of in rivals.items():
+            told = [sign_cell(against(cell, policy.name, rival_of, compare)) for _, cell, compare in columns]
+            if any(told):
+                rows.append([policy.label, name, *told])
+    return tables.table(["policy", "against", *[name for name, _, _ in columns]], rows)
+
+
+def _at_same_share(policy: PolicyFacts) -> Rival:
+    return lambda cell, row: None if row.budget is None else cell.row(policy.name, row.budget)
 
 
 def page_table(recall: RecallResults, results: Results, budget: float) -> str:
@@ -217,20 +225,36 @@ def _with_pages(recall: RecallResults, results: Results, context: int, sizes: Se
 
 
 def context_table(recall: RecallResults, results: Results, budget: float) -> str:
-    """Late questions at every context and page size, beside the best policies that drop tokens."""
+    """Late questions at every context and page size, beside the policies that drop tokens."""
     places = list(dict.fromkeys((plan.context_length, plan.page_size) for plan in recall.plans))
-    cells = {place: late_cell(recall, results, *place) for place in places}
-    shown = {place: cell for place, cell in cells.items() if cell is not None and cell.has(FREEKV, budget)}
-    policies = [*recall.in_groups("host"), *results.in_groups("ours", "published")]
-    joined = {place: beside(results, cell) for place, cell in shown.items()}
+    found = {place: late_cell(recall, results, *place) for place in places}
+    cells = {
+        f"{n_tokens} (pages of {page})": beside(results, cell)
+        for (n_tokens, page), cell in found.items()
+        if cell is not None and cell.has(FREEKV, budget)
+    }
+    return tables.context_table([*recall.in_groups("host"), *results.in_groups("ours", "published")], cells, budget)
+
+
+def summary_rows(recall: RecallResults, results: Results) -> list[list[str]]:
+    """Some policies on the main cells of the main results, empty where they were not measured."""
+    cells = {cell.name: cell.all for cell in measured_cells(recall, results)}
     rows = []
-    for policy in policies:
-        told = []
-        for cell in joined.values():
-            row = cell.row(policy.name, budget)
-            own = policy.adaptive or row.mean_kept > budget + tables.MORE_THAN_ROUNDING
-            told.append(tables.share(row.accuracy) + (f" at {percent(row.mean_kept)} %" if own else ""))
-        rows.append([policy.label, *told])
-    full = ["full cache", *[tables.share(cell.full.accuracy) for cell in joined.values()]]
-    counts = ["documents", *[str(len(cell.documents)) for cell in joined.values()]]
-    return tables.table(["context (page), tokens", *[f"{n} ({page})" for n, page in joined]], [full, *rows, counts])
+    for name, told in IN_SUMMARY.items():
+        values = []
+        for task, _ in results.main_cells():
+            cell, budget = cells.get(task), results.settings.summary_budget
+            row = cell.row(name, budget) if cell and cell.has(name, budget) else None
+            values.append(tables.with_share(row, tables.quality(results, cell, row)) if cell and row else "")
+        rows.append([f"{told} (all on the host)", *values])
+    return rows
+
+
+def document_table(recall: RecallResults, results: Results) -> str:
+    """How many documents each task has at a context and page size."""
+    tasks: dict[tuple[int, int, int], dict[str, None]] = {}
+    for cell in recall.cells:
+        place = (cell.context_length, cell.page_size, len(cell.documents))
+        tasks.setdefault(place, {})[results.task(cell.task).title] = None
+    rows = [[*map(str, place), ", ".join(titles)] for place, titles in tasks.items()]
+    return tables.table(["context, tokens", "page, tokens", "documents per task", "tasks"], rows)
