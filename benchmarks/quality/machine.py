@@ -1,15 +1,30 @@
-"""What a report says about the machine it was measured on."""
+"""What a report says about the machine that it was measured on, and with what."""
 
 import os
 import platform
 from pathlib import Path
 
-from benchmarks.quality.results import Machine
+import numpy as np
+import torch
+
+import trt_kv
+from benchmarks.quality.results import Machine, Versions
 
 
 def this_machine() -> Machine:
     """CPU, cores and operating system."""
     return Machine(cpu=_cpu_name(), n_cores=os.cpu_count() or 1, system=f"{platform.system()} {platform.machine()}")
+
+
+def these_versions(executor: str) -> Versions:
+    """What is installed; ``executor`` runs the dense parts."""
+    return Versions(
+        trt_kv=trt_kv.__version__,
+        python=platform.python_version(),
+        numpy=np.__version__,
+        torch=torch.__version__,
+        executor=executor,
+    )
 
 
 def _cpu_name() -> str:

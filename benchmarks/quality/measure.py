@@ -5,22 +5,18 @@ Each part is stored as soon as it is measured, so that an interrupted run goes o
 
 import dataclasses
 import math
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from tokenizers import Tokenizer
 
-import trt_kv
 from benchmarks.quality.effort import Effort, OnProgress
 from benchmarks.quality.harness import harness_from_engine
-from benchmarks.quality.machine import this_machine
+from benchmarks.quality.machine import these_versions, this_machine
 from benchmarks.quality.measure_cells import CellMeasurer
 from benchmarks.quality.policies import Contender, contenders
-from benchmarks.quality.recipes import Recipes, calibrate
-from benchmarks.quality.results import ModelFacts, Results, Versions
+from benchmarks.quality.recipes import stored_recipes
+from benchmarks.quality.results import ModelFacts, Results
 from benchmarks.quality.settings import ContextPlan, Settings
 from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import report_tasks
@@ -47,33 +43,20 @@ def measure(
     tokenizer = Tokenizer.from_file(str(engine / "tokenizer.json"))
     known, tasks = contenders(), report_tasks(settings)
     model = RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
-    policies = [contender.policy for contender in known]
     harness = harness_from_engine(
         engine,
         manifest,
         context_length=max(plan.context_length for plan in settings.contexts),
         n_forks=_whole_forks(settings, known),
     )
-    versions = Versions(
-        trt_kv=trt_kv.__version__,
-        python=platform.python_version(),
-        numpy=np.__version__,
-        torch=torch.__version__,
-        executor=harness.steps.description,
-    )
+    versions = these_versions(harness.steps.description)
     store = Store(folder=folder, conditions={"model": model.digest, "versions": dataclasses.asdict(versions)})
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text).ids)
 
-    recipes = store.get_or_measure(
-        "recipes",
-        Recipes,
-        lambda: calibrate(harness, encode, settings, policies, model),
-        budgets=sorted({budget for plan in settings.contexts for budget in plan.budgets}),
-        calibration=[settings.calibration_samples, settings.calibration_context, settings.calibration_seed],
-        policies=sorted(repr(policy) for policy in policies if policy.needs_recipe),
-    )
+    policies = [contender.policy for contender in known]
+    recipes = stored_recipes(store, "recipes", harness, encode, settings, policies, model)
     cells = CellMeasurer(
         harness=harness,
         encode=encode,

@@ -10,6 +10,7 @@ from benchmarks.quality.cases import Encode
 from benchmarks.quality.harness import Harness
 from benchmarks.quality.results import RecipeFacts
 from benchmarks.quality.settings import Settings
+from benchmarks.quality.store import Store
 from trt_kv.calibration.prefixkv import calibrate_prefixkv_budgets
 from trt_kv.calibration.tasks import calibration_prompts
 from trt_kv.errors import ReportError
@@ -51,9 +52,31 @@ def recipe_kind(policy: Policy) -> RecipeKind:
     return RecipeKind(score=recipe_score(policy), protected=Protected(sinks=policy.sinks, recent=policy.recent))
 
 
-def calibrate(harness: Harness, encode: Encode, settings: Settings, policies: Sequence[Policy], model: RecipeModel) -> Recipes:
-    """Recipes for all ``policies`` that need one, at every budget of the report."""
-    kinds = list({kind.name: kind for kind in (recipe_kind(policy) for policy in policies if policy.needs_recipe)}.values())
+def stored_recipes(
+    store: Store,
+    name: str,
+    harness: Harness,
+    encode: Encode,
+    settings: Settings,
+    policies: Sequence[Policy],
+    model: RecipeModel,
+) -> Recipes:
+    """Recipes for all ``policies`` that need one, at every budget of the report: the part ``name`` of the store."""
+    needing = [policy for policy in policies if policy.needs_recipe]
+    return store.get_or_measure(
+        name,
+        Recipes,
+        lambda: _calibrated(harness, encode, settings, needing, model),
+        budgets=sorted({budget for plan in settings.contexts for budget in plan.budgets}),
+        calibration=[settings.calibration_samples, settings.calibration_context, settings.calibration_seed],
+        policies=sorted(map(repr, needing)),
+    )
+
+
+def _calibrated(
+    harness: Harness, encode: Encode, settings: Settings, policies: Sequence[Policy], model: RecipeModel
+) -> Recipes:
+    kinds = list({kind.name: kind for kind in map(recipe_kind, policies)}.values())
     tasks = calibration_prompts(
         settings.calibration_samples, context_length=settings.calibration_context, seed=settings.calibration_seed
     )

@@ -11,6 +11,7 @@ from benchmarks.quality.plots import kept as kept_plots
 from benchmarks.quality.plots.style import (
     INK,
     accuracy_axis,
+    curve,
     headline,
     heatmap,
     legend,
@@ -113,28 +114,10 @@ def contexts(results: Results) -> "Figure":
     for axis, task in zip(axes, tasks, strict=True):
         cells = [cell for length in lengths if results.can(cell := results.cell(task.name, length))]
         for number, policy in enumerate(policies):
-            style = style_of(results, policy)
-            rows = [cell.row(policy.name, budget) for cell in cells]
+            estimates = [cell.row(policy.name, budget).accuracy for cell in cells]
             places = np.array([cell.context_length for cell in cells]) * 1.012 ** (number - len(policies) / 2)
-            axis.vlines(
-                places,
-                [row.accuracy.low for row in rows],
-                [row.accuracy.high for row in rows],
-                color=style.color,
-                alpha=0.25,
-                linewidth=1.2,
-            )
             label = policy.label + (" (own budget)" if policy.adaptive else "")
-            axis.plot(
-                places,
-                [row.accuracy.value for row in rows],
-                color=style.color,
-                marker=style.marker,
-                linestyle=style.dash,
-                linewidth=style.width,
-                markersize=4.5,
-                label=label,
-            )
+            curve(axis, places, estimates, style_of(results, policy), label)
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [str(length) for length in lengths])
         axis.minorticks_off()
@@ -156,23 +139,9 @@ def _draw_quality(axis: "Axes", results: Results, cell: Cell, measure: Measure) 
     policies = [policy for policy in shown_policies(results) if cell.has(policy.name, budgets[0])]
     fixed = [policy for policy in policies if not policy.adaptive]
     for number, policy in enumerate(fixed):
-        style = style_of(results, policy)
         rows = [cell.row(policy.name, budget) for budget in budgets]
-        estimates = [measure(cell, row) for row in rows]
         shares = np.array([row.mean_kept for row in rows]) * 1.012 ** (number - len(fixed) / 2)
-        axis.vlines(
-            shares, [e.low for e in estimates], [e.high for e in estimates], color=style.color, alpha=0.25, linewidth=1.2
-        )
-        axis.plot(
-            shares,
-            [estimate.value for estimate in estimates],
-            color=style.color,
-            marker=style.marker,
-            linestyle=style.dash,
-            linewidth=style.width,
-            markersize=4.5,
-            label=policy.label,
-        )
+        curve(axis, shares, [measure(cell, row) for row in rows], style_of(results, policy), policy.label)
     for policy in policies:
         if policy.adaptive:
             _draw_point(axis, results, policy, cell.row(policy.name), measure(cell, cell.row(policy.name)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.quality.results import PolicyFacts, Results
+from trt_kv.calibration.statistics import Estimate
 from trt_kv.require import require
 
 if TYPE_CHECKING:
@@ -99,6 +100,21 @@ def legend(figure: "Figure", axes: "Iterable[Axes]") -> None:
         for handle, label in zip(handles, labels, strict=True):
             found.setdefault(label, handle)
     figure.legend(found.values(), found.keys(), loc="outside right center", frameon=False, fontsize=9)
+
+
+def curve(axis: "Axes", places: Any, estimates: Sequence[Estimate], style: Style, label: str, *, alpha: float = 0.25) -> None:
+    """Estimates at places of the x axis as a line with intervals."""
+    axis.vlines(places, [e.low for e in estimates], [e.high for e in estimates], color=style.color, alpha=alpha, linewidth=1.2)
+    axis.plot(
+        places,
+        [e.value for e in estimates],
+        color=style.color,
+        marker=style.marker,
+        linestyle=style.dash,
+        linewidth=style.width,
+        markersize=4.5,
+        label=label,
+    )
 
 
 def share_axis(axis: "Axes", shares: Sequence[float]) -> None:

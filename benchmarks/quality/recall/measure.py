@@ -1,27 +1,23 @@
 """Measures host-resident policies on the documents of the main results; each cell is stored as soon as it is measured."""
 
 import dataclasses
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
-import trt_kv
 from benchmarks.quality.cases import Encode
 from benchmarks.quality.effort import OnProgress
 from benchmarks.quality.harness import harness_from_engine
-from benchmarks.quality.machine import this_machine
+from benchmarks.quality.machine import these_versions, this_machine
 from benchmarks.quality.measure_cells import Entry, cases_of, documents_of, row_of, what_is_asked
 from benchmarks.quality.policies import contenders
 from benchmarks.quality.recall.harness import Moved, RecallHarness, recall_harness_from_engine
 from benchmarks.quality.recall.policies import RECENT, SINKS, HostContender, host_contenders
 from benchmarks.quality.recall.results import HostCell, HostPlan, MovedRow, RecallResults
-from benchmarks.quality.recipes import Recipes, calibrate
-from benchmarks.quality.results import Versions
+from benchmarks.quality.recipes import Recipes, stored_recipes
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import ReportTask, report_tasks
@@ -53,13 +49,7 @@ def measure_recall(
     tokenizer = Tokenizer.from_file(str(engine / "tokenizer.json"))
     known, tasks = host_contenders(), {task.name: task for task in report_tasks(settings)}
     calibrating = harness_from_engine(engine, manifest, context_length=settings.calibration_context, n_forks=0)
-    versions = Versions(
-        trt_kv=trt_kv.__version__,
-        python=platform.python_version(),
-        numpy=np.__version__,
-        torch=torch.__version__,
-        executor=calibrating.steps.description,
-    )
+    versions = these_versions(calibrating.steps.description)
     store = Store(folder=folder, conditions={"model": checkpoint.digest, "versions": dataclasses.asdict(versions)})
 
     def encode(text: str) -> list[int]:
@@ -67,14 +57,7 @@ def measure_recall(
 
     model = RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
     with_recipes = [contender.recipe_policy for contender in known if contender.policy.needs_recipe]
-    recipes = store.get_or_measure(
-        "host-recipes",
-        Recipes,
-        lambda: calibrate(calibrating, encode, settings, with_recipes, model),
-        budgets=sorted({budget for plan in settings.contexts for budget in plan.budgets}),
-        calibration=[settings.calibration_samples, settings.calibration_context, settings.calibration_seed],
-        policies=sorted(map(repr, with_recipes)),
-    )
+    recipes = stored_recipes(store, "host-recipes", calibrating, encode, settings, with_recipes, model)
     cells: list[HostCell] = []
     n_cells = sum(len(plan.tasks) for plan in plans)
     for plan in plans:

@@ -11,6 +11,7 @@ from benchmarks.quality.plots.style import (
     INK,
     Style,
     accuracy_axis,
+    curve,
     headline,
     legend,
     log_axis,
@@ -131,19 +132,7 @@ def _line(
     label: str,
 ) -> None:
     rows = [cell.all.row(policy.name, budget) for budget in recall.main.budgets if cell.all.has(policy.name, budget)]
-    estimates = [measure(row) for row in rows]
-    shares = [row.mean_kept for row in rows]
-    axis.vlines(shares, [e.low for e in estimates], [e.high for e in estimates], color=style.color, alpha=0.2, linewidth=1.2)
-    axis.plot(
-        shares,
-        [e.value for e in estimates],
-        color=style.color,
-        marker=style.marker,
-        linestyle=style.dash,
-        linewidth=style.width,
-        markersize=4.5,
-        label=label,
-    )
+    curve(axis, [row.mean_kept for row in rows], [measure(row) for row in rows], style, label, alpha=0.2)
 
 
 def tau(recall: RecallResults, results: Results) -> "Figure":
