@@ -137,9 +137,9 @@ def _task_section(results: Results, cell: Cell) -> str:
 
 
 def _recall_section(recall: RecallResults, results: Results, cell: recall_tables.Measured) -> str:
-    perplexity = recall_tables.loss_table(recall, results, cell)
+    perplexity = recall_tables.quality_table(recall, results, cell, lambda row: tables.ratio(cell.all.perplexity(row)))
+    answers = recall_tables.quality_table(recall, results, cell, lambda row: tables.share(row.accuracy))
     hidden = f"<details><summary>Perplexity of the right answer</summary>\n\n{perplexity}\n\n</details>"
-    answers = recall_tables.quality_table(recall, results, cell)
     return _filled(
         "recall_task",
         title=cell.name.capitalize(),

@@ -1,12 +1,12 @@
 """Tables about host-resident policies, as Markdown, made from the results alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.quality import tables
-from benchmarks.quality.cell import Cell
+from benchmarks.quality.cell import Cell, Row
 from benchmarks.quality.comparisons import Comparison, Rival, against, best_published, percent
 from benchmarks.quality.recall.results import HostCell, MovedRow, RecallResults, beside, late_cell
 from benchmarks.quality.results import PolicyFacts, Results
@@ -76,16 +76,10 @@ def measured_cells(recall: RecallResults, results: Results, context_length: int 
     return found
 
 
-def quality_table(recall: RecallResults, results: Results, cell: Measured) -> str:
-    """Exact answers (else perplexity) of every policy at every share that the host-resident ones were measured at."""
+def quality_table(recall: RecallResults, results: Results, cell: Measured, value: Callable[[Row], str]) -> str:
+    """A value of every policy at every share that the host-resident ones were measured at."""
     policies = [*_here(recall, cell.host, *SHOWN), *results.in_groups("ours", "published")]
-    return tables.budget_table(results, cell.all, policies, lambda row: tables.quality(results, cell.all, row))
-
-
-def loss_table(recall: RecallResults, results: Results, cell: Measured) -> str:
-    """Perplexity of the right answer, of the same rows."""
-    policies = [*_here(recall, cell.host, *SHOWN), *results.in_groups("ours", "published")]
-    return tables.budget_table(results, cell.all, policies, lambda row: tables.ratio(cell.all.perplexity(row)))
+    return tables.budget_table(results, cell.all, policies, value)
 
 
 def _here(recall: RecallResults, cell: HostCell, *groups: str) -> list[PolicyFacts]:
