@@ -42,10 +42,10 @@ from benchmarks.speed.recall_cache import (
 )
 from benchmarks.speed.recall_sides import OWN_PAGES, WIDE, check_placed
 from trt_kv.model_config import ModelConfig
-from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
+from trt_kv.runtime.backends.host.recall.store import HostTier, host_tier_at
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.recall.background import ThreadedCopies
-from trt_kv.runtime.recall.host_tier import HostTier, host_tier_at
 
 MIB = 2**20
 N_STEPS = 8

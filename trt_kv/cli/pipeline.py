@@ -40,7 +40,7 @@ from trt_kv.require import require_tensorrt
 if TYPE_CHECKING:
     from trt_kv.export.checkpoint import Checkpoint
     from trt_kv.export.tensorrt_profile import TensorRtOptions
-    from trt_kv.runtime.recall.statistics import RecallStatistics
+    from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
 
 
 def build_engine(

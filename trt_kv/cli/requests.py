@@ -9,7 +9,7 @@ from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.manifest import DTYPES
 from trt_kv.policy import Policy
 from trt_kv.presets import preset
-from trt_kv.runtime.devices import HOST, DeviceOptions
+from trt_kv.runtime.backends.devices import HOST, DeviceOptions
 
 DEFAULT_CORRECTION_RATE = 0.1
 DEFAULT_NEW_TOKENS = 64
