@@ -4,9 +4,11 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.__main__ import RESULTS
 from benchmarks.kvpress.docs import DOCS, measured_section
@@ -23,15 +25,27 @@ from benchmarks.kvpress.pairs import (
     Pair,
 )
 from benchmarks.kvpress.presses import Ints, PressRun
-from benchmarks.kvpress.sides import FEW, ROUNDING, FixedScores, Sides, documents, overlap
+from benchmarks.kvpress.sides import FEW, ROUNDING, Sides, documents, overlap
 from trt_kv.manifest import load_manifest
 from trt_kv.plugins.lots import key_of, lot_of
+from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAME = [pair for pair in PAIRS if pair.same]
 SCORED = [SNAPKV_PAIR, OBSERVED_PAIR]
+
+
+class FixedScores:
+    """Scores [L, K, N] in the place of a press's own: one layer's at each call."""
+
+    def __init__(self, scores_LKN: Floats) -> None:
+        self._layers = iter(torch.from_numpy(scores_LKN))
+
+    def __call__(self, *_: Any) -> torch.Tensor:
+        scores_KN: torch.Tensor = next(self._layers)
+        return scores_KN[None]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 INK = "#22262b"
 FAINT = "#8a9199"
-BAD = "#c2410c"
 
 
 @dataclass(frozen=True, kw_only=True)
