@@ -110,7 +110,7 @@ bench: $(VENV)/.ready-dev ## measure speed and memory
 	@$(VENV)/bin/python -m benchmarks $(ARGS)
 
 report: $(VENV)/.ready-dev ## measure quality against budget and write the report
-	@$(VENV)/bin/python -m benchmarks.report $(ARGS)
+	@$(VENV)/bin/python -m benchmarks.quality $(ARGS)
 
 clean: ## remove caches and build leftovers; engines and the virtual environment stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage

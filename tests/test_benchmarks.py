@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from benchmarks import memory
-from benchmarks.__main__ import NAMES, RESULTS, main
+from benchmarks.__main__ import MODULES, RESULTS, main
 from benchmarks.harness import BenchmarkError, Check, Report, Target, Timings, check_close, measured, save, show, take_turns
 from benchmarks.memory import peak_growth_bytes
 from benchmarks.models import MASS, PAGE_SIZE, Shape, model_runner
-from benchmarks.recall_cache import CALM, Drift, PoolTier, SharedTier
-from benchmarks.recall_timeline import hidden_work
+from benchmarks.speed.recall_cache import CALM, Drift, PoolTier, SharedTier
+from benchmarks.speed.recall_timeline import hidden_work
 from trt_kv.hf_config import model_config_from_hf
 from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.recall_attention.choice import drifted_heads
@@ -131,7 +131,7 @@ def test_tables_and_verdicts_are_printed() -> None:
 
 
 def test_results_of_every_benchmark_are_committed() -> None:
-    for name in NAMES:
+    for name in MODULES:
         document = json.loads((RESULTS / f"{name}.json").read_text())
         assert document["checks"], name
         assert all(check["error"] <= check["allowed"] for check in document["checks"]), name
@@ -207,7 +207,7 @@ def test_recall_benchmarks_run_small(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODULES)
 def test_every_benchmark_runs(name: str, tmp_path: Path) -> None:
     click.testing.CliRunner().invoke(main, [name, "--quick", "--out", str(tmp_path)], catch_exceptions=False)
     assert json.loads((tmp_path / f"{name}.json").read_text())["tables"]
