@@ -13,7 +13,7 @@ from benchmarks.harness import Check, Report, Row, check_close, take_turns
 from benchmarks.models import FULL, ExportedModel, Shape, exported_model, model_runner, random_checkpoint, random_tokens
 from trt_kv.calibration.prefixkv import calibrate_prefixkv_budgets
 from trt_kv.calibration.tasks import calibration_prompts
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.huggingface import Checkpoint, open_checkpoint
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import kept_tokens

@@ -12,12 +12,12 @@ import torch
 
 from trt_kv.drift import Drift
 from trt_kv.errors import CheckpointError, RecipeError, UsageError
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.huggingface import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.new_folder import new_folder
 from trt_kv.export.split import pieces_from_graph, program_from_graph, save_pieces
-from trt_kv.export.tensorrt_profile import TensorRtOptions
-from trt_kv.export.weights import save_weight_index
+from trt_kv.export.targets.onnxruntime import save_weight_index
+from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.manifest import DTYPES, AttentionPort, Manifest, Piece, Plan, file_records
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
@@ -179,7 +179,7 @@ def _compile(
     request: EngineRequest, options: TensorRtOptions, programs: dict[str, Program], folder: Path, on_progress: OnProgress | None
 ) -> Plan:
     """Compile the prefill graph, which also decodes: its eviction and scores are switched by inputs."""
-    from trt_kv.export.tensorrt_engine import PLAN_FILE, PlanRequest, build_plan, library_version
+    from trt_kv.export.targets.tensorrt_engine import PLAN_FILE, PlanRequest, build_plan, library_version
 
     plan = PlanRequest(
         graph=folder / GRAPHS / "prefill.onnx",

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.huggingface import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint
 from trt_kv.model_config import ModelConfig, RopeConfig
 from trt_kv.program import Program

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import SAMPLES, edit_config, read_config, write_checkpoint
 from trt_kv.errors import CheckpointError
-from trt_kv.export.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from trt_kv.export.checkpoints.huggingface import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from trt_kv.presets import preset
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from trt_kv.calibration.drift import Trace, TraceOf
     from trt_kv.calibration.prefixkv import Importance
-    from trt_kv.export.checkpoint import Checkpoint
+    from trt_kv.export.checkpoints.huggingface import Checkpoint
     from trt_kv.runtime.model_runner import ModelRunner
 
 CALIBRATION_TOKENS = 1024

@@ -38,8 +38,8 @@ from trt_kv.recipe import CREATED_BY, Recipe, recipe_from_published, recipe_scor
 from trt_kv.require import require_tensorrt
 
 if TYPE_CHECKING:
-    from trt_kv.export.checkpoint import Checkpoint
-    from trt_kv.export.tensorrt_profile import TensorRtOptions
+    from trt_kv.export.checkpoints.huggingface import Checkpoint
+    from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
     from trt_kv.runtime.recall.statistics import RecallStatistics
 
 
@@ -227,8 +227,8 @@ def _mean(counts: Sequence[int]) -> float:
 
 
 def _open(source: ModelSource) -> "Checkpoint":
-    from trt_kv.export.checkpoint import open_checkpoint
-    from trt_kv.export.hub import resolve_checkpoint
+    from trt_kv.export.checkpoints.hub import resolve_checkpoint
+    from trt_kv.export.checkpoints.huggingface import open_checkpoint
 
     folder = resolve_checkpoint(source.model, source.checkpoint)
     if source.checkpoint is None:
@@ -323,7 +323,7 @@ def _is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool
 
 def _tensorrt_options(target: TargetPlan) -> "TensorRtOptions | None":
     """How to compile for TensorRT; raises before anything is read where TensorRT is not installed or the profile is none."""
-    from trt_kv.export.tensorrt_profile import TensorRtOptions
+    from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 
     if target.target != "tensorrt":
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import torch
 
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.huggingface import Checkpoint
 from trt_kv.weight_index import StoredWeight, WeightIndex
 
 SMALL_WEIGHTS_FILE = "small_weights.data"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trt_kv.errors import CheckpointError
-from trt_kv.export.safetensors_file import StoredTensor, read_safetensors_header
+from trt_kv.export.checkpoints.safetensors_file import StoredTensor, read_safetensors_header
 from trt_kv.hf_config import model_config_from_hf, token_ids_from_hf
 from trt_kv.model_config import ModelConfig
 from trt_kv.require import require
