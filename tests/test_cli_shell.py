@@ -15,8 +15,8 @@ from tests.bare_python import make_bare_environment
 from trt_kv import __version__
 from trt_kv.cli.app import COMMANDS, main
 from trt_kv.cli.generate import read_prompt
-from trt_kv.cli.requests import CalibrationPlan, TargetPlan
 from trt_kv.errors import CapacityError, EngineError, MissingDependencyError, TrtKvError, UnknownNameError, UsageError
+from trt_kv.pipeline.plans import CalibrationPlan, TargetPlan
 from trt_kv.require import missing_dependency, require
 
 ROOT = Path(__file__).parent.parent
@@ -137,10 +137,10 @@ def raising(error: BaseException) -> Any:
 
 
 def run_with_pipeline(monkeypatch: pytest.MonkeyPatch, function: Any, *arguments: str) -> int:
-    """Run the command line with ``function`` standing in for every function of ``trt_kv.cli.pipeline``."""
-    pipeline = ModuleType("trt_kv.cli.pipeline")
+    """Run the command line with ``function`` standing in for every function of ``trt_kv.pipeline.build``."""
+    pipeline = ModuleType("trt_kv.pipeline.build")
     pipeline.__dict__.update(dict.fromkeys(("build_engine", "calibrate_recipe", "export_graphs", "stream_text"), function))
-    monkeypatch.setitem(sys.modules, "trt_kv.cli.pipeline", pipeline)
+    monkeypatch.setitem(sys.modules, "trt_kv.pipeline.build", pipeline)
     return main(arguments)
 
 
@@ -172,9 +172,9 @@ def test_every_failure_has_its_message_and_exit_code(
 def test_ctrl_c_exits_with_130_and_one_word() -> None:
     code = """
 import sys, time, types
-pipeline = types.ModuleType("trt_kv.cli.pipeline")
+pipeline = types.ModuleType("trt_kv.pipeline.build")
 pipeline.build_engine = lambda **_: (print("started", flush=True), time.sleep(60))
-sys.modules["trt_kv.cli.pipeline"] = pipeline
+sys.modules["trt_kv.pipeline.build"] = pipeline
 from trt_kv.cli import main
 sys.exit(main(["build"]))
 """

@@ -14,7 +14,7 @@ from trt_kv.cli.options import (
     policy_options,
     target_options,
 )
-from trt_kv.cli.requests import CalibrationPlan, DriftPlan, ModelSource, TargetPlan, check_drift_is_read, check_recipe_is_read
+from trt_kv.pipeline.plans import CalibrationPlan, DriftPlan, ModelSource, TargetPlan, check_drift_is_read, check_recipe_is_read
 from trt_kv.policy import Policy
 
 
@@ -54,7 +54,7 @@ def command(
     """
     check_recipe_is_read(policy, recipe)
     check_drift_is_read(policy, drift)
-    from trt_kv.cli.pipeline import build_engine
+    from trt_kv.pipeline.build import build_engine
 
     engine = build_engine(
         source=source,

@@ -15,8 +15,8 @@ from trt_kv.cli.options import (
     model_options,
     policy_options,
 )
-from trt_kv.cli.requests import CalibrationPlan, DriftPlan, ModelSource, check_drift_is_read, check_recipe_is_read
 from trt_kv.errors import UsageError
+from trt_kv.pipeline.plans import CalibrationPlan, DriftPlan, ModelSource, check_drift_is_read, check_recipe_is_read
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import differences, setting_as_text
@@ -98,7 +98,7 @@ def command(
             got="--from-published and --prompts",
             expected="one of the two",
         )
-    from trt_kv.cli.pipeline import calibrate_recipe
+    from trt_kv.pipeline.build import calibrate_recipe
 
     written = calibrate_recipe(
         source=source,
@@ -115,7 +115,7 @@ def command(
 def _calibrate_drift(
     source: ModelSource, policy: Policy, calibration: CalibrationPlan, drift: DriftPlan, recipe: Path | None, out: Path | None
 ) -> None:
-    from trt_kv.cli.pipeline import calibrate_drift
+    from trt_kv.pipeline.build import calibrate_drift
 
     written = calibrate_drift(
         source=source,

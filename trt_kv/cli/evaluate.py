@@ -6,7 +6,7 @@ import click
 
 from trt_kv.calibration.task_files import MATCHES, Match
 from trt_kv.cli.options import any_path, debug_option, device_options, existing_file
-from trt_kv.cli.requests import DeviceChoice
+from trt_kv.pipeline.plans import DeviceChoice
 
 
 @click.command("evaluate", short_help="Measure how well an engine answers tasks.")
@@ -72,8 +72,8 @@ def command(
       trt-kv evaluate engines/small --tasks mine.jsonl --against engines/full --out results/small.json
       trt-kv evaluate engines/small --tasks mine.jsonl --match contains --limit 20
     """
-    from trt_kv.cli.evaluation import EvaluationPlan, evaluate
     from trt_kv.cli.evaluation_table import describe_evaluation
+    from trt_kv.pipeline.evaluation import EvaluationPlan, evaluate
 
     plan = EvaluationPlan(
         engine=engine,

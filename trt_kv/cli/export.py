@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from trt_kv.cli.options import any_path, debug_option, drift_file_option, existing_file, model_options, policy_options
-from trt_kv.cli.requests import DriftPlan, ModelSource, check_drift_is_read, check_recipe_is_read
+from trt_kv.pipeline.plans import DriftPlan, ModelSource, check_drift_is_read, check_recipe_is_read
 from trt_kv.policy import Policy
 
 
@@ -28,7 +28,7 @@ def command(*, source: ModelSource, policy: Policy, recipe: Path | None, drift: 
     check_recipe_is_read(policy, recipe)
     thresholds = DriftPlan(file=drift)
     check_drift_is_read(policy, thresholds)
-    from trt_kv.cli.pipeline import export_graphs
+    from trt_kv.pipeline.build import export_graphs
 
     for graph in export_graphs(source=source, policy=policy, recipe=recipe, drift=thresholds, out=out):
         click.echo(f"graph: {graph}")

@@ -1,4 +1,4 @@
-"""What the commands hand to ``trt_kv.cli.pipeline``: the options of the command line, grouped and checked."""
+"""What the commands hand to ``trt_kv.pipeline.build``: the options of the command line, grouped and checked."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

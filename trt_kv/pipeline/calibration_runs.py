@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trt_kv.cli.progress import OnProgress
-from trt_kv.cli.requests import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.drift import ALWAYS, Drift, drift_settings
 from trt_kv.errors import CheckpointError, UsageError
+from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
 from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score

@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trt_kv.cli.calibration_runs import drift_from_prompts, recipe_from_prompts, recipe_model
 from trt_kv.cli.progress import OnProgress, progress_bars
-from trt_kv.cli.requests import (
+from trt_kv.cli.termination import termination_unwinds
+from trt_kv.drift import Drift, drift_settings
+from trt_kv.errors import EngineError, UsageError
+from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
+from trt_kv.manifest import digest_of, load_manifest, verify_files
+from trt_kv.pipeline.calibration_runs import drift_from_prompts, recipe_from_prompts, recipe_model
+from trt_kv.pipeline.plans import (
     DEFAULT_PAGE_SIZE,
     CalibrationPlan,
     DriftPlan,
@@ -23,11 +28,6 @@ from trt_kv.cli.requests import (
     RunOptions,
     TargetPlan,
 )
-from trt_kv.cli.termination import termination_unwinds
-from trt_kv.drift import Drift, drift_settings
-from trt_kv.errors import EngineError, UsageError
-from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
-from trt_kv.manifest import digest_of, load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import DEFAULT_KEPT, SHARED_BUDGETS, differences, setting_as_text

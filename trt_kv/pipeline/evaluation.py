@@ -14,12 +14,12 @@ import click
 
 import trt_kv
 from trt_kv.calibration.task_files import Match, tasks_from_file
-from trt_kv.cli.answering import answers_to
 from trt_kv.cli.progress import OnProgress, progress_bars
-from trt_kv.cli.requests import DeviceChoice
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.errors import EngineError, ReportError, UsageError
 from trt_kv.manifest import Manifest, digest_of, load_manifest
+from trt_kv.pipeline.answering import answers_to
+from trt_kv.pipeline.plans import DeviceChoice
 from trt_kv.require import require
 from trt_kv.runtime.devices import DENSE, device_from_name
 

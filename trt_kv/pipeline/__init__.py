@@ -1,0 +1,1 @@
+"""The whole way, for Python callers and for the command line: checkpoint, calibration, engine, evaluation."""
