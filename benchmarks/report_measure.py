@@ -24,7 +24,7 @@ from benchmarks.report_tasks import report_tasks
 from trt_kv.calibration.evaluation_results import ModelFacts, Results, Versions
 from trt_kv.calibration.evaluation_settings import ContextPlan, Settings
 from trt_kv.calibration.evaluation_store import Store
-from trt_kv.export.checkpoints.huggingface import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.manifest import load_manifest
 from trt_kv.recipe import RecipeModel
 

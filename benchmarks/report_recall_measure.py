@@ -25,7 +25,7 @@ from trt_kv.calibration.evaluation import Encode
 from trt_kv.calibration.evaluation_results import Versions
 from trt_kv.calibration.evaluation_settings import Settings
 from trt_kv.calibration.evaluation_store import Store
-from trt_kv.export.checkpoints.huggingface import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.manifest import load_manifest
 from trt_kv.policy import Policy
 from trt_kv.recipe import RecipeModel

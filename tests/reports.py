@@ -10,7 +10,7 @@ from benchmarks.report_recall_results import RecallResults
 from benchmarks.report_settings import QUICK_HOST_PLANS, QUICK_SETTINGS
 from trt_kv.calibration.evaluation_results import Results
 from trt_kv.calibration.evaluation_settings import Settings
-from trt_kv.export.checkpoints.huggingface import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 
 
 def measured(checkpoint: Checkpoint, engine: Path, parts: Path, settings: Settings, told: list[str]) -> Results:

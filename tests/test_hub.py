@@ -12,7 +12,7 @@ from tests.checkpoints import write_checkpoint
 from tests.hub_server import COMMIT, serve_hub
 from trt_kv.errors import CheckpointError, UnknownNameError, UsageError
 from trt_kv.export.checkpoints.hub import resolve_checkpoint
-from trt_kv.export.checkpoints.huggingface import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.presets import PRESETS
 
 REPO = "some-org/some-model"

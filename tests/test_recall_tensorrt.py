@@ -12,7 +12,7 @@ import torch
 
 from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
 from tests.test_tensorrt_graphs import PAGE_SIZE, TINY, plan_request, program
-from trt_kv.export.checkpoints.huggingface import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, export_graphs
 from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.model_config import ModelConfig

@@ -19,7 +19,7 @@ from tests.reports import measured
 from trt_kv.calibration.evaluation_findings import COMPARISONS
 from trt_kv.calibration.evaluation_results import Results
 from trt_kv.errors import ReportError, UsageError
-from trt_kv.export.checkpoints.huggingface import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.policies import policy_from_name, policy_names
 
 PNG_HEAD = b"\x89PNG"

@@ -22,7 +22,7 @@ from trt_kv.calibration.evaluation import Case, case_from_task
 from trt_kv.calibration.evaluation_results import Results
 from trt_kv.calibration.tasks import copy_tasks, evaluation_tasks
 from trt_kv.errors import ReportError
-from trt_kv.export.checkpoints.huggingface import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.manifest import load_manifest
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy

@@ -13,7 +13,8 @@ import torch
 from tests.engines import SHARES, prefixkv_request, recipe_for
 from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
 from trt_kv.errors import EngineError
-from trt_kv.export.checkpoints.huggingface import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine, export_graphs
 from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.manifest import load_manifest
