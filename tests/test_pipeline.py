@@ -19,7 +19,6 @@ from trt_kv.export import engine as engine_module
 from trt_kv.manifest import load_manifest
 from trt_kv.policies import policy_from_name
 from trt_kv.recipe import Recipe
-from trt_kv.runtime.engine import Engine
 
 BUNDLED = "no CHECKPOINT given: using the small llama3 checkpoint that comes with trt-kv"
 
@@ -62,50 +61,50 @@ class Heard:
 
 
 def test_an_engine_is_built_and_evaluated(
-    pipeline: Any, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    pipeline: Any, tmp_path: Path, prompts: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """The bundled model, with nothing named that has a default; the same request again builds nothing."""
     heard = Heard()
     request = pipeline.BuildRequest(
-        source=pipeline.ModelSource(model="llama3"),
-        policy=dataclasses.replace(policy_from_name("prefixkv"), kept=0.5),
-        calibration=pipeline.CalibrationPlan(prompts=prompts, samples=2),
-        target=pipeline.TargetPlan(page_size=8),
-        out=tmp_path / "engine",
+        source=pipeline.ModelSource(model="llama3"), policy=policy_from_name("full"), out=tmp_path / "engine"
     )
     engine = pipeline.build_engine(request, **heard.callbacks)
     assert engine == tmp_path / "engine"
     assert heard.notes == [BUNDLED]
-    assert heard.stages["calibrating"] == (2, 2)
-    assert {"tracing graphs", "writing weights", "computing digests"} < set(heard.stages)
-    manifest = load_manifest(engine)
-    assert (manifest.policy.kept, manifest.page_size) == (0.5, 8)
-    assert {"recipe.json", "recipe.png"} < set(manifest.files)
+    assert set(heard.stages) == {"tracing graphs", "writing weights", "computing digests"}
+    made = (engine / "manifest.json").stat().st_mtime_ns
+    pipeline.build_engine(request, **heard.callbacks)
+    assert heard.notes[1:] == [BUNDLED, f"{engine} is up to date"]
+    assert (engine / "manifest.json").stat().st_mtime_ns == made
 
     heard = Heard()
     asked = pipeline.EvaluationRequest(engine=engine, tasks=prompts, out=tmp_path / "results.json", limit=3)
     evaluation = pipeline.evaluate(asked, **heard.callbacks)
     assert evaluation.is_finished
     assert len(evaluation.run.answers) == 3
-    done, total = heard.stages["evaluating engine"]
-    assert done == total == sum(answer.n_prompt_tokens for answer in evaluation.run.answers)
+    n_read = sum(answer.n_prompt_tokens for answer in evaluation.run.answers)
+    assert heard.stages["evaluating engine"] == (n_read, n_read)
     assert heard.notes == []
     assert pipeline.evaluate(asked, **heard.callbacks) == evaluation
     assert heard.notes == [f"{tmp_path / 'results.json'}: 3 of 3 answers are there"]
     assert capfd.readouterr() == ("", "")
 
 
-def test_callbacks_may_be_left_out_and_an_engine_that_is_up_to_date_stays(
-    pipeline: Any, small_checkpoint_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_what_an_engine_needs_is_calibrated_on_the_way_and_callbacks_may_be_left_out(
+    pipeline: Any, small_checkpoint_folder: Path, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    source = pipeline.ModelSource(model="llama3", checkpoint=str(small_checkpoint_folder))
-    request = pipeline.BuildRequest(source=source, policy=policy_from_name("full"), out=tmp_path / "engine")
+    request = pipeline.BuildRequest(
+        source=pipeline.ModelSource(model="llama3", checkpoint=str(small_checkpoint_folder)),
+        policy=dataclasses.replace(policy_from_name("prefixkv"), kept=0.5),
+        calibration=pipeline.CalibrationPlan(prompts=prompts, samples=2),
+        target=pipeline.TargetPlan(page_size=8),
+        out=tmp_path / "engine",
+    )
     pipeline.build_engine(request)
-    made = (tmp_path / "engine" / "manifest.json").stat().st_mtime_ns
-    heard = Heard()
-    pipeline.build_engine(request, **heard.callbacks)
-    assert heard.notes == [f"{tmp_path / 'engine'} is up to date"]
-    assert (tmp_path / "engine" / "manifest.json").stat().st_mtime_ns == made
-    assert Engine.load(tmp_path / "engine").generate("the cat", max_new_tokens=2).n_prompt_tokens > 0
+    manifest = load_manifest(tmp_path / "engine")
+    assert (manifest.policy.kept, manifest.page_size) == (0.5, 8)
+    assert {"recipe.json", "recipe.png"} < set(manifest.files)
+    assert Recipe.load(tmp_path / "engine" / "recipe.json").budget == 0.5
     assert capfd.readouterr() == ("", "")
 
 
