@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import SAMPLES, edit_config, read_config, write_checkpoint
+from tests.engines import build_for_test
 from trt_kv.errors import CheckpointError
 from trt_kv.export.checkpoints.huggingface import INDEX_FILE, SINGLE_FILE, open_huggingface
+from trt_kv.export.checkpoints.opening import open_checkpoint
+from trt_kv.export.engine import EngineRequest, build_engine
+from trt_kv.manifest import load_manifest
+from trt_kv.model_config import ModelConfig
+from trt_kv.policies import policy_from_name
 from trt_kv.presets import preset
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -279,3 +286,42 @@ def test_a_file_that_changes_after_opening_is_an_error_and_not_a_crash(single: P
         checkpoint.tensor(Q_PROJ)
     with pytest.raises(CheckpointError, match="became shorter"):
         assert checkpoint.digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInMemory:
+    """What the protocol ``Checkpoint`` asks for and nothing else, as another format would have it."""
+
+    location: Path
+    name: str
+    config: ModelConfig
+    eos_token_ids: tuple[int, ...]
+    tokenizer_file: Path
+    tokenizer_files: list[Path]
+    digest: str
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+def test_an_engine_is_built_from_whatever_fulfils_the_protocol(small_checkpoint_folder: Path, tmp_path: Path) -> None:
+    stored = open_checkpoint(small_checkpoint_folder)
+    in_memory = CheckpointInMemory(
+        location=tmp_path / "weights",
+        name=stored.name,
+        config=stored.config,
+        eos_token_ids=stored.eos_token_ids,
+        tokenizer_file=stored.tokenizer_file,
+        tokenizer_files=stored.tokenizer_files,
+        digest=stored.digest,
+        tensors={name: stored.tensor(name).clone() for name in stored.tensor_names},
+    )
+    policy = policy_from_name("full")
+    build_for_test(EngineRequest(checkpoint=stored, policy=policy), tmp_path / "stored")
+    build_engine(EngineRequest(checkpoint=in_memory, policy=policy), tmp_path / "in_memory")
+    assert load_manifest(tmp_path / "in_memory") == load_manifest(tmp_path / "stored")
