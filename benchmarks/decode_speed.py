@@ -20,9 +20,9 @@ from trt_kv.policies import policy_from_name
 from trt_kv.policy import kept_tokens
 from trt_kv.presets import preset
 from trt_kv.recipe import RecipeModel, RecipeScore
-from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 MIB = 2**20
 BUDGETS = (0.5, 0.2)

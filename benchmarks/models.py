@@ -21,9 +21,9 @@ from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
-from trt_kv.runtime.executors.protocol import DenseExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 
 PAGE_SIZE = 32

@@ -10,7 +10,7 @@ from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
-from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.model_runner import ModelRunner
 
 POLICIES: dict[str, Policy] = {

@@ -19,16 +19,16 @@ from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
-from trt_kv.runtime.executors.protocol import Attend, DenseExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.base import Attend, DenseExecutor
+from trt_kv.runtime.backends.host.recall.background import Copies
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.host.recall.layer import staging_slots
+from trt_kv.runtime.backends.host.recall.store import HostTier, RamTier
+from trt_kv.runtime.backends.host.recall.working_set import WorkingSet
+from trt_kv.runtime.backends.step import Ints
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.recall.background import Copies
-from trt_kv.runtime.recall.host_tier import HostTier, RamTier
-from trt_kv.runtime.recall.layer_streams import staging_slots
-from trt_kv.runtime.recall.streamed import StreamedRecall
-from trt_kv.runtime.recall.working_set import WorkingSet
-from trt_kv.runtime.sequence_cache import SequenceCache
-from trt_kv.runtime.step import Ints
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 FREEKV = policy_from_name("freekv")

@@ -33,10 +33,10 @@ from benchmarks.prefill_memory import RETURN_AT_ONCE
 from benchmarks.recall_cache import AS_AT_08, FREEKV, RecallSide, WithQueries, fill_pages, limits_of, place_prompt, recall_side
 from benchmarks.recall_sides import OWN_PAGES, WIDE, check_placed
 from trt_kv.model_config import ModelConfig
-from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
+from trt_kv.runtime.backends.host.recall.store import HostTier, host_tier_at
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.recall.background import ThreadedCopies
-from trt_kv.runtime.recall.host_tier import HostTier, host_tier_at
 
 MIB = 2**20
 N_STEPS = 8

@@ -13,12 +13,12 @@ from benchmarks.recall_cache import FREEKV, PoolTier, RecallSide, SharedTier, fi
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy
-from trt_kv.runtime.executors.protocol import DenseExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.recall.background import SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.store import HostTier, host_tier_at
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.recall.background import SynchronousCopies, ThreadedCopies
-from trt_kv.runtime.recall.host_tier import HostTier, host_tier_at
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 FULL, STREAMED, IN_TURN, AT_ONCE = "whole cache", "streamed", "not overlapped", "all at once"
 OWN_PAGES = 8

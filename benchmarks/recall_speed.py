@@ -35,8 +35,8 @@ from benchmarks.recall_sides import (
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
-from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 
 MIB = 2**20
 TIERS = ("ram", "file")

@@ -19,9 +19,9 @@ from benchmarks.recall_sides import IN_TURN, NARROW, OWN_PAGES, STREAMED, WIDE, 
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy
-from trt_kv.runtime.executors.protocol import DenseExecutor
-from trt_kv.runtime.recall.background import Copies, SynchronousCopies, ThreadedCopies
-from trt_kv.runtime.recall.host_tier import host_tier_at
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.recall.background import Copies, SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.store import host_tier_at
 from trt_kv.runtime.trace import Trace
 
 STEPS_PER_TURN = 3

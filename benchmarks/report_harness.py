@@ -26,11 +26,11 @@ from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, budgets_of, eviction_nodes, program_of
 from trt_kv.recipe import Protected, RecipeScore, recipe_score
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
-from trt_kv.runtime.executors.protocol import DenseExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]

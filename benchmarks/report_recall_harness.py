@@ -21,11 +21,11 @@ from trt_kv.manifest import Manifest
 from trt_kv.plugins.recall_attention.choice import summaries_of
 from trt_kv.policy import Policy
 from trt_kv.program import PAGE_SUMMARIES, PHASES, Program, program_of, recall_nodes
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
-from trt_kv.runtime.executors.protocol import DenseExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 
 @dataclass(frozen=True, kw_only=True)

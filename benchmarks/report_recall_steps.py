@@ -18,9 +18,9 @@ from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.choice import best_pages, cosines
 from trt_kv.plugins.recall_attention.page_counts import PageLimits, budget_tokens
 from trt_kv.program import OpNode, Program
-from trt_kv.runtime.executors.protocol import DenseExecutor
-from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.step import Step, StepResult
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.step import Step, StepResult
+from trt_kv.runtime.cache.kv_pool import KvPool
 
 Mask = npt.NDArray[np.bool_]
 

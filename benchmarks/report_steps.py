@@ -17,10 +17,10 @@ from trt_kv.opspec import OpSpec
 from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.registry import Kernel, kernel, op_specs
 from trt_kv.program import AttributeValue, OpNode, Program
-from trt_kv.runtime.executors.protocol import DenseExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.step import Ints, Step, StepResult
+from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import DROP_ONE
-from trt_kv.runtime.step import Ints, Step, StepResult
 
 ScoreKey = tuple[tuple[str, AttributeValue], ...]
 """The attributes of a TokenScores node that say how it scores a prompt, whatever its layer."""

@@ -15,10 +15,10 @@ from benchmarks.monolithic_graph import (
     session_from_graph,
 )
 from trt_kv.plugins.paging import Floats, gather_kv, pages_of
-from trt_kv.runtime.executors.onnxruntime_pieces import SESSION_OPTIONS
-from trt_kv.runtime.executors.protocol import DenseExecutor
-from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.sequence_cache import SequenceCache
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.onnxruntime_segments import SESSION_OPTIONS
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 
 BATCHES = (1, 4)
 LIMIT = 1.10

@@ -10,13 +10,14 @@ from tokenizers import Tokenizer
 from trt_kv.errors import EngineError, RecallError, UsageError
 from trt_kv.manifest import Manifest, load_manifest, verify_files
 from trt_kv.require import require
-from trt_kv.runtime.applicable import check_applicable, check_recipe
-from trt_kv.runtime.detokenizer import load_tokenizer
-from trt_kv.runtime.devices import HOST, DeviceOptions, device_from_name
-from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, load_as_built
+from trt_kv.runtime.backends.devices import HOST, DeviceOptions, device_from_name
+from trt_kv.runtime.backends.host.load import load as load_on_host
+from trt_kv.runtime.compatibility import check_applicable, check_recipe
+from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
+from trt_kv.runtime.text.detokenizer import load_tokenizer
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 Prompt = str | Sequence[int]
@@ -113,11 +114,12 @@ class Engine:
             _verify_with_progress(folder, manifest, tell)
         check_recipe(folder, manifest)
         tokenizer = load_tokenizer(folder / "tokenizer.json", error=EngineError)
-        if device is None:
-            loaded = load_as_built(folder, manifest, options, tell)
+        if device is not None:
+            loaded = require("trt_kv.runtime.backends.cuda.load").load(folder, manifest, options, on, device, tell)
+        elif manifest.plan is not None:
+            loaded = require("trt_kv.runtime.backends.tensorrt.load").load(folder, manifest, options, tell)
         else:
-            load_on_device = require("trt_kv.runtime.device_loading").load_on_device
-            loaded = load_on_device(folder, manifest, options, on, device, tell)
+            loaded = load_on_host(folder, manifest, options, tell)
         tell("compiling kernels", 0, 1)
         loaded.runner.warm_up()
         tell("compiling kernels", 1, 1)

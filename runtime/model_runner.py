@@ -8,13 +8,13 @@ from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.plugins.registry import kernel
 from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers
-from trt_kv.runtime.executors.protocol import DenseExecutor, StepExecutor
-from trt_kv.runtime.executors.split import SplitStepExecutor
-from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.recall.streamed import StreamedRecall
-from trt_kv.runtime.recall.tiered_sequence import TieredSequence, Tiers
-from trt_kv.runtime.sequence_cache import SequenceCache
-from trt_kv.runtime.step import Ints, Step, StepResult
+from trt_kv.runtime.backends.base import DenseExecutor, StepExecutor
+from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.step import Ints, Step, StepResult
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
+from trt_kv.runtime.cache.tiered_sequence import TieredSequence, Tiers
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 NOT_PROMPT = -1

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 
 from trt_kv.errors import TrtKvError
 from trt_kv.plugins.paging import Floats
-from trt_kv.runtime.detokenizer import Detokenizer
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.sampling import SamplingParams, next_token
-from trt_kv.runtime.sequence_cache import SequenceCache
+from trt_kv.runtime.text.detokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "error"]
 

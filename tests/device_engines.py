@@ -17,7 +17,7 @@ from tests.engines import build_for_test, recipe_for
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_from_name
-from trt_kv.runtime.devices import DeviceOptions
+from trt_kv.runtime.backends.devices import DeviceOptions
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import LoadOptions
 

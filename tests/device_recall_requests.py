@@ -12,10 +12,10 @@ from tests.device_steps import CHUNK, PROMPTS, Side, changed_policy, device_runn
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
-from trt_kv.runtime.device_pool import TORCH_TYPES, DeviceKvPool
-from trt_kv.runtime.executors.torch_device import TorchDeviceExecutor
+from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
+from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall, RecallCapacity
+from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.recall.device_recall import DeviceRecall, RecallCapacity
 
 N_HOST_PAGES = 100
 

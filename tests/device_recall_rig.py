@@ -20,7 +20,7 @@ from torch import Tensor
 from tests.device_recall_cases import BLOCKWISE, CASES, SLOW_CASES, Case
 from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program
-from trt_kv.runtime.device_pool import DeviceKvPool
+from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 
 Values = dict[str, Tensor]
 
@@ -83,7 +83,7 @@ class World:
     made: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        from trt_kv.runtime.recall.device_recall import DeviceRecall, RecallCapacity
+        from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall, RecallCapacity
 
         case = self.case
         n_heads, n_kv_heads, head_size = case.heads
@@ -276,7 +276,7 @@ def check_state(world: World, entries: Sequence[tuple[Stream, int]], before: Val
 
 
 def check_moves(case: Case, stream: Stream, tensors: Any, before: Values, block: int, corrected_K: Sequence[int]) -> None:
-    from trt_kv.runtime.recall.working_set import planned_moves
+    from trt_kv.runtime.backends.host.recall.working_set import planned_moves
 
     if case.cut and stream.n_tokens <= stream.n_prompt + 1:
         return  # nothing was chosen ahead for the first generated token

@@ -20,11 +20,11 @@ from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
-from trt_kv.runtime.device_pool import TORCH_TYPES, DeviceKvPool
-from trt_kv.runtime.executors.step_buffers import StepSizes
-from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.executors.torch_device import TorchDeviceExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
+from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
+from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
+from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
 PAGE_SIZE, CHUNK = 5, 20

@@ -12,13 +12,13 @@ import torch
 
 from tests.device_steps import CHUNK, Side, requests
 from trt_kv.manifest import Manifest, load_manifest
-from trt_kv.runtime.device_pool import DeviceKvPool
-from trt_kv.runtime.executors.device_decoder import DeviceDecoder
-from trt_kv.runtime.executors.onnxruntime_device import OnnxRuntimeDeviceDecoder
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
-from trt_kv.runtime.executors.protocol import DenseExecutor
-from trt_kv.runtime.executors.torch_device import TorchDeviceExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.cuda.decoder import DeviceDecoder
+from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
+from trt_kv.runtime.backends.cuda.onnxruntime_segments import OnnxRuntimeDeviceDecoder
+from trt_kv.runtime.backends.cuda.store import DeviceKvPool
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
 N_PAGES = 100

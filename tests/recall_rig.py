@@ -16,12 +16,12 @@ from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with
 from trt_kv.program import PHASES, finds_budgets, program_of
-from trt_kv.runtime.executors.protocol import Attend
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.base import Attend
+from trt_kv.runtime.backends.host.recall.background import Copies, Job
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.host.recall.store import HostTier, RamTier
+from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.recall.background import Copies, Job
-from trt_kv.runtime.recall.host_tier import HostTier, RamTier
-from trt_kv.runtime.recall.streamed import StreamedRecall
 
 VOCABULARY = 29
 SMALL: dict[str, Any] = {"tokens": 24, "sinks": 3, "recent": 5, "tau": 0.6}

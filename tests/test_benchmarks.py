@@ -21,10 +21,10 @@ from benchmarks.recall_timeline import hidden_work
 from trt_kv.hf_config import model_config_from_hf
 from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.recall_attention.choice import drifted_heads
-from trt_kv.runtime.executors.protocol import Attend
-from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.recall.host_tier import RamTier
-from trt_kv.runtime.step import Ints
+from trt_kv.runtime.backends.base import Attend
+from trt_kv.runtime.backends.host.recall.store import RamTier
+from trt_kv.runtime.backends.step import Ints
+from trt_kv.runtime.cache.kv_pool import KvPool
 
 MIB = 2**20
 CHECK = Check(what="one is one", error=0.0, allowed=0.0)

@@ -19,14 +19,14 @@ from trt_kv.errors import CapacityError, UnknownNameError, UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.manifest import Manifest, load_manifest
-from trt_kv.runtime import device_loading
-from trt_kv.runtime.device_plan import DevicePlan, Wanted, device_plan
-from trt_kv.runtime.devices import DeviceOptions, device_from_name
+from trt_kv.runtime.backends.cuda import load as device_loading
+from trt_kv.runtime.backends.cuda.onnxruntime_segments import CUDA
+from trt_kv.runtime.backends.cuda.plan import DevicePlan, Wanted, device_plan
+from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall
+from trt_kv.runtime.backends.devices import DeviceOptions, device_from_name
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.executors.onnxruntime_device import CUDA
 from trt_kv.runtime.loading import LoadOptions
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.recall.device_recall import DeviceRecall
 from trt_kv.runtime.sampling import SamplingParams
 
 POLICIES = ("full", "prefixkv", "refreekv", "freekv", "freekv-recipe")

@@ -68,7 +68,7 @@ def test_on_the_gpu_an_executor_of_whole_steps_recalls_from_the_host(
 
 
 def recall_of(case: Case, **changes: Any) -> Any:
-    from trt_kv.runtime.recall.device_recall import DeviceRecall, RecallCapacity
+    from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall, RecallCapacity
 
     sizes = {"host_pages": 9, "sequences": 1, "longest_prompt": 40, "largest_chunk": 8}
     return DeviceRecall(
@@ -106,7 +106,7 @@ def test_blocks_are_planned_for_the_largest_budget_and_given_back() -> None:
 
 def decode_launches(model: str, dtype: str) -> list[Launch]:
     """What a decode step of one layer launches, at 4096 tokens of budget."""
-    from trt_kv.runtime.recall.device_recall import DeviceRecall, RecallCapacity
+    from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall, RecallCapacity
 
     n_heads, n_kv_heads, head_size = (MODELS[model][axis] for axis in "HKD")
     heads = n_heads, n_kv_heads, head_size
@@ -174,7 +174,7 @@ REAL = Case(
 @pytest.mark.parametrize("case", [CASES[1], REAL], ids=lambda case: case.name)
 def test_on_the_gpu_streams_and_graphs_change_nothing(case: Case, tau: float) -> None:
     """Over many steps: in place against the op over the whole cache, then a stream of its own, then replayed graphs."""
-    from trt_kv.runtime.recall.side_work import InPlace
+    from trt_kv.runtime.backends.cuda.recall.background import InPlace
 
     case = dataclasses.replace(case, tau=tau, n_steps=100, n_table=max(case.n_table, 40))
     in_place = play(World(case=case, device="cuda", side=InPlace()))

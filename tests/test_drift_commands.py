@@ -17,7 +17,7 @@ from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import load_manifest
 from trt_kv.policies import policy_from_name
 from trt_kv.recipe import Recipe
-from trt_kv.runtime.applicable import check_applicable, check_recipe
+from trt_kv.runtime.compatibility import check_applicable, check_recipe
 
 SETTINGS = ("--set", "tokens=128", "sinks=2", "recent=3")
 

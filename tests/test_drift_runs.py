@@ -19,11 +19,11 @@ from trt_kv.plugins.registry import kernel, op_specs
 from trt_kv.policies import policy_from_name
 from trt_kv.policy_settings import policy_with
 from trt_kv.program import PHASES, program_of
-from trt_kv.runtime.detokenizer import load_tokenizer
-from trt_kv.runtime.executors.split import SplitStepExecutor
-from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.text.detokenizer import load_tokenizer
 
 POLICY = policy_with(
     policy_from_name("freekv"), {"tokens": 224, "sinks": 32, "recent": 32, "drift": "calibrated", "exempt_layers": (3,)}

@@ -19,10 +19,10 @@ from trt_kv.errors import CapacityError, EngineError, RecipeError, UsageError
 from trt_kv.json_file import read_json
 from trt_kv.manifest import FILE_NAME, FileRecord, Manifest, digest_of, load_manifest
 from trt_kv.presets import PRESETS
-from trt_kv.runtime import loading as loading_module
 from trt_kv.runtime import memory
-from trt_kv.runtime.detokenizer import load_tokenizer
+from trt_kv.runtime.backends.host import load as loading_module
 from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.text.detokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

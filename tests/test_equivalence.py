@@ -21,12 +21,12 @@ from trt_kv.policies import policy_from_name
 from trt_kv.policy import kept_tokens
 from trt_kv.presets import PRESETS
 from trt_kv.program import PHASES, program_of
+from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.executors.split import SplitStepExecutor
-from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 NEW_TOKENS = 32
 LOGITS_ATOL = 1e-4

@@ -27,12 +27,12 @@ from trt_kv.opspec import DOMAIN, OP_VERSION, PLUGIN_ATTRIBUTES, OpSpec
 from trt_kv.plugins.registry import kernel, op_specs
 from trt_kv.policies import policy_from_name
 from trt_kv.program import PHASES, Program, program_of
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
-from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("full_folder", "half_folder", "small_folder")

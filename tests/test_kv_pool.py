@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trt_kv.errors import CapacityError
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.cache.kv_pool import KvPool
 
 
 def small_pool(n_pages: int = 7) -> KvPool:

@@ -27,7 +27,7 @@ from benchmarks.kvpress.sides import FEW, ROUNDING, FixedScores, Sides, document
 from benchmarks.kvpress_overlap import SETS_TABLE, SHARES
 from trt_kv.manifest import load_manifest
 from trt_kv.plugins.lots import key_of, lot_of
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

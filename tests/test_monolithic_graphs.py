@@ -22,11 +22,11 @@ from trt_kv.plugins.cases import POISON
 from trt_kv.plugins.paging import gather_slots
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import PHASES
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
-from trt_kv.runtime.executors.split import SplitStepExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.step import Step, StepResult
+from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
-from trt_kv.runtime.step import Step, StepResult
 
 PROMPTS = (
     b"The keeper of the lighthouse counted the ships that came in before the storm, and wrote their names into a book.",

@@ -26,13 +26,13 @@ from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import load_manifest
 from trt_kv.policies import policy_from_name
-from trt_kv.runtime.device_pool import TORCH_TYPES
+from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
+from trt_kv.runtime.backends.cuda.onnxruntime_segments import CUDA, OnnxRuntimeDeviceDecoder
+from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
+from trt_kv.runtime.backends.cuda.store import TORCH_TYPES
+from trt_kv.runtime.backends.host.onnxruntime_segments import open_piece
+from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.executors.onnxruntime_device import CUDA, OnnxRuntimeDeviceDecoder
-from trt_kv.runtime.executors.onnxruntime_pieces import open_piece
-from trt_kv.runtime.executors.step_buffers import StepSizes
-from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.executors.torch_device import TorchDeviceExecutor
 
 EMBEDDING = "model.embed_tokens.weight"
 HALVES = ("float16", "bfloat16")

@@ -13,8 +13,8 @@ from trt_kv.layer_budget import layer_budgets
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
+from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.executors.split import SplitStepExecutor
 from trt_kv.runtime.model_runner import ModelRunner
 
 N_LAYERS = len(SHARES)

@@ -18,9 +18,12 @@ from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_from_name
 from trt_kv.policy_settings import differences, policy_with, setting_as_text, settings_from_text
-from trt_kv.runtime import page_pool, sequence_cache
+from trt_kv.runtime.backends.host.recall import driver as streamed
+from trt_kv.runtime.backends.host.recall import layer as layer_streams
+from trt_kv.runtime.backends.host.recall import working_set
+from trt_kv.runtime.cache import page_pool, tiered_sequence
+from trt_kv.runtime.cache import sequence as sequence_cache
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.recall import layer_streams, streamed, tiered_sequence, working_set
 from trt_kv.runtime.request import Generation
 from trt_kv.runtime.trace import Trace
 

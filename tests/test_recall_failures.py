@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests.recall_rig import RandomModel, StepwiseCopies, check_integrity, freekv, generate, prompt_of, runner_of
 from trt_kv.errors import CapacityError, RecallError, TrtKvError, UsageError
+from trt_kv.runtime.backends.host.recall.background import Copies, SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.store import FileTier, HostTier, host_tier_at
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.recall.background import Copies, SynchronousCopies, ThreadedCopies
-from trt_kv.runtime.recall.host_tier import FileTier, HostTier, host_tier_at
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 MODEL = RandomModel()
 POLICY = freekv()

@@ -16,11 +16,11 @@ from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, recall_nodes
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
-from trt_kv.runtime.executors.split import SplitStepExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.step import Step, StepResult
+from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
-from trt_kv.runtime.step import Step, StepResult
 
 Recorded = tuple[list[tuple[Step, StepResult]], KvPool]
 

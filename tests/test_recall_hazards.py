@@ -16,10 +16,11 @@ from trt_kv.errors import RecallError, TrtKvError
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention import choice as choices
 from trt_kv.policy import Policy
-from trt_kv.runtime.recall import background, layer_streams
-from trt_kv.runtime.recall.background import Copies, Job, SynchronousCopies
-from trt_kv.runtime.recall.layer_streams import LayerStreams
-from trt_kv.runtime.recall.working_set import Move, Ticket, WorkingSet
+from trt_kv.runtime.backends.host.recall import background
+from trt_kv.runtime.backends.host.recall import layer as layer_streams
+from trt_kv.runtime.backends.host.recall.background import Copies, Job, SynchronousCopies
+from trt_kv.runtime.backends.host.recall.layer import LayerStreams
+from trt_kv.runtime.backends.host.recall.working_set import Move, Ticket, WorkingSet
 
 MODEL = RandomModel(steadiness=0.6)
 POLICY = freekv(tokens=28, sinks=3, recent=2, tau=0.3)

@@ -10,10 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.recall_rig import VOCABULARY, RandomModel, StepwiseCopies, check_integrity, freekv, prompt_of, runner_of
 from trt_kv.errors import RecallError
+from trt_kv.runtime.backends.host.recall.background import Copies, SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.store import host_tier_at
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.recall.background import Copies, SynchronousCopies, ThreadedCopies
-from trt_kv.runtime.recall.host_tier import host_tier_at
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 MODEL = RandomModel(n_layers=2, max_positions=1000)
 

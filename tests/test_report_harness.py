@@ -21,9 +21,9 @@ from trt_kv.plugins.paging import gather_kv, pages_of
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 BY_NAME = {contender.name: contender.policy for contender in contenders()}
 KEPT = 0.3

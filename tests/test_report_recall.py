@@ -27,12 +27,12 @@ from trt_kv.manifest import load_manifest
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
-from trt_kv.runtime.executors.onnxruntime_pieces import OnnxRuntimeExecutor
-from trt_kv.runtime.kv_pool import KvPool
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.host.recall.store import RamTier
+from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.recall.background import ThreadedCopies
-from trt_kv.runtime.recall.host_tier import RamTier
-from trt_kv.runtime.recall.streamed import StreamedRecall
 
 BY_NAME = {contender.name: contender.policy for contender in host_contenders()}
 FULL = Plan(policy=policy_from_name("full"))

@@ -22,9 +22,9 @@ from hypothesis.stateful import (
 from tests.engines import random_ids
 from trt_kv.errors import CapacityError
 from trt_kv.policy import kept_tokens
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 N_LAYERS = 3
 PAGE_SIZE = 4

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trt_kv.errors import CapacityError
-from trt_kv.runtime.kv_pool import KvPool
-from trt_kv.runtime.sequence_cache import SequenceCache
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 
 N_LAYERS = 3
 PAGE_SIZE = 5

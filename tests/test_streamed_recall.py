@@ -11,11 +11,11 @@ from tests.recall_rig import RandomModel, StepwiseCopies, check_integrity, freek
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policies import policy_from_name
-from trt_kv.runtime.recall import prompt_attention
-from trt_kv.runtime.recall.background import SynchronousCopies, ThreadedCopies
-from trt_kv.runtime.recall.host_tier import host_tier_at
-from trt_kv.runtime.recall.layer_streams import Choice, LayerStreams
-from trt_kv.runtime.recall.working_set import moves_to
+from trt_kv.runtime.backends.host.recall import prompt_attention
+from trt_kv.runtime.backends.host.recall.background import SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.layer import Choice, LayerStreams
+from trt_kv.runtime.backends.host.recall.store import host_tier_at
+from trt_kv.runtime.backends.host.recall.working_set import moves_to
 
 N_NEW = 40
 

@@ -12,15 +12,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tests.engines import CHUNK, assert_nothing_leaked, interrupted_at_line, random_ids
 from trt_kv.errors import CapacityError, EngineError
 from trt_kv.presets import PRESETS
-from trt_kv.runtime import model_runner, page_pool, sequence_cache
+from trt_kv.runtime import model_runner
 from trt_kv.runtime import request as request_module
-from trt_kv.runtime.detokenizer import Detokenizer, load_tokenizer
+from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.cache import page_pool
+from trt_kv.runtime.cache import sequence as sequence_cache
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.executors.split import SplitStepExecutor
-from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
-from trt_kv.runtime.sequence_cache import SequenceCache
+from trt_kv.runtime.text.detokenizer import Detokenizer, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,19 +20,19 @@ from trt_kv.plugins.cases import case_inputs
 from trt_kv.policies import policy_from_name
 from trt_kv.profiles import build_profile
 from trt_kv.program import PHASES, program_of
+from trt_kv.runtime.backends.base import StepExecutor
+from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.step import Step, StepResult
+from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.executors.protocol import StepExecutor
-from trt_kv.runtime.executors.split import SplitStepExecutor
-from trt_kv.runtime.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.step import Step, StepResult
 
 PROGRAMS = {phase: program_of(policy_from_name("full"), phase=phase, n_layers=2, scale=1.0, page_size=4) for phase in PHASES}
 
 
 @pytest.fixture(scope="module")
 def executor(tensorrt: ModuleType) -> ModuleType:
-    from trt_kv.runtime.executors import tensorrt_engine
+    from trt_kv.runtime.backends.tensorrt import executor as tensorrt_engine
 
     return tensorrt_engine
 

@@ -20,12 +20,12 @@ from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.opspec import TensorSpec
 from trt_kv.profiles import build_profile
-from trt_kv.runtime.device_pool import DeviceKvPool
-from trt_kv.runtime.executors.protocol import StepExecutor
-from trt_kv.runtime.executors.step_buffers import StepBuffers, StepSizes
-from trt_kv.runtime.executors.torch_device import TorchDeviceExecutor
+from trt_kv.runtime.backends.base import StepExecutor
+from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
+from trt_kv.runtime.backends.cuda.step_buffers import StepBuffers, StepSizes
+from trt_kv.runtime.backends.cuda.store import DeviceKvPool
+from trt_kv.runtime.backends.step import Step
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.step import Step
 
 POLICIES = ("full", "prefixkv", "snapkv", "h2o", "refreekv", "freekv")
 HALF, UNPADDED = Side(policy="prefixkv", dtype="float16"), Side(policy="full", n_sequences=3)

@@ -13,7 +13,7 @@ from trt_kv.errors import EngineError
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.manifest import load_manifest
-from trt_kv.runtime.weights import decoder_from_engine
+from trt_kv.runtime.backends.cuda.weights import decoder_from_engine
 from trt_kv.weight_index import FILE_NAME, load_weight_index
 
 CPU = torch.device("cpu")

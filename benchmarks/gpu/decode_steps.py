@@ -20,12 +20,12 @@ from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
-from trt_kv.runtime.device_pool import TORCH_TYPES, DeviceKvPool
-from trt_kv.runtime.executors.step_buffers import StepSizes
-from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.executors.torch_device import TorchDeviceExecutor
+from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
+from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
+from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
+from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.sequence_cache import SequenceCache
 
 LLAMA_1B = Shape(
     n_layers=16, hidden_size=2048, n_heads=32, n_kv_heads=8, head_dim=64, intermediate_size=8192, vocab_size=128256

@@ -16,9 +16,9 @@ from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.recall_attention.recall_triton import recall_pages
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
 from trt_kv.program import Program
-from trt_kv.runtime.device_pool import DeviceKvPool
-from trt_kv.runtime.recall.device_recall import DeviceRecall, LayerStep, RecallCapacity
-from trt_kv.runtime.recall.side_work import InPlace, SideStream, SideWork
+from trt_kv.runtime.backends.cuda.recall.background import InPlace, SideStream, SideWork
+from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall, LayerStep, RecallCapacity
+from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 
 FILL_PAGES = 256
 

@@ -18,7 +18,7 @@ from trt_kv.calibration.tasks import Task, evaluation_tasks, plain_text_tasks
 from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
 from trt_kv.presets import PRESETS
-from trt_kv.runtime.executors.protocol import DenseExecutor
+from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.model_runner import ModelRunner
 
 FOLDER = PRESETS["llama3"].bundled_folder

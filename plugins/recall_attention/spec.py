@@ -1,7 +1,8 @@
 """RecallAttention: generated tokens attend to sinks, the newest tokens and the pages that their KV head has chosen.
 
 The op says which tokens are attended to. Where pages lie, and when they were brought there, is the business of whoever runs it:
-``cpu.py`` reads the pool in place, ``trt_kv.runtime.recall`` keeps the pool on the host and moves pages, with the same results.
+``cpu.py`` reads the pool in place, ``trt_kv.runtime.backends.host.recall`` keeps the pool on the host and moves pages, with
+the same results.
 """
 
 from trt_kv.opspec import AttributeSpec, Case, OpSpec, TensorSpec, Tolerance

@@ -11,7 +11,7 @@ from trt_kv.errors import UsageError
 from trt_kv.pipeline.plans import DeviceChoice
 
 if TYPE_CHECKING:
-    from trt_kv.runtime.recall.statistics import RecallStatistics
+    from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from trt_kv.calibration.answers import Answer
     from trt_kv.calibration.task_cases import TaskCase
     from trt_kv.plugins.paging import Floats
+    from trt_kv.runtime.cache.sequence import SequenceCache
     from trt_kv.runtime.engine import Engine
     from trt_kv.runtime.request import Request
-    from trt_kv.runtime.sequence_cache import SequenceCache
 
 
 def answers_to(

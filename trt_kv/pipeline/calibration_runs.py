@@ -87,8 +87,8 @@ def importance_of(
 
     It ranks as the recipe for ``policy`` does (``recipe_score``), in every layer.
     """
-    from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
-    from trt_kv.runtime.kv_pool import KvPool
+    from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+    from trt_kv.runtime.cache.kv_pool import KvPool
     from trt_kv.runtime.model_runner import ModelRunner
 
     config = checkpoint.config
@@ -123,9 +123,9 @@ def drift_trace_of(
     """
     from trt_kv.calibration.drift import DriftRecorder
     from trt_kv.plugins.registry import kernel
-    from trt_kv.runtime.executors.split import SplitStepExecutor
-    from trt_kv.runtime.executors.torch_decoder import TorchDecoderExecutor
-    from trt_kv.runtime.kv_pool import KvPool
+    from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+    from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+    from trt_kv.runtime.cache.kv_pool import KvPool
     from trt_kv.runtime.model_runner import ModelRunner
 
     config = checkpoint.config
@@ -198,7 +198,7 @@ def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundle
     """Token ids of the calibration prompts, and where they come from; the bundled ones are made ``bundled_tokens`` long."""
     from trt_kv.calibration.prompt_files import prompts_from_file
     from trt_kv.calibration.tasks import calibration_prompts
-    from trt_kv.runtime.detokenizer import load_tokenizer
+    from trt_kv.runtime.text.detokenizer import load_tokenizer
 
     limit = checkpoint.config.max_positions
     if plan.prompts is None:

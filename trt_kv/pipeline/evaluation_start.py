@@ -13,7 +13,7 @@ from trt_kv.manifest import Manifest, digest_of, load_manifest
 from trt_kv.pipeline.plans import DeviceChoice
 from trt_kv.pipeline.requests import EvaluationRequest
 from trt_kv.require import require
-from trt_kv.runtime.devices import DENSE, device_from_name
+from trt_kv.runtime.backends.devices import DENSE, device_from_name
 
 if TYPE_CHECKING:
     from trt_kv.calibration.answer_files import EngineFacts, Evaluation, Run, Settings
@@ -26,7 +26,7 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
     """The evaluation before its first answer, and its cases."""
     from trt_kv.calibration.answer_files import Evaluation, Run, Settings
     from trt_kv.calibration.task_cases import CaseRules, cases_from_tasks
-    from trt_kv.runtime.detokenizer import load_tokenizer
+    from trt_kv.runtime.text.detokenizer import load_tokenizer
 
     device_from_name(request.on.device)
     manifest = load_manifest(request.engine)
@@ -61,7 +61,7 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
 def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "EngineFacts":
     """Raises ``EngineError`` where loading the engine would, files' digests aside."""
     from trt_kv.calibration.answer_files import EngineFacts
-    from trt_kv.runtime.applicable import check_applicable
+    from trt_kv.runtime.compatibility import check_applicable
 
     check_applicable(folder, manifest)
     if TOKENIZER_FILE not in manifest.files:

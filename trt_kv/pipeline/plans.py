@@ -11,7 +11,7 @@ from trt_kv.drift import check_correction_rate
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.manifest import DTYPES
 from trt_kv.presets import preset
-from trt_kv.runtime.devices import HOST, DeviceOptions
+from trt_kv.runtime.backends.devices import HOST, DeviceOptions
 
 DEFAULT_CORRECTION_RATE = 0.1
 DEFAULT_NEW_TOKENS = 64

@@ -1,0 +1,211 @@
+"""Whole steps on one device: a decoder's dense parts and the ops' device kernels; on GPUs decode steps as CUDA graphs.
+
+What of it has run on a GPU stands in benchmarks/gpu/README.md.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from trt_kv.errors import UsageError
+from trt_kv.plugins.registry import Kernel
+from trt_kv.program import Program
+from trt_kv.runtime.backends.cuda.decoder import DeviceDecoder, ModuleDecoder
+from trt_kv.runtime.backends.cuda.ops import DeviceOps, Tensors
+from trt_kv.runtime.backends.cuda.step_buffers import StepBuffers, StepSizes
+from trt_kv.runtime.backends.cuda.store import DeviceKvPool
+from trt_kv.runtime.backends.devices import told_out_of_memory
+from trt_kv.runtime.backends.step import Step, StepResult
+from trt_kv.runtime.cache.kv_pool import KvPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recorded:
+    """A step as a CUDA graph, and where its results are after a replay."""
+
+    graph: torch.cuda.CUDAGraph
+    results: Tensors
+
+
+class TorchDeviceExecutor:
+    """Runs the steps of one pool on the pool's device. See ``StepExecutor``.
+
+    A step's tensors go there with one copy and its results come back with one wait; in between the host only launches. Page
+    tables are padded to widths that are powers of 2, decode steps also to batches that are; what pads a step writes to the
+    pool's spare page.
+    """
+
+    def __init__(
+        self,
+        decoder: DeviceDecoder | nn.Module,
+        programs: Mapping[str, Program],
+        pool: DeviceKvPool,
+        largest: StepSizes,
+        *,
+        cuda_graphs: bool | None = None,
+        kernels: Callable[[str], Mapping[str, Kernel]] | None = None,
+    ) -> None:
+        """``decoder`` has the pool's type, and its device; a module is moved there. ``largest`` sizes the buffers.
+        ``cuda_graphs`` records decode steps; None: where the device is a GPU and the decoder can be recorded.
+        ``kernels(phase)`` run instead of the ops' own: ``DeviceRecall.kernels``.
+
+        Raises ``UsageError`` for what does not fit together, ``EngineError`` for an op without kernels for devices.
+        """
+        on_gpu = pool.device.type == "cuda"
+        self._decoder = ModuleDecoder(decoder, pool.device) if isinstance(decoder, nn.Module) else decoder
+        spare_slot = _spare_slot(self._decoder, pool)
+        if cuda_graphs:
+            _check_recordable(self._decoder, pool)
+        self._pool = pool
+        self._largest = largest
+        self._ops = {
+            phase: DeviceOps(program, pool, None if kernels is None else kernels(phase)) for phase, program in programs.items()
+        }
+        self._buffers = {
+            phase: StepBuffers(ops.step_tensors, largest, n_layers=ops.n_layers, spare_slot=spare_slot, device=pool.device)
+            for phase, ops in self._ops.items()
+        }
+        # Of high priority: what a step does not wait for, on streams of others, gives way.
+        self._stream = (self._decoder.stream or torch.cuda.Stream(pool.device, priority=-1)) if on_gpu else None
+        records = on_gpu and cuda_graphs is not False and self._decoder.can_be_recorded
+        self._graphs: dict[StepSizes, _Recorded] | None = {} if records else None
+        self._graph_memory = None if self._graphs is None else torch.cuda.graph_pool_handle()
+
+    @property
+    def description(self) -> str:
+        device = self._pool.device
+        on = torch.cuda.get_device_name(device) if self._stream is not None else f"the {device.type.upper()}"
+        return f"{self._decoder.description} on {on}{'' if self._graphs is None else ', CUDA graphs'}"
+
+    @property
+    def n_graphs(self) -> int:
+        """How many decode steps have been recorded, one per bucket."""
+        return len(self._graphs or {})
+
+    def warm_up(self) -> None:
+        """Compile the kernels that the smallest steps launch, by steps of nothing but padding."""
+        smallest = StepSizes(n_tokens=1, n_rows=1, n_sequences=1, table_width=1)
+        for phase in self._ops:
+            sizes = smallest if phase == "decode" or self._largest.n_tokens < 2 else smallest.with_tokens(2)
+            with self._on_stream():
+                self._launch(phase, None, sizes)
+
+    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+        """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than planned, or out of memory."""
+        if pool is not self._pool:
+            raise UsageError("an executor on a device runs the steps of its own pool", fix="make one executor per pool")
+        sizes = StepSizes.of(step, pool.page_size)
+        sizes.check_within(self._largest)
+        bucket = sizes.bucket(self._largest, one_token_each=phase == "decode")
+        with self._on_stream():
+            recorded = self._graphs is not None and phase == "decode"
+            results = self._replay(step, bucket) if recorded else self._launch(phase, step, bucket)
+            # To pinned memory, where the device is a GPU.
+            on_host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in results.items()}
+        return self._result(phase, step, {name: tensor.numpy() for name, tensor in on_host.items()})
+
+    def _launch(self, phase: str, step: Step | None, sizes: StepSizes) -> Tensors:
+        self._buffers[phase].fill(step, sizes)
+        return self._compute(phase, self._buffers[phase].views(sizes))
+
+    def _replay(self, step: Step, sizes: StepSizes) -> Tensors:
+        assert self._graphs is not None
+        if sizes not in self._graphs:
+            self._graphs[sizes] = self._record(sizes)
+        recorded = self._graphs[sizes]
+        self._buffers["decode"].fill(step, sizes)
+        recorded.graph.replay()
+        return recorded.results
+
+    def _record(self, sizes: StepSizes) -> _Recorded:
+        """Record a decode step, after one of nothing but padding has compiled what it launches."""
+        self._launch("decode", None, sizes)
+        self._wait()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=self._stream, capture_error_mode="thread_local"):
+            results = self._compute("decode", self._buffers["decode"].views(sizes))
+        return _Recorded(graph=graph, results=results)
+
+    @torch.inference_mode()
+    def _compute(self, phase: str, tensors: Tensors) -> Tensors:
+        """All that happens on the device in a step. Nothing here may wait for it."""
+        attend = self._ops[phase].for_step(tensors)
+        logits = self._decoder(tensors["input_ids"], tensors["positions"], tensors["logit_rows"], attend)
+        return attend.results | {"logits": logits.float()}
+
+    def _result(self, phase: str, step: Step, values: Mapping[str, np.ndarray]) -> StepResult:
+        """``values`` without what padded the step; what an op makes in some layers only has its default in the others."""
+        n_layers, n_sequences = step.kv_len.shape
+        results = {
+            "kept": step.kv_len.copy(),
+            "budget": np.full(step.kv_len.shape, -1),
+            "corrected": np.zeros((n_layers, n_sequences, self._pool.kv.shape[2]), np.int64),
+        }
+        makers = self._ops[phase].makers
+        for name, layers in makers.items():
+            results[name][layers] = values[name][:, :n_sequences]
+        return StepResult(
+            logits=values["logits"][: len(step.logit_rows)],
+            kept=results["kept"],
+            found_budget=np.where(step.evict == 1, results["budget"], -1),
+            corrected=results["corrected"] if "corrected" in makers else None,
+        )
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """The executor's stream, after what others have begun on theirs: a sequence that was forked is still being copied.
+
+        Ends when all that was launched has ended, after Ctrl-C too: the next step fills the buffers that this one reads.
+        ``CapacityError`` where the memory that was left to steps does not do for what happens there.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._pool.device))
+        with (
+            told_out_of_memory(
+                f"too little memory is left on {self._pool.device} for this step",
+                fix="load the engine with less cache_tokens or a smaller chunk, batch or profile, or free memory",
+            ),
+            nullcontext() if self._stream is None else torch.cuda.stream(self._stream),
+        ):
+            try:
+                yield
+            finally:
+                self._wait()
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+def _check_recordable(decoder: DeviceDecoder, pool: DeviceKvPool) -> None:
+    """``UsageError`` unless decode steps can be CUDA graphs."""
+    if pool.device.type != "cuda":
+        raise UsageError("only GPUs replay CUDA graphs", got=str(pool.device), expected="a pool on cuda")
+    if not decoder.can_be_recorded:
+        raise UsageError(
+            "these dense parts cannot be recorded as a CUDA graph", got=decoder.description, fix="leave cuda_graphs out"
+        )
+
+
+def _spare_slot(decoder: DeviceDecoder, pool: DeviceKvPool) -> int:
+    """The slot that padding writes to. ``UsageError`` where decoder and pool do not fit together."""
+    for what, of_decoder, of_pool in (
+        ("types", decoder.dtype, pool.dtype),
+        ("devices", _with_index(decoder.device), _with_index(pool.device)),
+    ):
+        if of_decoder != of_pool:
+            raise UsageError(f"the decoder and the pool have different {what}", got=str(of_decoder), expected=str(of_pool))
+    if pool.spare_page is None:
+        raise UsageError("steps are padded, and padding needs a place", fix="make the pool with spare_page=True")
+    return pool.spare_page * pool.page_size
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """``device``, and which of several where it is just "cuda"."""
+    unclear = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if unclear else device

@@ -1,0 +1,182 @@
+"""An engine on a device: dense parts by torch or ONNX Runtime, KV ops by Triton; all memory is taken when it is loaded."""
+
+from pathlib import Path
+
+import torch
+
+from trt_kv.errors import UsageError
+from trt_kv.layer_budget import ALL
+from trt_kv.manifest import Manifest
+from trt_kv.profiles import build_profile
+from trt_kv.program import budgets_of, finds_budgets, recalling_layers
+from trt_kv.require import require
+from trt_kv.runtime.backends.cuda.decoder import DeviceDecoder, ModuleDecoder
+from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
+from trt_kv.runtime.backends.cuda.plan import DEFAULT_BATCH, DevicePlan, Wanted, device_plan
+from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall
+from trt_kv.runtime.backends.cuda.recall.working_set import BlockSizes
+from trt_kv.runtime.backends.cuda.reservation import BlockDemand, LargestStep
+from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
+from trt_kv.runtime.backends.cuda.weights import decoder_from_engine
+from trt_kv.runtime.backends.devices import DENSE, DeviceOptions, free_device_bytes, told_out_of_memory
+from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier
+from trt_kv.runtime.memory import available_bytes
+from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.reservation import Admission, CacheDemand, Demand, HostDemand
+
+
+def load(
+    folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOptions, device: torch.device, tell: OnProgress
+) -> Loaded:
+    """Dense parts and KV ops on ``device``; where the policy recalls, the cache in pinned memory of the host.
+
+    ``UsageError`` for what cannot run there, ``CapacityError`` where it has too little memory, ``MissingDependencyError`` for a
+    library that is not installed. A ``device`` "cpu" means kernels of devices on the CPU, which only Triton's interpreter runs.
+    """
+    dtype = on.dtype or manifest.dtype
+    wanted = _wanted(options, on)
+    _check(folder, manifest, options, on, device)
+    with told_out_of_memory(
+        f"too little free memory for this engine on {device}",
+        fix="lower cache_tokens or host_tokens, take dtype=bfloat16, or free memory",
+    ):
+        decoder = _decoder(folder / "graphs", manifest, on.dense or DENSE[0], dtype, device, tell)
+        plan = device_plan(
+            manifest,
+            wanted,
+            element_bytes=TORCH_TYPES[dtype].itemsize,
+            free_device=free_device_bytes(device) if device.type == "cuda" else available_bytes(),
+            free_host=available_bytes(),
+        )
+        tell("taking memory", 0, 1)
+        pool = DeviceKvPool(
+            n_pages=plan.n_pages,
+            page_size=manifest.page_size,
+            n_kv_heads=manifest.config.n_kv_heads,
+            head_size=manifest.config.head_dim,
+            dtype=dtype,
+            device=device,
+            spare_page=True,
+        )
+        recall = None
+        if plan.recall is not None:
+            recall = DeviceRecall(manifest.programs["prefill"], plan.recall, pool, n_query_heads=manifest.config.n_heads)
+        executor = TorchDeviceExecutor(
+            decoder,
+            manifest.programs,
+            pool,
+            plan.largest,
+            cuda_graphs=on.cuda_graphs,
+            kernels=None if recall is None else recall.kernels,
+        )
+        tell("taking memory", 1, 1)
+    runner = ModelRunner(
+        executor,
+        pool,
+        manifest.programs,
+        chunk=wanted.chunk,
+        decode=manifest.policy.decode,
+        decode_distance=manifest.policy.decode_distance,
+        tiers=recall,
+        trace=options.trace,
+    )
+    return Loaded(
+        runner=runner,
+        admission=_admission(manifest, plan, pool, recall),
+        layer_pages=plan.layer_pages,
+        batch=plan.batch,
+    )
+
+
+def _wanted(options: LoadOptions, on: DeviceOptions) -> Wanted:
+    """Sizes of the profile, where one is named, and those that are given beside it."""
+    profile = None if on.profile is None else build_profile(on.profile)
+    own = {"cache_tokens": options.cache_tokens, "host_tokens": options.host_tokens}
+    if profile is None:
+        return Wanted(chunk=options.chunk, batch=DEFAULT_BATCH if on.batch is None else on.batch, **own)
+    most_tokens, most_sequences = (
+        max(most for *_, most in ranges) for ranges in (profile.prefill_tokens, profile.decode_sequences)
+    )
+    return Wanted(
+        chunk=min(options.chunk, most_tokens),
+        batch=most_sequences if on.batch is None else on.batch,
+        context_tokens=profile.context_tokens[-1],
+        most_cache_tokens=profile.cache_tokens[-1],
+        **own,
+    )
+
+
+def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOptions, device: torch.device) -> None:
+    """Everything that can be refused before a weight is read."""
+    if manifest.plan is not None:
+        raise UsageError(
+            f"{folder} is a TensorRT plan, which runs where it was built for",
+            got=f"the device {device}",
+            fix="leave the device out, or build an engine with --target onnxruntime",
+        )
+    if not manifest.policy.recalls:
+        check_no_host_tier(folder, manifest, options)
+    elif finds_budgets(manifest.programs["prefill"]):
+        raise UsageError(
+            "recall on a device needs budgets that are known before the prompt is",
+            got=f"policy {manifest.policy.name!r} with budget {manifest.policy.budget}",
+            fix="take the device cpu, or build with another budget",
+        )
+    elif options.host_tier not in (None, "ram"):
+        raise UsageError(
+            "a device recalls from memory, not from a file",
+            got=f"host_tier={options.host_tier}",
+            expected="ram",
+            fix="leave host_tier out, or take the device cpu",
+        )
+    if on.dense == "onnxruntime" and on.dtype not in (None, manifest.dtype):
+        raise UsageError(
+            "ONNX Runtime computes in the type of the engine's graphs",
+            got=f"dtype={on.dtype}",
+            expected=manifest.dtype,
+            fix="take dense=torch, which converts weights when it loads them",
+        )
+    if on.dense == "onnxruntime" and on.cuda_graphs:
+        raise UsageError(
+            "steps that ONNX Runtime takes part in are not recorded as CUDA graphs",
+            got="dense=onnxruntime, cuda_graphs=True",
+            fix="leave cuda_graphs out, or take dense=torch",
+        )
+
+
+def _decoder(graphs: Path, manifest: Manifest, dense: str, dtype: str, device: torch.device, tell: OnProgress) -> DeviceDecoder:
+    if dense == "torch":
+        module = decoder_from_engine(
+            graphs,
+            manifest.config,
+            dtype=TORCH_TYPES[dtype],
+            device=device,
+            on_weight=lambda done, total: tell("loading weights", done, total),
+        )
+        return ModuleDecoder(module, device)
+    onnxruntime_device = require("trt_kv.runtime.backends.cuda.onnxruntime_segments")
+    decoder: DeviceDecoder = onnxruntime_device.OnnxRuntimeDeviceDecoder(
+        graphs,
+        manifest.pieces,
+        manifest.attention_ports,
+        device=device,
+        on_piece=lambda done, total: tell("opening graphs", done, total),
+    )
+    return decoder
+
+
+def _admission(manifest: Manifest, plan: DevicePlan, pool: DeviceKvPool, recall: DeviceRecall | None) -> Admission:
+    policy, budgets, page_size = manifest.policy, budgets_of(manifest.programs["prefill"]), manifest.page_size
+    if recall is None or plan.recall is None:
+        demand = CacheDemand(pool, budgets=budgets, n_protected=policy.sinks + policy.recent)
+        return Admission([demand], [LargestStep(plan.largest, page_size=page_size, kept=demand.kept_in_any_layer)])
+    layers = recalling_layers(manifest.programs["decode"])
+    longest = page_size * min(plan.largest.table_width, plan.recall.host_pages // len(layers))
+    block_pages = BlockSizes.of(manifest.programs["prefill"], longest).n_pages
+    demands: list[Demand] = [
+        HostDemand(recall.host, n_layers=len(layers)),
+        BlockDemand(recall.sets, layers=layers, n_blocks=plan.recall.sequences * len(layers), block_pages=block_pages),
+    ]
+    if len(layers) < len(budgets):
+        demands.append(CacheDemand(pool, budgets=[ALL] * (len(budgets) - len(layers)), n_protected=0))
+    return Admission(demands, [LargestStep(plan.largest, page_size=page_size, longest_prompt=plan.recall.longest_prompt)])

@@ -1,0 +1,178 @@
+"""The dense pieces of an engine on a device: ONNX Runtime reads and writes torch's memory, on the stream of the KV kernels."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from trt_kv.errors import MissingDependencyError, UsageError
+from trt_kv.manifest import AttentionPort, Piece
+from trt_kv.runtime.backends.cuda.decoder import DeviceAttend
+from trt_kv.runtime.backends.host.onnxruntime_segments import SESSION_OPTIONS, open_piece
+
+CUDA = "CUDAExecutionProvider"
+GPU_OPTIONS = {
+    # A node without a kernel for GPUs would make every step wait for copies to the host and back.
+    "session.disable_cpu_ep_fallback": "1",
+    # Weights in an arena take up to twice their size.
+    "session.use_device_allocator_for_initializers": "1",
+}
+_TYPES = {
+    "tensor(float)": (torch.float32, 1),
+    "tensor(float16)": (torch.float16, 10),
+    "tensor(bfloat16)": (torch.bfloat16, 16),
+    "tensor(int64)": (torch.int64, 7),
+}
+"""By ONNX Runtime's names: torch's types, and ONNX's numbers for them."""
+_NUMBERS = dict(_TYPES.values())
+
+_Values = dict[str, Any]
+"""What passes between pieces: tensors, or ``OrtValue`` where the graph does not tell a shape and ONNX Runtime allocates."""
+
+
+class OnnxRuntimeDeviceDecoder:
+    """Runs piece, attention, piece, attention ... piece on a device. See ``DeviceDecoder``.
+
+    Pieces read and write tensors of torch where they lie. On a GPU they are launched on ``stream`` and nobody waits for them:
+    what launches on the same stream comes after them. Each piece has weights and scratch memory of its own.
+    """
+
+    can_be_recorded = False
+    """ONNX Runtime allocates and frees while it runs, which a stream that is being recorded refuses."""
+
+    def __init__(
+        self,
+        folder: Path,
+        pieces: Sequence[Piece],
+        ports: Sequence[AttentionPort],
+        *,
+        device: str | torch.device,
+        stream: torch.cuda.Stream | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        n_threads: int = 0,
+        on_piece: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """``folder`` holds the piece files and their weights. ``stream``, on a GPU: the one to run on; None: a new one.
+
+        ``weights`` are on ``device``, by the names that checkpoints have for them: pieces read these where they are and load
+        only the others, so that what several pieces use (tied embeddings) takes memory once. ``n_threads``, on the CPU only:
+        0 is one per core. ``on_piece`` is told (opened, all).
+
+        Raises ``MissingDependencyError`` where ONNX Runtime has been built without the device, ``EngineError`` for a piece that
+        it cannot load or not run there as a whole.
+        """
+        self.device = _existing(torch.device(device))
+        self.stream = (stream or torch.cuda.Stream(self.device, priority=-1)) if self.device.type == "cuda" else None
+        self._ports = ports
+        # Sessions read shared weights for as long as they live.
+        self._weights = {name: ort.OrtValue.from_dlpack(tensor.detach()) for name, tensor in (weights or {}).items()}
+        self._pieces: list[_BoundPiece] = []
+        for done, piece in enumerate(pieces, start=1):
+            session = self._open(folder / piece.file, n_threads)
+            self._pieces.append(_BoundPiece(session, piece, self.device))
+            if on_piece is not None:
+                on_piece(done, len(pieces))
+        self.dtype = self._pieces[0].types[ports[0].q]
+
+    @property
+    def description(self) -> str:
+        return f"ONNX Runtime {ort.__version__}, {self.provider}"
+
+    @property
+    def provider(self) -> str:
+        """What runs the pieces."""
+        return CUDA if self.stream is not None else "CPUExecutionProvider"
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: DeviceAttend) -> Tensor:
+        """See ``DeviceDecoder``. Raises ``UsageError`` on another stream than ``stream``."""
+        if self.stream is not None and torch.cuda.current_stream(self.device) != self.stream:
+            raise UsageError("pieces run on the stream that they were opened for", fix="with torch.cuda.stream(decoder.stream)")
+        sizes = {"N": len(input_ids), "R": len(logit_rows)}
+        values: _Values = {"input_ids": input_ids, "positions": positions, "logit_rows": logit_rows}
+        for layer, piece in enumerate(self._pieces):
+            values |= piece.run(values, sizes)
+            if layer < len(self._ports):
+                port = self._ports[layer]
+                out = attend(layer, values.pop(port.q), values.pop(port.k), values.pop(port.v))
+                values[port.out] = out.contiguous()
+        logits: Tensor = values["logits"]
+        return logits
+
+    def _open(self, path: Path, n_threads: int) -> ort.InferenceSession:
+        if self.stream is None:
+            return open_piece(path, n_threads=n_threads, weights=self._weights)
+        options = {
+            "device_id": str(self.device.index),
+            "user_compute_stream": str(self.stream.cuda_stream),
+            "do_copy_in_default_stream": "1",
+            "arena_extend_strategy": "kSameAsRequested",
+            # float32 means float32, as on the host and in torch.
+            "use_tf32": "0",
+        }
+        return open_piece(
+            path,
+            n_threads=1,  # The host only launches.
+            providers=[(CUDA, options)],
+            config=SESSION_OPTIONS | GPU_OPTIONS,
+            weights=self._weights,
+            fix="install the release of CUDA and cuDNN that onnxruntime-gpu was built for; else build the engine again",
+        )
+
+
+class _BoundPiece:
+    """One piece, and the binding through which it is told where its inputs and outputs are."""
+
+    def __init__(self, session: ort.InferenceSession, piece: Piece, device: torch.device) -> None:
+        outputs = {output.name: output for output in session.get_outputs()}
+        self.types = {name: _TYPES[output.type][0] for name, output in outputs.items()}
+        self._shapes = {name: outputs[name].shape for name in piece.outputs}
+        self._inputs = piece.inputs
+        self._device = device
+        self._place = (device.type, device.index or 0)
+        self._session = session
+        self._binding = session.io_binding()
+        self._options = ort.RunOptions()
+        # Else every piece would end with a wait of the host for the device.
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def run(self, values: _Values, sizes: Mapping[str, int]) -> _Values:
+        """The outputs, by name; not there yet on a GPU, but there for what launches on the same stream."""
+        for name in self._inputs:
+            value = values[name]
+            if isinstance(value, Tensor):
+                self._binding.bind_input(name, *self._place, _NUMBERS[value.dtype], tuple(value.shape), value.data_ptr())
+            else:
+                self._binding.bind_ortvalue_input(name, value)
+        made: _Values = {}
+        for name, axes in self._shapes.items():
+            if None in axes:
+                self._binding.bind_output(name, *self._place)
+                continue
+            shape = tuple(sizes.get(axis, axis) for axis in axes)
+            tensor = torch.empty(shape, dtype=self.types[name], device=self._device)
+            self._binding.bind_output(name, *self._place, _NUMBERS[tensor.dtype], shape, tensor.data_ptr())
+            made[name] = tensor
+        self._session.run_with_iobinding(self._binding, self._options)
+        if len(made) < len(self._shapes):
+            allocated = dict(zip(self._shapes, self._binding.get_outputs(), strict=True))
+            made |= {name: allocated[name] for name in self._shapes if name not in made}
+        return made
+
+
+def _existing(device: torch.device) -> torch.device:
+    """``device`` with its index, if ONNX Runtime can run there."""
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UsageError("no pieces run on this device", got=str(device), expected="cpu or cuda")
+    if CUDA not in ort.get_available_providers():
+        raise MissingDependencyError(
+            "this ONNX Runtime has been built without CUDA",
+            got=", ".join(ort.get_available_providers()),
+            expected=CUDA,
+            fix="pip uninstall --yes onnxruntime && pip install onnxruntime-gpu  (one takes the place of the other)",
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device

@@ -1,0 +1,139 @@
+"""Memory of an engine on a device, planned before the first step: what is asked for, and what fits.
+
+Half of the free memory of the device holds the cache, or working sets of it; the rest is left to the steps themselves.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trt_kv.errors import CapacityError, UsageError
+from trt_kv.manifest import Manifest
+from trt_kv.program import recalling_layers
+from trt_kv.runtime.backends.cuda.recall.driver import RecallCapacity
+from trt_kv.runtime.backends.cuda.recall.working_set import BlockSizes
+from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
+from trt_kv.runtime.cache.kv_pool import token_bytes
+
+DEFAULT_BATCH = 8
+COPIES = 2
+"""Working sets per sequence of the largest batch: an evaluation continues each sequence twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Sizes as users give them; None: what the model admits, or what fits.
+
+    ``batch``: sequences that decode together. ``context_tokens``: tokens of one of them. ``cache_tokens``, ``host_tokens``:
+    tokens in every layer, on the device and on the host; ``most_cache_tokens`` bounds the former.
+    """
+
+    chunk: int
+    batch: int
+    context_tokens: int | None = None
+    cache_tokens: int | None = None
+    most_cache_tokens: int | None = None
+    host_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise UsageError(f"bad {name}", got=value, expected="an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevicePlan:
+    """``largest``: the largest step. ``n_pages``: of the pool on the device. ``recall``: where a cache stays on the host.
+
+    ``layer_pages``: pages of whole caches that there is room for in every layer.
+    """
+
+    largest: StepSizes
+    n_pages: int
+    layer_pages: int
+    recall: RecallCapacity | None = None
+
+    @property
+    def batch(self) -> int:
+        """How many sequences may decode together, each of them and ``COPIES`` - 1 others of it being held."""
+        n_most = self.largest.n_sequences
+        return n_most if self.recall is None else max(1, min(n_most, self.recall.sequences // COPIES))
+
+
+def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_device: int, free_host: int) -> DevicePlan:
+    """What ``free_device`` and ``free_host`` bytes are divided into.
+
+    ``CapacityError`` where not even one working set fits, ``UsageError`` for budgets that recall on a device cannot have.
+    """
+    config, size = manifest.config, manifest.page_size
+    context = min(config.max_positions, wanted.context_tokens or config.max_positions)
+    n_tokens = max(wanted.chunk, wanted.batch)
+    largest = StepSizes(n_tokens=n_tokens, n_rows=n_tokens, n_sequences=wanted.batch, table_width=_pages(context, size))
+    most = min(COPIES * wanted.batch * context, wanted.most_cache_tokens or COPIES * wanted.batch * context)
+    of_token = token_bytes(config, element_bytes=element_bytes)
+    recalling = len(recalling_layers(manifest.programs["decode"]))
+    whole = config.n_layers - recalling
+
+    def whole_pages(n_layers: int, n_bytes: int) -> int:
+        tokens = wanted.cache_tokens or n_bytes // (n_layers * of_token)
+        return n_layers * _pages(max(1, min(most, tokens)), size)
+
+    if not recalling:
+        n_pages = whole_pages(whole, free_device // 2)
+        return DevicePlan(largest=largest, n_pages=n_pages, layer_pages=n_pages // whole)
+    page_bytes = config.n_kv_heads * 2 * size * config.head_dim * element_bytes
+    host_tokens = wanted.host_tokens or max(
+        1, min(COPIES * config.max_positions, free_host // 2 * size // (recalling * page_bytes))
+    )
+    host_pages = recalling * _pages(host_tokens, size)
+    # Layers that are read whole get their share of the memory as if all were; the others divide what is left.
+    n_pages = whole_pages(whole, free_device // 2 * whole // config.n_layers) if whole else 0
+    summaries = host_pages * page_bytes // size
+    free = max(0, free_device // 2 - n_pages * size * of_token - summaries)
+    if wanted.cache_tokens is not None:
+        free = recalling * _pages(wanted.cache_tokens, size) * page_bytes
+    capacity = RecallCapacity(
+        host_pages=host_pages,
+        sequences=COPIES * wanted.batch,
+        longest_prompt=min(context, host_tokens),
+        largest_chunk=wanted.chunk,
+    )
+    return DevicePlan(
+        largest=largest,
+        n_pages=n_pages,
+        layer_pages=min([host_pages // recalling, *([n_pages // whole] if whole else [])]),
+        recall=_fitting(manifest, capacity, free // (recalling * page_bytes)),
+    )
+
+
+def _fitting(manifest: Manifest, capacity: RecallCapacity, n_pages: int) -> RecallCapacity:
+    """``capacity`` with as many sequences as working sets of ``n_pages`` pages per layer hold, up to its own number; and with a
+    shorter longest prompt, where not even one holds what the longest needs.
+    """
+
+    def block_pages(longest_prompt: int) -> int:
+        return BlockSizes.of(manifest.programs["prefill"], longest_prompt).n_pages
+
+    if block_pages(1) > n_pages:
+        raise CapacityError(
+            "the device has no room for one working set",
+            got=f"room for {n_pages * manifest.page_size} tokens per layer",
+            expected=f"room for {block_pages(1) * manifest.page_size}",
+            fix="raise cache_tokens, free memory of the device, or build with a smaller budget",
+        )
+    longest = _largest(capacity.longest_prompt, lambda prompt: block_pages(prompt) <= n_pages)
+    sequences = min(capacity.sequences, n_pages // block_pages(longest))
+    return dataclasses.replace(capacity, longest_prompt=longest, sequences=sequences)
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to ``most`` that fits; 1 does, and where one does all smaller ones do."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _pages(n_tokens: int, page_size: int) -> int:
+    return -(-n_tokens // page_size)

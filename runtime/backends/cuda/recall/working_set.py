@@ -1,0 +1,170 @@
+"""What device-driven recall has in memory, planned before the first step: the two tiers, blocks of pages, their state.
+
+M host pages, U blocks (one for each layer of each sequence that recalls, and one for nobody), K KV heads, H query heads, P page
+size, D head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trt_kv.errors import CapacityError, UsageError
+from trt_kv.layer_budget import LayerBudget
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.plugins.recall_attention.working_set_triton import WorkingSets
+from trt_kv.program import Program, finds_budgets, recall_nodes
+from trt_kv.runtime.backends.host.recall.layer import staging_slots
+from trt_kv.runtime.cache.page_pool import PagePool
+
+NO_PAGE = -1
+
+
+class PinnedTier(PagePool):
+    """Pages on the host, [M, 2, K, P, D], in memory that the GPU reads and writes where it is."""
+
+    name = "the host tier"
+    how_to_enlarge = "plan for more host pages, or send shorter or fewer prompts at once"
+
+    def __init__(self, n_pages: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        """``shape``: a page's. Pinned where ``device``, which recalls from here, is a GPU."""
+        super().__init__(n_pages=n_pages, page_size=shape[2])
+        place = "cpu" if device.type == "cuda" else device
+        self.kv = torch.empty((n_pages, *shape), dtype=dtype, device=place, pin_memory=device.type == "cuda")
+
+    @property
+    def page_bytes(self) -> int:
+        return self.kv[0].nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """Pages of a block: ``own_pages`` sinks and newest ones, and slots for at most ``n_chosen`` pages and the staging."""
+
+    own_pages: int
+    n_chosen: int
+
+    @property
+    def n_slots(self) -> int:
+        return self.n_chosen + staging_slots(self.n_chosen)
+
+    @property
+    def n_pages(self) -> int:
+        return self.own_pages + self.n_slots
+
+    @classmethod
+    def of(cls, program: Program, longest_prompt: int) -> "BlockSizes":
+        """What the largest budget of any layer needs. ``UsageError`` for budgets that are found from the input."""
+        if finds_budgets(program):
+            raise UsageError(
+                "recall on a device needs budgets that are known before the prompt is",
+                got="a policy with budget unimetric",
+                expected="budget constant, or a share",
+                fix="choose another budget, or load the engine with recall on the host",
+            )
+        own_pages, n_chosen = 1, 1
+        for node in recall_nodes(program):
+            if node is not None:
+                found = node.attributes
+                limits = PageLimits(page_size=int(found["page_size"]), sinks=int(found["sinks"]), recent=int(found["recent"]))
+                budget = LayerBudget(share=float(found["kept_share"]), tokens=int(found["kept_tokens"]))
+                own_pages = max(own_pages, limits.n_sinks + limits.n_newest)
+                n_chosen = max(n_chosen, limits.n_chosen(budget.of_prompt(longest_prompt)))
+        return cls(own_pages=own_pages, n_chosen=n_chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldBlock:
+    """A block that somebody has. Nothing on the device fails by itself."""
+
+    number: int
+    n_held_tokens: int
+    failure: None = None
+
+
+class DeviceSets:
+    """Blocks and who has them. A layer of a sequence is known by its row, the number of its first host page."""
+
+    def __init__(self, host: PinnedTier, sizes: BlockSizes, *, n_blocks: int, n_query_heads: int, device: torch.device) -> None:
+        self.host = host
+        self.sizes = sizes
+        dtype, (_, n_kv_heads, _, head_size) = host.kv.dtype, host.kv.shape[1:]
+        n_rows = n_blocks + 1
+
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        def integers(fill: int, *shape: int) -> Tensor:
+            return torch.full(shape, fill, dtype=torch.int64, device=device)
+
+        self.tensors = WorkingSets(
+            host_kv=host.kv,
+            kv=floats(n_rows * sizes.n_pages, *host.kv.shape[1:]),
+            summaries=floats(host.n_pages, n_kv_heads, 2, head_size),
+            last_query=floats(n_rows, n_query_heads, head_size),
+            held=integers(NO_PAGE, n_rows, n_kv_heads, sizes.n_slots),
+            chosen=integers(NO_PAGE, n_rows, n_kv_heads, sizes.n_chosen),
+            slots=integers(0, n_rows, n_kv_heads, sizes.n_chosen),
+            chosen_for=integers(0, n_rows, n_kv_heads),
+            moved=integers(0, n_rows, n_kv_heads, 2),
+            first_slot=sizes.own_pages,
+            block_pages=sizes.n_pages,
+        )
+        self.block_of = integers(n_blocks, host.n_pages)
+        """[M] int64 on the device: the block of each row; the last one for pages that are no rows."""
+        self._blocks: dict[int, int] = {}
+        self._free = list(range(n_blocks - 1, -1, -1))
+        self._nobody = n_blocks
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def rows(self) -> list[int]:
+        """Who has a block."""
+        return list(self._blocks)
+
+    def block(self, row: int) -> int:
+        """The block of a row that has one."""
+        return self._blocks[row]
+
+    def get(self, row: int) -> HeldBlock | None:
+        """What is on the device of a row; None where it has no block."""
+        if row not in self._blocks:
+            return None
+        return HeldBlock(number=self._blocks[row], n_held_tokens=self.sizes.n_pages * self.host.page_size)
+
+    def fork(self, row: int, twin_row: int) -> None:
+        """Copy a row's block to one of the new row's own."""
+        block, twin = self._blocks[row], self.allocate(twin_row)
+        sets, size = self.tensors, self.sizes.n_pages
+        for tensor in (sets.last_query, sets.held, sets.chosen, sets.slots, sets.chosen_for, sets.moved):
+            tensor[twin] = tensor[block]
+        sets.kv[twin * size : (twin + 1) * size] = sets.kv[block * size : (block + 1) * size]
+
+    def allocate(self, row: int) -> int:
+        """Give a row, whose cache begins now, an empty block; ``CapacityError`` where all are in use."""
+        self.release([row])
+        if not self._free:
+            raise CapacityError(
+                "every working set on the device is in use",
+                got=f"{len(self._blocks)} layers of sequences",
+                fix="plan for more sequences, or send fewer at once",
+            )
+        block = self._free.pop()
+        self._blocks[row] = block
+        self.block_of[row] = block
+        self.tensors.held[block] = NO_PAGE
+        self.tensors.chosen_for[block] = 0
+        self.tensors.moved[block] = 0
+        return block
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Take blocks back; rows without one are left alone."""
+        for row in rows:
+            block = self._blocks.pop(row, None)
+            if block is not None:
+                self.block_of[row] = self._nobody
+                self._free.append(block)

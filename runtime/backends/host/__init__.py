@@ -1,0 +1,1 @@
+"""The CPU: dense parts by ONNX Runtime or torch, KV ops by numpy and numba kernels."""

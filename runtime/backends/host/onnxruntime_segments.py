@@ -1,0 +1,83 @@
+"""The dense pieces of an engine, each an ONNX Runtime session; arrays pass between them and the KV ops without a copy."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from trt_kv.errors import EngineError
+from trt_kv.manifest import AttentionPort, Piece
+from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.backends.base import Attend
+from trt_kv.runtime.backends.step import Ints
+
+SESSION_OPTIONS = {
+    # Between two matrix products a thread waits some microseconds: putting it to sleep and waking it takes longer.
+    "session.intra_op.allow_spinning": "1",
+    "session.intra_op.spin_duration_us": "50",
+    # Threads that spin on while the KV kernels and the other pieces run would take their cores.
+    "session.force_spinning_stop": "1",
+}
+
+
+class OnnxRuntimeExecutor:
+    """Runs piece, attention, piece, attention ... piece. See ``DenseExecutor``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        pieces: Sequence[Piece],
+        ports: Sequence[AttentionPort],
+        *,
+        n_threads: int = 0,
+        on_piece: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """``folder`` holds the piece files and their weights. ``n_threads`` 0: one per core."""
+        self._ports = ports
+        self._pieces = pieces
+        self._sessions = []
+        for done, piece in enumerate(pieces, start=1):
+            self._sessions.append(open_piece(folder / piece.file, n_threads=n_threads))
+            if on_piece is not None:
+                on_piece(done, len(pieces))
+
+    @property
+    def description(self) -> str:
+        """Library, version and provider."""
+        return f"ONNX Runtime {ort.__version__}, {self._sessions[0].get_providers()[0]}"
+
+    def run(self, input_ids: Ints, positions: Ints, logit_rows: Ints, attend: Attend) -> Floats:
+        """See ``DenseExecutor.run``."""
+        values: dict[str, np.ndarray] = {"input_ids": input_ids, "positions": positions, "logit_rows": logit_rows}
+        for layer, (piece, session) in enumerate(zip(self._pieces, self._sessions, strict=True)):
+            outputs = session.run(piece.outputs, {name: values[name] for name in piece.inputs})
+            values.update(zip(piece.outputs, outputs, strict=True))
+            if layer < len(self._ports):
+                port = self._ports[layer]
+                values[port.out] = attend(layer, values.pop(port.q), values.pop(port.k), values.pop(port.v))
+        return values["logits"]
+
+
+def open_piece(
+    path: Path,
+    *,
+    n_threads: int,
+    providers: Sequence[str | tuple[str, Mapping[str, str]]] = ("CPUExecutionProvider",),
+    config: Mapping[str, str] = SESSION_OPTIONS,
+    weights: Mapping[str, ort.OrtValue] | None = None,
+    fix: str = "build the engine again",
+) -> ort.InferenceSession:
+    """A session for one piece; ``weights`` are read where they are. ``EngineError`` with ``fix`` where it cannot be loaded."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    for name, value in config.items():
+        options.add_session_config_entry(name, value)
+    for name, weight in (weights or {}).items():
+        options.add_initializer(name, weight)
+    options.log_severity_level = 3
+    try:
+        # Else a provider that fails is replaced by another one, and standard output told so.
+        return ort.InferenceSession(path, options, providers=list(providers), enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        raise EngineError(f"ONNX Runtime cannot load {path}", got=str(error), fix=fix) from error

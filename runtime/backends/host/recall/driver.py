@@ -1,0 +1,229 @@
+"""RecallAttention over two tiers: the cache on the host, working sets on the device, copies while the model computes.
+
+Order of events in one layer of one decode step i of one sequence (``docs/decisions/0016-streamed-recall.md`` has the picture):
+
+    main thread                                          background
+    join: all jobs of this layer have ended              ...
+    take over what ticket i-1 brought
+    append the token; test drift
+    recall at once for heads that drifted
+    submit ticket i (with this step's query) --------->  choose pages for step i+1
+    attention over the working set                       fill slots that attention does not read
+    attention_done ----------------------------------->  fill the slots of pages that are not wanted any more
+    next layers, next step ...
+
+Every edge is an event or the order of one thread. A job fails by itself; its error is raised where its layer joins it, in the
+sequence it belongs to.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trt_kv.errors import RecallError
+from trt_kv.plugins.adaptive_budget.cpu import budget_of_row
+from trt_kv.plugins.attention_cpu import attend_tables
+from trt_kv.plugins.paging import Floats, Ints, pages_of
+from trt_kv.plugins.recall_attention.page_counts import PageLimits, budget_tokens
+from trt_kv.plugins.registry import Kernel
+from trt_kv.runtime.backends.host.recall.background import Copies
+from trt_kv.runtime.backends.host.recall.layer import Choice, LayerStreams
+from trt_kv.runtime.backends.host.recall.prompt_attention import last_query_row
+from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
+from trt_kv.runtime.backends.host.recall.store import HostTier
+from trt_kv.runtime.backends.host.recall.working_set import Ticket, WorkingSet, planned_moves
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.trace import NO_TRACE, Trace
+
+
+class StreamedRecall:
+    """Kernels with a memory: one ``WorkingSet`` per layer and sequence, known by the number of its first host page."""
+
+    def __init__(
+        self, host: HostTier, device: KvPool, copies: Copies, *, n_layers: int, finds_budgets: bool, trace: Trace = NO_TRACE
+    ) -> None:
+        """``finds_budgets``: AdaptiveBudget follows with a prompt's last chunk, so the first recall waits for what it finds."""
+        self.host = host
+        self.device = device
+        self.statistics = RecallStatistics(
+            n_layers=n_layers, n_kv_heads=device.kv.shape[2], page_head_bytes=host.page_bytes // device.kv.shape[2]
+        )
+        self.sets: dict[int, WorkingSet] = {}
+        self._copies = copies
+        self._streams = LayerStreams(host, device, copies, self.statistics, trace)
+        self._trace = trace
+        self._finds_budgets = finds_budgets
+        self._first_choices: dict[int, Choice] = {}
+        """How the first step after a prompt chooses, but for a budget that has yet to be found."""
+
+    @property
+    def summaries(self) -> Floats:
+        """lo and hi of the keys of every full host page: [M, K, 2, D]."""
+        return self._streams.summaries
+
+    @summaries.setter
+    def summaries(self, summaries: Floats) -> None:
+        """Take over those of a host tier that was filled before."""
+        self._streams.summaries = summaries
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """What runs instead of the ops' own kernels."""
+        return {"RecallAttention": self.attend, "AdaptiveBudget": self.find_budget}
+
+    @property
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes in use, exactly: pages on the host, pages on the device, summaries of the pages on the host."""
+        summary_bytes = self.summaries.nbytes // max(1, len(self.summaries))
+        n_host = self.host.n_pages - self.host.n_free
+        return {"host": self.host.used_bytes, "device": self.device.used_bytes, "summaries": n_host * summary_bytes}
+
+    def attend(
+        self,
+        *,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        cu_tokens: Ints,
+        prompt_remaining: Ints,
+        page_table: Ints,
+        kv_len: Ints,
+        prompt_len: Ints,
+        found_budget: Ints,
+        query_rows: Ints,
+        layer: int,
+        scale: float,
+        page_size: int,
+        kept_share: float,
+        kept_tokens: int,
+        sinks: int,
+        recent: int,
+        tau: float,
+        summary: int,
+        pooling: int,
+        softmax_scale: float,
+        **_states: Any,
+    ) -> tuple[Floats, Floats, Ints]:
+        """RecallAttention as its spec says; the states that the spec keeps in the pool are kept here."""
+        streams = self._streams
+        out, lse = np.zeros(q.shape, np.float32), np.zeros(q.shape[:2], np.float32)
+        corrected = np.zeros((kv_len.shape[1], k.shape[1]), np.int64)
+        limits = PageLimits(page_size=page_size, sinks=sinks, recent=recent)
+        decoding: list[tuple[int, Ints, int]] = []
+        tickets: list[Ticket] = []
+        try:
+            for b in np.flatnonzero(np.diff(cu_tokens)):
+                rows, n_cached = slice(cu_tokens[b], cu_tokens[b + 1]), int(kv_len[layer, b])
+                row, last = int(query_rows[layer, b]), rows.stop - 1
+                choice = Choice(
+                    limits=limits,
+                    budget=budget_tokens(int(prompt_len[b]), int(found_budget[layer, b]), kept_share, kept_tokens),
+                    tau=tau,
+                    pooling=pooling,
+                    softmax_scale=softmax_scale,
+                    pages=pages_of(page_table, layer, b, n_cached, page_size),
+                )
+                if row not in self.sets:
+                    self.sets[row] = WorkingSet(self.device, limits)
+                working_set = self.sets[row]
+                try:
+                    if prompt_remaining[last] >= 0:
+                        out[rows], lse[rows] = streams.read_prompt(
+                            working_set, choice, q[rows], k[rows], v[rows], summary, scale
+                        )
+                        if prompt_remaining[last] == 0:
+                            self._first_choices[row] = choice
+                            if not self._finds_budgets:
+                                streams.recall_ahead(working_set, choice, tickets)
+                    else:
+                        corrected[b] = streams.before_attention(layer, working_set, choice, q[last], k[last], v[last], summary)
+                        attended_KT = working_set.attended()
+                        n_left_out = len(choice.pages) - attended_KT.shape[1]
+                        decoding.append((last, attended_KT, n_cached - n_left_out * page_size))
+                        streams.recall_ahead(working_set, choice, tickets)
+                except RecallError as error:
+                    working_set.failure = error
+            if decoding:
+                with self._trace.span("attention", layer=layer):
+                    attend_tables(q, decoding, self.device.kv, scale, out, lse)
+        finally:
+            for ticket in tickets:
+                ticket.attention_done.set()
+        return out, lse, corrected
+
+    def find_budget(
+        self,
+        *,
+        q: Floats,
+        lse: Floats,
+        cu_tokens: Ints,
+        evict: Ints,
+        page_table: Ints,
+        kv_len: Ints,
+        layer: int,
+        scale: float,
+        page_size: int,
+        threshold: float,
+        sinks: int,
+        recent: int,
+        protected_in_norm: int,
+        **_others: Any,
+    ) -> tuple[Ints]:
+        """AdaptiveBudget for row "query" and newest first, over the cache on the host."""
+        budget = kv_len[layer].copy()
+        for b in np.flatnonzero((evict == 1) & (np.diff(cu_tokens) > 0)):
+            n_cached, last, row = int(kv_len[layer, b]), int(cu_tokens[b + 1]) - 1, int(page_table[layer, b, 0])
+            working_set, choice = self.sets[row], self._first_choices[row]
+            try:
+                if n_cached > sinks + recent:
+                    self._streams.join(working_set)
+                    full = choice.pages[: n_cached // page_size]
+                    open_page = self.device.kv[[working_set.page_of(n_cached // page_size)]]
+                    row_HS = last_query_row(q[last], lse[last], n_cached, full, open_page, self._streams.read_pages, scale)
+                    slots_KS = np.broadcast_to(np.arange(n_cached), (self.device.kv.shape[2], n_cached))
+                    protected_KP = np.concatenate([slots_KS[:, :sinks], slots_KS[:, n_cached - recent :]], axis=1)
+                    candidates_KC = slots_KS[:, sinks : n_cached - recent][:, ::-1]
+                    budget[b] = budget_of_row(row_HS, protected_KP, candidates_KC, threshold, protected_in_norm)
+                tickets: list[Ticket] = []
+                self._streams.recall_ahead(working_set, dataclasses.replace(choice, budget=int(budget[b])), tickets)
+            except RecallError as error:
+                working_set.failure = error
+                continue
+            for ticket in tickets:
+                ticket.attention_done.set()
+        return (budget,)
+
+    def fork(self, pages: Ints, twin_pages: Ints) -> None:
+        """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
+        self.sets[int(twin_pages[0])] = self._streams.fork(self.sets[int(pages[0])], pages, twin_pages)
+
+    def warm_up(self) -> None:
+        """Compile what is compiled at its first call and is not a kernel of an op."""
+        nothing = np.empty((self.device.kv.shape[2], 0), np.int64)
+        planned_moves(nothing, nothing, nothing, np.arange(0))
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Forget layers of sequences: wait for their jobs, whatever became of them, and free their device pages."""
+        for row in rows:
+            working_set = self.sets.pop(row, None)
+            self._first_choices.pop(row, None)
+            if working_set is not None:
+                if working_set.ticket is not None:
+                    working_set.ticket.attention_done.set()  # a step that was interrupted may not have come to it
+                if working_set.lane is not None:
+                    self._copies.settle(working_set.lane)
+                working_set.release()
+
+    def reclaim(self) -> None:
+        """After Ctrl-C in the middle of a step: what no living sequence holds is free again."""
+        held = set(self.host.held_pages())
+        self.release([row for row in self.sets if row not in held])
+        self.host.reclaim()
+
+    def close(self) -> None:
+        """Release everything and let go of the host tier."""
+        self.release(list(self.sets))
+        self._copies.close()
+        self.host.close()

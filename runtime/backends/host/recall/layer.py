@@ -1,0 +1,246 @@
+"""What happens to one layer of one sequence whose cache lies on the host: reading, choosing, recalling, storing, joining."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import Event
+
+import numpy as np
+
+from trt_kv.errors import RecallError
+from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.recall_attention.choice import best_pages, drifted_heads, summaries_of
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.runtime.backends.host.recall.background import Copies, Job, Work, join
+from trt_kv.runtime.backends.host.recall.prompt_attention import attend_prompt
+from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
+from trt_kv.runtime.backends.host.recall.store import HostTier
+from trt_kv.runtime.backends.host.recall.working_set import NO_PAGE, Move, Ticket, WorkingSet, in_turn, moves_to
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.trace import Trace
+
+STAGING_SHARE = 0.25
+"""Slots beside those of the chosen pages, as a share of these: so many can be filled while attention reads the others."""
+
+
+def staging_slots(n_chosen: int) -> int:
+    """Slots that a working set has beside those for ``n_chosen`` pages."""
+    return int(np.ceil(STAGING_SHARE * n_chosen))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How pages are chosen in one layer of one step: the node's attributes, the budget, the sequence's host pages in order."""
+
+    limits: PageLimits
+    budget: int
+    tau: float
+    pooling: int
+    softmax_scale: float
+    pages: Ints
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a step may use pages that were chosen by the query before: a cosine is at most 1."""
+        return self.tau <= 1.0
+
+    def n_chosen(self, n_tokens: int) -> int:
+        return min(self.limits.n_chosen(self.budget), len(self.limits.choosable(n_tokens)))
+
+
+class LayerStreams:
+    """The two tiers, and the work on working sets. Holds nothing of any sequence but the summaries of its host pages."""
+
+    def __init__(self, host: HostTier, device: KvPool, copies: Copies, statistics: RecallStatistics, trace: Trace) -> None:
+        self.host = host
+        self.device = device
+        self.copies = copies
+        self.statistics = statistics
+        self.trace = trace
+        self.summaries = np.empty((host.n_pages, device.kv.shape[2], 2, device.kv.shape[4]), np.float32)
+
+    def fork(self, working_set: WorkingSet, pages: Ints, twin_pages: Ints) -> WorkingSet:
+        """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
+        self.join(working_set)
+        n_full = working_set.n_tokens // working_set.limits.page_size
+        for page, twin_page in zip(pages[:n_full], twin_pages, strict=False):
+            self._write_now(int(twin_page), self.read_pages(np.array([page]))[0])
+        self.summaries[twin_pages] = self.summaries[pages]
+        return working_set.fork()
+
+    def read_prompt(
+        self, working_set: WorkingSet, choice: Choice, q: Floats, k: Floats, v: Floats, summary: int, scale: float
+    ) -> tuple[Floats, Floats]:
+        """A chunk attends to everything before it, and its full pages go to the host behind it."""
+        self.join(working_set)
+        size = choice.limits.page_size
+        n_before = working_set.n_tokens
+        n_cached = n_before + len(q)
+        first, full = n_before // size, n_cached // size
+        block = working_set.block_with(k, v)
+        with self.trace.span("attention of a chunk"):
+            out, lse = attend_prompt(q, n_cached, choice.pages[:first], block, self.read_pages, scale)
+        working_set.place(block, n_cached)
+        working_set.query_HD, working_set.ranked_KC = q[-1].copy(), None
+        self.summaries[choice.pages[first:full]] = summaries_of(block[: full - first, 0], summary)
+        self._write_behind(working_set, choice.pages[first:full], block[: full - first])
+        return out, lse
+
+    def before_attention(
+        self, layer: int, working_set: WorkingSet, choice: Choice, q: Floats, k: Floats, v: Floats, summary: int
+    ) -> np.ndarray:
+        """Everything that decides what a generated token attends to; which KV heads were corrected, [K] bool."""
+        ticket = self.join(working_set)
+        size = choice.limits.page_size
+        working_set.append(k, v)
+        n_tokens = working_set.n_tokens
+        if n_tokens % size == 0:
+            number = n_tokens // size - 1
+            page = self.device.kv[working_set.page_of(number)][None]
+            self.summaries[choice.pages[number:]] = summaries_of(page[:, 0], summary)
+            self._write_behind(working_set, choice.pages[number:], page)
+        drifted_K = drifted_heads(q, working_set.query_HD, len(k), choice.tau)
+        n_moved = 0
+        if working_set.chosen_KC.shape[1] != choice.n_chosen(n_tokens) and not drifted_K.all():
+            n_moved = self._recall_at_once(working_set, choice, ~drifted_K)
+        working_set.query_HD, working_set.ranked_KC = q.copy(), None
+        if drifted_K.any():
+            n_moved += self._recall_at_once(working_set, choice, drifted_K)
+        counts = self.statistics
+        counts.layer_steps_L[layer] += 1
+        counts.corrected_LK[layer] += drifted_K
+        counts.corrected_layer_steps_L[layer] += drifted_K.any()
+        counts.moved_ahead_L[layer] += ticket.n_moved if ticket is not None else 0
+        counts.moved_at_once_L[layer] += n_moved
+        return drifted_K
+
+    def _recall_at_once(self, working_set: WorkingSet, choice: Choice, heads_K: np.ndarray) -> int:
+        """Choose pages with the working set's query for some heads, and bring them; how many were missing."""
+        with self.trace.span("recall at once"):
+            n_chosen = choice.n_chosen(working_set.n_tokens)
+            working_set.make_room(n_chosen + staging_slots(n_chosen))
+            wanted_KC = self._choose(working_set.query_HD, choice, working_set.n_tokens)
+            working_set.ranked_KC = wanted_KC
+            if working_set.chosen_KC.shape[1] != n_chosen:
+                working_set.chosen_KC = np.full_like(wanted_KC, NO_PAGE)
+            heads = np.flatnonzero(heads_K)
+            working_set.chosen_KC[heads] = wanted_KC[heads]
+            moves = moves_to(wanted_KC, working_set.held_KS, wanted_KC[:, :0], heads)
+            try:
+                for move in moves:
+                    self._bring(working_set, choice.pages, move, working_set.held_KS)
+            except OSError as error:
+                raise _lost(error) from error
+            return len(moves)
+
+    def recall_ahead(self, working_set: WorkingSet, choice: Choice, tickets: list[Ticket]) -> None:
+        """Submit the ticket for the next step, which will have one token more.
+
+        Where a KV head was corrected, all have been ranked with this query, and they choose the same again unless the next
+        step has other pages to choose from.
+        """
+        if not choice.looks_ahead:
+            return
+        n_next = working_set.n_tokens + 1
+        n_chosen = choice.n_chosen(n_next)
+        working_set.make_room(n_chosen + staging_slots(n_chosen))
+        ticket = Ticket(held_KS=working_set.held_KS.copy())
+        query_HD, attended_KC = working_set.query_HD, working_set.chosen_KC
+        same_pages = choice.limits.choosable(n_next) == choice.limits.choosable(working_set.n_tokens)
+        ranked_KC = working_set.ranked_KC if same_pages else None
+
+        def work() -> Iterator[Event | None]:
+            if ranked_KC is not None:
+                ticket.chosen_KC = ranked_KC
+            else:
+                with self.trace.span("choose pages"):
+                    ticket.chosen_KC = self._choose(query_HD, choice, n_next)
+            moves = moves_to(ticket.chosen_KC, ticket.held_KS, attended_KC, range(len(ticket.held_KS)))
+            ticket.n_moved = len(moves)
+            for step in in_turn(moves, ticket):
+                if isinstance(step, Event):
+                    with self.trace.span("waiting for attention"):
+                        yield step
+                    continue
+                self._bring(working_set, choice.pages, step, ticket.held_KS)
+                yield None
+
+        tickets.append(ticket)
+        working_set.ticket = ticket
+        self._submit(working_set, "recalling pages", work)
+
+    def _choose(self, query_HD: Floats, choice: Choice, n_tokens: int) -> Ints:
+        """The page numbers that each KV head wants for a query, in a step with ``n_tokens``: [K, C]."""
+        between = choice.limits.choosable(n_tokens)
+        return between.start + best_pages(
+            query_HD,
+            choice.pages[between.start : between.stop],
+            self.summaries,
+            choice.n_chosen(n_tokens),
+            choice.pooling,
+            choice.softmax_scale,
+        )
+
+    def _bring(self, working_set: WorkingSet, pages: Ints, move: Move, held_KS: Ints) -> None:
+        """Copy one page-head into its slot; the slot holds nothing while that goes on."""
+        held_KS[move.head, move.slot] = NO_PAGE
+        self.host.read_head(int(pages[move.page]), move.head, working_set.slot(move.slot, move.head))
+        held_KS[move.head, move.slot] = move.page
+
+    def _write_behind(self, working_set: WorkingSet, pages: Ints, block: Floats) -> None:
+        """Store full pages on the host; ``block`` is not overwritten before the layer is joined again."""
+        if not len(pages):
+            return
+        self.statistics.pages_written += len(pages)
+
+        def work() -> Iterator[Event | None]:
+            for page, kv_2KPD in zip(pages, block, strict=True):
+                self.host.write(int(page), kv_2KPD)
+                yield None
+
+        self._submit(working_set, "storing pages", work)
+
+    def _submit(self, working_set: WorkingSet, what: str, work: Work) -> None:
+        def traced() -> Iterator[Event | None]:
+            with self.trace.span(what):
+                yield from work()
+
+        working_set.lane = Job(what, traced, after=working_set.lane)
+        self.copies.submit(working_set.lane)
+
+    def join(self, working_set: WorkingSet) -> Ticket | None:
+        """Wait until every job of this layer and sequence has ended; take over and return what a ticket brought."""
+        if working_set.failure is not None:
+            raise working_set.failure
+        if working_set.lane is None:
+            return None
+        begin = time.perf_counter()
+        with self.trace.span("join"):
+            join(self.copies, working_set.lane)
+        self.statistics.waited_ms += 1e3 * (time.perf_counter() - begin)
+        working_set.lane = None
+        ticket, working_set.ticket = working_set.ticket, None
+        if ticket is not None:
+            working_set.held_KS, working_set.chosen_KC = ticket.held_KS, ticket.chosen_KC
+        return ticket
+
+    def _write_now(self, page: int, kv_2KPD: Floats) -> None:
+        try:
+            self.host.write(page, kv_2KPD)
+        except OSError as error:
+            raise _lost(error) from error
+
+    def read_pages(self, pages: Ints) -> Floats:
+        """Pages from the host, now; ``RecallError`` where they cannot be read."""
+        try:
+            return self.host.read_pages([int(page) for page in pages])
+        except OSError as error:
+            raise _lost(error) from error
+
+
+def _lost(error: OSError) -> RecallError:
+    return RecallError(
+        "the KV cache on the host cannot be read or written",
+        got=str(error),
+        fix="this request is lost, others are not; check the disk and the memory of the host tier, then send it again",
+    )

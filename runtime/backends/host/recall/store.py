@@ -1,0 +1,179 @@
+"""Where every page of the cache lies: in memory, or in a file that may be larger than memory.
+
+Pages are [2, K, P, D] in both tiers, so a page-head is two runs of P * D numbers wherever it is, and moving it changes nothing.
+"""
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trt_kv.errors import CapacityError, UsageError
+from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.cache.page_pool import PagePool
+from trt_kv.runtime.memory import available_bytes
+
+
+class HostTier(PagePool):
+    """Pages of keys and values, fp32. Reading and writing may be called from any thread, for different page-heads at once.
+
+    A failure is an ``OSError``; whoever joins the copy makes a ``RecallError`` of it.
+    """
+
+    name = "the host tier"
+    how_to_enlarge = "raise host_tokens when loading the engine, or send shorter or fewer prompts at once"
+    description = ""
+
+    def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
+        super().__init__(n_pages=n_pages, page_size=page_size)
+        self.page_shape = (2, n_kv_heads, page_size, head_size)
+
+    @property
+    def page_bytes(self) -> int:
+        return 4 * int(np.prod(self.page_shape))
+
+    def write(self, page: int, kv_2KPD: Floats) -> None:
+        """Store a page; ``kv_2KPD`` is contiguous."""
+        raise NotImplementedError
+
+    def read_head(self, page: int, head: int, into_2PD: Floats) -> None:
+        """Copy a page-head to ``into_2PD``, whose halves are contiguous."""
+        raise NotImplementedError
+
+    def read_pages(self, pages: Sequence[int]) -> Floats:
+        """Copies of whole pages: [len(pages), 2, K, P, D]."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give the storage back."""
+
+
+class RamTier(HostTier):
+    """Pages in ordinary memory, reserved at once and committed as they are written."""
+
+    description = "ram"
+
+    def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
+        super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
+        self._kv = np.empty((n_pages, *self.page_shape), np.float32)
+
+    def write(self, page: int, kv_2KPD: Floats) -> None:
+        self._kv[page] = kv_2KPD
+
+    def read_head(self, page: int, head: int, into_2PD: Floats) -> None:
+        into_2PD[...] = self._kv[page, :, head]
+
+    def read_pages(self, pages: Sequence[int]) -> Floats:
+        return self._kv[np.asarray(pages, np.int64)]
+
+
+class FileTier(HostTier):
+    """Pages in a file, which has no name from the moment it is open: whatever ends the process also frees the disk.
+
+    The file is read and written by explicit calls instead of a mapping, because a mapping answers a full disk or a truncated
+    file by killing the process (docs/decisions/0017-files-without-mappings.md). What was used lately stays in the operating
+    system's page cache either way.
+    """
+
+    def __init__(self, path: Path, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
+        """``path``: a file that does not exist yet, or a folder. ``UsageError`` where none can be made there."""
+        super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
+        self.description = f"mmap:{path}"
+        self.file_descriptor = _nameless_file(path)
+        self._finalizer = weakref.finalize(self, os.close, self.file_descriptor)
+        try:
+            os.ftruncate(self.file_descriptor, n_pages * self.page_bytes)
+        except OSError as error:
+            self.close()
+            raise CapacityError(
+                f"{path} cannot hold the host tier",
+                got=f"{error.strerror} for {n_pages * self.page_bytes} bytes",
+                fix="choose another place, or lower host_tokens",
+            ) from error
+
+    def write(self, page: int, kv_2KPD: Floats) -> None:
+        self._check_whole()
+        self._transfer(os.pwritev, kv_2KPD, page * self.page_bytes)
+
+    def read_head(self, page: int, head: int, into_2PD: Floats) -> None:
+        half_bytes = self.page_bytes // 2
+        head_bytes = half_bytes // self.page_shape[1]
+        for half in range(2):
+            self._transfer(os.preadv, into_2PD[half], page * self.page_bytes + half * half_bytes + head * head_bytes)
+
+    def read_pages(self, pages: Sequence[int]) -> Floats:
+        out = np.empty((len(pages), *self.page_shape), np.float32)
+        for at, page in enumerate(pages):
+            self._transfer(os.preadv, out[at], int(page) * self.page_bytes)
+        return out
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def _check_whole(self) -> None:
+        """``OSError`` where somebody cut the file: a page written behind its end would make a hole that reads as zeros."""
+        n_bytes = os.fstat(self.file_descriptor).st_size
+        if n_bytes < self.n_pages * self.page_bytes:
+            raise OSError(f"the host tier's file was cut to {n_bytes} bytes")
+
+    def _transfer(self, call: Callable[[int, list[memoryview], int], int], array: Floats, offset: int) -> None:
+        """Read or write the whole of a contiguous ``array``; ``OSError`` where the file ends before it."""
+        rest = array.reshape(-1).view(np.uint8).data
+        while rest:
+            n_bytes = call(self.file_descriptor, [rest], offset)
+            if n_bytes == 0:
+                raise OSError(f"the host tier's file ends at byte {offset}, {len(rest)} bytes early")
+            rest, offset = rest[n_bytes:], offset + n_bytes
+
+
+def host_tier_at(where: str, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> HostTier:
+    """The tier called ``ram`` or ``mmap:PATH``. ``UsageError`` for anything else, or where no file can be made."""
+    path = _path_of(where)
+    if path is None:
+        return RamTier(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
+    return FileTier(path, n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
+
+
+def free_bytes(where: str) -> int:
+    """Room for a tier at ``where``: free memory, or free space on the disk. Errors as ``host_tier_at``."""
+    path = _path_of(where)
+    if path is None:
+        return available_bytes()
+    try:
+        return shutil.disk_usage(path if path.is_dir() else path.parent).free
+    except OSError as error:
+        raise _no_file(path, error) from error
+
+
+def _path_of(where: str) -> Path | None:
+    """The path in ``mmap:PATH``; None for ``ram``."""
+    kind, _, path = where.partition(":")
+    if where != "ram" and (kind != "mmap" or not path):
+        raise UsageError("unknown host tier", got=repr(where), expected="ram, or mmap:/path/of/a/new/file")
+    return Path(path) if path else None
+
+
+def _nameless_file(path: Path) -> int:
+    """An open file that nobody can find: made at ``path``, or in it where it is a folder, and unlinked at once."""
+    try:
+        if path.is_dir():
+            descriptor, name = tempfile.mkstemp(dir=path, prefix=".trt-kv-")
+        else:
+            descriptor, name = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), os.fspath(path)
+        Path(name).unlink()
+    except OSError as error:
+        raise _no_file(path, error) from error
+    return descriptor
+
+
+def _no_file(path: Path, error: OSError) -> UsageError:
+    return UsageError(
+        "no file for the host tier can be made there",
+        got=f"{path}: {error.strerror}",
+        expected="a folder, or the path of a file that does not exist yet",
+        fix="nothing was overwritten; choose another path",
+    )

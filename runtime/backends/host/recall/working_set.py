@@ -1,0 +1,229 @@
+"""One layer of one sequence on the device: sinks, the newest pages, and slots for pages that were recalled.
+
+K KV heads, P page size, D head size, S slots, C chosen pages. A page number counts a sequence's pages from 0; device pages and
+host pages are places in the two pools. A slot is a device page in which every KV head may hold another page's part.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numba
+import numpy as np
+
+from trt_kv.errors import CapacityError, TrtKvError
+from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.recall_attention.cpu import attended_pages
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.runtime.backends.host.recall.background import Job
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.page_pool import PagePool
+
+NO_PAGE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """One page-head to bring: page ``page`` of the sequence into slot ``slot`` of KV head ``head``.
+
+    ``waits``: the slot is read by the attention of the step that the move overlaps with.
+    """
+
+    head: int
+    page: int
+    slot: int
+    waits: bool
+
+
+@dataclass(kw_only=True)
+class Ticket:
+    """One layer's recall for the next step: its own flags, its own page lists, and the job that moves its pages.
+
+    The working set takes over ``held_KS`` and ``chosen_KC`` when the ticket is joined, and not before.
+    """
+
+    attention_done: threading.Event = field(default_factory=threading.Event)
+    held_KS: Ints = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    chosen_KC: Ints = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    n_moved: int = 0
+
+
+class WorkingSet:
+    """What of one layer of one sequence is on the device.
+
+    Pages ``j`` below ``limits.n_sinks`` have a device page of their own; any other page has, while it is one of the newest, the
+    device page ``j % n_newest``, which is free again when page ``j + n_newest`` begins, since no step attends to both.
+    """
+
+    def __init__(self, device: KvPool, limits: PageLimits) -> None:
+        self.limits = limits
+        self.n_tokens = 0
+        self.query_HD: Floats = np.empty((0, 0), np.float32)
+        """The query of the last token."""
+        self.lane: Job | None = None
+        """The last job on this layer and sequence: when it has ended, all have."""
+        self.ticket: Ticket | None = None
+        self.failure: TrtKvError | None = None
+        n_kv_heads = device.kv.shape[2]
+        self.held_KS: Ints = np.empty((n_kv_heads, 0), np.int64)
+        """The page number that each slot holds for each KV head."""
+        self.chosen_KC: Ints = np.empty((n_kv_heads, 0), np.int64)
+        """The page numbers chosen with ``query_HD``, ascending."""
+        self.ranked_KC: Ints | None = None
+        """What every KV head would choose with ``query_HD`` in the step of its token; None where nobody asked."""
+        self._device = device
+        own = device.allocate(limits.n_sinks + limits.n_newest)
+        self._sinks, self._newest = own[: limits.n_sinks], own[limits.n_sinks :]
+        self._slots: list[int] = []
+        device.register(self)
+
+    def pages_in(self, pool: PagePool) -> list[int]:
+        """See ``page_pool.Holder``."""
+        return [*self._sinks, *self._newest, *self._slots] if pool is self._device else []
+
+    @property
+    def n_held_tokens(self) -> int:
+        """Tokens that the device pages have room for."""
+        return len(self.pages_in(self._device)) * self.limits.page_size
+
+    def page_of(self, number: int) -> int:
+        """The device page of a sink or one of the newest pages."""
+        return self._sinks[number] if number < self.limits.n_sinks else self._newest[number % self.limits.n_newest]
+
+    def append(self, k_KD: Floats, v_KD: Floats) -> None:
+        """Put one token into the open page."""
+        number, offset = divmod(self.n_tokens, self.limits.page_size)
+        page = self.page_of(number)
+        self._device.kv[page, 0, :, offset] = k_KD
+        self._device.kv[page, 1, :, offset] = v_KD
+        self.n_tokens += 1
+
+    def block_with(self, k_NKD: Floats, v_NKD: Floats) -> Floats:
+        """The open page's tokens and then the new ones, as pages [n, 2, K, P, D]; what follows the last token is anything."""
+        size = self.limits.page_size
+        n_open = self.n_tokens % size
+        n_pages = -(-(n_open + len(k_NKD)) // size)
+        block = np.empty((n_pages, *self._device.kv.shape[1:]), np.float32)
+        if n_open:
+            block[0] = self._device.kv[self.page_of(self.n_tokens // size)]
+        pages_N, offsets_N = np.divmod(n_open + np.arange(len(k_NKD)), size)
+        block[pages_N, 0, :, offsets_N] = k_NKD
+        block[pages_N, 1, :, offsets_N] = v_NKD
+        return block
+
+    def place(self, block: Floats, n_tokens: int) -> None:
+        """Take over the sinks and the newest pages of a ``block`` that ends with token ``n_tokens``."""
+        first = self.n_tokens // self.limits.page_size
+        end = first + len(block)
+        for number in range(first, end):
+            if number < self.limits.n_sinks or number >= end - self.limits.n_newest:
+                self._device.kv[self.page_of(number)] = block[number - first]
+        self.n_tokens = n_tokens
+
+    def attended(self) -> Ints:
+        """The device pages that each KV head attends to now, in order of position: [K, T]."""
+        numbers_KT = attended_pages(self.chosen_KC, self.limits, self.n_tokens)
+        n_chosen = self.chosen_KC.shape[1]
+        n_sinks = min(self.limits.n_sinks, -(-self.n_tokens // self.limits.page_size))
+        pages_KT = np.empty_like(numbers_KT)
+        for at in (*range(n_sinks), *range(n_sinks + n_chosen, numbers_KT.shape[1])):
+            pages_KT[:, at] = self.page_of(int(numbers_KT[0, at]))
+        pages_KT[:, n_sinks : n_sinks + n_chosen] = np.array(self._slots, np.int64)[slots_of(self.held_KS, self.chosen_KC)]
+        return pages_KT
+
+    def make_room(self, n_slots: int) -> None:
+        """Have at least ``n_slots`` slots; ``CapacityError`` where the device has no page left."""
+        n_more = n_slots - len(self._slots)
+        if n_more > 0:
+            self._slots += self._device.allocate(n_more)
+            fresh_KS = np.full((len(self.held_KS), n_more), NO_PAGE)
+            self.held_KS = np.concatenate([self.held_KS, fresh_KS], axis=1)
+
+    def slot(self, slot: int, head: int) -> Floats:
+        """Where a slot holds a KV head's part of a page: [2, P, D]."""
+        view: Floats = self._device.kv[self._slots[slot], :, head]
+        return view
+
+    def fork(self) -> "WorkingSet":
+        """The same pages in device pages of its own. No job may be running."""
+        twin = WorkingSet(self._device, self.limits)
+        try:
+            twin.make_room(len(self._slots))
+        except CapacityError:
+            twin.release()
+            raise
+        twin.n_tokens, twin.query_HD = self.n_tokens, self.query_HD
+        twin.held_KS, twin.chosen_KC = self.held_KS.copy(), self.chosen_KC.copy()
+        self._device.kv[twin.pages_in(self._device)] = self._device.kv[self.pages_in(self._device)]
+        return twin
+
+    def release(self) -> None:
+        """Give the device pages back. No job may run any more."""
+        self._device.release(self.pages_in(self._device))
+        self._sinks, self._newest, self._slots = [], [], []
+
+
+def slots_of(held_KS: Ints, pages_KC: Ints) -> Ints:
+    """The slot in which each KV head holds each of its pages: [K, C]. All of them are held."""
+    order_KS = np.argsort(held_KS, axis=1)
+    slots_KC = np.empty(pages_KC.shape, np.int64)
+    for head, (held_S, order_S, pages_C) in enumerate(zip(held_KS, order_KS, pages_KC, strict=True)):
+        slots_KC[head] = order_S[np.searchsorted(held_S, pages_C, sorter=order_S)]
+    return slots_KC
+
+
+def moves_to(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Iterable[int]) -> list[Move]:
+    """What has to be brought so that each of ``heads`` holds its wanted pages: only what is missing.
+
+    Slots whose page nobody wants are filled: first those that the running step does not attend to, then the others. Wanted and
+    attended pages are in ascending order.
+    """
+    found_M4 = planned_moves(wanted_KC, held_KS, attended_KC, np.fromiter(heads, np.int64))
+    moves = [Move(head=head, page=page, slot=slot, waits=bool(waits)) for head, page, slot, waits in found_M4.tolist()]
+    return sorted(moves, key=lambda move: move.waits)
+
+
+@numba.njit(nogil=True, cache=True)
+def planned_moves(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Ints) -> Ints:
+    """Rows (head, page, slot, waits) of ``moves_to``, head by head. Without the interpreter's lock: the model computes."""
+    n_wanted, n_slots, n_attended = wanted_KC.shape[1], held_KS.shape[1], attended_KC.shape[1]
+    moves_M4 = np.empty((len(heads) * n_wanted, 4), np.int64)
+    n_moves = 0
+    free = np.empty(n_slots, np.int64)
+    for head in heads:
+        wanted, held, attended = wanted_KC[head], held_KS[head], attended_KC[head]
+        n_free = n_unread = 0
+        for reads in range(2):
+            for slot in range(n_slots):
+                at = np.searchsorted(wanted, held[slot])
+                if at < n_wanted and wanted[at] == held[slot]:
+                    continue
+                at = np.searchsorted(attended, held[slot])
+                if (at < n_attended and attended[at] == held[slot]) == (reads == 1):
+                    free[n_free] = slot
+                    n_free += 1
+            if reads == 0:
+                n_unread = n_free
+        ordered = np.sort(held)
+        n_missing = 0
+        for page in wanted:
+            at = np.searchsorted(ordered, page)
+            if at < n_slots and ordered[at] == page:
+                continue
+            moves_M4[n_moves, 0] = head
+            moves_M4[n_moves, 1] = page
+            moves_M4[n_moves, 2] = free[n_missing]
+            moves_M4[n_moves, 3] = n_missing >= n_unread
+            n_missing += 1
+            n_moves += 1
+    return moves_M4[:n_moves]
+
+
+def in_turn(moves: Iterable[Move], ticket: Ticket) -> Iterator[Move | threading.Event]:
+    """The moves of a ticket; before the first that would overwrite what is being read, the event to wait for."""
+    waited = False
+    for move in moves:
+        if move.waits and not waited:
+            yield ticket.attention_done
+            waited = True
+        yield move

@@ -1,0 +1,1 @@
+"""A TensorRT plan: whole steps in one engine, KV ops as plugins."""

@@ -1,0 +1,186 @@
+"""One sequence's cached tokens: its pages per layer, its lengths, and the slot the next token takes."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+from trt_kv.errors import TrtKvError
+from trt_kv.policy import Policy
+from trt_kv.runtime.backends.step import Ints
+from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.cache.page_pool import PagePool
+
+
+class SequenceCache:
+    """Pages, lengths and decode-time eviction of one sequence over L layers."""
+
+    def __init__(self, pool: KvPool, *, n_layers: int, decode_distance: int = Policy.decode_distance) -> None:
+        self.pool = pool
+        self.n_seen = 0
+        """Prompt and generated tokens so far; also the position of the next token."""
+        self.kv_len: Ints = np.zeros(n_layers, np.int64)
+        self.page_table: Ints = np.full((n_layers, 8), -1, np.int64)
+        self._n_pages: Ints = np.zeros(n_layers, np.int64)
+        self._decode_distance = decode_distance
+        self._growth: list[float] | None = None
+        self._reuse_order: list[deque[int]] = []
+        self.is_evicted = False
+        """Whether tokens have been evicted from the prompt, so that decode-time eviction may begin."""
+        self.n_prompt = 0
+        """Prompt tokens read so far."""
+        self.found_budget: Ints = np.full(n_layers, -1, np.int64)
+        """Tokens of each layer that a step may attend to where they were found from the input; -1: where they were not."""
+        pool.register(self)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.kv_len)
+
+    @property
+    def failure(self) -> TrtKvError | None:
+        """Why this sequence cannot go on, though the others of its batch can; None where it can."""
+        return None
+
+    @property
+    def held_tokens(self) -> Ints:
+        """Tokens of each layer that are held where attention reads them: [L]."""
+        return self.kv_len
+
+    @property
+    def pages(self) -> list[int]:
+        """Every page of ``pool`` that this sequence owns, over all layers."""
+        return self.pages_in(self.pool)
+
+    def pages_in(self, pool: PagePool) -> list[int]:
+        """See ``page_pool.Holder``."""
+        layers = [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool]
+        return [int(page) for layer in layers for page in self.page_table[layer, : self._n_pages[layer]]]
+
+    def _pool_of(self, layer: int) -> PagePool:
+        """Where the layer's pages are."""
+        return self.pool
+
+    def append(self, n_new: int) -> Ints:
+        """Make room for ``n_new`` tokens and return their slots [L, n_new].
+
+        All or nothing: on ``CapacityError`` the sequence is as it was. A single token of a sequence that grows at a share takes
+        the slot of an older token in every layer that is over its share (see ``_evicts_for_next``).
+        """
+        reuse = n_new == 1 and self._growth is not None
+        grows = np.array([not (reuse and self._evicts_for_next(layer)) for layer in range(self.n_layers)])
+        new_len = self.kv_len + n_new * grows
+        self._grow_tables(-(-new_len // self.pool.page_size))
+        slots = np.empty((self.n_layers, n_new), np.int64)
+        for layer in range(self.n_layers):
+            slots[layer] = (
+                self._slots(layer, range(self.kv_len[layer], new_len[layer]))
+                if grows[layer]
+                else self._reuse_order[layer].popleft()
+            )
+            if self._growth is not None:
+                self._reuse_order[layer].extend(int(slot) for slot in slots[layer])
+        self.kv_len = new_len
+        self.n_seen += n_new
+        return slots
+
+    def shrink(self, kept: Ints, growth: Sequence[float] | None) -> None:
+        """After the prompt's eviction: layer l holds ``kept[l]`` tokens in order of position. Pages behind them are freed.
+
+        From here on layer l grows at ``growth[l]`` per generated token: decode-time eviction of PrefixKV's released code, which
+        deletes the row ``decode_distance`` before the end of the compressed prompt (or its middle, if it is shorter). None: by
+        every token, unless EvictTokens runs while decoding (``settle``).
+        """
+        self.is_evicted = True
+        self._growth = None if growth is None else list(growth)
+        self._reuse_order = []
+        for layer in range(self.n_layers):
+            n_kept = int(kept[layer])
+            n_pages = -(-n_kept // self.pool.page_size)
+            self.pool.release(int(page) for page in self.page_table[layer, n_pages : self._n_pages[layer]])
+            self.page_table[layer, n_pages:] = -1
+            self._n_pages[layer] = n_pages
+            fixed = n_kept - self._decode_distance
+            first = fixed if fixed >= 1 else n_kept // 2
+            self._reuse_order.append(deque(int(slot) for slot in self._slots(layer, range(first, n_kept))))
+        self.kv_len = np.array(kept, np.int64)
+
+    def settle(self, kept: Ints) -> None:
+        """After EvictTokens ran while decoding: layer l holds ``kept[l]`` tokens. Pages stay, the next token needs them."""
+        self.kv_len = np.array(kept, np.int64)
+
+    def fork(self) -> Self:
+        """A sequence that holds the same tokens in pages of its own, and from here on grows and shrinks by itself.
+
+        All or nothing: ``CapacityError`` when the pool has not as many free pages as this sequence owns.
+        """
+        twin = self._empty_twin()
+        twin._grow_tables(self._n_pages)
+        for array in self.pool.states.values():
+            if len(array):
+                array[twin.pages] = array[self.pages]
+        twin.n_seen = self.n_seen
+        twin.n_prompt = self.n_prompt
+        twin.found_budget = self.found_budget.copy()
+        twin.kv_len = self.kv_len.copy()
+        twin.is_evicted = self.is_evicted
+        if self._growth is not None:
+            twin._growth = list(self._growth)
+            slot_of_page = dict(zip(self.pages, twin.pages, strict=True))
+            size = self.pool.page_size
+            twin._reuse_order = [
+                deque(slot_of_page[slot // size] * size + slot % size for slot in slots) for slots in self._reuse_order
+            ]
+        return twin
+
+    def _empty_twin(self) -> Self:
+        return type(self)(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance)
+
+    def release(self) -> None:
+        """Give every page back; the sequence is empty afterwards."""
+        for pool in self._pools:
+            pool.release(self.pages_in(pool))
+        self.page_table[:] = -1
+        self._n_pages[:] = 0
+        self.kv_len = np.zeros_like(self.kv_len)
+        self._growth = None
+        self.is_evicted = False
+        self.n_seen = 0
+        self.n_prompt = 0
+        self.found_budget[:] = -1
+
+    @property
+    def _pools(self) -> list[PagePool]:
+        """The pools that hold pages of this sequence."""
+        return list(dict.fromkeys(self._pool_of(layer) for layer in range(self.n_layers)))
+
+    def _evicts_for_next(self, layer: int) -> bool:
+        """Whether the layer holds a token more than its share of the tokens seen (papers: int(len - T * kept) > 0)."""
+        assert self._growth is not None
+        over = int(self.kv_len[layer] - self.n_seen * self._growth[layer]) > 0
+        return over and bool(self._reuse_order[layer])
+
+    def _slots(self, layer: int, indices: range) -> Ints:
+        """Pool slots of the sequence's cached tokens ``indices``."""
+        index = np.arange(indices.start, indices.stop)
+        slots: Ints = self.page_table[layer, index // self.pool.page_size] * self.pool.page_size + index % self.pool.page_size
+        return slots
+
+    def _grow_tables(self, n_pages: Ints) -> None:
+        """Own ``n_pages[l]`` pages in layer l, at least those owned now; all layers or none."""
+        n_pages = np.maximum(n_pages, self._n_pages)
+        more_L = n_pages - self._n_pages
+        in_pool = {pool: [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool] for pool in self._pools}
+        for pool, layers in in_pool.items():
+            pool.check_room(int(more_L[layers].sum()))
+        taken = {pool: pool.allocate(int(more_L[layers].sum())) for pool, layers in in_pool.items()}
+        if n_pages.max() > self.page_table.shape[1]:
+            wider = np.full((self.n_layers, 2 * int(n_pages.max())), -1, np.int64)
+            wider[:, : self.page_table.shape[1]] = self.page_table
+            self.page_table = wider
+        for layer in range(self.n_layers):
+            pages = taken[self._pool_of(layer)]
+            self.page_table[layer, self._n_pages[layer] : n_pages[layer]] = pages[: more_L[layer]]
+            del pages[: more_L[layer]]
+        self._n_pages = n_pages
