@@ -12,7 +12,8 @@ import onnx
 import safetensors.torch
 import torch
 
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.split import pieces_from_graph, save_pieces
 from trt_kv.hf_config import model_config_from_hf

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from trt_kv.decoder import Decoder
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy

@@ -10,7 +10,7 @@ from benchmarks.quality.recall.measure import measure_recall
 from benchmarks.quality.recall.results import RecallResults
 from benchmarks.quality.results import Results
 from benchmarks.quality.settings import Settings
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 
 
 def measured(checkpoint: Checkpoint, engine: Path, parts: Path, settings: Settings, told: list[str]) -> Results:

@@ -8,11 +8,11 @@ import pytest
 
 from trt_kv.calibration.drift import DriftRecorder, LayerTrace, Trace, calibrate_drift
 from trt_kv.calibration.tasks import calibration_prompts, evaluation_tasks
-from trt_kv.cli.calibration_runs import drift_trace_of, recipe_model
 from trt_kv.drift import Drift, drift_settings
 from trt_kv.errors import CheckpointError, UsageError
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
+from trt_kv.pipeline.calibration_runs import drift_trace_of, recipe_model
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.recall_attention.choice import drifted_heads
 from trt_kv.plugins.registry import kernel, op_specs
@@ -149,7 +149,7 @@ def test_several_sequences_are_not_recorded_as_one() -> None:
 
 
 def _encoded(checkpoint: Checkpoint, texts: list[str]) -> list[list[int]]:
-    tokenizer = load_tokenizer(checkpoint.folder / "tokenizer.json", error=CheckpointError)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
     return [list(tokenizer.encode(text).ids) for text in texts]
 
 

@@ -14,7 +14,7 @@ import transformers
 
 from tests.engines import CACHE_TOKENS, CHUNK, SHARES, assert_nothing_leaked, random_ids
 from trt_kv.calibration.tasks import evaluation_tasks, plain_text_tasks
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_from_name

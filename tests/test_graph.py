@@ -16,7 +16,8 @@ from onnx.reference.op_run import OpRun
 from tests.checkpoints import write_checkpoint
 from tests.engines import SHARES, assert_nothing_leaked, prefixkv_request, random_ids
 from trt_kv.errors import CheckpointError, EngineError, RecipeError, UsageError
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.graph import WEIGHTS_FILE, graph_from_checkpoint, save_graphs

@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import DTypeLike
 
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES

@@ -14,7 +14,7 @@ import pytest
 from tests.engines import CHUNK, build_for_test, interrupted_at_line, random_ids, recipe_for
 from trt_kv.cli import main
 from trt_kv.errors import CapacityError, RecallError, UsageError
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_from_name
 from trt_kv.policy_settings import differences, policy_with, setting_as_text, settings_from_text

@@ -10,7 +10,7 @@ import pytest
 
 from tests.engines import build_for_test
 from tests.test_monolithic_graphs import ATOL, CHUNK, N_DECODED, N_PAGES, PROMPTS, MonolithicRunner
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.policies import policy_from_name

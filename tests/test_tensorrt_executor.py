@@ -12,9 +12,9 @@ import pytest
 from tests.engines import prefixkv_request
 from tests.test_op_parity import CASES, by_slot, is_per_slot, live_slots, run
 from trt_kv.errors import CapacityError, EngineError, UsageError
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import build_engine
-from trt_kv.export.tensorrt_profile import TensorRtOptions
+from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.opspec import Case, OpSpec
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.policies import policy_from_name

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tests.device_steps import CHUNK, Side, device_runner, host_runner, requests
 from tests.triton_kernels import ROOT
 from trt_kv.errors import CapacityError, UsageError
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.opspec import TensorSpec
 from trt_kv.profiles import build_profile
 from trt_kv.runtime.backends.base import StepExecutor

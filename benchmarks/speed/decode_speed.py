@@ -13,7 +13,8 @@ from benchmarks.harness import Check, Report, Row, check_close, take_turns
 from benchmarks.models import FULL, ExportedModel, Shape, exported_model, model_runner, random_checkpoint, random_tokens
 from trt_kv.calibration.prefixkv import calibrate_prefixkv_budgets
 from trt_kv.calibration.tasks import calibration_prompts
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import kept_tokens
@@ -83,7 +84,7 @@ def _bundled(checkpoint: Checkpoint, folder: Path, *, contexts: Sequence[int], r
 
 def _recipes(checkpoint: Checkpoint, model: ExportedModel, executor: DenseExecutor) -> dict[str, list[float] | None]:
     """Kept shares per layer of each side; None for the whole cache."""
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
     prompts = [tokenizer.encode(task.prompt).ids for task in calibration_prompts(4, context_length=512, seed=0)]
     scored = dataclasses.replace(PREFIXKV, budget="uniform")
     recipes = calibrate_prefixkv_budgets(

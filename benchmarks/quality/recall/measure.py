@@ -21,7 +21,7 @@ from benchmarks.quality.recipes import Recipes, stored_recipes
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import ReportTask, report_tasks
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.manifest import load_manifest
 from trt_kv.policy import Policy
 from trt_kv.recipe import RecipeModel
