@@ -113,7 +113,7 @@ def test_a_manifest_of_another_make_is_read_or_refused_with_one_kind_of_error(
     ("change", "said"),
     [
         ({"format": "other"}, "is not an engine manifest of this version"),
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"version": ...}, "version None"),
         ({"new_field": 1}, r"unknown \['new_field'\]"),
         ({"policy": ...}, r"missing \['policy'\]"),
