@@ -13,11 +13,11 @@ from torch import Tensor
 from benchmarks.gpu.device import device, on_gpu, recorded
 from benchmarks.gpu.freekv_model import DTYPE, Corrections, Dense, Shape, drifting_queries
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.plugins.recall_attention.recall_triton import recall_pages
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
 from trt_kv.program import Program
 from trt_kv.runtime.backends.cuda.recall.background import InPlace, SideStream, SideWork
 from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall, LayerStep, RecallCapacity
+from trt_kv.runtime.backends.cuda.recall.recall_pages import recall_pages
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 
 FILL_PAGES = 256

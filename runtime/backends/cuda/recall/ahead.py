@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from trt_kv.plugins.recall_attention.begin_triton import BegunLayer, Choosing, StepTensors
 from trt_kv.plugins.recall_attention.choice_triton import choose_pages
-from trt_kv.plugins.recall_attention.recall_triton import AHEAD_PROGRAMS, recall_pages
-from trt_kv.plugins.recall_attention.working_set_triton import Moves, WorkingSets, plan_ahead
+from trt_kv.runtime.backends.cuda.recall.begin import BegunLayer, Choosing, StepTensors
+from trt_kv.runtime.backends.cuda.recall.moves import Moves, WorkingSets, plan_ahead
+from trt_kv.runtime.backends.cuda.recall.recall_pages import AHEAD_PROGRAMS, recall_pages
 
 
 class RecallAhead:

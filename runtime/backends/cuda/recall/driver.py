@@ -33,17 +33,17 @@ from torch import Tensor
 
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.attention_triton import attend_one
-from trt_kv.plugins.recall_attention.begin_triton import BegunLayer, Choosing, StepTensors, begin_layer
 from trt_kv.plugins.recall_attention.choice_triton import page_bounds
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.plugins.recall_attention.recall_triton import recall_pages
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
-from trt_kv.plugins.recall_attention.working_set_triton import plan_now
 from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program, recalling_layers
 from trt_kv.runtime.backends.cuda.recall.ahead import RecallAhead
 from trt_kv.runtime.backends.cuda.recall.background import InPlace, SideStream, SideWork
+from trt_kv.runtime.backends.cuda.recall.begin import BegunLayer, Choosing, StepTensors, begin_layer
+from trt_kv.runtime.backends.cuda.recall.moves import plan_now
 from trt_kv.runtime.backends.cuda.recall.prompt_attention import PromptStaging
+from trt_kv.runtime.backends.cuda.recall.recall_pages import recall_pages
 from trt_kv.runtime.backends.cuda.recall.working_set import BlockSizes, DeviceSets, PinnedTier
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.host.recall.prompt_attention import BLOCK_TOKENS
