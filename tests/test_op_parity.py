@@ -1,6 +1,9 @@
 """Every implementation of every op agrees with its reference on every case of its spec."""
 
 import copy
+import dataclasses
+import importlib
+from dataclasses import MISSING
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from trt_kv.opspec import Case, OpSpec, TensorSpec
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.registry import IMPLEMENTATIONS, kernel, op_specs
+from trt_kv.plugins.tensors import Array
 
 SPECS = op_specs()
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases]
@@ -78,11 +82,13 @@ def test_op_leaves_other_layers_and_sequences_alone(spec: OpSpec, case: Case) ->
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_kernels_have_the_signature_the_spec_tells(spec: OpSpec) -> None:
-    names = [t.name for t in spec.inputs if not t.optional] + [a.name for a in spec.attributes]
-    for implementation in IMPLEMENTATIONS:
-        annotations = set(kernel(spec.name, implementation).__annotations__) - {"return"}
-        assert annotations == {*names, *(t.name for t in spec.inputs if t.optional)}
+def test_arguments_are_the_inputs_and_attributes_of_the_spec(spec: OpSpec) -> None:
+    """By name, type and default, in the spec's order."""
+    arguments = importlib.import_module(f"trt_kv.plugins.{spec.folder}.arguments").Arguments
+    types: dict[str, Any] = {"int": int, "float": float, "string": str}
+    expected = [(t.name, Array | None if t.optional else Array, None if t.optional else MISSING) for t in spec.inputs]
+    expected += [(a.name, types[a.type], MISSING if a.default is None else a.default) for a in spec.attributes]
+    assert [(field.name, field.type, field.default) for field in dataclasses.fields(arguments)] == expected
 
 
 def test_each_case_dimension_is_somewhere_the_largest() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trt_kv.plugins.attention_kernels import sequence_of_tile
 from trt_kv.plugins.attention_triton import append_tokens, attend_chunks, attend_one
+from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.plugins.recall_attention.choice_triton import PageCounts, choose_pages, drifted, page_counts
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.triton_launch import launch, power_of_2
@@ -116,57 +117,41 @@ def table_kernel(
         tl.store(head_table_ptr + row * n_table + i, page, mask=i < n_attended)
 
 
-def run(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    cu_tokens: Tensor,
-    prompt_remaining: Tensor,
-    slots: Tensor,
-    page_table: Tensor,
-    kv_len: Tensor,
-    prompt_len: Tensor,
-    found_budget: Tensor,
-    query_rows: Tensor,
-    kv: Tensor,
-    token_positions: Tensor,
-    summaries: Tensor,
-    last_query: Tensor,
-    layer: int,
-    scale: float,
-    page_size: int,
-    kept_share: float = 1.0,
-    kept_tokens: int = 0,
-    sinks: int = 0,
-    recent: int = 1,
-    tau: float = 0.8,
-    summary: int = 0,
-    pooling: int = 0,
-    softmax_scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def run(args: Arguments[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Spec: ``spec.py``. Returns (out [N, H, D], lse [N, H], corrected [B, K]); updates the states in place.
 
     Launches on the current stream and does not wait. Rows behind the last sequence's are left as they were allocated.
     """
-    append_tokens(kv, token_positions, slots[layer], k, v, positions)
+    append_tokens(args.kv, args.token_positions, args.slots[args.layer], args.k, args.v, args.positions)
 
-    q = q.contiguous()
-    table_BT, len_B = page_table[layer], kv_len[layer]
-    limits = PageLimits(page_size=page_size, sinks=sinks, recent=recent)
-    summaries_of_filled(kv, summaries, cu_tokens, table_BT, len_B, len(q), summary)
-    corrected_BK, probe_BHD = drifted(q, cu_tokens, prompt_remaining, query_rows[layer], last_query, kv.shape[2], tau)
+    q = args.q.contiguous()
+    table_BT, len_B = args.page_table[args.layer], args.kv_len[args.layer]
+    limits = PageLimits(page_size=args.page_size, sinks=args.sinks, recent=args.recent)
+    summaries_of_filled(args.kv, args.summaries, args.cu_tokens, table_BT, len_B, len(q), args.summary)
+    corrected_BK, probe_BHD = drifted(
+        q, args.cu_tokens, args.prompt_remaining, args.query_rows[args.layer], args.last_query, args.kv.shape[2], args.tau
+    )
     counts, prompt_B = page_counts(
-        cu_tokens, prompt_remaining, len_B, prompt_len, found_budget[layer], limits, kept_share, kept_tokens
+        args.cu_tokens,
+        args.prompt_remaining,
+        len_B,
+        args.prompt_len,
+        args.found_budget[args.layer],
+        limits,
+        args.kept_share,
+        args.kept_tokens,
     )
     wanted_BK = counts.chosen[:, None].expand(corrected_BK.shape)
-    chosen_BKT = choose_pages(probe_BHD, summaries, table_BT, counts.between, wanted_BK, limits.n_sinks, pooling, softmax_scale)
+    chosen_BKT = choose_pages(
+        probe_BHD, args.summaries, table_BT, counts.between, wanted_BK, limits.n_sinks, args.pooling, args.softmax_scale
+    )
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    attend_chosen(q, cu_tokens, table_BT, len_B, kv, counts, chosen_BKT, limits.n_sinks, scale, out, lse)
-    attend_chunks(q, positions, cu_tokens, table_BT, prompt_B, kv, token_positions, scale, out, lse, min_new=1)
+    attend_chosen(q, args.cu_tokens, table_BT, len_B, args.kv, counts, chosen_BKT, limits.n_sinks, args.scale, out, lse)
+    attend_chunks(
+        q, args.positions, args.cu_tokens, table_BT, prompt_B, args.kv, args.token_positions, args.scale, out, lse, min_new=1
+    )
     return out, lse, corrected_BK
 
 
