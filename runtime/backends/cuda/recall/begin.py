@@ -5,12 +5,14 @@ B sequences, T pages of a page table.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.plugins.recall_attention.choice_triton import PageCounts, counted, is_steady_query
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.recall_attention.triton import summarise
@@ -177,32 +179,25 @@ def begin_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choosing:
-    """What a layer's attributes say of its choice of pages."""
+class LayerStep:
+    """One layer of one step: what RecallAttention is given, and the layer's own rows of it."""
 
-    limits: PageLimits
-    kept_share: float
-    kept_tokens: int
-    tau: float
-    summary: int
-    pooling: int
-    softmax_scale: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTensors:
-    """One layer's tokens of a step, and its sequences, as RecallAttention's spec says."""
-
+    args: Arguments[Tensor]
     q_NHD: Tensor
-    k_NKD: Tensor
-    v_NKD: Tensor
-    cu_tokens: Tensor
-    remaining_N: Tensor
+    """Contiguous."""
     table_BT: Tensor
     kv_len_B: Tensor
-    prompt_len_B: Tensor
-    found_budget_B: Tensor
-    query_rows_B: Tensor
+    limits: PageLimits
+
+    @classmethod
+    def of(cls, args: Arguments[Tensor]) -> Self:
+        return cls(
+            args=args,
+            q_NHD=args.q.contiguous(),
+            table_BT=args.page_table[args.layer],
+            kv_len_B=args.kv_len[args.layer],
+            limits=PageLimits(page_size=args.page_size, sinks=args.sinks, recent=args.recent),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,10 +221,11 @@ class BegunLayer:
     """Queries of this step."""
 
 
-def begin_layer(sets: WorkingSets, block_of: Tensor, step: StepTensors, choosing: Choosing) -> BegunLayer:
+def begin_layer(sets: WorkingSets, block_of: Tensor, step: LayerStep) -> BegunLayer:
     """Put each generated token into its open page, and a page that it fills on the host, with its summary; compare each
     sequence's last query of this step with the one before, and remember it in the block that ``block_of`` [M] has for its row.
     """
+    args = step.args
     n_sequences, (n_heads, head_size) = len(step.kv_len_B), step.q_NHD.shape[1:]
     n_kv_heads, page_size = sets.kv.shape[2:4]
     counts = torch.empty((7, n_sequences), dtype=torch.int64, device=sets.held.device)
@@ -242,15 +238,15 @@ def begin_layer(sets: WorkingSets, block_of: Tensor, step: StepTensors, choosing
         (n_sequences, n_kv_heads),
         warps=1,  # little to do for each, and sums that need no memory shared by warps
         q_ptr=step.q_NHD,
-        k_ptr=step.k_NKD.contiguous(),
-        v_ptr=step.v_NKD.contiguous(),
-        cu_ptr=step.cu_tokens,
-        remaining_ptr=step.remaining_N,
+        k_ptr=args.k.contiguous(),
+        v_ptr=args.v.contiguous(),
+        cu_ptr=args.cu_tokens,
+        remaining_ptr=args.prompt_remaining,
         len_ptr=step.kv_len_B,
-        prompt_len_ptr=step.prompt_len_B,
-        found_ptr=step.found_budget_B,
+        prompt_len_ptr=args.prompt_len,
+        found_ptr=args.found_budget[args.layer],
         table_ptr=step.table_BT,
-        rows_ptr=step.query_rows_B.contiguous(),
+        rows_ptr=args.query_rows[args.layer].contiguous(),
         block_of_ptr=block_of,
         kv_ptr=sets.kv,
         host_ptr=sets.host_kv,
@@ -261,20 +257,20 @@ def begin_layer(sets: WorkingSets, block_of: Tensor, step: StepTensors, choosing
         latest_ptr=latest_BHD,
         counts_ptr=counts,
         heads_ptr=heads,
-        tau=float(choosing.tau),
-        kept_share=float(choosing.kept_share),
-        kept_tokens=choosing.kept_tokens,
+        tau=float(args.tau),
+        kept_share=float(args.kept_share),
+        kept_tokens=args.kept_tokens,
         n_sequences=n_sequences,
         table_stride_b=step.table_BT.stride(0),
-        sink_pages=choosing.limits.n_sinks,
-        newest_pages=choosing.limits.n_newest,
-        recent=choosing.limits.recent,
+        sink_pages=step.limits.n_sinks,
+        newest_pages=step.limits.n_newest,
+        recent=step.limits.recent,
         block_pages=sets.block_pages,
         H=n_heads,
         K=n_kv_heads,
         P=page_size,
         D=head_size,
-        DEVIATION=choosing.summary,
+        DEVIATION=args.summary,
         BLOCK_D=power_of_2(head_size),
         BLOCK_G=power_of_2(n_heads // n_kv_heads),
         BLOCK_P=min(32, power_of_2(page_size)),
