@@ -86,7 +86,9 @@ def test_arguments_are_the_inputs_and_attributes_of_the_spec(spec: OpSpec) -> No
     """By name, type and default, in the spec's order."""
     arguments = importlib.import_module(f"trt_kv.plugins.{spec.folder}.arguments").Arguments
     types: dict[str, Any] = {"int": int, "float": float, "string": str}
-    expected = [(t.name, Array | None if t.optional else Array, None if t.optional else MISSING) for t in spec.inputs]
+    expected: list[tuple[str, Any, Any]] = [
+        (t.name, Array | None if t.optional else Array, None if t.optional else MISSING) for t in spec.inputs
+    ]
     expected += [(a.name, types[a.type], MISSING if a.default is None else a.default) for a in spec.attributes]
     assert [(field.name, field.type, field.default) for field in dataclasses.fields(arguments)] == expected
 
