@@ -16,11 +16,12 @@ from benchmarks.harness import Report, Row, check_close, take_turns
 from benchmarks.models import PAGE_SIZE, exported_model, random_checkpoint
 from benchmarks.recall_cache import AS_AT_08, FREEKV, RecallSide, WithQueries, fill_pages, limits_of, place_prompt, recall_side
 from benchmarks.recall_sides import IN_TURN, NARROW, OWN_PAGES, STREAMED, WIDE, check_placed
+from benchmarks.synchronous_copies import SynchronousCopies
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy
 from trt_kv.runtime.backends.base import DenseExecutor
-from trt_kv.runtime.backends.host.recall.background import Copies, SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.background import Copies, ThreadedCopies
 from trt_kv.runtime.backends.host.recall.store import host_tier_at
 from trt_kv.runtime.trace import Trace
 

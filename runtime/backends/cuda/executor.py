@@ -87,11 +87,6 @@ class TorchDeviceExecutor:
         on = torch.cuda.get_device_name(device) if self._stream is not None else f"the {device.type.upper()}"
         return f"{self._decoder.description} on {on}{'' if self._graphs is None else ', CUDA graphs'}"
 
-    @property
-    def n_graphs(self) -> int:
-        """How many decode steps have been recorded, one per bucket."""
-        return len(self._graphs or {})
-
     def warm_up(self) -> None:
         """Compile the kernels that the smallest steps launch, by steps of nothing but padding."""
         smallest = StepSizes(n_tokens=1, n_rows=1, n_sequences=1, table_width=1)
