@@ -223,10 +223,9 @@ def test_a_long_page_table_means_parts() -> None:
 
 def test_importing_an_op_imports_no_triton() -> None:
     code = "import sys; from trt_kv.plugins.cached_attention.tensorrt import KERNELS"
-    code += "; print(KERNELS.device, 'triton' in sys.modules)"
+    code += "; print(KERNELS.device is not None, 'triton' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert answer.stdout.startswith("<trt_kv.plugins.registry._Lazy")
-    assert answer.stdout.endswith("False\n")
+    assert answer.stdout == "True False\n"
 
 
 @EACH_SPEC
