@@ -62,7 +62,7 @@ def test_on_the_gpu_an_executor_of_whole_steps_recalls_from_the_host(
     small_checkpoint_folder: Path, *, cuda_graphs: bool
 ) -> None:
     from tests.device_recall_requests import check
-    from trt_kv.export.checkpoint import open_checkpoint
+    from trt_kv.export.checkpoints.opening import open_checkpoint
 
     check(open_checkpoint(small_checkpoint_folder), device="cuda", cuda_graphs=cuda_graphs)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.synchronous_copies import SynchronousCopies
+from benchmarks.speed.synchronous_copies import SynchronousCopies
 from tests.recall_rig import RandomModel, StepwiseCopies, freekv, generate, prompt_of, runner_of
 from trt_kv.errors import RecallError, TrtKvError
 from trt_kv.plugins.paging import Floats, Ints

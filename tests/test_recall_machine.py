@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from benchmarks.synchronous_copies import SynchronousCopies
+from benchmarks.speed.synchronous_copies import SynchronousCopies
 from tests.recall_rig import VOCABULARY, RandomModel, StepwiseCopies, check_integrity, freekv, prompt_of, runner_of
 from trt_kv.errors import RecallError
 from trt_kv.runtime.backends.host.recall.background import Copies, ThreadedCopies
@@ -58,7 +58,7 @@ class RecallMachine(RuleBasedStateMachine):
         for step in range(n_steps):
             tokens = [(7 * step + index) % VOCABULARY for index in range(len(pairs))]
             expected = self.op.decode([pair[0] for pair in pairs], tokens)
-            got = self.streamed.decode([pair[1] for pair in pairs], tokens, failures_stay=True)
+            got = self.streamed._decode_step([pair[1] for pair in pairs], tokens)
             failed = [pair[1].failure is not None for pair in pairs]
             for one, other, has_failed in zip(got, expected, failed, strict=True):
                 assert has_failed or np.array_equal(one, other)
@@ -80,8 +80,8 @@ class RecallMachine(RuleBasedStateMachine):
     @invariant()
     def no_page_is_lost(self) -> None:
         if hasattr(self, "op"):
-            check_integrity(self.op)
-            check_integrity(self.streamed)
+            check_integrity(self.op, *(pair[0] for pair in self.alive))
+            check_integrity(self.streamed, *(pair[1] for pair in self.alive))
 
     def drop(self, pair: tuple[SequenceCache, SequenceCache]) -> None:
         for sequence in pair:
@@ -104,7 +104,7 @@ def long_generation(copies: Copies, tmp_path: Path, n_new: int) -> tuple[list[in
     """Greedy tokens, and the bytes in use every 500 tokens."""
     model = RandomModel(n_layers=2, head_size=4, max_positions=n_new + 100)
     sizes = {"n_pages": 2 * (n_new // 16 + 10), "page_size": 16, "n_kv_heads": model.n_kv_heads, "head_size": model.head_size}
-    host = host_tier_at(f"mmap:{tmp_path}", **sizes)
+    host = host_tier_at(f"file:{tmp_path}", **sizes)
     runner = runner_of(model, freekv(tokens=160, sinks=16, recent=32), copies=copies, host=host, page_size=16, n_pages=200)
     sequence = runner.new_sequence()
     logits_V = runner.prefill(sequence, prompt_of(90))
@@ -115,7 +115,7 @@ def long_generation(copies: Copies, tmp_path: Path, n_new: int) -> tuple[list[in
         (logits_V,) = runner.decode([sequence], tokens[-1:])
         if step % 500 == 499:
             used.append(runner.recall.used_bytes | {"resident": resident_anonymous_bytes()})
-            check_integrity(runner)
+            check_integrity(runner, sequence)
     sequence.release()
     check_integrity(runner)
     runner.recall.close()

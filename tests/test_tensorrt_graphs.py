@@ -14,9 +14,10 @@ from tests.engines import SHARES, prefixkv_request, recipe_for
 from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
 from tests.tensorrt_plugins import deregister_plugins
 from trt_kv.errors import EngineError
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine, export_graphs
-from trt_kv.export.tensorrt_profile import TensorRtOptions
+from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.manifest import load_manifest
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.registry import op_specs
@@ -41,8 +42,8 @@ TINY = BuildProfile(
 
 @pytest.fixture(scope="module")
 def build(tensorrt: ModuleType) -> Iterator[ModuleType]:
-    """``trt_kv.export.tensorrt_engine``, with the plugins taken back afterwards."""
-    from trt_kv.export import tensorrt_engine
+    """``trt_kv.export.targets.tensorrt_engine``, with the plugins taken back afterwards."""
+    from trt_kv.export.targets import tensorrt_engine
 
     yield tensorrt_engine
     deregister_plugins()
@@ -126,7 +127,7 @@ def test_every_policy_builds_with_its_ops_as_plugins(
 @pytest.mark.parametrize("phase", PHASES)
 def test_without_plugins_the_ops_are_their_functions(build: Any, exported: tuple[EngineRequest, Path], phase: str) -> None:
     """The same files, nothing registered: standard layers only, and a network that TensorRT accepts."""
-    from trt_kv.export.tensorrt_network import network_from_onnx
+    from trt_kv.export.targets.tensorrt_network import network_from_onnx
 
     _, graphs = exported
     deregister_plugins()
@@ -194,7 +195,7 @@ def test_a_node_without_a_field_is_refused_by_name(build: Any, exported: tuple[E
     """The parser only warns of a field that is missing; the plugin's creator does not let it pass."""
     import onnx
 
-    from trt_kv.export.tensorrt_network import network_from_onnx
+    from trt_kv.export.targets.tensorrt_network import network_from_onnx
 
     _, graphs = exported
     model = onnx.load(str(graphs / "decode.onnx"))
@@ -244,7 +245,7 @@ def shaped_request(build: Any, config: ModelConfig, folder: Path) -> tuple[Any, 
 
 def test_llama_31_8b_parses_with_plugins_in_every_layer(build: Any, tmp_path: Path) -> None:
     """All 32 layers and the whole vocabulary in fp16."""
-    from trt_kv.export.tensorrt_network import check_network, describe_network, network_from_onnx
+    from trt_kv.export.targets.tensorrt_network import check_network, describe_network, network_from_onnx
 
     request, shares = shaped_request(build, LLAMA_31_8B, tmp_path)
     parsed = network_from_onnx(request.graph)

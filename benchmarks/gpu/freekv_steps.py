@@ -123,7 +123,7 @@ class Sequences:
         self.k, self.v = torch.randn(2, batch, shape.n_kv_heads, shape.head_size, device=self._on).to(dtype)
         self.k[:, :, : shape.head_size // 2] = 1.0
         self._x = torch.randn(batch, shape.hidden, device=self._on).to(dtype)
-        self._in_pool = {state.name: tiers.recall.device.tensors[state.name] for state in SPEC.states}
+        self._in_pool = {state.name: tiers.recall.device.states[state.name] for state in SPEC.states}
         self._in_pool["slots"] = torch.empty(shape.n_layers, 0, dtype=torch.int64, device=self._on)
         """What the op would read and write in a pool: recall has its own."""
         self._place()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class TorchDeviceExecutor:
             with self._on_stream():
                 self._launch(phase, None, sizes)
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than planned, or out of memory."""
         if pool is not self._pool:
             raise UsageError("an executor on a device runs the steps of its own pool", fix="make one executor per pool")
@@ -139,7 +140,7 @@ class TorchDeviceExecutor:
         """All that happens on the device in a step: what ops made for the runtime, one row per layer that makes it, and
         logits. Nothing here may wait for it.
         """
-        attend = self._ops[phase].for_step(tensors | self._pool.tensors)
+        attend = self._ops[phase].for_step(tensors | self._pool.states)
         logits = self._decoder(tensors["input_ids"], tensors["positions"], tensors["logit_rows"], attend)
         results = {name: torch.stack([*of_layers.values()]) for name, of_layers in attend.made.items()}
         return results | {"logits": logits.float()}

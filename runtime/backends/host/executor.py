@@ -1,6 +1,7 @@
 """Whole steps from a dense executor and the KV ops that run between its parts, on the host."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.graph_io import specs_of
@@ -43,7 +44,7 @@ class SplitStepExecutor:
         for spec in specs.values():
             kernel(spec.name, self._implementation)(**case_inputs(spec, spec.cases[0]))
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``."""
         attend = self._ops[phase].for_step(vars(step) | pool.states)
         logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)

@@ -67,7 +67,7 @@ class TensorRtExecutor:
     def warm_up(self) -> None:
         """Nothing is compiled at a first call."""
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than the plan was built for."""
         sizes = {"N": len(step.input_ids), "R": len(step.logit_rows), "B": len(step.cu_tokens) - 1}
         sizes |= {"T": step.page_table.shape[2], "M": pool.n_pages, "U": pool.n_pages}
@@ -87,7 +87,7 @@ class TensorRtExecutor:
             )
         return context
 
-    def _bind(self, context: Any, step: Step, pool: KvPool) -> None:
+    def _bind(self, context: Any, step: Step, pool: KvPool[Any]) -> None:
         states: dict[str, Any] = {name: getattr(pool, name) for name in states_of(self._program)}
         for name, tensor in graph_inputs(self._program).items():
             if tensor.name in states:
@@ -137,7 +137,7 @@ class TensorRtExecutor:
         return {name: {layer: read(f"{name}_{layer}") for layer in layers} for name, layers in makers_of(self._program).items()}
 
 
-def states_address(pool: KvPool) -> int:
+def states_address(pool: KvPool[Any]) -> int:
     """Where the pool is: a recorded step can only be replayed on the same memory."""
     tensor: Any = pool.kv
     return int(tensor.data_ptr())
