@@ -57,6 +57,7 @@ class Engine:
         batch: int | None = None,
         profile: str | None = None,
         cuda_graphs: bool | None = None,
+        batch_invariant: bool | None = None,
         cache_tokens: int | None = None,
         host_tier: str | None = None,
         host_tokens: int | None = None,
@@ -84,6 +85,7 @@ class Engine:
         it loads them, or "onnxruntime" (needs onnxruntime-gpu), which computes in the engine's. At most ``batch`` sequences
         decode together (default: the profile's, else 8). ``profile``: a build profile, by name or file, whose largest sizes
         bound steps, contexts and the cache. ``cuda_graphs`` records decode steps; None: where that is possible.
+        ``batch_invariant``: a request gets the same bits whoever runs beside it, for steps that are all of the largest size.
 
         Raises ``EngineError`` for anything that is not a complete, untouched engine whose policy this version applies,
         ``UsageError`` for what cannot run on ``device``, ``CapacityError`` where that has too little memory.
@@ -98,7 +100,9 @@ class Engine:
             n_threads=n_threads,
             trace=trace,
         )
-        on = DeviceOptions(dense=dense, dtype=dtype, batch=batch, profile=profile, cuda_graphs=cuda_graphs)
+        on = DeviceOptions(
+            dense=dense, dtype=dtype, batch=batch, profile=profile, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant
+        )
         place = device_from_name(device)
         if place is None:
             on.check_host()

@@ -51,10 +51,13 @@ class TorchDeviceExecutor:
         largest: StepSizes,
         *,
         cuda_graphs: bool | None = None,
+        batch_invariant: bool = False,
         kernels: Callable[[str], Mapping[str, Kernel]] | None = None,
     ) -> None:
         """``decoder`` has the pool's type, and its device; a module is moved there. ``largest`` sizes the buffers.
         ``cuda_graphs`` records decode steps; None: where the device is a GPU and the decoder can be recorded.
+        ``batch_invariant``: every decode step has the largest sizes, so that neither the library of matrix products nor our
+        kernels choose another way of adding for other neighbours: a sequence's bits are then its own.
         ``kernels(phase)`` run instead of the ops' own: ``DeviceRecall.kernels``.
 
         Raises ``UsageError`` for what does not fit together, ``EngineError`` for an op without kernels for devices.
@@ -66,6 +69,7 @@ class TorchDeviceExecutor:
             _check_recordable(self._decoder, pool)
         self._pool = pool
         self._largest = largest
+        self._batch_invariant = batch_invariant
         self._ops: dict[str, LayerOps] = {}
         self._makers: dict[str, dict[str, list[int]]] = {}
         self._buffers: dict[str, StepBuffers] = {}
@@ -102,7 +106,7 @@ class TorchDeviceExecutor:
             raise UsageError("an executor on a device runs the steps of its own pool", fix="make one executor per pool")
         sizes = StepSizes.of(step, pool.page_size)
         sizes.check_within(self._largest)
-        bucket = sizes.bucket(self._largest, one_token_each=phase == "decode")
+        bucket = sizes.bucket(self._largest, one_token_each=phase == "decode", fixed=self._batch_invariant)
         with self._on_stream():
             recorded = self._graphs is not None and phase == "decode"
             results = self._replay(step, bucket) if recorded else self._launch(phase, step, bucket)

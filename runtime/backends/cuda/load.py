@@ -67,6 +67,7 @@ def load(
             pool,
             plan.largest,
             cuda_graphs=on.cuda_graphs,
+            batch_invariant=bool(on.batch_invariant),
             kernels=None if recall is None else recall.kernels,
         )
         tell("taking memory", 1, 1)
