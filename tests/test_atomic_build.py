@@ -126,7 +126,7 @@ WRITTEN_FILES = (
     "graphs/weights.data",
     "graphs/prefill.onnx",
     "graphs/decode.onnx",
-    "graphs/piece_01.onnx",
+    "graphs/segment_01.onnx",
     "graphs/small_weights.data",
     "graphs/weights.json",
     "tokenizer.json",

@@ -77,7 +77,7 @@ def test_a_build_that_has_nothing_to_do_says_so(run: Run, small_checkpoint_folde
     assert run(*build, "--force")[0] == 0
     assert load_manifest(tmp_path / "engine").config.eos_token_ids == (2, 7)
 
-    (tmp_path / "engine" / "graphs" / "piece_00.onnx").unlink()
+    (tmp_path / "engine" / "graphs" / "segment_00.onnx").unlink()
     assert run(*build)[0] == 2
     assert run(*build, "--force")[0] == 0
     assert run("inspect", "engine")[0] == 0

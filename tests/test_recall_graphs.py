@@ -45,11 +45,11 @@ def folder(request: pytest.FixtureRequest, small_checkpoint_folder: Path, tmp_pa
 
 
 class Recording(SplitStepExecutor):
-    """The ops' CPU kernels between ONNX Runtime's pieces, remembering each step and what came of it."""
+    """The ops' CPU kernels between ONNX Runtime's segments, remembering each step and what came of it."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        pieces = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
-        super().__init__(pieces, manifest.programs)
+        segments = OnnxRuntimeExecutor(folder / "graphs", manifest.segments, manifest.attention_ports)
+        super().__init__(segments, manifest.programs)
         self.steps: list[tuple[Step, StepResult]] = []
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
@@ -134,11 +134,11 @@ def test_the_run_recalls_and_corrects(folder: Path, recorded: Recorded) -> None:
         assert 0.1 < corrected.mean() < 0.9
 
 
-def test_pieces_are_cut_at_the_ops_that_attend(folder: Path) -> None:
+def test_segments_are_cut_at_the_ops_that_attend(folder: Path) -> None:
     manifest = load_manifest(folder)
-    assert len(manifest.pieces) == manifest.config.n_layers + 1
-    for piece in manifest.pieces:
-        model = onnx.load(folder / "graphs" / piece.file, load_external_data=False)
+    assert len(manifest.segments) == manifest.config.n_layers + 1
+    for segment in manifest.segments:
+        model = onnx.load(folder / "graphs" / segment.file, load_external_data=False)
         assert {node.domain for node in model.graph.node} == {""}
 
 

@@ -242,9 +242,9 @@ def policy_that_scores(score: RecipeScore) -> Policy:
 
 
 def harness_from_engine(folder: Path, manifest: Manifest, *, context_length: int, n_forks: int) -> Harness:
-    """A harness on the dense pieces of a built engine, whatever its policy; its pool has room for ``n_forks`` whole forks."""
+    """A harness on the graph segments of a built engine, whatever its policy; its pool has room for ``n_forks`` whole forks."""
     config = manifest.config
-    executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
+    executor = OnnxRuntimeExecutor(folder / "graphs", manifest.segments, manifest.attention_ports)
     n_pages = config.n_layers * -(-context_length // manifest.page_size)
     pool = HostKvPool(
         n_pages=n_pages * (n_forks + 1),
