@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.device_recall_cases import BLOCKWISE, CASES, SLOW_CASES, Case
+from trt_kv.plugins.recall_attention.spec import SPEC
 from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
@@ -179,7 +180,8 @@ class World:
         floats = {name: np.concatenate([of[name] for of in vectors], axis=1) for name in "qkv"}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for name, array in integers.items()}
         dtype = self.recall.host.kv.dtype
-        return tensors | {name: torch.from_numpy(array).to(self.device, dtype) for name, array in floats.items()}
+        tensors |= {name: torch.from_numpy(array).to(self.device, dtype) for name, array in floats.items()}
+        return states_of(self.recall.device) | tensors
 
     def _compare(self, values: Values, results: Sequence[tuple[Tensor, ...]]) -> None:
         from trt_kv.plugins.registry import device_kernel
@@ -208,6 +210,11 @@ def pool_of(case: Case, device: str) -> DeviceKvPool:
     return DeviceKvPool(
         n_pages=0, page_size=case.page_size, n_kv_heads=n_kv_heads, head_size=head_size, dtype=case.dtype, device=device
     )
+
+
+def states_of(pool: DeviceKvPool) -> Values:
+    """What RecallAttention would update in the pool if its cache were there."""
+    return {state.name: pool.states[state.name] for state in SPEC.states}
 
 
 def over_layers(kernels: Mapping[str, Kernel], program: Program, values: Values) -> list[tuple[Tensor, ...]]:

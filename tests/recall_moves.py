@@ -38,7 +38,7 @@ CASES = (
 
 def moved(case: Moves, device: str) -> dict[str, torch.Tensor]:
     """The tiers, the moves, and the device tier ``after`` them."""
-    from trt_kv.plugins.recall_attention.recall_triton import recall_pages
+    from trt_kv.runtime.backends.cuda.recall.recall_pages import recall_pages
 
     rng = np.random.default_rng(len(case.name))
     n_host, n_device = 23, 13

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.device_recall_cases import BLOCKWISE, CASES, Case
-from tests.device_recall_rig import ReplayedSteps, World, over_layers, play, pool_of
+from tests.device_recall_rig import ReplayedSteps, World, over_layers, play, pool_of, states_of
 from tests.triton_kernels import ROOT
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.triton_compile import CAPABILITIES, MODELS, SHARED_BYTES, compiled
@@ -115,7 +115,7 @@ def decode_launches(model: str, dtype: str) -> list[Launch]:
     recall = DeviceRecall(case.program, capacity, pool_of(case, "meta"), n_query_heads=n_heads)
     integers = {
         **dict.fromkeys(("positions", "prompt_remaining", "prompt_len"), (4,)),
-        **dict.fromkeys(("kv_len", "found_budget", "query_rows"), (1, 4)),
+        **dict.fromkeys(("kv_len", "found_budget", "query_rows", "slots"), (1, 4)),
         "cu_tokens": (5,),
         "page_table": (1, 4, 1024),
     }
@@ -123,7 +123,7 @@ def decode_launches(model: str, dtype: str) -> list[Launch]:
     values = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name, shape in integers.items()}
     values |= {name: torch.empty(shape, dtype=recall.host.kv.dtype, device="meta") for name, shape in floats.items()}
     with recording() as launches:
-        over_layers(recall.kernels("decode"), case.program, values)
+        over_layers(recall.kernels("decode"), case.program, states_of(recall.device) | values)
     return launches
 
 

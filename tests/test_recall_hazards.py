@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.speed.synchronous_copies import SynchronousCopies
 from tests.recall_rig import RandomModel, StepwiseCopies, freekv, generate, prompt_of, runner_of
 from trt_kv.errors import RecallError, TrtKvError
 from trt_kv.plugins.paging import Floats, Ints
@@ -18,7 +19,7 @@ from trt_kv.plugins.recall_attention import choice as choices
 from trt_kv.policy import Policy
 from trt_kv.runtime.backends.host.recall import background
 from trt_kv.runtime.backends.host.recall import layer as layer_streams
-from trt_kv.runtime.backends.host.recall.background import Copies, Job, SynchronousCopies
+from trt_kv.runtime.backends.host.recall.background import Copies, Job
 from trt_kv.runtime.backends.host.recall.layer import LayerStreams
 from trt_kv.runtime.backends.host.recall.working_set import Move, Ticket, WorkingSet
 

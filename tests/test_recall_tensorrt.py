@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
+from tests.tensorrt_plugins import deregister_plugins
 from tests.test_tensorrt_graphs import PAGE_SIZE, TINY, plan_request, program
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, export_graphs
@@ -34,7 +35,6 @@ POLICIES = {
 def build(tensorrt: ModuleType) -> Iterator[ModuleType]:
     """``trt_kv.export.targets.tensorrt_engine``, with the plugins taken back afterwards."""
     from trt_kv.export.targets import tensorrt_engine
-    from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     yield tensorrt_engine
     deregister_plugins()
@@ -69,7 +69,6 @@ def test_graphs_build_with_their_ops_as_plugins(
 def test_graphs_build_without_plugins(build: Any, exported: tuple[EngineRequest, Path], phase: str) -> None:
     """Standard layers only, all the way to an engine: the functions are a fallback that TensorRT compiles."""
     from trt_kv.export.targets.tensorrt_network import network_from_onnx
-    from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     wanted, graphs = exported
     deregister_plugins()

@@ -12,6 +12,7 @@ import torch
 
 from tests.engines import SHARES, prefixkv_request, recipe_for
 from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
+from tests.tensorrt_plugins import deregister_plugins
 from trt_kv.errors import EngineError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
@@ -43,7 +44,6 @@ TINY = BuildProfile(
 def build(tensorrt: ModuleType) -> Iterator[ModuleType]:
     """``trt_kv.export.targets.tensorrt_engine``, with the plugins taken back afterwards."""
     from trt_kv.export.targets import tensorrt_engine
-    from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     yield tensorrt_engine
     deregister_plugins()
@@ -128,7 +128,6 @@ def test_every_policy_builds_with_its_ops_as_plugins(
 def test_without_plugins_the_ops_are_their_functions(build: Any, exported: tuple[EngineRequest, Path], phase: str) -> None:
     """The same files, nothing registered: standard layers only, and a network that TensorRT accepts."""
     from trt_kv.export.targets.tensorrt_network import network_from_onnx
-    from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     _, graphs = exported
     deregister_plugins()

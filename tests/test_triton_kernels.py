@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.rig.buffers import padded, padding_slots
-from tests.test_op_parity import run, untouched
+from tests.test_op_parity import arguments_of, run, taken_by, untouched
 from tests.triton_kernels import HALF_TOLERANCE, ROOT, Interpreter, assert_equals_reference, rounded
 from tests.triton_worker import device_outputs
 from trt_kv.opspec import Case, OpSpec, Tolerance
@@ -223,16 +223,14 @@ def test_a_long_page_table_means_parts() -> None:
 
 def test_importing_an_op_imports_no_triton() -> None:
     code = "import sys; from trt_kv.plugins.cached_attention.tensorrt import KERNELS"
-    code += "; print(KERNELS.device, 'triton' in sys.modules)"
+    code += "; print(KERNELS.device is not None, 'triton' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert answer.stdout.startswith("<trt_kv.plugins.registry._Lazy")
-    assert answer.stdout.endswith("False\n")
+    assert answer.stdout == "True False\n"
 
 
 @EACH_SPEC
-def test_kernels_have_the_signature_the_spec_tells(spec: OpSpec) -> None:
-    run = importlib.import_module(f"trt_kv.plugins.{spec.folder}.triton").run
-    assert set(run.__annotations__) - {"return"} == {t.name for t in spec.inputs} | {a.name for a in spec.attributes}
+def test_kernels_take_the_arguments_of_their_op(spec: OpSpec) -> None:
+    assert taken_by(spec, "triton") == [arguments_of(spec)]
 
 
 @EACH_SPEC
