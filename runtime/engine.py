@@ -274,7 +274,7 @@ class Stream(Iterator[str]):
 
     def _has_news(self) -> bool:
         request = self._request
-        return bool(request.pieces) or request.is_finished or request.num_computed_tokens > self._n_told
+        return bool(request.pieces) or request.is_finished or request.n_prompt_read > self._n_told
 
     def close(self) -> None:
         """Cancel the request, where it has not ended: its pages are free before the next step."""
@@ -289,8 +289,8 @@ class Stream(Iterator[str]):
         return self._request.result()
 
     def _tell_progress(self) -> None:
-        if self._request.num_computed_tokens > self._n_told:
-            self._n_told = self._request.num_computed_tokens
+        if self._request.n_prompt_read > self._n_told:
+            self._n_told = self._request.n_prompt_read
             if self._on_prefill is not None:
                 self._on_prefill(self._n_told)
 

@@ -174,7 +174,7 @@ class World:
             "page_table": table,
             "kv_len": np.tile(kv_len, (case.n_layers, 1)),
             "prompt_len": np.array([min(s.n_prompt, s.n_tokens) for s, _ in entries]),
-            "found_budget": np.full((case.n_layers, len(entries)), -1),
+            "adaptive_budget": np.full((case.n_layers, len(entries)), -1),
             "query_rows": table[:, :, 0].copy(),
         }
         floats = {name: np.concatenate([of[name] for of in vectors], axis=1) for name in "qkv"}

@@ -108,7 +108,7 @@ def requests(runner: ModelRunner) -> dict[str, np.ndarray]:
     found: dict[str, list[np.ndarray]] = {"prefill": [], "decode": [], "kv_len": [], "budget": []}
     for sequence, n in zip(sequences, PROMPTS, strict=True):
         found["prefill"].append(runner.prefill(sequence, rng.integers(3, 200, n).tolist()))
-        found["budget"].append(sequence.found_budget.copy())
+        found["budget"].append(sequence.adaptive_budget.copy())
     for step in range(N_DECODED):
         running = sequences[step >= N_DECODED // 2 :]
         found["decode"].extend(runner.decode(running, rng.integers(3, 200, len(sequences))[-len(running) :].tolist()))

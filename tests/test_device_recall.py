@@ -115,7 +115,7 @@ def decode_launches(model: str, dtype: str) -> list[Launch]:
     recall = DeviceRecall(case.program, capacity, pool_of(case, "meta"), n_query_heads=n_heads)
     integers = {
         **dict.fromkeys(("positions", "prompt_remaining", "prompt_len"), (4,)),
-        **dict.fromkeys(("kv_len", "found_budget", "query_rows", "slots"), (1, 4)),
+        **dict.fromkeys(("kv_len", "adaptive_budget", "query_rows", "slots"), (1, 4)),
         "cu_tokens": (5,),
         "page_table": (1, 4, 1024),
     }

@@ -92,7 +92,7 @@ def test_generation_stops_at_the_last_position(small_engine: Engine) -> None:
     generation = engine.generate(random_ids(small_engine, MAX_POSITIONS - 9, seed=1), max_new_tokens=1000)
     assert len(generation.token_ids) == 10
     assert generation.finish_reason == "length"
-    assert generation.n_seen == MAX_POSITIONS
+    assert generation.num_computed_tokens == MAX_POSITIONS
 
 
 def test_a_batch_is_refused_as_a_whole(small_engine: Engine) -> None:

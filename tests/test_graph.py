@@ -193,7 +193,7 @@ class MonolithicRun:
 
     def step(self, phase: str, ids: Sequence[int], *, remaining: int = 0) -> np.ndarray:
         """Logits [N, V]; ``remaining`` prompt tokens follow. The last chunk of a prompt evicts."""
-        graph, n, first = self._graphs[phase], len(ids), self.sequence.n_seen
+        graph, n, first = self._graphs[phase], len(ids), self.sequence.num_computed_tokens
         slots = self.sequence.append(n)
         values = {
             "input_ids": np.array(ids),

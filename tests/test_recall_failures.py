@@ -146,7 +146,7 @@ def test_a_prompt_whose_earlier_pages_are_gone_is_an_error(tmp_path: Path, monke
     def cut_behind_48(*arguments: Any, **options: Any) -> np.ndarray:
         """Behind the hole that a later page would leave, zeros would be read as if they were keys."""
         logits = read_chunk(*arguments, **options)
-        if sequence.n_seen == 48:
+        if sequence.num_computed_tokens == 48:
             os.ftruncate(tier.file_descriptor, 0)
         return logits
 

@@ -105,9 +105,9 @@ def test_graphs_choose_the_pages_that_the_runtime_chooses(folder: Path, recorded
         for layer in recalling:
             np.testing.assert_array_equal(outputs[f"corrected_{layer}"], result.corrected[layer])
         if manifest.policy.budget == "unimetric" and step.evict.any():
-            assert result.found_budget is not None
+            assert result.adaptive_budget is not None
             found = [outputs[f"budget_{layer}"].tolist() for layer in recalling]
-            assert found == result.found_budget.tolist()
+            assert found == result.adaptive_budget.tolist()
     last, _ = steps[-1]
     for layer in recalling:
         for b in range(len(PROMPTS)):
@@ -123,7 +123,7 @@ def test_the_run_recalls_and_corrects(folder: Path, recorded: Recorded) -> None:
     steps, _ = recorded
     decoding = [(step, result) for step, result in steps if step.prompt_remaining[0] == NOT_PROMPT]
     recalling = [layer for layer, node in enumerate(recall_nodes(manifest.programs["decode"])) if node is not None]
-    found = decoding[0][0].found_budget[recalling]
+    found = decoding[0][0].adaptive_budget[recalling]
     assert (found > 0).all() == (manifest.policy.budget == "unimetric")
     budgets = np.where(found < 0, manifest.policy.tokens, found)
     assert all((step.kv_len[recalling] - budgets > manifest.page_size).any(axis=0).all() for step, _ in decoding)

@@ -95,7 +95,7 @@ def test_working_sets_may_differ_by_layer_and_input(budget: str) -> None:
     runner.prefill(sequence, prompt_of(90))
     runner.decode([sequence], [1])
     assert (len(set(sequence.held_tokens.tolist())) > 1) == (budget != "uniform")
-    assert (sequence.found_budget >= 0).all() == (budget == "unimetric")
+    assert (sequence.adaptive_budget >= 0).all() == (budget == "unimetric")
     assert sequence.held_tokens.max() < 90 + 1
     sequence.release()
 

@@ -146,7 +146,7 @@ def step_of_two() -> Step:
         page_table=table,
         kv_len=np.array([[1, 2], [6, 3]]),
         prompt_len=np.zeros(2, np.int64),
-        found_budget=np.full((2, 2), -1),
+        adaptive_budget=np.full((2, 2), -1),
         query_rows=table[:, :, 0],
     )
 

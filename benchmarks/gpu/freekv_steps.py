@@ -150,7 +150,7 @@ class Sequences:
             "prompt_len": torch.full((batch,), n_tokens),
             "page_table": table,
             "kv_len": torch.full(layers, n_tokens),
-            "found_budget": torch.full(layers, -1),
+            "adaptive_budget": torch.full(layers, -1),
             "query_rows": table[:, :, 0],
         }
         return {name: value.to(self._on).contiguous() for name, value in values.items()}

@@ -117,7 +117,7 @@ def _whole_step(
         logits = runner.decode(sequences, [int(token) for token in step["input_ids"]])
         for sequence in sequences:  # forget the token, so that every round has the same context
             sequence.kv_len = sequence.kv_len - 1
-            sequence.n_seen -= 1
+            sequence.num_computed_tokens -= 1
         return logits
 
     sides = {

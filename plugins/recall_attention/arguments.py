@@ -20,7 +20,7 @@ class Arguments(Generic[Array]):
     page_table: Array
     kv_len: Array
     prompt_len: Array
-    found_budget: Array
+    adaptive_budget: Array
     query_rows: Array
     kv: Array
     token_positions: Array

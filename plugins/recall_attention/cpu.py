@@ -35,7 +35,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
             )
         else:
             budget = budget_tokens(
-                int(args.prompt_len[b]), int(args.found_budget[args.layer, b]), args.kept_share, args.kept_tokens
+                int(args.prompt_len[b]), int(args.adaptive_budget[args.layer, b]), args.kept_share, args.kept_tokens
             )
             drifted_K = drifted_heads(args.q[last], args.last_query[row], n_kv_heads, args.tau)
             probe_HD = np.where(

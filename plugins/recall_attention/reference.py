@@ -37,7 +37,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
         attended = [list(range(n))] * n_kv_heads
         if generated:
             group = n_heads // n_kv_heads
-            budget = int(args.found_budget[args.layer, b])
+            budget = int(args.adaptive_budget[args.layer, b])
             if budget < 0:
                 budget = args.kept_tokens + kept_of(int(args.prompt_len[b]), args.kept_share)
             n_sinks, first_newest = -(-args.sinks // args.page_size), max(0, n - args.recent) // args.page_size

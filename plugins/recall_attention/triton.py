@@ -136,7 +136,7 @@ def run(args: Arguments[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         args.prompt_remaining,
         len_B,
         args.prompt_len,
-        args.found_budget[args.layer],
+        args.adaptive_budget[args.layer],
         limits,
         args.kept_share,
         args.kept_tokens,

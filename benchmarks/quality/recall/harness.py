@@ -87,10 +87,10 @@ class RecallHarness:
         fork = whole.fork()
         nodes = recall_nodes(self._program(plan, "prefill"))
         if plan.policy.budget != "unimetric":
-            fork.found_budget[:] = -1
+            fork.adaptive_budget[:] = -1
         for layer, node in enumerate(nodes):
             if node is not None and node.attributes["summary"] != PAGE_SUMMARIES["minmax"]:
-                full = fork.page_table[layer, : fork.n_seen // self.pool.page_size]
+                full = fork.page_table[layer, : fork.num_computed_tokens // self.pool.page_size]
                 self.pool.summaries[full] = summaries_of(self.pool.kv[full, 0], int(node.attributes["summary"]))
         return fork
 

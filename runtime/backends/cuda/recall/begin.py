@@ -244,7 +244,7 @@ def begin_layer(sets: WorkingSets, block_of: Tensor, step: LayerStep) -> BegunLa
         remaining_ptr=args.prompt_remaining,
         len_ptr=step.kv_len_B,
         prompt_len_ptr=args.prompt_len,
-        found_ptr=args.found_budget[args.layer],
+        found_ptr=args.adaptive_budget[args.layer],
         table_ptr=step.table_BT,
         rows_ptr=args.query_rows[args.layer].contiguous(),
         block_of_ptr=block_of,

@@ -4,10 +4,10 @@ Order of events in one layer of one decode step i of one sequence (``docs/decisi
 
     main thread                                          background
     join: all jobs of this layer have ended              ...
-    take over what ticket i-1 brought
+    take over what prefetch i-1 brought
     append the token; test drift
     recall at once for heads that drifted
-    submit ticket i (with this step's query) --------->  choose pages for step i+1
+    submit prefetch i (with this step's query) --------->  choose pages for step i+1
     attention over the working set                       fill slots that attention does not read
     attention_done ----------------------------------->  fill the slots of pages that are not wanted any more
     next layers, next step ...
@@ -36,7 +36,7 @@ from trt_kv.runtime.backends.host.recall.layer import Choice, LayerStreams
 from trt_kv.runtime.backends.host.recall.prompt_attention import last_query_row
 from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
 from trt_kv.runtime.backends.host.recall.store import HostTier
-from trt_kv.runtime.backends.host.recall.working_set import Ticket, WorkingSet, planned_moves
+from trt_kv.runtime.backends.host.recall.working_set import Prefetch, WorkingSet, planned_moves
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
@@ -91,7 +91,7 @@ class StreamedRecall:
         corrected = np.zeros((args.kv_len.shape[1], args.k.shape[1]), np.int64)
         limits = PageLimits(page_size=args.page_size, sinks=args.sinks, recent=args.recent)
         decoding: list[tuple[int, Ints, int]] = []
-        tickets: list[Ticket] = []
+        prefetches: list[Prefetch] = []
         try:
             for b in np.flatnonzero(np.diff(args.cu_tokens)):
                 rows, n_cached = slice(args.cu_tokens[b], args.cu_tokens[b + 1]), int(args.kv_len[args.layer, b])
@@ -99,7 +99,7 @@ class StreamedRecall:
                 choice = Choice(
                     limits=limits,
                     budget=budget_tokens(
-                        int(args.prompt_len[b]), int(args.found_budget[args.layer, b]), args.kept_share, args.kept_tokens
+                        int(args.prompt_len[b]), int(args.adaptive_budget[args.layer, b]), args.kept_share, args.kept_tokens
                     ),
                     tau=args.tau,
                     pooling=args.pooling,
@@ -115,7 +115,7 @@ class StreamedRecall:
                         if args.prompt_remaining[last] == 0:
                             self._first_choices[row] = choice
                             if not self._finds_budgets:
-                                streams.recall_ahead(working_set, choice, tickets)
+                                streams.recall_ahead(working_set, choice, prefetches)
                     else:
                         corrected[b] = streams.before_attention(
                             args.layer, working_set, choice, args.q[last], args.k[last], args.v[last], args.summary
@@ -123,15 +123,15 @@ class StreamedRecall:
                         attended_KT = working_set.attended()
                         n_left_out = len(choice.pages) - attended_KT.shape[1]
                         decoding.append((last, attended_KT, n_cached - n_left_out * args.page_size))
-                        streams.recall_ahead(working_set, choice, tickets)
+                        streams.recall_ahead(working_set, choice, prefetches)
                 except RecallError as error:
                     working_set.failure = error
             if decoding:
                 with self._trace.span("attention", layer=args.layer):
                     attend_tables(args.q, decoding, self.device.kv, args.scale, out, lse)
         finally:
-            for ticket in tickets:
-                ticket.attention_done.set()
+            for prefetch in prefetches:
+                prefetch.attention_done.set()
         return out, lse, corrected
 
     def find_budget(self, args: BudgetArguments[NDArray[Any]]) -> tuple[Ints]:
@@ -153,13 +153,13 @@ class StreamedRecall:
                     protected_KP = np.concatenate([slots_KS[:, : args.sinks], slots_KS[:, n_cached - args.recent :]], axis=1)
                     candidates_KC = slots_KS[:, args.sinks : n_cached - args.recent][:, ::-1]
                     budget[b] = budget_of_row(row_HS, protected_KP, candidates_KC, args.threshold, args.protected_in_norm)
-                tickets: list[Ticket] = []
-                self._streams.recall_ahead(working_set, dataclasses.replace(choice, budget=int(budget[b])), tickets)
+                prefetches: list[Prefetch] = []
+                self._streams.recall_ahead(working_set, dataclasses.replace(choice, budget=int(budget[b])), prefetches)
             except RecallError as error:
                 working_set.failure = error
                 continue
-            for ticket in tickets:
-                ticket.attention_done.set()
+            for prefetch in prefetches:
+                prefetch.attention_done.set()
         return (budget,)
 
     def fork(self, pages: Ints, twin_pages: Ints) -> None:
@@ -186,8 +186,8 @@ class StreamedRecall:
             working_set = self.sets.get(row)
             self._first_choices.pop(row, None)
             if working_set is not None:
-                if working_set.ticket is not None:
-                    working_set.ticket.attention_done.set()  # a step that was interrupted may not have come to it
+                if working_set.prefetch is not None:
+                    working_set.prefetch.attention_done.set()  # a step that was interrupted may not have come to it
                 if working_set.lane is not None:
                     self._copies.settle(working_set.lane)
                 working_set.release()
