@@ -20,6 +20,8 @@ from trt_kv.plugins.triton_compile import MODELS, SHARED_BYTES, compiled
 from trt_kv.plugins.triton_launch import Launch, recording
 from trt_kv.program import OpNode
 
+pytestmark = pytest.mark.early
+
 Errors = dict[str, str]
 
 

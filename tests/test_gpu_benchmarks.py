@@ -16,6 +16,8 @@ from benchmarks.gpu import kernel_timeline
 from benchmarks.harness import BenchmarkError, Check, Report, measured, save
 from tests.triton_kernels import ROOT
 
+pytestmark = pytest.mark.early
+
 
 @pytest.mark.parametrize("on", [pytest.param("gpu", marks=pytest.mark.gpu), "cpu"])
 def test_every_section_runs_small(on: str, tmp_path: Path) -> None:

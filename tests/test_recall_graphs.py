@@ -22,6 +22,8 @@ from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
 
+pytestmark = pytest.mark.early
+
 Recorded = tuple[list[tuple[Step, StepResult]], KvPool]
 
 LIMITS: dict[str, Any] = {"tokens": 30, "sinks": 4, "recent": 6}

@@ -21,6 +21,8 @@ from trt_kv.policy import Policy
 from trt_kv.profiles import build_profile
 from trt_kv.program import PHASES
 
+pytestmark = pytest.mark.early
+
 FREEKV = policy_from_name("freekv")
 BUDGET_FOUND = dataclasses.replace(FREEKV, budget="unimetric", tokens=0)
 POLICIES = {

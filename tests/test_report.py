@@ -22,6 +22,8 @@ from trt_kv.errors import ReportError, UsageError
 from trt_kv.export.checkpoint import Checkpoint
 from trt_kv.policies import policy_from_name, policy_names
 
+pytestmark = pytest.mark.early
+
 PNG_HEAD = b"\x89PNG"
 
 

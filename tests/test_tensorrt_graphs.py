@@ -25,6 +25,8 @@ from trt_kv.profiles import BuildProfile, build_profile
 from trt_kv.program import PHASES, OpNode, Program, program_of
 from trt_kv.runtime.engine import Engine
 
+pytestmark = pytest.mark.early
+
 PAGE_SIZE = 32
 ENGINES = {"full": "full_folder", "prefixkv": "half_folder"}
 TINY = BuildProfile(

@@ -28,6 +28,8 @@ from trt_kv.plugins.triton_compile import (
     specs_with_kernels,
 )
 
+pytestmark = pytest.mark.early
+
 SPECS = specs_with_kernels()
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases]
 EACH_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
