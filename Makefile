@@ -57,7 +57,7 @@ help: ## this list
 	echo '            [PAGE_SIZE=32] tokens per page, which is what freekv recalls at a time'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json]; [DTYPE=float16|bfloat16] for GPUs'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
-	echo '            [HOST_TIER=ram|mmap:/path] where a cache on the host lies; [TRACE=FILE.json] what ran when'
+	echo '            [HOST_TIER=ram|file:/path] where a cache on the host lies; [TRACE=FILE.json] what ran when'
 	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=$(ENGINE) AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]; test also [JOBS=$(JOBS)]'
@@ -110,7 +110,7 @@ bench: $(VENV)/.ready-dev ## measure speed and memory
 	@$(VENV)/bin/python -m benchmarks $(ARGS)
 
 report: $(VENV)/.ready-dev ## measure quality against budget and write the report
-	@$(VENV)/bin/python -m benchmarks.report $(ARGS)
+	@$(VENV)/bin/python -m benchmarks.quality $(ARGS)
 
 clean: ## remove caches and build leftovers; engines and the virtual environment stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage

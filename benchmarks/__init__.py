@@ -1,1 +1,1 @@
-"""Measurements: ``python -m benchmarks`` for speed and memory, ``python -m benchmarks.report`` for quality."""
+"""Measurements: ``python -m benchmarks`` for speed and memory, ``python -m benchmarks.quality`` for quality."""

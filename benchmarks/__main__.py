@@ -13,22 +13,23 @@ from rich.console import Console
 from benchmarks.harness import load, measured, save, show
 from trt_kv.errors import TrtKvError
 
-NAMES = (
-    "split_vs_monolithic",
-    "decode_speed",
-    "attention_kernels",
-    "prefill_scores_cost",
-    "prefill_memory",
-    "kvpress_overlap",
-    "recall_memory",
-    "recall_speed",
-    "recall_timeline",
-)
+MODULES = {
+    "split_vs_monolithic": "benchmarks.speed.split_vs_monolithic",
+    "decode_speed": "benchmarks.speed.decode_speed",
+    "attention_kernels": "benchmarks.speed.attention_kernels",
+    "prefill_scores_cost": "benchmarks.speed.prefill_scores_cost",
+    "prefill_memory": "benchmarks.speed.prefill_memory",
+    "kvpress_overlap": "benchmarks.kvpress.overlap",
+    "recall_memory": "benchmarks.speed.recall_memory",
+    "recall_speed": "benchmarks.speed.recall_speed",
+    "recall_timeline": "benchmarks.speed.recall_timeline",
+}
+"""The benchmarks by name, in the order in which they run; each module has a function ``run``."""
 RESULTS = Path(__file__).parent / "results"
 
 
 @click.command()
-@click.argument("names", nargs=-1, type=click.Choice(NAMES))
+@click.argument("names", nargs=-1, type=click.Choice(tuple(MODULES)))
 @click.option("--quick", is_flag=True, help="Small sizes and few rounds: shows that everything works; nothing is written.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results instead of the usual one."
@@ -40,7 +41,7 @@ def main(names: tuple[str, ...], quick: bool, out: Path | None, saved: bool) -> 
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     console = Console()
     try:
-        for name in names or NAMES:
+        for name in names or MODULES:
             console.rule(name)
             path = (out or RESULTS) / f"{name}.json"
             if saved:
@@ -56,7 +57,7 @@ def main(names: tuple[str, ...], quick: bool, out: Path | None, saved: bool) -> 
 
 
 def _measured(name: str, quick: bool) -> dict[str, Any]:
-    module = importlib.import_module(f"benchmarks.{name}")
+    module = importlib.import_module(MODULES[name])
     with tempfile.TemporaryDirectory(prefix="trt-kv-bench-") as folder:
         return measured(functools.partial(module.run, Path(folder), quick=quick))
 

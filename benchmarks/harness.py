@@ -1,6 +1,7 @@
 """What every benchmark shares: a check before any number, sides that take turns, a record of where it ran.
 
-A benchmark is a module with a function ``run(*, quick: bool) -> Report`` and is named in ``benchmarks.__main__``.
+A benchmark is a module with a function ``run(folder, *, quick) -> Report`` and is named in ``benchmarks.__main__``; those of
+``benchmarks.gpu`` are named there and get no folder.
 """
 
 import dataclasses

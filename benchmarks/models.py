@@ -5,13 +5,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import safetensors.torch
 import torch
 
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.split import pieces_from_graph, save_pieces
 from trt_kv.hf_config import model_config_from_hf
@@ -22,6 +24,7 @@ from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 
@@ -128,14 +131,14 @@ def model_runner(
     config: ModelConfig,
     *,
     cache_tokens: int = 0,
-    pool: KvPool | None = None,
+    pool: KvPool[Any] | None = None,
     policy: Policy = FULL,
     kept_shares: list[float] | None = None,
     chunk: int = DEFAULT_CHUNK,
     implementation: str = "cpu",
 ) -> ModelRunner:
     """A runner of ``policy`` with the given pool, or a new one for ``cache_tokens`` tokens in every layer."""
-    pool = pool or KvPool(
+    pool = pool or HostKvPool(
         n_pages=config.n_layers * -(-cache_tokens // PAGE_SIZE),
         page_size=PAGE_SIZE,
         n_kv_heads=config.n_kv_heads,

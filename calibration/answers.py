@@ -1,13 +1,18 @@
 """What an engine answered to a file of tasks, and what that says: about the engine alone, and beside another one.
 
-L layers. Every statistic is made from the answers, so that a results file holds nothing that cannot be made again.
+L layers, T tokens of an answer, V vocabulary. Every statistic is made from the answers, so that a results file holds nothing
+that cannot be made again.
 """
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from trt_kv.calibration.evaluation_statistics import (
+import numpy as np
+import numpy.typing as npt
+
+from trt_kv.calibration.statistics import (
     Estimate,
     Verdict,
     compare_shares,
@@ -17,6 +22,7 @@ from trt_kv.calibration.evaluation_statistics import (
 )
 from trt_kv.errors import ReportError
 
+Floats = npt.NDArray[np.floating[Any]]
 UNNAMED = "(other)"
 """The group of tasks without one, where others have one."""
 
@@ -149,3 +155,11 @@ def groups_of(answers: Sequence[Answer]) -> dict[str, list[int]]:
     for index, answer in enumerate(answers):
         groups.setdefault(answer.task or UNNAMED, []).append(index)
     return groups
+
+
+def answer_losses(logits_TV: Floats, fed: Sequence[int]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """For each token of ``fed``: whether logits [T, V] rank it first, and its negative log-likelihood in nats, both [T]."""
+    tokens_T = np.asarray(fed)
+    shifted_TV = logits_TV.astype(np.float64) - logits_TV.max(axis=1, keepdims=True)
+    picked_T = shifted_TV[np.arange(len(tokens_T)), tokens_T]
+    return logits_TV.argmax(axis=1) == tokens_T, np.log(np.exp(shifted_TV).sum(axis=1)) - picked_T

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from tokenizers import Tokenizer
 
-from trt_kv.errors import EngineError, RecallError, UsageError
+from trt_kv.errors import EngineError, TrtKvError, UsageError
 from trt_kv.manifest import Manifest, load_manifest, verify_files
 from trt_kv.require import require
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions, device_from_name
 from trt_kv.runtime.backends.host.load import load as load_on_host
 from trt_kv.runtime.compatibility import check_applicable, check_recipe
+from trt_kv.runtime.engine_core import EngineCore
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.request import Generation, Request
@@ -25,7 +26,7 @@ Prompt = str | Sequence[int]
 
 
 class Engine:
-    """A loaded engine.
+    """A loaded engine. Threads may share it: each waits for its own requests, and every step serves all of them.
 
     >>> engine = Engine.load("engines/llama3-prefixkv")
     >>> engine.generate("the old man ...", max_new_tokens=32).text
@@ -37,6 +38,7 @@ class Engine:
         self.manifest = manifest
         self.loaded = loaded
         self.tokenizer = tokenizer
+        self.core = EngineCore(loaded.runner, loaded.reservation, token_budget=loaded.token_budget)
 
     @property
     def runner(self) -> ModelRunner:
@@ -59,6 +61,8 @@ class Engine:
         host_tier: str | None = None,
         host_tokens: int | None = None,
         chunk: int = DEFAULT_CHUNK,
+        token_budget: int | None = None,
+        max_sequences: int | None = None,
         n_threads: int = 0,
         trace: Trace = NO_TRACE,
         on_progress: OnProgress | None = None,
@@ -67,9 +71,11 @@ class Engine:
 
         ``verify`` checks every file's digest. ``cache_tokens`` sizes the KV pool: it holds that many tokens in every layer; by
         default twice the model's positions, or what fits into half of the free memory. ``chunk`` is the number of prompt
-        tokens per prefill step. ``n_threads`` 0: one per core. ``trace`` records what ran when.
+        tokens per prefill step; between two decode steps, prompts are read for ``token_budget`` tokens (None: one chunk). At
+        most ``max_sequences`` run at once (None: 256, or what the device was planned for); others wait. ``n_threads`` 0: one
+        per core. ``trace`` records what ran when.
 
-        For engines whose cache stays on the host: ``host_tier`` is "ram" (the default) or "mmap:PATH", a file that need not fit
+        For engines whose cache stays on the host: ``host_tier`` is "ram" (the default) or "file:PATH", a file that need not fit
         into memory; ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
 
         ``device`` "cpu": what the engine was built for. "cuda" or "cuda:N": an engine for ONNX Runtime runs on an NVIDIA GPU,
@@ -87,6 +93,8 @@ class Engine:
             host_tier=host_tier,
             host_tokens=host_tokens,
             chunk=chunk,
+            token_budget=token_budget,
+            max_sequences=max_sequences,
             n_threads=n_threads,
             trace=trace,
         )
@@ -125,41 +133,90 @@ class Engine:
         tell("compiling kernels", 1, 1)
         return cls(folder, manifest, loaded, tokenizer)
 
-    def generate(self, prompt: Prompt, **sampling: Unpack[SamplingOptions]) -> Generation:
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]) -> Generation:
         """Continue one prompt; options as in ``SamplingParams``. ``UsageError`` and ``CapacityError`` come before it starts;
-        ``RecallError`` where its cache on the host was lost.
+        what ends it early afterwards (``RecallError``, ``LogitsError``) is raised.
         """
-        (result,) = self.generate_batch([prompt], **sampling)
+        (result,) = self.generate_batch([prompt], params, **sampling)
         if result.error is not None:
             raise result.error
         return result
 
-    def generate_batch(self, prompts: Sequence[Prompt], **sampling: Unpack[SamplingOptions]) -> list[Generation]:
-        """Continue several prompts together; each gets the tokens it would get alone.
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[Generation]:
+        """Continue several prompts; each gets the tokens it would get alone. ``params``: for all of them, or one for each.
 
-        A request whose cache on the host was lost ends with what it has, ``finish_reason`` "error" and its ``error``.
+        Prompts for which there is no room now wait. A request that cannot go on ends with what it has, ``finish_reason``
+        "error" and its ``error``; the others are not concerned.
         """
-        requests = self._admit(prompts, SamplingParams(**sampling))
-        for _ in self._run(requests):
-            pass
+        if isinstance(prompts, str):
+            raise UsageError("a batch is a list of prompts", got="one text", expected="a list", fix="call generate()")
+        requests = self._requests(prompts, _params_of_each(len(prompts), params, sampling))
+        try:
+            self.core.add(requests)
+            self.core.wait(lambda: all(request.is_finished for request in requests))
+        finally:
+            for request in requests:
+                self.core.cancel(request)
+        for request in requests:
+            if request.error is not None and not isinstance(request.error, TrtKvError):
+                raise request.error
         return [request.result() for request in requests]
 
     def stream(
-        self, prompt: Prompt, *, on_prefill: Callable[[int], None] | None = None, **sampling: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_prefill: Callable[[int], None] | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> "Stream":
-        """Continue one prompt, piece by piece; ``on_prefill`` is told how many prompt tokens are done."""
-        (request,) = self._admit([prompt], SamplingParams(**sampling))
-        return Stream(request, self._run([request], on_prefill))
+        """Continue one prompt, piece by piece; ``on_prefill`` is told how many prompt tokens are done.
+
+        The request is queued now and goes on whenever somebody, here or in another thread, waits for any request of this
+        engine. Closing the stream, or dropping it, cancels the request.
+        """
+        return Stream(self.core, self.submit(prompt, params, **sampling), on_prefill)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_update: Callable[[], None] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Request:
+        """Queue a request and return it at once, for servers: ``core`` runs it. ``on_update``: see ``Request``."""
+        (request,) = self._requests([prompt], _params_of_each(1, params, sampling))
+        request.on_update = on_update
+        self.core.add([request])
+        return request
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, special tokens as the tokenizer adds them."""
         return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else [int(token) for token in prompt]
 
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """What the engine has done and is doing, as JSON: ``EngineStatistics``, pages per pool, what recall did."""
+        found = self.core.statistics.to_json()
+        resources = zip(self.core.reservation.resources, self.core.reservation.used, strict=True)
+        found["reserved"] = {resource.name: {"used": used, "total": resource.total} for resource, used in resources}
+        pools = [self.runner.pool, *([self.runner.tiers.host] if self.runner.tiers is not None else [])]
+        found["pages"] = {pool.name: {"used": pool.n_pages - pool.n_free, "total": pool.n_pages} for pool in pools}
+        if self.runner.recall is not None:
+            found["recall"] = self.runner.recall.statistics.to_json()
+        return found
+
     def close(self) -> None:
-        """Stop background work and let go of a host tier; the engine runs nothing afterwards. Memory on a device, and what is
-        pinned for it, goes with the engine itself.
+        """End all requests, stop background work and let go of a host tier; the engine runs nothing afterwards. Memory on a
+        device, and what is pinned for it, goes with the engine itself.
         """
-        self.runner.close()
+        self.core.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -167,75 +224,86 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _admit(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Request]:
-        """Requests for prompts that fit the model and, together and at their largest, the pool."""
-        if isinstance(prompts, str):
-            raise UsageError("a batch is a list of prompts", got="one text", expected="a list", fix="call generate()")
+    def _requests(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Request]:
+        """Requests for prompts that fit the model."""
         config = self.manifest.config
         requests = []
-        for prompt in prompts:
+        for index, (prompt, of_prompt) in enumerate(zip(prompts, params, strict=True)):
             ids = self.encode(prompt)
             _check_prompt(prompt, ids, config.max_positions, config.vocab_size)
             requests.append(
                 Request(
                     prompt_ids=ids,
-                    params=params,
+                    params=of_prompt,
                     tokenizer=self.tokenizer,
                     eos_token_ids=config.eos_token_ids,
-                    limit=min(params.max_new_tokens, config.max_positions - len(ids) + 1),
-                    sequence=self.runner.new_sequence(),
+                    limit=min(of_prompt.max_new_tokens, config.max_positions - len(ids) + 1),
+                    name=f"request {index} of {len(prompts)}" if len(prompts) > 1 else "the request",
                 )
             )
-        self.loaded.admission.check(requests)
         return requests
-
-    def _run(self, requests: Sequence[Request], on_prefill: Callable[[int], None] | None = None) -> Iterator[tuple[int, str]]:
-        """Prefill each request, then decode all unfinished ones together; yields (request index, new text)."""
-        finished = False
-        try:
-            with self.loaded.admission.promise(requests):
-                for index, request in enumerate(requests):
-                    try:
-                        logits_V = self.runner.prefill(request.sequence, request.prompt_ids, on_chunk=on_prefill)
-                    except RecallError as error:
-                        yield index, request.fail(error)
-                    else:
-                        yield index, request.accept(logits_V)
-                while running := [i for i, request in enumerate(requests) if request.finish_reason is None]:
-                    batch = [requests[i] for i in running]
-                    logits_BV = self.runner.decode(
-                        [r.sequence for r in batch], [r.token_ids[-1] for r in batch], failures_stay=True
-                    )
-                    for request, index, logits_V in zip(batch, running, logits_BV, strict=True):
-                        failure = request.sequence.failure
-                        yield index, request.accept(logits_V) if failure is None else request.fail(failure)
-            finished = True
-        finally:
-            for request in requests:
-                request.close()
-            if not finished:
-                self.runner.reclaim()
 
 
 class Stream(Iterator[str]):
-    """Text pieces of one request as they become certain; ``result`` afterwards."""
+    """Text pieces of one request as they become certain; ``result`` afterwards. Belongs to one thread at a time."""
 
-    def __init__(self, request: Request, events: Iterator[tuple[int, str]]) -> None:
+    def __init__(self, core: EngineCore, request: Request, on_prefill: Callable[[int], None] | None = None) -> None:
+        self._core = core
         self._request = request
-        self._pieces = (piece for _, piece in events if piece)
+        self._on_prefill = on_prefill
+        self._n_told = 0
 
     def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration:
-            if self._request.error is not None:
-                raise self._request.error from None
-            raise
+        request = self._request
+        while not request.pieces and not request.is_finished:
+            try:
+                self._core.wait(self._has_news)
+            except BaseException:
+                self.close()
+                raise
+            self._tell_progress()
+        if request.pieces:
+            return request.pieces.popleft()
+        if request.error is not None:
+            raise request.error
+        raise StopIteration
+
+    def _has_news(self) -> bool:
+        request = self._request
+        return bool(request.pieces) or request.is_finished or request.num_computed_tokens > self._n_told
+
+    def close(self) -> None:
+        """Cancel the request, where it has not ended: its pages are free before the next step."""
+        self._core.cancel(self._request)
+
+    def __del__(self) -> None:
+        self.close()
 
     @property
     def result(self) -> Generation:
         """What has been generated so far."""
         return self._request.result()
+
+    def _tell_progress(self) -> None:
+        if self._request.num_computed_tokens > self._n_told:
+            self._n_told = self._request.num_computed_tokens
+            if self._on_prefill is not None:
+                self._on_prefill(self._n_told)
+
+
+def _params_of_each(
+    n: int, params: SamplingParams | Sequence[SamplingParams] | None, sampling: SamplingOptions
+) -> list[SamplingParams]:
+    """The parameters of each of ``n`` requests; ``UsageError`` where they are given twice, or not for each."""
+    if params is not None and sampling:
+        raise UsageError(
+            "sampling is told twice", got=f"params and {', '.join(sampling)}", expected="params, or options by name"
+        )
+    if params is None or isinstance(params, SamplingParams):
+        return [SamplingParams(**sampling) if params is None else params] * n
+    if len(params) != n:
+        raise UsageError("there are not as many params as prompts", got=len(params), expected=n)
+    return list(params)
 
 
 def _check_prompt(prompt: Prompt, ids: Sequence[int], max_positions: int, vocab_size: int) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from trt_kv.errors import UsageError
 from trt_kv.manifest import ITEM_BYTES, Manifest
-from trt_kv.runtime.cache.kv_pool import token_bytes
+from trt_kv.runtime.cache.kv_pool import PoolSizes, token_bytes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
-from trt_kv.runtime.reservation import Admission
+from trt_kv.runtime.reservation import Reservation
 from trt_kv.runtime.trace import NO_TRACE, Trace
+
+MAX_SEQUENCES = 256
+"""Sequences that run at once where nobody says otherwise."""
 
 OnProgress = Callable[[str, int, int], None]
 """Told (stage, done, total) while something long runs."""
@@ -23,6 +26,8 @@ class LoadOptions:
     host_tier: str | None = None
     host_tokens: int | None = None
     chunk: int = DEFAULT_CHUNK
+    token_budget: int | None = None
+    max_sequences: int | None = None
     n_threads: int = 0
     trace: Trace = NO_TRACE
 
@@ -30,6 +35,8 @@ class LoadOptions:
         for name, valid, got, expected in (
             ("cache_tokens", self.cache_tokens is None or self.cache_tokens >= 1, self.cache_tokens, "tokens >= 1, or None"),
             ("chunk", self.chunk >= 1, self.chunk, "tokens >= 1"),
+            ("token_budget", self.token_budget is None or self.token_budget >= 1, self.token_budget, "tokens >= 1, or None"),
+            ("max_sequences", self.max_sequences is None or self.max_sequences >= 1, self.max_sequences, "at least 1, or None"),
             ("n_threads", self.n_threads >= 0, self.n_threads, "threads >= 1, or 0: one per core"),
         ):
             if not valid:
@@ -41,11 +48,9 @@ class Loaded:
     """What runs an engine's steps, and who may use it."""
 
     runner: ModelRunner
-    admission: Admission
-    layer_pages: int
-    """Pages of whole caches that there is room for in every layer."""
-    batch: int | None = None
-    """How many sequences may certainly decode together, each of them and a copy of it; None: any number."""
+    reservation: Reservation
+    token_budget: int | None = None
+    """Tokens of prompts that are read between two decode steps."""
 
 
 def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -> None:
@@ -61,15 +66,17 @@ def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -
         )
 
 
-def pool_sizes(manifest: Manifest, cache_tokens: int | None, free_bytes: int) -> dict[str, int]:
-    """Sizes of a pool for ``cache_tokens`` tokens in every layer; None: what fits into half of ``free_bytes``."""
+def pool_sizes(manifest: Manifest, cache_tokens: int | None, n_bytes: int) -> PoolSizes:
+    """Sizes of a pool for ``cache_tokens`` tokens in every layer; None: what fits into ``n_bytes``, and at most twice the
+    model's positions.
+    """
     config = manifest.config
     if cache_tokens is None:
-        n_bytes = config.n_layers * token_bytes(config, element_bytes=ITEM_BYTES[manifest.dtype])
-        cache_tokens = max(1, min(2 * config.max_positions, free_bytes // 2 // n_bytes))
-    return {
-        "n_pages": config.n_layers * -(-cache_tokens // manifest.page_size),
-        "page_size": manifest.page_size,
-        "n_kv_heads": config.n_kv_heads,
-        "head_size": config.head_dim,
-    }
+        bytes_per_token = config.n_layers * token_bytes(config, element_bytes=ITEM_BYTES[manifest.dtype])
+        cache_tokens = max(1, min(2 * config.max_positions, n_bytes // bytes_per_token))
+    return PoolSizes(
+        n_pages=config.n_layers * -(-cache_tokens // manifest.page_size),
+        page_size=manifest.page_size,
+        n_kv_heads=config.n_kv_heads,
+        head_size=config.head_dim,
+    )

@@ -1,18 +1,59 @@
-"""How much memory there is to plan with."""
+"""How much memory there is to plan with: what is free, here and in the container, without what is in use by being mapped."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping, file caches that the kernel would drop included (Linux' MemAvailable).
+    """Memory that can be taken without swapping or being killed, file caches that the kernel would drop included: Linux'
+    MemAvailable, or what is left under the limit of any control group that this process is in, if that is less.
 
     Where the kernel does not tell: all physical memory.
     """
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if MEMINFO.is_file():
         for line in MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                free = int(line.split()[1]) * 1024
+    return max(0, min([free, *_left_in_cgroups()]))
+
+
+def free_for_cache(mapped_bytes: int) -> int:
+    """What caches may be planned with beside ``mapped_bytes`` of weights that are mapped from files: the kernel counts their
+    pages as free, but every step reads them.
+    """
+    return max(0, available_bytes() - mapped_bytes)
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """Bytes left under each memory limit that holds for this process (control groups of version 2, and of version 1)."""
+    if not OWN_CGROUPS.is_file():
+        return
+    for line in OWN_CGROUPS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            yield from _left_under(CGROUPS, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = CGROUPS / "memory"
+            yield from _left_under(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _left_under(root: Path, path: str, limit_file: str, usage_file: str, droppable: str) -> Iterator[int]:
+    """For a control group and all above it: the limit, less what is used and would not be dropped for newer pages."""
+    group = root / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if folder != root and root not in folder.parents:
+            return
+        try:
+            limit = (folder / limit_file).read_text().strip()
+            used = int((folder / usage_file).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            yield int(limit) - max(0, used - int(stat.get(droppable, 0)))

@@ -1,12 +1,12 @@
 """Token ids in, logits out: prefill in chunks, batched decode, eviction when the program says so."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
-from trt_kv.plugins.registry import kernel
 from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers
 from trt_kv.runtime.backends.base import DenseExecutor, StepExecutor
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
@@ -15,6 +15,8 @@ from trt_kv.runtime.backends.step import Ints, Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.cache.tiered_sequence import TieredSequence, Tiers
+from trt_kv.runtime.request import Request
+from trt_kv.runtime.scheduler import StepPlan
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 NOT_PROMPT = -1
@@ -32,7 +34,7 @@ class ModelRunner:
     def __init__(
         self,
         executor: DenseExecutor | StepExecutor,
-        pool: KvPool,
+        pool: KvPool[Any],
         programs: Mapping[str, Program],
         *,
         chunk: int = DEFAULT_CHUNK,
@@ -64,7 +66,6 @@ class ModelRunner:
         self._budgets = budgets_of(programs["prefill"])
         self._evicts = any(eviction_nodes(programs["prefill"]))
         self._ends_prompts = self._evicts or finds_budgets(programs["prefill"])
-        self._evict = kernel("EvictTokens", implementation)
 
     @property
     def description(self) -> str:
@@ -87,6 +88,21 @@ class ModelRunner:
             return TieredSequence(self.tiers, n_layers=len(self._budgets), host_layers=self._host_layers)
         return SequenceCache(self.pool, n_layers=len(self._budgets), decode_distance=self._decode_distance)
 
+    def run(self, plan: StepPlan[Request]) -> Floats:
+        """Run one step of a schedule: logits [R, V], a row for each request; after a chunk that is not its prompt's last they
+        mean nothing.
+
+        A sequence that cannot go on by itself (``RecallError``) does not stop the others: its ``failure`` says why, and its
+        logits mean nothing. On ``CapacityError`` no sequence has advanced; after any other error all of the step are unusable.
+        """
+        sequences = [request.sequence for request in plan.requests]
+        if plan.phase == "decode":
+            return self._decode_step(sequences, [request.token_ids[-1] for request in plan.requests])
+        (request,) = plan.requests
+        chunk = np.asarray(request.prompt_ids[plan.start : plan.end], np.int64)
+        rows = np.array([len(chunk) - 1])
+        return self._read_chunk(sequences[0], chunk, request.size.n_prompt - plan.end, rows, evict=True)
+
     def prefill(
         self,
         sequence: SequenceCache,
@@ -94,41 +110,42 @@ class ModelRunner:
         *,
         evict: bool = True,
         all_logits: bool = False,
-        on_chunk: Callable[[int], None] | None = None,
     ) -> Floats:
-        """Run a whole prompt, evicting with its last chunk; ``on_chunk`` is told the number of tokens done.
+        """Read a whole prompt chunk by chunk, evicting with its last chunk.
 
-        Returns the last token's logits [V], or every token's [N, V] with ``all_logits``. Memory: O(N * chunk).
-        Raises ``CapacityError`` when the pool is full; the sequence keeps what it had and must be released by its owner.
+        Returns the last token's logits [V], or every token's [N, V] with ``all_logits``. Memory: O(N * chunk). Raises
+        ``CapacityError`` when the pool is full; the sequence keeps what it had and must be released by its owner.
         """
         ids = np.asarray(token_ids, np.int64)
         logits = []
         for start in range(0, len(ids), self.chunk):
-            chunk_ids = ids[start : start + self.chunk]
-            end = start + len(chunk_ids)
-            is_last = end == len(ids)
-            rows = np.arange(len(chunk_ids)) if all_logits else np.array([len(chunk_ids) - 1])
-            remaining = len(ids) - 1 - np.arange(start, end)
-            flags = np.array([int(is_last and evict and self._ends_prompts)])
-            sequence.n_prompt = end
-            result = self._step("prefill", [sequence], [chunk_ids], rows, remaining, flags)
+            chunk = ids[start : start + self.chunk]
+            n_left = len(ids) - start - len(chunk)
+            rows = np.arange(len(chunk)) if all_logits else np.array([len(chunk) - 1])
+            logits.append(self._read_chunk(sequence, chunk, n_left, rows, evict=evict))
             if sequence.failure is not None:
                 raise sequence.failure
-            if flags[0] and self._evicts:
-                kept_L = result.kept[:, 0]
-                sequence.shrink(kept_L, self._growth((kept_L / sequence.n_seen).tolist()))
-            if all_logits or is_last:
-                logits.append(result.logits)
-            if on_chunk is not None:
-                on_chunk(end)
         return np.concatenate(logits) if all_logits else logits[-1][0]
 
-    def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int], *, failures_stay: bool = False) -> Floats:
-        """One token for each of B sequences; returns the next token's logits [B, V].
+    def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Floats:
+        """One token for each of B sequences; returns the next token's logits [B, V]. ``RecallError`` where one is lost."""
+        logits_BV = self._decode_step(sequences, token_ids)
+        for sequence in sequences:
+            if sequence.failure is not None:
+                raise sequence.failure
+        return logits_BV
 
-        A sequence that cannot go on by itself (``RecallError``) does not stop the others: with ``failures_stay`` its
-        ``failure`` says why and its logits mean nothing; without, the error is raised after the step.
-        """
+    def _read_chunk(self, sequence: SequenceCache, chunk: Ints, n_left: int, rows: Ints, *, evict: bool) -> Floats:
+        """Read N tokens of a prompt of which ``n_left`` follow; logits [R, V] of ``rows``."""
+        remaining = n_left + len(chunk) - 1 - np.arange(len(chunk))
+        flags = np.array([int(n_left == 0 and evict and self._ends_prompts)])
+        result = self._step("prefill", [sequence], [chunk], rows, remaining, flags)
+        if flags[0] and self._evicts and sequence.failure is None:
+            kept_L = result.kept[:, 0]
+            sequence.shrink(kept_L, self._growth((kept_L / sequence.n_seen).tolist()))
+        return result.logits
+
+    def _decode_step(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Floats:
         ids = [np.array([token_id], np.int64) for token_id in token_ids]
         remaining = np.full(len(ids), NOT_PROMPT)
         flags = np.array([DROP_ONE * (self._decode == "rank" and sequence.is_evicted) for sequence in sequences])
@@ -136,43 +153,7 @@ class ModelRunner:
         for b, sequence in enumerate(sequences):
             if flags[b]:
                 sequence.settle(result.kept[:, b])
-            if sequence.failure is not None and not failures_stay:
-                raise sequence.failure
         return result.logits
-
-    def evict(
-        self,
-        sequence: SequenceCache,
-        budget: Sequence[int],
-        *,
-        sinks: int,
-        recent: int,
-        growth: Sequence[float] | None = None,
-    ) -> None:
-        """Keep ``budget[l]`` tokens of layer l by the scores in the pool, outside any graph (per-request budgets).
-
-        With decode "row", layer l then grows at ``growth[l]`` per token; None: at its budget's share of the tokens seen.
-        """
-        self._require_host_pool("per-request budgets")
-        kept = sequence.kv_len.copy()
-        for layer, target in enumerate(budget):
-            (kept_B,) = self._evict(
-                evict=np.ones(1, np.int64),
-                page_table=sequence.page_table[:, None],
-                kv_len=sequence.kv_len[:, None],
-                kv=self.pool.kv,
-                token_positions=self.pool.token_positions,
-                scores=self.pool.scores,
-                layer=layer,
-                page_size=self.pool.page_size,
-                kept_share=1.0,
-                sinks=sinks,
-                recent=recent,
-                budget=np.array([target]),
-            )
-            kept[layer] = kept_B[0]
-        shares = growth or [int(n) / sequence.n_seen for n in budget]
-        sequence.shrink(kept, shares if self._decode == "row" else None)
 
     def scores(self, sequence: SequenceCache) -> Floats:
         """The scores of each layer's cached tokens: [L, K, S] fp32; all layers must hold the same number of tokens."""
@@ -190,12 +171,6 @@ class ModelRunner:
     def kept_positions(self, sequence: SequenceCache, layer: int) -> Ints:
         """True absolute positions of the tokens cached by each KV head of ``layer``, in slot order: [K, S] int64."""
         return self._of_slots(self.pool.token_positions, sequence, layer)
-
-    def reclaim(self) -> None:
-        """After Ctrl-C in the middle of a step: take back what no living sequence owns."""
-        if self.tiers is not None:
-            self.tiers.reclaim()
-        self.pool.reclaim()
 
     def _require_host_pool(self, what: str) -> None:
         if not self.pool.on_host:
@@ -229,9 +204,14 @@ class ModelRunner:
         prompt_remaining: Ints,
         evict: Ints,
     ) -> StepResult:
-        """Run one step; what it found of each sequence is put there."""
+        """Run one step; what it found of each sequence is put there. ``CapacityError`` before any sequence has advanced."""
+        for sequence, new in zip(sequences, ids, strict=True):
+            sequence.make_room(len(new))
         firsts = [sequence.n_seen for sequence in sequences]
         slots = np.concatenate([s.append(len(i)) for s, i in zip(sequences, ids, strict=True)], axis=1)
+        if phase == "prefill":
+            for sequence in sequences:
+                sequence.n_prompt = sequence.n_seen
         page_table = _stacked_page_tables(sequences)
         step = Step(
             input_ids=np.concatenate(ids),

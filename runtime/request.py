@@ -1,25 +1,48 @@
 """One request on its way from prompt to text: its sequence, its random numbers, its detokenizer, its end."""
 
-from collections.abc import Sequence
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from trt_kv.errors import TrtKvError
+from trt_kv.errors import LogitsError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.cache.sequence import SequenceCache
-from trt_kv.runtime.sampling import SamplingParams, next_token
+from trt_kv.runtime.reservation import RequestSize
+from trt_kv.runtime.sampling import SamplingParams, log_probability, next_token
 from trt_kv.runtime.text.detokenizer import Detokenizer
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "timeout", "cancelled"]
+
+
+@dataclass(kw_only=True)
+class RequestTimes:
+    """When things happened, in seconds of ``time.monotonic``; None: not yet. ``prompt_s`` and ``decode_s``: its share of the
+    steps that read its prompt, and of those that decoded it, in seconds.
+    """
+
+    arrived: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    tokens: list[float] = field(default_factory=list)
+    """Of each generated token."""
+    prompt_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def to_first_token_s(self) -> float | None:
+        return self.tokens[0] - self.arrived if self.tokens else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """What a request produced. ``kv_tokens`` are the tokens held per layer at the end, of ``n_seen`` that went by: cached ones,
     or the working set's where the cache stays on the host. ``error``: why the request could not go on, where it could not.
+    ``seed``: what makes the same tokens again.
     """
 
     text: str
@@ -28,70 +51,122 @@ class Generation:
     n_prompt_tokens: int
     n_seen: int
     kv_tokens: tuple[int, ...]
-    error: TrtKvError | None = None
+    error: Exception | None = None
+    seed: int = field(default=0, compare=False)
+    times: RequestTimes = field(default_factory=RequestTimes, compare=False)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Request:
-    """State of one running request. ``limit`` is how many tokens it may generate, model positions considered."""
+    """State of one request. Only the thread that runs steps changes it, but for ``pieces``, which clients take from the left,
+    and ``cancelled``, which they set.
+
+    ``limit`` is how many tokens it may generate, model positions considered. ``tokenizer`` None: token ids only, no text.
+    ``forced``: tokens that are fed instead of chosen ones; ``log_probabilities`` then tells what the model gave each of them.
+    ``forks`` go on from this request's prompt, which is read once, each with a copy of what was kept of it.
+    """
 
     prompt_ids: Sequence[int]
     params: SamplingParams
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     eos_token_ids: Sequence[int]
     limit: int
-    sequence: SequenceCache
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    error: TrtKvError | None = None
+    forced: Sequence[int] | None = None
+    forks: Sequence["Request"] = ()
+    on_update: Callable[[], None] | None = None
+    """Called by whoever runs steps when there are new pieces, or the end. Must not block, raise or call the engine."""
+    name: str = "the request"
+    token_ids: list[int] = field(default_factory=list, init=False)
+    log_probabilities: list[float] = field(default_factory=list, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+    pieces: deque[str] = field(default_factory=deque, init=False)
+    """Text that is certain and that the client has not taken yet."""
+    cancelled: bool = field(default=False, init=False)
+    num_computed_tokens: int = field(default=0, init=False)
+    """Tokens of the prompt that have been read."""
+    prompt_kv_tokens: tuple[int, ...] = field(default=(), init=False)
+    """Tokens held per layer once the prompt had been read and evicted from."""
+    times: RequestTimes = field(default_factory=RequestTimes, init=False)
+    held_sequence: SequenceCache | None = field(default=None, init=False)
+    """Its cache, from its admission to its end."""
 
     def __post_init__(self) -> None:
-        self._rng = np.random.default_rng(self.params.seed)
-        self._detokenizer = Detokenizer(self.tokenizer)
+        self.seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
+        self._rng = np.random.default_rng(self.seed)
+        self._detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
         self._text = ""
         self._n_emitted = 0
         self._held: tuple[int, tuple[int, ...]] | None = None
 
-    def accept(self, logits_V: Floats) -> str:
-        """Choose the next token from logits [V] and return the text that is certain by now (possibly none).
+    @property
+    def size(self) -> RequestSize:
+        longest = max(self.limit, *(fork.limit for fork in self.forks), 0)
+        return RequestSize(n_prompt=len(self.prompt_ids), max_new_tokens=longest, n_sequences=1 + len(self.forks))
 
-        Text that could be the beginning of a stop string is held back until it is known not to be one.
+    @property
+    def priority(self) -> int:
+        return self.params.priority
+
+    @property
+    def deadline(self) -> float | None:
+        """When it ends at the latest, in seconds of ``time.monotonic``."""
+        return None if self.params.timeout_s is None else self.times.arrived + self.params.timeout_s
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def sequence(self) -> SequenceCache:
+        """Its cache; it has been admitted and has not ended."""
+        assert self.held_sequence is not None
+        return self.held_sequence
+
+    def accept(self, logits_V: Floats) -> None:
+        """Go on with the next token, chosen from logits [V] or forced; text that is certain by now goes to ``pieces``.
+
+        Text that could be the beginning of a stop string is held back until it is known not to be one. ``LogitsError`` where
+        the largest logit is not a finite number.
         """
-        token_id = next_token(logits_V, self.params, self._rng)
-        if token_id in self.eos_token_ids:
+        largest = float(logits_V.max())
+        if not np.isfinite(largest):
+            raise LogitsError(
+                f"{self.name} cannot go on: the model's logits are not finite numbers",
+                got=f"{largest} after {len(self.prompt_ids)} prompt tokens and {len(self.token_ids)} generated ones",
+                fix="build the engine in a wider type (float32, or bfloat16 instead of float16), or check the checkpoint",
+            )
+        if self.forced is None:
+            token_id = next_token(logits_V, self.params, self._rng)
+        else:
+            token_id = self.forced[len(self.token_ids)]
+            self.log_probabilities.append(log_probability(logits_V, token_id))
+        if token_id in self.eos_token_ids and self.forced is None:
             self.finish_reason = "stop"
         else:
             self.token_ids.append(token_id)
-            self._text += self._detokenizer.step(token_id)
+            self.times.tokens.append(time.monotonic())
+            self._text += "" if self._detokenizer is None else self._detokenizer.step(token_id)
             if len(self.token_ids) >= self.limit:
                 self.finish_reason = "length"
-        if self.finish_reason is not None:
-            self._text += self._detokenizer.finish()
-        found = [at for at in (self._text.find(stop) for stop in self.params.stop_texts) if at >= 0]
-        if found:
-            self.finish_reason = "stop"
-            self._text = self._text[: min(found)]
-        return self._emit(len(self._text) if self.finish_reason else len(self._text) - self._n_held_back())
+        self._say()
 
-    def fail(self, error: TrtKvError) -> str:
-        """End here: what was generated so far is the result. Returns the text that was held back."""
-        self.error, self.finish_reason = error, "error"
-        self._text += self._detokenizer.finish()
-        self.close()
-        return self._emit(len(self._text))
+    def end(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """End here, where it has not ended: what was generated so far is the result."""
+        if not self.is_finished:
+            self.error, self.finish_reason = error, reason
+            self._say()
 
     def close(self) -> None:
-        """Give the sequence's memory back, remembering what it held."""
-        self._held = self._held or self._holding()
-        self.sequence.release()
-
-    def _holding(self) -> tuple[int, tuple[int, ...]]:
-        """(tokens seen, tokens cached per layer) of the sequence."""
-        return self.sequence.n_seen, tuple(int(n) for n in self.sequence.held_tokens)
+        """Give the sequence's memory back, remembering what it held. May be called again."""
+        if self.held_sequence is not None:
+            self._held = self._held or self._holding(self.held_sequence)
+            self.held_sequence.release()
+            self.held_sequence = None
 
     def result(self) -> Generation:
-        """The finished (or abandoned) request's product."""
-        n_seen, kv_tokens = self._held or self._holding()
+        """What has been generated by now."""
+        n_seen, kv_tokens = self._held or (0, ()) if self.held_sequence is None else self._holding(self.held_sequence)
         return Generation(
             text=self._text,
             token_ids=tuple(self.token_ids),
@@ -100,12 +175,28 @@ class Request:
             n_seen=n_seen,
             kv_tokens=kv_tokens,
             error=self.error,
+            seed=self.seed,
+            times=self.times,
         )
 
-    def _emit(self, end: int) -> str:
-        piece = self._text[self._n_emitted : end]
-        self._n_emitted = max(self._n_emitted, end)
-        return piece
+    @staticmethod
+    def _holding(sequence: SequenceCache) -> tuple[int, tuple[int, ...]]:
+        """(tokens seen, tokens cached per layer) of a sequence."""
+        return sequence.n_seen, tuple(int(n) for n in sequence.held_tokens)
+
+    def _say(self) -> None:
+        """Hand out the text that is certain."""
+        if self.is_finished and self._detokenizer is not None:
+            self._text += self._detokenizer.finish()
+        found = [at for at in (self._text.find(stop) for stop in self.params.stop_texts) if at >= 0]
+        if found:
+            if self.error is None:
+                self.finish_reason = "stop"
+            self._text = self._text[: min(found)]
+        end = len(self._text) if self.is_finished else len(self._text) - self._n_held_back()
+        if end > self._n_emitted:
+            self.pieces.append(self._text[self._n_emitted : end])
+            self._n_emitted = end
 
     def _n_held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""

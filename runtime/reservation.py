@@ -1,7 +1,11 @@
-"""Which requests may start: those that can be served to their end, whatever else is running."""
+"""What a request reserves before it starts: all that it needs at its largest, in every pool that it touches.
 
-import contextlib
-from collections.abc import Iterator, Sequence
+So a request that has been admitted never fails for want of memory, and none has to be preempted. Pure arithmetic on sizes: no
+pool is looked at, because everybody who uses pools reserves what he takes.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from trt_kv.errors import CapacityError
@@ -9,69 +13,119 @@ from trt_kv.layer_budget import LayerBudget
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.backends.host.recall.layer import staging_slots
 from trt_kv.runtime.cache.page_pool import PagePool
-from trt_kv.runtime.request import Request
 
 
-class Demand(Protocol):
-    """What requests need of something that there is a limited number of: pages of a pool, or working sets."""
+@dataclass(frozen=True, kw_only=True)
+class RequestSize:
+    """Tokens of a prompt, the most tokens that follow it, and how many sequences go on from it: the request and its forks."""
+
+    n_prompt: int
+    max_new_tokens: int
+    n_sequences: int = 1
+
+
+class Resource(Protocol):
+    """Something that there is a limited number of: pages of a pool, working sets, places in a decode batch."""
 
     @property
-    def n_free(self) -> int:
-        """How many nobody has."""
+    def name(self) -> str:
+        """What it is, for statistics."""
         ...
 
-    def needed(self, requests: Sequence[Request]) -> int:
-        """How many at the worst moment, prompts being read one after the other, then all decoded together."""
+    @property
+    def total(self) -> int: ...
+
+    def while_reading(self, size: RequestSize) -> int:
+        """The most that a request needs from its first step on, while no other prompt is read."""
         ...
 
-    def owned(self, requests: Sequence[Request]) -> int:
-        """How many of these the requests have already."""
+    def after_reading(self, size: RequestSize) -> int:
+        """The most that it needs once its prompt has been read."""
         ...
 
-    def refusal(self, needed: int, available: int) -> CapacityError:
-        """What to tell who needs more than are available."""
+    def refusal(self, needed: int) -> CapacityError:
+        """What to tell who needs more than there is."""
         ...
 
 
 class Limit(Protocol):
-    """What a group of requests must not exceed, whatever else is running."""
+    """What a single request must not exceed, however much is free."""
 
-    def check(self, requests: Sequence[Request]) -> None:
+    def check(self, size: RequestSize) -> None:
         """``CapacityError`` where it does."""
         ...
 
 
-class Admission:
-    """Promises what requests demand to groups of them; a promise counts at its largest until the group ends."""
+class Reservation:
+    """Who has reserved how much of each resource. A key names a request; reserving and releasing are exact opposites."""
 
-    def __init__(self, demands: Sequence[Demand], limits: Sequence[Limit] = ()) -> None:
-        self._demands = demands
-        self._limits = limits
-        self._promised: list[Sequence[Request]] = []
+    def __init__(self, resources: Sequence[Resource], limits: Sequence[Limit] = ()) -> None:
+        self.resources = tuple(resources)
+        self._limits = tuple(limits)
+        self._reserved: dict[Hashable, tuple[RequestSize, tuple[int, ...]]] = {}
 
-    def check(self, requests: Sequence[Request]) -> None:
-        """``CapacityError`` unless ``requests`` can be served to their end beside everything that is running."""
+    def check(self, size: RequestSize) -> None:
+        """``CapacityError`` for a request that can never be served, with what to change."""
         for limit in self._limits:
-            limit.check(requests)
-        for demand in self._demands:
-            needed = demand.needed(requests)
-            outstanding = sum(demand.needed(group) - demand.owned(group) for group in self._promised)
-            available = demand.n_free - outstanding
-            if needed > available:
-                raise demand.refusal(needed, available)
+            limit.check(size)
+        for resource in self.resources:
+            if (needed := resource.while_reading(size)) > resource.total:
+                raise resource.refusal(needed)
 
-    @contextlib.contextmanager
-    def promise(self, requests: Sequence[Request]) -> Iterator[None]:
-        """Keep what ``requests`` need inside the block; ``CapacityError`` where ``check`` raises it."""
-        self.check(requests)
-        try:
-            self._promised.append(requests)
-            yield
-        finally:
-            self._promised = [other for other in self._promised if other is not requests]
+    def reserve(self, key: Hashable, size: RequestSize) -> bool:
+        """Reserve all that a request needs at its largest; False, and nothing is reserved, where that is not free now."""
+        self.release(key)
+        needed = tuple(resource.while_reading(size) for resource in self.resources)
+        if any(n > free for n, free in zip(needed, self.free, strict=True)):
+            return False
+        self._reserved[key] = size, needed
+        return True
+
+    def finish_reading(self, key: Hashable) -> None:
+        """Its prompt has been read: what only reading needed is free again."""
+        size, _ = self._reserved[key]
+        self._reserved[key] = size, tuple(resource.after_reading(size) for resource in self.resources)
+
+    def release(self, key: Hashable) -> None:
+        """The request has ended; nothing, where it has reserved nothing."""
+        self._reserved.pop(key, None)
+
+    @property
+    def used(self) -> list[int]:
+        """How much of each resource is reserved."""
+        return [sum(needed[at] for _, needed in self._reserved.values()) for at in range(len(self.resources))]
+
+    @property
+    def free(self) -> list[int]:
+        """How much of each resource nobody has reserved."""
+        return [resource.total - used for resource, used in zip(self.resources, self.used, strict=True)]
 
 
-class PageDemand:
+class Places:
+    """Sequences that may run at once. ``how_to_enlarge`` tells who wants more."""
+
+    name = "sequences"
+
+    def __init__(self, total: int, how_to_enlarge: str = "send fewer at once") -> None:
+        self.total = total
+        self._how_to_enlarge = how_to_enlarge
+
+    def while_reading(self, size: RequestSize) -> int:
+        return size.n_sequences
+
+    def after_reading(self, size: RequestSize) -> int:
+        return size.n_sequences
+
+    def refusal(self, needed: int) -> CapacityError:
+        return CapacityError(
+            "more sequences of one request than run at once",
+            got=f"{needed} sequences",
+            expected=f"at most {self.total}",
+            fix=self._how_to_enlarge,
+        )
+
+
+class _Pages:
     """Pages of one pool, taken by ``n_layers`` layers; ``option`` of ``Engine.load`` makes it larger, in tokens per layer."""
 
     option = "cache_tokens"
@@ -81,23 +135,19 @@ class PageDemand:
         self.n_layers = n_layers
 
     @property
-    def n_free(self) -> int:
-        return self.pool.n_free
+    def name(self) -> str:
+        return f"pages of {self.pool.name}"
 
-    def needed(self, requests: Sequence[Request]) -> int:
-        """See ``Demand``."""
-        raise NotImplementedError
+    @property
+    def total(self) -> int:
+        return self.pool.n_pages
 
-    def owned(self, requests: Sequence[Request]) -> int:
-        return sum(len(request.sequence.pages_in(self.pool)) for request in requests)
-
-    def refusal(self, needed: int, available: int) -> CapacityError:
+    def refusal(self, needed: int) -> CapacityError:
         return CapacityError(
             f"{self.pool.name} is too small for this request",
-            got=f"room for {self._tokens(available)} more tokens per layer",
+            got=f"room for {self._tokens(self.pool.n_pages)} tokens per layer",
             expected=f"room for {self._tokens(needed)}",
-            fix=f"load the engine with {self.option}={self._tokens(self.pool.n_pages + needed - available)} or more, "
-            "or send shorter or fewer prompts at once",
+            fix=f"load the engine with {self.option}={self._tokens(needed)} or more, or send a shorter prompt",
         )
 
     def _tokens(self, n_pages: int) -> int:
@@ -105,7 +155,7 @@ class PageDemand:
         return -(-n_pages // self.n_layers) * self.pool.page_size
 
 
-class CacheDemand(PageDemand):
+class CachePages(_Pages):
     """Whole caches in one pool: a prompt is read whole in every layer, then each layer shrinks to its budget and grows."""
 
     def __init__(self, pool: PagePool, *, budgets: Sequence[LayerBudget | None], n_protected: int) -> None:
@@ -117,13 +167,12 @@ class CacheDemand(PageDemand):
         self._budgets = budgets
         self._n_protected = n_protected
 
-    def needed(self, requests: Sequence[Request]) -> int:
-        settled = most = 0
-        for request in requests:
-            n_prompt = len(request.prompt_ids)
-            most = max(most, settled + self.n_layers * _pages(n_prompt, self.pool))
-            settled += sum(_pages(self._kept_at_most(n_prompt, budget) + request.limit, self.pool) for budget in self._budgets)
-        return max(most, settled)
+    def while_reading(self, size: RequestSize) -> int:
+        return max(self.n_layers * _pages(size.n_prompt, self.pool), self.after_reading(size))
+
+    def after_reading(self, size: RequestSize) -> int:
+        kept = [self._kept_at_most(size.n_prompt, budget) for budget in self._budgets]
+        return size.n_sequences * sum(_pages(n_tokens + size.max_new_tokens, self.pool) for n_tokens in kept)
 
     def kept_in_any_layer(self, n_prompt: int) -> int:
         """The most tokens of a prompt that a layer keeps once it has been read."""
@@ -133,16 +182,19 @@ class CacheDemand(PageDemand):
         return n_prompt if budget is None else min(budget.of(n_prompt) + self._n_protected, n_prompt)
 
 
-class HostDemand(PageDemand):
+class HostPages(_Pages):
     """The host tier: every token of the layers whose cache stays there."""
 
     option = "host_tokens"
 
-    def needed(self, requests: Sequence[Request]) -> int:
-        return sum(self.n_layers * _pages(len(request.prompt_ids) + request.limit, self.pool) for request in requests)
+    def while_reading(self, size: RequestSize) -> int:
+        return self.after_reading(size)
+
+    def after_reading(self, size: RequestSize) -> int:
+        return size.n_sequences * self.n_layers * _pages(size.n_prompt + size.max_new_tokens, self.pool)
 
 
-class WorkingSetDemand(PageDemand):
+class WorkingSetPages(_Pages):
     """The device beside a host tier: working sets, and whole caches of the layers that stay on the device."""
 
     def __init__(self, pool: PagePool, *, limits: Sequence[PageLimits | None], budgets: Sequence[LayerBudget | None]) -> None:
@@ -150,15 +202,17 @@ class WorkingSetDemand(PageDemand):
         super().__init__(pool, n_layers=len(limits))
         self._layers = list(zip(limits, budgets, strict=True))
 
-    def needed(self, requests: Sequence[Request]) -> int:
-        return sum(self._of_layer(request, *layer) for request in requests for layer in self._layers)
+    def while_reading(self, size: RequestSize) -> int:
+        return self.after_reading(size)
 
-    def _of_layer(self, request: Request, limits: PageLimits | None, budget: LayerBudget | None) -> int:
-        n_prompt = len(request.prompt_ids)
-        n_most = _pages(n_prompt + request.limit, self.pool)
+    def after_reading(self, size: RequestSize) -> int:
+        return size.n_sequences * sum(self._of_layer(size, *layer) for layer in self._layers)
+
+    def _of_layer(self, size: RequestSize, limits: PageLimits | None, budget: LayerBudget | None) -> int:
+        n_most = _pages(size.n_prompt + size.max_new_tokens, self.pool)
         if limits is None:
             return n_most
-        n_tokens = n_prompt if budget is None else budget.of_prompt(n_prompt)
+        n_tokens = size.n_prompt if budget is None else budget.of_prompt(size.n_prompt)
         n_chosen = min(limits.n_chosen(n_tokens), n_most)
         return limits.n_sinks + limits.n_newest + n_chosen + staging_slots(n_chosen)
 

@@ -15,15 +15,18 @@ class SamplingParams:
     """How one request is continued. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter nothing.
 
     ``stop``: one text or several that end the answer and are not part of it. The same ``seed`` gives the same tokens, whatever
-    else is in the batch.
+    else runs; None draws one anew. Requests of a lower ``priority`` start first. ``timeout_s``: seconds after which the request
+    ends with what it has, waiting included; None: never.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    seed: int = 0
+    seed: int | None = None
     stop: str | Sequence[str] = ()
+    priority: int = 0
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
@@ -31,8 +34,9 @@ class SamplingParams:
             ("temperature", 0.0 <= self.temperature < float("inf"), "a number >= 0; 0 is greedy"),
             ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
             ("top_k", self.top_k >= 0, "an integer >= 0; 0 is no limit"),
-            ("seed", self.seed >= 0, "an integer >= 0"),
+            ("seed", self.seed is None or self.seed >= 0, "an integer >= 0, or None"),
             ("stop", all(self.stop_texts), "texts that are not empty"),
+            ("timeout_s", self.timeout_s is None or self.timeout_s > 0, "seconds > 0, or None"),
         ):
             if not valid:
                 raise UsageError(f"bad {name}", got=getattr(self, name), expected=expected)
@@ -49,8 +53,10 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float
     top_p: float
     top_k: int
-    seed: int
+    seed: int | None
     stop: str | Sequence[str]
+    priority: int
+    timeout_s: float | None
 
 
 def next_token(logits_V: Floats, params: SamplingParams, rng: np.random.Generator) -> int:
@@ -67,3 +73,9 @@ def next_token(logits_V: Floats, params: SamplingParams, rng: np.random.Generato
     nucleus = np.cumsum(probabilities) - probabilities < params.top_p
     probabilities = np.where(nucleus, probabilities, 0.0)
     return int(rng.choice(order, p=probabilities / probabilities.sum()))
+
+
+def log_probability(logits_V: Floats, token_id: int) -> float:
+    """The logarithm of the probability that logits [V] give a token."""
+    shifted_V = logits_V.astype(np.float64) - logits_V.max()
+    return float(shifted_V[token_id] - np.log(np.exp(shifted_V).sum()))

@@ -15,7 +15,7 @@ import torch
 from tests.device_steps import CHANGES, PAGE_SIZE, SHARES
 from tests.engines import build_for_test, recipe_for
 from tests.interpreted import prepare
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_from_name
 from trt_kv.runtime.backends.devices import DeviceOptions

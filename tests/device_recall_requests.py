@@ -9,7 +9,8 @@ import numpy as np
 
 from tests.device_steps import CHUNK, PROMPTS, Side, changed_policy, device_runner, programs_of, requests
 from tests.interpreted import prepare
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
 from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall, RecallCapacity

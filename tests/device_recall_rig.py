@@ -117,7 +117,7 @@ class World:
     def arrive(self, n_prompt: int, beside: Sequence[Stream] = ()) -> Stream:
         """A sequence of its own pages, and its prompt read in chunks, while those ``beside`` it generate tokens."""
         case = self.case
-        pages = [self.recall.host.allocate(case.n_table) for _ in range(case.n_layers)]
+        pages = [self.recall.host.allocate(case.n_table, owner=1) for _ in range(case.n_layers)]
         stream = Stream(
             n_prompt=n_prompt,
             pages=[[int(page) for page in self.rng.permutation(of_layer)] for of_layer in pages],

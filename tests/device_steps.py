@@ -14,7 +14,8 @@ import numpy as np
 
 from tests.interpreted import prepare
 from trt_kv.decoder import Decoder
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
@@ -22,8 +23,8 @@ from trt_kv.program import PHASES, Program, program_of
 from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
 PAGE_SIZE, CHUNK = 5, 20
@@ -77,7 +78,7 @@ def programs_of(policy: Policy, decoder: Decoder) -> dict[str, Program]:
 def host_runner(name: str, checkpoint: Checkpoint) -> ModelRunner:
     policy, decoder = changed_policy(name), decoder_from_checkpoint(checkpoint)
     executor, programs = TorchDecoderExecutor(decoder), programs_of(policy, decoder)
-    return ModelRunner(executor, KvPool(**_pool_sizes(decoder)), programs, chunk=CHUNK, decode=policy.decode)
+    return ModelRunner(executor, HostKvPool(**_pool_sizes(decoder)), programs, chunk=CHUNK, decode=policy.decode)
 
 
 def device_runner(side: Side, checkpoint: Checkpoint, *, device: str = "cpu", cuda_graphs: bool | None = None) -> ModelRunner:

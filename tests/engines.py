@@ -21,7 +21,8 @@ import transformers
 from tests.checkpoints import write_checkpoint
 from trt_kv.cli import main
 from trt_kv.export import engine as engine_module
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.graph import graph_from_checkpoint
 from trt_kv.policies import policy_from_name

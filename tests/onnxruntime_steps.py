@@ -19,7 +19,7 @@ from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
 from trt_kv.runtime.backends.cuda.onnxruntime_segments import OnnxRuntimeDeviceDecoder
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
-from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
 N_PAGES = 100
@@ -45,7 +45,7 @@ def on_host(engine: Path, dense: DenseExecutor | None = None) -> ModelRunner:
     """Requests to ``engine`` as hosts run it, the dense parts by ``dense``; None: by its pieces."""
     manifest = load_manifest(engine)
     dense = dense or OnnxRuntimeExecutor(engine / "graphs", manifest.pieces, manifest.attention_ports, n_threads=1)
-    pool = KvPool(**_pool_sizes(manifest))
+    pool = HostKvPool(**_pool_sizes(manifest))
     return ModelRunner(dense, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
 
 

@@ -20,7 +20,8 @@ from trt_kv.runtime.backends.base import Attend
 from trt_kv.runtime.backends.host.recall.background import Copies, Job
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import HostTier, RamTier
-from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.backends.host.store import HostKvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
 
 VOCABULARY = 29
@@ -155,7 +156,7 @@ def runner_of(
     programs = {
         phase: program_of(policy, phase=phase, n_layers=model.n_layers, scale=scale, page_size=page_size) for phase in PHASES
     }
-    pool = KvPool(
+    pool = HostKvPool(
         n_pages=n_pages,
         page_size=page_size,
         n_kv_heads=model.n_kv_heads,
@@ -190,8 +191,10 @@ def generate(runner: ModelRunner, prompt: list[int], n_new: int) -> Floats:
     return np.stack(logits)
 
 
-def check_integrity(runner: ModelRunner) -> None:
-    """Every page of every tier is free or has one living owner."""
-    runner.pool.check_integrity()
+def check_integrity(runner: ModelRunner, *living: SequenceCache) -> None:
+    """Every page of every tier is free, or is one living sequence's."""
+    on_device = [page for sequence in living for page in sequence.pages]
     if runner.recall is not None:
-        runner.recall.host.check_integrity()
+        runner.recall.host.check_integrity(page for s in living for page in s.pages_in(runner.recall.host))
+        on_device += [page for working_set in runner.recall.sets.values() for page in working_set.pages]
+    runner.pool.check_integrity(on_device)

@@ -208,7 +208,7 @@ def test_impossible_sampling_is_refused(words: tuple[str, str], small_folder: Pa
 def test_a_prompt_that_does_not_fit_into_memory_is_refused(
     small_folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trt_kv.runtime.backends.host.load.available_bytes", lambda: 0)
+    monkeypatch.setattr("trt_kv.runtime.backends.host.load.free_for_cache", lambda _: 0)
     error = refused("generate", small_folder, "storm " * 50, exit_code=1)
     assert "the KV pool is too small for this request" in error
     assert "cache_tokens=" in error

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from benchmarks import memory
-from benchmarks.__main__ import NAMES, RESULTS, main
+from benchmarks.__main__ import MODULES, RESULTS, main
 from benchmarks.harness import BenchmarkError, Check, Report, Target, Timings, check_close, measured, save, show, take_turns
 from benchmarks.memory import peak_growth_bytes
 from benchmarks.models import MASS, PAGE_SIZE, Shape, model_runner
-from benchmarks.recall_cache import CALM, Drift, PoolTier, SharedTier
-from benchmarks.recall_timeline import hidden_work
+from benchmarks.speed.recall_cache import CALM, Drift, PoolTier, SharedTier
+from benchmarks.speed.recall_timeline import hidden_work
 from trt_kv.hf_config import model_config_from_hf
 from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.recall_attention.choice import drifted_heads
 from trt_kv.runtime.backends.base import Attend
 from trt_kv.runtime.backends.host.recall.store import RamTier
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.step import Ints
-from trt_kv.runtime.cache.kv_pool import KvPool
 
 MIB = 2**20
 CHECK = Check(what="one is one", error=0.0, allowed=0.0)
@@ -131,7 +131,7 @@ def test_tables_and_verdicts_are_printed() -> None:
 
 
 def test_results_of_every_benchmark_are_committed() -> None:
-    for name in NAMES:
+    for name in MODULES:
         document = json.loads((RESULTS / f"{name}.json").read_text())
         assert document["checks"], name
         assert all(check["error"] <= check["allowed"] for check in document["checks"]), name
@@ -177,7 +177,7 @@ def test_queries_drift_as_often_as_they_are_told(drift: Drift) -> None:
 
 def test_sides_share_pages_that_none_of_them_can_change() -> None:
     sizes = {"page_size": PAGE_SIZE, "n_kv_heads": 3, "head_size": 5}
-    pool = KvPool(n_pages=4, **sizes)
+    pool = HostKvPool(n_pages=4, **sizes)
     pool.kv[:] = np.arange(pool.kv.size).reshape(pool.kv.shape)
     tier = SharedTier(PoolTier(pool), RamTier(n_pages=2, **sizes), n_shared=3)
     own = -pool.kv[0]
@@ -208,7 +208,7 @@ def test_recall_benchmarks_run_small(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODULES)
 def test_every_benchmark_runs(name: str, tmp_path: Path) -> None:
     click.testing.CliRunner().invoke(main, [name, "--quick", "--out", str(tmp_path)], catch_exceptions=False)
     assert json.loads((tmp_path / f"{name}.json").read_text())["tables"]

@@ -1,6 +1,7 @@
 """The commands on a real, small checkpoint, as a user types them."""
 
 import contextlib
+import importlib
 import itertools
 import json
 import shutil
@@ -14,7 +15,6 @@ import onnx
 import pytest
 
 from tests.engines import Run
-from trt_kv.cli import pipeline
 from trt_kv.manifest import load_manifest
 from trt_kv.recipe import Recipe
 from trt_kv.runtime.engine import Engine
@@ -145,7 +145,7 @@ def test_ctrl_c_at_any_report_of_progress_exits_with_130_and_leaves_nothing(
 
         yield on_progress
 
-    monkeypatch.setattr(pipeline, "progress_bars", interrupting)
+    monkeypatch.setattr(importlib.import_module(f"trt_kv.cli.{command}"), "progress_bars", interrupting)
     words = [command, "--checkpoint", str(small_checkpoint_folder), "--out", "there.json"]
     recipe = ["--recipe", str(small_folder / "recipe.json")]
     words += recipe if command == "export" else ["--prompts", str(prompts), "--samples", "2"]

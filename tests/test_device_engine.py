@@ -16,7 +16,8 @@ from tests.device_engines import CHUNK, N_NEW, build, check, load_on, prompts
 from tests.engines import Run
 from tests.triton_kernels import ROOT
 from trt_kv.errors import CapacityError, UnknownNameError, UsageError
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.runtime.backends.cuda import load as device_loading
 from trt_kv.runtime.backends.cuda.onnxruntime_segments import CUDA
@@ -26,7 +27,7 @@ from trt_kv.runtime.backends.devices import DeviceOptions, device_from_name
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import LoadOptions
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.sampling import SamplingParams
+from trt_kv.runtime.reservation import RequestSize
 
 POLICIES = ("full", "prefixkv", "refreekv", "freekv", "freekv-recipe")
 CPU = torch.device("cpu")
@@ -75,9 +76,8 @@ def test_an_engine_says_on_a_device_what_it_says_on_the_host(
 @pytest.mark.usefixtures("idle")
 def test_what_does_not_fit_is_refused_before_it_starts(folder_of: Callable[[str], Path]) -> None:
     full = load_on(folder_of("full"), CPU, DeviceOptions(batch=2), cache_tokens=60)
-    with pytest.raises(CapacityError, match="more prompts at once") as caught:
-        full.generate_batch([[5, 6]] * 3)
-    assert "batch=3" in str(caught.value)
+    with pytest.raises(CapacityError, match="more sequences of one request"):
+        full.core.reservation.check(RequestSize(n_prompt=2, max_new_tokens=5, n_sequences=3))
     with pytest.raises(CapacityError, match="the KV pool is too small") as caught:
         full.generate_batch([[5] * 40], max_new_tokens=30)
     assert "cache_tokens=70" in str(caught.value)
@@ -89,17 +89,17 @@ def test_contexts_are_bounded_by_the_profile(folder_of: Callable[[str], Path], t
     profile = tmp_path / "short.json"
     profile.write_text(text.replace("8192]", "40]", 1).replace("2048", "20").replace("[[1, 1, 4]]", "[[1, 1, 3]]"))
     engine = load_on(folder_of("full"), CPU, DeviceOptions(profile=str(profile)))
-    assert engine.loaded.batch == 3
-    engine._admit([[5] * 31], SamplingParams(max_new_tokens=10))
+    assert engine.core.reservation.free[0] == 3
+    engine.core.reservation.check(RequestSize(n_prompt=31, max_new_tokens=10))
     with pytest.raises(CapacityError, match="longer than this engine was loaded for") as caught:
         engine.generate([5] * 32, max_new_tokens=10)
     assert "at most 40 together" in str(caught.value)
     # Of 38 prompt tokens half are kept.
     evicting = load_on(folder_of("h2o"), CPU, DeviceOptions(profile=str(profile)))
-    evicting._admit([[5] * 38], SamplingParams(max_new_tokens=22))
+    evicting.core.reservation.check(RequestSize(n_prompt=38, max_new_tokens=22))
     for n_prompt, n_new in ((38, 23), (41, 1)):
         with pytest.raises(CapacityError, match="longer than this engine was loaded for"):
-            evicting._admit([[5] * n_prompt], SamplingParams(max_new_tokens=n_new))
+            evicting.core.reservation.check(RequestSize(n_prompt=n_prompt, max_new_tokens=n_new))
 
 
 @pytest.mark.usefixtures("idle")
@@ -109,13 +109,13 @@ def test_caches_on_the_host_are_admitted_by_tiers_and_working_sets(folder_of: Ca
     assert isinstance(engine.runner.tiers, DeviceRecall)
     block_tokens = engine.runner.tiers.sets.sizes.n_pages * 5
     assert block_tokens <= 40 < 2 * block_tokens
-    engine._admit([[5] * 50], SamplingParams(max_new_tokens=20))
+    engine.core.reservation.check(RequestSize(n_prompt=50, max_new_tokens=20))
     with pytest.raises(CapacityError, match="too few working sets") as caught:
-        engine.generate_batch([[5, 6]] * 2, max_new_tokens=5)
+        engine.core.reservation.check(RequestSize(n_prompt=2, max_new_tokens=5, n_sequences=2))
     assert f"cache_tokens={2 * block_tokens}" in str(caught.value)
     roomy = load_on(folder, CPU, DeviceOptions(batch=2), host_tokens=100)
     with pytest.raises(CapacityError, match="the host tier is too small") as caught:
-        roomy.generate_batch([[5] * 50] * 2, max_new_tokens=10)
+        roomy.core.reservation.check(RequestSize(n_prompt=50, max_new_tokens=10, n_sequences=2))
     assert "host_tokens=120" in str(caught.value)
     with pytest.raises(CapacityError, match="no room for one working set"):
         load_on(folder, CPU, cache_tokens=10)
@@ -127,10 +127,10 @@ def test_who_does_what_a_refusal_says_is_served(folder_of: Callable[[str], Path]
     folder = folder_of("freekv-recipe")
     tight = load_on(folder, CPU, DeviceOptions(batch=4), cache_tokens=50)
     with pytest.raises(CapacityError, match="too few working sets") as caught:
-        tight.generate_batch([[5, 6]] * 4, max_new_tokens=5)
+        tight.core.reservation.check(RequestSize(n_prompt=2, max_new_tokens=5, n_sequences=4))
     sizes = {name: int(value) for name, value in re.findall(r"(cache_tokens|batch)=(\d+)", str(caught.value))}
     roomy = load_on(folder, CPU, DeviceOptions(batch=max(4, sizes["batch"])), cache_tokens=sizes["cache_tokens"])
-    roomy._admit([[5, 6]] * 4, SamplingParams(max_new_tokens=5))
+    roomy.core.reservation.check(RequestSize(n_prompt=2, max_new_tokens=5, n_sequences=4))
 
 
 @pytest.mark.usefixtures("idle")
@@ -160,12 +160,13 @@ def test_scores_are_read_on_hosts_only(folder_of: Callable[[str], Path]) -> None
 
 
 @pytest.mark.usefixtures("idle")
-def test_a_promise_counts_until_its_group_ends(folder_of: Callable[[str], Path]) -> None:
+def test_a_reservation_counts_until_its_request_ends(folder_of: Callable[[str], Path]) -> None:
     engine = load_on(folder_of("freekv"), CPU, cache_tokens=40, host_tokens=100)
-    requests = engine._admit([[5] * 20], SamplingParams(max_new_tokens=10))
-    with engine.loaded.admission.promise(requests), pytest.raises(CapacityError, match="too few working sets"):
-        engine._admit([[5] * 20], SamplingParams(max_new_tokens=10))
-    engine._admit([[5] * 20], SamplingParams(max_new_tokens=10))
+    reservation, size = engine.core.reservation, RequestSize(n_prompt=20, max_new_tokens=10)
+    assert reservation.reserve("first", size)
+    assert not reservation.reserve("second", size)
+    reservation.release("first")
+    assert reservation.reserve("second", size)
 
 
 def planned(manifest: Manifest, *, free_device: int, **wanted: int) -> DevicePlan:
@@ -177,7 +178,7 @@ def test_half_of_the_free_memory_holds_the_cache(folder_of: Callable[[str], Path
     manifest = load_manifest(folder_of("full"))
     page_bytes = 5 * 2 * (2 * 16 * 4 + 12)
     plan = planned(manifest, free_device=2 * page_bytes * 3 * 7)
-    assert (plan.n_pages, plan.layer_pages, plan.batch) == (3 * 7, 7, 4)
+    assert plan.n_pages == 3 * 7
     assert plan.largest.axes == {"N": 32, "R": 32, "B": 4, "T": -(-POSITIONS // 5)}
     assert planned(manifest, free_device=10**12).n_pages == 3 * -(-2 * 4 * POSITIONS // 5)
     assert planned(manifest, free_device=10**12, cache_tokens=52).n_pages == 3 * 11
@@ -187,7 +188,7 @@ def test_working_sets_that_grow_with_prompts_are_sized_for_the_longest_that_fits
     manifest = load_manifest(folder_of("freekv-recipe"))
     roomy = planned(manifest, free_device=10**9)
     assert roomy.recall is not None
-    assert (roomy.recall.longest_prompt, roomy.recall.sequences, roomy.batch) == (POSITIONS, 8, 4)
+    assert (roomy.recall.longest_prompt, roomy.recall.sequences) == (POSITIONS, 8)
     tight = planned(manifest, free_device=10**9, cache_tokens=50)
     assert tight.recall is not None
     assert 10 < tight.recall.longest_prompt < POSITIONS
@@ -204,7 +205,7 @@ def test_what_devices_do_not_run_is_refused(
     full, freekv = folder_of("full"), folder_of("freekv")
     for folder, options, message in (
         (full, {"host_tokens": 5}, "keeps no cache on the host"),
-        (freekv, {"host_tier": "mmap:/tmp"}, "recalls from memory, not from a file"),
+        (freekv, {"host_tier": "file:/tmp"}, "recalls from memory, not from a file"),
         (full, {"on": DeviceOptions(dense="onnxruntime", dtype="bfloat16")}, "in the type of the engine's graphs"),
         (full, {"on": DeviceOptions(dense="onnxruntime", cuda_graphs=True)}, "not recorded as CUDA graphs"),
         (full, {"on": DeviceOptions(cuda_graphs=True)}, "only GPUs replay"),

@@ -45,6 +45,7 @@ def test_outputs_equal_attention_over_the_whole_cache(errors: Errors, case: Case
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_outputs_equal_attention_over_the_whole_cache_in_many_more_worlds(tmp_path: Path) -> None:
     errors = errors_in_interpreter("slow", tmp_path)
     assert not errors, "\n".join(f"{name}: {error}" for name, error in errors.items())
@@ -64,7 +65,7 @@ def test_on_the_gpu_an_executor_of_whole_steps_recalls_from_the_host(
     small_checkpoint_folder: Path, *, cuda_graphs: bool
 ) -> None:
     from tests.device_recall_requests import check
-    from trt_kv.export.checkpoint import open_checkpoint
+    from trt_kv.export.checkpoints.opening import open_checkpoint
 
     check(open_checkpoint(small_checkpoint_folder), device="cuda", cuda_graphs=cuda_graphs)
 

@@ -12,7 +12,7 @@ from tests.engines import Run
 from trt_kv.drift import Drift
 from trt_kv.errors import EngineError, RecipeError
 from trt_kv.export import engine as engine_module
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import load_manifest
 from trt_kv.policies import policy_from_name

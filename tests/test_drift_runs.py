@@ -8,11 +8,11 @@ import pytest
 
 from trt_kv.calibration.drift import DriftRecorder, LayerTrace, Trace, calibrate_drift
 from trt_kv.calibration.tasks import calibration_prompts, evaluation_tasks
-from trt_kv.cli.calibration_runs import drift_trace_of, recipe_model
 from trt_kv.drift import Drift, drift_settings
 from trt_kv.errors import CheckpointError, UsageError
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
+from trt_kv.pipeline.calibration_runs import drift_trace_of, recipe_model
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.recall_attention.choice import drifted_heads
 from trt_kv.plugins.registry import kernel, op_specs
@@ -20,8 +20,8 @@ from trt_kv.policies import policy_from_name
 from trt_kv.policy_settings import policy_with
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.text.detokenizer import load_tokenizer
 
@@ -64,7 +64,7 @@ def corrected_after(checkpoint: Checkpoint, drift: Drift, prompts: list[list[int
         phase: program_of(POLICY, phase=phase, n_layers=N_LAYERS, scale=32**-0.5, page_size=PAGE_SIZE, taus=taus)
         for phase in PHASES
     }
-    pool = KvPool(
+    pool = HostKvPool(
         n_pages=N_LAYERS * 16,
         page_size=PAGE_SIZE,
         n_kv_heads=config.n_kv_heads,
@@ -149,7 +149,7 @@ def test_several_sequences_are_not_recorded_as_one() -> None:
 
 
 def _encoded(checkpoint: Checkpoint, texts: list[str]) -> list[list[int]]:
-    tokenizer = load_tokenizer(checkpoint.folder / "tokenizer.json", error=CheckpointError)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
     return [list(tokenizer.encode(text).ids) for text in texts]
 
 

@@ -22,6 +22,7 @@ from trt_kv.presets import PRESETS
 from trt_kv.runtime import memory
 from trt_kv.runtime.backends.host import load as loading_module
 from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.reservation import RequestSize
 from trt_kv.runtime.text.detokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,14 +114,16 @@ def test_impossible_options_are_refused(small_folder: Path, options: dict[str, A
         load(small_folder, **options)
 
 
-def test_what_cannot_fit_is_refused_before_it_starts(small_folder: Path) -> None:
+def test_what_can_never_fit_is_refused_and_what_does_not_fit_now_waits(small_folder: Path) -> None:
     engine = load(small_folder, cache_tokens=40)
     prompt = random_ids(engine, 30, seed=1)
-    assert engine.generate(prompt, max_new_tokens=2).n_prompt_tokens == 30
+    alone = engine.generate(prompt, max_new_tokens=2)
+    assert alone.n_prompt_tokens == 30
     with pytest.raises(CapacityError, match="too small for this request"):
         engine.generate(random_ids(engine, 41, seed=1), max_new_tokens=1)
     with pytest.raises(CapacityError, match="too small for this request"):
-        engine.generate_batch([prompt] * 3, max_new_tokens=2)
+        engine.generate_batch([prompt, random_ids(engine, 41, seed=1)], max_new_tokens=1)
+    assert engine.generate_batch([prompt] * 3, max_new_tokens=2) == [alone] * 3
     assert_nothing_leaked(engine)
 
 
@@ -141,16 +144,23 @@ def test_eviction_makes_room_for_more_sequences(small_folder: Path) -> None:
     generations = engine.generate_batch(prompts, max_new_tokens=3)
     assert [generation.n_prompt_tokens for generation in generations] == [70, 70, 70]
     assert_nothing_leaked(engine)
-    with pytest.raises(CapacityError):  # the last prompt is whole for a moment, beside what is left of the others
-        load(small_folder, cache_tokens=160).generate_batch(prompts, max_new_tokens=3)
-    assert len(load(small_folder, cache_tokens=160).generate_batch(prompts[:2], max_new_tokens=3)) == 2
+    for cache_tokens, n_together in (
+        (180, 3),
+        (160, 2),
+    ):  # the last prompt is whole for a moment, beside what is left of others
+        reservation = load(small_folder, cache_tokens=cache_tokens).core.reservation
+        n_admitted = 0
+        while reservation.reserve(n_admitted, RequestSize(n_prompt=70, max_new_tokens=3)):
+            reservation.finish_reading(n_admitted)
+            n_admitted += 1
+        assert n_admitted == n_together
 
 
 def test_the_default_pool_is_twice_the_positions_or_what_memory_allows(
     small_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert load(small_folder, cache_tokens=None).runner.pool.n_pages == 3 * -(-2 * MAX_POSITIONS // 5)
-    monkeypatch.setattr(loading_module, "available_bytes", lambda: 0)
+    monkeypatch.setattr(loading_module, "free_for_cache", lambda _: 0)
     assert load(small_folder, cache_tokens=None).runner.pool.n_pages == 3
 
 

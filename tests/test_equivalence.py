@@ -14,7 +14,7 @@ import transformers
 
 from tests.engines import CACHE_TOKENS, CHUNK, SHARES, assert_nothing_leaked, random_ids
 from trt_kv.calibration.tasks import evaluation_tasks, plain_text_tasks
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_from_name
@@ -22,8 +22,8 @@ from trt_kv.policy import kept_tokens
 from trt_kv.presets import PRESETS
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.model_runner import ModelRunner
@@ -239,25 +239,6 @@ def test_importance_is_transformers_attention(window: int, full_engine: Engine, 
     assert_nothing_leaked(full_engine)
 
 
-def test_eviction_by_hand_is_the_eviction_of_the_graph(half_engine: Engine) -> None:
-    """``ModelRunner.evict`` with the budgets and shares of the engine: same tokens kept, same text from there on."""
-    ids = random_ids(half_engine, 90, seed=31)
-    runner = half_engine.runner
-    by_graph = Run.prefilled(runner, ids)
-    sequence = runner.new_sequence()
-    by_hand = Run(runner, sequence, runner.prefill(sequence, ids, all_logits=True, evict=False))
-    budget = [kept_tokens(90, share) for share in SHARES]
-    runner.evict(sequence, budget, sinks=1, recent=1, growth=half_engine.manifest.kept_shares)
-    by_hand.kept.append(by_hand.positions())
-    for token_id in random_ids(half_engine, 30, seed=32):
-        by_graph.decode(token_id)
-        by_hand.decode(token_id)
-    assert by_hand.kept == by_graph.kept
-    np.testing.assert_array_equal(by_hand.decoded, by_graph.decoded)
-    by_graph.sequence.release()
-    by_hand.sequence.release()
-
-
 def test_importance_is_what_eviction_ranks_by(half_engine: Engine) -> None:
     """[L, K, N]: each layer hands out one unit of attention per query; nothing stays in the pool."""
     ids = random_ids(half_engine, 70, seed=33)
@@ -346,7 +327,7 @@ def test_kernels_and_references_decode_alike(
     assert isinstance(steps, SplitStepExecutor)
     runs = []
     for implementation in ("cpu", "reference"):
-        pool = KvPool(n_pages=360, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+        pool = HostKvPool(n_pages=360, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
         pool.kv[:] = pool.scores[:] = np.nan
         pool.token_positions[:] = -(2**40)
         runner = ModelRunner(

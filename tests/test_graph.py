@@ -16,7 +16,8 @@ from onnx.reference.op_run import OpRun
 from tests.checkpoints import write_checkpoint
 from tests.engines import SHARES, assert_nothing_leaked, prefixkv_request, random_ids
 from trt_kv.errors import CheckpointError, EngineError, RecipeError, UsageError
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.graph import WEIGHTS_FILE, graph_from_checkpoint, save_graphs
@@ -27,8 +28,8 @@ from trt_kv.plugins.registry import kernel, op_specs
 from trt_kv.policies import policy_from_name
 from trt_kv.program import PHASES, Program, program_of
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
-from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.model_runner import ModelRunner
@@ -178,7 +179,7 @@ class MonolithicRun:
             phase: ReferenceEvaluator(onnx.load(folder / "graphs" / f"{phase}.onnx"), new_ops=ops) for phase in PHASES
         }
         config = manifest.config
-        pool = KvPool(n_pages=60, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+        pool = HostKvPool(n_pages=60, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
         pool.kv[:] = np.nan
         pool.scores[:] = np.nan
         pool.token_positions[:] = -(2**40)
@@ -244,7 +245,7 @@ def test_pieces_of_every_kind_of_model_equal_the_torch_decoder(sample: str, tmp_
     save_graphs({"decode": graph_from_checkpoint(checkpoint, programs["decode"], page_size=7)}, tmp_path)
     models, pieces, ports = pieces_from_graph(onnx.load(tmp_path / "decode.onnx", load_external_data=False))
     save_pieces(models, pieces, tmp_path)
-    pool = KvPool(n_pages=90, page_size=7, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+    pool = HostKvPool(n_pages=90, page_size=7, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     logits = []
     executors = (
         OnnxRuntimeExecutor(tmp_path, pieces, ports, n_threads=1),

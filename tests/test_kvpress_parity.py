@@ -4,13 +4,15 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import kvpress_overlap
 from benchmarks.__main__ import RESULTS
 from benchmarks.kvpress.docs import DOCS, measured_section
+from benchmarks.kvpress.overlap import SETS_TABLE, SHARES, compared
 from benchmarks.kvpress.pairs import (
     H2O_PAIR,
     LOTS,
@@ -23,16 +25,27 @@ from benchmarks.kvpress.pairs import (
     Pair,
 )
 from benchmarks.kvpress.presses import Ints, PressRun
-from benchmarks.kvpress.sides import FEW, ROUNDING, FixedScores, Sides, documents, overlap
-from benchmarks.kvpress_overlap import SETS_TABLE, SHARES
+from benchmarks.kvpress.sides import FEW, ROUNDING, Sides, documents, overlap
 from trt_kv.manifest import load_manifest
 from trt_kv.plugins.lots import key_of, lot_of
+from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAME = [pair for pair in PAIRS if pair.same]
 SCORED = [SNAPKV_PAIR, OBSERVED_PAIR]
+
+
+class FixedScores:
+    """Scores [L, K, N] in the place of a press's own: one layer's at each call."""
+
+    def __init__(self, scores_LKN: Floats) -> None:
+        self._layers = iter(torch.from_numpy(scores_LKN))
+
+    def __call__(self, *_: Any) -> torch.Tensor:
+        scores_KN: torch.Tensor = next(self._layers)
+        return scores_KN[None]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +185,7 @@ def test_the_results_are_those_of_this_version(sides: Sides, prompts: list[list[
     assert set(rows) == {(pair.press, pair.named, share) for pair in PAIRS for share in SHARES}
     for pair in PAIRS:
         row = rows[pair.press, pair.named, SHARES[0]]
-        found = kvpress_overlap.compared(sides, pair, SHARES[0], prompts)
+        found = compared(sides, pair, SHARES[0], prompts)
         assert 100 * found.both / found.kvpress == pytest.approx(row["also_kept_by_us_percent"], abs=0.3)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import DTypeLike
 
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES
@@ -24,6 +24,7 @@ from trt_kv.plugins.registry import op_specs
 from trt_kv.program import PHASES
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
@@ -68,7 +69,7 @@ class Recording(SplitStepExecutor):
         super().__init__(pieces, manifest.programs)
         self.steps: list[Step] = []
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         self.steps.append(step)
         return super().run_step(phase, step, pool)
 
@@ -108,7 +109,7 @@ def graph_of(folder: Path, file: str) -> onnx.ModelProto:
 def recorded_run(folder: Path, manifest: Manifest) -> tuple[list[Step], list[np.ndarray], list[np.ndarray]]:
     """The runtime's steps over two prompts and greedy decoding of both, the logits it made, the positions it kept."""
     config = manifest.config
-    pool = KvPool(n_pages=N_PAGES, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+    pool = HostKvPool(n_pages=N_PAGES, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     executor = Recording(folder, manifest)
     runner = ModelRunner(executor, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
     sequences = [runner.new_sequence() for _ in PROMPTS]

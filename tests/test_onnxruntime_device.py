@@ -20,7 +20,8 @@ from tests.onnxruntime_steps import on_device, on_host, pieces_of, two_rows
 from tests.test_torch_device import ATOL, assert_alike
 from tests.triton_kernels import ROOT
 from trt_kv.errors import MissingDependencyError, UsageError
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import load_manifest

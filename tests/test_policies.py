@@ -11,9 +11,11 @@ from trt_kv.cli.app import main
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.layer_budget import ALL, LayerBudget, layer_budgets, pyramid_budgets
 from trt_kv.policies import policy_from_name, policy_names
-from trt_kv.policy import BUDGETS, SCORES, Policy, kept_tokens
+from trt_kv.policy import BUDGETS, Policy, kept_tokens
 from trt_kv.policy_settings import differences, policy_with, setting_as_text, settings_from_text
 from trt_kv.program import budgets_of, eviction_nodes, program_of
+from trt_kv.score import Score
+from trt_kv.scores import score_from_name, score_names
 
 PUBLISHED = ("full", "h2o", "prefixkv", "pyramidkv", "random", "refreekv", "snapkv", "streamingllm", "uniform")
 
@@ -51,20 +53,21 @@ def test_the_programs_of_the_published_policies() -> None:
     assert [node is not None for node in eviction_nodes(program)] == [False, False, True]
 
 
-@given(score=st.sampled_from(sorted(SCORES)), budget=st.sampled_from(sorted(BUDGETS)), name=st.sampled_from(PUBLISHED))
+@given(score=st.sampled_from(score_names()), budget=st.sampled_from(sorted(BUDGETS)), name=st.sampled_from(PUBLISHED))
 def test_any_score_goes_with_any_budget_or_is_refused_with_a_reason(score: str, budget: str, name: str) -> None:
     settings = {"score": score, "budget": budget} | ({"tokens": 128} if budget == "constant" else {})
     try:
         policy = policy_with(policy_from_name(name), settings)
     except UsageError:
         allowed = (score == "none") == (budget == "full")
-        assert not allowed or (budget, score) == ("unimetric", "random") or score == "mean_mass"
+        refuses_more = score_from_name(score).check is not Score.check
+        assert not allowed or (refuses_more and (score != "random" or budget == "unimetric"))
         return
     ops = ops_of(policy, "prefill")
-    assert ("TokenScores" in ops) == (score in ("mass", "mean_mass", "window"))
+    assert ("TokenScores" in ops) == score_from_name(score).reads_attention
     assert ("AdaptiveBudget" in ops) == (budget == "unimetric")
-    assert ("EvictTokens" in ops) == (budget != "full" and score != "pages")
-    assert ("RecallAttention" in ops) == (score == "pages") == policy.recalls
+    assert ("EvictTokens" in ops) == (budget != "full" and score_from_name(score).ranks == "tokens")
+    assert ("RecallAttention" in ops) == (score_from_name(score).ranks == "pages") == policy.recalls
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_any_score_goes_with_any_budget_or_is_refused_with_a_reason(score: str, 
         ("prefixkv", ["score"], "NAME=VALUE"),
         ("prefixkv", ["score=mass", "score=window"], "given twice"),
         ("prefixkv", ["window=many"], "bad value"),
-        ("prefixkv", ["window=8"], "choose score window"),
+        ("prefixkv", ["window=8"], "choose score "),
         ("prefixkv", ["threshold=0.1"], "choose budget unimetric"),
         ("prefixkv", ["budget=constant"], "tokens=512"),
         ("prefixkv", ["score=none"], "needs a ranking"),

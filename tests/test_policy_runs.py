@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.engines import CHUNK, SHARES, assert_nothing_leaked, build_for_test, load_for_test, random_ids
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.layer_budget import layer_budgets
 from trt_kv.policies import policy_from_name, policy_names

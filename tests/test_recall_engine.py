@@ -14,7 +14,7 @@ import pytest
 from tests.engines import CHUNK, build_for_test, interrupted_at_line, random_ids, recipe_for
 from trt_kv.cli import main
 from trt_kv.errors import CapacityError, RecallError, UsageError
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_from_name
 from trt_kv.policy_settings import differences, policy_with, setting_as_text, settings_from_text
@@ -24,7 +24,9 @@ from trt_kv.runtime.backends.host.recall import working_set
 from trt_kv.runtime.cache import page_pool, tiered_sequence
 from trt_kv.runtime.cache import sequence as sequence_cache
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.request import Generation
+from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.reservation import RequestSize
+from trt_kv.runtime.scheduler import StepPlan
 from trt_kv.runtime.trace import Trace
 
 SETTINGS: dict[str, Any] = {"tokens": 40, "sinks": 5, "recent": 10, "tau": 0.5}
@@ -69,7 +71,7 @@ def test_a_file_tier_and_a_batch_give_the_tokens_of_one_alone_in_memory(engine: 
     prompts = [random_ids(engine, n, seed=n) for n in (100, 7, 61)]
     alone = [engine.generate(prompt, max_new_tokens=20).token_ids for prompt in prompts]
     assert [r.token_ids for r in engine.generate_batch(prompts, max_new_tokens=20)] == alone
-    with load(folder, host_tier=f"mmap:{tmp_path}") as in_file:
+    with load(folder, host_tier=f"file:{tmp_path}") as in_file:
         assert [r.token_ids for r in in_file.generate_batch(prompts, max_new_tokens=20)] == alone
         assert_nothing_leaked(in_file)
     assert list(tmp_path.iterdir()) == []
@@ -102,7 +104,7 @@ def test_a_request_that_fits_neither_tier_is_refused_before_it_starts(folder: Pa
         engine.generate(prompt[:90], max_new_tokens=10)
         assert_nothing_leaked(engine)
     with load(folder, cache_tokens=100) as engine, pytest.raises(CapacityError, match="KV pool is too small"):
-        engine.generate_batch([prompt] * 3, max_new_tokens=10)
+        engine.core.reservation.check(RequestSize(n_prompt=120, max_new_tokens=10, n_sequences=3))
 
 
 def test_the_tiers_that_a_refusal_asks_for_are_enough(folder: Path) -> None:
@@ -134,15 +136,17 @@ def test_a_request_whose_pages_are_lost_fails_and_the_others_go_on(engine: Engin
         read(page, head, into_2PD)
 
     monkeypatch.setattr(host, "read_head", read_unless_lost)
-    original = engine.runner.prefill
+    original = engine.runner.run
 
-    def prefill(sequence: Any, ids: list[int], **options: Any) -> Any:
-        logits = original(sequence, ids, **options)
-        if len(ids) == 120:
-            lost.update(sequence.pages_in(host))
+    def run(plan: StepPlan[Request]) -> Any:
+        logits = original(plan)
+        if plan.reads_last and plan.end == 120:
+            lost.update(plan.requests[0].sequence.pages_in(host))
+        if any(request.sequence.failure for request in plan.requests):
+            lost.clear()  # its pages are others' next
         return logits
 
-    monkeypatch.setattr(engine.runner, "prefill", prefill)
+    monkeypatch.setattr(engine.runner, "run", run)
     results = engine.generate_batch(prompts, max_new_tokens=15)
     assert [result.finish_reason for result in results] == ["length", "error", "length"]
     assert "the disk is gone" in str(results[1].error)
@@ -156,7 +160,7 @@ def test_a_request_whose_pages_are_lost_fails_and_the_others_go_on(engine: Engin
     with pytest.raises(RecallError, match="the disk is gone"):
         list(stream)
     lost.clear()
-    monkeypatch.setattr(engine.runner, "prefill", original)
+    monkeypatch.setattr(engine.runner, "run", original)
     assert engine.generate(prompts[1], max_new_tokens=15).token_ids == expected[1]
     assert_nothing_leaked(engine)
 
@@ -164,7 +168,7 @@ def test_a_request_whose_pages_are_lost_fails_and_the_others_go_on(engine: Engin
 def test_an_abandoned_stream_gives_everything_back(engine: Engine) -> None:
     stream = engine.stream(random_ids(engine, 100, seed=3), max_new_tokens=20)
     next(stream)
-    stream._pieces.close()
+    stream.close()
     assert_nothing_leaked(engine)
 
 
@@ -198,6 +202,7 @@ def test_closing_stops_the_threads(folder: Path) -> None:
     ("options", "said"),
     [
         ({"host_tier": "disk"}, "unknown host tier"),
+        ({"host_tier": "file:/nowhere/at/all"}, "no file for the host tier"),
         ({"host_tier": "mmap:/nowhere/at/all"}, "no file for the host tier"),
         ({"host_tokens": 0}, "host_tokens"),
     ],
@@ -237,13 +242,13 @@ def test_the_command_line_from_build_to_trace(tmp_path: Path, capsys: pytest.Cap
     assert "--page-size 8" in said
     question = Path(__file__).parent.parent / "examples" / "late_question.txt"
     words = ["generate", str(out), "--prompt-file", str(question), "--max-new-tokens", "8"]
-    assert main([*words, "--host-tier", f"mmap:{tmp_path}", "--trace", str(trace)]) == 0
+    assert main([*words, "--host-tier", f"file:{tmp_path}", "--trace", str(trace)]) == 0
     spoken = capsys.readouterr()
     assert spoken.out.startswith("code of trent is 5 3 7")
     assert "recalled" in spoken.err
     assert json.loads(trace.read_text())["traceEvents"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["freekv", "trace.json"]
-    assert main([*words, "--host-tier", f"mmap:{trace}"]) == 2
+    assert main([*words, "--host-tier", f"file:{trace}"]) == 2
     assert "nothing was overwritten" in capsys.readouterr().err
     assert main([*words, "--trace", str(tmp_path / "missing" / "trace.json")]) == 2
     assert main(["build", "--policy", "freekv", "--page-size", "0", "--out", str(tmp_path / "none")]) == 2

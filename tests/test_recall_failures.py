@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ PAGE_SIZE = 4
 
 def file_tier(path: Path, n_pages: int = 600) -> FileTier:
     tier = host_tier_at(
-        f"mmap:{path}", n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=MODEL.n_kv_heads, head_size=MODEL.head_size
+        f"file:{path}", n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=MODEL.n_kv_heads, head_size=MODEL.head_size
     )
     assert isinstance(tier, FileTier)
     return tier
@@ -72,7 +73,7 @@ def decode_both(runner: ModelRunner, n_new: int, spoil: list[int]) -> tuple[list
     spoil += sequences[0].pages_in(runner.recall.host)
     seen = []
     for step in range(n_new):
-        logits = list(runner.decode(sequences, [step % 7, step % 5], failures_stay=True))
+        logits = list(runner._decode_step(sequences, [step % 7, step % 5]))
         seen.append(logits[1])
     failures = [sequence.failure for sequence in sequences]
     for sequence in sequences:
@@ -134,18 +135,23 @@ def test_a_truncated_file_is_an_error_and_not_a_signal(copies: type[Copies], tmp
     check_integrity(runner)
 
 
-def test_a_prompt_whose_earlier_pages_are_gone_is_an_error(tmp_path: Path) -> None:
+def test_a_prompt_whose_earlier_pages_are_gone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = file_tier(tmp_path)
     runner = runner_of(MODEL, POLICY, copies=SynchronousCopies(), host=tier)
     sequence = runner.new_sequence()
 
-    def cut(n_done: int) -> None:
-        """Behind the hole that a later page would leave, zeros would be read as if they were keys."""
-        if n_done == 48:
-            os.ftruncate(tier.file_descriptor, 0)
+    read_chunk = runner._read_chunk
 
+    def cut_behind_48(*arguments: Any, **options: Any) -> np.ndarray:
+        """Behind the hole that a later page would leave, zeros would be read as if they were keys."""
+        logits = read_chunk(*arguments, **options)
+        if sequence.n_seen == 48:
+            os.ftruncate(tier.file_descriptor, 0)
+        return logits
+
+    monkeypatch.setattr(runner, "_read_chunk", cut_behind_48)
     with pytest.raises(RecallError, match="was cut"):
-        runner.prefill(sequence, prompt_of(60), on_chunk=cut)
+        runner.prefill(sequence, prompt_of(60))
     sequence.release()
     check_integrity(runner)
 
@@ -186,7 +192,7 @@ def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_a_tier_larger_than_the_file_system_allows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match="cannot hold the host tier"):
-        host_tier_at(f"mmap:{tmp_path}", n_pages=4, page_size=2**54, n_kv_heads=2, head_size=6)
+        host_tier_at(f"file:{tmp_path}", n_pages=4, page_size=2**54, n_kv_heads=2, head_size=6)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,7 +213,7 @@ def test_the_file_has_no_name_while_it_is_used_and_is_gone_afterwards(tmp_path: 
 
 def tiers(tmp_path: Path) -> list[HostTier]:
     sizes = {"n_pages": 9, "page_size": 3, "n_kv_heads": 2, "head_size": 5}
-    return [host_tier_at("ram", **sizes), host_tier_at(f"mmap:{tmp_path}", **sizes)]
+    return [host_tier_at("ram", **sizes), host_tier_at(f"file:{tmp_path}", **sizes)]
 
 
 def test_both_tiers_give_back_what_was_stored(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.engines import build_for_test
 from tests.test_monolithic_graphs import ATOL, CHUNK, N_DECODED, N_PAGES, PROMPTS, MonolithicRunner
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.policies import policy_from_name
@@ -18,13 +18,14 @@ from trt_kv.policy import Policy
 from trt_kv.program import PHASES, recall_nodes
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
 
 pytestmark = pytest.mark.early
 
-Recorded = tuple[list[tuple[Step, StepResult]], KvPool]
+Recorded = tuple[list[tuple[Step, StepResult]], KvPool[Any]]
 
 LIMITS: dict[str, Any] = {"tokens": 30, "sinks": 4, "recent": 6}
 FREEKV = dataclasses.replace(policy_from_name("freekv"), tau=0.2, **LIMITS)
@@ -60,7 +61,7 @@ class Recording(SplitStepExecutor):
         super().__init__(pieces, manifest.programs)
         self.steps: list[tuple[Step, StepResult]] = []
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         result = super().run_step(phase, step, pool)
         self.steps.append((step, result))
         return result
@@ -82,7 +83,7 @@ def recorded(folder: Path) -> Recorded:
     """The runtime's steps over two prompts in chunks and greedy decoding of both, and its pool afterwards."""
     manifest = load_manifest(folder)
     config = manifest.config
-    pool = KvPool(
+    pool = HostKvPool(
         n_pages=N_PAGES,
         page_size=manifest.page_size,
         n_kv_heads=config.n_kv_heads,

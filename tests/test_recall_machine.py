@@ -57,7 +57,7 @@ class RecallMachine(RuleBasedStateMachine):
         for step in range(n_steps):
             tokens = [(7 * step + index) % VOCABULARY for index in range(len(pairs))]
             expected = self.op.decode([pair[0] for pair in pairs], tokens)
-            got = self.streamed.decode([pair[1] for pair in pairs], tokens, failures_stay=True)
+            got = self.streamed._decode_step([pair[1] for pair in pairs], tokens)
             failed = [pair[1].failure is not None for pair in pairs]
             for one, other, has_failed in zip(got, expected, failed, strict=True):
                 assert has_failed or np.array_equal(one, other)
@@ -79,8 +79,8 @@ class RecallMachine(RuleBasedStateMachine):
     @invariant()
     def no_page_is_lost(self) -> None:
         if hasattr(self, "op"):
-            check_integrity(self.op)
-            check_integrity(self.streamed)
+            check_integrity(self.op, *(pair[0] for pair in self.alive))
+            check_integrity(self.streamed, *(pair[1] for pair in self.alive))
 
     def drop(self, pair: tuple[SequenceCache, SequenceCache]) -> None:
         for sequence in pair:
@@ -103,7 +103,7 @@ def long_generation(copies: Copies, tmp_path: Path, n_new: int) -> tuple[list[in
     """Greedy tokens, and the bytes in use every 500 tokens."""
     model = RandomModel(n_layers=2, head_size=4, max_positions=n_new + 100)
     sizes = {"n_pages": 2 * (n_new // 16 + 10), "page_size": 16, "n_kv_heads": model.n_kv_heads, "head_size": model.head_size}
-    host = host_tier_at(f"mmap:{tmp_path}", **sizes)
+    host = host_tier_at(f"file:{tmp_path}", **sizes)
     runner = runner_of(model, freekv(tokens=160, sinks=16, recent=32), copies=copies, host=host, page_size=16, n_pages=200)
     sequence = runner.new_sequence()
     logits_V = runner.prefill(sequence, prompt_of(90))
@@ -114,7 +114,7 @@ def long_generation(copies: Copies, tmp_path: Path, n_new: int) -> tuple[list[in
         (logits_V,) = runner.decode([sequence], tokens[-1:])
         if step % 500 == 499:
             used.append(runner.recall.used_bytes | {"resident": resident_anonymous_bytes()})
-            check_integrity(runner)
+            check_integrity(runner, sequence)
     sequence.release()
     check_integrity(runner)
     runner.recall.close()

@@ -12,9 +12,9 @@ import torch
 
 from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
 from tests.test_tensorrt_graphs import PAGE_SIZE, TINY, plan_request, program
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, export_graphs
-from trt_kv.export.tensorrt_profile import TensorRtOptions
+from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
@@ -34,8 +34,8 @@ POLICIES = {
 
 @pytest.fixture(scope="module")
 def build(tensorrt: ModuleType) -> Iterator[ModuleType]:
-    """``trt_kv.export.tensorrt_engine``, with the plugins taken back afterwards."""
-    from trt_kv.export import tensorrt_engine
+    """``trt_kv.export.targets.tensorrt_engine``, with the plugins taken back afterwards."""
+    from trt_kv.export.targets import tensorrt_engine
     from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     yield tensorrt_engine
@@ -76,7 +76,7 @@ def test_graphs_build_with_their_ops_as_plugins(
 @pytest.mark.parametrize("phase", PHASES)
 def test_graphs_build_without_plugins(build: Any, exported: tuple[EngineRequest, Path], phase: str) -> None:
     """Standard layers only, all the way to an engine: the functions are a fallback that TensorRT compiles."""
-    from trt_kv.export.tensorrt_network import network_from_onnx
+    from trt_kv.export.targets.tensorrt_network import network_from_onnx
     from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     wanted, graphs = exported
@@ -129,7 +129,7 @@ def check_shaped_network(network: dict[str, Any], config: ModelConfig) -> None:
 
 @pytest.mark.slow
 def test_llama_31_8b_that_recalls_parses_with_plugins_in_every_layer(build: Any, tmp_path: Path) -> None:
-    from trt_kv.export.tensorrt_network import check_network, describe_network, network_from_onnx
+    from trt_kv.export.targets.tensorrt_network import check_network, describe_network, network_from_onnx
 
     request = shaped_request(build, LLAMA_31_8B, tmp_path)
     parsed = network_from_onnx(request.graph)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
 from tests.engines import random_ids
 from trt_kv.errors import CapacityError
 from trt_kv.policy import kept_tokens
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
@@ -107,13 +109,13 @@ class Pair:
         assert owned == [-(-len(model.rows) // PAGE_SIZE) for model in self.layers], "no page more than the tokens need"
 
 
-def new_pair(pool: KvPool, distance: int = PUBLISHED_DISTANCE) -> Pair:
+def new_pair(pool: KvPool[Any], distance: int = PUBLISHED_DISTANCE) -> Pair:
     cache = SequenceCache(pool, n_layers=N_LAYERS, decode_distance=distance)
     return Pair(cache, [ListLayer([]) for _ in range(N_LAYERS)])
 
 
-def new_pool(n_pages: int) -> KvPool:
-    pool = KvPool(n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=1, head_size=1)
+def new_pool(n_pages: int) -> HostKvPool:
+    pool = HostKvPool(n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=1, head_size=1)
     pool.token_positions[:] = -(2**40)
     return pool
 

@@ -1,11 +1,14 @@
 """A forked sequence: the same tokens in pages of its own, going on as its original would."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trt_kv.errors import CapacityError
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 
@@ -13,8 +16,8 @@ N_LAYERS = 3
 PAGE_SIZE = 5
 
 
-def _pool(n_pages: int = 90) -> KvPool:
-    pool = KvPool(n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=2, head_size=3)
+def _pool(n_pages: int = 90) -> HostKvPool:
+    pool = HostKvPool(n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=2, head_size=3)
     rng = np.random.default_rng(0)
     pool.kv[:] = rng.standard_normal(pool.kv.shape)
     pool.scores[:] = rng.standard_normal(pool.scores.shape)
@@ -22,7 +25,7 @@ def _pool(n_pages: int = 90) -> KvPool:
     return pool
 
 
-def _sequence(pool: KvPool, n_tokens: int, kept: tuple[int, ...] | None) -> SequenceCache:
+def _sequence(pool: KvPool[Any], n_tokens: int, kept: tuple[int, ...] | None) -> SequenceCache:
     sequence = SequenceCache(pool, n_layers=N_LAYERS, decode_distance=4)
     sequence.append(n_tokens)
     if kept is not None:

@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.engines import CHUNK, assert_nothing_leaked, interrupted_at_line, random_ids
-from trt_kv.errors import CapacityError, EngineError
+from trt_kv.errors import EngineError
 from trt_kv.presets import PRESETS
-from trt_kv.runtime import model_runner
+from trt_kv.runtime import engine_core, model_runner, scheduler
 from trt_kv.runtime import request as request_module
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.cache import page_pool
 from trt_kv.runtime.cache import sequence as sequence_cache
-from trt_kv.runtime.cache.kv_pool import KvPool
-from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
@@ -66,23 +64,23 @@ texts = st.text("aehlo ,é日本🎉ü\n", max_size=24) | st.text(max_size=12)
 
 
 def request_of(tokenizer: Tokenizer, *, stop: Sequence[str] = (), limit: int = 1000) -> Request:
-    pool = KvPool(n_pages=1, page_size=1, n_kv_heads=1, head_size=1)
     return Request(
         prompt_ids=[1],
         params=SamplingParams(stop=stop, max_new_tokens=limit),
         tokenizer=tokenizer,
         eos_token_ids=[EOS],
         limit=limit,
-        sequence=SequenceCache(pool, n_layers=1),
     )
 
 
 def pieces_of(request: Request, token_ids: Sequence[int]) -> list[str]:
     """Feed a request logits that leave no choice, until it is finished."""
-    pieces = []
+    pieces: list[str] = []
     for token_id in [*token_ids, EOS]:
-        pieces.append(request.accept(np.eye(400, dtype=np.float32)[token_id]))
-        if request.finish_reason:
+        request.accept(np.eye(400, dtype=np.float32)[token_id])
+        pieces.append("".join(request.pieces))
+        request.pieces.clear()
+        if request.is_finished:
             break
     return pieces
 
@@ -284,9 +282,10 @@ def test_ctrl_c_at_any_line_of_a_step_frees_everything(small_engine: Engine) -> 
     number = 0
     while interrupted_at_line(
         number,
-        [model_runner, sequence_cache, page_pool, request_module],
+        [model_runner, sequence_cache, page_pool, request_module, engine_core, scheduler],
         lambda: small_engine.generate(prompt, max_new_tokens=4),
-        only="prefill decode _step append shrink allocate accept _grow_tables _slots _evicts_for_next",
+        only="run _read_chunk _decode_step _step append shrink allocate release release_owner accept _grow_tables _slots "
+        "_evicts_for_next _take_in _sweep schedule complete remove _finish_step _end_prompt _deliver _begin close",
     ):
         assert_nothing_leaked(small_engine)
         number += 3
@@ -313,29 +312,17 @@ def engine_with_small_pool(small_folder: object) -> Callable[[int], Engine]:
 
 
 def test_a_running_stream_never_loses_its_place(engine_with_small_pool: Callable[[int], Engine]) -> None:
-    """A second one that would not fit beside the first at its largest is refused before it starts."""
+    """A second one that would not fit beside the first at its largest waits until the first has ended."""
     engine = engine_with_small_pool(60)
     prompt = random_ids(engine, 20, seed=1)
     alone = engine.generate(prompt, max_new_tokens=30)
     first = engine.stream(prompt, max_new_tokens=30)
     said = next(first)
-    with pytest.raises(CapacityError, match="too small for this request") as caught:
-        engine.stream(prompt, max_new_tokens=30)
-    assert "cache_tokens=" in str(caught.value)
+    second = engine.stream(prompt, max_new_tokens=30)
+    said_second = next(second)
+    assert first.result == alone
     said += "".join(first)
     assert said == alone.text
-    assert engine.generate(prompt, max_new_tokens=30) == alone
-    assert_nothing_leaked(engine)
-
-
-def test_of_two_admitted_streams_the_one_that_starts_first_is_served(engine_with_small_pool: Callable[[int], Engine]) -> None:
-    engine = engine_with_small_pool(60)
-    prompt = random_ids(engine, 20, seed=1)
-    first, second = (engine.stream(prompt, max_new_tokens=30) for _ in range(2))
-    next(second)
-    with pytest.raises(CapacityError):
-        next(first)
-    assert len(second.result.token_ids) == 1
-    list(second)
-    assert len(second.result.token_ids) == 30
+    assert said_second + "".join(second) == alone.text
+    assert second.result == alone
     assert_nothing_leaked(engine)

@@ -13,9 +13,10 @@ import torch
 from tests.engines import SHARES, prefixkv_request, recipe_for
 from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
 from trt_kv.errors import EngineError
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine, export_graphs
-from trt_kv.export.tensorrt_profile import TensorRtOptions
+from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.manifest import load_manifest
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.registry import op_specs
@@ -42,8 +43,8 @@ TINY = BuildProfile(
 
 @pytest.fixture(scope="module")
 def build(tensorrt: ModuleType) -> Iterator[ModuleType]:
-    """``trt_kv.export.tensorrt_engine``, with the plugins taken back afterwards."""
-    from trt_kv.export import tensorrt_engine
+    """``trt_kv.export.targets.tensorrt_engine``, with the plugins taken back afterwards."""
+    from trt_kv.export.targets import tensorrt_engine
     from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     yield tensorrt_engine
@@ -140,7 +141,7 @@ def test_every_policy_builds_with_its_ops_as_plugins(
 @pytest.mark.parametrize("phase", PHASES)
 def test_without_plugins_the_ops_are_their_functions(build: Any, exported: tuple[EngineRequest, Path], phase: str) -> None:
     """The same files, nothing registered: standard layers only, and a network that TensorRT accepts."""
-    from trt_kv.export.tensorrt_network import network_from_onnx
+    from trt_kv.export.targets.tensorrt_network import network_from_onnx
     from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     _, graphs = exported
@@ -211,7 +212,7 @@ def test_a_node_without_a_field_is_refused_by_name(build: Any, exported: tuple[E
     """The parser only warns of a field that is missing; the plugin's creator does not let it pass."""
     import onnx
 
-    from trt_kv.export.tensorrt_network import network_from_onnx
+    from trt_kv.export.targets.tensorrt_network import network_from_onnx
 
     _, graphs = exported
     model = onnx.load(str(graphs / "decode.onnx"))
@@ -262,7 +263,7 @@ def shaped_request(build: Any, config: ModelConfig, folder: Path) -> tuple[Any, 
 @pytest.mark.slow
 def test_llama_31_8b_parses_with_plugins_in_every_layer(build: Any, tmp_path: Path) -> None:
     """All 32 layers and the whole vocabulary in fp16."""
-    from trt_kv.export.tensorrt_network import check_network, describe_network, network_from_onnx
+    from trt_kv.export.targets.tensorrt_network import check_network, describe_network, network_from_onnx
 
     request, shares = shaped_request(build, LLAMA_31_8B, tmp_path)
     parsed = network_from_onnx(request.graph)

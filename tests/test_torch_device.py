@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tests.device_steps import CHUNK, Side, device_runner, host_runner, requests
 from tests.triton_kernels import ROOT
 from trt_kv.errors import CapacityError, UsageError
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.opspec import TensorSpec
 from trt_kv.profiles import build_profile
 from trt_kv.runtime.backends.base import StepExecutor
@@ -196,8 +197,8 @@ def test_a_pool_on_a_device_has_the_arrays_of_one_on_the_host_and_a_page_for_nob
     sizes = {"n_pages": 9, "page_size": 5, "n_kv_heads": 2, "head_size": 16, "n_query_heads": 6}
     pool = DeviceKvPool(**sizes, device="cpu", dtype="bfloat16", spare_page=True)
     assert pool.spare_page == 9
-    assert pool.allocate(9) == list(range(9))
-    assert {name: len(tensor) for name, tensor in pool.tensors.items()} == dict.fromkeys(pool.tensors, 10)
+    assert pool.allocate(9, owner=1) == list(range(9))
+    assert {name: len(tensor) for name, tensor in pool.states.items()} == dict.fromkeys(pool.states, 10)
     assert pool.kv.dtype == pool.summaries.dtype == torch.bfloat16
     assert pool.scores.dtype == torch.float32
 

@@ -7,6 +7,7 @@ TrtKvError                 exit code 1
 ├── RecipeError            a recipe that is malformed or belongs to another model
 ├── EngineError            an engine folder that is half-built, tampered with or of another format
 ├── CapacityError          a request that does not fit into the KV pool
+├── LogitsError            logits that are not numbers
 ├── RecallError            KV pages that could not be brought to or from the host's memory
 ├── ReportError            a results file that cannot be read or lacks what a report needs
 └── MissingDependencyError an optional package that is not installed
@@ -65,6 +66,10 @@ class EngineError(TrtKvError):
 
 class CapacityError(TrtKvError):
     """A request that does not fit into the KV pool; nothing was allocated for it."""
+
+
+class LogitsError(TrtKvError):
+    """Logits that are NaN or infinite, from which no token can be chosen; the request they belong to cannot go on."""
 
 
 class RecallError(TrtKvError):

@@ -1,6 +1,7 @@
 """A policy is score x budget x residency, and what it does while decoding.
 
-* **score** ranks the cached tokens of a layer, for all KV heads together or for each on its own;
+* **score** ranks the cached tokens of a layer, for all KV heads together or for each on its own; each stands in its own file in
+  ``trt_kv/scores``;
 * **budget** says how many of them a layer keeps (always the KEPT part);
 * **residency** says what happens to the others: ``dropped``, or kept on the ``host`` and recalled page by page (FreeKV);
 * **decode** says what happens once more tokens are generated.
@@ -16,17 +17,9 @@ from typing import Any
 
 from trt_kv.errors import UsageError
 from trt_kv.policy_checks import check_policy
+from trt_kv.score import Score
+from trt_kv.scores import score_from_name
 
-SCORES = {
-    "none": "no ranking: every token is kept",
-    "mass": "attention received, summed over all prompt queries (published PrefixKV and H2O)",
-    "mean_mass": "attention received, averaged over the prompt queries that could see the token",
-    "window": "attention received, summed over the last `window` prompt queries (observation window, SnapKV)",
-    "position": "the newest tokens first (StreamingLLM, ReFreeKV)",
-    "random": "by lot: what any ranking has to beat",
-    "pages": "an upper bound of what a page may get from this query, read off a summary of its keys (Quest, FreeKV)",
-}
-ATTENTION_SCORES = ("mass", "mean_mass", "window")
 BUDGETS = {
     "full": "every layer keeps every token",
     "uniform": "every layer keeps the same share",
@@ -76,7 +69,6 @@ DRIFTS = {
 }
 
 NAMES = {
-    "score": SCORES,
     "budget": BUDGETS,
     "residency": RESIDENCIES,
     "heads": HEADS,
@@ -88,7 +80,7 @@ NAMES = {
     "group_pooling": GROUP_POOLINGS,
     "drift": DRIFTS,
 }
-"""The fields of a policy that are names, with what each name means."""
+"""The fields of a policy that are names, with what each name means; but ``score``, whose names are ``score_names()``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +88,11 @@ class Policy:
     """Which tokens each layer keeps; ``UsageError`` for a combination that means nothing.
 
     ``kept``: mean kept share over the layers that are not exempt, in (0, 1]; 1 where the budget does not read it. ``tokens``:
-    budget "constant" only. ``window``: observation window in queries (score "window" only). ``pooling``: width of the mean
+    budget "constant" only. ``window``: observation window in queries, for scores that read it. ``pooling``: width of the mean
     that smooths scores over neighbours, odd, 1 for none. ``sinks`` first and ``recent`` last prompt tokens are never evicted,
     nor is the newest ``recent_share`` of a budget. ``decode_distance``: decode "row" only. ``exempt_layers`` keep everything.
     ``threshold``, ``metric_row``, ``metric_order``, ``norm``: budget "unimetric" only. ``beta``: budget "pyramid" only, how
-    much steeper than flat. ``seed``: score "random" only. Defaults are published PrefixKV's and ReFreeKV's.
+    much steeper than flat. ``seed`` of the lots: score "random" only. Defaults are published PrefixKV's and ReFreeKV's.
 
     Residency "host" only: budgets count what one step attends to, ``sinks`` and ``recent`` included, in whole pages. A KV head
     whose query is less like the one before than ``tau`` (cosine) chooses its pages anew before it attends; above 1 every head
@@ -159,9 +151,14 @@ class Policy:
         return self.recalls and self.drift == "calibrated"
 
     @property
+    def scoring(self) -> Score:
+        """The score whose name is ``score``."""
+        return score_from_name(self.score)
+
+    @property
     def reads_attention(self) -> bool:
         """Whether the ranking is made from attention weights."""
-        return self.score in ATTENTION_SCORES
+        return self.scoring.reads_attention
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.scores import all_scores, attention_scores, score_names
 
 if TYPE_CHECKING:
     from trt_kv.policy import Policy
@@ -16,8 +17,11 @@ LARGEST_POOLING = 9999
 
 
 def check_policy(policy: "Policy", names: Mapping[str, Mapping[str, str]]) -> None:
-    """``UnknownNameError`` or ``UsageError`` with the reason and what to do instead; ``names``: values of fields by name."""
-    for field, known in names.items():
+    """``UnknownNameError`` or ``UsageError`` with the reason and what to do instead.
+
+    ``names``: for each other field than ``score`` that is a name, the known ones.
+    """
+    for field, known in {"score": score_names(), **names}.items():
         if getattr(policy, field) not in known:
             raise UnknownNameError(field, getattr(policy, field), known)
     _check_values(policy)
@@ -55,10 +59,11 @@ def _check_values(policy: "Policy") -> None:
 
 
 def _check_budget(policy: "Policy") -> None:
-    if (policy.score == "none") != (policy.budget == "full"):
+    if (policy.scoring.ranks == "nothing") != (policy.budget == "full"):
         raise UsageError(
             f"policy {policy.name!r} combines score {policy.score!r} with budget {policy.budget!r}",
-            expected="score 'none' exactly with budget 'full': a smaller budget needs a ranking, and a full one ignores it",
+            expected=f"score {_that_rank('nothing')} exactly with budget 'full': a smaller budget needs a ranking, "
+            "and a full one ignores it",
         )
     if policy.budget == "full" and policy.kept != 1.0:
         raise UsageError(
@@ -78,47 +83,36 @@ def _check_budget(policy: "Policy") -> None:
             expected="tokens >= 1 exactly with budget 'constant'",
             fix="e.g. --set budget=constant tokens=512",
         )
-    if policy.budget == "unimetric" and policy.score == "random" and policy.metric_order == "ranking":
-        raise UsageError(
-            "budget 'unimetric' sums up attention along the ranking, and a ranking by lot sums up nothing",
-            got="score 'random'",
-            expected="score position, mass, mean_mass or window, or metric_order position",
-            fix="--set metric_order=position",
-        )
-    if policy.budget == "unimetric" and policy.metric_row == "scores" and not policy.reads_attention:
-        raise UsageError(
-            "metric_row 'scores' needs scores made from attention",
-            got=f"score {policy.score!r}",
-            expected="score mass, mean_mass or window",
-            fix="add e.g. --set score=window, or --set metric_row=query",
-        )
 
 
 def _check_score(policy: "Policy") -> None:
+    policy.scoring.check(policy)
     if policy.reads_attention:
-        if policy.score == "mean_mass" and policy.decode == "rank":
-            raise UsageError(
-                "decode 'rank' adds each new query's attention to the scores, and a mean over queries is no sum",
-                got="score 'mean_mass'",
-                expected="score mass or window with decode 'rank'",
-                fix="--set score=mass, or --set decode=keep",
-            )
         return
+    made_from_attention = f"score {_one_of(attention_scores())}"
+    if policy.budget == "unimetric" and policy.metric_row == "scores":
+        raise UsageError(
+            "metric_row 'scores' needs scores made from attention",
+            got=f"score {policy.score!r}",
+            expected=made_from_attention,
+            fix="add e.g. --set score=window, or --set metric_row=query",
+        )
     for field, neutral in (("pooling", 1), ("heads", "shared")):
         if getattr(policy, field) != neutral:
             raise UsageError(
                 f"{field} is about scores made from attention",
                 got=f"{field} {getattr(policy, field)!r} with score {policy.score!r}",
-                expected="score mass, mean_mass or window",
+                expected=made_from_attention,
                 fix=f"--set {field}={neutral}",
             )
 
 
 def _check_residency(policy: "Policy") -> None:
-    if (policy.score == "pages") != (policy.residency == "host"):
+    if (policy.scoring.ranks == "pages") != (policy.residency == "host"):
         raise UsageError(
             f"policy {policy.name!r} combines score {policy.score!r} with residency {policy.residency!r}",
-            expected="score 'pages' exactly with residency 'host': pages are ranked for recall, tokens for eviction",
+            expected=f"score {_that_rank('pages')} exactly with residency 'host': pages are ranked for recall, "
+            "tokens for eviction",
         )
     if policy.residency != "host":
         return
@@ -152,6 +146,15 @@ def _check_residency(policy: "Policy") -> None:
             expected="metric_order 'position', metric_row 'query'",
             fix="--set metric_order=position",
         )
+
+
+def _that_rank(ranked: str) -> str:
+    return _one_of([repr(score.name) for score in all_scores() if score.ranks == ranked])
+
+
+def _one_of(names: list[str]) -> str:
+    """E.g. "mass, mean_mass or window"."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _is_int(value: Any) -> bool:

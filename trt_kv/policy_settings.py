@@ -6,6 +6,7 @@ from typing import Any
 
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.policy import NAMES, Policy
+from trt_kv.scores import score_from_name, scores_that_read
 
 SHARED_BUDGETS = ("uniform", "pyramid", "recipe")
 """Budgets that read the mean kept share."""
@@ -22,8 +23,6 @@ _READ_BY: Mapping[str, tuple[str, Callable[[Policy], bool]]] = {
     "metric_row": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
     "metric_order": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
     "norm": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
-    "window": ("score window", lambda policy: policy.score == "window"),
-    "seed": ("score random", lambda policy: policy.score == "random"),
     "decode": _EVICTION,
     "sinks": _EVICTION,
     "recent": _EVICTION,
@@ -61,25 +60,25 @@ def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
 
     A budget that reads a kept share gets one half where the policy had none. ``UsageError`` where a setting would be ignored.
     """
-    score, budget = settings.get("score", policy.score), settings.get("budget", policy.budget)
+    score, budget = score_from_name(settings.get("score", policy.score)), settings.get("budget", policy.budget)
     neutral: dict[str, Any] = {}
     if budget != policy.budget:
         neutral["kept"] = (DEFAULT_KEPT if policy.kept == 1.0 else policy.kept) if budget in SHARED_BUDGETS else 1.0
         neutral["tokens"] = 0
-    residency = "host" if score == "pages" else "dropped"
+    residency = "host" if score.ranks == "pages" else "dropped"
     if residency != policy.residency:
         neutral |= {"residency": residency}
         neutral |= {"decode": "keep", "recent_share": 0.0, "recent": max(1, policy.recent)} if residency == "host" else {}
-    if score == "pages" and budget == "unimetric":
+    if score.ranks == "pages" and budget == "unimetric":
         neutral |= {"metric_order": "position", "metric_row": "query"}
-    if score in ("none", "position", "random", "pages"):
+    if not score.reads_attention:
         neutral |= {"pooling": 1, "heads": "shared"}
         if policy.metric_row == "scores":
             neutral["metric_row"] = "query"
     changed = dataclasses.replace(policy, **(neutral | dict(settings)))
     for name in settings:
-        readers, is_read = _READ_BY.get(name, ("", lambda _: True))
-        if not is_read(changed):
+        if not _is_read(name, changed):
+            readers = _readers(name)
             raise UsageError(
                 f"the setting {name!r} would be ignored",
                 got=f"{name}={settings[name]} with score {changed.score}, budget {changed.budget}, decode {changed.decode}",
@@ -92,7 +91,7 @@ def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
 def differences(policy: Policy, preset: Policy) -> dict[str, Any]:
     """The settings that make ``policy`` from ``preset``: ``policy_with`` takes them back."""
     differing = (name for name in SETTABLE if getattr(policy, name) != getattr(preset, name))
-    return {name: getattr(policy, name) for name in differing if name not in _READ_BY or _READ_BY[name][1](policy)}
+    return {name: getattr(policy, name) for name in differing if _is_read(name, policy)}
 
 
 def setting_as_text(name: str, value: Any) -> str:
@@ -100,6 +99,21 @@ def setting_as_text(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         value = ",".join(map(str, value)) or "none"
     return f"{name}={value}"
+
+
+def _is_read(name: str, policy: Policy) -> bool:
+    """Whether the setting means anything in ``policy``: always where it is not said who reads it."""
+    if name in _READ_BY and _READ_BY[name][1](policy):
+        return True
+    return name in policy.scoring.settings or not _readers(name)
+
+
+def _readers(name: str) -> str:
+    """Who reads the setting, e.g. "score window"; "" where it is not said."""
+    scores = scores_that_read(name)
+    readers = [f"score {', '.join(scores)}"] if scores else []
+    readers += [_READ_BY[name][0]] if name in _READ_BY else []
+    return " or ".join(readers)
 
 
 def _value(name: str, text: str) -> Any:

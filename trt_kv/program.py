@@ -13,9 +13,6 @@ from trt_kv.layer_budget import LayerBudget, layer_budgets
 from trt_kv.policy import Policy
 
 PHASES = ("prefill", "decode")
-RANKINGS = {"position": 1, "random": 2}
-"""The attribute ``ranking`` by score; 0, the scores themselves, for every other one."""
-
 PAGE_SUMMARIES = {"minmax": 0, "deviation": 1}
 """The attribute ``summary`` by page_summary."""
 
@@ -118,15 +115,14 @@ class _Nodes:
         self._policy = policy
         self._scale = scale
         self._page_size = page_size
-        self._ranking = RANKINGS.get(policy.score, 0)
+        self._score = policy.scoring
 
     def prefill(self, layer: int, budget: LayerBudget) -> tuple[OpNode, ...]:
         policy = self._policy
         nodes = [self._attention(layer)]
         if not policy.evicts or layer in policy.exempt_layers:
             return tuple(nodes)
-        if policy.reads_attention:
-            nodes.append(self._scores(layer))
+        nodes += self._token_scores(layer)
         if policy.budget == "unimetric":
             nodes.append(self._adaptive_budget(layer))
         return (*nodes, self._evict(layer, budget))
@@ -136,8 +132,7 @@ class _Nodes:
         nodes = [self._attention(layer)]
         if not policy.evicts or policy.decode != "rank" or layer in policy.exempt_layers:
             return tuple(nodes)
-        if policy.reads_attention:
-            nodes.append(self._scores(layer))
+        nodes += self._token_scores(layer)
         return (*nodes, self._evict(layer, budget))
 
     def recalling(self, layer: int, budget: LayerBudget, phase: str, tau: float) -> tuple[OpNode, ...]:
@@ -160,16 +155,20 @@ class _Nodes:
     def _attention(self, layer: int) -> OpNode:
         return OpNode(op="CachedAttention", attributes={**self._common(layer), "scale": self._scale})
 
-    def _scores(self, layer: int) -> OpNode:
+    def _token_scores(self, layer: int) -> list[OpNode]:
+        """One node, or none where no attention is read."""
+        if self._score.token_scores is None:
+            return []
         policy = self._policy
         what: dict[str, AttributeValue] = {
-            "window": policy.window if policy.score == "window" else 0,
+            "window": 0,
             "per_head": int(policy.heads == "each"),
             "pooling": policy.pooling,
-            "average": int(policy.score == "mean_mass"),
+            "average": 0,
             "generated": int(policy.decode == "rank"),
+            **self._score.token_scores(policy),
         }
-        return OpNode(op="TokenScores", attributes={**self._common(layer), "scale": self._scale, **what})
+        return [OpNode(op="TokenScores", attributes={**self._common(layer), "scale": self._scale, **what})]
 
     def _adaptive_budget(self, layer: int) -> OpNode:
         policy = self._policy
@@ -177,7 +176,7 @@ class _Nodes:
             "threshold": policy.threshold,
             "sinks": policy.sinks,
             "recent": policy.recent,
-            "ranking": 1 if policy.metric_order == "position" else self._ranking,
+            "ranking": 1 if policy.metric_order == "position" else self._score.ranking,
             "row": int(policy.metric_row == "scores"),
             "protected_in_norm": int(policy.norm == "sinks_in"),
         }
@@ -192,7 +191,7 @@ class _Nodes:
             "sinks": policy.sinks,
             "recent": policy.recent,
             "recent_share": policy.recent_share,
-            "ranking": self._ranking,
+            "ranking": self._score.ranking,
             "seed": policy.seed,
         }
         return OpNode(op="EvictTokens", attributes={**self._common(layer), **what})

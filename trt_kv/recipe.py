@@ -14,7 +14,8 @@ from typing import Any
 from trt_kv import __version__
 from trt_kv.errors import RecipeError, UsageError
 from trt_kv.json_file import dataclass_from_json, document_text, read_json, write_atomically
-from trt_kv.policy import ATTENTION_SCORES, HEADS, Policy, kept_tokens
+from trt_kv.policy import HEADS, Policy, kept_tokens
+from trt_kv.scores import attention_scores, scores_that_read
 
 FORMAT = "trt-kv-recipe"
 VERSION = 1
@@ -24,7 +25,7 @@ CREATED_BY = f"trt-kv {__version__}"
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeScore:
-    """The ranking that the shares belong to; ``window`` counts queries (score "window" only, else None).
+    """The ranking that the shares belong to; ``window`` counts queries (scores that read it only, else None).
 
     ``heads`` and ``pooling`` as in ``trt_kv.policy.Policy``.
     """
@@ -35,12 +36,14 @@ class RecipeScore:
     pooling: int = 1
 
     def __post_init__(self) -> None:
-        for what, got, known in (("score", self.name, ATTENTION_SCORES), ("heads", self.heads, HEADS)):
+        for what, got, known in (("score", self.name, attention_scores()), ("heads", self.heads, HEADS)):
             if got not in known:
                 raise RecipeError(f"the recipe's {what} is unknown", got=repr(got), expected=f"one of {', '.join(known)}")
-        if (self.name == "window") != (self.window is not None and self.window >= 1):
+        windowed = scores_that_read("window")
+        if (self.name in windowed) != (self.window is not None and self.window >= 1):
             raise RecipeError(
-                f"score {self.name!r} with window {self.window}", expected="a window >= 1 with score 'window', else null"
+                f"score {self.name!r} with window {self.window}",
+                expected=f"a window >= 1 with score {', '.join(windowed)}, else null",
             )
         if self.pooling < 1 or self.pooling % 2 == 0:
             raise RecipeError("the recipe's pooling has no middle", got=self.pooling, expected="an odd number >= 1")
@@ -58,7 +61,7 @@ def recipe_score(policy: Policy) -> RecipeScore:
     """The ranking whose curves set the budgets of ``policy``: its own, or published PrefixKV's where it reads no attention."""
     if not policy.reads_attention:
         return RecipeScore(name="mass")
-    window = policy.window if policy.score == "window" else None
+    window = policy.window if "window" in policy.scoring.settings else None
     return RecipeScore(name=policy.score, window=window, heads=policy.heads, pooling=policy.pooling)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from benchmarks.kvpress.pairs import Pair
@@ -125,14 +124,3 @@ def overlap(run: PressRun, ours: Sequence[Ints]) -> Overlap:
                 worst_gap=float(gaps.max(initial=0.0)),
             )
     return total
-
-
-class FixedScores:
-    """Scores [L, K, N] in the place of a press's own: one layer's at each call."""
-
-    def __init__(self, scores_LKN: Floats) -> None:
-        self._layers = iter(torch.from_numpy(scores_LKN))
-
-    def __call__(self, *_: Any) -> torch.Tensor:
-        scores_KN: torch.Tensor = next(self._layers)
-        return scores_KN[None]

@@ -1,6 +1,6 @@
 """The seams: between a decoder's dense parts and its KV ops, and around both of them together."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.step import Ints, Step, StepResult
@@ -41,6 +41,6 @@ class StepExecutor(Protocol):
         """Compile what is compiled at its first call."""
         ...
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """Run ``step`` by the program of ``phase``, updating the pool."""
         ...

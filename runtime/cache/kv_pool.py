@@ -4,10 +4,14 @@ One pool for all layers, because budgets differ per layer: pages that one layer 
 (docs/decisions/0001-one-page-pool.md).
 """
 
-import numpy as np
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from trt_kv.model_config import ModelConfig
 from trt_kv.runtime.cache.page_pool import PagePool
+
+Array = TypeVar("Array")
+"""What a backend's tensors are."""
 
 
 def token_bytes(config: ModelConfig, *, element_bytes: int) -> int:
@@ -15,33 +19,39 @@ def token_bytes(config: ModelConfig, *, element_bytes: int) -> int:
     return config.n_kv_heads * (2 * config.head_dim * element_bytes + 8 + 4)
 
 
-class KvPool(PagePool):
+@dataclass(frozen=True, kw_only=True)
+class PoolSizes:
+    """Sizes of a pool: M pages of P tokens, K KV heads of size D."""
+
+    n_pages: int
+    page_size: int
+    n_kv_heads: int
+    head_size: int
+
+
+class KvPool(PagePool, Generic[Array]):
     """Pages of ``page_size`` slots: kv [M, 2, K, P, D], token_positions and scores [M, K, P].
 
-    With ``n_query_heads`` also what RecallAttention keeps when it runs on the pool in place: summaries [M, K, 2, D], and
-    last_query [M, H, D], where a layer of a sequence has the row of its first page. The arrays are reserved, not touched: the
-    operating system commits memory page by page as it is written.
+    Where RecallAttention runs on the pool in place, also what it keeps: summaries [M, K, 2, D], and last_query [M, H, D], where
+    a layer of a sequence has the row of its first page; else these have no rows. Each backend has a subclass that makes them.
     """
 
     on_host = True
     """Whether kernels of the host can read the arrays."""
-
-    def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int, n_query_heads: int = 0) -> None:
-        super().__init__(n_pages=n_pages, page_size=page_size)
-        self.kv = np.empty((n_pages, 2, n_kv_heads, page_size, head_size), np.float32)
-        self.token_positions = np.empty((n_pages, n_kv_heads, page_size), np.int64)
-        self.scores = np.empty((n_pages, n_kv_heads, page_size), np.float32)
-        recalls = n_query_heads > 0
-        self.summaries = np.empty((n_pages * recalls, n_kv_heads, 2, head_size), np.float32)
-        self.last_query = np.empty((n_pages * recalls, n_query_heads, head_size), np.float32)
+    kv: Array
+    token_positions: Array
+    scores: Array
+    summaries: Array
+    last_query: Array
 
     @property
-    def states(self) -> dict[str, np.ndarray]:
+    def states(self) -> dict[str, Array]:
         """The states of KV ops, by name."""
-        states: dict[str, np.ndarray] = {"kv": self.kv, "token_positions": self.token_positions, "scores": self.scores}
+        states = {"kv": self.kv, "token_positions": self.token_positions, "scores": self.scores}
         return states | {"summaries": self.summaries, "last_query": self.last_query}
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all arrays."""
-        return sum(state.nbytes for state in self.states.values()) // self.n_pages
+        states: dict[str, Any] = self.states
+        return int(sum(state.nbytes for state in states.values())) // self.n_pages

@@ -1,23 +1,24 @@
-"""Who owns which page: a free list, and the accounting that proves nothing is lost."""
+"""Who owns which page. Ownership is recorded in one place, in one write, before a page is used."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable
-from typing import Protocol
-from weakref import WeakSet
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from trt_kv.errors import CapacityError
+from trt_kv.runtime.backends.step import Ints
 
-
-class Holder(Protocol):
-    """Somebody who owns pages."""
-
-    def pages_in(self, pool: "PagePool") -> list[int]:
-        """The pages of ``pool`` that this holder owns."""
-        ...
+NOBODY = 0
 
 
 class PagePool:
-    """``n_pages`` pages of ``page_size`` tokens, numbered from 0. What a page holds is a subclass's business."""
+    """``n_pages`` pages of ``page_size`` tokens, numbered from 0. What a page holds is a subclass's business.
+
+    ``allocate`` writes an owner's number beside each page it hands out, and a page is free exactly where nobody's stands. So
+    whatever is interrupted in between (Ctrl-C, an error), ``release_owner`` gives back what its owner has: no page is lost and
+    none has two owners. Only the thread that runs steps may call what changes the pool.
+    """
 
     name = "the KV pool"
     how_to_enlarge = "raise cache_tokens when loading the engine, send fewer sequences at once, or build with a smaller budget"
@@ -25,12 +26,14 @@ class PagePool:
     def __init__(self, *, n_pages: int, page_size: int) -> None:
         self.n_pages = n_pages
         self.page_size = page_size
-        self._free = list(range(n_pages - 1, -1, -1))
-        self._holders: WeakSet[Holder] = WeakSet()
+        self._owner_M = np.full(n_pages, NOBODY, np.int64)
+        self._first = 0
+        """No page below this one is free."""
+        self._owners = itertools.count(NOBODY + 1)
 
     @property
     def n_free(self) -> int:
-        return len(self._free)
+        return self.n_pages - int(np.count_nonzero(self._owner_M))
 
     @property
     def page_bytes(self) -> int:
@@ -41,46 +44,51 @@ class PagePool:
     def used_bytes(self) -> int:
         return (self.n_pages - self.n_free) * self.page_bytes
 
-    def check_room(self, n_pages: int) -> None:
-        """``CapacityError`` unless ``allocate`` can give that many pages."""
-        if n_pages > self.n_free:
+    def new_owner(self) -> int:
+        """A number for somebody who will own pages."""
+        return next(self._owners)
+
+    def allocate(self, n_pages: int, owner: int) -> list[int]:
+        """Free pages, the lowest first, which are ``owner``'s from here on; ``CapacityError`` before anything is taken if there
+        are not enough.
+        """
+        if n_pages == 0:
+            return []
+        pages = self._first + np.flatnonzero(self._owner_M[self._first :] == NOBODY)[:n_pages]
+        if len(pages) < n_pages:
             raise CapacityError(
                 f"{self.name} is full",
-                got=f"{n_pages} pages of {self.page_size} tokens needed, {self.n_free} of {self.n_pages} free",
+                got=f"{n_pages} pages of {self.page_size} tokens needed, {len(pages)} of {self.n_pages} free",
                 fix=self.how_to_enlarge,
             )
+        self._owner_M[pages] = owner
+        self._first = int(pages[-1]) + 1
+        return [int(page) for page in pages]
 
-    def allocate(self, n_pages: int) -> list[int]:
-        """Take pages from the free list; ``CapacityError`` before anything is taken if there are not enough."""
-        self.check_room(n_pages)
-        taken = self._free[len(self._free) - n_pages :]
-        del self._free[len(self._free) - n_pages :]
-        return taken[::-1]
+    def release(self, pages: Sequence[int] | Ints) -> None:
+        """Give back some of an owner's pages."""
+        if len(pages):
+            self._first = min(self._first, int(np.min(pages)))
+            self._owner_M[np.asarray(pages, np.int64)] = NOBODY
 
-    def release(self, pages: Iterable[int]) -> None:
-        """Give pages back; the most recently used are handed out first, while they are warm."""
-        self._free.extend(pages)
+    def release_owner(self, owner: int) -> None:
+        """Give back all pages of ``owner``; nothing, where it has none."""
+        self.release(np.flatnonzero(self._owner_M == owner))
 
-    def register(self, holder: Holder) -> None:
-        """Let ``reclaim`` know of somebody who may own pages."""
-        self._holders.add(holder)
+    def pages_of(self, owner: int) -> list[int]:
+        """The pages of ``owner``, lowest first."""
+        return [int(page) for page in np.flatnonzero(self._owner_M == owner)]
 
-    def reclaim(self) -> None:
-        """After Ctrl-C in the middle of the bookkeeping: free is again every page that no living holder owns."""
-        held = set(self.held_pages())
-        self._free = [page for page in range(self.n_pages - 1, -1, -1) if page not in held]
-
-    def held_pages(self) -> list[int]:
-        """The pages of all living holders."""
-        return [page for holder in self._holders for page in holder.pages_in(self)]
-
-    def check_integrity(self, owned: Iterable[int] | None = None) -> None:
-        """Raise ``CapacityError`` unless every page is either free or ``owned`` (None: by a living holder), exactly once."""
-        if owned is None:
-            owned = self.held_pages()
-        counts = Counter([*self._free, *owned])
-        wrong = {page: counts[page] for page in range(self.n_pages) if counts[page] != 1}
-        if wrong or len(counts) != self.n_pages:
+    def check_integrity(self, used: Iterable[int]) -> None:
+        """Raise ``CapacityError`` unless exactly the pages ``used`` have an owner, and each is used once."""
+        counts = Counter(used)
+        owned = {int(page) for page in np.flatnonzero(self._owner_M)}
+        wrong = {
+            page: (page in owned, counts[page]) for page in owned | set(counts) if (page in owned, counts[page]) != (True, 1)
+        }
+        if wrong or np.flatnonzero(self._owner_M[: self._first] == NOBODY).size:
             raise CapacityError(
-                f"{self.name} lost track of its pages", got=f"pages by number of owners: {wrong}", expected="1 each"
+                f"{self.name} lost track of its pages",
+                got=f"pages by (has an owner, number of uses): {wrong}",
+                expected="(True, 1) for each page in use, and no other page with an owner",
             )

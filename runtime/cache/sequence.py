@@ -2,11 +2,11 @@
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
-from trt_kv.errors import TrtKvError
+from trt_kv.errors import CapacityError, TrtKvError
 from trt_kv.policy import Policy
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
@@ -16,7 +16,7 @@ from trt_kv.runtime.cache.page_pool import PagePool
 class SequenceCache:
     """Pages, lengths and decode-time eviction of one sequence over L layers."""
 
-    def __init__(self, pool: KvPool, *, n_layers: int, decode_distance: int = Policy.decode_distance) -> None:
+    def __init__(self, pool: KvPool[Any], *, n_layers: int, decode_distance: int = Policy.decode_distance) -> None:
         self.pool = pool
         self.n_seen = 0
         """Prompt and generated tokens so far; also the position of the next token."""
@@ -32,7 +32,8 @@ class SequenceCache:
         """Prompt tokens read so far."""
         self.found_budget: Ints = np.full(n_layers, -1, np.int64)
         """Tokens of each layer that a step may attend to where they were found from the input; -1: where they were not."""
-        pool.register(self)
+        self._owner_in = {pool: pool.new_owner() for pool in self._pools}
+        """This sequence's number in each pool that holds pages of it."""
 
     @property
     def n_layers(self) -> int:
@@ -54,7 +55,7 @@ class SequenceCache:
         return self.pages_in(self.pool)
 
     def pages_in(self, pool: PagePool) -> list[int]:
-        """See ``page_pool.Holder``."""
+        """The pages of ``pool`` that its page table lists, layer by layer."""
         layers = [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool]
         return [int(page) for layer in layers for page in self.page_table[layer, : self._n_pages[layer]]]
 
@@ -62,21 +63,23 @@ class SequenceCache:
         """Where the layer's pages are."""
         return self.pool
 
+    def make_room(self, n_new: int) -> None:
+        """Own the pages that ``append(n_new)`` needs. All or nothing: on ``CapacityError`` nothing has changed."""
+        self._grow_tables(-(-self._lengths_after(n_new) // self.pool.page_size))
+
     def append(self, n_new: int) -> Ints:
         """Make room for ``n_new`` tokens and return their slots [L, n_new].
 
         All or nothing: on ``CapacityError`` the sequence is as it was. A single token of a sequence that grows at a share takes
         the slot of an older token in every layer that is over its share (see ``_evicts_for_next``).
         """
-        reuse = n_new == 1 and self._growth is not None
-        grows = np.array([not (reuse and self._evicts_for_next(layer)) for layer in range(self.n_layers)])
-        new_len = self.kv_len + n_new * grows
-        self._grow_tables(-(-new_len // self.pool.page_size))
+        self.make_room(n_new)
+        new_len = self._lengths_after(n_new)
         slots = np.empty((self.n_layers, n_new), np.int64)
         for layer in range(self.n_layers):
             slots[layer] = (
                 self._slots(layer, range(self.kv_len[layer], new_len[layer]))
-                if grows[layer]
+                if new_len[layer] > self.kv_len[layer]
                 else self._reuse_order[layer].popleft()
             )
             if self._growth is not None:
@@ -84,6 +87,13 @@ class SequenceCache:
         self.kv_len = new_len
         self.n_seen += n_new
         return slots
+
+    def _lengths_after(self, n_new: int) -> Ints:
+        """Tokens of each layer after ``n_new`` more."""
+        reuse = n_new == 1 and self._growth is not None
+        grows = np.array([not (reuse and self._evicts_for_next(layer)) for layer in range(self.n_layers)])
+        lengths: Ints = self.kv_len + n_new * grows
+        return lengths
 
     def shrink(self, kept: Ints, growth: Sequence[float] | None) -> None:
         """After the prompt's eviction: layer l holds ``kept[l]`` tokens in order of position. Pages behind them are freed.
@@ -98,7 +108,7 @@ class SequenceCache:
         for layer in range(self.n_layers):
             n_kept = int(kept[layer])
             n_pages = -(-n_kept // self.pool.page_size)
-            self.pool.release(int(page) for page in self.page_table[layer, n_pages : self._n_pages[layer]])
+            self.pool.release(self.page_table[layer, n_pages : self._n_pages[layer]])
             self.page_table[layer, n_pages:] = -1
             self._n_pages[layer] = n_pages
             fixed = n_kept - self._decode_distance
@@ -138,9 +148,9 @@ class SequenceCache:
         return type(self)(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance)
 
     def release(self) -> None:
-        """Give every page back; the sequence is empty afterwards."""
-        for pool in self._pools:
-            pool.release(self.pages_in(pool))
+        """Give every page back; the sequence is empty afterwards. May be called again, also after it was interrupted."""
+        for pool, owner in self._owner_in.items():
+            pool.release_owner(owner)
         self.page_table[:] = -1
         self._n_pages[:] = 0
         self.kv_len = np.zeros_like(self.kv_len)
@@ -171,10 +181,17 @@ class SequenceCache:
         """Own ``n_pages[l]`` pages in layer l, at least those owned now; all layers or none."""
         n_pages = np.maximum(n_pages, self._n_pages)
         more_L = n_pages - self._n_pages
+        if not more_L.any():
+            return
         in_pool = {pool: [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool] for pool in self._pools}
-        for pool, layers in in_pool.items():
-            pool.check_room(int(more_L[layers].sum()))
-        taken = {pool: pool.allocate(int(more_L[layers].sum())) for pool, layers in in_pool.items()}
+        taken: dict[PagePool, list[int]] = {}
+        try:
+            for pool, layers in in_pool.items():
+                taken[pool] = pool.allocate(int(more_L[layers].sum()), self._owner_in[pool])
+        except CapacityError:
+            for pool, pages in taken.items():
+                pool.release(pages)
+            raise
         if n_pages.max() > self.page_table.shape[1]:
             wider = np.full((self.n_layers, 2 * int(n_pages.max())), -1, np.int64)
             wider[:, : self.page_table.shape[1]] = self.page_table

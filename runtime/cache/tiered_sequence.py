@@ -1,7 +1,7 @@
 """A sequence whose cache lies on the host in some layers and on the device in the others."""
 
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from trt_kv.errors import TrtKvError
 from trt_kv.runtime.backends.step import Ints
@@ -39,7 +39,7 @@ class Tiers(Protocol):
         ...
 
     @property
-    def device(self) -> KvPool:
+    def device(self) -> KvPool[Any]:
         """Where those of the others are."""
         ...
 
@@ -58,10 +58,6 @@ class Tiers(Protocol):
         """Forget layers of sequences, known by their first host pages."""
         ...
 
-    def reclaim(self) -> None:
-        """After Ctrl-C in the middle of a step: what no living sequence holds is free again."""
-        ...
-
     def close(self) -> None:
         """Release everything; nothing is recalled afterwards."""
         ...
@@ -74,7 +70,6 @@ class TieredSequence(SequenceCache):
         self._recall = recall
         self._host_layers = frozenset(host_layers)
         super().__init__(recall.device, n_layers=n_layers)
-        recall.host.register(self)
 
     @property
     def failure(self) -> TrtKvError | None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
+from trt_kv.cli.generation import GenerationRequest, RunOptions, stream_text
 from trt_kv.cli.options import any_path, debug_option, device_options
-from trt_kv.cli.requests import DeviceChoice, GenerationRequest, RunOptions
 from trt_kv.errors import UsageError
+from trt_kv.pipeline.plans import DeviceChoice
 
 
 @click.command("generate", short_help="Continue a prompt with an engine.")
@@ -29,7 +30,7 @@ from trt_kv.errors import UsageError
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the sampling.")
 @click.option(
     "--host-tier",
-    metavar="ram|mmap:PATH",
+    metavar="ram|file:PATH",
     help="Where an engine whose cache stays on the host keeps it: in memory, or in a new file. Default: ram.",
 )
 @click.option("--trace", type=any_path, metavar="FILE", help="Write what ran when, as JSON for chrome://tracing or Perfetto.")
@@ -57,7 +58,7 @@ def command(
     Examples:
       trt-kv generate engines/llama3-prefixkv "the keeper of the tower"
       trt-kv generate engines/llama3-prefixkv - < prompt.txt
-      trt-kv generate engines/llama3-freekv --prompt-file long.txt --host-tier mmap:/var/tmp/kv --trace trace.json
+      trt-kv generate engines/llama3-freekv --prompt-file long.txt --host-tier file:/var/tmp/kv --trace trace.json
       trt-kv generate engines/llama3-prefixkv --prompt-file long.txt --device cuda --dtype bfloat16
       trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --top-p 0.95 --seed 7 --stop "."
     """
@@ -70,8 +71,6 @@ def command(
         seed=seed,
         stop=stop,
     )
-    from trt_kv.cli.pipeline import stream_text
-
     notes: list[str] = []
     running = RunOptions(on=on, host_tier=host_tier, trace=trace)
     for piece in stream_text(engine=engine, request=request, running=running, on_end=notes.append):

@@ -7,7 +7,7 @@ from trt_kv.drift import Drift
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest, load_manifest, verify_files
 from trt_kv.policies import policy_from_name, policy_names
-from trt_kv.policy import DECODES, GROUP_POOLINGS, METRIC_ROWS, PAGE_SUMMARIES, RESIDENCIES, SCORES, Policy
+from trt_kv.policy import DECODES, GROUP_POOLINGS, METRIC_ROWS, PAGE_SUMMARIES, RESIDENCIES, Policy
 from trt_kv.policy_settings import differences, setting_as_text
 from trt_kv.recipe import Recipe
 
@@ -70,7 +70,7 @@ def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
         lines.append(f"changed   {' '.join(setting_as_text(name, value) for name, value in changed.items())}")
     if policy.evicts:
         lines += [
-            f"score     {policy.score}{_details(policy)}: {SCORES[policy.score]}",
+            f"score     {policy.score}{_details(policy)}: {policy.scoring.summary}",
             f"budget    {policy.budget}: {_budget(policy)}",
             f"always    {_protected(policy)}",
             f"decoding  {policy.decode}: {DECODES[policy.decode]}",
@@ -89,7 +89,7 @@ def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
 
 
 def _details(policy: Policy) -> str:
-    parts = [f"window {policy.window}"] if policy.score == "window" else []
+    parts = [f"window {policy.window}"] if "window" in policy.scoring.settings else []
     parts += ["each KV head"] if policy.heads == "each" else []
     parts += [f"pooling {policy.pooling}"] if policy.pooling > 1 else []
     return f" ({', '.join(parts)})" if parts else ""

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from trt_kv.cli.requests import (
+from trt_kv.errors import UsageError
+from trt_kv.pipeline.plans import (
     DEFAULT_CORRECTION_RATE,
     DEFAULT_NEW_TOKENS,
     DEFAULT_PAGE_SIZE,
@@ -19,11 +20,11 @@ from trt_kv.cli.requests import (
     ModelSource,
     TargetPlan,
 )
-from trt_kv.errors import UsageError
 from trt_kv.policies import policy_from_name, policy_names
-from trt_kv.policy import SCORES, Policy
+from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with, settings_from_text
 from trt_kv.presets import PRESETS
+from trt_kv.scores import score_names, scores_that_read
 
 CommandFunction = Callable[..., None]
 
@@ -82,12 +83,14 @@ def policy_options(command: CommandFunction) -> CommandFunction:
         metavar="SHARE",
         help="Kept share of the cache, mean over layers, in (0, 1]. Default: the policy's.",
     )
-    @click.option("--score", metavar="NAME", help=f"How tokens are ranked: one of {', '.join(SCORES)}. Default: the policy's.")
+    @click.option(
+        "--score", metavar="NAME", help=f"How tokens are ranked: one of {', '.join(score_names())}. Default: the policy's."
+    )
     @click.option(
         "--window",
         type=int,
         metavar="QUERIES",
-        help="Last prompt queries that count; with --score window. Default: the policy's.",
+        help=f"Last prompt queries that count; with --score {', '.join(scores_that_read('window'))}. Default: the policy's.",
     )
     @click.option(
         "--set",

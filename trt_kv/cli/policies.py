@@ -6,6 +6,7 @@ from trt_kv.cli.options import debug_option
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import NAMES
 from trt_kv.policy_settings import SETTABLE, setting_as_text
+from trt_kv.scores import all_scores
 
 
 @click.command("policies", short_help="List the policies and their parts.")
@@ -22,22 +23,23 @@ def command(*, name: str | None) -> None:
       trt-kv build --policy prefixkv --set score=window window=64 heads=each
       trt-kv build --policy refreekv --set threshold=0.003 exempt_layers=none
     """
+    names = {"score": {score.name: score.summary for score in all_scores()}, **NAMES}
     if name is not None:
         policy = policy_from_name(name)
         click.echo(f"{policy.name}: {policy.summary}\n")
         for part in SETTABLE:
             value = getattr(policy, part)
-            meaning = f"  {NAMES[part][value]}" if part in NAMES else ""
+            meaning = f"  {names[part][value]}" if part in names else ""
             click.echo(f"  {setting_as_text(part, value):<26}{meaning}")
         return
     click.echo("policies (--policy NAME)")
     for known in policy_names():
         click.echo(f"  {known:<14}{policy_from_name(known).summary}")
-    for part, values in NAMES.items():
+    for part, values in names.items():
         if part in SETTABLE:
             click.echo(f"\n{part} (--set {part}=NAME)")
             for value, meaning in values.items():
                 click.echo(f"  {value:<14}{meaning}")
-    others = [part for part in SETTABLE if part not in NAMES]
+    others = [part for part in SETTABLE if part not in names]
     click.echo(f"\nnumbers (--set PART=NUMBER): {', '.join(others)}")
     click.echo("`trt-kv policies NAME` shows the values of one policy.")

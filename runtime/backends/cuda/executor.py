@@ -6,6 +6,7 @@ What of it has run on a GPU stands in benchmarks/gpu/README.md.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class TorchDeviceExecutor:
             with self._on_stream():
                 self._launch(phase, None, sizes)
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than planned, or out of memory."""
         if pool is not self._pool:
             raise UsageError("an executor on a device runs the steps of its own pool", fix="make one executor per pool")

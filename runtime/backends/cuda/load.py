@@ -15,14 +15,14 @@ from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
 from trt_kv.runtime.backends.cuda.plan import DEFAULT_BATCH, DevicePlan, Wanted, device_plan
 from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall
 from trt_kv.runtime.backends.cuda.recall.working_set import BlockSizes
-from trt_kv.runtime.backends.cuda.reservation import BlockDemand, LargestStep
+from trt_kv.runtime.backends.cuda.reservation import LargestStep, WorkingSetBlocks
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
 from trt_kv.runtime.backends.cuda.weights import decoder_from_engine
 from trt_kv.runtime.backends.devices import DENSE, DeviceOptions, free_device_bytes, told_out_of_memory
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier
 from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.reservation import Admission, CacheDemand, Demand, HostDemand
+from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservation, Resource
 
 
 def load(
@@ -82,9 +82,8 @@ def load(
     )
     return Loaded(
         runner=runner,
-        admission=_admission(manifest, plan, pool, recall),
-        layer_pages=plan.layer_pages,
-        batch=plan.batch,
+        reservation=_reservation(manifest, options, plan, pool, recall),
+        token_budget=options.token_budget,
     )
 
 
@@ -165,18 +164,24 @@ def _decoder(graphs: Path, manifest: Manifest, dense: str, dtype: str, device: t
     return decoder
 
 
-def _admission(manifest: Manifest, plan: DevicePlan, pool: DeviceKvPool, recall: DeviceRecall | None) -> Admission:
+def _reservation(
+    manifest: Manifest, options: LoadOptions, plan: DevicePlan, pool: DeviceKvPool, recall: DeviceRecall | None
+) -> Reservation:
     policy, budgets, page_size = manifest.policy, budgets_of(manifest.programs["prefill"]), manifest.page_size
+    most = plan.largest.n_sequences
+    places = Places(min(most, options.max_sequences or most), "send fewer at once, or load the engine with a larger batch")
     if recall is None or plan.recall is None:
-        demand = CacheDemand(pool, budgets=budgets, n_protected=policy.sinks + policy.recent)
-        return Admission([demand], [LargestStep(plan.largest, page_size=page_size, kept=demand.kept_in_any_layer)])
+        pages = CachePages(pool, budgets=budgets, n_protected=policy.sinks + policy.recent)
+        return Reservation([places, pages], [LargestStep(plan.largest, page_size=page_size, kept=pages.kept_in_any_layer)])
     layers = recalling_layers(manifest.programs["decode"])
     longest = page_size * min(plan.largest.table_width, plan.recall.host_pages // len(layers))
     block_pages = BlockSizes.of(manifest.programs["prefill"], longest).n_pages
-    demands: list[Demand] = [
-        HostDemand(recall.host, n_layers=len(layers)),
-        BlockDemand(recall.sets, layers=layers, n_blocks=plan.recall.sequences * len(layers), block_pages=block_pages),
+    resources: list[Resource] = [
+        places,
+        HostPages(recall.host, n_layers=len(layers)),
+        WorkingSetBlocks(recall.sets, layers=layers, n_blocks=plan.recall.sequences * len(layers), block_pages=block_pages),
     ]
     if len(layers) < len(budgets):
-        demands.append(CacheDemand(pool, budgets=[ALL] * (len(budgets) - len(layers)), n_protected=0))
-    return Admission(demands, [LargestStep(plan.largest, page_size=page_size, longest_prompt=plan.recall.longest_prompt)])
+        resources.append(CachePages(pool, budgets=[ALL] * (len(budgets) - len(layers)), n_protected=0))
+    limit = LargestStep(plan.largest, page_size=page_size, longest_prompt=plan.recall.longest_prompt)
+    return Reservation(resources, [limit])

@@ -35,7 +35,7 @@ class DeviceOps:
         for name in results_of(program):
             made, _, layer = name.rpartition("_")
             self.makers.setdefault(made, []).append(int(layer))
-        self._states = pool.tensors
+        self._states = pool.states
         self._layers = [
             [(specs[n.op], instead.get(n.op) or _device_kernel(n.op), dict(n.attributes)) for n in nodes] for nodes in program
         ]

@@ -43,21 +43,11 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
-    """``largest``: the largest step. ``n_pages``: of the pool on the device. ``recall``: where a cache stays on the host.
-
-    ``layer_pages``: pages of whole caches that there is room for in every layer.
-    """
+    """``largest``: the largest step. ``n_pages``: of the pool on the device. ``recall``: where a cache stays on the host."""
 
     largest: StepSizes
     n_pages: int
-    layer_pages: int
     recall: RecallCapacity | None = None
-
-    @property
-    def batch(self) -> int:
-        """How many sequences may decode together, each of them and ``COPIES`` - 1 others of it being held."""
-        n_most = self.largest.n_sequences
-        return n_most if self.recall is None else max(1, min(n_most, self.recall.sequences // COPIES))
 
 
 def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_device: int, free_host: int) -> DevicePlan:
@@ -80,7 +70,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
 
     if not recalling:
         n_pages = whole_pages(whole, free_device // 2)
-        return DevicePlan(largest=largest, n_pages=n_pages, layer_pages=n_pages // whole)
+        return DevicePlan(largest=largest, n_pages=n_pages)
     page_bytes = config.n_kv_heads * 2 * size * config.head_dim * element_bytes
     host_tokens = wanted.host_tokens or max(
         1, min(COPIES * config.max_positions, free_host // 2 * size // (recalling * page_bytes))
@@ -101,7 +91,6 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     return DevicePlan(
         largest=largest,
         n_pages=n_pages,
-        layer_pages=min([host_pages // recalling, *([n_pages // whole] if whole else [])]),
         recall=_fitting(manifest, capacity, free // (recalling * page_bytes)),
     )
 

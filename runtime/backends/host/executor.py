@@ -1,6 +1,7 @@
 """Whole steps from a dense executor and the KV ops that run between its parts, on the host."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program
@@ -35,7 +36,7 @@ class SplitStepExecutor:
         for ops in self._ops.values():
             ops.warm_up()
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``."""
         attend = self._ops[phase].for_step(step, pool)
         logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)

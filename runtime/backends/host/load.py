@@ -1,20 +1,22 @@
 """An engine on the CPU: ONNX Runtime and the host's kernels; where the policy recalls, a cache in RAM or in a file."""
 
+import dataclasses
 from pathlib import Path
 
 from trt_kv.errors import UsageError
-from trt_kv.manifest import Manifest
+from trt_kv.manifest import ITEM_BYTES, Manifest
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import budgets_of, finds_budgets, recalling_layers
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
-from trt_kv.runtime.backends.host.recall.store import free_bytes, host_tier_at
-from trt_kv.runtime.cache.kv_pool import KvPool
-from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
-from trt_kv.runtime.memory import available_bytes
+from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
+from trt_kv.runtime.backends.host.store import HostKvPool
+from trt_kv.runtime.cache.kv_pool import PoolSizes, token_bytes
+from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
+from trt_kv.runtime.memory import free_for_cache
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.reservation import Admission, CacheDemand, Demand, HostDemand, WorkingSetDemand
+from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservation, Resource, WorkingSetPages
 
 
 def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgress) -> Loaded:
@@ -39,7 +41,8 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         n_threads=options.n_threads,
         on_piece=lambda done, total: tell("opening graphs", done, total),
     )
-    pool = KvPool(**pool_sizes(manifest, options.cache_tokens, available_bytes()))
+    mapped = sum(record.n_bytes for name, record in manifest.files.items() if name.endswith(".data"))
+    pool, recall = _memory(manifest, options, free_for_cache(mapped))
     runner = ModelRunner(
         executor,
         pool,
@@ -47,40 +50,57 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         chunk=options.chunk,
         decode=policy.decode,
         decode_distance=policy.decode_distance,
-        recall=_recall(manifest, pool, options) if policy.recalls else None,
+        recall=recall,
         trace=options.trace,
     )
+    places = Places(options.max_sequences or MAX_SEQUENCES)
     return Loaded(
         runner=runner,
-        admission=Admission(_demands(manifest, runner)),
-        layer_pages=pool.n_pages // manifest.config.n_layers,
+        reservation=Reservation([places, *_pages(manifest, runner)]),
+        token_budget=options.token_budget,
     )
 
 
-def _demands(manifest: Manifest, runner: ModelRunner) -> list[Demand]:
+def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[HostKvPool, StreamedRecall | None]:
+    """The pool, and where the policy recalls the tier of the whole cache, with the threads that stream it.
+
+    What is not given in tokens takes half of what is free for it: the tier first, and the pool from what a tier in memory
+    leaves of it.
+    """
+    if not manifest.policy.recalls:
+        return HostKvPool(**dataclasses.asdict(pool_sizes(manifest, options.cache_tokens, n_free // 2))), None
+    host_tokens, where = options.host_tokens, options.host_tier or "ram"
+    if host_tokens is not None and host_tokens < 1:
+        raise UsageError("bad host_tokens", got=host_tokens, expected="tokens >= 1, or None")
+    n_layers, n_host_layers = manifest.config.n_layers, len(recalling_layers(manifest.programs["decode"]))
+    on_disk = free_on_disk(where)
+    if options.cache_tokens is not None:
+        n_free -= _n_bytes(manifest, pool_sizes(manifest, options.cache_tokens, 0))
+    whole = pool_sizes(manifest, host_tokens, max(0, n_free if on_disk is None else on_disk) // 2)
+    host = host_tier_at(where, **dataclasses.asdict(whole) | {"n_pages": whole.n_pages // n_layers * n_host_layers})
+    if on_disk is None:
+        n_free -= host.n_pages * host.page_bytes
+    pool = HostKvPool(**dataclasses.asdict(pool_sizes(manifest, options.cache_tokens, max(0, n_free) // 2)))
+    finds = finds_budgets(manifest.programs["prefill"])
+    recall = StreamedRecall(host, pool, ThreadedCopies(), n_layers=n_layers, finds_budgets=finds, trace=options.trace)
+    return pool, recall
+
+
+def _n_bytes(manifest: Manifest, sizes: PoolSizes) -> int:
+    return sizes.n_pages * sizes.page_size * token_bytes(manifest.config, element_bytes=ITEM_BYTES[manifest.dtype])
+
+
+def _pages(manifest: Manifest, runner: ModelRunner) -> list[Resource]:
     """What requests need of the engine's pools."""
     budgets = budgets_of(manifest.programs["prefill"])
     policy = manifest.policy
     if runner.recall is None:
-        return [CacheDemand(runner.pool, budgets=budgets, n_protected=policy.sinks + policy.recent)]
+        return [CachePages(runner.pool, budgets=budgets, n_protected=policy.sinks + policy.recent)]
     limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
     recalling = recalling_layers(manifest.programs["decode"])
     return [
-        WorkingSetDemand(
+        WorkingSetPages(
             runner.pool, limits=[limits if layer in recalling else None for layer in range(len(budgets))], budgets=budgets
         ),
-        HostDemand(runner.recall.host, n_layers=len(recalling)),
+        HostPages(runner.recall.host, n_layers=len(recalling)),
     ]
-
-
-def _recall(manifest: Manifest, device: KvPool, options: LoadOptions) -> StreamedRecall:
-    """The cache on the host, and threads that stream it."""
-    host_tokens, where = options.host_tokens, options.host_tier or "ram"
-    if host_tokens is not None and host_tokens < 1:
-        raise UsageError("bad host_tokens", got=host_tokens, expected="tokens >= 1, or None")
-    sizes = pool_sizes(manifest, host_tokens, free_bytes(where))
-    n_layers = manifest.config.n_layers
-    n_host_layers = len(recalling_layers(manifest.programs["decode"]))
-    host = host_tier_at(where, **sizes | {"n_pages": sizes["n_pages"] // n_layers * n_host_layers})
-    finds = finds_budgets(manifest.programs["prefill"])
-    return StreamedRecall(host, device, ThreadedCopies(), n_layers=n_layers, finds_budgets=finds, trace=options.trace)

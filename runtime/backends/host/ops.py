@@ -35,14 +35,14 @@ class LayerOps:
     def n_layers(self) -> int:
         return len(self._layers)
 
-    def for_step(self, step: Step, pool: KvPool) -> "BoundLayerOps":
+    def for_step(self, step: Step, pool: KvPool[Any]) -> "BoundLayerOps":
         return BoundLayerOps(self._layers, step, pool)
 
 
 class BoundLayerOps:
     """``Attend`` for one step: called by the dense program once per layer."""
 
-    def __init__(self, layers: list[list[tuple[Any, Kernel, dict[str, Any]]]], step: Step, pool: KvPool) -> None:
+    def __init__(self, layers: list[list[tuple[Any, Kernel, dict[str, Any]]]], step: Step, pool: KvPool[Any]) -> None:
         self._layers = layers
         self._tensors = {
             "positions": step.positions,

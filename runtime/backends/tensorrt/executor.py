@@ -66,7 +66,7 @@ class TensorRtExecutor:
     def warm_up(self) -> None:
         """Nothing is compiled at a first call."""
 
-    def run_step(self, phase: str, step: Step, pool: KvPool) -> StepResult:
+    def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than the plan was built for."""
         sizes = {"N": len(step.input_ids), "R": len(step.logit_rows), "B": len(step.cu_tokens) - 1}
         sizes |= {"T": step.page_table.shape[2], "M": pool.n_pages, "U": pool.n_pages}
@@ -91,7 +91,7 @@ class TensorRtExecutor:
             )
         return context
 
-    def _bind(self, context: Any, step: Step, pool: KvPool) -> None:
+    def _bind(self, context: Any, step: Step, pool: KvPool[Any]) -> None:
         states: dict[str, Any] = {name: getattr(pool, name) for name in states_of(self._program)}
         for name, tensor in graph_inputs(self._program).items():
             if tensor.name in states:
@@ -136,7 +136,7 @@ class TensorRtExecutor:
         found = self._result("budget", np.full(step.kv_len.shape, -1))
         return np.where(step.evict == 1, found, -1)
 
-    def _corrected(self, step: Step, pool: KvPool) -> Ints:
+    def _corrected(self, step: Step, pool: KvPool[Any]) -> Ints:
         shape = (*step.kv_len.shape, pool.kv.shape[2])
         return self._result("corrected", np.zeros(shape, np.int64))
 
@@ -150,7 +150,7 @@ class TensorRtExecutor:
         return values
 
 
-def states_address(pool: KvPool) -> int:
+def states_address(pool: KvPool[Any]) -> int:
     """Where the pool is: a recorded step can only be replayed on the same memory."""
     tensor: Any = pool.kv
     return int(tensor.data_ptr())

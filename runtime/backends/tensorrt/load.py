@@ -9,7 +9,7 @@ from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.tensorrt.executor import TensorRtExecutor, free_device_bytes
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.reservation import Admission, CacheDemand
+from trt_kv.runtime.reservation import CachePages, Places, Reservation
 
 
 def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgress) -> Loaded:
@@ -29,14 +29,14 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         n_kv_heads=manifest.config.n_kv_heads,
         dtype=manifest.dtype,
     )
-    sizes = pool_sizes(manifest, options.cache_tokens, free_device_bytes())
+    sizes = pool_sizes(manifest, options.cache_tokens, free_device_bytes() // 2)
     largest = max(ranges["M"][2] for ranges in plan.profiles)
     n_query_heads = manifest.config.n_heads if policy.recalls else 0
     pool = DeviceKvPool(
-        n_pages=min(sizes["n_pages"], largest),
-        page_size=sizes["page_size"],
-        n_kv_heads=sizes["n_kv_heads"],
-        head_size=sizes["head_size"],
+        n_pages=min(sizes.n_pages, largest),
+        page_size=sizes.page_size,
+        n_kv_heads=sizes.n_kv_heads,
+        head_size=sizes.head_size,
         n_query_heads=n_query_heads,
         dtype=manifest.dtype,
     )
@@ -52,9 +52,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     )
     budgets = budgets_of(manifest.programs["prefill"])
     kept = [ALL] * len(budgets) if policy.recalls else budgets
-    return Loaded(
-        runner=runner,
-        admission=Admission([CacheDemand(pool, budgets=kept, n_protected=policy.sinks + policy.recent)]),
-        layer_pages=pool.n_pages // manifest.config.n_layers,
-        batch=max(ranges["B"][2] for ranges in plan.profiles),
-    )
+    most = max(ranges["B"][2] for ranges in plan.profiles)
+    places = Places(min(most, options.max_sequences or most), "build with a PROFILE of more sequences")
+    pages = CachePages(pool, budgets=kept, n_protected=policy.sinks + policy.recent)
+    return Loaded(runner=runner, reservation=Reservation([places, pages]), token_budget=options.token_budget)

@@ -134,12 +134,6 @@ class DeviceRecall:
         self._side.join()
         self.sets.release(rows)
 
-    def reclaim(self) -> None:
-        """After Ctrl-C in the middle of a step: what no living sequence holds is free again."""
-        held = set(self.host.held_pages())
-        self.release([row for row in self.sets.rows if row not in held])
-        self.host.reclaim()
-
     def close(self) -> None:
         """Release everything."""
         self.release(self.sets.rows)

@@ -7,6 +7,7 @@ size, D head size.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from trt_kv.runtime.backends.host.recall.layer import staging_slots
 from trt_kv.runtime.cache.page_pool import PagePool
 
 NO_PAGE = -1
+NOBODY = -1
 
 
 class PinnedTier(PagePool):
@@ -113,32 +115,32 @@ class DeviceSets:
         )
         self.block_of = integers(n_blocks, host.n_pages)
         """[M] int64 on the device: the block of each row; the last one for pages that are no rows."""
-        self._blocks: dict[int, int] = {}
-        self._free = list(range(n_blocks - 1, -1, -1))
+        self._row_of = np.full(n_blocks, NOBODY, np.int64)
+        """Who has each block: written in one go, before the block is used."""
         self._nobody = n_blocks
 
     @property
     def n_free(self) -> int:
-        return len(self._free)
+        return int((self._row_of == NOBODY).sum())
 
     @property
     def rows(self) -> list[int]:
         """Who has a block."""
-        return list(self._blocks)
+        return [int(row) for row in self._row_of if row != NOBODY]
 
     def block(self, row: int) -> int:
         """The block of a row that has one."""
-        return self._blocks[row]
+        return int(np.flatnonzero(self._row_of == row)[0])
 
     def get(self, row: int) -> HeldBlock | None:
         """What is on the device of a row; None where it has no block."""
-        if row not in self._blocks:
+        if row == NOBODY or row not in self._row_of:
             return None
-        return HeldBlock(number=self._blocks[row], n_held_tokens=self.sizes.n_pages * self.host.page_size)
+        return HeldBlock(number=self.block(row), n_held_tokens=self.sizes.n_pages * self.host.page_size)
 
     def fork(self, row: int, twin_row: int) -> None:
         """Copy a row's block to one of the new row's own."""
-        block, twin = self._blocks[row], self.allocate(twin_row)
+        block, twin = self.block(row), self.allocate(twin_row)
         sets, size = self.tensors, self.sizes.n_pages
         for tensor in (sets.last_query, sets.held, sets.chosen, sets.slots, sets.chosen_for, sets.moved):
             tensor[twin] = tensor[block]
@@ -147,14 +149,15 @@ class DeviceSets:
     def allocate(self, row: int) -> int:
         """Give a row, whose cache begins now, an empty block; ``CapacityError`` where all are in use."""
         self.release([row])
-        if not self._free:
+        free = np.flatnonzero(self._row_of == NOBODY)
+        if not len(free):
             raise CapacityError(
                 "every working set on the device is in use",
-                got=f"{len(self._blocks)} layers of sequences",
+                got=f"{len(self._row_of)} layers of sequences",
                 fix="plan for more sequences, or send fewer at once",
             )
-        block = self._free.pop()
-        self._blocks[row] = block
+        block = int(free[0])
+        self._row_of[block] = row
         self.block_of[row] = block
         self.tensors.held[block] = NO_PAGE
         self.tensors.chosen_for[block] = 0
@@ -164,7 +167,6 @@ class DeviceSets:
     def release(self, rows: Sequence[int]) -> None:
         """Take blocks back; rows without one are left alone."""
         for row in rows:
-            block = self._blocks.pop(row, None)
-            if block is not None:
+            if self.get(row) is not None:
                 self.block_of[row] = self._nobody
-                self._free.append(block)
+                self._row_of[self.block(row)] = NOBODY

@@ -34,7 +34,7 @@ from trt_kv.runtime.backends.host.recall.prompt_attention import last_query_row
 from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
 from trt_kv.runtime.backends.host.recall.store import HostTier
 from trt_kv.runtime.backends.host.recall.working_set import Ticket, WorkingSet, planned_moves
-from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 
@@ -42,7 +42,7 @@ class StreamedRecall:
     """Kernels with a memory: one ``WorkingSet`` per layer and sequence, known by the number of its first host page."""
 
     def __init__(
-        self, host: HostTier, device: KvPool, copies: Copies, *, n_layers: int, finds_budgets: bool, trace: Trace = NO_TRACE
+        self, host: HostTier, device: HostKvPool, copies: Copies, *, n_layers: int, finds_budgets: bool, trace: Trace = NO_TRACE
     ) -> None:
         """``finds_budgets``: AdaptiveBudget follows with a prompt's last chunk, so the first recall waits for what it finds."""
         self.host = host
@@ -125,9 +125,7 @@ class StreamedRecall:
                     softmax_scale=softmax_scale,
                     pages=pages_of(page_table, layer, b, n_cached, page_size),
                 )
-                if row not in self.sets:
-                    self.sets[row] = WorkingSet(self.device, limits)
-                working_set = self.sets[row]
+                working_set = self._working_set(row, limits)
                 try:
                     if prompt_remaining[last] >= 0:
                         out[rows], lse[rows] = streams.read_prompt(
@@ -197,7 +195,16 @@ class StreamedRecall:
 
     def fork(self, pages: Ints, twin_pages: Ints) -> None:
         """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
-        self.sets[int(twin_pages[0])] = self._streams.fork(self.sets[int(pages[0])], pages, twin_pages)
+        original = self.sets[int(pages[0])]
+        twin = self.sets[int(twin_pages[0])] = WorkingSet(self.device, original.limits)
+        self._streams.fork(original, twin, pages, twin_pages)
+
+    def _working_set(self, row: int, limits: PageLimits) -> WorkingSet:
+        """What is on the device of a layer of a sequence; recorded before it takes pages, so that ``release`` finds it."""
+        if row not in self.sets:
+            self.sets[row] = WorkingSet(self.device, limits)
+            self.sets[row].open()
+        return self.sets[row]
 
     def warm_up(self) -> None:
         """Compile what is compiled at its first call and is not a kernel of an op."""
@@ -207,7 +214,7 @@ class StreamedRecall:
     def release(self, rows: Sequence[int]) -> None:
         """Forget layers of sequences: wait for their jobs, whatever became of them, and free their device pages."""
         for row in rows:
-            working_set = self.sets.pop(row, None)
+            working_set = self.sets.get(row)
             self._first_choices.pop(row, None)
             if working_set is not None:
                 if working_set.ticket is not None:
@@ -215,12 +222,7 @@ class StreamedRecall:
                 if working_set.lane is not None:
                     self._copies.settle(working_set.lane)
                 working_set.release()
-
-    def reclaim(self) -> None:
-        """After Ctrl-C in the middle of a step: what no living sequence holds is free again."""
-        held = set(self.host.held_pages())
-        self.release([row for row in self.sets if row not in held])
-        self.host.reclaim()
+                del self.sets[row]
 
     def close(self) -> None:
         """Release everything and let go of the host tier."""

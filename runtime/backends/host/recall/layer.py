@@ -16,7 +16,7 @@ from trt_kv.runtime.backends.host.recall.prompt_attention import attend_prompt
 from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
 from trt_kv.runtime.backends.host.recall.store import HostTier
 from trt_kv.runtime.backends.host.recall.working_set import NO_PAGE, Move, Ticket, WorkingSet, in_turn, moves_to
-from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.trace import Trace
 
 STAGING_SHARE = 0.25
@@ -51,7 +51,7 @@ class Choice:
 class LayerStreams:
     """The two tiers, and the work on working sets. Holds nothing of any sequence but the summaries of its host pages."""
 
-    def __init__(self, host: HostTier, device: KvPool, copies: Copies, statistics: RecallStatistics, trace: Trace) -> None:
+    def __init__(self, host: HostTier, device: HostKvPool, copies: Copies, statistics: RecallStatistics, trace: Trace) -> None:
         self.host = host
         self.device = device
         self.copies = copies
@@ -59,14 +59,14 @@ class LayerStreams:
         self.trace = trace
         self.summaries = np.empty((host.n_pages, device.kv.shape[2], 2, device.kv.shape[4]), np.float32)
 
-    def fork(self, working_set: WorkingSet, pages: Ints, twin_pages: Ints) -> WorkingSet:
-        """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
+    def fork(self, working_set: WorkingSet, twin: WorkingSet, pages: Ints, twin_pages: Ints) -> None:
+        """Copy one layer of a sequence, whose host pages are ``pages``, to ``twin`` and the new host pages ``twin_pages``."""
         self.join(working_set)
         n_full = working_set.n_tokens // working_set.limits.page_size
         for page, twin_page in zip(pages[:n_full], twin_pages, strict=False):
             self._write_now(int(twin_page), self.read_pages(np.array([page]))[0])
         self.summaries[twin_pages] = self.summaries[pages]
-        return working_set.fork()
+        twin.copy_from(working_set)
 
     def read_prompt(
         self, working_set: WorkingSet, choice: Choice, q: Floats, k: Floats, v: Floats, summary: int, scale: float

@@ -15,7 +15,6 @@ import numpy as np
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.cache.page_pool import PagePool
-from trt_kv.runtime.memory import available_bytes
 
 
 class HostTier(PagePool):
@@ -82,7 +81,7 @@ class FileTier(HostTier):
     def __init__(self, path: Path, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
         """``path``: a file that does not exist yet, or a folder. ``UsageError`` where none can be made there."""
         super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
-        self.description = f"mmap:{path}"
+        self.description = f"file:{path}"
         self.file_descriptor = _nameless_file(path)
         self._finalizer = weakref.finalize(self, os.close, self.file_descriptor)
         try:
@@ -131,18 +130,18 @@ class FileTier(HostTier):
 
 
 def host_tier_at(where: str, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> HostTier:
-    """The tier called ``ram`` or ``mmap:PATH``. ``UsageError`` for anything else, or where no file can be made."""
+    """The tier called ``ram`` or ``file:PATH``. ``UsageError`` for anything else, or where no file can be made."""
     path = _path_of(where)
     if path is None:
         return RamTier(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
     return FileTier(path, n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
 
 
-def free_bytes(where: str) -> int:
-    """Room for a tier at ``where``: free memory, or free space on the disk. Errors as ``host_tier_at``."""
+def free_on_disk(where: str) -> int | None:
+    """Free bytes where the file of a tier called ``where`` would be; None for a tier in memory. Errors as ``host_tier_at``."""
     path = _path_of(where)
     if path is None:
-        return available_bytes()
+        return None
     try:
         return shutil.disk_usage(path if path.is_dir() else path.parent).free
     except OSError as error:
@@ -150,10 +149,10 @@ def free_bytes(where: str) -> int:
 
 
 def _path_of(where: str) -> Path | None:
-    """The path in ``mmap:PATH``; None for ``ram``."""
+    """The path in ``file:PATH``, or in ``mmap:PATH``, as it was called before; None for ``ram``."""
     kind, _, path = where.partition(":")
-    if where != "ram" and (kind != "mmap" or not path):
-        raise UsageError("unknown host tier", got=repr(where), expected="ram, or mmap:/path/of/a/new/file")
+    if where != "ram" and (kind not in ("file", "mmap") or not path):
+        raise UsageError("unknown host tier", got=repr(where), expected="ram, or file:/path/of/a/new/file")
     return Path(path) if path else None
 
 

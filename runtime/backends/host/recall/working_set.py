@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 import numba
 import numpy as np
 
-from trt_kv.errors import CapacityError, TrtKvError
+from trt_kv.errors import TrtKvError
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.cpu import attended_pages
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.backends.host.recall.background import Job
-from trt_kv.runtime.cache.kv_pool import KvPool
-from trt_kv.runtime.cache.page_pool import PagePool
+from trt_kv.runtime.backends.host.store import HostKvPool
 
 NO_PAGE = -1
 
@@ -55,7 +54,7 @@ class WorkingSet:
     device page ``j % n_newest``, which is free again when page ``j + n_newest`` begins, since no step attends to both.
     """
 
-    def __init__(self, device: KvPool, limits: PageLimits) -> None:
+    def __init__(self, device: HostKvPool, limits: PageLimits) -> None:
         self.limits = limits
         self.n_tokens = 0
         self.query_HD: Floats = np.empty((0, 0), np.float32)
@@ -72,19 +71,25 @@ class WorkingSet:
         self.ranked_KC: Ints | None = None
         """What every KV head would choose with ``query_HD`` in the step of its token; None where nobody asked."""
         self._device = device
-        own = device.allocate(limits.n_sinks + limits.n_newest)
-        self._sinks, self._newest = own[: limits.n_sinks], own[limits.n_sinks :]
+        self._owner = device.new_owner()
+        self._sinks: list[int] = []
+        self._newest: list[int] = []
         self._slots: list[int] = []
-        device.register(self)
 
-    def pages_in(self, pool: PagePool) -> list[int]:
-        """See ``page_pool.Holder``."""
-        return [*self._sinks, *self._newest, *self._slots] if pool is self._device else []
+    def open(self) -> None:
+        """Take device pages for sinks and newest pages; ``CapacityError`` where there are too few."""
+        own = self._device.allocate(self.limits.n_sinks + self.limits.n_newest, self._owner)
+        self._sinks, self._newest = own[: self.limits.n_sinks], own[self.limits.n_sinks :]
+
+    @property
+    def pages(self) -> list[int]:
+        """The device pages of this working set."""
+        return [*self._sinks, *self._newest, *self._slots]
 
     @property
     def n_held_tokens(self) -> int:
         """Tokens that the device pages have room for."""
-        return len(self.pages_in(self._device)) * self.limits.page_size
+        return len(self.pages) * self.limits.page_size
 
     def page_of(self, number: int) -> int:
         """The device page of a sink or one of the newest pages."""
@@ -135,7 +140,7 @@ class WorkingSet:
         """Have at least ``n_slots`` slots; ``CapacityError`` where the device has no page left."""
         n_more = n_slots - len(self._slots)
         if n_more > 0:
-            self._slots += self._device.allocate(n_more)
+            self._slots += self._device.allocate(n_more, self._owner)
             fresh_KS = np.full((len(self.held_KS), n_more), NO_PAGE)
             self.held_KS = np.concatenate([self.held_KS, fresh_KS], axis=1)
 
@@ -144,22 +149,17 @@ class WorkingSet:
         view: Floats = self._device.kv[self._slots[slot], :, head]
         return view
 
-    def fork(self) -> "WorkingSet":
-        """The same pages in device pages of its own. No job may be running."""
-        twin = WorkingSet(self._device, self.limits)
-        try:
-            twin.make_room(len(self._slots))
-        except CapacityError:
-            twin.release()
-            raise
-        twin.n_tokens, twin.query_HD = self.n_tokens, self.query_HD
-        twin.held_KS, twin.chosen_KC = self.held_KS.copy(), self.chosen_KC.copy()
-        self._device.kv[twin.pages_in(self._device)] = self._device.kv[self.pages_in(self._device)]
-        return twin
+    def copy_from(self, original: "WorkingSet") -> None:
+        """Hold the same pages as ``original`` in device pages of its own. No job of either may be running."""
+        self.open()
+        self.make_room(len(original._slots))
+        self.n_tokens, self.query_HD = original.n_tokens, original.query_HD
+        self.held_KS, self.chosen_KC = original.held_KS.copy(), original.chosen_KC.copy()
+        self._device.kv[self.pages] = self._device.kv[original.pages]
 
     def release(self) -> None:
         """Give the device pages back. No job may run any more."""
-        self._device.release(self.pages_in(self._device))
+        self._device.release_owner(self._owner)
         self._sinks, self._newest, self._slots = [], [], []
 
 

@@ -1,0 +1,127 @@
+"""``python -m benchmarks.quality``: measure quality against kept share on the bundled model, and write the report."""
+
+# What is measured: plans (how much), tasks, policies. With what: steps, harness, recipes, measure_cells, effort, measure. The
+# results: results, with its cells. What is shown: pages fills templates/ with tables and verdicts; plots/ draws. Policies whose
+# cache stays on the host have the same in recall/: another harness, results file and page, on the same documents.
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from benchmarks.quality.measure import measure
+from benchmarks.quality.pages import recall_markdown, report_markdown, summary_markdown
+from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS, QUICK_SETTINGS
+from benchmarks.quality.plots.pictures import pictures
+from benchmarks.quality.recall.measure import measure_recall
+from benchmarks.quality.recall.plots import recall_pictures
+from benchmarks.quality.recall.results import RecallResults
+from benchmarks.quality.results import Results
+from trt_kv.cli.progress import progress_bars
+from trt_kv.errors import ReportError, TrtKvError, UsageError
+from trt_kv.export.checkpoints.opening import open_checkpoint
+from trt_kv.export.engine import EngineRequest, build_engine
+from trt_kv.json_file import write_atomically
+from trt_kv.policies import policy_from_name
+from trt_kv.presets import preset
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ROOT / "build" / "report-parts"
+COMMITTED = ROOT / "docs" / "report"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
+
+
+@click.command(help=__doc__)
+@click.option("--quick", is_flag=True, help="a few short documents and two kept shares: a minute, and wide intervals")
+@click.option(
+    "--from-results",
+    type=click.Path(path_type=Path),
+    help="measure nothing; render this results file again, and recall.json beside it",
+)
+@click.option("--recall-only", is_flag=True, help="measure host-resident policies only; for the others take docs/report")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="where to write; default docs/report, with --quick build/report",
+)
+def main(quick: bool, from_results: Path | None, recall_only: bool, out: Path | None) -> None:
+    """Measure or load results, then write tables and pictures; the committed report also fills the README's table."""
+    out = out or (ROOT / "build" / "report" if quick else COMMITTED)
+    try:
+        if recall_only and (quick or from_results):
+            raise UsageError("--recall-only takes all other results from docs/report", fix="leave the other option out")
+        if from_results:
+            results, recall = Results.load(from_results), RecallResults.load(from_results.with_name("recall.json"))
+        else:
+            results, recall = measured(quick=quick, known=Results.load(COMMITTED / "results.json") if recall_only else None)
+        write_report(results, recall, out)
+        if out.resolve() == COMMITTED:
+            summary = summary_markdown(results, recall)
+            content = readme_with_summary(README.read_text(encoding="utf-8"), summary)
+            write_atomically(README, content.encode(), kind="README", error=ReportError)
+    except TrtKvError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    click.echo(f"report: {out / 'report.md'}")
+
+
+def measured(*, quick: bool, known: Results | None = None) -> tuple[Results, RecallResults]:
+    """Results on the bundled checkpoint, through an engine built for the purpose; parts are kept in ``build``.
+
+    ``known``: the results of policies that drop tokens, if they need not be measured.
+    """
+    checkpoint = open_checkpoint(preset("llama3").bundled_folder)
+    command = shlex.join(["python", "-m", "benchmarks.quality", *(["--quick"] if quick else [])])
+    settings, plans = (QUICK_SETTINGS, QUICK_HOST_PLANS) if quick else (FULL_SETTINGS, FULL_HOST_PLANS)
+    folder = PARTS / ("quick" if quick else "full")
+    with progress_bars() as on_progress, tempfile.TemporaryDirectory() as scratch:
+        engine = Path(scratch) / "engine"
+        build_engine(EngineRequest(checkpoint=checkpoint, policy=policy_from_name("full")), engine, on_progress=on_progress)
+        results = known or measure(
+            checkpoint,
+            engine,
+            settings,
+            folder=folder,
+            command=command,
+            on_progress=on_progress,
+            tell=lambda message: click.echo(message, err=True),
+        )
+        recall = measure_recall(checkpoint, engine, settings, plans, folder=folder, command=command, on_progress=on_progress)
+    return results, recall
+
+
+def write_report(results: Results, recall: RecallResults, out: Path) -> None:
+    """``results.json`` and ``recall.json``, their pages, ``summary.md`` and the pictures, into the folder ``out``."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise ReportError("cannot write the report", got=f"{out}: {cause.strerror or cause}") from cause
+    results.save(out / "results.json")
+    recall.save(out / "recall.json")
+    files = {
+        "report.md": report_markdown(results, recall).encode(),
+        "recall.md": recall_markdown(recall, results).encode(),
+        "summary.md": (summary_markdown(results, recall) + "\n").encode(),
+        **pictures(results),
+        **recall_pictures(recall, results),
+    }
+    for name, content in files.items():
+        write_atomically(out / name, content, kind="report", error=ReportError)
+
+
+def readme_with_summary(text: str, summary: str) -> str:
+    """``text`` with ``summary`` between its markers. ``ReportError`` where they are not there once, in order."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        raise ReportError(
+            "the README has no place for the report's summary", expected=f"{BEGIN} and {END}, once each, in order"
+        )
+    return f"{before}{BEGIN}\n{summary}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    main()

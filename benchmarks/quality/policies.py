@@ -1,0 +1,128 @@
+"""Which policies the report compares: every preset, and presets with one part replaced.
+
+A new preset in ``trt_kv/policies`` joins by itself, in the group "ours"; those that keep the cache on the host are compared in
+``recall.policies``.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from benchmarks.quality.results import PolicyFacts
+from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policy import Policy
+from trt_kv.policy_settings import SHARED_BUDGETS, differences, setting_as_text
+from trt_kv.recipe import recipe_score
+
+PUBLISHED = ("prefixkv", "uniform", "streamingllm", "h2o", "snapkv", "pyramidkv", "random", "refreekv")
+THRESHOLDS = (0.001, 0.003, 0.03, 0.1)
+"""ReFreeKV's thresholds beside its own 1 %."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A policy of the report; fields as in ``PolicyFacts``. ``policy.kept`` is replaced by each kept share in turn."""
+
+    name: str
+    label: str
+    group: str
+    policy: Policy
+    searches: bool = False
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether there is no kept share to choose."""
+        return self.policy.budget not in SHARED_BUDGETS
+
+    @property
+    def recipe_policy(self) -> Policy:
+        """The policy whose recipe sets the layers' shares, where there is one."""
+        return self.policy
+
+    @property
+    def facts(self) -> PolicyFacts:
+        """What the results say about it."""
+        policy = self.policy
+        settings = {name: value for name, value in differences(policy, Policy(name="", summary="")).items() if name != "kept"}
+        return PolicyFacts(
+            name=self.name,
+            label=self.label,
+            group=self.group,
+            settings=" ".join(setting_as_text(name, value) for name, value in settings.items()),
+            recipe=recipe_score(self.recipe_policy).described if policy.needs_recipe else "",
+            adaptive=self.adaptive,
+            searches=self.searches,
+            threshold=policy.threshold if policy.budget == "unimetric" else None,
+            exempt_layers=policy.exempt_layers,
+        )
+
+
+def contenders() -> list[Contender]:
+    """Every policy of the report, the full cache first."""
+    presets = {name: policy_from_name(name) for name in policy_names()}
+    ours = [name for name, policy in presets.items() if name not in (*PUBLISHED, "full") and not policy.recalls]
+    return [
+        Contender(name="full", label="full cache", group="reference", policy=policy_from_name("full")),
+        *(Contender(name=name, label=name, group="published", policy=policy_from_name(name)) for name in PUBLISHED),
+        *(Contender(name=name, label=name, group="ours", policy=policy_from_name(name)) for name in ours),
+        *_choices(),
+        *_thresholds(),
+        *_ablations(),
+    ]
+
+
+def _choices() -> list[Contender]:
+    """PrefixKV and its uniform twin with another score, another protection, heads of their own, or shares of the input."""
+    prefixkv, uniform = policy_from_name("prefixkv"), policy_from_name("uniform")
+    window = dataclasses.replace(prefixkv, score="window", window=32)
+    each = dataclasses.replace(window, heads="each")
+    policies = {
+        "window": ("window score, its recipe", window),
+        "window-uniform": ("window score, uniform layers", dataclasses.replace(uniform, score="window", window=32)),
+        "window-heads": ("window score per KV head, its recipe", each),
+        "window-pooled": ("window score per KV head, pooled, its recipe", dataclasses.replace(each, pooling=15)),
+        "mean-uniform": ("mean mass score, uniform layers", dataclasses.replace(uniform, score="mean_mass")),
+        "mass-recent": ("prefixkv, last 32 tokens protected", dataclasses.replace(prefixkv, recent=32)),
+        "random-recipe": ("random tokens, prefixkv's recipe", dataclasses.replace(prefixkv, score="random")),
+    }
+    searched = {
+        "mass-online": ("prefixkv, searched per input", prefixkv),
+        "window-online": ("window, searched per input", window),
+    }
+    return [
+        *(Contender(name=name, label=label, group="choice", policy=policy) for name, (label, policy) in policies.items()),
+        *(
+            Contender(name=name, label=label, group="choice", policy=policy, searches=True)
+            for name, (label, policy) in searched.items()
+        ),
+    ]
+
+
+def _thresholds() -> list[Contender]:
+    refreekv = policy_from_name("refreekv")
+    return [
+        Contender(
+            name=f"refreekv-{threshold}",
+            label=f"refreekv, T = {100 * threshold:g} %",
+            group="threshold",
+            policy=dataclasses.replace(refreekv, threshold=threshold),
+        )
+        for threshold in THRESHOLDS
+    ]
+
+
+def _ablations() -> list[Contender]:
+    """ReFreeKV with one part replaced each."""
+    refreekv = policy_from_name("refreekv")
+    parts: dict[str, tuple[str, dict[str, object]]] = {
+        "refreekv-attention": (
+            "ranked by the last query's attention instead of position",
+            {"score": "window", "window": 1, "heads": "each"},
+        ),
+        "refreekv-no-exempt": ("no layer exempt", {"exempt_layers": ()}),
+        "refreekv-sinks-in": ("sinks in the norm", {"norm": "sinks_in"}),
+        "refreekv-no-exempt-sinks-in": ("no layer exempt, sinks in the norm", {"exempt_layers": (), "norm": "sinks_in"}),
+    }
+    return [
+        Contender(name=name, label=label, group="ablation", policy=dataclasses.replace(refreekv, **changes))  # type: ignore[arg-type]
+        for name, (label, changes) in parts.items()
+    ]

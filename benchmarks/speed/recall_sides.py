@@ -1,0 +1,145 @@
+"""The sides of the recall benchmarks: all of a context read the same pages, in a pool or in a file with the same content."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import Check, check_close
+from benchmarks.models import PAGE_SIZE, Shape, exported_model, model_runner, random_checkpoint, random_tokens
+from benchmarks.speed.recall_cache import FREEKV, PoolTier, RecallSide, SharedTier, fill_pages, recall_side
+from trt_kv.model_config import ModelConfig
+from trt_kv.plugins.paging import Floats
+from trt_kv.policy import Policy
+from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.recall.background import SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.store import HostTier, host_tier_at
+from trt_kv.runtime.backends.host.store import HostKvPool
+from trt_kv.runtime.cache.sequence import SequenceCache
+from trt_kv.runtime.model_runner import ModelRunner
+
+FULL, STREAMED, IN_TURN, AT_ONCE = "whole cache", "streamed", "not overlapped", "all at once"
+OWN_PAGES = 8
+"""Room for generated tokens, in pages per layer."""
+WIDE = Shape(n_layers=16, hidden_size=2048, n_heads=32, n_kv_heads=8, head_dim=64, intermediate_size=8192, max_positions=2**18)
+"""Llama 3.2 1B's, but for the vocabulary."""
+NARROW = Shape(n_layers=2, hidden_size=128, n_heads=8, n_kv_heads=2, head_dim=16, intermediate_size=256, max_positions=2**18)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeCacheSide:
+    """A sequence whose cache lies in the pool, whole."""
+
+    runner: ModelRunner
+    sequence: SequenceCache
+
+    def decode(self, n_steps: int = 1) -> Floats:
+        """Steps, which also make the context longer; the last logits [V]."""
+        logits_V: Floats = np.empty(0, np.float32)
+        for _ in range(n_steps):
+            logits_V = self.runner.decode([self.sequence], [5])[0]
+        return logits_V
+
+    def turn(self, n_steps: int) -> None:
+        self.decode(n_steps)
+
+
+Side = WholeCacheSide | RecallSide
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """One fill for all sides and contexts: pages in a pool and in a file, their summaries, room behind them."""
+
+    pool: HostKvPool
+    tiers: Mapping[str, HostTier]
+    summaries: Floats
+    folder: Path
+
+
+def pages_for(config: ModelConfig, n_tokens: int, folder: Path) -> Pages:
+    """Random pages for ``n_tokens`` in every layer, in memory and in a file without a name in ``folder``."""
+    n_pages = config.n_layers * n_tokens // PAGE_SIZE
+    n_all = n_pages + config.n_layers * OWN_PAGES
+    sizes = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
+    pool = HostKvPool(n_pages=n_all, **sizes)
+    summaries = np.empty((n_all, config.n_kv_heads, 2, config.head_dim), np.float32)
+    ram = PoolTier(pool)
+    fill_pages(ram, summaries, n_pages)
+    file = host_tier_at(f"file:{folder}", n_pages=n_pages, **sizes)
+    for page in range(n_pages):
+        file.write(page, pool.kv[page])
+    return Pages(pool=pool, tiers={"ram": ram, "file": file}, summaries=summaries, folder=folder)
+
+
+def whole_cache_side(executor: DenseExecutor, config: ModelConfig, pages: Pages, context: int) -> WholeCacheSide:
+    """Where it grows it overwrites pages of longer contexts: these come first."""
+    n_pages = config.n_layers * (context // PAGE_SIZE + OWN_PAGES)
+    pool = HostKvPool(n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+    pool.kv = pages.pool.kv[:n_pages]
+    runner = model_runner(executor, config, pool=pool)
+    sequence = runner.new_sequence()
+    sequence.append(context)
+    return WholeCacheSide(runner=runner, sequence=sequence)
+
+
+def recall_sides(
+    executor: DenseExecutor, config: ModelConfig, pages: Pages, policy: Policy, context: int, first_LHD: Floats, tier: str
+) -> dict[str, RecallSide]:
+    """Streamed, not overlapped, all at once; each with a working set of its own."""
+    sizes = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
+    where = {"ram": "ram", "file": f"file:{pages.folder}"}[tier]
+    sides = {}
+    for name, tau, copies in (
+        (STREAMED, policy.tau, ThreadedCopies()),
+        (IN_TURN, policy.tau, SynchronousCopies()),
+        (AT_ONCE, 1.01, SynchronousCopies()),
+    ):
+        own = host_tier_at(where, n_pages=config.n_layers * OWN_PAGES, **sizes)
+        host = SharedTier(pages.tiers[tier], own, n_shared=config.n_layers * context // PAGE_SIZE)
+        sides[f"{name}, {tier}"] = recall_side(
+            executor,
+            config,
+            host,
+            copies,
+            n_tokens=context,
+            queries_LHD=first_LHD,
+            policy=dataclasses.replace(policy, tau=tau),
+            summaries=pages.summaries,
+        )
+    return sides
+
+
+def check_placed(folder: Path) -> Check:
+    """A placed cache decodes, bit for bit, as one that a prompt was read into."""
+    model = exported_model(random_checkpoint(NARROW, folder / "narrow"), folder / "narrow-graphs")
+    config = model.config
+    policy = dataclasses.replace(FREEKV, tokens=512)
+    sizes = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
+    n_tokens, n_steps = 1024, 12
+    n_pages = config.n_layers * n_tokens // PAGE_SIZE
+    host = host_tier_at("ram", n_pages=n_pages + config.n_layers, **sizes)
+    executor = model.executor()
+    read = recall_side(executor, config, host, ThreadedCopies(), policy=policy)
+    read.runner.chunk = n_tokens
+    read.runner.prefill(read.sequence, random_tokens(n_tokens, config.vocab_size))
+    read.settle()
+    first_pages = [int(page) for page in read.sequence.page_table[:, 0]]
+    queries = [read.recall.sets[page].query_HD for page in first_pages]
+    own = host_tier_at("ram", n_pages=config.n_layers, **sizes)
+    placed = recall_side(
+        executor,
+        config,
+        SharedTier(host, own, n_shared=n_pages),
+        SynchronousCopies(),
+        n_tokens=n_tokens,
+        queries_LHD=np.stack([query_HD for query_HD in queries if query_HD is not None]),
+        policy=policy,
+        summaries=read.recall.summaries,
+    )
+    logits = [np.stack([side.decode() for _ in range(n_steps)]) for side in (placed, read)]
+    placed.close()
+    read.close()
+    return check_close("logits of a cache that was placed and of one that was read", *logits, within=0.0)

@@ -1,0 +1,278 @@
+"""A checkpoint folder in Hugging Face layout, opened only if everything in it fits together."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoints.safetensors_file import StoredTensor, read_safetensors_header
+from trt_kv.hf_config import model_config_from_hf, token_ids_from_hf
+from trt_kv.model_config import ModelConfig
+from trt_kv.require import require
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+)
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_OLD_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_NOT_ARITHMETIC = ("bos_token_id", "eos_token_ids", "max_positions")
+_N_SHOWN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceCheckpoint:
+    """A validated folder in Hugging Face layout, which ``location`` names: a ``Checkpoint``.
+
+    ``eos_token_ids`` joins ``config.json`` and ``generation_config.json``.
+    """
+
+    location: Path
+    config: ModelConfig
+    eos_token_ids: tuple[int, ...]
+    stored: Mapping[str, StoredTensor]
+
+    @property
+    def name(self) -> str:
+        """The folder's name; a hub snapshot is named after its repository."""
+        cache_name = self.location.parent.parent.name
+        if self.location.parent.name == "snapshots" and cache_name.startswith("models--"):
+            return cache_name.removeprefix("models--").replace("--", "/", 1)
+        return self.location.name
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The weights that the decoder uses, in ``config.tensor_shapes()`` order."""
+        return tuple(self.stored)
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """``tokenizer.json``, which a folder need not have."""
+        return self.location / "tokenizer.json"
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The files beside the weights that an engine takes along, as far as they exist, ``config.json`` among them."""
+        return [path for path in (self.location / name for name in TOKENIZER_FILES) if path.is_file()]
+
+    @cached_property
+    def digest(self) -> str:
+        """``sha256:<hex>`` over the arithmetic of the config and the names, dtypes, shapes and bytes of all weights.
+
+        The same for single-file and sharded copies. Reads every weight once.
+        """
+        config = {key: value for key, value in self.config.to_json().items() if key not in _NOT_ARITHMETIC}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, tensor in sorted(self.stored.items()):
+            digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+            for chunk in tensor.chunks():
+                digest.update(chunk)
+        return f"sha256:{digest.hexdigest()}"
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One weight in its stored dtype, memory-mapped: bytes are read when they are used.
+
+        Raises ``CheckpointError`` where the file has changed since the checkpoint was opened.
+        """
+        safetensors = require("safetensors")
+        path = self.stored[name].path
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot read tensor {name!r} of {path}", got=str(error), expected="the file as opened"
+            ) from error
+        return tensor
+
+
+def open_huggingface(folder: Path) -> HuggingFaceCheckpoint:
+    """Open and check the checkpoint in ``folder``; raises ``CheckpointError`` naming the first file that does not fit.
+
+    Weights are not read, only their headers.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            "no such checkpoint folder", got=str(folder), expected="a folder with config.json and safetensors"
+        )
+    config_path = folder / "config.json"
+    config = model_config_from_hf(_read_json(config_path), source=str(config_path))
+    stored = _stored_tensors(folder)
+    checkpoint = HuggingFaceCheckpoint(
+        location=folder.absolute(),
+        config=config,
+        eos_token_ids=_eos_token_ids(folder, config),
+        stored=_matched(folder, config, stored),
+    )
+    _check_tokenizer(folder, config)
+    return checkpoint
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing",
+            expected="a checkpoint in Hugging Face layout: config.json, safetensors, tokenizer.json",
+            fix="pass the folder that holds config.json; convert other layouts with transformers first",
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}", got=str(error), expected="a JSON file") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds no JSON object", got=type(data).__name__, expected="an object")
+    return data
+
+
+def _eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    more = token_ids_from_hf(_read_json(path), "eos_token_id", source=str(path)) if path.is_file() else ()
+    stray = [token for token in more if not 0 <= token < config.vocab_size]
+    if stray:
+        raise CheckpointError(
+            f"eos_token_id in {path} is outside the vocabulary", got=stray, expected=f"below {config.vocab_size}"
+        )
+    return tuple(dict.fromkeys((*config.eos_token_ids, *more)))
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of the folder's safetensors by name; the single file wins over an index, as in transformers."""
+    if (folder / SINGLE_FILE).exists():
+        return read_safetensors_header(folder / SINGLE_FILE)
+    if (folder / INDEX_FILE).exists():
+        return _sharded_tensors(folder)
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    raise CheckpointError(
+        f"{folder} has no safetensors weights",
+        got=f"pickle files {_some(pickles)}" if pickles else "neither of the two files",
+        expected=f"safetensors only: {SINGLE_FILE}, or {INDEX_FILE} with its shards",
+        fix="save it again with transformers' save_pretrained(), which writes safetensors; pickles can run code"
+        if pickles
+        else None,
+    )
+
+
+def _sharded_tensors(folder: Path) -> dict[str, StoredTensor]:
+    index_path = folder / INDEX_FILE
+    shard_of = _read_json(index_path).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(
+        isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values()
+    ):
+        raise CheckpointError(
+            f"{index_path} has no usable weight_map", expected="tensor names to file names in the same folder"
+        )
+    shards = sorted(set(shard_of.values()))
+    absent = [shard for shard in shards if not (folder / shard).exists()]
+    if absent:
+        raise CheckpointError(
+            f"{index_path} names shards that are not there",
+            got=f"missing {_some(absent)}",
+            expected=f"{len(shards)} shards",
+            fix="finish the download, or copy the missing shards into the folder",
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        held = read_safetensors_header(folder / shard)
+        promised = {name for name, where in shard_of.items() if where == shard}
+        if set(held) != promised:
+            raise CheckpointError(
+                f"{folder / shard} is not the shard that {INDEX_FILE} describes",
+                got=f"{_some(sorted(set(held) - promised))} not listed; {_some(sorted(promised - set(held)))} not in the file",
+                expected="exactly the tensors that the index lists for it",
+                fix="shards are swapped or from different checkpoints: download them again together",
+            )
+        tensors |= held
+    return tensors
+
+
+def _matched(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors the decoder needs, in its order; anything missing, left over or of another shape is an error."""
+    shapes = config.tensor_shapes()
+    missing = [name for name in shapes if name not in stored]
+    extra = [name for name in stored if name not in shapes and not _is_redundant(folder, config, stored, name)]
+    if missing or extra:
+        raise CheckpointError(
+            f"the weights in {folder} are not those that config.json describes",
+            got=f"missing {_some(missing)}; left over {_some(extra)}",
+            expected=f"the {len(shapes)} tensors of a {config.architecture} model of {config.n_layers} layers",
+            fix="take config.json and the weights from the same checkpoint",
+        )
+    for name, shape in shapes.items():
+        if stored[name].shape != shape:
+            raise CheckpointError(
+                f"tensor {name!r} in {stored[name].path} does not have the shape that config.json implies",
+                got=list(stored[name].shape),
+                expected=list(shape),
+                fix="take config.json and the weights from the same checkpoint",
+            )
+    return {name: stored[name] for name in shapes}
+
+
+def _is_redundant(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor], name: str) -> bool:
+    """Whether a tensor that the decoder does not use may lie there: an old RoPE buffer, or a copy of the tied embedding."""
+    if name == _OUTPUT and config.tie_embeddings and _EMBEDDING in stored:
+        if _bytes_digest(stored[_OUTPUT]) == _bytes_digest(stored[_EMBEDDING]):
+            return True
+        raise CheckpointError(
+            f"{folder} ties its embeddings, but also has another output matrix",
+            got=f"tie_word_embeddings true, and {_OUTPUT} unlike {_EMBEDDING}",
+            expected="the two to be equal, or tie_word_embeddings false",
+            fix="take config.json and the weights from the same checkpoint",
+        )
+    return _OLD_BUFFERS.fullmatch(name) is not None
+
+
+def _bytes_digest(tensor: StoredTensor) -> bytes:
+    digest = hashlib.sha256(json.dumps([tensor.dtype, tensor.shape]).encode())
+    for chunk in tensor.chunks():
+        digest.update(chunk)
+    return digest.digest()
+
+
+def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
+    """Refuse a tokenizer that can emit ids the model has no embedding for; unused embedding rows are common and fine."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    largest = _largest_token_id(path)
+    if largest >= config.vocab_size:
+        raise CheckpointError(
+            f"{path} belongs to a model with a larger vocabulary",
+            got=f"token ids up to {largest}",
+            expected=f"ids below the vocab_size {config.vocab_size} of config.json",
+            fix="take tokenizer.json and the weights from the same checkpoint",
+        )
+
+
+def _largest_token_id(path: Path) -> int:
+    data = _read_json(path)
+    try:
+        vocabulary = data["model"]["vocab"]
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        return max(map(int, [*ids, *(token["id"] for token in data.get("added_tokens") or [])]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a tokenizer", got=repr(error), expected="a tokenizers file with model.vocab"
+        ) from error
+
+
+def _some(names: list[str]) -> str:
+    """A short list for an error message."""
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - _N_SHOWN} more" if len(names) > _N_SHOWN else ""
+    return ", ".join(names[:_N_SHOWN]) + more

@@ -1,0 +1,43 @@
+"""What an engine for ONNX Runtime has beside its graphs: the dense pieces, and a list of where each weight stands.
+
+Big weights stand where the graphs read them, the others in a file of their own, because graphs hold those inside.
+"""
+
+from pathlib import Path
+
+import onnx
+import torch
+
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.split import pieces_from_graph, save_pieces
+from trt_kv.export.targets.parts import Parts
+from trt_kv.weight_index import StoredWeight, WeightIndex
+
+SMALL_WEIGHTS_FILE = "small_weights.data"
+
+
+def save_onnxruntime_parts(checkpoint: Checkpoint, graph: onnx.ModelProto, folder: Path, *, dtype: str) -> Parts:
+    """Write the pieces of ``graph``, the decode graph in ``folder``, and the list of weights beside it."""
+    models, pieces, ports = pieces_from_graph(graph)
+    save_pieces(models, pieces, folder)
+    save_weight_index(checkpoint, graph, folder, dtype=dtype)
+    return Parts(pieces=tuple(pieces), ports=tuple(ports))
+
+
+def save_weight_index(checkpoint: Checkpoint, graph: onnx.ModelProto, folder: Path, *, dtype: str) -> None:
+    """Write ``weights.json`` and ``small_weights.data`` beside the graphs in ``folder``, of which ``graph`` is one."""
+    places = {}
+    for tensor in graph.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            places[tensor.name] = entries["location"], int(entries.get("offset", "0"))
+    weights = []
+    with (folder / SMALL_WEIGHTS_FILE).open("wb") as file:
+        for name, shape in checkpoint.config.tensor_shapes().items():
+            if name not in places:
+                places[name] = SMALL_WEIGHTS_FILE, file.tell()
+                tensor = checkpoint.tensor(name).to(getattr(torch, dtype)).contiguous()
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            location, offset = places[name]
+            weights.append(StoredWeight(name=name, file=location, offset=offset, shape=tuple(shape)))
+    WeightIndex(dtype=dtype, weights=tuple(weights)).save(folder)

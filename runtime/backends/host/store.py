@@ -1,0 +1,19 @@
+"""The KV pool in ordinary memory."""
+
+import numpy as np
+
+from trt_kv.runtime.cache.kv_pool import KvPool
+
+
+class HostKvPool(KvPool[np.ndarray]):
+    """The arrays are reserved, not touched: the operating system commits memory page by page as it is written."""
+
+    def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int, n_query_heads: int = 0) -> None:
+        """``n_query_heads``: where RecallAttention runs on the pool in place."""
+        super().__init__(n_pages=n_pages, page_size=page_size)
+        self.kv = np.empty((n_pages, 2, n_kv_heads, page_size, head_size), np.float32)
+        self.token_positions = np.empty((n_pages, n_kv_heads, page_size), np.int64)
+        self.scores = np.empty((n_pages, n_kv_heads, page_size), np.float32)
+        recalls = n_query_heads > 0
+        self.summaries = np.empty((n_pages * recalls, n_kv_heads, 2, head_size), np.float32)
+        self.last_query = np.empty((n_pages * recalls, n_query_heads, head_size), np.float32)

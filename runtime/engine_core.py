@@ -1,0 +1,245 @@
+"""The one loop: schedule a step, run it, hand its results to the requests. Everything that generates is a client of it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from trt_kv.errors import EngineError, TrtKvError, UsageError
+from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.request import Request
+from trt_kv.runtime.reservation import Reservation
+from trt_kv.runtime.scheduler import Scheduler, StepPlan
+from trt_kv.runtime.statistics import EngineStatistics
+
+NOTICE_S = 0.05
+"""Seconds after which a waiting thread looks again by itself: a thread that was interrupted may have told nobody."""
+
+
+class EngineCore:
+    """Runs requests on one ``ModelRunner``. All methods may be called from any thread.
+
+    There is no thread of its own: whoever waits for a request runs steps, one thread at a time, and each step serves all
+    requests. A request's pages are free before the first step after its end.
+    """
+
+    def __init__(self, runner: ModelRunner, reservation: Reservation, *, token_budget: int | None = None) -> None:
+        """``token_budget``: see ``Scheduler``."""
+        self.runner = runner
+        self.statistics = EngineStatistics()
+        self._scheduler: Scheduler[Request] = Scheduler(reservation, chunk=runner.chunk, token_budget=token_budget)
+        self._stepping = threading.Lock()
+        self._stepping_thread: int | None = None
+        self._changed = threading.Condition()
+        self._inbox: list[Request] = []
+        self._live: list[Request] = []
+        """Requests that may hold something: from ``add`` until all they held has been given back."""
+        self._is_closed = False
+
+    @property
+    def reservation(self) -> Reservation:
+        return self._scheduler.reservation
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue requests: all, or none. ``CapacityError`` for one that can never be served, ``UsageError`` when closed."""
+        requests = list(requests)
+        if self._is_closed:
+            raise UsageError("the engine has been closed", expected="an open engine", fix="load it again")
+        for request in requests:
+            self.reservation.check(request.size)
+        self._inbox += requests
+        self._notify()
+
+    def cancel(self, request: Request) -> None:
+        """End a request, and what goes on from its prompt. What it holds is free at once, or when the running step ends."""
+        for one in (request, *request.forks):
+            one.cancelled = True
+        if not self._stepping.locked():
+            self._alone(self._sweep)
+            self._notify()
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Run steps until ``until``, which some request's progress brings about.
+
+        What interrupts this thread in the middle of a step (Ctrl-C) ends the requests of that step, and is raised here.
+        """
+        while not until():
+            if self._stepping.locked():
+                if self._stepping_thread == threading.get_ident():
+                    raise UsageError("an engine cannot be asked from inside one of its steps", fix="call it after the step")
+                with self._changed:
+                    self._changed.wait_for(lambda: until() or not self._stepping.locked(), NOTICE_S)
+                continue
+            self._alone(lambda: until() or self._step())
+            self._notify()
+
+    def run_until_idle(self) -> None:
+        """Run steps until every request has ended."""
+        self.wait(lambda: not self._inbox and not self._live)
+
+    def wait_for_work(self, timeout_s: float) -> None:
+        """Return when there is something to run, or after ``timeout_s``."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._inbox or self._live) or self._is_closed, timeout_s)
+
+    def close(self) -> None:
+        """End all requests, stop background work and let go of a host tier. Nothing runs afterwards."""
+        self._is_closed = True
+        self._alone(self._close)
+        self._notify()
+
+    def _close(self) -> None:
+        self._take_in()
+        for request in self._live:
+            request.end("error", EngineError("the engine was closed before the request had ended", fix="load it again"))
+        self._sweep()
+        self.runner.close()
+
+    def _alone(self, work: Callable[[], object]) -> None:
+        """Do ``work`` while no other thread runs steps."""
+        with self._stepping:
+            self._stepping_thread = threading.get_ident()
+            try:
+                work()
+            finally:
+                self._stepping_thread = None
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _take_in(self) -> None:
+        """Hand over what was added since. Interrupted, it is done again."""
+        while self._inbox:
+            request = self._inbox[0]
+            if request not in self._scheduler:
+                self._scheduler.add(request)
+            self._live += [one for one in (request, *request.forks) if one not in self._live]
+            self._inbox.pop(0)
+
+    def _step(self) -> bool:
+        """Run the next step; False, where there is none."""
+        started = time.perf_counter()
+        self._sweep()
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return False
+        self.statistics.n_waiting, self.statistics.n_running = self._scheduler.n_waiting, self._scheduler.n_running
+        planned = ran = time.perf_counter()
+        try:
+            if plan.phase == "prefill" and plan.start == 0:
+                self._begin(plan.requests[0])
+            logits = self.runner.run(plan)
+            ran = time.perf_counter()
+            self._finish_step(plan, logits, ran - planned)
+        except Exception as error:  # noqa: BLE001  (handed to the clients of the step's requests, whatever it is)
+            self._fail(plan, error)
+        except BaseException as interrupt:
+            self._fail(plan, _interrupted(interrupt))
+            self._sweep()
+            raise
+        delivered = time.perf_counter()
+        self._sweep()
+        counts = self.statistics
+        counts.steps_s += ran - planned
+        counts.sampling_s += delivered - ran
+        for request in plan.requests:
+            if request.on_update is not None:
+                request.on_update()
+        counts.planning_s += planned - started + time.perf_counter() - delivered
+        return True
+
+    def _begin(self, request: Request) -> None:
+        """Its prompt is read from here on."""
+        request.held_sequence = self.runner.new_sequence()
+        request.times.admitted = time.monotonic()
+        self.statistics.time_in_queue.add(request.times.admitted - request.times.arrived)
+
+    def _finish_step(self, plan: StepPlan[Request], logits: Floats, seconds: float) -> None:
+        """Give each request what the step made for it."""
+        self._scheduler.complete(plan)
+        counts = self.statistics
+        if plan.phase == "prefill":
+            (request,) = plan.requests
+            counts.prefill_steps += 1
+            counts.prompt_tokens += plan.n_tokens
+            request.num_computed_tokens = plan.end
+            request.times.prompt_s += seconds
+            if request.sequence.failure is not None:
+                self._fail(plan, request.sequence.failure)
+            elif plan.reads_last:
+                self._end_prompt(request, logits[0])
+            return
+        counts.decode_steps += 1
+        counts.generated_tokens += plan.n_tokens
+        for request, logits_V in zip(plan.requests, logits, strict=True):
+            request.times.decode_s += seconds / plan.n_tokens
+            self._deliver(request, logits_V)
+
+    def _end_prompt(self, request: Request, logits_V: Floats) -> None:
+        """The prompt has been read: the request and its forks go on from what is kept of it, each with its own first token."""
+        sequence = request.sequence
+        request.prompt_kv_tokens = tuple(int(n) for n in sequence.held_tokens)
+        for fork in request.forks:
+            fork.prompt_kv_tokens, fork.num_computed_tokens = request.prompt_kv_tokens, request.num_computed_tokens
+            fork.times.admitted = request.times.admitted
+            try:
+                fork.held_sequence = sequence.fork()
+            except TrtKvError as error:
+                fork.end("error", error)
+        for one in (request, *request.forks):
+            if not one.is_finished:
+                self._deliver(one, logits_V)
+
+    def _deliver(self, request: Request, logits_V: Floats) -> None:
+        if request.sequence.failure is not None:
+            request.end("error", request.sequence.failure)
+            return
+        try:
+            request.accept(logits_V)
+        except Exception as error:  # noqa: BLE001  (this request's own; the others of the step go on)
+            request.end("error", error)
+            return
+        times = request.times.tokens
+        if len(times) == 1:
+            self.statistics.time_to_first_token.add(times[0] - request.times.arrived)
+        elif times:
+            self.statistics.time_between_tokens.add(times[-1] - times[-2])
+
+    def _fail(self, plan: StepPlan[Request], error: Exception) -> None:
+        """End the requests of a step that failed, and what would have gone on from a prompt that was not read."""
+        for request in plan.requests:
+            for one in (request, *(fork for fork in request.forks if fork.held_sequence is None)):
+                one.end("error", error)
+
+    def _sweep(self) -> None:
+        """Take in what is new, end what was cancelled or is too late, and give back what ended requests hold.
+
+        Interrupted, it is done again by whoever sweeps next.
+        """
+        self._take_in()
+        now = time.monotonic()
+        for request in self._live:
+            if request.cancelled:
+                request.end("cancelled")
+            elif request.deadline is not None and now >= request.deadline and not request.is_finished:
+                for one in (request, *(fork for fork in request.forks if fork.held_sequence is None)):
+                    one.end("timeout")
+        ended = [request for request in self._live if request.is_finished]
+        for request in ended:
+            request.close()
+            self._scheduler.remove(request)
+        if ended:
+            for request in ended:
+                reason = str(request.finish_reason)
+                self.statistics.n_finished[reason] = self.statistics.n_finished.get(reason, 0) + 1
+                if request.on_update is not None:
+                    request.on_update()
+            self._live = [request for request in self._live if not request.is_finished]
+        self.statistics.n_waiting, self.statistics.n_running = self._scheduler.n_waiting, self._scheduler.n_running
+
+
+def _interrupted(interrupt: BaseException) -> EngineError:
+    return EngineError(
+        "a step was interrupted, and the requests in it cannot go on", got=type(interrupt).__name__, fix="send them again"
+    )

@@ -1,0 +1,177 @@
+"""Which step comes next. Knows sizes and order, no model, no memory and no clock, so that all of it can be tested alone.
+
+A turn is a decode step of everybody who decodes, and then chunks of prompts up to a token budget. Prompts are read one at a
+time: the next request is admitted when the one before it has been read, so each decision about the order is made as late as
+possible, and the memory that only reading needs is reserved once.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, Self, TypeVar
+
+from trt_kv.errors import UsageError
+from trt_kv.runtime.reservation import RequestSize, Reservation
+
+MAX_OVERTAKEN = 64
+"""So many requests of a higher priority that came later may start before a waiting one."""
+
+
+class Schedulable(Protocol):
+    """What the scheduler knows of a request."""
+
+    @property
+    def size(self) -> RequestSize: ...
+
+    @property
+    def priority(self) -> int:
+        """Lower numbers start first."""
+        ...
+
+    @property
+    def forks(self) -> Sequence[Self]:
+        """Requests that go on from this one's prompt, with sequences of their own."""
+        ...
+
+
+R = TypeVar("R", bound=Schedulable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan(Generic[R]):
+    """One step: tokens ``start`` to ``end`` of the prompt of one request ("prefill"), or one token for each ("decode")."""
+
+    phase: Literal["prefill", "decode"]
+    requests: tuple[R, ...]
+    start: int = 0
+    end: int = 0
+    reads_last: bool = False
+    """Whether the prompt has been read when the step is done."""
+
+    @property
+    def n_tokens(self) -> int:
+        return self.end - self.start if self.phase == "prefill" else len(self.requests)
+
+
+@dataclass(kw_only=True)
+class _Waiting(Generic[R]):
+    request: R
+    arrival: int
+    n_overtaken: int = 0
+
+
+class Scheduler(Generic[R]):
+    """Waiting requests, the one whose prompt is read, and those that decode.
+
+    Within a priority, first come, first served: nobody passes a request that has to wait for memory. A request of a higher
+    priority passes others, but each of them at most ``max_overtaken`` times, so none waits for ever.
+    """
+
+    def __init__(
+        self,
+        reservation: Reservation,
+        *,
+        chunk: int,
+        token_budget: int | None = None,
+        max_overtaken: int = MAX_OVERTAKEN,
+    ) -> None:
+        """``chunk``: tokens of a prompt per step; a request's chunks never depend on others. ``token_budget``: tokens of
+        prompts per turn, at least one chunk being read in each; None: ``chunk``.
+        """
+        if token_budget is not None and token_budget < 1:
+            raise UsageError("bad token_budget", got=token_budget, expected="tokens >= 1, or None: one chunk per turn")
+        self.reservation = reservation
+        self._chunk = chunk
+        self._token_budget = chunk if token_budget is None else token_budget
+        self._budget_left = self._token_budget
+        self._max_overtaken = max_overtaken
+        self._arrivals = itertools.count()
+        self._waiting: list[_Waiting[R]] = []
+        self._reading: R | None = None
+        self._n_read = 0
+        self._decoding: list[R] = []
+        self._families: dict[int, tuple[R, ...]] = {}
+        """By the id of each admitted request and fork: the request that reserved for all of them, and its forks."""
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def n_running(self) -> int:
+        """Sequences that have been admitted and have not ended."""
+        return len(self._decoding) + (self._reading is not None)
+
+    def __contains__(self, request: R) -> bool:
+        """Whether a request is waiting, or has been admitted and not removed."""
+        return id(request) in self._families or any(entry.request is request for entry in self._waiting)
+
+    @property
+    def waiting(self) -> list[R]:
+        """Requests that have not been admitted, in order of arrival."""
+        return [entry.request for entry in self._waiting]
+
+    def add(self, request: R) -> None:
+        """Put a request into the queue; ``CapacityError`` where it can never be served."""
+        self.reservation.check(request.size)
+        self._waiting.append(_Waiting(request=request, arrival=next(self._arrivals)))
+
+    def schedule(self) -> StepPlan[R] | None:
+        """The next step; None where there is nothing to do. Its runner calls ``complete``, or ``remove`` where it failed."""
+        if self._reading is None:
+            self._admit()
+        if self._reading is not None:
+            n_prompt = self._reading.size.n_prompt
+            end = min(self._n_read + self._chunk, n_prompt)
+            n_tokens = end - self._n_read
+            if not self._decoding or self._budget_left == self._token_budget or self._budget_left >= n_tokens:
+                self._budget_left -= n_tokens
+                return StepPlan(
+                    phase="prefill", requests=(self._reading,), start=self._n_read, end=end, reads_last=end == n_prompt
+                )
+        self._budget_left = self._token_budget
+        return StepPlan(phase="decode", requests=tuple(self._decoding)) if self._decoding else None
+
+    def complete(self, plan: StepPlan[R]) -> None:
+        """The step has been run: whoever's prompt has been read decodes from here on, and its forks beside it."""
+        if plan.phase == "decode":
+            return
+        (request,) = plan.requests
+        self._n_read = plan.end
+        if plan.reads_last:
+            self._reading = None
+            self.reservation.finish_reading(id(request))
+            self._decoding += [request, *request.forks]
+
+    def remove(self, request: R) -> None:
+        """The request has ended, however: it is not planned any more, and what it reserved is free when its forks have ended.
+
+        Nothing, where it is not here; so it may be called again where it was interrupted.
+        """
+        self._waiting = [entry for entry in self._waiting if entry.request is not request]
+        self._decoding = [other for other in self._decoding if other is not request]
+        if self._reading is request:
+            self._reading = None
+        family = self._families.get(id(request), (request,))
+        if not any(member is self._reading or member in self._decoding for member in family):
+            self.reservation.release(id(family[0]))
+            for member in family:
+                self._families.pop(id(member), None)
+
+    def _admit(self) -> None:
+        """Begin to read the prompt of whoever's turn it is, if there is room for it now."""
+        self._waiting = [entry for entry in self._waiting if id(entry.request) not in self._families]
+        if not self._waiting:
+            return
+        passed_by = [entry for entry in self._waiting if entry.n_overtaken >= self._max_overtaken]
+        first = min(passed_by or self._waiting, key=lambda e: (0 if passed_by else e.request.priority, e.arrival))
+        request = first.request
+        if not self.reservation.reserve(id(request), request.size):
+            return
+        family = (request, *request.forks)
+        for member in family:
+            self._families[id(member)] = family
+        self._reading, self._n_read = request, 0
+        self._waiting.remove(first)
+        for entry in self._waiting:
+            entry.n_overtaken += entry.arrival < first.arrival

@@ -1,0 +1,219 @@
+"""Runs calibration prompts through a checkpoint: recipes and drift thresholds."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from trt_kv.drift import ALWAYS, Drift, drift_settings
+from trt_kv.errors import CheckpointError, UsageError
+from trt_kv.pipeline.callbacks import OnNote, OnProgress
+from trt_kv.pipeline.continuation import continue_greedily
+from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
+from trt_kv.policy import Policy
+from trt_kv.presets import is_bundled
+from trt_kv.program import PHASES, Program, program_of
+from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score
+
+if TYPE_CHECKING:
+    import torch
+
+    from trt_kv.calibration.drift import Trace, TraceOf
+    from trt_kv.calibration.prefixkv import Importance
+    from trt_kv.export.checkpoints.base import Checkpoint
+
+CALIBRATION_TOKENS = 1024
+
+
+def recipe_from_prompts(
+    checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan, *, on_progress: OnProgress, on_note: OnNote
+) -> Recipe:
+    """The recipe that ``policy`` needs, found on the prompts of ``plan``."""
+    from trt_kv.calibration.prefixkv import calibrate_prefixkv
+
+    _tell_what_prompts(checkpoint, plan, on_note)
+    prompts, where = _calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS)
+    return calibrate_prefixkv(
+        prompts,
+        importance_of(checkpoint, policy, max(len(ids) for ids in prompts)),
+        budget=policy.kept,
+        score=recipe_score(policy),
+        model=recipe_model(checkpoint),
+        source=where,
+        seed=plan.seed,
+        protected=Protected(sinks=policy.sinks, recent=policy.recent),
+        on_sample=lambda done, total: on_progress("calibrating", done, total),
+    )
+
+
+def drift_from_prompts(
+    checkpoint: "Checkpoint",
+    policy: Policy,
+    plan: CalibrationPlan,
+    drift: DriftPlan,
+    recipe: Recipe | None,
+    *,
+    on_progress: OnProgress,
+    on_note: OnNote,
+) -> Drift:
+    """Thresholds at the rate of ``drift``, measured while the model continues the prompts of ``plan`` under ``policy``.
+
+    Where trt-kv makes the prompts itself, they are twice as long as what a step attends to, so that pages are chosen.
+    """
+    from trt_kv.calibration.drift import calibrate_drift
+
+    _tell_what_prompts(checkpoint, plan, on_note)
+    prompts, where = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens))
+    kept_shares = recipe.kept if recipe is not None else None
+    longest = max(len(ids) for ids in prompts)
+    return calibrate_drift(
+        prompts,
+        drift_trace_of(checkpoint, policy, longest, drift.new_tokens, page_size=drift.page_size, kept_shares=kept_shares),
+        correction_rate=drift.correction_rate,
+        model=recipe_model(checkpoint),
+        settings=drift_settings(policy, drift.page_size),
+        source=where,
+        seed=plan.seed,
+        max_new_tokens=drift.new_tokens,
+        on_sample=lambda done, total: on_progress("measuring queries", done, total),
+    )
+
+
+def importance_of(
+    checkpoint: "Checkpoint", policy: Policy, max_tokens: int, page_size: int = DEFAULT_PAGE_SIZE
+) -> "Importance":
+    """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the ops that score at run time.
+
+    It ranks as the recipe for ``policy`` does (``recipe_score``), in every layer.
+    """
+    from trt_kv.runtime.backends.host.store import HostKvPool
+    from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+    from trt_kv.runtime.model_runner import ModelRunner
+
+    config = checkpoint.config
+    n_pages = config.n_layers * -(-max_tokens // page_size)
+    pool = HostKvPool(n_pages=n_pages, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+    score = recipe_score(policy)
+    scoring = Policy(
+        name="scoring",
+        summary="",
+        score=score.name,
+        budget="uniform",
+        window=score.window or policy.window,
+        heads=score.heads,
+        pooling=score.pooling,
+    )
+    programs = _programs(checkpoint, scoring, page_size)
+    return ModelRunner(TorchDecoderExecutor(_decoder(checkpoint)), pool, programs).importance
+
+
+def drift_trace_of(
+    checkpoint: "Checkpoint",
+    policy: Policy,
+    max_tokens: int,
+    new_tokens: int,
+    *,
+    page_size: int,
+    kept_shares: Sequence[float] | None = None,
+) -> "TraceOf":
+    """Continues prompts of up to ``max_tokens`` by ``new_tokens`` of the likeliest tokens, or to the end of the text.
+
+    The pages of ``policy``, each chosen with the step's own query; the torch decoder, and the whole cache in one pool.
+    """
+    from trt_kv.calibration.drift import DriftRecorder
+    from trt_kv.plugins.registry import kernel
+    from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+    from trt_kv.runtime.backends.host.store import HostKvPool
+    from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+    from trt_kv.runtime.model_runner import ModelRunner
+
+    config = checkpoint.config
+    new_tokens = min(new_tokens, config.max_positions)
+    pool = HostKvPool(
+        n_pages=config.n_layers * -(-min(max_tokens + new_tokens, config.max_positions) // page_size),
+        page_size=page_size,
+        n_kv_heads=config.n_kv_heads,
+        head_size=config.head_dim,
+        n_query_heads=config.n_heads,
+    )
+    programs = _programs(checkpoint, dataclasses.replace(policy, drift="fixed", tau=ALWAYS), page_size, kept_shares)
+    recorder = DriftRecorder(kernel("RecallAttention", "cpu"))
+    kernels = {"RecallAttention": recorder}
+    steps = SplitStepExecutor(TorchDecoderExecutor(_decoder(checkpoint)), programs, kernels=kernels)
+    runner = ModelRunner(steps, pool, programs, decode=policy.decode)
+
+    def trace_of(token_ids: Sequence[int]) -> "Trace":
+        n_steps = min(new_tokens, config.max_positions - len(token_ids))
+        continue_greedily(runner, token_ids, n_steps, checkpoint.eos_token_ids)
+        return recorder.taken()
+
+    return trace_of
+
+
+def recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
+    """What a recipe or thresholds say of the model that they are for."""
+    return RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
+
+
+def _tell_what_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, on_note: OnNote) -> None:
+    if plan.prompts is None and not is_bundled(checkpoint.location):
+        on_note("no PROMPTS given: calibrating on trt-kv's synthetic English; prompts like your users' are better")
+
+
+def _programs(
+    checkpoint: "Checkpoint", policy: Policy, page_size: int, kept_shares: Sequence[float] | None = None
+) -> Mapping[str, Program]:
+    config = checkpoint.config
+    return {
+        phase: program_of(
+            policy,
+            phase=phase,
+            n_layers=config.n_layers,
+            scale=config.head_dim**-0.5,
+            page_size=page_size,
+            kept_shares=kept_shares,
+        )
+        for phase in PHASES
+    }
+
+
+def _decoder(checkpoint: "Checkpoint") -> "torch.nn.Module":
+    from trt_kv.export.decoder import decoder_from_checkpoint
+
+    return decoder_from_checkpoint(checkpoint, _calibration_dtype(checkpoint))
+
+
+def _calibration_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
+    """fp32 where the weights then fit into half of the free memory; else the checkpoint's own type, mapped from its files."""
+    import torch
+
+    from trt_kv.runtime.memory import available_bytes
+
+    n_weights = sum(math.prod(shape) for shape in checkpoint.config.tensor_shapes().values())
+    return torch.float32 if 4 * n_weights < available_bytes() // 2 else checkpoint.tensor(checkpoint.tensor_names[0]).dtype
+
+
+def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundled_tokens: int) -> tuple[list[list[int]], str]:
+    """Token ids of the calibration prompts, and where they come from; the bundled ones are made ``bundled_tokens`` long."""
+    from trt_kv.calibration.prompt_files import prompts_from_file
+    from trt_kv.calibration.tasks import calibration_prompts
+    from trt_kv.runtime.text.detokenizer import load_tokenizer
+
+    limit = checkpoint.config.max_positions
+    if plan.prompts is None:
+        tasks = calibration_prompts(plan.samples, context_length=min(bundled_tokens, limit), seed=plan.seed)
+        texts, where = [task.prompt for task in tasks], "bundled synthetic English, calibration split"
+    else:
+        texts, where = prompts_from_file(plan.prompts), plan.prompts.name
+        texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
+    tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
+    prompts = [list(tokenizer.encode(text).ids) for text in texts]
+    for text, ids in zip(texts, prompts, strict=True):
+        if len(ids) > limit:
+            raise UsageError(
+                "a calibration prompt is longer than the model's positions",
+                got=f"{len(ids)} tokens: {text[:40]!r}...",
+                expected=f"at most {limit}",
+            )
+    return prompts, where

@@ -1,0 +1,186 @@
+"""What ``trt-kv doctor`` finds out. Nothing here installs, changes or downloads anything."""
+
+import enum
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from trt_kv import __file__ as package_file
+from trt_kv import __version__
+from trt_kv.errors import CheckpointError, MissingDependencyError
+from trt_kv.presets import PRESETS, Preset
+from trt_kv.require import BASE, EXTRAS, SEPARATE, install_command, require
+
+GIB = 1024**3
+OLDEST_MAJOR = 8
+"""The oldest compute capability that the kernels are compiled for in tests: that of A100."""
+
+
+class State(enum.Enum):
+    """How a finding counts: only ``MISSING`` makes doctor fail."""
+
+    OK = "ok"
+    OPTIONAL = "optional"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report; ``fix`` is a command or an instruction, empty where there is nothing to do."""
+
+    section: str
+    name: str
+    state: State
+    text: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at this machine and this installation; takes seconds, because torch and onnxruntime are really imported."""
+    return [*_machine(), *_packages(), *_backends(), *map(_bundled_model, PRESETS.values())]
+
+
+def _machine() -> Iterator[Finding]:
+    section = "machine"
+    yield Finding(section=section, name="trt-kv", state=State.OK, text=f"{__version__} in {Path(package_file).parent}")
+    yield Finding(section=section, name="python", state=State.OK, text=f"{platform.python_version()} ({sys.executable})")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding(section=section, name="cores", state=State.OK, text=f"{usable} usable of {os.cpu_count()}")
+    yield Finding(section=section, name="memory", state=State.OK, text=_memory())
+
+
+def _memory() -> str:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return f"{total / GIB:.1f} GiB"
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    return f"{available / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
+
+
+def _packages() -> Iterator[Finding]:
+    for package in BASE:
+        yield _package("packages that everything needs", package, State.MISSING)
+    for extra, packages in EXTRAS.items():
+        for package in packages:
+            yield _package(f"packages of the extra '{extra}'", package, State.OPTIONAL)
+
+
+def _package(section: str, package: str, absent: State) -> Finding:
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(section=section, name=package, state=absent, text="not installed", fix=install_command(package) or "")
+    return Finding(section=section, name=package, state=State.OK, text=version)
+
+
+def _backends() -> Iterator[Finding]:
+    section = "what can run an engine"
+    # An absent package stands among the packages already; here it is asked whether it works.
+    if importlib.util.find_spec("onnxruntime") is not None:
+        yield _onnxruntime(section)
+    if importlib.util.find_spec("torch") is not None:
+        yield from _torch(section)
+    for package in SEPARATE:
+        if importlib.util.find_spec(package) is None:
+            yield Finding(
+                section=section,
+                name=package,
+                state=State.OPTIONAL,
+                text="not found; of use with an NVIDIA GPU only",
+                fix=install_command(package) or "",
+            )
+        else:
+            yield _accelerator(section, package)
+
+
+def _accelerator(section: str, package: str) -> Finding:
+    """An optional package that is installed: its version, or why it does not load."""
+    try:
+        version = getattr(require(package), "__version__", "found")
+    except (ImportError, OSError, MissingDependencyError) as error:
+        fix = install_command(package) or ""
+        return Finding(
+            section=section, name=package, state=State.OPTIONAL, text=f"does not load: {_first_line(error)}", fix=fix
+        )
+    runs = "builds and runs engines for --target tensorrt" if package.startswith("tensorrt") else "compiles kernels"
+    return Finding(section=section, name=package, state=State.OK, text=f"{version}; {runs}")
+
+
+def _onnxruntime(section: str) -> Finding:
+    name = "onnxruntime providers"
+    try:
+        providers = require("onnxruntime").get_available_providers()
+    except (ImportError, OSError) as error:
+        return _unusable(section, name, "onnxruntime", error)
+    return Finding(section=section, name=name, state=State.OK, text=", ".join(providers))
+
+
+def _torch(section: str) -> Iterator[Finding]:
+    try:
+        torch = require("torch")
+    except (ImportError, OSError) as error:
+        yield _unusable(section, "torch", "torch", error)
+        return
+    yield Finding(section=section, name="torch CPU", state=State.OK, text=f"{torch.get_num_threads()} threads")
+    if torch.cuda.is_available():
+        devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        yield Finding(section=section, name="torch CUDA", state=State.OK, text=f"CUDA {torch.version.cuda}: {devices}")
+    else:
+        yield Finding(section=section, name="torch CUDA", state=State.OPTIONAL, text="no usable GPU; the CPU does the work")
+    yield _device(section, torch)
+
+
+def _device(section: str, torch: ModuleType) -> Finding:
+    """Whether ``--device cuda`` works."""
+    name = "--device cuda"
+    if not torch.cuda.is_available():
+        fix = "needs an NVIDIA GPU, its driver, and a build of torch for CUDA"
+        return Finding(section=section, name=name, state=State.OPTIONAL, text="not usable: no GPU", fix=fix)
+    try:
+        triton = require("triton").__version__
+    except (ImportError, OSError, MissingDependencyError) as error:
+        text, fix = f"not usable without Triton: {_first_line(error)}", install_command("triton") or ""
+        return Finding(section=section, name=name, state=State.OPTIONAL, text=text, fix=fix)
+    major, minor = torch.cuda.get_device_capability(0)
+    if major < OLDEST_MAJOR:
+        text = f"not tried on compute capability {major}.{minor}; kernels are made for {OLDEST_MAJOR}.0 and newer"
+        return Finding(section=section, name=name, state=State.OPTIONAL, text=text)
+    text = f"runs engines built for onnxruntime: Triton {triton}, compute capability {major}.{minor}"
+    return Finding(section=section, name=name, state=State.OK, text=text)
+
+
+def _bundled_model(preset: Preset) -> Finding:
+    """Whether the preset's bundled checkpoint has its files, readable JSON and weights as long as their header says."""
+    from trt_kv.export.checkpoints.safetensors_file import read_safetensors_header
+
+    folder = preset.bundled_folder
+    section, name = "bundled models", f"{preset.name} ({preset.bundled})"
+    try:
+        for file in ("config.json", "tokenizer.json"):
+            json.loads((folder / file).read_text(encoding="utf-8"))
+        tensors = read_safetensors_header(folder / "model.safetensors")
+    except (OSError, ValueError, CheckpointError) as error:
+        fix = "install trt-kv again; its files are damaged"
+        return Finding(section=section, name=name, state=State.MISSING, text=_first_line(error), fix=fix)
+    n_parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    return Finding(section=section, name=name, state=State.OK, text=f"{n_parameters / 1e6:.1f} M parameters in {folder}")
+
+
+def _unusable(section: str, name: str, package: str, error: Exception) -> Finding:
+    """A base package that is installed and does not load, e.g. for want of a shared library."""
+    fix = install_command(package) or ""
+    return Finding(section=section, name=name, state=State.MISSING, text=_first_line(error), fix=fix)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,151 @@
+"""The parts of a request: which model, how it is calibrated, what runs the engine and where. Each refuses what means nothing.
+
+Messages name the options of the command line that fill the fields.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trt_kv.drift import check_correction_rate
+from trt_kv.errors import UnknownNameError, UsageError
+from trt_kv.manifest import DTYPES
+from trt_kv.presets import preset
+from trt_kv.runtime.backends.devices import HOST, DeviceOptions
+
+DEFAULT_CORRECTION_RATE = 0.1
+DEFAULT_NEW_TOKENS = 64
+DEFAULT_PAGE_SIZE = 32
+TARGETS = ("onnxruntime", "tensorrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where the weights come from: the preset ``model``, or ``checkpoint`` (a folder or a hub id) read as that preset."""
+
+    model: str
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        preset(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPlan:
+    """How a recipe or thresholds are found: ``samples`` prompts drawn with ``seed`` from ``prompts``.
+
+    A file of them; None: the bundled task.
+    """
+
+    prompts: Path | None = None
+    samples: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UsageError("a calibration needs at least one prompt", got=self.samples, expected="--samples >= 1")
+        if self.seed < 0:
+            raise UsageError("a seed counts from zero", got=self.seed, expected="--seed >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftPlan:
+    """How drift thresholds are found: read from ``file``, or at the correction rate ``rate`` from ``tokens`` generated after
+    each calibration prompt, recalling pages of ``page_size`` tokens. None: the default.
+    """
+
+    file: Path | None = None
+    rate: float | None = None
+    tokens: int | None = None
+    page_size: int = DEFAULT_PAGE_SIZE
+
+    def __post_init__(self) -> None:
+        check_page_size(self.page_size)
+        check_correction_rate(self.correction_rate, error=UsageError)
+        if self.new_tokens < 1:
+            raise UsageError("drift is measured on generated tokens", got=self.tokens, expected="--new-tokens >= 1")
+        if self.file is not None and self.tokens is not None:
+            raise UsageError(
+                "thresholds are read or measured",
+                got="--drift and --new-tokens",
+                expected="one of the two",
+                fix="leave one out",
+            )
+
+    @property
+    def correction_rate(self) -> float:
+        return DEFAULT_CORRECTION_RATE if self.rate is None else self.rate
+
+    @property
+    def new_tokens(self) -> int:
+        return DEFAULT_NEW_TOKENS if self.tokens is None else self.tokens
+
+    @property
+    def given(self) -> list[str]:
+        """The options that were given."""
+        options = {"--drift": self.file, "--correction-rate": self.rate, "--new-tokens": self.tokens}
+        return [f"{name} {value}" for name, value in options.items() if value is not None]
+
+
+def check_page_size(page_size: int) -> None:
+    """``UsageError`` unless a page holds tokens."""
+    if page_size < 1:
+        raise UsageError("a page holds tokens", got=page_size, expected="--page-size >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetPlan:
+    """What runs the engine, and how it is compiled. ``page_size``: tokens per page of the KV cache. ``dtype``: what it computes
+    in. ``profile`` (a preset or a .json file) and ``timing_cache`` are TensorRT's; None: the default.
+    """
+
+    target: str = "onnxruntime"
+    profile: str | None = None
+    dtype: str | None = None
+    timing_cache: Path | None = None
+    page_size: int = DEFAULT_PAGE_SIZE
+
+    def __post_init__(self) -> None:
+        check_page_size(self.page_size)
+        if self.target not in TARGETS:
+            raise UnknownNameError("target", self.target, TARGETS)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UnknownNameError("type", self.dtype, DTYPES)
+        given = {"--profile": self.profile, "--timing-cache": self.timing_cache}
+        needless = [name for name, value in given.items() if value is not None]
+        if self.target != "tensorrt" and needless:
+            raise UsageError(
+                f"{needless[0]} is for TensorRT",
+                got=f"--target {self.target}",
+                fix=f"add --target tensorrt, or leave {needless[0]} out",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceChoice:
+    """Where an engine runs, and how it is made to fit there; None: the default. Whether there is such a GPU is not asked."""
+
+    device: str = HOST
+    dense: str | None = None
+    dtype: str | None = None
+    profile: str | None = None
+
+    def __post_init__(self) -> None:
+        DeviceOptions(dense=self.dense, dtype=self.dtype)  # refuses unknown names
+        given = {"--dense": self.dense, "--dtype": self.dtype, "--profile": self.profile}
+        needless = [name for name, value in given.items() if value is not None]
+        if self.on_host and needless:
+            raise UsageError(
+                f"{needless[0]} is for devices",
+                got=f"--device {self.device}",
+                fix=f"add --device cuda, or leave {needless[0]} out",
+            )
+
+    @property
+    def on_host(self) -> bool:
+        return self.device == HOST
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of ``Engine.load``."""
+        return dict(vars(self))

@@ -1,0 +1,5 @@
+"""Nothing is ranked, because nothing leaves."""
+
+from trt_kv.score import Score
+
+SCORE = Score(name="none", summary="no ranking: every token is kept", ranks="nothing")
