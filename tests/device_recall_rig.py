@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.device_recall_cases import BLOCKWISE, CASES, SLOW_CASES, Case
+from tests.interpreted import prepare
 from trt_kv.plugins.recall_attention.spec import SPEC
 from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program
@@ -342,7 +343,5 @@ def errors_of(cases: Sequence[Case]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
-    np.seterr(divide="ignore")  # log2(0) is meant
-    torch.set_num_threads(1)
+    prepare()
     Path(sys.argv[2]).write_text(json.dumps(errors_of(SLOW_CASES if sys.argv[1] == "slow" else (*CASES, BLOCKWISE))))

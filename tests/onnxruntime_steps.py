@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tests.device_steps import CHUNK, Side, requests
+from tests.interpreted import prepare
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.cuda.decoder import DeviceDecoder
@@ -65,9 +66,7 @@ def _pool_sizes(manifest: Manifest) -> dict[str, int]:
 
 
 def main(results: str, *engines: str) -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
-    np.seterr(divide="ignore")  # log2(0) is meant
+    prepare()
     arrays: dict[str, np.ndarray] = {}
     for engine in map(Path, engines):
         found = requests(on_device(engine, segments_of(engine, device="cpu"), device="cpu"))

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.interpreted import prepare
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moves:
@@ -59,6 +61,7 @@ def moved(case: Moves, device: str) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
+    prepare()
     for case in CASES:
         arrays = {name: tensor.numpy() for name, tensor in moved(case, "cpu").items()}
         np.savez(Path(sys.argv[1]) / f"{case.name}.npz", **arrays)  # type: ignore[arg-type]

@@ -28,6 +28,8 @@ from trt_kv.runtime.backends.host.recall.store import RamTier
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
+pytestmark = pytest.mark.early
+
 BY_NAME = {contender.name: contender.policy for contender in host_contenders()}
 FULL = Plan(policy=policy_from_name("full"))
 KEPT = 0.15

@@ -23,6 +23,8 @@ from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
 
+pytestmark = pytest.mark.early
+
 Recorded = tuple[list[tuple[Step, StepResult]], KvPool[Any]]
 
 LIMITS: dict[str, Any] = {"tokens": 30, "sinks": 4, "recent": 6}
@@ -36,7 +38,14 @@ POLICIES = {
 }
 
 
-@pytest.fixture(scope="module", params=POLICIES.values(), ids=list(POLICIES))
+SLOW = {"freekv_but_layer_1"}
+"""Quest and ArkVale have a layer too that stays on the device."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(policy, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, policy in POLICIES.items()],
+)
 def folder(request: pytest.FixtureRequest, small_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine of the small random checkpoint, with pages of 5 tokens, that recalls fewer pages than there are."""
     policy: Policy = request.param

@@ -22,6 +22,8 @@ from trt_kv.policy import Policy
 from trt_kv.profiles import build_profile
 from trt_kv.program import PHASES
 
+pytestmark = pytest.mark.early
+
 FREEKV = policy_from_name("freekv")
 BUDGET_FOUND = dataclasses.replace(FREEKV, budget="unimetric", tokens=0)
 POLICIES = {
@@ -40,7 +42,13 @@ def build(tensorrt: ModuleType) -> Iterator[ModuleType]:
     deregister_plugins()
 
 
-@pytest.fixture(scope="module", params=POLICIES.values(), ids=list(POLICIES))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(POLICIES["freekv_but_layer_1"], id="freekv_but_layer_1", marks=pytest.mark.slow),
+        pytest.param(POLICIES["freekv_budget_found"], id="freekv_budget_found"),
+    ],
+)
 def exported(
     request: pytest.FixtureRequest, small_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EngineRequest, Path]:
@@ -118,6 +126,7 @@ def check_shaped_network(network: dict[str, Any], config: ModelConfig) -> None:
     assert network["outputs"][f"budget_{last}"] == {"type": "INT64", "shape": [-1]}
 
 
+@pytest.mark.slow
 def test_llama_31_8b_that_recalls_parses_with_plugins_in_every_layer(build: Any, tmp_path: Path) -> None:
     from trt_kv.export.targets.tensorrt_network import check_network, describe_network, network_from_onnx
 

@@ -34,7 +34,7 @@ ATOL = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.4}
 
 Results = dict[str, np.ndarray]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.early]
 
 
 @pytest.fixture(scope="module")
