@@ -53,7 +53,7 @@ def tasks_from_file(path: Path) -> list[FileTask]:
 
 
 def normalised(text: str) -> str:
-    """``text`` with single spaces where it has white space, and none at its ends."""
+    """``text`` with each run of white space replaced by one space, and none at its ends."""
     return " ".join(text.split())
 
 

@@ -66,7 +66,7 @@ def _remove_leftovers(destination: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process; ``BlockingIOError`` where another process holds it."""
+    """Hold the folder's lock, which ends with the process; ``BlockingIOError`` if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -177,7 +177,7 @@ class Drift:
 
     @property
     def taus(self) -> list[float | None]:
-        """Each layer's threshold; None where the layer is exempt."""
+        """Each layer's threshold; None if the layer is exempt."""
         found = {layer.layer: layer.tau for layer in self.layers}
         return [found.get(layer) for layer in range(self.model.n_layers)]
 

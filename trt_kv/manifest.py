@@ -101,7 +101,7 @@ class Manifest:
 
     @property
     def taus(self) -> list[float | None]:
-        """Each layer's drift threshold, as the decode graph's ops have it; None where nothing is recalled."""
+        """Each layer's drift threshold, as the decode graph's ops have it; None if nothing is recalled."""
         recalls = recall_nodes(self.programs["decode"])
         return [None if recall is None else float(recall.attributes["tau"]) for recall in recalls]
 
@@ -164,7 +164,7 @@ def how_to_rebuild(folder: Path, reproduce: object) -> str:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of an engine folder; ``EngineError`` where there is none or it cannot be read."""
+    """The manifest of an engine folder; ``EngineError`` if there is none or it cannot be read."""
     path = folder / FILE_NAME
     if not path.is_file():
         raise EngineError(

@@ -26,7 +26,7 @@ BUDGETS = {
     "constant": "every layer keeps `tokens` tokens, however long the prompt is",
     "pyramid": "shares fall linearly from the first layer to the last (PyramidKV); their mean is the kept share",
     "recipe": "each layer keeps the share that a calibrated recipe gives it (PrefixKV)",
-    "unimetric": "each layer keeps tokens with 1 - `threshold` of the attention norm, computed for each input (ReFreeKV)",
+    "unimetric": "each layer keeps tokens that hold 1 - `threshold` of the attention norm, computed per input (ReFreeKV)",
 }
 RESIDENCIES = {
     "dropped": "tokens outside the budget are evicted, and their pages return to the pool",

@@ -56,7 +56,7 @@ def program_of(
     """The KV ops that ``policy`` puts into each layer in ``phase`` ("prefill" or "decode").
 
     ``kept_shares`` gives each layer's kept share in (0, 1], for policies that need a recipe; without it every layer keeps
-    ``policy.kept``. ``taus`` gives each layer's drift threshold, where drift is calibrated; without it every layer has
+    ``policy.kept``. ``taus`` gives each layer's drift threshold, if drift is calibrated; without it every layer has
     ``policy.tau``. Prefill scores and evicts once, with the prompt's last token. Decode only attends, except for policies that
     continue to rank (decode "rank"); decode "row" only affects which slot the runtime writes to. With a host-resident cache,
     one op attends, recalls pages and stores the query in both phases, and nothing is evicted.
@@ -89,7 +89,7 @@ def finds_budgets(program: Program) -> bool:
 
 
 def eviction_nodes(program: Program) -> list[OpNode | None]:
-    """Each layer's EvictTokens; None where nothing is evicted."""
+    """Each layer's EvictTokens; None if nothing is evicted."""
     return [next((node for node in nodes if node.op == "EvictTokens"), None) for nodes in program]
 
 

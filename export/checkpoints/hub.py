@@ -26,7 +26,7 @@ def resolve_checkpoint(model: str | None, checkpoint: str | None) -> Path:
     """The checkpoint's folder: ``checkpoint`` (a folder, or a hub id ``owner/name``), else the one bundled for
     preset ``model``. An empty string counts as not given.
 
-    A hub id is looked up, and downloaded where needed, by huggingface_hub with its cache, token, endpoint and offline mode.
+    A hub id is looked up, and downloaded if needed, by huggingface_hub with its cache, token, endpoint and offline mode.
     Raises ``UnknownNameError`` for an unknown model, ``UsageError`` if neither is given, and ``CheckpointError`` if there is
     no such folder or the repository cannot be downloaded.
     """

@@ -51,7 +51,7 @@ def command(
       trt-kv build
       trt-kv build --policy prefixkv --budget 0.3 --score window --out engines/small
       trt-kv build --policy freekv --set tokens=512 drift=calibrated --correction-rate 0.05
-      trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/yardstick
+      trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/full
       trt-kv build --checkpoint ~/models/Llama-3.1-8B --target tensorrt --profile datacenter --dtype bfloat16
     """
     request = BuildRequest(
