@@ -23,6 +23,7 @@ MODULES = {
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
     "recall_timeline": "benchmarks.speed.recall_timeline",
+    "serving_core": "benchmarks.serving.serving_core",
 }
 """The benchmarks by name, in the order in which they run; each module has a function ``run``."""
 RESULTS = Path(__file__).parent / "results"

@@ -89,11 +89,11 @@ class Timings:
     def row(self, side: str) -> dict[str, float]:
         """Median and percentiles of one side, ms."""
         p10, median, p90 = np.percentile(self.samples_ms[side], [10, 50, 90])
-        return {"median_ms": _rounded(median), "p10_ms": _rounded(p10), "p90_ms": _rounded(p90)}
+        return {"median_ms": rounded(median), "p10_ms": rounded(p10), "p90_ms": rounded(p90)}
 
     def ratio(self, side: str, base: str) -> float:
         """median(side) / median(base)."""
-        return _rounded(np.median(self.samples_ms[side]) / np.median(self.samples_ms[base]))
+        return rounded(np.median(self.samples_ms[side]) / np.median(self.samples_ms[base]))
 
     def interval(self, side: str, base: str) -> str:
         """Where the ratio of medians lies in 95 % of 1000 resamplings of the rounds: how far noise could move it."""
@@ -204,12 +204,19 @@ def show(document: Mapping[str, Any], console: Console) -> None:
         console.print(f"{verdict}: {target['what']}: {target['measured']} (at most {target['limit']})")
 
 
+def markdown_table(rows: Sequence[Row]) -> str:
+    """A table in Markdown; the columns are named as in the results file, with spaces."""
+    head = [column.replace("_", " ") for column in rows[0]]
+    lines = [head, ["---"] * len(head), *(["" if value is None else str(value) for value in row.values()] for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def _busy_seconds_of_others() -> float:
     """CPU seconds that everything but this process and its finished children has used since the machine started."""
     system, own = psutil.cpu_times(), os.times()
     return float(sum(system) - system.idle - system.iowait - sum(own[:4]))
 
 
-def _rounded(value: Any) -> float:
+def rounded(value: Any) -> float:
     """Four significant digits: more would be noise."""
     return float(f"{float(value):.4g}")

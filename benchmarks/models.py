@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import numpy as np
 import onnx
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer
 
+from trt_kv.calibration.prefixkv import calibrate_prefixkv_budgets
+from trt_kv.calibration.tasks import calibration_prompts
 from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.split import pieces_from_graph, save_pieces
@@ -20,7 +24,8 @@ from trt_kv.manifest import AttentionPort, Piece
 from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, program_of
+from trt_kv.program import PHASES, Program, program_of
+from trt_kv.recipe import RecipeModel, RecipeScore
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 from trt_kv.runtime.backends.host.store import HostKvPool
@@ -29,7 +34,8 @@ from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 
 PAGE_SIZE = 32
 FULL = policy_from_name("full")
-MASS = dataclasses.replace(policy_from_name("prefixkv"), budget="uniform", kept=1.0)
+PREFIXKV = policy_from_name("prefixkv")
+MASS = dataclasses.replace(PREFIXKV, budget="uniform", kept=1.0)
 """Scores every prompt query and keeps everything, so that only scoring is measured."""
 WINDOW = dataclasses.replace(MASS, score="window", window=32)
 DESCRIPTION_FILE = "model.json"
@@ -137,20 +143,51 @@ def model_runner(
     implementation: str = "cpu",
 ) -> ModelRunner:
     """A runner of ``policy`` with the given pool, or a new one for ``cache_tokens`` tokens in every layer."""
-    pool = pool or HostKvPool(
+    pool = pool or host_pool(config, cache_tokens)
+    programs = programs_of(policy, config, page_size=pool.page_size, kept_shares=kept_shares)
+    return ModelRunner(executor, pool, programs, chunk=chunk, implementation=implementation)
+
+
+def host_pool(config: ModelConfig, cache_tokens: int) -> HostKvPool:
+    """A pool for ``cache_tokens`` tokens in every layer."""
+    return HostKvPool(
         n_pages=config.n_layers * -(-cache_tokens // PAGE_SIZE),
         page_size=PAGE_SIZE,
         n_kv_heads=config.n_kv_heads,
         head_size=config.head_dim,
     )
+
+
+def programs_of(
+    policy: Policy, config: ModelConfig, *, page_size: int = PAGE_SIZE, kept_shares: list[float] | None = None
+) -> dict[str, Program]:
+    """The policy's programs by phase; ``kept_shares``: of each layer, for a policy whose budgets are calibrated."""
     scale = config.head_dim**-0.5
-    programs = {
+    return {
         phase: program_of(
-            policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=pool.page_size, kept_shares=kept_shares
+            policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=page_size, kept_shares=kept_shares
         )
         for phase in PHASES
     }
-    return ModelRunner(executor, pool, programs, chunk=chunk, implementation=implementation)
+
+
+def calibrated_shares(
+    checkpoint: Checkpoint, model: ExportedModel, executor: DenseExecutor, *, budgets: Sequence[float]
+) -> dict[float, list[float]]:
+    """PrefixKV's kept share of each layer by budget, calibrated on four synthetic prompts."""
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    prompts = [tokenizer.encode(task.prompt).ids for task in calibration_prompts(4, context_length=512, seed=0)]
+    scored = dataclasses.replace(PREFIXKV, budget="uniform")
+    recipes = calibrate_prefixkv_budgets(
+        prompts,
+        model_runner(executor, model.config, policy=scored, cache_tokens=1024).importance,
+        budgets=budgets,
+        score=RecipeScore(name="mass"),
+        model=RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=model.config.n_layers),
+        source="bundled synthetic English, calibration split",
+        seed=0,
+    )
+    return {recipe.budget: list(recipe.kept) for recipe in recipes}
 
 
 def random_tokens(n_tokens: int, vocab_size: int, *, seed: int = 0) -> list[int]:

@@ -1,11 +1,9 @@
 """The measured part of docs/kvpress.md from the results file: ``python -m benchmarks.kvpress.docs`` writes it anew."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.harness import load
+from benchmarks.harness import load, markdown_table
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "kvpress.md"
@@ -22,19 +20,10 @@ def measured_section() -> str:
         f"kvpress {settings['kvpress']} on transformers {settings['transformers']}; the bundled model, prompts of "
         f"{', '.join(map(str, lengths))} and {last} tokens. Tokens are means over prompts, layers and KV heads."
     )
-    tables = [f"**{caption[0].upper()}{caption[1:]}**\n\n{_table(rows)}" for caption, rows in document["tables"].items()]
+    tables = [
+        f"**{caption[0].upper()}{caption[1:]}**\n\n{markdown_table(rows)}" for caption, rows in document["tables"].items()
+    ]
     return "\n".join([f"{BEGIN}{intro}\n", *tables, END])
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown; the columns are named as in the results file, with spaces."""
-    head = [column.replace("_", " ") for column in rows[0]]
-    lines = [head, ["---"] * len(head), *(map(str, row.values()) for row in rows)]
-    return "".join(_line(cells) for cells in lines)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |\n"
 
 
 def main() -> None:

@@ -1,31 +1,34 @@
 """Time per decoded token and KV bytes held: the whole cache beside PrefixKV at 50 % and 20 %, for growing contexts."""
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from benchmarks.harness import Check, Report, Row, check_close, take_turns
-from benchmarks.models import FULL, ExportedModel, Shape, exported_model, model_runner, random_checkpoint, random_tokens
-from trt_kv.calibration.prefixkv import calibrate_prefixkv_budgets
-from trt_kv.calibration.tasks import calibration_prompts
+from benchmarks.models import (
+    FULL,
+    PREFIXKV,
+    ExportedModel,
+    Shape,
+    calibrated_shares,
+    exported_model,
+    model_runner,
+    random_checkpoint,
+    random_tokens,
+)
 from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
 from trt_kv.plugins.paging import Floats
-from trt_kv.policies import policy_from_name
 from trt_kv.policy import kept_tokens
 from trt_kv.presets import preset
-from trt_kv.recipe import RecipeModel, RecipeScore
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
 
 MIB = 2**20
 BUDGETS = (0.5, 0.2)
-PREFIXKV = policy_from_name("prefixkv")
 AGREE_WITHIN = 1e-3
 HEADROOM = 256
 
@@ -83,19 +86,8 @@ def _bundled(checkpoint: Checkpoint, folder: Path, *, contexts: Sequence[int], r
 
 def _recipes(checkpoint: Checkpoint, model: ExportedModel, executor: DenseExecutor) -> dict[str, list[float] | None]:
     """Kept shares per layer of each side; None for the whole cache."""
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
-    prompts = [tokenizer.encode(task.prompt).ids for task in calibration_prompts(4, context_length=512, seed=0)]
-    scored = dataclasses.replace(PREFIXKV, budget="uniform")
-    recipes = calibrate_prefixkv_budgets(
-        prompts,
-        model_runner(executor, model.config, policy=scored, cache_tokens=1024).importance,
-        budgets=BUDGETS,
-        score=RecipeScore(name="mass"),
-        model=RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=model.config.n_layers),
-        source="bundled synthetic English, calibration split",
-        seed=0,
-    )
-    return {"full": None} | {f"prefixkv {recipe.budget:.0%}": list(recipe.kept) for recipe in recipes}
+    shares = calibrated_shares(checkpoint, model, executor, budgets=BUDGETS)
+    return {"full": None} | {f"prefixkv {budget:.0%}": kept for budget, kept in shares.items()}
 
 
 def _wide(model: ExportedModel, *, contexts: Sequence[int], rounds: int) -> tuple[list[Row], list[Check]]:
