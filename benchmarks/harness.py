@@ -204,8 +204,12 @@ def show(document: Mapping[str, Any], console: Console) -> None:
         console.print(f"{verdict}: {target['what']}: {target['measured']} (at most {target['limit']})")
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """A table in Markdown; the columns are named as in the results file, with spaces."""
+def markdown_tables(document: Mapping[str, Any]) -> list[str]:
+    """The tables of a document of ``measured``, each below its caption; columns as in the results file, with spaces."""
+    return [f"**{caption[0].upper()}{caption[1:]}**\n\n{_markdown_table(rows)}" for caption, rows in document["tables"].items()]
+
+
+def _markdown_table(rows: Sequence[Row]) -> str:
     head = [column.replace("_", " ") for column in rows[0]]
     lines = [head, ["---"] * len(head), *(["" if value is None else str(value) for value in row.values()] for row in rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from benchmarks.harness import load, markdown_table
+from benchmarks.harness import load, markdown_tables
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "kvpress.md"
@@ -20,10 +20,7 @@ def measured_section() -> str:
         f"kvpress {settings['kvpress']} on transformers {settings['transformers']}; the bundled model, prompts of "
         f"{', '.join(map(str, lengths))} and {last} tokens. Tokens are means over prompts, layers and KV heads."
     )
-    tables = [
-        f"**{caption[0].upper()}{caption[1:]}**\n\n{markdown_table(rows)}" for caption, rows in document["tables"].items()
-    ]
-    return "\n".join([f"{BEGIN}{intro}\n", *tables, END])
+    return "\n".join([f"{BEGIN}{intro}\n", *markdown_tables(document), END])
 
 
 def main() -> None:

@@ -75,20 +75,28 @@ def measure(
     return rows, checks
 
 
-def _values(executor: DenseExecutor, rows: Rows) -> list[Floats]:
-    """Keys of each layer [N, K, D], and logits [R, V]."""
-    keys: list[Floats] = []
+class _Keys:
+    """``out = q`` in place of attention; keeps the keys of each layer where it is told to."""
 
-    def attend(_layer: int, q: Floats, k: Floats, _v: Floats) -> Floats:
-        keys.append(np.array(k))
+    def __init__(self, *, keep: bool) -> None:
+        self.of_layers: list[Floats] = []
+        self._keep = keep
+
+    def __call__(self, layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
+        if self._keep:
+            self.of_layers.append(np.array(k))
         return q
 
-    logits = executor.run(rows.ids, rows.positions, rows.logit_rows, attend)
-    return [*keys, logits]
+
+def _values(executor: DenseExecutor, rows: Rows) -> list[Floats]:
+    """Keys of each layer [N, K, D], and logits [R, V]."""
+    keys = _Keys(keep=True)
+    logits = executor.run(rows.ids, rows.positions, rows.logit_rows, keys)
+    return [*keys.of_layers, logits]
 
 
 def _run(executor: DenseExecutor, rows: Rows) -> None:
-    executor.run(rows.ids, rows.positions, rows.logit_rows, lambda _layer, q, _k, _v: q)
+    executor.run(rows.ids, rows.positions, rows.logit_rows, _Keys(keep=False))
 
 
 def _run_in_turn(executor: DenseExecutor, chunk: Rows, batch: Rows) -> None:
