@@ -3,7 +3,7 @@
 import torch
 
 from trt_kv.decoder import Decoder
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 
 
 def decoder_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -12,13 +12,14 @@ import torch
 
 from trt_kv.drift import Drift
 from trt_kv.errors import CheckpointError, RecipeError, UsageError
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.new_folder import new_folder
-from trt_kv.export.split import pieces_from_graph, program_from_graph, save_pieces
-from trt_kv.export.tensorrt_profile import TensorRtOptions
-from trt_kv.export.weights import save_weight_index
-from trt_kv.manifest import DTYPES, AttentionPort, Manifest, Piece, Plan, file_records
+from trt_kv.export.split import program_from_graph
+from trt_kv.export.targets.onnxruntime import save_onnxruntime_parts
+from trt_kv.export.targets.parts import Parts
+from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
+from trt_kv.manifest import DTYPES, Manifest, Plan, file_records
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
@@ -144,14 +145,10 @@ def build_engine(
         graphs.mkdir()
         export_graphs(request, graphs, on_progress)
         programs = {phase: program_from_graph(_load_graph(graphs, phase)) for phase in PHASES}
-        parts = _Parts()
         if request.tensorrt is None:
-            models, pieces, ports = pieces_from_graph(_load_graph(graphs, "decode"))
-            save_pieces(models, pieces, graphs)
-            save_weight_index(request.checkpoint, _load_graph(graphs, "decode"), graphs, dtype=request.dtype)
-            parts = _Parts(pieces=tuple(pieces), ports=tuple(ports))
+            parts = save_onnxruntime_parts(request.checkpoint, _load_graph(graphs, "decode"), graphs, dtype=request.dtype)
         else:
-            parts = _Parts(plan=_compile(request, request.tensorrt, programs, folder, on_progress))
+            parts = Parts(plan=_compile(request, request.tensorrt, programs, folder, on_progress))
             shutil.rmtree(graphs)
         for path in (*request.checkpoint.tokenizer_files, *extra_files):
             shutil.copyfile(path, folder / path.name)
@@ -166,20 +163,11 @@ def build_engine(
     return manifest
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """What the runtime executes: dense pieces for ONNX Runtime, or a plan for TensorRT."""
-
-    pieces: tuple[Piece, ...] = ()
-    ports: tuple[AttentionPort, ...] = ()
-    plan: Plan | None = None
-
-
 def _compile(
     request: EngineRequest, options: TensorRtOptions, programs: dict[str, Program], folder: Path, on_progress: OnProgress | None
 ) -> Plan:
     """Compile the prefill graph, which also decodes: its eviction and scores are switched by inputs."""
-    from trt_kv.export.tensorrt_engine import PLAN_FILE, PlanRequest, build_plan, library_version
+    from trt_kv.export.targets.tensorrt_engine import PLAN_FILE, PlanRequest, build_plan, library_version
 
     plan = PlanRequest(
         graph=folder / GRAPHS / "prefill.onnx",
@@ -194,9 +182,9 @@ def _compile(
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    if not any(path.name == "tokenizer.json" for path in checkpoint.tokenizer_files):
+    if not checkpoint.tokenizer_file.is_file():
         raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer.json",
+            f"{checkpoint.location} has no tokenizer.json",
             got=", ".join(path.name for path in checkpoint.tokenizer_files),
             expected="the tokenizer as one tokenizer.json",
             fix="save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
@@ -207,7 +195,7 @@ def _load_graph(folder: Path, name: str) -> onnx.ModelProto:
     return onnx.load(os.fspath(folder / f"{name}.onnx"), load_external_data=False)
 
 
-def _manifest(request: EngineRequest, folder: Path, programs: dict[str, Program], parts: _Parts) -> Manifest:
+def _manifest(request: EngineRequest, folder: Path, programs: dict[str, Program], parts: Parts) -> Manifest:
     checkpoint = request.checkpoint
     ops = {node.op for program in programs.values() for nodes in program for node in nodes}
     return Manifest(
@@ -221,7 +209,7 @@ def _manifest(request: EngineRequest, folder: Path, programs: dict[str, Program]
         page_size=request.page_size,
         op_versions=dict.fromkeys(sorted(ops), OP_VERSION),
         programs=programs,
-        pieces=parts.pieces,
+        segments=parts.segments,
         attention_ports=parts.ports,
         plan=parts.plan,
         files=file_records(folder),

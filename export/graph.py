@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trt_kv.decoder import Decoder
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.model_config import ModelConfig
 from trt_kv.opspec import DOMAIN
 from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, made_by, specs_of, states_of, step_tensors_of

@@ -12,13 +12,13 @@ from trt_kv.manifest import Manifest, load_manifest, verify_files
 from trt_kv.require import require
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions, device_from_name
 from trt_kv.runtime.backends.host.load import load as load_on_host
-from trt_kv.runtime.compatibility import check_applicable, check_recipe
+from trt_kv.runtime.compatibility import check_compatible, check_recipe
 from trt_kv.runtime.engine_core import EngineCore
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
-from trt_kv.runtime.text.detokenizer import load_tokenizer
+from trt_kv.runtime.text.tokenizer import load_tokenizer
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 Prompt = str | Sequence[int]
@@ -57,6 +57,7 @@ class Engine:
         batch: int | None = None,
         profile: str | None = None,
         cuda_graphs: bool | None = None,
+        batch_invariant: bool | None = None,
         cache_tokens: int | None = None,
         host_tier: str | None = None,
         host_tokens: int | None = None,
@@ -84,6 +85,7 @@ class Engine:
         it loads them, or "onnxruntime" (needs onnxruntime-gpu), which computes in the engine's. At most ``batch`` sequences
         decode together (default: the profile's, else 8). ``profile``: a build profile, by name or file, whose largest sizes
         bound steps, contexts and the cache. ``cuda_graphs`` records decode steps; None: where that is possible.
+        ``batch_invariant``: a request gets the same bits whoever runs beside it, for steps that are all of the largest size.
 
         Raises ``EngineError`` for anything that is not a complete, untouched engine whose policy this version applies,
         ``UsageError`` for what cannot run on ``device``, ``CapacityError`` where that has too little memory.
@@ -98,7 +100,9 @@ class Engine:
             n_threads=n_threads,
             trace=trace,
         )
-        on = DeviceOptions(dense=dense, dtype=dtype, batch=batch, profile=profile, cuda_graphs=cuda_graphs)
+        on = DeviceOptions(
+            dense=dense, dtype=dtype, batch=batch, profile=profile, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant
+        )
         place = device_from_name(device)
         if place is None:
             on.check_host()
@@ -117,7 +121,7 @@ class Engine:
     ) -> "Engine":
         """``device`` None: what the engine was built for. On the device "cpu" Triton's interpreter runs kernels of devices."""
         manifest = load_manifest(folder)
-        check_applicable(folder, manifest)
+        check_compatible(folder, manifest)
         if verify:
             _verify_with_progress(folder, manifest, tell)
         check_recipe(folder, manifest)
@@ -208,8 +212,8 @@ class Engine:
         found["reserved"] = {resource.name: {"used": used, "total": resource.total} for resource, used in resources}
         pools = [self.runner.pool, *([self.runner.tiers.host] if self.runner.tiers is not None else [])]
         found["pages"] = {pool.name: {"used": pool.n_pages - pool.n_free, "total": pool.n_pages} for pool in pools}
-        if self.runner.recall is not None:
-            found["recall"] = self.runner.recall.statistics.to_json()
+        if self.runner.tiers is not None and self.runner.tiers.statistics is not None:
+            found["recall"] = self.runner.tiers.statistics.to_json()
         return found
 
     def close(self) -> None:
@@ -270,7 +274,7 @@ class Stream(Iterator[str]):
 
     def _has_news(self) -> bool:
         request = self._request
-        return bool(request.pieces) or request.is_finished or request.num_computed_tokens > self._n_told
+        return bool(request.pieces) or request.is_finished or request.n_prompt_read > self._n_told
 
     def close(self) -> None:
         """Cancel the request, where it has not ended: its pages are free before the next step."""
@@ -285,8 +289,8 @@ class Stream(Iterator[str]):
         return self._request.result()
 
     def _tell_progress(self) -> None:
-        if self._request.num_computed_tokens > self._n_told:
-            self._n_told = self._request.num_computed_tokens
+        if self._request.n_prompt_read > self._n_told:
+            self._n_told = self._request.n_prompt_read
             if self._on_prefill is not None:
                 self._on_prefill(self._n_told)
 

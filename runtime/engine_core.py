@@ -163,7 +163,7 @@ class EngineCore:
             (request,) = plan.requests
             counts.prefill_steps += 1
             counts.prompt_tokens += plan.n_tokens
-            request.num_computed_tokens = plan.end
+            request.n_prompt_read = plan.end
             request.times.prompt_s += seconds
             if request.sequence.failure is not None:
                 self._fail(plan, request.sequence.failure)
@@ -181,7 +181,7 @@ class EngineCore:
         sequence = request.sequence
         request.prompt_kv_tokens = tuple(int(n) for n in sequence.held_tokens)
         for fork in request.forks:
-            fork.prompt_kv_tokens, fork.num_computed_tokens = request.prompt_kv_tokens, request.num_computed_tokens
+            fork.prompt_kv_tokens, fork.n_prompt_read = request.prompt_kv_tokens, request.n_prompt_read
             fork.times.admitted = request.times.admitted
             try:
                 fork.held_sequence = sequence.fork()

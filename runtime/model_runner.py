@@ -8,9 +8,7 @@ import numpy as np
 from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers
-from trt_kv.runtime.backends.base import DenseExecutor, StepExecutor
-from trt_kv.runtime.backends.host.executor import SplitStepExecutor
-from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.base import StepExecutor
 from trt_kv.runtime.backends.step import Ints, Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
@@ -25,7 +23,7 @@ DEFAULT_CHUNK = 512
 
 
 class ModelRunner:
-    """One model on one executor with one KV pool. A dense executor is joined with the KV ops' kernels of ``implementation``.
+    """One model on one executor of steps, with one KV pool.
 
     ``programs`` holds the KV ops of the phases "prefill" and "decode"; ``decode`` is the policy's. Prefill runs one sequence at
     a time, so that a sequence's chunks, and with them its rounding, do not depend on its neighbours.
@@ -33,33 +31,24 @@ class ModelRunner:
 
     def __init__(
         self,
-        executor: DenseExecutor | StepExecutor,
+        executor: StepExecutor,
         pool: KvPool[Any],
         programs: Mapping[str, Program],
         *,
         chunk: int = DEFAULT_CHUNK,
         decode: str = "row",
         decode_distance: int = 25,
-        implementation: str = "cpu",
-        recall: StreamedRecall | None = None,
         tiers: Tiers | None = None,
         trace: Trace = NO_TRACE,
     ) -> None:
-        """``recall`` runs RecallAttention over a cache on the host, with ``pool`` as the device; so do other ``tiers``, whose
-        kernels an executor of whole steps has been given. Without both, the op's kernel runs over the whole cache in ``pool``.
+        """``tiers``: a cache on the host, with ``pool`` as the device, whose kernels ``executor`` has been given. None: every
+        layer's cache is in ``pool``.
         """
         self.pool = pool
-        self.recall = recall
-        self.tiers = recall or tiers
+        self.tiers = tiers
         self._trace = trace
         self.chunk = chunk
-        self._executor = (
-            executor
-            if isinstance(executor, StepExecutor)
-            else SplitStepExecutor(
-                executor, programs, implementation=implementation, kernels=recall.kernels if recall is not None else None
-            )
-        )
+        self._executor = executor
         self._host_layers = recalling_layers(programs["decode"])
         self._decode = decode
         self._decode_distance = decode_distance
@@ -142,7 +131,7 @@ class ModelRunner:
         result = self._step("prefill", [sequence], [chunk], rows, remaining, flags)
         if flags[0] and self._evicts and sequence.failure is None:
             kept_L = result.kept[:, 0]
-            sequence.shrink(kept_L, self._growth((kept_L / sequence.n_seen).tolist()))
+            sequence.shrink(kept_L, self._growth((kept_L / sequence.num_computed_tokens).tolist()))
         return result.logits
 
     def _decode_step(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Floats:
@@ -207,11 +196,11 @@ class ModelRunner:
         """Run one step; what it found of each sequence is put there. ``CapacityError`` before any sequence has advanced."""
         for sequence, new in zip(sequences, ids, strict=True):
             sequence.make_room(len(new))
-        firsts = [sequence.n_seen for sequence in sequences]
+        firsts = [sequence.num_computed_tokens for sequence in sequences]
         slots = np.concatenate([s.append(len(i)) for s, i in zip(sequences, ids, strict=True)], axis=1)
         if phase == "prefill":
             for sequence in sequences:
-                sequence.n_prompt = sequence.n_seen
+                sequence.n_prompt = sequence.num_computed_tokens
         page_table = _stacked_page_tables(sequences)
         step = Step(
             input_ids=np.concatenate(ids),
@@ -224,14 +213,14 @@ class ModelRunner:
             prompt_remaining=prompt_remaining,
             evict=evict,
             prompt_len=np.array([s.n_prompt for s in sequences]),
-            found_budget=np.stack([s.found_budget for s in sequences], axis=1),
+            adaptive_budget=np.stack([s.adaptive_budget for s in sequences], axis=1),
             query_rows=page_table[:, :, 0],
         )
         with self._trace.span(f"{phase} step", tokens=len(step.input_ids)):
             result = self._executor.run_step(phase, step, self.pool)
         for b, sequence in enumerate(sequences):
-            if evict[b] == 1 and result.found_budget is not None:
-                sequence.found_budget = result.found_budget[:, b].copy()
+            if evict[b] == 1 and result.adaptive_budget is not None:
+                sequence.adaptive_budget = result.adaptive_budget[:, b].copy()
         return result
 
 

@@ -14,12 +14,15 @@ import torch
 
 from tests.device_steps import CHANGES, PAGE_SIZE, SHARES
 from tests.engines import build_for_test, recipe_for
-from trt_kv.export.checkpoint import Checkpoint
+from tests.interpreted import prepare
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_from_name
 from trt_kv.runtime.backends.devices import DeviceOptions
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import LoadOptions
+from trt_kv.runtime.request import Request
+from trt_kv.runtime.scheduler import StepPlan
 
 CHUNK, N_NEW = 20, 3
 COMPOSED: dict[str, dict[str, Any]] = {
@@ -64,9 +67,37 @@ def check(folder: Path, device: torch.device, on: DeviceOptions | None = None) -
             assert [one.kv_tokens for one in found] == [one.kv_tokens for one in expected]
 
 
+def check_batch_invariance(folder: Path) -> None:
+    """With ``batch_invariant`` a request's logits are its own, bit for bit, alone and beside others that come and go."""
+    with load_on(folder, torch.device("cpu"), DeviceOptions(batch=3, batch_invariant=True)) as engine:
+        logits: dict[int, list[np.ndarray]] = {}
+        run = engine.runner.run
+
+        def recording(plan: StepPlan[Request]) -> np.ndarray:
+            rows = run(plan)
+            for request, row in zip(plan.requests, rows, strict=True):
+                if plan.phase == "decode" or plan.reads_last:
+                    logits.setdefault(len(request.prompt_ids), []).append(row)
+            return rows
+
+        engine.runner.run = recording  # type: ignore[method-assign]
+        for prompt in prompts():
+            engine.generate(prompt, max_new_tokens=N_NEW)
+        alone = {n: np.stack(rows) for n, rows in logits.items()}
+        logits.clear()
+        first, *others = prompts()
+        stream = engine.stream(first, max_new_tokens=N_NEW)
+        next(stream, "")
+        engine.generate_batch([*others, [5, 6, 7]], max_new_tokens=N_NEW)
+        list(stream)
+        for n, rows in alone.items():
+            np.testing.assert_array_equal(np.stack(logits[n]), rows)
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
-    np.seterr(divide="ignore", invalid="ignore", over="ignore")  # what is masked afterwards
+    prepare()
+    np.seterr(invalid="ignore", over="ignore")  # what is masked afterwards
     for engine_folder in sys.argv[2:]:
         check(Path(engine_folder), torch.device("cpu"), DeviceOptions(dense=sys.argv[1]))
+    if sys.argv[1] == "torch":
+        check_batch_invariance(Path(sys.argv[2]))

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from tests.interpreted import prepare
 from trt_kv.decoder import Decoder
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
@@ -22,6 +23,7 @@ from trt_kv.program import PHASES, Program, program_of
 from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
 from trt_kv.runtime.model_runner import ModelRunner
@@ -74,10 +76,10 @@ def programs_of(policy: Policy, decoder: Decoder) -> dict[str, Program]:
     }
 
 
-def host_runner(name: str, checkpoint: Checkpoint) -> ModelRunner:
+def runner_on_the_host(name: str, checkpoint: Checkpoint) -> ModelRunner:
     policy, decoder = changed_policy(name), decoder_from_checkpoint(checkpoint)
     executor, programs = TorchDecoderExecutor(decoder), programs_of(policy, decoder)
-    return ModelRunner(executor, HostKvPool(**_pool_sizes(decoder)), programs, chunk=CHUNK, decode=policy.decode)
+    return host_runner(executor, HostKvPool(**_pool_sizes(decoder)), programs, chunk=CHUNK, decode=policy.decode)
 
 
 def device_runner(side: Side, checkpoint: Checkpoint, *, device: str = "cpu", cuda_graphs: bool | None = None) -> ModelRunner:
@@ -107,7 +109,7 @@ def requests(runner: ModelRunner) -> dict[str, np.ndarray]:
     found: dict[str, list[np.ndarray]] = {"prefill": [], "decode": [], "kv_len": [], "budget": []}
     for sequence, n in zip(sequences, PROMPTS, strict=True):
         found["prefill"].append(runner.prefill(sequence, rng.integers(3, 200, n).tolist()))
-        found["budget"].append(sequence.found_budget.copy())
+        found["budget"].append(sequence.adaptive_budget.copy())
     for step in range(N_DECODED):
         running = sequences[step >= N_DECODED // 2 :]
         found["decode"].extend(runner.decode(running, rng.integers(3, 200, len(sequences))[-len(running) :].tolist()))
@@ -119,9 +121,7 @@ def requests(runner: ModelRunner) -> dict[str, np.ndarray]:
 
 
 def main(checkpoint: str, results: str, *sides: str) -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
-    np.seterr(divide="ignore")  # log2(0) is meant
+    prepare()
     arrays: dict[str, np.ndarray] = {}
     for side in sides:
         found = requests(device_runner(Side.from_text(side), open_checkpoint(Path(checkpoint))))

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.huggingface import HuggingFaceCheckpoint
 from trt_kv.export.graph import graph_from_checkpoint
 from trt_kv.model_config import ModelConfig, RopeConfig
 from trt_kv.program import Program
@@ -35,7 +35,7 @@ LLAMA_31_8B = ModelConfig(
 )
 
 
-class ShapedCheckpoint(Checkpoint):
+class ShapedCheckpoint(HuggingFaceCheckpoint):
     """Zeros of the right shapes, in no memory."""
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -44,7 +44,7 @@ class ShapedCheckpoint(Checkpoint):
 
 def save_shaped_graph(config: ModelConfig, program: Program, path: Path, *, page_size: int, dtype: torch.dtype) -> None:
     """Write the graph; every layer uses layer 0's weights, the head the embedding's, and the file has only holes."""
-    checkpoint = ShapedCheckpoint(folder=path.parent, config=config, eos_token_ids=config.eos_token_ids, stored={})
+    checkpoint = ShapedCheckpoint(location=path.parent, config=config, eos_token_ids=config.eos_token_ids, stored={})
     model = graph_from_checkpoint(checkpoint, program, page_size=page_size, dtype=dtype)
     weights = model.graph.initializers
     for name in list(weights):

@@ -12,10 +12,10 @@ from tests.evaluation_tasks import timeless, write_tasks
 from trt_kv.calibration.answers import Answer
 from trt_kv.calibration.task_cases import CaseRules, TaskCase, cases_from_tasks
 from trt_kv.calibration.task_files import FileTask, tasks_from_file
-from trt_kv.cli.answering import answers_to
 from trt_kv.errors import CapacityError, EngineError
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
+from trt_kv.pipeline.answering import answers_to
 from trt_kv.policies import policy_from_name
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.model_runner import ModelRunner

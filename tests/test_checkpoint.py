@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import SAMPLES, edit_config, read_config, write_checkpoint
+from tests.engines import build_for_test
 from trt_kv.errors import CheckpointError
-from trt_kv.export.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from trt_kv.export.checkpoints.huggingface import INDEX_FILE, SINGLE_FILE, open_huggingface
+from trt_kv.export.checkpoints.opening import open_checkpoint
+from trt_kv.export.engine import EngineRequest, build_engine
+from trt_kv.manifest import load_manifest
+from trt_kv.model_config import ModelConfig
+from trt_kv.policies import policy_from_name
 from trt_kv.presets import preset
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -53,13 +60,13 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
 def refusal(folder: Path) -> CheckpointError:
     """The error that opening ``folder`` ends in; it says what was expected."""
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(folder)
+        open_huggingface(folder)
     assert caught.value.expected is not None
     return caught.value
 
 
 def test_tensors_are_those_that_were_saved_in_their_dtype(single: Path) -> None:
-    checkpoint = open_checkpoint(single)
+    checkpoint = open_huggingface(single)
     saved = load_file(single / SINGLE_FILE)
     assert set(checkpoint.tensor_names) == set(saved)
     for name in checkpoint.tensor_names:
@@ -67,64 +74,64 @@ def test_tensors_are_those_that_were_saved_in_their_dtype(single: Path) -> None:
 
 
 def test_sharding_changes_neither_tensors_nor_digest(single: Path, sharded: Path) -> None:
-    one, many = open_checkpoint(single), open_checkpoint(sharded)
+    one, many = open_huggingface(single), open_huggingface(sharded)
     assert len({tensor.path for tensor in many.stored.values()}) > 2
     assert one.digest == many.digest
     assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.tensor_names)
 
 
 def test_the_digest_is_of_known_form_and_stable_for_the_bundled_checkpoint() -> None:
-    checkpoint = open_checkpoint(preset("llama3").bundled_folder)
+    checkpoint = open_huggingface(preset("llama3").bundled_folder)
     assert checkpoint.digest.startswith("sha256:")
     assert len(checkpoint.digest) == len("sha256:") + hashlib.sha256().digest_size * 2
     assert checkpoint.name == "llama3-tiny"
 
 
 def test_the_digest_changes_with_any_weight_and_with_the_arithmetic_but_not_with_labels(single: Path) -> None:
-    digests = [open_checkpoint(single).digest]
+    digests = [open_huggingface(single).digest]
     edit_config(single, eos_token_id=5, torch_dtype="bfloat16")
-    assert open_checkpoint(single).digest == digests[0]
+    assert open_huggingface(single).digest == digests[0]
     edit_config(single, rms_norm_eps=1e-4)
-    digests.append(open_checkpoint(single).digest)
+    digests.append(open_huggingface(single).digest)
     edit_tensors(single, lambda tensors: tensors[Q_PROJ].view(-1)[-1].add_(1.0))
-    digests.append(open_checkpoint(single).digest)
+    digests.append(open_huggingface(single).digest)
     assert len(set(digests)) == 3
 
 
 def test_end_tokens_of_both_configs_are_joined(single: Path) -> None:
     (single / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 2, 4]}))
-    assert open_checkpoint(single).eos_token_ids == (2, 9, 4)
+    assert open_huggingface(single).eos_token_ids == (2, 9, 4)
     (single / "generation_config.json").unlink()
-    assert open_checkpoint(single).eos_token_ids == (2,)
+    assert open_huggingface(single).eos_token_ids == (2,)
 
 
 def test_tokenizer_files_are_listed_as_far_as_they_exist(single: Path) -> None:
-    names = {path.name for path in open_checkpoint(single).tokenizer_files}
+    names = {path.name for path in open_huggingface(single).tokenizer_files}
     assert names == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_hub_snapshot_is_named_after_its_repository(single: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--some-org--some--model" / "snapshots" / "abc123"
     shutil.copytree(single, snapshot)
-    assert open_checkpoint(snapshot).name == "some-org/some--model"
+    assert open_huggingface(snapshot).name == "some-org/some--model"
 
 
 def test_a_copy_of_the_tied_embedding_and_old_rope_buffers_are_ignored(tied: Path) -> None:
-    digest = open_checkpoint(tied).digest
+    digest = open_huggingface(tied).digest
 
     def add(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
     edit_tensors(tied, add)
-    assert open_checkpoint(tied).digest == digest
+    assert open_huggingface(tied).digest == digest
     edit_tensors(tied, lambda tensors: tensors["lm_head.weight"].add_(1.0))
     assert "also has another output matrix" in refusal(tied).what
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_every_sample_opens(sample: str, tmp_path: Path) -> None:
-    assert open_checkpoint(write_checkpoint(tmp_path, sample)).config.vocab_size == 269
+    assert open_huggingface(write_checkpoint(tmp_path, sample)).config.vocab_size == 269
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -273,9 +280,48 @@ def test_a_config_from_another_checkpoint_is_refused(single: Path, tied: Path) -
 
 
 def test_a_file_that_changes_after_opening_is_an_error_and_not_a_crash(single: Path) -> None:
-    checkpoint = open_checkpoint(single)
+    checkpoint = open_huggingface(single)
     (single / SINGLE_FILE).write_bytes(b"")
     with pytest.raises(CheckpointError, match="cannot read tensor"):
         checkpoint.tensor(Q_PROJ)
     with pytest.raises(CheckpointError, match="became shorter"):
         assert checkpoint.digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInMemory:
+    """What the protocol ``Checkpoint`` asks for and nothing else, as another format would have it."""
+
+    location: Path
+    name: str
+    config: ModelConfig
+    eos_token_ids: tuple[int, ...]
+    tokenizer_file: Path
+    tokenizer_files: list[Path]
+    digest: str
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+def test_an_engine_is_built_from_whatever_fulfils_the_protocol(small_checkpoint_folder: Path, tmp_path: Path) -> None:
+    stored = open_checkpoint(small_checkpoint_folder)
+    in_memory = CheckpointInMemory(
+        location=tmp_path / "weights",
+        name=stored.name,
+        config=stored.config,
+        eos_token_ids=stored.eos_token_ids,
+        tokenizer_file=stored.tokenizer_file,
+        tokenizer_files=stored.tokenizer_files,
+        digest=stored.digest,
+        tensors={name: stored.tensor(name).clone() for name in stored.tensor_names},
+    )
+    policy = policy_from_name("full")
+    build_for_test(EngineRequest(checkpoint=stored, policy=policy), tmp_path / "stored")
+    build_engine(EngineRequest(checkpoint=in_memory, policy=policy), tmp_path / "in_memory")
+    assert load_manifest(tmp_path / "in_memory") == load_manifest(tmp_path / "stored")

@@ -6,17 +6,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.bare_python import make_bare_environment
 from trt_kv import __version__
+from trt_kv.cli import build, generate
 from trt_kv.cli.app import COMMANDS, main
 from trt_kv.cli.generate import read_prompt
-from trt_kv.cli.requests import CalibrationPlan, TargetPlan
 from trt_kv.errors import CapacityError, EngineError, MissingDependencyError, TrtKvError, UnknownNameError, UsageError
+from trt_kv.pipeline import BuildRequest, CalibrationPlan, TargetPlan
 from trt_kv.require import missing_dependency, require
 
 ROOT = Path(__file__).parent.parent
@@ -130,17 +130,16 @@ def test_an_impossible_request_exits_with_2_and_says_why(
 
 
 def raising(error: BaseException) -> Any:
-    def function(**_: Any) -> None:
+    def function(*_: Any, **__: Any) -> None:
         raise error
 
     return function
 
 
 def run_with_pipeline(monkeypatch: pytest.MonkeyPatch, function: Any, *arguments: str) -> int:
-    """Run the command line with ``function`` standing in for every function of ``trt_kv.cli.pipeline``."""
-    pipeline = ModuleType("trt_kv.cli.pipeline")
-    pipeline.__dict__.update(dict.fromkeys(("build_engine", "calibrate_recipe", "export_graphs", "stream_text"), function))
-    monkeypatch.setitem(sys.modules, "trt_kv.cli.pipeline", pipeline)
+    """Run the command line with ``function`` standing in for what the commands build and generate call."""
+    monkeypatch.setattr(build, "build_engine", function)
+    monkeypatch.setattr(generate, "stream_text", function)
     return main(arguments)
 
 
@@ -171,11 +170,9 @@ def test_every_failure_has_its_message_and_exit_code(
 
 def test_ctrl_c_exits_with_130_and_one_word() -> None:
     code = """
-import sys, time, types
-pipeline = types.ModuleType("trt_kv.cli.pipeline")
-pipeline.build_engine = lambda **_: (print("started", flush=True), time.sleep(60))
-sys.modules["trt_kv.cli.pipeline"] = pipeline
-from trt_kv.cli import main
+import sys, time
+from trt_kv.cli import build, main
+build.build_engine = lambda *_, **__: (print("started", flush=True), time.sleep(60))
 sys.exit(main(["build"]))
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -196,23 +193,24 @@ def test_debug_shows_the_traceback(
 
 
 def test_build_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+    seen: list[BuildRequest] = []
 
-    def build_engine(**request: Any) -> Path:
-        seen.update(request)
+    def build_engine(request: BuildRequest, **_: Any) -> Path:
+        seen.append(request)
         return Path("engines/x")
 
     words = "build --checkpoint my/folder --budget 0.3 --score window --window 16 --samples 4 --seed 9 --force".split()
     assert run_with_pipeline(monkeypatch, build_engine, *words) == 0
-    assert seen["source"].checkpoint == "my/folder"
-    assert (seen["policy"].kept, seen["policy"].score, seen["policy"].window) == (0.3, "window", 16)
-    assert (seen["calibration"].samples, seen["calibration"].seed) == (4, 9)
-    assert seen["out"] == Path("engines/llama3-prefixkv")
-    assert seen["replace"] is True
-    assert seen["recipe"] is None
+    (request,) = seen
+    assert request.source.checkpoint == "my/folder"
+    assert (request.policy.kept, request.policy.score, request.policy.window) == (0.3, "window", 16)
+    assert (request.calibration.samples, request.calibration.seed) == (4, 9)
+    assert request.out == Path("engines/llama3-prefixkv")
+    assert request.replace is True
+    assert request.recipe is None
 
 
-def test_generate_prints_pieces_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_prints_segments_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_with_pipeline(monkeypatch, lambda **_: iter(["a ", "b"]), "generate", "engine", "text") == 0
     assert capsys.readouterr().out == "a b\n"
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tests.checkpoints import SAMPLES, spell_rope_the_old_way, write_checkpoint
 from trt_kv.decoder import Decoder
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.presets import preset
 

@@ -16,7 +16,8 @@ from tests.device_engines import CHUNK, N_NEW, build, check, load_on, prompts
 from tests.engines import Run
 from tests.triton_kernels import ROOT
 from trt_kv.errors import CapacityError, UnknownNameError, UsageError
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.runtime.backends.cuda import load as device_loading
 from trt_kv.runtime.backends.cuda.onnxruntime_segments import CUDA
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 POSITIONS = 128
 """Of the small checkpoint."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.early]
 
 
 @pytest.fixture(scope="module")

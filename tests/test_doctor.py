@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from trt_kv.cli import environment, main
-from trt_kv.cli.environment import Finding, State, examine
+from trt_kv.cli import main
+from trt_kv.pipeline import environment
+from trt_kv.pipeline.environment import Finding, State, examine
 from trt_kv.presets import PRESETS, Preset
 from trt_kv.require import BASE, EXTRAS, require
 

@@ -8,11 +8,11 @@ import pytest
 
 from trt_kv.calibration.drift import DriftRecorder, LayerTrace, Trace, calibrate_drift
 from trt_kv.calibration.tasks import calibration_prompts, evaluation_tasks
-from trt_kv.cli.calibration_runs import drift_trace_of, recipe_model
 from trt_kv.drift import Drift, drift_settings
 from trt_kv.errors import CheckpointError, UsageError
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
+from trt_kv.pipeline.calibration_runs import drift_trace_of, recipe_model
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.recall_attention.choice import drifted_heads
 from trt_kv.plugins.registry import kernel, op_specs
@@ -23,7 +23,7 @@ from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.text.detokenizer import load_tokenizer
+from trt_kv.runtime.text.tokenizer import load_tokenizer
 
 POLICY = policy_with(
     policy_from_name("freekv"), {"tokens": 224, "sinks": 32, "recent": 32, "drift": "calibrated", "exempt_layers": (3,)}
@@ -149,7 +149,7 @@ def test_several_sequences_are_not_recorded_as_one() -> None:
 
 
 def _encoded(checkpoint: Checkpoint, texts: list[str]) -> list[list[int]]:
-    tokenizer = load_tokenizer(checkpoint.folder / "tokenizer.json", error=CheckpointError)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
     return [list(tokenizer.encode(text).ids) for text in texts]
 
 
@@ -158,7 +158,7 @@ def _first_sequence(inputs: Mapping[str, Any]) -> dict[str, Any]:
     n_tokens = int(inputs["cu_tokens"][1])
     cut: dict[str, Any] = dict(inputs)
     cut |= {name: inputs[name][:n_tokens] for name in ("q", "k", "v", "positions", "prompt_remaining")}
-    cut |= {name: inputs[name][:, :1] for name in ("page_table", "kv_len", "found_budget", "query_rows")}
+    cut |= {name: inputs[name][:, :1] for name in ("page_table", "kv_len", "adaptive_budget", "query_rows")}
     return cut | {
         "slots": inputs["slots"][:, :n_tokens],
         "cu_tokens": inputs["cu_tokens"][:2],

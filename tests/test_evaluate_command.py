@@ -15,8 +15,8 @@ import pytest
 from tests.evaluation_tasks import timeless, write_tasks
 from trt_kv.calibration.answer_files import Evaluation
 from trt_kv.calibration.answers import Answer
-from trt_kv.cli import answering, evaluation
 from trt_kv.cli.app import main
+from trt_kv.pipeline import answering, evaluation
 from trt_kv.runtime.engine import Engine
 
 Run = Callable[..., tuple[int, str, str]]

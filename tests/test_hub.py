@@ -11,15 +11,15 @@ import pytest
 from tests.checkpoints import write_checkpoint
 from tests.hub_server import COMMIT, serve_hub
 from trt_kv.errors import CheckpointError, UnknownNameError, UsageError
-from trt_kv.export.checkpoint import open_checkpoint
-from trt_kv.export.hub import resolve_checkpoint
+from trt_kv.export.checkpoints.hub import resolve_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.presets import PRESETS
 
 REPO = "some-org/some-model"
 PROGRAM = """
 import sys
 from trt_kv.errors import TrtKvError
-from trt_kv.export.hub import resolve_checkpoint
+from trt_kv.export.checkpoints.hub import resolve_checkpoint
 try:
     print(resolve_checkpoint("llama3", sys.argv[1]))
 except TrtKvError as error:
@@ -93,7 +93,7 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_looks_like_a_path_never_goes_to_the_hub(argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here" / "models").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("trt_kv.export.hub.require", lambda package: pytest.fail(f"asked for {package}"))
+    monkeypatch.setattr("trt_kv.export.checkpoints.hub.require", lambda package: pytest.fail(f"asked for {package}"))
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve_checkpoint("llama3", argument)
 

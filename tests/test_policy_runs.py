@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from tests.engines import CHUNK, SHARES, assert_nothing_leaked, build_for_test, load_for_test, random_ids
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.layer_budget import layer_budgets
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.model_runner import ModelRunner
 
@@ -31,7 +32,7 @@ def runner_of(engine: Engine, policy: Policy, *, chunk: int = CHUNK, implementat
         phase: program_of(policy, phase=phase, n_layers=N_LAYERS, scale=32**-0.5, page_size=32, kept_shares=SHARES)
         for phase in PHASES
     }
-    return ModelRunner(
+    return host_runner(
         steps.dense, engine.runner.pool, programs, chunk=chunk, decode=policy.decode, implementation=implementation
     )
 
@@ -65,7 +66,7 @@ def test_a_preset_keeps_its_budgets_and_decodes_as_it_says(name: str, full_engin
             assert set(range(N_PROMPT - policy.recent, N_PROMPT)) <= set(positions)
     for token_id in random_ids(full_engine, N_DECODED, seed=6):
         runner.decode([sequence], [token_id])
-    newest = sequence.n_seen - 1
+    newest = sequence.num_computed_tokens - 1
     for layer in range(N_LAYERS):
         grown = int(sequence.kv_len[layer] - kept[layer])
         assert grown == {"keep": N_DECODED, "rank": 0}.get(policy.decode, grown)

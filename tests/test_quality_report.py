@@ -27,7 +27,9 @@ from benchmarks.quality.results import Results
 from benchmarks.quality.verdicts import rival_table, weak_table
 from tests.quality import measured, measured_recall
 from trt_kv.errors import ReportError
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+
+pytestmark = pytest.mark.early
 
 PNG_HEAD = b"\x89PNG"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from trt_kv.errors import CheckpointError
-from trt_kv.export.safetensors_file import read_safetensors_header
+from trt_kv.export.checkpoints.safetensors_file import read_safetensors_header
 
 ENTRY: dict[str, Any] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 TENSORS = {

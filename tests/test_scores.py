@@ -9,7 +9,7 @@ import pytest
 from tests.engines import build_for_test, load_for_test, random_ids
 from trt_kv.cli.app import main
 from trt_kv.errors import UnknownNameError, UsageError
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import load_manifest
 from trt_kv.plugins.token_scores.spec import SPEC as TOKEN_SCORES

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.device_steps import CHUNK, Side, device_runner, host_runner, requests
+from tests.device_steps import CHUNK, Side, device_runner, requests, runner_on_the_host
 from tests.triton_kernels import ROOT
 from trt_kv.errors import CapacityError, UsageError
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.opspec import TensorSpec
 from trt_kv.profiles import build_profile
 from trt_kv.runtime.backends.base import StepExecutor
@@ -33,7 +34,7 @@ ATOL = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.4}
 
 Results = dict[str, np.ndarray]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.early]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_requests_on_a_device_equal_those_on_the_host(
     in_interpreter: Callable[[Side], Results], checkpoint: Checkpoint, side: Side
 ) -> None:
     """Prompts in chunks, eviction, batched decoding."""
-    assert_alike(in_interpreter(side), requests(host_runner(side.policy, checkpoint)), ATOL[side.dtype])
+    assert_alike(in_interpreter(side), requests(runner_on_the_host(side.policy, checkpoint)), ATOL[side.dtype])
 
 
 def test_a_batch_that_is_padded_gets_what_it_gets_unpadded(in_interpreter: Callable[[Side], Results]) -> None:
@@ -145,7 +146,7 @@ def step_of_two() -> Step:
         page_table=table,
         kv_len=np.array([[1, 2], [6, 3]]),
         prompt_len=np.zeros(2, np.int64),
-        found_budget=np.full((2, 2), -1),
+        adaptive_budget=np.full((2, 2), -1),
         query_rows=table[:, :, 0],
     )
 
@@ -215,9 +216,10 @@ def test_on_the_gpu_a_replayed_step_equals_one_that_is_launched(checkpoint: Chec
         np.testing.assert_array_equal(again[key], values, err_msg=key)
     executor = runners[1]._executor
     assert isinstance(executor, TorchDeviceExecutor)
-    assert 1 <= executor.n_graphs <= 6
+    assert executor._graphs is not None
+    assert 1 <= len(executor._graphs) <= 6
     if dtype == "float32":
-        assert_alike(replayed, requests(host_runner(name, checkpoint)), ATOL[dtype])
+        assert_alike(replayed, requests(runner_on_the_host(name, checkpoint)), ATOL[dtype])
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trt_kv.errors import EngineError
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.manifest import load_manifest
 from trt_kv.runtime.backends.cuda.weights import decoder_from_engine

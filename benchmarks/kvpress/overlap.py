@@ -10,7 +10,7 @@ from benchmarks.kvpress.pairs import PAIRS, PYRAMID_PAIR, Pair
 from benchmarks.kvpress.set_up import REQUIREMENTS
 from benchmarks.kvpress.sides import CHUNK, FEW, FOLDER, ROUNDING, Overlap, Sides, documents, overlap
 from benchmarks.models import exported_model
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 
 SHARES = (0.5, 0.25, 0.1)
 ZERO = np.zeros(())

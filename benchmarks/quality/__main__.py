@@ -21,7 +21,7 @@ from benchmarks.quality.recall.results import RecallResults
 from benchmarks.quality.results import Results
 from trt_kv.cli.progress import progress_bars
 from trt_kv.errors import ReportError, TrtKvError, UsageError
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.json_file import write_atomically
 from trt_kv.policies import policy_from_name

@@ -20,7 +20,7 @@ from benchmarks.quality.results import ModelFacts, Results
 from benchmarks.quality.settings import ContextPlan, Settings
 from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import report_tasks
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.manifest import load_manifest
 from trt_kv.recipe import RecipeModel
 
@@ -35,7 +35,7 @@ def measure(
     on_progress: OnProgress,
     tell: Callable[[str], None],
 ) -> Results:
-    """Everything a report needs, on the dense pieces of the built ``engine`` (any policy) of ``checkpoint``.
+    """Everything a report needs, on the graph segments of the built ``engine`` (any policy) of ``checkpoint``.
 
     Parts are kept in ``folder``. ``tell`` is told how long it will take.
     """

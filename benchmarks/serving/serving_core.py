@@ -13,7 +13,7 @@ from benchmarks.serving import arrivals, long_prompt, mixed_step, planning
 from benchmarks.serving.arrivals import SATURATING, Setting, Traffic
 from benchmarks.serving.sides import ServedModel
 from benchmarks.serving.traffic import Lengths, Mix
-from trt_kv.export.checkpoint import open_checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.policy import Policy
 from trt_kv.presets import preset
 

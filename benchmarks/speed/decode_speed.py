@@ -19,7 +19,8 @@ from benchmarks.models import (
     random_checkpoint,
     random_tokens,
 )
-from trt_kv.export.checkpoint import Checkpoint, open_checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import kept_tokens
 from trt_kv.presets import preset

@@ -28,6 +28,7 @@ class DeviceOptions:
     batch: int | None = None
     profile: str | None = None
     cuda_graphs: bool | None = None
+    batch_invariant: bool | None = None
 
     def __post_init__(self) -> None:
         if self.dense is not None and self.dense not in DENSE:

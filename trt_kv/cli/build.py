@@ -14,7 +14,9 @@ from trt_kv.cli.options import (
     policy_options,
     target_options,
 )
-from trt_kv.cli.requests import CalibrationPlan, DriftPlan, ModelSource, TargetPlan, check_drift_is_read, check_recipe_is_read
+from trt_kv.cli.progress import progress_bars, say_note
+from trt_kv.cli.termination import termination_unwinds
+from trt_kv.pipeline import BuildRequest, CalibrationPlan, DriftPlan, ModelSource, TargetPlan, build_engine
 from trt_kv.policy import Policy
 
 
@@ -52,11 +54,7 @@ def command(
       trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/yardstick
       trt-kv build --checkpoint ~/models/Llama-3.1-8B --target tensorrt --profile datacenter --dtype bfloat16
     """
-    check_recipe_is_read(policy, recipe)
-    check_drift_is_read(policy, drift)
-    from trt_kv.cli.pipeline import build_engine
-
-    engine = build_engine(
+    request = BuildRequest(
         source=source,
         policy=policy,
         recipe=recipe,
@@ -66,5 +64,7 @@ def command(
         out=out or Path("engines") / f"{source.model}-{policy.name}",
         replace=force,
     )
+    with termination_unwinds(), progress_bars() as on_progress:
+        engine = build_engine(request, on_progress=on_progress, on_note=say_note)
     click.echo(f"engine: {engine}")
     click.echo(f"next:   trt-kv generate {engine} 'a prompt'")

@@ -15,8 +15,18 @@ from trt_kv.cli.options import (
     model_options,
     policy_options,
 )
-from trt_kv.cli.requests import CalibrationPlan, DriftPlan, ModelSource, check_drift_is_read, check_recipe_is_read
+from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.errors import UsageError
+from trt_kv.pipeline import (
+    CalibrationPlan,
+    DriftPlan,
+    DriftRequest,
+    ModelSource,
+    RecipeRequest,
+    calibrate_drift,
+    calibrate_recipe,
+)
+from trt_kv.pipeline.requests import check_drift_is_read, check_reads_recipe
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import differences, setting_as_text
@@ -82,25 +92,13 @@ def command(
     """
     if policy.needs_drift or (policy.recalls and not policy.needs_recipe):
         policy = _with_thresholds(policy)
-        check_recipe_is_read(policy, recipe)
         _refuse({"--from-published": from_published, "--to-published": to_published}, "thresholds have no published form")
         _calibrate_drift(source, policy, calibration, drift, recipe, out)
         return
-    if not policy.needs_recipe:
-        raise UsageError(
-            f"policy {policy.name!r} reads no recipe", fix="calibrate a policy that does, e.g. --policy prefixkv, or freekv"
-        )
+    check_reads_recipe(policy)
     check_drift_is_read(policy, drift)
     _refuse({"--recipe": recipe}, "a recipe is what this finds")
-    if from_published is not None and calibration.prompts is not None:
-        raise UsageError(
-            "a published list is taken as it is, without prompts",
-            got="--from-published and --prompts",
-            expected="one of the two",
-        )
-    from trt_kv.cli.pipeline import calibrate_recipe
-
-    written = calibrate_recipe(
+    request = RecipeRequest(
         source=source,
         policy=policy,
         calibration=calibration,
@@ -108,16 +106,18 @@ def command(
         to_published=to_published,
         out=out or Path("recipes") / f"{source.model}-{policy.name}.json",
     )
-    click.echo(f"recipe: {written}")
-    click.echo(f"next:   trt-kv build --policy {policy.name} --recipe {written}")
+    with progress_bars() as on_progress:
+        written = calibrate_recipe(request, on_progress=on_progress, on_note=say_note)
+    if written.published is not None:
+        click.echo(f"published form: {written.published}")
+    click.echo(f"recipe: {written.recipe}")
+    click.echo(f"next:   trt-kv build --policy {policy.name} --recipe {written.recipe}")
 
 
 def _calibrate_drift(
     source: ModelSource, policy: Policy, calibration: CalibrationPlan, drift: DriftPlan, recipe: Path | None, out: Path | None
 ) -> None:
-    from trt_kv.cli.pipeline import calibrate_drift
-
-    written = calibrate_drift(
+    request = DriftRequest(
         source=source,
         policy=policy,
         calibration=calibration,
@@ -125,6 +125,8 @@ def _calibrate_drift(
         recipe=recipe,
         out=out or Path("recipes") / f"{source.model}-{policy.name}-drift.json",
     )
+    with progress_bars() as on_progress:
+        written = calibrate_drift(request, on_progress=on_progress, on_note=say_note)
     settings = [setting_as_text(name, value) for name, value in differences(policy, policy_from_name(policy.name)).items()]
     using = f" --recipe {recipe}" if recipe is not None else ""
     click.echo(f"drift:  {written}")

@@ -2,8 +2,8 @@
 
 import click
 
-from trt_kv.cli.environment import Finding, State, examine
 from trt_kv.cli.options import debug_option
+from trt_kv.pipeline.environment import Finding, State, examine
 
 COLOURS = {State.OK: "green", State.OPTIONAL: "yellow", State.MISSING: "red"}
 

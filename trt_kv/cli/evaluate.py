@@ -5,8 +5,11 @@ from pathlib import Path
 import click
 
 from trt_kv.calibration.task_files import MATCHES, Match
+from trt_kv.cli.evaluation_table import describe_evaluation
 from trt_kv.cli.options import any_path, debug_option, device_options, existing_file
-from trt_kv.cli.requests import DeviceChoice
+from trt_kv.cli.progress import progress_bars, say_note
+from trt_kv.cli.termination import termination_unwinds
+from trt_kv.pipeline import DeviceChoice, EvaluationRequest, evaluate
 
 
 @click.command("evaluate", short_help="Measure how well an engine answers tasks.")
@@ -72,10 +75,7 @@ def command(
       trt-kv evaluate engines/small --tasks mine.jsonl --against engines/full --out results/small.json
       trt-kv evaluate engines/small --tasks mine.jsonl --match contains --limit 20
     """
-    from trt_kv.cli.evaluation import EvaluationPlan, evaluate
-    from trt_kv.cli.evaluation_table import describe_evaluation
-
-    plan = EvaluationPlan(
+    request = EvaluationRequest(
         engine=engine,
         tasks=tasks,
         against=against,
@@ -88,6 +88,8 @@ def command(
         force=force,
         on=on,
     )
-    click.echo(describe_evaluation(evaluate(plan)))
+    with termination_unwinds(), progress_bars() as on_progress:
+        evaluation = evaluate(request, on_progress=on_progress, on_note=say_note)
+    click.echo(describe_evaluation(evaluation))
     if out is not None:
         click.echo(f"\nresults  {out}")

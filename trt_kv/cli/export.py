@@ -5,7 +5,9 @@ from pathlib import Path
 import click
 
 from trt_kv.cli.options import any_path, debug_option, drift_file_option, existing_file, model_options, policy_options
-from trt_kv.cli.requests import DriftPlan, ModelSource, check_drift_is_read, check_recipe_is_read
+from trt_kv.cli.progress import progress_bars, say_note
+from trt_kv.cli.termination import termination_unwinds
+from trt_kv.pipeline import DriftPlan, ExportRequest, ModelSource, export_graphs
 from trt_kv.policy import Policy
 
 
@@ -25,10 +27,8 @@ def command(*, source: ModelSource, policy: Policy, recipe: Path | None, drift: 
     Example:
       trt-kv export --policy full --out graphs/full
     """
-    check_recipe_is_read(policy, recipe)
-    thresholds = DriftPlan(file=drift)
-    check_drift_is_read(policy, thresholds)
-    from trt_kv.cli.pipeline import export_graphs
-
-    for graph in export_graphs(source=source, policy=policy, recipe=recipe, drift=thresholds, out=out):
+    request = ExportRequest(source=source, policy=policy, recipe=recipe, drift=DriftPlan(file=drift), out=out)
+    with termination_unwinds(), progress_bars() as on_progress:
+        graphs = export_graphs(request, on_progress=on_progress, on_note=say_note)
+    for graph in graphs:
         click.echo(f"graph: {graph}")

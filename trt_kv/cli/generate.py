@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
+from trt_kv.cli.generation import GenerationRequest, RunOptions, stream_text
 from trt_kv.cli.options import any_path, debug_option, device_options
-from trt_kv.cli.requests import DeviceChoice, GenerationRequest, RunOptions
 from trt_kv.errors import UsageError
+from trt_kv.pipeline.plans import DeviceChoice
 
 
 @click.command("generate", short_help="Continue a prompt with an engine.")
@@ -70,8 +71,6 @@ def command(
         seed=seed,
         stop=stop,
     )
-    from trt_kv.cli.pipeline import stream_text
-
     notes: list[str] = []
     running = RunOptions(on=on, host_tier=host_tier, trace=trace)
     for piece in stream_text(engine=engine, request=request, running=running, on_end=notes.append):

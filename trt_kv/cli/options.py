@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from trt_kv.cli.requests import (
+from trt_kv.errors import UsageError
+from trt_kv.pipeline.plans import (
     DEFAULT_CORRECTION_RATE,
     DEFAULT_NEW_TOKENS,
     DEFAULT_PAGE_SIZE,
@@ -19,7 +20,6 @@ from trt_kv.cli.requests import (
     ModelSource,
     TargetPlan,
 )
-from trt_kv.errors import UsageError
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with, settings_from_text

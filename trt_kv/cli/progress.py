@@ -1,10 +1,16 @@
-"""Progress on the terminal's error stream: a bar per stage, gone when it is done; silent where nobody watches."""
+"""Progress and notes on the terminal's error stream. A bar per stage, gone when it is done; none where nobody watches."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-OnProgress = Callable[[str, int, int], None]
-"""Told (stage, done, total)."""
+import click
+
+from trt_kv.pipeline.callbacks import OnProgress
+
+
+def say_note(text: str) -> None:
+    """One line on the error stream."""
+    click.echo(text, err=True)
 
 
 @contextlib.contextmanager

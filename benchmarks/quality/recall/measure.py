@@ -21,7 +21,7 @@ from benchmarks.quality.recipes import Recipes, stored_recipes
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import ReportTask, report_tasks
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.manifest import load_manifest
 from trt_kv.policy import Policy
 from trt_kv.recipe import RecipeModel
@@ -41,7 +41,7 @@ def measure_recall(
     command: str,
     on_progress: OnProgress,
 ) -> RecallResults:
-    """Every cell of ``plans``, on the dense pieces of the built ``engine``; documents are those of ``settings``.
+    """Every cell of ``plans``, on the graph segments of the built ``engine``; documents are those of ``settings``.
 
     Parts are kept in ``folder``.
     """

@@ -15,7 +15,7 @@ from trt_kv.runtime.backends.step import Ints, Step
 
 _ALIGNMENT = 16
 """Tensors begin at multiples of so many elements: of 128 bytes."""
-_PADDING = {"page_table": -1, "prompt_remaining": -1, "found_budget": -1}
+_PADDING = {"page_table": -1, "prompt_remaining": -1, "adaptive_budget": -1}
 """What stands where a step's tensor is padded; 0 in every other. Rows of padding belong to no sequence: ``cu_tokens`` ends
 before them."""
 
@@ -68,10 +68,13 @@ class StepSizes:
                 fix="send less at once, or plan for larger steps",
             )
 
-    def bucket(self, largest: "StepSizes", *, one_token_each: bool) -> "StepSizes":
+    def bucket(self, largest: "StepSizes", *, one_token_each: bool, fixed: bool = False) -> "StepSizes":
         """Sizes that many steps share: the table's width rounded up to a power of 2, and with ``one_token_each`` the number
-        of sequences too; never beyond ``largest``.
+        of sequences too; never beyond ``largest``. ``fixed``: steps of one token each are all of the largest sizes.
         """
+        if one_token_each and fixed:
+            n = min(largest.n_sequences, largest.n_tokens, largest.n_rows)
+            return StepSizes(n_tokens=n, n_rows=n, n_sequences=n, table_width=largest.table_width)
         width = min(_power_of_2(self.table_width), largest.table_width)
         if not one_token_each:
             return dataclasses.replace(self, table_width=width)

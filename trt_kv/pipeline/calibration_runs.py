@@ -1,7 +1,4 @@
-"""Runs calibration prompts through a checkpoint: recipes and drift thresholds for the pipeline.
-
-Heavy imports stand inside the functions, because the pipeline's importers are commands.
-"""
+"""Runs calibration prompts through a checkpoint: recipes and drift thresholds."""
 
 import dataclasses
 import math
@@ -9,11 +6,13 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from trt_kv.cli.progress import OnProgress
-from trt_kv.cli.requests import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.drift import ALWAYS, Drift, drift_settings
 from trt_kv.errors import CheckpointError, UsageError
+from trt_kv.pipeline.callbacks import OnNote, OnProgress
+from trt_kv.pipeline.continuation import continue_greedily
+from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.policy import Policy
+from trt_kv.presets import is_bundled
 from trt_kv.program import PHASES, Program, program_of
 from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score
 
@@ -22,16 +21,18 @@ if TYPE_CHECKING:
 
     from trt_kv.calibration.drift import Trace, TraceOf
     from trt_kv.calibration.prefixkv import Importance
-    from trt_kv.export.checkpoint import Checkpoint
-    from trt_kv.runtime.model_runner import ModelRunner
+    from trt_kv.export.checkpoints.base import Checkpoint
 
 CALIBRATION_TOKENS = 1024
 
 
-def recipe_from_prompts(checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan, on_progress: OnProgress) -> Recipe:
+def recipe_from_prompts(
+    checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan, *, on_progress: OnProgress, on_note: OnNote
+) -> Recipe:
     """The recipe that ``policy`` needs, found on the prompts of ``plan``."""
     from trt_kv.calibration.prefixkv import calibrate_prefixkv
 
+    _tell_what_prompts(checkpoint, plan, on_note)
     prompts, where = _calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS)
     return calibrate_prefixkv(
         prompts,
@@ -52,7 +53,9 @@ def drift_from_prompts(
     plan: CalibrationPlan,
     drift: DriftPlan,
     recipe: Recipe | None,
+    *,
     on_progress: OnProgress,
+    on_note: OnNote,
 ) -> Drift:
     """Thresholds at the rate of ``drift``, measured while the model continues the prompts of ``plan`` under ``policy``.
 
@@ -60,6 +63,7 @@ def drift_from_prompts(
     """
     from trt_kv.calibration.drift import calibrate_drift
 
+    _tell_what_prompts(checkpoint, plan, on_note)
     prompts, where = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens))
     kept_shares = recipe.kept if recipe is not None else None
     longest = max(len(ids) for ids in prompts)
@@ -83,9 +87,9 @@ def importance_of(
 
     It ranks as the recipe for ``policy`` does (``recipe_score``), in every layer.
     """
+    from trt_kv.runtime.backends.host.runner import host_runner
     from trt_kv.runtime.backends.host.store import HostKvPool
     from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
-    from trt_kv.runtime.model_runner import ModelRunner
 
     config = checkpoint.config
     n_pages = config.n_layers * -(-max_tokens // page_size)
@@ -101,7 +105,7 @@ def importance_of(
         pooling=score.pooling,
     )
     programs = _programs(checkpoint, scoring, page_size)
-    return ModelRunner(TorchDecoderExecutor(_decoder(checkpoint)), pool, programs).importance
+    return host_runner(TorchDecoderExecutor(_decoder(checkpoint)), pool, programs).importance
 
 
 def drift_trace_of(
@@ -141,7 +145,7 @@ def drift_trace_of(
 
     def trace_of(token_ids: Sequence[int]) -> "Trace":
         n_steps = min(new_tokens, config.max_positions - len(token_ids))
-        _continue(runner, token_ids, n_steps, checkpoint.eos_token_ids)
+        continue_greedily(runner, token_ids, n_steps, checkpoint.eos_token_ids)
         return recorder.taken()
 
     return trace_of
@@ -152,20 +156,9 @@ def recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
     return RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
 
 
-def _continue(runner: "ModelRunner", token_ids: Sequence[int], n_steps: int, end_ids: Sequence[int]) -> None:
-    """Read a prompt and run ``n_steps`` decode steps with the likeliest tokens, fewer where the text ends."""
-    from trt_kv.runtime.engine_core import EngineCore
-    from trt_kv.runtime.request import Request
-    from trt_kv.runtime.reservation import Reservation
-    from trt_kv.runtime.sampling import SamplingParams
-
-    # The token chosen last is not fed: one more than steps.
-    request = Request(prompt_ids=token_ids, params=SamplingParams(), tokenizer=None, eos_token_ids=end_ids, limit=n_steps + 1)
-    core = EngineCore(runner, Reservation([]))
-    core.add([request])
-    core.run_until_idle()
-    if request.error is not None:
-        raise request.error
+def _tell_what_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, on_note: OnNote) -> None:
+    if plan.prompts is None and not is_bundled(checkpoint.location):
+        on_note("no PROMPTS given: calibrating on trt-kv's synthetic English; prompts like your users' are better")
 
 
 def _programs(
@@ -205,7 +198,7 @@ def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundle
     """Token ids of the calibration prompts, and where they come from; the bundled ones are made ``bundled_tokens`` long."""
     from trt_kv.calibration.prompt_files import prompts_from_file
     from trt_kv.calibration.tasks import calibration_prompts
-    from trt_kv.runtime.text.detokenizer import load_tokenizer
+    from trt_kv.runtime.text.tokenizer import load_tokenizer
 
     limit = checkpoint.config.max_positions
     if plan.prompts is None:
@@ -214,7 +207,7 @@ def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundle
     else:
         texts, where = prompts_from_file(plan.prompts), plan.prompts.name
         texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
-    tokenizer = load_tokenizer(checkpoint.folder / "tokenizer.json", error=CheckpointError)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
     prompts = [list(tokenizer.encode(text).ids) for text in texts]
     for text, ids in zip(texts, prompts, strict=True):
         if len(ids) > limit:

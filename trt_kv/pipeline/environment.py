@@ -161,7 +161,7 @@ def _device(section: str, torch: ModuleType) -> Finding:
 
 def _bundled_model(preset: Preset) -> Finding:
     """Whether the preset's bundled checkpoint has its files, readable JSON and weights as long as their header says."""
-    from trt_kv.export.safetensors_file import read_safetensors_header
+    from trt_kv.export.checkpoints.safetensors_file import read_safetensors_header
 
     folder = preset.bundled_folder
     section, name = "bundled models", f"{preset.name} ({preset.bundled})"

@@ -1,21 +1,22 @@
-"""What the commands hand to ``trt_kv.cli.pipeline``: the options of the command line, grouped and checked."""
+"""The parts of a request: which model, how it is calibrated, what runs the engine and where. Each refuses what means nothing.
 
-from dataclasses import dataclass, field
+Messages name the options of the command line that fill the fields.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trt_kv.drift import check_correction_rate
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.manifest import DTYPES
-from trt_kv.policy import Policy
 from trt_kv.presets import preset
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions
 
 DEFAULT_CORRECTION_RATE = 0.1
 DEFAULT_NEW_TOKENS = 64
-
-
 DEFAULT_PAGE_SIZE = 32
+TARGETS = ("onnxruntime", "tensorrt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +87,6 @@ class DriftPlan:
         return [f"{name} {value}" for name, value in options.items() if value is not None]
 
 
-TARGETS = ("onnxruntime", "tensorrt")
-
-
 def check_page_size(page_size: int) -> None:
     """``UsageError`` unless a page holds tokens."""
     if page_size < 1:
@@ -151,50 +149,3 @@ class DeviceChoice:
     def options(self) -> dict[str, Any]:
         """Options of ``Engine.load``."""
         return dict(vars(self))
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """One prompt and how to continue it; the values are checked by the runtime, for its Python callers as well."""
-
-    prompt: str
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    stop: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How an engine is run, ``on`` what. ``host_tier``: where a cache that stays on the host lies; None: the default, or the
-    engine has none. ``trace``: the file that says afterwards what ran when.
-    """
-
-    on: DeviceChoice = field(default_factory=DeviceChoice)
-    host_tier: str | None = None
-    trace: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.trace is not None and not self.trace.parent.is_dir():
-            raise UsageError(
-                "the trace cannot be written there", got=f"--trace {self.trace}", expected="a file in a folder that exists"
-            )
-
-
-def check_recipe_is_read(policy: Policy, recipe: Path | None) -> None:
-    """Raise ``UsageError`` for a recipe that ``policy`` would ignore."""
-    if recipe is not None and not policy.needs_recipe:
-        raise UsageError(f"policy {policy.name!r} reads no recipe", got=f"--recipe {recipe}", fix="leave --recipe out")
-
-
-def check_drift_is_read(policy: Policy, drift: DriftPlan) -> None:
-    """Raise ``UsageError`` for options about drift thresholds that ``policy`` would ignore."""
-    if drift.given and not policy.needs_drift:
-        recalls = policy.recalls
-        raise UsageError(
-            f"policy {policy.name!r} " + ("has one fixed tau" if recalls else "recalls no pages, and has no drift thresholds"),
-            got=", ".join(drift.given),
-            fix="add --set drift=calibrated" if recalls else f"leave {drift.given[0].split()[0]} out, or take --policy freekv",
-        )

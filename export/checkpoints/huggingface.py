@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trt_kv.errors import CheckpointError
-from trt_kv.export.safetensors_file import StoredTensor, read_safetensors_header
+from trt_kv.export.checkpoints.safetensors_file import StoredTensor, read_safetensors_header
 from trt_kv.hf_config import model_config_from_hf, token_ids_from_hf
 from trt_kv.model_config import ModelConfig
 from trt_kv.require import require
@@ -35,13 +35,13 @@ _N_SHOWN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A validated checkpoint: every tensor that ``config`` asks for is there, whole, and of the right shape.
+class HuggingFaceCheckpoint:
+    """A validated folder in Hugging Face layout, which ``location`` names: a ``Checkpoint``.
 
     ``eos_token_ids`` joins ``config.json`` and ``generation_config.json``.
     """
 
-    folder: Path
+    location: Path
     config: ModelConfig
     eos_token_ids: tuple[int, ...]
     stored: Mapping[str, StoredTensor]
@@ -49,10 +49,10 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The folder's name; a hub snapshot is named after its repository."""
-        cache_name = self.folder.parent.parent.name
-        if self.folder.parent.name == "snapshots" and cache_name.startswith("models--"):
+        cache_name = self.location.parent.parent.name
+        if self.location.parent.name == "snapshots" and cache_name.startswith("models--"):
             return cache_name.removeprefix("models--").replace("--", "/", 1)
-        return self.folder.name
+        return self.location.name
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -60,9 +60,14 @@ class Checkpoint:
         return tuple(self.stored)
 
     @property
+    def tokenizer_file(self) -> Path:
+        """``tokenizer.json``, which a folder need not have."""
+        return self.location / "tokenizer.json"
+
+    @property
     def tokenizer_files(self) -> list[Path]:
-        """The files beside the weights that an engine takes along, as far as they exist."""
-        return [path for path in (self.folder / name for name in TOKENIZER_FILES) if path.is_file()]
+        """The files beside the weights that an engine takes along, as far as they exist, ``config.json`` among them."""
+        return [path for path in (self.location / name for name in TOKENIZER_FILES) if path.is_file()]
 
     @cached_property
     def digest(self) -> str:
@@ -95,7 +100,7 @@ class Checkpoint:
         return tensor
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_huggingface(folder: Path) -> HuggingFaceCheckpoint:
     """Open and check the checkpoint in ``folder``; raises ``CheckpointError`` naming the first file that does not fit.
 
     Weights are not read, only their headers.
@@ -107,8 +112,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config_path = folder / "config.json"
     config = model_config_from_hf(_read_json(config_path), source=str(config_path))
     stored = _stored_tensors(folder)
-    checkpoint = Checkpoint(
-        folder=folder.absolute(),
+    checkpoint = HuggingFaceCheckpoint(
+        location=folder.absolute(),
         config=config,
         eos_token_ids=_eos_token_ids(folder, config),
         stored=_matched(folder, config, stored),

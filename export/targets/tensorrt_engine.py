@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from trt_kv.errors import EngineError
-from trt_kv.export.tensorrt_network import CollectingLogger, ParsedNetwork, check_network, describe_network, network_from_onnx
-from trt_kv.export.tensorrt_profile import TensorRtOptions
+from trt_kv.export.targets.tensorrt_network import (
+    CollectingLogger,
+    ParsedNetwork,
+    check_network,
+    describe_network,
+    network_from_onnx,
+)
+from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.graph_io import graph_inputs
 from trt_kv.plugins.tensorrt_base import trt

@@ -1,5 +1,6 @@
-"""Lists where each weight of a decoder stands in an engine: the big ones where the graphs read them, the others in a file of
-their own, because graphs hold those inside.
+"""What an engine for ONNX Runtime has beside its graphs: the graph segments, and a list of where each weight stands.
+
+Big weights stand where the graphs read them, the others in a file of their own, because graphs hold those inside.
 """
 
 from pathlib import Path
@@ -7,10 +8,20 @@ from pathlib import Path
 import onnx
 import torch
 
-from trt_kv.export.checkpoint import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.split import save_segments, segments_from_graph
+from trt_kv.export.targets.parts import Parts
 from trt_kv.weight_index import StoredWeight, WeightIndex
 
 SMALL_WEIGHTS_FILE = "small_weights.data"
+
+
+def save_onnxruntime_parts(checkpoint: Checkpoint, graph: onnx.ModelProto, folder: Path, *, dtype: str) -> Parts:
+    """Write the segments of ``graph``, the decode graph in ``folder``, and the list of weights beside it."""
+    models, segments, ports = segments_from_graph(graph)
+    save_segments(models, segments, folder)
+    save_weight_index(checkpoint, graph, folder, dtype=dtype)
+    return Parts(segments=tuple(segments), ports=tuple(ports))
 
 
 def save_weight_index(checkpoint: Checkpoint, graph: onnx.ModelProto, folder: Path, *, dtype: str) -> None:

@@ -1,0 +1,1 @@
+"""Checkpoints of any format, behind one protocol."""

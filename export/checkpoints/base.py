@@ -1,0 +1,50 @@
+"""What a checkpoint is, whatever its format."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from trt_kv.model_config import ModelConfig
+
+
+class Checkpoint(Protocol):
+    """A validated checkpoint: every tensor that ``config`` asks for is there, whole, and of the right shape."""
+
+    @property
+    def location(self) -> Path:
+        """Where it lies, for messages."""
+
+    @property
+    def name(self) -> str:
+        """What people call the model."""
+
+    @property
+    def config(self) -> "ModelConfig": ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: those of ``config``, and those of generation settings beside it."""
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The weights that the decoder uses, in ``config.tensor_shapes()`` order."""
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer as one file in the format of Hugging Face's tokenizers; it need not exist."""
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The files that an engine takes along, as far as they exist, ``tokenizer_file`` among them."""
+
+    @property
+    def digest(self) -> str:
+        """``sha256:<hex>`` over the arithmetic of the config and the names, dtypes, shapes and bytes of all weights."""
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """One weight in its stored dtype, on the CPU; its bytes are read when they are used.
+
+        Raises ``CheckpointError`` where what is stored has changed since the checkpoint was opened.
+        """

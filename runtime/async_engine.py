@@ -1,0 +1,146 @@
+"""The engine for asyncio: one thread runs the steps, coroutines wait for their pieces."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Unpack
+
+from trt_kv.runtime.engine import Engine, Prompt
+from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
+
+IDLE_S = 1.0
+"""Seconds after which the thread looks around by itself while there is nothing to do."""
+
+
+class AsyncEngine:
+    """An ``Engine`` whose requests are awaited. May be used from one event loop, or from several.
+
+    >>> engine = AsyncEngine(Engine.load("engines/llama3-prefixkv"))
+    >>> async for piece in engine.stream("the old man ...", max_new_tokens=32):
+    ...     print(piece, end="")
+    >>> await engine.close()
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Takes over ``engine``: closing this closes it. Its thread starts with the first request."""
+        self.engine = engine
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> "AsyncEngine":
+        """Open an engine folder; options and errors as for ``Engine.load``. Takes seconds, and blocks the event loop."""
+        return cls(Engine.load(path, **options))
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]
+    ) -> "AsyncStream":
+        """Continue one prompt, piece by piece. The request is queued when the first piece is awaited.
+
+        Closing the iterator (``aclose``), or cancelling the task that awaits it, cancels the request. Errors as for
+        ``Engine.stream``.
+        """
+        return AsyncStream(self, prompt, params, sampling)
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]
+    ) -> Generation:
+        """Continue one prompt to its end; errors as ``Engine.generate``."""
+        stream = self.stream(prompt, params, **sampling)
+        async for _ in stream:
+            pass
+        return stream.result
+
+    async def close(self) -> None:
+        """End all requests, stop the thread and close the engine; streams that are open raise ``EngineError``."""
+        await asyncio.to_thread(self._close)
+
+    async def __aenter__(self) -> "AsyncEngine":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _close(self) -> None:
+        self._is_closed = True
+        self.engine.close()
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        """What the thread does: run steps while there are any."""
+        core = self.engine.core
+        while not self._is_closed:
+            core.wait_for_work(IDLE_S)
+            core.run_until_idle()
+
+    def _ensure_thread(self) -> None:
+        with self._lock:
+            if self._thread is None and not self._is_closed:
+                self._thread = threading.Thread(target=self._run, name="trt-kv steps", daemon=True)
+                self._thread.start()
+
+
+class AsyncStream(AsyncIterator[str]):
+    """Text pieces of one request as they become certain; ``result`` afterwards. Belongs to one task at a time."""
+
+    def __init__(self, owner: AsyncEngine, prompt: Prompt, params: SamplingParams | None, sampling: SamplingOptions) -> None:
+        self._owner = owner
+        self._wanted = prompt, params, sampling
+        self._request: Request | None = None
+        self._changed: asyncio.Event | None = None
+
+    async def __anext__(self) -> str:
+        if self._request is None or self._changed is None:
+            self._request, self._changed = self._submit()
+        request, changed = self._request, self._changed
+        try:
+            while not request.pieces and not request.is_finished:
+                await changed.wait()
+                changed.clear()
+        except BaseException:
+            await self.aclose()
+            raise
+        if request.pieces:
+            return request.pieces.popleft()
+        if request.error is not None:
+            raise request.error
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Cancel the request, where it has not ended; returns when its pages are free, which is before the next step."""
+        request, changed = self._request, self._changed
+        if request is None or changed is None:
+            return
+        request.cancelled = True
+        while not request.is_finished or request.held_sequence is not None:
+            await changed.wait()
+            changed.clear()
+
+    def __del__(self) -> None:
+        if self._request is not None:
+            self._request.cancelled = True  # the thread that runs steps sees to it
+
+    @property
+    def result(self) -> Generation:
+        """What has been generated so far; ``RuntimeError`` before the first piece was awaited."""
+        if self._request is None:
+            raise RuntimeError("nothing has been generated: the stream has not been awaited")
+        return self._request.result()
+
+    def _submit(self) -> tuple[Request, asyncio.Event]:
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(changed.set)
+
+        prompt, params, sampling = self._wanted
+        request = self._owner.engine.submit(prompt, params, on_update=tell, **sampling)
+        self._owner._ensure_thread()
+        return request, changed

@@ -1,0 +1,93 @@
+"""Text as it is generated, and lines that say what it took."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_kv.cli.progress import progress_bars
+from trt_kv.errors import UsageError
+from trt_kv.pipeline.plans import DeviceChoice
+
+if TYPE_CHECKING:
+    from trt_kv.runtime.statistics import RecallStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One prompt and how to continue it; the values are checked by the runtime, for its Python callers as well."""
+
+    prompt: str
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How an engine is run, ``on`` what. ``host_tier``: where a cache that stays on the host lies; None: the default, or the
+    engine has none. ``trace``: the file that says afterwards what ran when.
+    """
+
+    on: DeviceChoice = field(default_factory=DeviceChoice)
+    host_tier: str | None = None
+    trace: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.trace is not None and not self.trace.parent.is_dir():
+            raise UsageError(
+                "the trace cannot be written there", got=f"--trace {self.trace}", expected="a file in a folder that exists"
+            )
+
+
+def stream_text(
+    *, engine: Path, request: GenerationRequest, running: RunOptions, on_end: Callable[[str], None]
+) -> Iterator[str]:
+    """Pieces of generated text; ``on_end`` is given lines that say what it took."""
+    from trt_kv.runtime.engine import Engine
+    from trt_kv.runtime.trace import NO_TRACE, Trace
+
+    trace = NO_TRACE if running.trace is None else Trace()
+    options = dataclasses.asdict(request)
+    prompt = options.pop("prompt")
+    with progress_bars() as on_progress:
+        loaded = Engine.load(engine, host_tier=running.host_tier, trace=trace, on_progress=on_progress, **running.on.options)
+        n_prompt = len(loaded.encode(prompt))
+        stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **options)
+        first = next(stream, "")
+    yield first
+    yield from stream
+    result = stream.result
+    held, seen = _mean(result.kv_tokens), result.num_computed_tokens
+    exempt = loaded.manifest.policy.exempt_layers
+    others = [n for layer, n in enumerate(result.kv_tokens) if layer not in exempt]
+    told = f", {_mean(others) / seen:.0%} in layers that are not exempt" if exempt and others else ""
+    on_end(
+        f"[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
+        f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%}{told})]"
+    )
+    if not running.on.on_host:
+        on_end(f"[run by {loaded.runner.description}]")
+    counts = None if loaded.runner.tiers is None else loaded.runner.tiers.statistics
+    if counts is not None:
+        on_end(_told_recall(counts, len(result.token_ids)))
+    loaded.close()
+    if running.trace is not None:
+        trace.save(running.trace)
+        on_end(f"[trace: {running.trace}, for chrome://tracing or ui.perfetto.dev]")
+
+
+def _told_recall(counts: "RecallStatistics", n_generated: int) -> str:
+    moved = counts.moved_bytes / max(1, n_generated) / 2**10
+    return (
+        f"[recalled {moved:.0f} KiB per token from the host; {counts.head_rate:.0%} of KV heads drifted and were corrected, in "
+        f"{counts.layer_step_rate:.0%} of layer-steps; waited {counts.waited_ms:.0f} ms for copies]"
+    )
+
+
+def _mean(counts: Sequence[int]) -> float:
+    return sum(counts) / len(counts)

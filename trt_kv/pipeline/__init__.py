@@ -1,0 +1,49 @@
+"""From a checkpoint to a measured engine, for Python callers and for the command line alike.
+
+Each function takes one request and two callbacks: ``on_progress(stage, done, total)`` and ``on_note(text)``. It prints nothing,
+installs no signal handlers and raises the errors of ``trt_kv.errors``. Importing this package loads nothing heavy.
+
+Example::
+
+    from pathlib import Path
+
+    from trt_kv.pipeline import BuildRequest, EvaluationRequest, ModelSource, build_engine, evaluate
+    from trt_kv.policies import policy_from_name
+
+    source, policy = ModelSource(model="llama3"), policy_from_name("prefixkv")
+    engine = build_engine(BuildRequest(source=source, policy=policy, out=Path("engines/first")), on_note=print)
+    evaluation = evaluate(EvaluationRequest(engine=engine, tasks=Path("examples/evaluate/tasks.jsonl")))
+"""
+
+from trt_kv.pipeline.build import build_engine
+from trt_kv.pipeline.calibrate import RecipeFiles, calibrate_drift, calibrate_recipe
+from trt_kv.pipeline.callbacks import OnNote, OnProgress
+from trt_kv.pipeline.environment import Finding, State, examine
+from trt_kv.pipeline.evaluation import evaluate
+from trt_kv.pipeline.export import export_graphs
+from trt_kv.pipeline.plans import CalibrationPlan, DeviceChoice, DriftPlan, ModelSource, TargetPlan
+from trt_kv.pipeline.requests import BuildRequest, DriftRequest, EvaluationRequest, ExportRequest, RecipeRequest
+
+__all__ = [
+    "BuildRequest",
+    "CalibrationPlan",
+    "DeviceChoice",
+    "DriftPlan",
+    "DriftRequest",
+    "EvaluationRequest",
+    "ExportRequest",
+    "Finding",
+    "ModelSource",
+    "OnNote",
+    "OnProgress",
+    "RecipeFiles",
+    "RecipeRequest",
+    "State",
+    "TargetPlan",
+    "build_engine",
+    "calibrate_drift",
+    "calibrate_recipe",
+    "evaluate",
+    "examine",
+    "export_graphs",
+]

@@ -1,0 +1,110 @@
+"""Checkpoint + policy -> engine folder, calibrating first what the policy needs and is not given."""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_kv.drift import Drift
+from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
+from trt_kv.pipeline.calibration_runs import drift_from_prompts, recipe_from_prompts
+from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
+from trt_kv.pipeline.given_files import drift_of_plan, policy_of_recipe
+from trt_kv.pipeline.plans import TargetPlan
+from trt_kv.pipeline.reproduce import command_line_of, is_built
+from trt_kv.pipeline.requests import BuildRequest
+from trt_kv.pipeline.sources import open_source
+from trt_kv.profiles import DEFAULT as DEFAULT_PROFILE
+from trt_kv.profiles import build_profile
+from trt_kv.recipe import Recipe
+from trt_kv.require import require_tensorrt
+
+if TYPE_CHECKING:
+    from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
+
+
+def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> Path:
+    """Build the engine at ``request.out`` and return that path; the folder appears whole or not at all.
+
+    A recipe or drift thresholds that the policy needs and the request does not bring are calibrated on the way, and a picture
+    of each lies in the engine. An engine that stands there already and was made by the same request from the same weights is
+    left as it is. Raises ``UsageError`` where something else stands there, ``CheckpointError``, ``RecipeError`` and
+    ``EngineError`` for what cannot be read, does not fit together or cannot be written.
+
+    Example::
+
+        from pathlib import Path
+
+        from trt_kv.pipeline import BuildRequest, ModelSource, build_engine
+        from trt_kv.policies import policy_from_name
+
+        source, policy = ModelSource(model="llama3"), policy_from_name("prefixkv")
+        build_engine(BuildRequest(source=source, policy=policy, out=Path("engines/first")), on_note=print)
+    """
+    from trt_kv.export import engine
+    from trt_kv.export.new_folder import check_destination
+
+    options = _tensorrt_options(request.target)
+    request = dataclasses.replace(request, drift=dataclasses.replace(request.drift, page_size=request.target.page_size))
+    out, target = request.out, request.target
+    if not (out / MANIFEST_FILE).is_file():
+        check_destination(out, replace=request.replace)
+    checkpoint = open_source(request.source, on_note)
+    command_line = command_line_of(request)
+    if not request.replace and not request.reads_files and is_built(out, command_line, checkpoint):
+        on_note(f"{out} is up to date")
+        return out
+    check_destination(out, replace=request.replace)
+    recipe = Recipe.load(request.recipe) if request.recipe is not None else None
+    policy = request.policy if recipe is None else policy_of_recipe(request.policy, recipe, on_note)
+    drift = drift_of_plan(policy, request.drift, on_note)
+    if policy.needs_recipe and recipe is None:
+        recipe = recipe_from_prompts(checkpoint, policy, request.calibration, on_progress=on_progress, on_note=on_note)
+    if policy.needs_drift and drift is None:
+        drift = drift_from_prompts(
+            checkpoint, policy, request.calibration, request.drift, recipe, on_progress=on_progress, on_note=on_note
+        )
+    engine_request = engine.EngineRequest(
+        checkpoint=checkpoint,
+        policy=policy,
+        recipe=recipe,
+        drift=drift,
+        dtype=target.dtype or "float32",
+        page_size=target.page_size,
+        tensorrt=options,
+        model_source=request.source.checkpoint or f"bundled {request.source.model}",
+        reproduce=command_line,
+    )
+    with _pictures(recipe, drift) as pictures:
+        engine.build_engine(engine_request, out, replace=request.replace, on_progress=on_progress, extra_files=pictures)
+    return out
+
+
+@contextlib.contextmanager
+def _pictures(recipe: Recipe | None, drift: Drift | None) -> Iterator[list[Path]]:
+    """Files with a picture of each, as long as the block lasts."""
+    from trt_kv.calibration.drift_plot import picture_from_drift
+    from trt_kv.calibration.recipe_plot import picture_from_recipe
+
+    with tempfile.TemporaryDirectory() as scratch:
+        pictures = []
+        if recipe is not None:
+            pictures.append(Path(scratch) / "recipe.png")
+            picture_from_recipe(recipe, pictures[-1])
+        if drift is not None:
+            pictures.append(Path(scratch) / "drift.png")
+            picture_from_drift(drift, pictures[-1])
+        yield pictures
+
+
+def _tensorrt_options(target: TargetPlan) -> "TensorRtOptions | None":
+    """How to compile for TensorRT; raises before anything is read where TensorRT is not installed or the profile is none."""
+    from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
+
+    if target.target != "tensorrt":
+        return None
+    profile = build_profile(target.profile or DEFAULT_PROFILE)
+    require_tensorrt()
+    return TensorRtOptions(profile=profile, timing_cache=target.timing_cache)

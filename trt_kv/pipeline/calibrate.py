@@ -1,0 +1,104 @@
+"""Prompts -> a recipe or drift thresholds in a file, with a picture beside it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trt_kv.errors import UsageError
+from trt_kv.pipeline.calibration_runs import drift_from_prompts, recipe_from_prompts, recipe_model
+from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
+from trt_kv.pipeline.given_files import policy_of_recipe
+from trt_kv.pipeline.requests import DriftRequest, RecipeRequest
+from trt_kv.pipeline.sources import open_source
+from trt_kv.recipe import Recipe, recipe_from_published, recipe_score
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFiles:
+    """What a calibration wrote; ``published`` only where that form was asked for."""
+
+    recipe: Path
+    picture: Path
+    published: Path | None
+
+
+def calibrate_recipe(request: RecipeRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> RecipeFiles:
+    """Write a recipe to ``request.out`` and its picture beside it; optionally also in the published form.
+
+    Raises ``CheckpointError`` and ``UsageError`` for what cannot be read or does not fit the policy.
+
+    Example::
+
+        from pathlib import Path
+
+        from trt_kv.pipeline import CalibrationPlan, ModelSource, RecipeRequest, calibrate_recipe
+        from trt_kv.policies import policy_from_name
+
+        request = RecipeRequest(
+            source=ModelSource(model="llama3", checkpoint="models/mine"),
+            policy=policy_from_name("prefixkv"),
+            calibration=CalibrationPlan(prompts=Path("prompts.txt")),
+            out=Path("recipes/mine.json"),
+        )
+        print(calibrate_recipe(request).picture)
+    """
+    from trt_kv.calibration.recipe_plot import picture_from_recipe
+
+    out, policy = request.out, request.policy
+    picture = _picture_beside(out, "recipe")
+    for folder in {out.parent, request.to_published or out.parent}:
+        folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_source(request.source, on_note)
+    if request.from_published is not None:
+        recipe = recipe_from_published(request.from_published, model=recipe_model(checkpoint), score=recipe_score(policy))
+        policy_of_recipe(policy, recipe, on_note)
+    else:
+        recipe = recipe_from_prompts(checkpoint, policy, request.calibration, on_progress=on_progress, on_note=on_note)
+    recipe.save(out)
+    picture_from_recipe(recipe, picture)
+    published = recipe.to_published(request.to_published) if request.to_published is not None else None
+    return RecipeFiles(recipe=out, picture=picture, published=published)
+
+
+def calibrate_drift(request: DriftRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> Path:
+    """Write drift thresholds to ``request.out`` and their picture beside it, measured under the recipe that the policy needs.
+
+    Returns ``request.out``. Raises ``CheckpointError``, ``RecipeError`` and ``UsageError`` for what cannot be read or does not
+    fit together.
+
+    Example::
+
+        import dataclasses
+        from pathlib import Path
+
+        from trt_kv.pipeline import DriftPlan, DriftRequest, ModelSource, calibrate_drift
+        from trt_kv.policies import policy_from_name
+
+        policy = dataclasses.replace(policy_from_name("freekv"), tokens=512, drift="calibrated")
+        source, drift = ModelSource(model="llama3"), DriftPlan(rate=0.05)
+        calibrate_drift(DriftRequest(source=source, policy=policy, drift=drift, out=Path("recipes/drift.json")))
+    """
+    from trt_kv.calibration.drift_plot import picture_from_drift
+
+    out, policy = request.out, request.policy
+    picture = _picture_beside(out, "thresholds")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_source(request.source, on_note)
+    recipe = Recipe.load(request.recipe) if request.recipe is not None else None
+    if recipe is not None:
+        recipe.check_model(digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
+        policy = policy_of_recipe(policy, recipe, on_note)
+    elif policy.needs_recipe:
+        recipe = recipe_from_prompts(checkpoint, policy, request.calibration, on_progress=on_progress, on_note=on_note)
+    thresholds = drift_from_prompts(
+        checkpoint, policy, request.calibration, request.drift, recipe, on_progress=on_progress, on_note=on_note
+    )
+    thresholds.save(out)
+    picture_from_drift(thresholds, picture)
+    return out
+
+
+def _picture_beside(out: Path, what: str) -> Path:
+    picture = out.with_suffix(".png")
+    if picture == out:
+        raise UsageError(f"the picture would overwrite the {what}", got=f"--out {out}", expected="a name that ends in .json")
+    return picture

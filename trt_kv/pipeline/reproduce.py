@@ -1,0 +1,57 @@
+"""The command that builds an engine again, and whether it would change anything."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_kv.errors import EngineError
+from trt_kv.manifest import digest_of, load_manifest, verify_files
+from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE
+from trt_kv.pipeline.requests import BuildRequest
+from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policy_settings import SHARED_BUDGETS, differences, setting_as_text
+from trt_kv.recipe import CREATED_BY
+
+if TYPE_CHECKING:
+    from trt_kv.export.checkpoints.base import Checkpoint
+
+
+def command_line_of(request: BuildRequest) -> str:
+    """The command that builds the same engine again."""
+    source, policy, recipe = request.source, request.policy, request.recipe
+    drift, plan, target = request.drift, request.calibration, request.target
+    words: list[str | Path | int | float] = ["trt-kv", "build", "--model", source.model]
+    words += ["--checkpoint", source.checkpoint] if source.checkpoint else []
+    words += ["--policy", policy.name]
+    words += ["--budget", policy.kept] if policy.budget in SHARED_BUDGETS and recipe is None else []
+    words += ["--score", policy.score] if policy.evicts else []
+    words += ["--window", policy.window] if "window" in policy.scoring.settings else []
+    changed = differences(policy, policy_from_name(policy.name)) if policy.name in policy_names() else {}
+    settings = [setting_as_text(name, value) for name, value in changed.items() if name not in ("kept", "score", "window")]
+    words += ["--set", *settings] if settings else []
+    words += ["--recipe", recipe] if recipe is not None else []
+    if policy.needs_drift and drift.file is not None:
+        words += ["--drift", drift.file]
+    elif policy.needs_drift:
+        words += ["--correction-rate", drift.correction_rate, "--new-tokens", drift.new_tokens]
+    if (policy.needs_recipe and recipe is None) or (policy.needs_drift and drift.file is None):
+        words += ["--samples", plan.samples, "--seed", plan.seed]
+        words += ["--prompts", plan.prompts] if plan.prompts else []
+    words += ["--target", target.target] if target.target != "onnxruntime" else []
+    words += ["--profile", target.profile] if target.profile else []
+    words += ["--dtype", target.dtype] if target.dtype else []
+    words += ["--page-size", target.page_size] if target.page_size != DEFAULT_PAGE_SIZE else []
+    return shlex.join(str(word) for word in words)
+
+
+def is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool:
+    """Whether ``folder`` holds a whole engine made by this version, by this command, from these weights and settings."""
+    try:
+        manifest = load_manifest(folder)
+        verify_files(folder, manifest)
+    except EngineError:
+        return False
+    made = (manifest.reproduce, manifest.created_by, manifest.model_digest)
+    copied = {path.name: digest_of(path) for path in checkpoint.tokenizer_files}
+    recorded = {name: manifest.files[name].digest for name in copied if name in manifest.files}
+    return made == (command_line, CREATED_BY, checkpoint.digest) and recorded == copied
