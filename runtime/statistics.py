@@ -1,4 +1,4 @@
-"""What an engine has done and is doing, counted in one place; servers and benchmarks read it."""
+"""Counters and histograms of an engine, for servers and benchmarks."""
 
 import bisect
 import dataclasses
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SECONDS = tuple(m * 10.0**e for e in range(-4, 3) for m in (1, 2, 5))
-"""Upper bounds of the buckets of times: 0.1 ms to 500 s."""
+"""Upper bounds of the buckets of times, in seconds: 0.1 ms to 500 s."""
 
 
 @dataclass(kw_only=True)
 class Histogram:
-    """Counts by bucket, the last one for what is above every bound; ``total`` is the sum of what was added."""
+    """Counts per bucket, the last one for values above every bound; ``total`` is the sum of the added values."""
 
     bounds: Sequence[float] = SECONDS
     counts: list[int] = field(default_factory=list)
@@ -42,14 +42,14 @@ class EngineStatistics:
     """Counts since the engine was loaded; times in seconds.
 
     ``time_to_first_token`` counts from a request's arrival, ``time_between_tokens`` from one token of a request to its next,
-    ``time_in_queue`` from arrival to admission. ``planning_s`` is what deciding on steps and their
-    bookkeeping took, ``steps_s`` the model, ``sampling_s`` choosing tokens and making text of them.
+    ``time_in_queue`` from arrival to admission. ``planning_s`` is the time of scheduling and bookkeeping, ``steps_s`` of
+    running the model, ``sampling_s`` of sampling and detokenization.
     """
 
     n_waiting: int = 0
     n_running: int = 0
     n_finished: dict[str, int] = field(default_factory=dict)
-    """Requests by how they ended."""
+    """Finished requests by finish reason."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     prefill_steps: int = 0
@@ -63,7 +63,7 @@ class EngineStatistics:
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens of prompts and of decoding in a step, on average."""
+        """Average number of prompt and generated tokens per step."""
         return (self.prompt_tokens + self.generated_tokens) / max(1, self.prefill_steps + self.decode_steps)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Token ids to text, piece by piece."""
+"""Tokenizer loading and incremental detokenization."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ INCOMPLETE = "\ufffd"
 
 
 def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
-    """The tokenizer in ``path``, without the truncation and padding that some files ask for.
+    """The tokenizer in ``path``, without the truncation and padding that some files configure.
 
-    ``error`` where there is none or it cannot be read.
+    Raises ``error`` if it is missing or cannot be read.
     """
     if not path.is_file():
         raise error(
@@ -23,7 +23,7 @@ def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as cause:  # the package raises nothing more special
+    except Exception as cause:  # the package raises no more specific class
         raise error(f"cannot read the tokenizer {path}", got=str(cause), expected="a tokenizers file") from cause
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -31,11 +31,11 @@ def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens; text comes out as soon as no later token can change it.
+    """Decodes a growing list of tokens; text is returned as soon as no later token can change it.
 
-    Each piece is what a few tokens say after the tokens before them, because decoders treat the first token of a text in their
-    own way. A character whose bytes are spread over tokens comes out whole, with its last token. (``tokenizers.DecodeStream``
-    raises where a byte-fallback tokenizer takes back text it had decoded.)
+    New tokens are decoded together with the tokens before them, because decoders treat the first token of a text differently. A
+    character whose bytes are spread over several tokens is returned with the last of them. (``tokenizers.DecodeStream`` raises
+    an error if a byte-fallback tokenizer retracts text that it had decoded.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -44,7 +44,7 @@ class Detokenizer:
         self._pending: list[int] = []
 
     def step(self, token_id: int) -> str:
-        """The text that ``token_id`` makes certain; special tokens have none."""
+        """The text that becomes final with ``token_id``; empty for special tokens."""
         self._pending.append(token_id)
         text = self._pending_text()
         if not text or text.endswith(INCOMPLETE):
@@ -53,7 +53,7 @@ class Detokenizer:
         return text
 
     def finish(self) -> str:
-        """The text still pending after the last token, without a character that has remained incomplete."""
+        """The text still pending after the last token, without an incomplete character at its end."""
         text = self._pending_text().rstrip(INCOMPLETE)
         self._context, self._pending = [], []
         return text

@@ -1,4 +1,4 @@
-"""What recall did: how often heads were corrected, and how much was moved."""
+"""Counters of recall: how often heads were corrected, and how much was copied."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -20,9 +20,9 @@ class RecallStatistics:
     corrected_LK: Ints = field(init=False)
     corrected_layer_steps_L: Ints = field(init=False)
     moved_ahead_L: Ints = field(init=False)
-    """Page-heads that were brought in the background."""
+    """Page-heads that were copied in the background."""
     moved_at_once_L: Ints = field(init=False)
-    """Page-heads that a corrected head waited for."""
+    """Page-heads that were copied before attention, while the step waited."""
     pages_written: int = field(init=False)
     waited_ms: float = field(init=False)
     """Time that steps waited for copies."""
@@ -31,7 +31,7 @@ class RecallStatistics:
         self.reset()
 
     def reset(self) -> None:
-        """Count from nothing."""
+        """Set all counts to 0."""
         self.layer_steps_L, self.corrected_layer_steps_L, self.moved_ahead_L, self.moved_at_once_L = (
             np.zeros(self.n_layers, np.int64) for _ in range(4)
         )
@@ -46,7 +46,7 @@ class RecallStatistics:
 
     @property
     def layer_step_rate(self) -> float:
-        """Share of layer-steps in which any KV head was corrected: the steps that had to wait."""
+        """Share of layer-steps in which any KV head was corrected."""
         return float(self.corrected_layer_steps_L.sum()) / max(1, int(self.layer_steps_L.sum()))
 
     @property
@@ -54,7 +54,7 @@ class RecallStatistics:
         return self.page_head_bytes * int(self.moved_ahead_L.sum() + self.moved_at_once_L.sum())
 
     def to_json(self) -> dict[str, Any]:
-        """Counts as lists, and the rates made from them."""
+        """Counts as lists, and the rates computed from them."""
         counts = {
             name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in dataclasses.asdict(self).items()
         }
