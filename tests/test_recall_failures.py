@@ -1,4 +1,4 @@
-"""A copy that fails, a disk that is full, a file that was truncated: one request ends with a clear error, the others never notice."""
+"""A copy that fails, a full disk, a truncated file: one request ends with a clear error, and the others are not affected."""
 
 import os
 from collections.abc import Callable
