@@ -74,6 +74,9 @@ class DeviceRecall:
     generated tokens only. ``release`` frees a sequence's working sets.
     """
 
+    statistics = None
+    """Not counted: the host does not read back what the device recalls."""
+
     def __init__(
         self,
         program: Program,
