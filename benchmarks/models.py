@@ -1,4 +1,4 @@
-"""Random checkpoints of chosen shapes, exported as an engine's are, and the runners that run them."""
+"""Random checkpoints of given shapes, exported like those of an engine, and runners for them."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ DESCRIPTION_FILE = "model.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a random Llama; everything else is as Llama 3 has it."""
+    """The sizes of a random Llama; everything else is as in Llama 3."""
 
     n_layers: int
     hidden_size: int
@@ -58,7 +58,7 @@ class Shape:
 
     @property
     def hf_config(self) -> dict[str, object]:
-        """What a checkpoint of this shape has as config.json."""
+        """The config.json of a checkpoint of this shape."""
         return {
             "model_type": "llama",
             "num_hidden_layers": self.n_layers,
@@ -106,7 +106,7 @@ def random_checkpoint(shape: Shape, folder: Path, *, seed: int = 0) -> Checkpoin
 
 
 def exported_model(checkpoint: Checkpoint, folder: Path) -> ExportedModel:
-    """Export and split ``checkpoint`` as a build does, without the tokenizer, manifest and digests of an engine."""
+    """Export and split ``checkpoint`` as in a build, without the tokenizer, manifest and digests of an engine."""
     config = checkpoint.config
     folder.mkdir(parents=True)
     program = program_of(FULL, phase="decode", n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=PAGE_SIZE)

@@ -1,4 +1,4 @@
-"""The one loop: schedule a step, run it, hand its results to the requests. Everything that generates is a client of it."""
+"""The engine's loop: schedule a step, run it, deliver its results to the requests. All generation goes through it."""
 
 import threading
 import time
@@ -13,14 +13,14 @@ from trt_kv.runtime.scheduler import Scheduler, StepPlan
 from trt_kv.runtime.statistics import EngineStatistics
 
 NOTICE_S = 0.05
-"""Seconds after which a waiting thread looks again by itself: a thread that was interrupted may have told nobody."""
+"""Polling interval of waiting threads, in seconds: an interrupted thread may not have notified the others."""
 
 
 class EngineCore:
     """Runs requests on one ``ModelRunner``. All methods may be called from any thread.
 
-    There is no thread of its own: whoever waits for a request runs steps, one thread at a time, and each step serves all
-    requests. A request's pages are free before the first step after its end.
+    It has no thread of its own: threads that wait for a request run the steps, one thread at a time, and each step serves all
+    requests. A request's pages are freed before the first step after its end.
     """
 
     def __init__(self, runner: ModelRunner, reservation: Reservation, *, token_budget: int | None = None) -> None:
@@ -33,7 +33,7 @@ class EngineCore:
         self._changed = threading.Condition()
         self._inbox: list[Request] = []
         self._live: list[Request] = []
-        """Requests that may hold something: from ``add`` until all they held has been given back."""
+        """Requests that may hold pages: from ``add`` until all of their pages have been freed."""
         self._is_closed = False
 
     @property
@@ -41,7 +41,7 @@ class EngineCore:
         return self._scheduler.reservation
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Queue requests: all, or none. ``CapacityError`` for one that can never be served, ``UsageError`` when closed."""
+        """Queue all requests or none. ``CapacityError`` if one can never be served, ``UsageError`` if the engine is closed."""
         requests = list(requests)
         if self._is_closed:
             raise UsageError("the engine has been closed", expected="an open engine", fix="load it again")
@@ -51,7 +51,7 @@ class EngineCore:
         self._notify()
 
     def cancel(self, request: Request) -> None:
-        """End a request, and what goes on from its prompt. What it holds is free at once, or when the running step ends."""
+        """End a request and its forks. Its pages are freed immediately, or when the running step ends."""
         for one in (request, *request.forks):
             one.cancelled = True
         if not self._stepping.locked():
@@ -59,14 +59,14 @@ class EngineCore:
             self._notify()
 
     def wait(self, until: Callable[[], bool]) -> None:
-        """Run steps until ``until``, which some request's progress brings about.
+        """Run steps until ``until()`` is true, which must follow from the progress of requests.
 
-        What interrupts this thread in the middle of a step (Ctrl-C) ends the requests of that step, and is raised here.
+        An interrupt of this thread in the middle of a step (Ctrl-C) ends the requests of that step and is raised here.
         """
         while not until():
             if self._stepping.locked():
                 if self._stepping_thread == threading.get_ident():
-                    raise UsageError("an engine cannot be asked from inside one of its steps", fix="call it after the step")
+                    raise UsageError("an engine cannot be called from inside one of its steps", fix="call it after the step")
                 with self._changed:
                     self._changed.wait_for(lambda: until() or not self._stepping.locked(), NOTICE_S)
                 continue
@@ -83,7 +83,7 @@ class EngineCore:
             self._changed.wait_for(lambda: bool(self._inbox or self._live) or self._is_closed, timeout_s)
 
     def close(self) -> None:
-        """End all requests, stop background work and let go of a host tier. Nothing runs afterwards."""
+        """End all requests, stop background work and free a host tier. Nothing runs afterwards."""
         self._is_closed = True
         self._alone(self._close)
         self._notify()
@@ -96,7 +96,7 @@ class EngineCore:
         self.runner.close()
 
     def _alone(self, work: Callable[[], object]) -> None:
-        """Do ``work`` while no other thread runs steps."""
+        """Run ``work`` while no other thread runs steps."""
         with self._stepping:
             self._stepping_thread = threading.get_ident()
             try:
@@ -109,7 +109,7 @@ class EngineCore:
             self._changed.notify_all()
 
     def _take_in(self) -> None:
-        """Hand over what was added since. Interrupted, it is done again."""
+        """Pass added requests to the scheduler. May be called again after an interruption."""
         while self._inbox:
             request = self._inbox[0]
             if request not in self._scheduler:
@@ -118,7 +118,7 @@ class EngineCore:
             self._inbox.pop(0)
 
     def _step(self) -> bool:
-        """Run the next step; False, where there is none."""
+        """Run the next step; False if there is none."""
         started = time.perf_counter()
         self._sweep()
         plan = self._scheduler.schedule()
@@ -132,7 +132,7 @@ class EngineCore:
             logits = self.runner.run(plan)
             ran = time.perf_counter()
             self._finish_step(plan, logits, ran - planned)
-        except Exception as error:  # noqa: BLE001  (handed to the clients of the step's requests, whatever it is)
+        except Exception as error:  # noqa: BLE001  (ends the step's requests, whatever it is)
             self._fail(plan, error)
         except BaseException as interrupt:
             self._fail(plan, _interrupted(interrupt))
@@ -150,13 +150,13 @@ class EngineCore:
         return True
 
     def _begin(self, request: Request) -> None:
-        """Its prompt is read from here on."""
+        """Start a request's prefill."""
         request.held_sequence = self.runner.new_sequence()
         request.times.admitted = time.monotonic()
         self.statistics.time_in_queue.add(request.times.admitted - request.times.arrived)
 
     def _finish_step(self, plan: StepPlan[Request], logits: Floats, seconds: float) -> None:
-        """Give each request what the step made for it."""
+        """Deliver the results of a step to its requests."""
         self._scheduler.complete(plan)
         counts = self.statistics
         if plan.phase == "prefill":
@@ -177,7 +177,7 @@ class EngineCore:
             self._deliver(request, logits_V)
 
     def _end_prompt(self, request: Request, logits_V: Floats) -> None:
-        """The prompt has been read: the request and its forks go on from what is kept of it, each with its own first token."""
+        """After prefill: fork the sequence, and sample the first token of the request and of each fork."""
         sequence = request.sequence
         request.prompt_kv_tokens = tuple(int(n) for n in sequence.held_tokens)
         for fork in request.forks:
@@ -197,7 +197,7 @@ class EngineCore:
             return
         try:
             request.accept(logits_V)
-        except Exception as error:  # noqa: BLE001  (this request's own; the others of the step go on)
+        except Exception as error:  # noqa: BLE001  (ends this request only, not the others of the step)
             request.end("error", error)
             return
         times = request.times.tokens
@@ -207,15 +207,15 @@ class EngineCore:
             self.statistics.time_between_tokens.add(times[-1] - times[-2])
 
     def _fail(self, plan: StepPlan[Request], error: Exception) -> None:
-        """End the requests of a step that failed, and what would have gone on from a prompt that was not read."""
+        """End the requests of a failed step, and the forks that have no sequence yet."""
         for request in plan.requests:
             for one in (request, *(fork for fork in request.forks if fork.held_sequence is None)):
                 one.end("error", error)
 
     def _sweep(self) -> None:
-        """Take in what is new, end what was cancelled or is too late, and give back what ended requests hold.
+        """Take in new requests, end cancelled and timed out ones, and free what ended requests hold.
 
-        Interrupted, it is done again by whoever sweeps next.
+        After an interruption the next call completes it.
         """
         self._take_in()
         now = time.monotonic()
@@ -241,5 +241,5 @@ class EngineCore:
 
 def _interrupted(interrupt: BaseException) -> EngineError:
     return EngineError(
-        "a step was interrupted, and the requests in it cannot go on", got=type(interrupt).__name__, fix="send them again"
+        "a step was interrupted, and its requests cannot continue", got=type(interrupt).__name__, fix="send them again"
     )

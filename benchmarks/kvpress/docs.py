@@ -1,4 +1,4 @@
-"""The measured part of docs/kvpress.md from the results file: ``python -m benchmarks.kvpress.docs`` writes it anew."""
+"""The measured part of docs/kvpress.md, from the results file: ``python -m benchmarks.kvpress.docs`` updates it."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
 def measured_section() -> str:
-    """What stands between the two marks, marks included."""
+    """The text between the two markers, markers included."""
     document = load(RESULTS)
     settings = document["settings"]
     *lengths, last = settings["prompt_tokens"]

@@ -1,4 +1,4 @@
-"""Time per decoded token and KV bytes held: the whole cache beside PrefixKV at 50 % and 20 %, for growing contexts."""
+"""Time per decoded token and KV bytes: the whole cache compared with PrefixKV at 50 % and 20 %, for growing contexts."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -92,7 +92,7 @@ def _recipes(checkpoint: Checkpoint, model: ExportedModel, executor: DenseExecut
 
 
 def _wide(model: ExportedModel, *, contexts: Sequence[int], rounds: int) -> tuple[list[Row], list[Check]]:
-    """Caches filled with random numbers, since decoding does not care what it attends to and a prefill would take minutes."""
+    """Caches filled with random numbers: decoding speed does not depend on the content, and a prefill would take minutes."""
     executor = model.executor()
     rows: list[Row] = []
     checks: list[Check] = []
@@ -113,7 +113,7 @@ def _wide(model: ExportedModel, *, contexts: Sequence[int], rounds: int) -> tupl
 
 
 def _filled_sequence(runner: ModelRunner, context: int, share: float) -> SequenceCache:
-    """A sequence that has seen ``context`` tokens and kept a share of them in every layer, whatever lies in its pages."""
+    """A sequence after ``context`` tokens that keeps a share of them in every layer; the content of its pages is arbitrary."""
     sequence = runner.new_sequence()
     sequence.append(context)
     if share < 1.0:
@@ -122,7 +122,7 @@ def _filled_sequence(runner: ModelRunner, context: int, share: float) -> Sequenc
 
 
 def _checks(model: ExportedModel, executor: DenseExecutor, sides: Mapping[str, Side], context: int) -> list[Check]:
-    """Each side's step is the one the reference kernels make of the same cache."""
+    """Check each side's step against the reference kernels on the same cache."""
     checks = []
     for name, side in sides.items():
         pool = side.runner.pool
