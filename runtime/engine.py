@@ -1,6 +1,6 @@
 """``Engine``: loads an engine folder and generates text with it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,6 +18,7 @@ from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
+from trt_kv.runtime.stream import Stream
 from trt_kv.runtime.text.tokenizer import load_tokenizer
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
@@ -180,7 +181,7 @@ class Engine:
         *,
         on_prefill: Callable[[int], None] | None = None,
         **sampling: Unpack[SamplingOptions],
-    ) -> "Stream":
+    ) -> Stream:
         """Stream the continuation of one prompt. ``on_prefill`` is called with the number of prompt tokens computed so far.
 
         The request is queued now and progresses whenever this or another thread waits for any request of this engine. Closing
@@ -248,53 +249,6 @@ class Engine:
                 )
             )
         return requests
-
-
-class Stream(Iterator[str]):
-    """Yields the text of one request as it becomes final; see also ``result``. Use it from one thread at a time."""
-
-    def __init__(self, core: EngineCore, request: Request, on_prefill: Callable[[int], None] | None = None) -> None:
-        self._core = core
-        self._request = request
-        self._on_prefill = on_prefill
-        self._n_told = 0
-
-    def __next__(self) -> str:
-        request = self._request
-        while not request.pieces and not request.is_finished:
-            try:
-                self._core.wait(self._has_news)
-            except BaseException:
-                self.close()
-                raise
-            self._tell_progress()
-        if request.pieces:
-            return request.pieces.popleft()
-        if request.error is not None:
-            raise request.error
-        raise StopIteration
-
-    def _has_news(self) -> bool:
-        request = self._request
-        return bool(request.pieces) or request.is_finished or request.n_prompt_read > self._n_told
-
-    def close(self) -> None:
-        """Cancel the request if it has not ended. Its pages are freed before the next step."""
-        self._core.cancel(self._request)
-
-    def __del__(self) -> None:
-        self.close()
-
-    @property
-    def result(self) -> Generation:
-        """What has been generated so far."""
-        return self._request.result()
-
-    def _tell_progress(self) -> None:
-        if self._request.n_prompt_read > self._n_told:
-            self._n_told = self._request.n_prompt_read
-            if self._on_prefill is not None:
-                self._on_prefill(self._n_told)
 
 
 def _params_of_each(
