@@ -152,10 +152,15 @@ class Request:
         self._say()
 
     def end(self, reason: FinishReason, error: Exception | None = None) -> None:
-        """End here, where it has not ended: what was generated so far is the result."""
+        """End here, where it has not ended: what was generated so far is the result. Raises nothing: where a tokenizer fails
+        at the last tokens, that is how the request ends.
+        """
         if not self.is_finished:
             self.error, self.finish_reason = error, reason
-            self._say()
+            try:
+                self._say()
+            except Exception as broken:  # noqa: BLE001  (whoever ends a request of somebody else cannot do anything about it)
+                self.error, self.finish_reason = error or broken, "error"
 
     def close(self) -> None:
         """Give the sequence's memory back, remembering what it held. May be called again."""
