@@ -98,7 +98,7 @@ evaluate: $(VENV)/.ready-build ## engine + tasks of one's own -> accuracy, perpl
 		$(ARGS) -- '$(ENGINE)'
 
 test: $(VENV)/.ready-dev ## the tests that need no GPU and no patience
-	@$(VENV)/bin/python -m pytest --numprocesses '$(JOBS)' --dist loadfile $(ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses '$(JOBS)' --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.ready-dev ## lint, format, types, import rules
 	@$(VENV)/bin/ruff check .

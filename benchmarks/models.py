@@ -15,9 +15,9 @@ import torch
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
-from trt_kv.export.split import pieces_from_graph, save_pieces
+from trt_kv.export.split import save_segments, segments_from_graph
 from trt_kv.hf_config import model_config_from_hf
-from trt_kv.manifest import AttentionPort, Piece
+from trt_kv.manifest import AttentionPort, GraphSegment
 from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
@@ -71,11 +71,11 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedModel:
-    """The decode graph, its dense pieces and their weights in ``folder``."""
+    """The decode graph, its graph segments and their weights in ``folder``."""
 
     folder: Path
     config: ModelConfig
-    pieces: tuple[Piece, ...]
+    segments: tuple[GraphSegment, ...]
     ports: tuple[AttentionPort, ...]
 
     @property
@@ -84,7 +84,7 @@ class ExportedModel:
         return onnx.load(self.folder / "decode.onnx", load_external_data=False)
 
     def executor(self) -> OnnxRuntimeExecutor:
-        return OnnxRuntimeExecutor(self.folder, self.pieces, self.ports)
+        return OnnxRuntimeExecutor(self.folder, self.segments, self.ports)
 
 
 def random_checkpoint(shape: Shape, folder: Path, *, seed: int = 0) -> Checkpoint:
@@ -104,9 +104,9 @@ def exported_model(checkpoint: Checkpoint, folder: Path) -> ExportedModel:
     folder.mkdir(parents=True)
     program = program_of(FULL, phase="decode", n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=PAGE_SIZE)
     save_graphs({"decode": graph_from_checkpoint(checkpoint, program, page_size=PAGE_SIZE)}, folder)
-    models, pieces, ports = pieces_from_graph(onnx.load(folder / "decode.onnx", load_external_data=False))
-    save_pieces(models, pieces, folder)
-    parts: dict[str, list[Piece] | list[AttentionPort]] = {"pieces": pieces, "ports": ports}
+    models, segments, ports = segments_from_graph(onnx.load(folder / "decode.onnx", load_external_data=False))
+    save_segments(models, segments, folder)
+    parts: dict[str, list[GraphSegment] | list[AttentionPort]] = {"segments": segments, "ports": ports}
     description = {"config": config.to_json()} | {
         name: [dataclasses.asdict(part) for part in listed] for name, listed in parts.items()
     }
@@ -117,11 +117,13 @@ def exported_model(checkpoint: Checkpoint, folder: Path) -> ExportedModel:
 def opened_model(folder: Path) -> ExportedModel:
     """What ``exported_model`` wrote."""
     description = json.loads((folder / DESCRIPTION_FILE).read_text())
-    pieces = (Piece(file=p["file"], inputs=tuple(p["inputs"]), outputs=tuple(p["outputs"])) for p in description["pieces"])
+    segments = (
+        GraphSegment(file=p["file"], inputs=tuple(p["inputs"]), outputs=tuple(p["outputs"])) for p in description["segments"]
+    )
     return ExportedModel(
         folder=folder,
         config=ModelConfig.from_json(description["config"]),
-        pieces=tuple(pieces),
+        segments=tuple(segments),
         ports=tuple(AttentionPort(**port) for port in description["ports"]),
     )
 

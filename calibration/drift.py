@@ -201,8 +201,8 @@ def _overlap(now_HD: Floats, before_HD: Floats, tensors: Mapping[str, Any]) -> F
     layer, page_size, n_kv_heads = tensors["layer"], tensors["page_size"], tensors["kv"].shape[2]
     n_cached = int(tensors["kv_len"][layer, 0])
     limits = PageLimits(page_size=page_size, sinks=tensors["sinks"], recent=tensors["recent"])
-    found_budget = int(tensors["found_budget"][layer, 0])
-    budget = budget_tokens(int(tensors["prompt_len"][0]), found_budget, tensors["kept_share"], tensors["kept_tokens"])
+    adaptive_budget = int(tensors["adaptive_budget"][layer, 0])
+    budget = budget_tokens(int(tensors["prompt_len"][0]), adaptive_budget, tensors["kept_share"], tensors["kept_tokens"])
     between = limits.choosable(n_cached)
     n_chosen = limits.n_chosen(budget)
     if not 0 < n_chosen < len(between):

@@ -13,7 +13,7 @@ def main() -> None:
     prompts = [Path(file).read_text() for file in files]
     for file, result in zip(files, engine.generate_batch(prompts, max_new_tokens=16, stop=(" .",)), strict=True):
         held = sum(result.kv_tokens) / len(result.kv_tokens)
-        print(f"{file}: {result.text} [{held:.0f} of {result.n_seen} tokens held per layer]")
+        print(f"{file}: {result.text} [{held:.0f} of {result.num_computed_tokens} tokens held per layer]")
 
 
 if __name__ == "__main__":

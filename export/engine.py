@@ -209,7 +209,7 @@ def _manifest(request: EngineRequest, folder: Path, programs: dict[str, Program]
         page_size=request.page_size,
         op_versions=dict.fromkeys(sorted(ops), OP_VERSION),
         programs=programs,
-        pieces=parts.pieces,
+        segments=parts.segments,
         attention_ports=parts.ports,
         plan=parts.plan,
         files=file_records(folder),

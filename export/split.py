@@ -1,8 +1,8 @@
-"""Pass: cut a monolithic graph at its KV ops into dense pieces that ONNX Runtime can run.
+"""Pass: cut a monolithic graph at its KV ops into graph segments that ONNX Runtime can run.
 
 requires: one op that attends in each of the layers 0 .. L-1, each depending on the one before it.
-ensures: piece l computes everything between layer l-1's attention and layer l's; pieces refer to the same external weights.
-modified: nothing; the pieces are new models.
+ensures: segment l computes everything between layer l-1's attention and layer l's; segments refer to the same external weights.
+modified: nothing; the segments are new models.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from trt_kv.errors import EngineError
-from trt_kv.manifest import AttentionPort, Piece
+from trt_kv.manifest import AttentionPort, GraphSegment
 from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import OpNode, Program
@@ -28,17 +28,17 @@ def program_from_graph(model: ModelProto) -> Program:
     return tuple(tuple(layers[layer]) for layer in sorted(layers))
 
 
-def pieces_from_graph(model: ModelProto) -> tuple[list[ModelProto], list[Piece], list[AttentionPort]]:
-    """The L+1 dense pieces, their descriptions, and the values each layer's attention reads and makes.
+def segments_from_graph(model: ModelProto) -> tuple[list[ModelProto], list[GraphSegment], list[AttentionPort]]:
+    """The L+1 graph segments, their descriptions, and the values each layer's attention reads and makes.
 
-    Raises ``EngineError`` where a node would need values of two pieces at once in the wrong order.
+    Raises ``EngineError`` where a node would need values of two segments at once in the wrong order.
     """
     graph = model.graph
     attentions = [node for node in _kv_nodes(graph) if _attends(node)]
     stage_of = _stages(graph, attentions)
     made_in = {name: stage_of[node.output[0]] for node in graph.node if node.domain != DOMAIN for name in node.output}
     read_in = _readers(graph, stage_of)
-    models, pieces = [], []
+    models, segments = [], []
     for stage in range(len(attentions) + 1):
         nodes = [node for node in graph.node if node.domain != DOMAIN and stage_of[node.output[0]] == stage]
         made = {name for node in nodes for name in node.output}
@@ -46,18 +46,18 @@ def pieces_from_graph(model: ModelProto) -> tuple[list[ModelProto], list[Piece],
         weights = [w for w in graph.initializer if w.name in read]
         inputs = [name for name in read if name not in made and name not in {w.name for w in weights}]
         outputs = [name for node in nodes for name in node.output if read_in.get(name, set()) - {stage}]
-        piece = Piece(file=f"piece_{stage:02d}.onnx", inputs=tuple(inputs), outputs=tuple(outputs))
-        _check_order(piece, stage, made_in)
-        models.append(_piece_model(model, piece, nodes, weights))
-        pieces.append(piece)
+        segment = GraphSegment(file=f"segment_{stage:02d}.onnx", inputs=tuple(inputs), outputs=tuple(outputs))
+        _check_order(segment, stage, made_in)
+        models.append(_segment_model(model, segment, nodes, weights))
+        segments.append(segment)
     ports = [AttentionPort(q=node.input[0], k=node.input[1], v=node.input[2], out=node.output[0]) for node in attentions]
-    return models, pieces, ports
+    return models, segments, ports
 
 
-def save_pieces(models: Iterable[ModelProto], pieces: Iterable[Piece], folder: Path) -> None:
-    """Write the pieces beside the weights they refer to."""
-    for model, piece in zip(models, pieces, strict=True):
-        (folder / piece.file).write_bytes(model.SerializeToString(deterministic=True))
+def save_segments(models: Iterable[ModelProto], segments: Iterable[GraphSegment], folder: Path) -> None:
+    """Write the segments beside the weights they refer to."""
+    for model, segment in zip(models, segments, strict=True):
+        (folder / segment.file).write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _kv_nodes(graph: GraphProto) -> list[NodeProto]:
@@ -84,7 +84,7 @@ def _stages(graph: GraphProto, attentions: list[NodeProto]) -> dict[str, int]:
 
 
 def _readers(graph: GraphProto, stage_of: dict[str, int]) -> dict[str, set[int]]:
-    """For each value the pieces that read it; KV ops and graph outputs count as piece -1."""
+    """For each value the segments that read it; KV ops and graph outputs count as segment -1."""
     readers: dict[str, set[int]] = {}
     for node in graph.node:
         for name in node.input:
@@ -94,16 +94,18 @@ def _readers(graph: GraphProto, stage_of: dict[str, int]) -> dict[str, set[int]]
     return readers
 
 
-def _check_order(piece: Piece, stage: int, made_in: dict[str, int]) -> None:
-    late = [name for name in piece.inputs if made_in.get(name, -1) >= stage]
+def _check_order(segment: GraphSegment, stage: int, made_in: dict[str, int]) -> None:
+    late = [name for name in segment.inputs if made_in.get(name, -1) >= stage]
     if late:
-        raise EngineError(f"{piece.file} reads values that a later piece makes", got=late)
+        raise EngineError(f"{segment.file} reads values that a later segment makes", got=late)
 
 
-def _piece_model(model: ModelProto, piece: Piece, nodes: list[NodeProto], weights: list[onnx.TensorProto]) -> ModelProto:
+def _segment_model(
+    model: ModelProto, segment: GraphSegment, nodes: list[NodeProto], weights: list[onnx.TensorProto]
+) -> ModelProto:
     infos = {info.name: info for info in (*model.graph.input, *model.graph.output, *model.graph.value_info)}
     graph = onnx.helper.make_graph(
-        nodes, piece.file.removesuffix(".onnx"), _infos(piece.inputs, infos), _infos(piece.outputs, infos), weights
+        nodes, segment.file.removesuffix(".onnx"), _infos(segment.inputs, infos), _infos(segment.outputs, infos), weights
     )
     opsets = [opset for opset in model.opset_import if opset.domain != DOMAIN]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version, producer_name=model.producer_name)

@@ -90,7 +90,7 @@ class _PagedCase:
             case "prompt_len":
                 half_read: np.ndarray = np.maximum(1, self.kv_len // 2)
                 return half_read
-            case "found_budget":
+            case "adaptive_budget":
                 return np.full((self.n_layers, len(self.kv_len)), -1)
             case "query_rows":
                 return self.rng.permutation(self.n_query_rows).reshape(self.n_layers, -1)
@@ -117,7 +117,7 @@ class _PagedCase:
                 return np.full((self.n_query_rows, self.n_heads, self.head_size), values[0], np.float32)
             case "summaries":
                 return np.full((len(self.kv), self.n_kv_heads, 2, self.head_size), values[0], np.float32)
-            case "found_budget":
+            case "adaptive_budget":
                 return values.reshape(self.n_layers, -1)
             case _:
                 return values

@@ -39,26 +39,39 @@ def step_tensors_of(program: Program) -> dict[str, TensorSpec]:
 
 def results_of(program: Program) -> dict[str, TensorSpec]:
     """What the layers' ops tell the runtime beside the state, by name in the graph: ``kept_3`` comes from layer 3."""
-    return {f"{t.name}_{layer}": t for layer, nodes in enumerate(program) for t in _results(nodes)}
+    return {f"{t.name}_{layer}": t for layer, nodes in enumerate(program) for t in results_of_layer(nodes)}
+
+
+def makers_of(program: Program) -> dict[str, list[int]]:
+    """The layers whose ops tell the runtime something, by its name: ``kept`` comes from layers 0, 1, 3."""
+    makers: dict[str, list[int]] = {}
+    for layer, nodes in enumerate(program):
+        for t in results_of_layer(nodes):
+            makers.setdefault(t.name, []).append(layer)
+    return makers
+
+
+def results_of_layer(nodes: Sequence[OpNode]) -> list[TensorSpec]:
+    """What no op of the layer reads: ``budget`` is one where no EvictTokens follows."""
+    specs = [op_specs()[node.op] for node in nodes]
+    read = {t.name for spec in specs for t in spec.inputs}
+    return [t for spec in specs for t in spec.outputs if t.name not in read | _WITHIN_THE_GRAPH]
+
+
+def step_inputs_of(program: Program) -> dict[str, TensorSpec]:
+    """What a step brings, by name: what the decoder reads and what the ops do."""
+    return {"input_ids": INPUT_IDS, "positions": POSITIONS, "logit_rows": LOGIT_ROWS} | step_tensors_of(program)
 
 
 def graph_inputs(program: Program) -> dict[str, TensorSpec]:
     """All inputs in order; the state ``kv`` of layer 3 is ``kv_3``. A layer has the states that its ops update."""
-    flat = {"input_ids": INPUT_IDS, "positions": POSITIONS, "logit_rows": LOGIT_ROWS} | step_tensors_of(program)
-    return flat | _layer_states(program)
+    return step_inputs_of(program) | _layer_states(program)
 
 
 def graph_outputs(program: Program) -> dict[str, TensorSpec]:
     """All outputs in order; ``kv_3_out`` is the state ``kv_3`` after the step."""
     states = {f"{name}_out": t for name, t in _layer_states(program).items()}
     return {"logits": LOGITS, **results_of(program), **states}
-
-
-def _results(nodes: Sequence[OpNode]) -> list[TensorSpec]:
-    """What no op of the layer reads: ``budget`` is one where no EvictTokens follows."""
-    specs = [op_specs()[node.op] for node in nodes]
-    read = {t.name for spec in specs for t in spec.inputs}
-    return [t for spec in specs for t in spec.outputs if t.name not in read | _WITHIN_THE_GRAPH]
 
 
 def _layer_states(program: Program) -> dict[str, TensorSpec]:

@@ -16,6 +16,9 @@ IMPLEMENTATIONS = ("reference", "cpu")
 Kernel = Callable[..., tuple[Any, ...]]
 """Takes the spec's inputs and attributes by name, updates states in place, returns the spec's other outputs."""
 
+Implementation = Callable[[Any], tuple[Any, ...]]
+"""The same from the op's ``Arguments``: ``run`` of an op's file, or of whoever keeps the op's states elsewhere."""
+
 
 def op_folders() -> list[str]:
     """The folders of ``plugins`` that hold an op."""
@@ -29,7 +32,7 @@ def op_specs() -> dict[str, OpSpec]:
 
 
 def kernel(op: str, implementation: str) -> Kernel:
-    """The function ``run`` of ``plugins/<op>/<implementation>.py``.
+    """``run`` of ``plugins/<op>/<implementation>.py``, called by name.
 
     Raises ``UnknownNameError`` for an op or implementation nobody wrote.
     """
@@ -37,8 +40,7 @@ def kernel(op: str, implementation: str) -> Kernel:
         raise UnknownNameError("op", op, op_specs())
     if implementation not in IMPLEMENTATIONS:
         raise UnknownNameError("implementation", implementation, IMPLEMENTATIONS)
-    run: Kernel = importlib.import_module(f"trt_kv.plugins.{op_specs()[op].folder}.{implementation}").run
-    return run
+    return called_by_name(op, importlib.import_module(f"trt_kv.plugins.{op_specs()[op].folder}.{implementation}").run)
 
 
 def device_kernel(op: str) -> Kernel | None:
@@ -52,15 +54,10 @@ def device_kernel(op: str) -> Kernel | None:
     module = f"trt_kv.plugins.{op_specs()[op].folder}.triton"
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec(module) is None:
         return None
-    return _Lazy(module)
+    return called_by_name(op, lambda arguments: importlib.import_module(module).run(arguments))
 
 
-class _Lazy:
-    """``run`` of a module that is imported when it is first called."""
-
-    def __init__(self, module: str) -> None:
-        self.module = module
-
-    def __call__(self, **tensors: Any) -> tuple[Any, ...]:
-        results: tuple[Any, ...] = importlib.import_module(self.module).run(**tensors)
-        return results
+def called_by_name(op: str, run: Implementation) -> Kernel:
+    """``run`` as a kernel: what it is given by name becomes the op's ``Arguments``, of ``plugins/<op>/arguments.py``."""
+    arguments = importlib.import_module(f"trt_kv.plugins.{op_specs()[op].folder}.arguments").Arguments
+    return lambda **given: run(arguments(**given))

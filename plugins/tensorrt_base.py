@@ -183,13 +183,6 @@ def register_plugins(memory: Memory | None = None) -> dict[str, OpCreator]:
     return dict(_registered)
 
 
-def deregister_plugins() -> None:
-    """Take the creators back: graphs are parsed without plugins from here on."""
-    for creator in _registered.values():
-        trt.get_plugin_registry().deregister_creator(creator)
-    _registered.clear()
-
-
 def kernels_of(spec: OpSpec) -> PluginKernels:
     """``KERNELS`` of ``plugins/<op>/tensorrt.py``."""
     kernels: PluginKernels = importlib.import_module(f"trt_kv.plugins.{spec.folder}.tensorrt").KERNELS

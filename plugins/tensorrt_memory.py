@@ -1,13 +1,11 @@
 """What a plugin's enqueue was handed, as tensors: raw pointers, shapes and types become arguments of the op's kernels."""
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from trt_kv.errors import EngineError
 from trt_kv.opspec import OpSpec
 from trt_kv.plugins.registry import Kernel
 from trt_kv.program import AttributeValue
@@ -57,20 +55,6 @@ class Memory(Protocol):
         ...
 
 
-class HostMemory:
-    """Buffers in ordinary memory, fp32: for tests of everything but the launch, on machines without a GPU."""
-
-    def run(self, call: PluginCall, kernels: PluginKernels) -> None:
-        tensors = {name: host_array(buffer) for name, buffer in call.inputs.items()}
-        outputs = {name: host_array(buffer) for name, buffer in call.outputs.items()}
-        for state in call.moved_states:
-            outputs[f"{state}_out"][...] = tensors[state]
-        tensors |= {state.name: outputs[f"{state.name}_out"] for state in call.spec.states}
-        results = kernels.host(**tensors, **call.attributes)
-        for output, result in zip(call.spec.outputs, results, strict=True):
-            outputs[output.name][...] = result
-
-
 class CudaMemory:
     """Buffers on a GPU, through torch. Without a device kernel the op runs on the host, which is correct and slow."""
 
@@ -89,17 +73,6 @@ class CudaMemory:
                 results = kernels.device(**tensors, **call.attributes)
             for output, result in zip(call.spec.outputs, results, strict=True):
                 outputs[output.name].copy_(result, non_blocking=kernels.device is not None)
-
-
-def host_array(buffer: Buffer) -> np.ndarray:
-    """The buffer as a numpy array that shares its memory. Raises ``EngineError`` for a type that host kernels do not take."""
-    if buffer.dtype not in ("float32", "int64"):
-        raise EngineError("the host kernels compute in fp32", got=buffer.dtype, fix="build the engine with dtype float32")
-    n_bytes = int(np.prod(buffer.shape, dtype=np.int64)) * np.dtype(buffer.dtype).itemsize
-    if not n_bytes:
-        return np.empty(buffer.shape, buffer.dtype)
-    memory = memoryview((ctypes.c_byte * n_bytes).from_address(buffer.pointer))
-    return np.frombuffer(memory, buffer.dtype).reshape(buffer.shape)
 
 
 def cuda_tensor(buffer: Buffer) -> Any:

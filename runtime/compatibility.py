@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trt_kv.drift import Drift
 from trt_kv.errors import EngineError
-from trt_kv.manifest import DTYPES, Manifest
+from trt_kv.manifest import DTYPES, Manifest, how_to_rebuild
 from trt_kv.opspec import OP_VERSION
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import AttributeValue, OpNode, Program, program_of
@@ -15,7 +15,7 @@ FLOAT32_ROUNDING = 1e-6
 """ONNX attributes are fp32; recipes and policies are written in decimal."""
 
 
-def check_applicable(folder: Path, manifest: Manifest) -> None:
+def check_compatible(folder: Path, manifest: Manifest) -> None:
     """``EngineError`` for a target, type or op that this version does not run, or KV ops that are not the policy's."""
     known = dict.fromkeys(op_specs(), OP_VERSION)
     unknown = {op: version for op, version in manifest.op_versions.items() if known.get(op) != version}
@@ -25,7 +25,7 @@ def check_applicable(folder: Path, manifest: Manifest) -> None:
             f"this version of trt-kv does not run {folder}",
             got=f"target {manifest.target!r}, {manifest.dtype}, ops {dict(manifest.op_versions)}",
             expected=f"target 'onnxruntime', or 'tensorrt' with a plan, in {' or '.join(DTYPES)}; ops among {known}",
-            fix="build the engine again",
+            fix=how_to_rebuild(folder, manifest.reproduce),
         )
     policy = manifest.policy
     shares = manifest.kept_shares if policy.needs_recipe else None
@@ -52,7 +52,7 @@ def check_applicable(folder: Path, manifest: Manifest) -> None:
                 f"layer {layer} of the {phase} graph of {folder} does not apply the policy {policy.name!r}",
                 got=_shown(program, layer),
                 expected=_shown(expected, layer),
-                fix="build the engine again",
+                fix=how_to_rebuild(folder, manifest.reproduce),
             )
 
 
@@ -75,7 +75,7 @@ def _check_shares(folder: Path, manifest: Manifest) -> None:
             f"{folder} does not apply its recipe",
             got=f"graphs: budget {policy.kept}, {manifest.kept_shares}",
             expected=f"recipe: budget {recipe.budget}, {wanted}",
-            fix="build the engine again",
+            fix=how_to_rebuild(folder, manifest.reproduce),
         )
 
 
@@ -88,7 +88,7 @@ def _check_taus(folder: Path, manifest: Manifest) -> None:
             f"{folder} does not apply its drift thresholds",
             got=f"graphs: tau {manifest.taus}",
             expected=f"drift.json: tau {drift.taus}",
-            fix="build the engine again",
+            fix=how_to_rebuild(folder, manifest.reproduce),
         )
 
 

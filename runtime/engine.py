@@ -12,7 +12,7 @@ from trt_kv.manifest import Manifest, load_manifest, verify_files
 from trt_kv.require import require
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions, device_from_name
 from trt_kv.runtime.backends.host.load import load as load_on_host
-from trt_kv.runtime.compatibility import check_applicable, check_recipe
+from trt_kv.runtime.compatibility import check_compatible, check_recipe
 from trt_kv.runtime.engine_core import EngineCore
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
@@ -121,7 +121,7 @@ class Engine:
     ) -> "Engine":
         """``device`` None: what the engine was built for. On the device "cpu" Triton's interpreter runs kernels of devices."""
         manifest = load_manifest(folder)
-        check_applicable(folder, manifest)
+        check_compatible(folder, manifest)
         if verify:
             _verify_with_progress(folder, manifest, tell)
         check_recipe(folder, manifest)
@@ -274,7 +274,7 @@ class Stream(Iterator[str]):
 
     def _has_news(self) -> bool:
         request = self._request
-        return bool(request.pieces) or request.is_finished or request.num_computed_tokens > self._n_told
+        return bool(request.pieces) or request.is_finished or request.n_prompt_read > self._n_told
 
     def close(self) -> None:
         """Cancel the request, where it has not ended: its pages are free before the next step."""
@@ -289,8 +289,8 @@ class Stream(Iterator[str]):
         return self._request.result()
 
     def _tell_progress(self) -> None:
-        if self._request.num_computed_tokens > self._n_told:
-            self._n_told = self._request.num_computed_tokens
+        if self._request.n_prompt_read > self._n_told:
+            self._n_told = self._request.n_prompt_read
             if self._on_prefill is not None:
                 self._on_prefill(self._n_told)
 

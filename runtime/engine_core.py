@@ -171,7 +171,7 @@ class EngineCore:
             (request,) = plan.requests
             counts.prefill_steps += 1
             counts.prompt_tokens += plan.n_tokens
-            request.num_computed_tokens = plan.end
+            request.n_prompt_read = plan.end
             request.times.prompt_s += seconds
             if request.sequence.failure is not None:
                 self._fail(plan, request.sequence.failure)
@@ -191,7 +191,7 @@ class EngineCore:
         for fork in request.forks:
             if fork.is_finished:
                 continue
-            fork.prompt_kv_tokens, fork.num_computed_tokens = request.prompt_kv_tokens, request.num_computed_tokens
+            fork.prompt_kv_tokens, fork.n_prompt_read = request.prompt_kv_tokens, request.n_prompt_read
             fork.times.admitted = request.times.admitted
             try:
                 fork.held_sequence = sequence.fork()

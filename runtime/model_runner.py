@@ -142,7 +142,7 @@ class ModelRunner:
         result = self._step("prefill", [sequence], [chunk], rows, remaining, flags)
         if flags[0] and self._evicts and sequence.failure is None:
             kept_L = result.kept[:, 0]
-            sequence.shrink(kept_L, self._growth((kept_L / sequence.n_seen).tolist()))
+            sequence.shrink(kept_L, self._growth((kept_L / sequence.num_computed_tokens).tolist()))
         return result.logits
 
     def _decode_step(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Floats:
@@ -207,11 +207,11 @@ class ModelRunner:
         """Run one step; what it found of each sequence is put there. ``CapacityError`` before any sequence has advanced."""
         for sequence, new in zip(sequences, ids, strict=True):
             sequence.make_room(len(new))
-        firsts = [sequence.n_seen for sequence in sequences]
+        firsts = [sequence.num_computed_tokens for sequence in sequences]
         slots = np.concatenate([s.append(len(i)) for s, i in zip(sequences, ids, strict=True)], axis=1)
         if phase == "prefill":
             for sequence in sequences:
-                sequence.n_prompt = sequence.n_seen
+                sequence.n_prompt = sequence.num_computed_tokens
         page_table = _stacked_page_tables(sequences)
         step = Step(
             input_ids=np.concatenate(ids),
@@ -224,14 +224,14 @@ class ModelRunner:
             prompt_remaining=prompt_remaining,
             evict=evict,
             prompt_len=np.array([s.n_prompt for s in sequences]),
-            found_budget=np.stack([s.found_budget for s in sequences], axis=1),
+            adaptive_budget=np.stack([s.adaptive_budget for s in sequences], axis=1),
             query_rows=page_table[:, :, 0],
         )
         with self._trace.span(f"{phase} step", tokens=len(step.input_ids)):
             result = self._executor.run_step(phase, step, self.pool)
         for b, sequence in enumerate(sequences):
-            if evict[b] == 1 and result.found_budget is not None:
-                sequence.found_budget = result.found_budget[:, b].copy()
+            if evict[b] == 1 and result.adaptive_budget is not None:
+                sequence.adaptive_budget = result.adaptive_budget[:, b].copy()
         return result
 
 

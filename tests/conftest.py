@@ -54,7 +54,8 @@ def _added_folder(package: ModuleType, folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu``, with a reason, where torch finds no CUDA device."""
+    """Files marked ``early`` first. Skip tests marked ``gpu``, with a reason, where torch finds no CUDA device."""
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -14,6 +14,7 @@ import torch
 
 from tests.device_steps import CHANGES, PAGE_SIZE, SHARES
 from tests.engines import build_for_test, recipe_for
+from tests.interpreted import prepare
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_from_name
@@ -94,9 +95,8 @@ def check_batch_invariance(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
-    np.seterr(divide="ignore", invalid="ignore", over="ignore")  # what is masked afterwards
+    prepare()
+    np.seterr(invalid="ignore", over="ignore")  # what is masked afterwards
     for engine_folder in sys.argv[2:]:
         check(Path(engine_folder), torch.device("cpu"), DeviceOptions(dense=sys.argv[1]))
     if sys.argv[1] == "torch":

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from tests.device_steps import CHUNK, PROMPTS, Side, changed_policy, device_runner, programs_of, requests
+from tests.interpreted import prepare
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
@@ -65,7 +65,5 @@ def check(checkpoint: Checkpoint, *, device: str, cuda_graphs: bool) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
-    np.seterr(divide="ignore")  # log2(0) is meant
+    prepare()
     check(open_checkpoint(Path(sys.argv[1])), device="cpu", cuda_graphs=False)

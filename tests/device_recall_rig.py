@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from tests.device_recall_cases import BLOCKWISE, CASES, SLOW_CASES, Case
+from tests.interpreted import prepare
+from trt_kv.plugins.recall_attention.spec import SPEC
 from trt_kv.plugins.registry import Kernel
 from trt_kv.program import Program
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
@@ -173,13 +175,14 @@ class World:
             "page_table": table,
             "kv_len": np.tile(kv_len, (case.n_layers, 1)),
             "prompt_len": np.array([min(s.n_prompt, s.n_tokens) for s, _ in entries]),
-            "found_budget": np.full((case.n_layers, len(entries)), -1),
+            "adaptive_budget": np.full((case.n_layers, len(entries)), -1),
             "query_rows": table[:, :, 0].copy(),
         }
         floats = {name: np.concatenate([of[name] for of in vectors], axis=1) for name in "qkv"}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for name, array in integers.items()}
         dtype = self.recall.host.kv.dtype
-        return tensors | {name: torch.from_numpy(array).to(self.device, dtype) for name, array in floats.items()}
+        tensors |= {name: torch.from_numpy(array).to(self.device, dtype) for name, array in floats.items()}
+        return states_of(self.recall.device) | tensors
 
     def _compare(self, values: Values, results: Sequence[tuple[Tensor, ...]]) -> None:
         from trt_kv.plugins.registry import device_kernel
@@ -208,6 +211,11 @@ def pool_of(case: Case, device: str) -> DeviceKvPool:
     return DeviceKvPool(
         n_pages=0, page_size=case.page_size, n_kv_heads=n_kv_heads, head_size=head_size, dtype=case.dtype, device=device
     )
+
+
+def states_of(pool: DeviceKvPool) -> Values:
+    """What RecallAttention would update in the pool if its cache were there."""
+    return {state.name: pool.states[state.name] for state in SPEC.states}
 
 
 def over_layers(kernels: Mapping[str, Kernel], program: Program, values: Values) -> list[tuple[Tensor, ...]]:
@@ -335,7 +343,5 @@ def errors_of(cases: Sequence[Case]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
-    np.seterr(divide="ignore")  # log2(0) is meant
-    torch.set_num_threads(1)
+    prepare()
     Path(sys.argv[2]).write_text(json.dumps(errors_of(SLOW_CASES if sys.argv[1] == "slow" else (*CASES, BLOCKWISE))))

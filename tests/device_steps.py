@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from tests.interpreted import prepare
 from trt_kv.decoder import Decoder
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
@@ -108,7 +108,7 @@ def requests(runner: ModelRunner) -> dict[str, np.ndarray]:
     found: dict[str, list[np.ndarray]] = {"prefill": [], "decode": [], "kv_len": [], "budget": []}
     for sequence, n in zip(sequences, PROMPTS, strict=True):
         found["prefill"].append(runner.prefill(sequence, rng.integers(3, 200, n).tolist()))
-        found["budget"].append(sequence.found_budget.copy())
+        found["budget"].append(sequence.adaptive_budget.copy())
     for step in range(N_DECODED):
         running = sequences[step >= N_DECODED // 2 :]
         found["decode"].extend(runner.decode(running, rng.integers(3, 200, len(sequences))[-len(running) :].tolist()))
@@ -120,9 +120,7 @@ def requests(runner: ModelRunner) -> dict[str, np.ndarray]:
 
 
 def main(checkpoint: str, results: str, *sides: str) -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
-    np.seterr(divide="ignore")  # log2(0) is meant
+    prepare()
     arrays: dict[str, np.ndarray] = {}
     for side in sides:
         found = requests(device_runner(Side.from_text(side), open_checkpoint(Path(checkpoint))))

@@ -1,9 +1,12 @@
 """Engines that many tests run, each built once per session, and the model they are compared with."""
 
 import dataclasses
+import fcntl
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -54,6 +57,19 @@ def build_for_test(request: EngineRequest, folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "graph_from_checkpoint", traced_once)
         build_engine(request, folder)
+    return folder
+
+
+def shared(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder ``name``, made by whichever of the processes that run the tests asks for it first, while others wait."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+    folder = root / name
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            make(folder)
     return folder
 
 
@@ -167,36 +183,35 @@ def bundled_model() -> transformers.PreTrainedModel:
 @pytest.fixture(scope="session")
 def full_folder(tmp_path_factory: pytest.TempPathFactory, bundled_checkpoint: Checkpoint) -> Path:
     """An engine of the bundled checkpoint that keeps everything. Not to be changed: copy it first."""
-    folder = tmp_path_factory.mktemp("engines") / "full"
-    return build_for_test(EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full")), folder)
+    request = EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full"))
+    return shared(tmp_path_factory, "full", partial(build_for_test, request))
 
 
 @pytest.fixture(scope="session")
 def half_folder(tmp_path_factory: pytest.TempPathFactory, bundled_checkpoint: Checkpoint) -> Path:
     """An engine of the bundled checkpoint whose layers keep ``SHARES``. Not to be changed: copy it first."""
-    folder = tmp_path_factory.mktemp("engines") / "half"
-    return build_for_test(prefixkv_request(bundled_checkpoint, SHARES, budget=0.5), folder)
+    request = prefixkv_request(bundled_checkpoint, SHARES, budget=0.5)
+    return shared(tmp_path_factory, "half", partial(build_for_test, request))
 
 
 @pytest.fixture(scope="session")
 def whole_folder(tmp_path_factory: pytest.TempPathFactory, bundled_checkpoint: Checkpoint) -> Path:
     """A prefixkv engine of the bundled checkpoint with a budget of 100 %."""
-    folder = tmp_path_factory.mktemp("engines") / "whole"
-    return build_for_test(prefixkv_request(bundled_checkpoint, [1.0] * len(SHARES), budget=1.0), folder)
+    request = prefixkv_request(bundled_checkpoint, [1.0] * len(SHARES), budget=1.0)
+    return shared(tmp_path_factory, "whole", partial(build_for_test, request))
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint of 3 layers with odd sizes and the bundled tokenizer."""
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "qwen3-biases", "qwen3-biases")
+    """A random checkpoint of 3 layers with odd sizes and the bundled tokenizer. Not to be changed: copy it first."""
+    return shared(tmp_path_factory, "qwen3-biases", partial(write_checkpoint, sample="qwen3-biases"))
 
 
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
     """A prefixkv engine of the small random checkpoint, pages of 5 tokens. Not to be changed: copy it first."""
-    folder = tmp_path_factory.mktemp("engines") / "small"
     request = prefixkv_request(open_checkpoint(small_checkpoint_folder), (0.6, 0.3, 0.9), budget=0.6)
-    return build_for_test(dataclasses.replace(request, page_size=5), folder)
+    return shared(tmp_path_factory, "small", partial(build_for_test, dataclasses.replace(request, page_size=5)))
 
 
 @pytest.fixture(scope="session")
@@ -212,10 +227,8 @@ def small_h2o_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_
 
 
 def _small_preset(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, name: str) -> Path:
-    folder = tmp_path_factory.mktemp("engines") / f"small-{name}"
-    return build_for_test(
-        EngineRequest(checkpoint=open_checkpoint(checkpoint), policy=policy_from_name(name), page_size=5), folder
-    )
+    request = EngineRequest(checkpoint=open_checkpoint(checkpoint), policy=policy_from_name(name), page_size=5)
+    return shared(tmp_path_factory, f"small-{name}", partial(build_for_test, request))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Whether pieces can be part of a CUDA graph that torch records around them; as a program, since a refusal may end the process.
+"""Whether segments can be part of a CUDA graph recorded around them; as a program, since a refusal may end the process.
 
 ``python -m tests.onnxruntime_capture ENGINE`` needs a GPU. It says "yes", or fails with what refused.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.onnxruntime_steps import pieces_of, two_rows
+from tests.onnxruntime_steps import segments_of, two_rows
 
 N_WARM_UPS = 3
 """What ONNX Runtime needs until it allocates nothing more for a shape."""
@@ -21,7 +21,7 @@ def blend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def main(engine: str) -> None:
-    decoder = pieces_of(Path(engine), device="cuda")
+    decoder = segments_of(Path(engine), device="cuda")
     inputs = two_rows("cuda")
     with torch.inference_mode():
         with torch.cuda.stream(decoder.stream):

@@ -1,4 +1,4 @@
-"""An engine's pieces on the step executor of a device; as a program, on the CPU with the kernels in Triton's interpreter.
+"""An engine's segments on the step executor of a device; as a program, on the CPU with the kernels in Triton's interpreter.
 
 ``TRITON_INTERPRET=1 python -m tests.onnxruntime_steps RESULTS ENGINE ...`` writes what ``requests`` returns for every engine.
 A program, because the variable has to be set before a kernel is imported.
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tests.device_steps import CHUNK, Side, requests
+from tests.interpreted import prepare
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.cuda.decoder import DeviceDecoder
@@ -24,10 +25,10 @@ from trt_kv.runtime.model_runner import ModelRunner
 N_PAGES = 100
 
 
-def pieces_of(engine: Path, *, device: str, weights: dict[str, torch.Tensor] | None = None) -> OnnxRuntimeDeviceDecoder:
+def segments_of(engine: Path, *, device: str, weights: dict[str, torch.Tensor] | None = None) -> OnnxRuntimeDeviceDecoder:
     manifest = load_manifest(engine)
     return OnnxRuntimeDeviceDecoder(
-        engine / "graphs", manifest.pieces, manifest.attention_ports, device=device, weights=weights, n_threads=1
+        engine / "graphs", manifest.segments, manifest.attention_ports, device=device, weights=weights, n_threads=1
     )
 
 
@@ -41,9 +42,9 @@ def on_device(engine: Path, decoder: DeviceDecoder | torch.nn.Module, *, device:
 
 
 def on_host(engine: Path, dense: DenseExecutor | None = None) -> ModelRunner:
-    """Requests to ``engine`` as hosts run it, the dense parts by ``dense``; None: by its pieces."""
+    """Requests to ``engine`` as hosts run it, the dense parts by ``dense``; None: by its segments."""
     manifest = load_manifest(engine)
-    dense = dense or OnnxRuntimeExecutor(engine / "graphs", manifest.pieces, manifest.attention_ports, n_threads=1)
+    dense = dense or OnnxRuntimeExecutor(engine / "graphs", manifest.segments, manifest.attention_ports, n_threads=1)
     pool = HostKvPool(**_pool_sizes(manifest))
     return ModelRunner(dense, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
 
@@ -65,12 +66,10 @@ def _pool_sizes(manifest: Manifest) -> dict[str, int]:
 
 
 def main(results: str, *engines: str) -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
-    np.seterr(divide="ignore")  # log2(0) is meant
+    prepare()
     arrays: dict[str, np.ndarray] = {}
     for engine in map(Path, engines):
-        found = requests(on_device(engine, pieces_of(engine, device="cpu"), device="cpu"))
+        found = requests(on_device(engine, segments_of(engine, device="cpu"), device="cpu"))
         arrays |= {f"{engine.name}.{name}": array for name, array in found.items()}
     np.savez(results, **arrays)  # type: ignore[arg-type]
 

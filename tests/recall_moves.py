@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.interpreted import prepare
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moves:
@@ -38,7 +40,7 @@ CASES = (
 
 def moved(case: Moves, device: str) -> dict[str, torch.Tensor]:
     """The tiers, the moves, and the device tier ``after`` them."""
-    from trt_kv.plugins.recall_attention.recall_triton import recall_pages
+    from trt_kv.runtime.backends.cuda.recall.recall_pages import recall_pages
 
     rng = np.random.default_rng(len(case.name))
     n_host, n_device = 23, 13
@@ -59,6 +61,7 @@ def moved(case: Moves, device: str) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
+    prepare()
     for case in CASES:
         arrays = {name: tensor.numpy() for name, tensor in moved(case, "cpu").items()}
         np.savez(Path(sys.argv[1]) / f"{case.name}.npz", **arrays)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def test_many_tasks_get_what_each_would_get_alone(small_folder: Path, small_engi
             stream = engine.stream(prompt, max_new_tokens=12)
             return "".join([piece async for piece in stream]), stream.result
 
-        return await asyncio.gather(*(streamed(prompt) for prompt in prompts))
+        return list(await asyncio.gather(*(streamed(prompt) for prompt in prompts)))
 
     engine, said = run(small_folder, use)
     assert said == [(result.text, result) for result in alone]
@@ -130,6 +130,6 @@ def test_threads_and_tasks_share_an_engine(small_folder: Path, small_engine: Eng
 
     async def use(engine: AsyncEngine) -> list[Any]:
         in_threads = [asyncio.to_thread(engine.engine.generate, prompt, max_new_tokens=20) for _ in range(3)]
-        return await asyncio.gather(*in_threads, *(engine.generate(prompt, max_new_tokens=20) for _ in range(3)))
+        return list(await asyncio.gather(*in_threads, *(engine.generate(prompt, max_new_tokens=20) for _ in range(3))))
 
     assert run(small_folder, use)[1] == [alone] * 6

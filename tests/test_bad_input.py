@@ -245,7 +245,7 @@ def test_what_is_no_engine_is_refused(
 
 @pytest.mark.parametrize("command", COMMANDS_ON_ENGINES, ids=lambda c: c[0])
 @pytest.mark.parametrize(
-    "name", ["graphs/weights.data", "graphs/piece_02.onnx", "tokenizer.json", "recipe.json", "config.json"]
+    "name", ["graphs/weights.data", "graphs/segment_02.onnx", "tokenizer.json", "recipe.json", "config.json"]
 )
 @pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
 def test_a_damaged_engine_is_refused(damage: str, name: str, command: tuple[str, ...], broken: Path, refused: Refused) -> None:
@@ -303,9 +303,9 @@ def test_ctrl_c_while_generating_exits_with_130(
     stream = Engine.stream
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
-        pieces = stream(*arguments, **options)
-        yield next(pieces)
-        yield next(pieces)
+        segments = stream(*arguments, **options)
+        yield next(segments)
+        yield next(segments)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Engine, "stream", interrupted)

@@ -198,6 +198,7 @@ def test_work_is_hidden_while_the_model_works() -> None:
     assert hidden_work(events) == (6.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["recall_speed", "recall_timeline"])
 def test_recall_benchmarks_run_small(name: str, tmp_path: Path) -> None:
     """They check that all sides say the same, bit for bit, before they measure."""

@@ -210,7 +210,7 @@ def test_build_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
     assert request.recipe is None
 
 
-def test_generate_prints_pieces_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_prints_segments_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_with_pipeline(monkeypatch, lambda **_: iter(["a ", "b"]), "generate", "engine", "text") == 0
     assert capsys.readouterr().out == "a b\n"
 

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 POSITIONS = 128
 """Of the small checkpoint."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.early]
 
 
 @pytest.fixture(scope="module")

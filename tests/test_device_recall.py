@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from tests.device_recall_cases import BLOCKWISE, CASES, Case
-from tests.device_recall_rig import ReplayedSteps, World, over_layers, play, pool_of
-from tests.triton_kernels import ROOT
+from tests.device_recall_rig import ReplayedSteps, World, over_layers, play, pool_of, states_of
+from tests.triton_kernels import EACH_CAPABILITY, ROOT
 from trt_kv.errors import CapacityError, UsageError
-from trt_kv.plugins.triton_compile import CAPABILITIES, MODELS, SHARED_BYTES, compiled
+from trt_kv.plugins.triton_compile import MODELS, SHARED_BYTES, compiled
 from trt_kv.plugins.triton_launch import Launch, recording
 from trt_kv.program import OpNode
+
+pytestmark = pytest.mark.early
 
 Errors = dict[str, str]
 
@@ -43,6 +45,7 @@ def test_outputs_equal_attention_over_the_whole_cache(errors: Errors, case: Case
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_outputs_equal_attention_over_the_whole_cache_in_many_more_worlds(tmp_path: Path) -> None:
     errors = errors_in_interpreter("slow", tmp_path)
     assert not errors, "\n".join(f"{name}: {error}" for name, error in errors.items())
@@ -115,7 +118,7 @@ def decode_launches(model: str, dtype: str) -> list[Launch]:
     recall = DeviceRecall(case.program, capacity, pool_of(case, "meta"), n_query_heads=n_heads)
     integers = {
         **dict.fromkeys(("positions", "prompt_remaining", "prompt_len"), (4,)),
-        **dict.fromkeys(("kv_len", "found_budget", "query_rows"), (1, 4)),
+        **dict.fromkeys(("kv_len", "adaptive_budget", "query_rows", "slots"), (1, 4)),
         "cu_tokens": (5,),
         "page_table": (1, 4, 1024),
     }
@@ -123,7 +126,7 @@ def decode_launches(model: str, dtype: str) -> list[Launch]:
     values = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name, shape in integers.items()}
     values |= {name: torch.empty(shape, dtype=recall.host.kv.dtype, device="meta") for name, shape in floats.items()}
     with recording() as launches:
-        over_layers(recall.kernels("decode"), case.program, values)
+        over_layers(recall.kernels("decode"), case.program, states_of(recall.device) | values)
     return launches
 
 
@@ -138,7 +141,7 @@ def test_a_decode_step_only_launches() -> None:
 NEW = ("begin_kernel", "now_kernel", "plan_kernel", "choose_kernel", "recall_kernel")
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", EACH_CAPABILITY)
 def test_kernels_compile_for_every_gpu_we_name(capability: int) -> None:
     """Without spilling registers, but for what the assembler puts away where a wide program ranks pages."""
     kinds = [("Llama-3.1-8B", "float16")]

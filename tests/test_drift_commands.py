@@ -17,7 +17,7 @@ from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import load_manifest
 from trt_kv.policies import policy_from_name
 from trt_kv.recipe import Recipe
-from trt_kv.runtime.compatibility import check_applicable, check_recipe
+from trt_kv.runtime.compatibility import check_compatible, check_recipe
 
 SETTINGS = ("--set", "tokens=128", "sinks=2", "recent=3")
 
@@ -63,7 +63,7 @@ def test_thresholds_made_apart_are_in_the_engine(run: Run, measured: Path, small
     assert manifest.taus == pytest.approx(drift.taus)
     assert {"drift.json", "drift.png"} <= set(manifest.files)
     assert Drift.load(folder / "drift.json") == drift
-    check_applicable(folder, manifest)
+    check_compatible(folder, manifest)
     check_recipe(folder, manifest)
 
     code, out, err = run("inspect", "engine")
@@ -103,7 +103,7 @@ def test_a_recipe_and_thresholds_in_one_build(run: Run, small_checkpoint_folder:
     assert manifest.taus == pytest.approx(drift.taus)
     assert (drift.correction_rate, drift.settings.budget, drift.settings.kept) == (0.1, "recipe", 0.7)
     assert {"recipe.png", "drift.png"} <= set(manifest.files)
-    check_applicable(folder, manifest)
+    check_compatible(folder, manifest)
     check_recipe(folder, manifest)
     assert "--correction-rate 0.1 --new-tokens 12 --samples 2 --seed 0" in manifest.reproduce
 

@@ -158,7 +158,7 @@ def _first_sequence(inputs: Mapping[str, Any]) -> dict[str, Any]:
     n_tokens = int(inputs["cu_tokens"][1])
     cut: dict[str, Any] = dict(inputs)
     cut |= {name: inputs[name][:n_tokens] for name in ("q", "k", "v", "positions", "prompt_remaining")}
-    cut |= {name: inputs[name][:, :1] for name in ("page_table", "kv_len", "found_budget", "query_rows")}
+    cut |= {name: inputs[name][:, :1] for name in ("page_table", "kv_len", "adaptive_budget", "query_rows")}
     return cut | {
         "slots": inputs["slots"][:, :n_tokens],
         "cu_tokens": inputs["cu_tokens"][:2],

@@ -92,7 +92,7 @@ def test_generation_stops_at_the_last_position(small_engine: Engine) -> None:
     generation = engine.generate(random_ids(small_engine, MAX_POSITIONS - 9, seed=1), max_new_tokens=1000)
     assert len(generation.token_ids) == 10
     assert generation.finish_reason == "length"
-    assert generation.n_seen == MAX_POSITIONS
+    assert generation.num_computed_tokens == MAX_POSITIONS
 
 
 def test_a_batch_is_refused_as_a_whole(small_engine: Engine) -> None:
@@ -266,7 +266,7 @@ def test_any_damaged_file_is_found_and_named(broken: Path, small_folder: Path, d
 
 
 def test_swapped_files_are_found(broken: Path) -> None:
-    first, second = broken / "graphs" / "piece_01.onnx", broken / "graphs" / "piece_02.onnx"
+    first, second = broken / "graphs" / "segment_01.onnx", broken / "graphs" / "segment_02.onnx"
     first.rename(broken / "aside")
     second.rename(first)
     (broken / "aside").rename(second)
@@ -276,7 +276,7 @@ def test_swapped_files_are_found(broken: Path) -> None:
 
 def test_without_verification_sizes_are_not_trusted_blindly(broken: Path) -> None:
     """What cannot be opened is still told as an engine's error."""
-    (broken / "graphs" / "piece_01.onnx").write_bytes(b"nonsense")
+    (broken / "graphs" / "segment_01.onnx").write_bytes(b"nonsense")
     with pytest.raises(EngineError, match="ONNX Runtime cannot load"):
         load(broken, verify=False)
     (broken / "tokenizer.json").write_text("{}")

@@ -178,10 +178,10 @@ def test_after_eviction_tokens_keep_their_true_positions(
     for token_id in generated:
         run.decode(token_id)
     assert sum(map(len, run.kept[-1])) < 0.65 * len(SHARES) * (n_prompt + len(generated))
-    n_seen = n_prompt + len(generated)
+    num_computed_tokens = n_prompt + len(generated)
     masks = []
     for layer in range(len(SHARES)):
-        visible = torch.ones(n_seen, n_seen, dtype=torch.bool).tril_()
+        visible = torch.ones(num_computed_tokens, num_computed_tokens, dtype=torch.bool).tril_()
         for step, kept in enumerate(run.kept[1:]):
             visible[n_prompt + step] = False
             visible[n_prompt + step, list(kept[layer])] = True

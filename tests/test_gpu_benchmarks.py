@@ -17,7 +17,8 @@ from benchmarks.harness import BenchmarkError, Check, Report, measured, save
 from tests.triton_kernels import ROOT
 
 
-@pytest.mark.parametrize("on", [pytest.param("gpu", marks=pytest.mark.gpu), "cpu"])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("on", [pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)])
 def test_every_section_runs_small(on: str, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in command.RESULTS.iterdir()}
     environment = os.environ if on == "gpu" else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

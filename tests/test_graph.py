@@ -1,4 +1,4 @@
-"""The exported graphs: they are whole models that mean what the policy says, and the pieces are cut from them."""
+"""The exported graphs: they are whole models that mean what the policy says, and the segments are cut from them."""
 
 import dataclasses
 import getpass
@@ -21,7 +21,7 @@ from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.graph import WEIGHTS_FILE, graph_from_checkpoint, save_graphs
-from trt_kv.export.split import pieces_from_graph, program_from_graph, save_pieces
+from trt_kv.export.split import program_from_graph, save_segments, segments_from_graph
 from trt_kv.manifest import load_manifest
 from trt_kv.opspec import DOMAIN, OP_VERSION, PLUGIN_ATTRIBUTES, OpSpec
 from trt_kv.plugins.registry import kernel, op_specs
@@ -82,11 +82,11 @@ def test_graphs_are_valid_onnx_of_opset_23(folder: Path, phase: str) -> None:
     assert opsets == {"": 23, DOMAIN: OP_VERSION}
 
 
-def test_pieces_are_valid_onnx_without_ops_of_ours(folder: Path) -> None:
-    pieces = load_manifest(folder).pieces
-    assert len(pieces) == load_manifest(folder).config.n_layers + 1
-    for piece in pieces:
-        path = folder / "graphs" / piece.file
+def test_segments_are_valid_onnx_without_ops_of_ours(folder: Path) -> None:
+    segments = load_manifest(folder).segments
+    assert len(segments) == load_manifest(folder).config.n_layers + 1
+    for segment in segments:
+        path = folder / "graphs" / segment.file
         onnx.checker.check_model(path, full_check=True)
         model = onnx.load(path, load_external_data=False)
         assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 23)]
@@ -131,7 +131,7 @@ def external_place(tensor: onnx.TensorProto) -> tuple[str, int | None, int | Non
 
 
 def test_big_weights_are_stored_once_beside_the_graphs(folder: Path) -> None:
-    """All graphs and pieces refer to the same aligned places of one file, which nothing overlaps and nothing outgrows."""
+    """All graphs and segments refer to the same aligned places of one file, which nothing overlaps and nothing outgrows."""
     places = set()
     for path in (folder / "graphs").glob("*.onnx"):
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
@@ -193,7 +193,7 @@ class MonolithicRun:
 
     def step(self, phase: str, ids: Sequence[int], *, remaining: int = 0) -> np.ndarray:
         """Logits [N, V]; ``remaining`` prompt tokens follow. The last chunk of a prompt evicts."""
-        graph, n, first = self._graphs[phase], len(ids), self.sequence.n_seen
+        graph, n, first = self._graphs[phase], len(ids), self.sequence.num_computed_tokens
         slots = self.sequence.append(n)
         values = {
             "input_ids": np.array(ids),
@@ -234,7 +234,7 @@ def test_the_monolithic_graphs_compute_what_the_engine_computes(small_folder: Pa
 
 
 @pytest.mark.parametrize("sample", ["llama3-rope", "llama-biases", "qwen3"])
-def test_pieces_of_every_kind_of_model_equal_the_torch_decoder(sample: str, tmp_path: Path) -> None:
+def test_segments_of_every_kind_of_model_equal_the_torch_decoder(sample: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / sample, sample))
     config = checkpoint.config
     scale = config.head_dim**-0.5
@@ -243,12 +243,12 @@ def test_pieces_of_every_kind_of_model_equal_the_torch_decoder(sample: str, tmp_
         for phase in PHASES
     }
     save_graphs({"decode": graph_from_checkpoint(checkpoint, programs["decode"], page_size=7)}, tmp_path)
-    models, pieces, ports = pieces_from_graph(onnx.load(tmp_path / "decode.onnx", load_external_data=False))
-    save_pieces(models, pieces, tmp_path)
+    models, segments, ports = segments_from_graph(onnx.load(tmp_path / "decode.onnx", load_external_data=False))
+    save_segments(models, segments, tmp_path)
     pool = HostKvPool(n_pages=90, page_size=7, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     logits = []
     executors = (
-        OnnxRuntimeExecutor(tmp_path, pieces, ports, n_threads=1),
+        OnnxRuntimeExecutor(tmp_path, segments, ports, n_threads=1),
         TorchDecoderExecutor(decoder_from_checkpoint(checkpoint)),
     )
     for executor in executors:
@@ -284,9 +284,9 @@ def attention_graph(*, parallel: bool, typed: bool) -> onnx.ModelProto:
 
 
 def test_a_graph_is_cut_at_its_attentions() -> None:
-    models, pieces, ports = pieces_from_graph(attention_graph(parallel=False, typed=True))
+    models, segments, ports = segments_from_graph(attention_graph(parallel=False, typed=True))
     assert [[node.op_type for node in model.graph.node] for model in models] == [["Neg"], ["Neg"], ["Add"]]
-    assert [(piece.inputs, piece.outputs) for piece in pieces] == [
+    assert [(segment.inputs, segment.outputs) for segment in segments] == [
         (("x",), ("q_0",)),
         (("out_0",), ("q_1",)),
         (("out_0", "out_1"), ("y",)),
@@ -296,9 +296,9 @@ def test_a_graph_is_cut_at_its_attentions() -> None:
 
 def test_a_graph_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(EngineError, match="do not follow one another"):
-        pieces_from_graph(attention_graph(parallel=True, typed=True))
+        segments_from_graph(attention_graph(parallel=True, typed=True))
     with pytest.raises(EngineError, match="does not tell the types"):
-        pieces_from_graph(attention_graph(parallel=False, typed=False))
+        segments_from_graph(attention_graph(parallel=False, typed=False))
 
 
 @pytest.mark.parametrize("changes", [{"kept": 0.4}, {"budget": "uniform"}], ids=str)

@@ -52,7 +52,7 @@ class FixedScores:
 def sides(full_folder: Path) -> Sides:
     manifest = load_manifest(full_folder)
     return Sides(
-        OnnxRuntimeExecutor(full_folder / "graphs", manifest.pieces, manifest.attention_ports, n_threads=1), manifest.config
+        OnnxRuntimeExecutor(full_folder / "graphs", manifest.segments, manifest.attention_ports, n_threads=1), manifest.config
     )
 
 

@@ -52,6 +52,25 @@ def signed(data: dict[str, Any]) -> dict[str, Any]:
     return {**body, "digest": manifest_module._document_digest(body)}
 
 
+def as_version_1(document: dict[str, Any]) -> dict[str, Any]:
+    """The manifest as it was written before segments had their name."""
+    data = {("pieces" if key == "segments" else key): value for key, value in document.items()}
+    return signed({**data, "version": 1})
+
+
+def test_engines_of_the_version_before_load(document: dict[str, Any], small_folder: Path) -> None:
+    assert Manifest.from_json(as_version_1(document), source=small_folder / FILE_NAME) == load_manifest(small_folder)
+
+
+def test_what_does_not_load_is_refused_with_the_command_that_builds_it_again(document: dict[str, Any]) -> None:
+    document = {**document, "reproduce": "trt-kv build --policy full"}
+    plan = {"file": "graphs/model.plan", "built_by": "tensorrt", "profiles": []}
+    for data in (signed({**document, "version": 9}), as_version_1({**document, "plan": plan})):
+        with pytest.raises(EngineError, match="not an engine manifest of this version") as caught:
+            Manifest.from_json(data, source=Path("/my engines/one") / FILE_NAME)
+        assert caught.value.fix == "build the engine again: trt-kv build --policy full --out '/my engines/one' --force"
+
+
 def test_what_is_written_is_read_back(small_folder: Path, tmp_path: Path) -> None:
     manifest = load_manifest(small_folder)
     manifest.save(tmp_path)
@@ -94,7 +113,7 @@ def test_a_manifest_of_another_make_is_read_or_refused_with_one_kind_of_error(
     ("change", "said"),
     [
         ({"format": "other"}, "is not an engine manifest of this version"),
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"version": ...}, "version None"),
         ({"new_field": 1}, r"unknown \['new_field'\]"),
         ({"policy": ...}, r"missing \['policy'\]"),

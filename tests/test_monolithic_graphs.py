@@ -65,8 +65,8 @@ class Recording(SplitStepExecutor):
     """The runtime's executor on ONNX Runtime, remembering the steps it ran."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        pieces = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
-        super().__init__(pieces, manifest.programs)
+        segments = OnnxRuntimeExecutor(folder / "graphs", manifest.segments, manifest.attention_ports)
+        super().__init__(segments, manifest.programs)
         self.steps: list[Step] = []
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
@@ -193,13 +193,13 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
 
 
-def test_graphs_carry_the_functions_they_use_and_pieces_none(folder: Path) -> None:
+def test_graphs_carry_the_functions_they_use_and_segments_none(folder: Path) -> None:
     for phase in PHASES:
         model = graph_of(folder, f"{phase}.onnx")
         used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
         assert {function.name for function in model.functions} == used
-    for piece in load_manifest(folder).pieces:
-        model = graph_of(folder, piece.file)
+    for segment in load_manifest(folder).segments:
+        model = graph_of(folder, segment.file)
         assert not model.functions
         assert {node.domain for node in model.graph.node} == {""}
 

@@ -1,4 +1,4 @@
-"""An engine's pieces on a device: the logits of the host, in torch's own memory, in the order of one stream."""
+"""An engine's segments on a device: the logits of the host, in torch's own memory, in the order of one stream."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.device_steps import requests
 from tests.engines import build_for_test
 from tests.onnxruntime_capture import N_WARM_UPS, blend
-from tests.onnxruntime_steps import on_device, on_host, pieces_of, two_rows
+from tests.onnxruntime_steps import on_device, on_host, segments_of, two_rows
 from tests.test_torch_device import ATOL, assert_alike
 from tests.triton_kernels import ROOT
 from trt_kv.errors import MissingDependencyError, UsageError
@@ -30,7 +30,7 @@ from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
 from trt_kv.runtime.backends.cuda.onnxruntime_segments import CUDA, OnnxRuntimeDeviceDecoder
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES
-from trt_kv.runtime.backends.host.onnxruntime_segments import open_piece
+from trt_kv.runtime.backends.host.onnxruntime_segments import open_segment
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
 from trt_kv.runtime.engine import Engine
 
@@ -39,7 +39,7 @@ HALVES = ("float16", "bfloat16")
 
 EngineOf = Callable[[str], Path]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.early]
 without_cuda_provider = pytest.mark.skipif(
     CUDA not in ort.get_available_providers(), reason=f"this ONNX Runtime has no {CUDA}: pip install onnxruntime-gpu"
 )
@@ -64,17 +64,17 @@ def engine_of(small_folder: Path, checkpoint: Checkpoint, tmp_path_factory: pyte
     return built
 
 
-def test_pieces_on_tensors_give_the_logits_of_pieces_on_arrays(small_folder: Path) -> None:
+def test_segments_on_tensors_give_the_logits_of_segments_on_arrays(small_folder: Path) -> None:
     """Bit for bit: prompts in chunks, eviction, batched decoding."""
-    found = requests(on_host(small_folder, TorchDecoderExecutor(pieces_of(small_folder, device="cpu"))))
+    found = requests(on_host(small_folder, TorchDecoderExecutor(segments_of(small_folder, device="cpu"))))
     for name, expected in requests(on_host(small_folder)).items():
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
 
-def test_pieces_and_device_kernels_make_the_steps_of_the_host(
+def test_segments_and_device_kernels_make_the_steps_of_the_host(
     engine_of: EngineOf, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """Kernels in Triton's interpreter; pieces in float16 are converted back and forth by ONNX Runtime on a CPU."""
+    """Kernels in Triton's interpreter; segments in float16 are converted back and forth by ONNX Runtime on a CPU."""
     engines = [engine_of("float32"), engine_of("float16")]
     command = [sys.executable, "-m", "tests.onnxruntime_steps", str(tmp_path / "results.npz"), *map(str, engines)]
     outcome = subprocess.run(
@@ -88,9 +88,11 @@ def test_pieces_and_device_kernels_make_the_steps_of_the_host(
     assert_alike(found[engines[1]], requests(on_host(engines[1], in_fp32)), ATOL["float16"])
 
 
-def test_what_pieces_and_kernels_hand_each_other_stays_where_it_is(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_segments_and_kernels_hand_each_other_stays_where_it_is(
+    small_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read, written = bound_pointers(monkeypatch, "bind_input"), bound_pointers(monkeypatch, "bind_output")
-    decoder = pieces_of(small_folder, device="cpu")
+    decoder = segments_of(small_folder, device="cpu")
     kept: list[Tensor] = []  # so that no memory is used twice
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,22 +124,22 @@ def bound_pointers(monkeypatch: pytest.MonkeyPatch, method: str) -> list[int]:
 
 def test_weights_that_are_given_are_read_where_they_are(small_folder: Path, checkpoint: Checkpoint) -> None:
     inputs, embedding = two_rows("cpu"), checkpoint.tensor(EMBEDDING).float().clone()
-    expected = pieces_of(small_folder, device="cpu")(*inputs, blend)
-    decoder = pieces_of(small_folder, device="cpu", weights={EMBEDDING: embedding, "of no piece": torch.zeros(3)})
+    expected = segments_of(small_folder, device="cpu")(*inputs, blend)
+    decoder = segments_of(small_folder, device="cpu", weights={EMBEDDING: embedding, "of no segment": torch.zeros(3)})
     assert torch.equal(decoder(*inputs, blend), expected)
     embedding.zero_()
     assert not torch.equal(decoder(*inputs, blend), expected)
 
 
 def test_what_cannot_run_is_refused(engine_of: EngineOf) -> None:
-    with pytest.raises(UsageError, match="no pieces run on this device"):
-        pieces_of(engine_of("float32"), device="meta")
-    decoder = pieces_of(engine_of("float32"), device="cpu")
+    with pytest.raises(UsageError, match="no segments run on this device"):
+        segments_of(engine_of("float32"), device="meta")
+    decoder = segments_of(engine_of("float32"), device="cpu")
     with pytest.raises(UsageError, match="different types"):
         on_device(engine_of("float16"), decoder, device="cpu")
     if CUDA not in ort.get_available_providers():
         with pytest.raises(MissingDependencyError, match="onnxruntime-gpu"):
-            pieces_of(engine_of("float32"), device="cuda")
+            segments_of(engine_of("float32"), device="cuda")
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -150,9 +152,9 @@ def test_a_host_refuses_an_engine_that_was_built_for_gpus(engine_of: EngineOf, d
 @pytest.mark.gpu
 @without_cuda_provider
 @pytest.mark.parametrize("dtype", ATOL)
-def test_on_the_gpu_pieces_give_the_logits_of_torch(engine_of: EngineOf, checkpoint: Checkpoint, dtype: str) -> None:
+def test_on_the_gpu_segments_give_the_logits_of_torch(engine_of: EngineOf, checkpoint: Checkpoint, dtype: str) -> None:
     engine = engine_of(dtype)
-    found = requests(on_device(engine, pieces_of(engine, device="cuda"), device="cuda"))
+    found = requests(on_device(engine, segments_of(engine, device="cuda"), device="cuda"))
     by_torch = decoder_from_checkpoint(checkpoint, TORCH_TYPES[dtype])
     assert_alike(found, requests(on_device(engine, by_torch, device="cuda")), ATOL[dtype])
 
@@ -164,19 +166,19 @@ def test_on_the_gpu_no_node_is_left_to_the_host(engine_of: EngineOf, dtype: str)
     """Nor a copy there and back; asked with nothing that would forbid it."""
     engine = engine_of(dtype)
     config = {"session.record_ep_graph_assignment_info": "1"}
-    for piece in load_manifest(engine).pieces:
-        session = open_piece(engine / "graphs" / piece.file, n_threads=1, providers=[CUDA], config=config)
+    for segment in load_manifest(engine).segments:
+        session = open_segment(engine / "graphs" / segment.file, n_threads=1, providers=[CUDA], config=config)
         parts = session.get_provider_graph_assignment_info()
         elsewhere = {part.ep_name: [node.name for node in part.get_nodes()] for part in parts if part.ep_name != CUDA}
         assert parts
-        assert elsewhere == {}, piece.file
+        assert elsewhere == {}, segment.file
 
 
 @pytest.mark.gpu
 @without_cuda_provider
-def test_on_the_gpu_nobody_waits_for_pieces_and_they_wait_for_their_inputs(engine_of: EngineOf) -> None:
+def test_on_the_gpu_nobody_waits_for_segments_and_they_wait_for_their_inputs(engine_of: EngineOf) -> None:
     """Inputs are written by what comes late on the stream, and all is launched before."""
-    decoder = pieces_of(engine_of("float32"), device="cuda")
+    decoder = segments_of(engine_of("float32"), device="cuda")
     inputs, (ids, positions, rows) = two_rows("cuda"), two_rows("cuda")
     torch.cuda.synchronize()
     with torch.inference_mode(), torch.cuda.stream(decoder.stream):
@@ -188,7 +190,7 @@ def test_on_the_gpu_nobody_waits_for_pieces_and_they_wait_for_their_inputs(engin
             for late, tensor in zip((ids, positions, rows), inputs, strict=True):
                 late.copy_(tensor)
             logits = decoder(ids, positions, rows, blend)
-            assert warm < N_WARM_UPS or not slept.query(), "launching the pieces waited for the stream"
+            assert warm < N_WARM_UPS or not slept.query(), "launching the segments waited for the stream"
             torch.cuda.synchronize()
             assert torch.equal(logits, expected)
 
@@ -197,7 +199,7 @@ def test_on_the_gpu_nobody_waits_for_pieces_and_they_wait_for_their_inputs(engin
 @without_cuda_provider
 @pytest.mark.parametrize("dtype", ATOL)
 def test_on_the_gpu_a_decode_step_is_launched_without_a_wait(engine_of: EngineOf, dtype: str) -> None:
-    runner = on_device(engine_of(dtype), pieces_of(engine_of(dtype), device="cuda"), device="cuda")
+    runner = on_device(engine_of(dtype), segments_of(engine_of(dtype), device="cuda"), device="cuda")
     requests(runner)
     executor = runner._executor
     assert isinstance(executor, TorchDeviceExecutor)
@@ -223,7 +225,7 @@ def sleep() -> torch.cuda.Event:
 def test_on_the_gpu_weights_that_are_given_are_read_where_they_are(engine_of: EngineOf, checkpoint: Checkpoint) -> None:
     """By the embedding and by the logits, which share them."""
     inputs, embedding = two_rows("cuda"), checkpoint.tensor(EMBEDDING).float().cuda()
-    decoder = pieces_of(engine_of("float32"), device="cuda", weights={EMBEDDING: embedding})
+    decoder = segments_of(engine_of("float32"), device="cuda", weights={EMBEDDING: embedding})
     torch.cuda.synchronize()
     with torch.inference_mode(), torch.cuda.stream(decoder.stream):
         assert decoder(*inputs, blend).abs().max() > 0
@@ -233,9 +235,9 @@ def test_on_the_gpu_weights_that_are_given_are_read_where_they_are(engine_of: En
 
 @pytest.mark.gpu
 @without_cuda_provider
-def test_on_the_gpu_pieces_are_neither_recorded_nor_run_on_another_stream(engine_of: EngineOf) -> None:
+def test_on_the_gpu_segments_are_neither_recorded_nor_run_on_another_stream(engine_of: EngineOf) -> None:
     engine = engine_of("float32")
-    decoder = pieces_of(engine, device="cuda")
+    decoder = segments_of(engine, device="cuda")
     runner = on_device(engine, decoder, device="cuda")
     executor = runner._executor
     assert isinstance(executor, TorchDeviceExecutor)
@@ -249,14 +251,14 @@ def test_on_the_gpu_pieces_are_neither_recorded_nor_run_on_another_stream(engine
 
 @pytest.mark.gpu
 @without_cuda_provider
-def test_on_the_gpu_whether_a_graph_of_torch_can_hold_pieces(engine_of: EngineOf) -> None:
+def test_on_the_gpu_whether_a_graph_of_torch_can_hold_segments(engine_of: EngineOf) -> None:
     """A probe: passes where it can, and else says what refused. Either way ``can_be_recorded`` stays what it is."""
     command = [sys.executable, "-m", "tests.onnxruntime_capture", str(engine_of("float32"))]
     assert OnnxRuntimeDeviceDecoder.can_be_recorded is False
     try:
         outcome = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=100)
     except subprocess.TimeoutExpired:
-        pytest.xfail("pieces cannot be recorded: nothing comes back")
+        pytest.xfail("segments cannot be recorded: nothing comes back")
     if outcome.stdout.strip() != "yes":
         said = outcome.stderr.strip().splitlines()[-3:]
-        pytest.xfail(f"pieces cannot be recorded: exit {outcome.returncode}, {' | '.join(said)}")
+        pytest.xfail(f"segments cannot be recorded: exit {outcome.returncode}, {' | '.join(said)}")

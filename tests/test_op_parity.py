@@ -1,7 +1,10 @@
 """Every implementation of every op agrees with its reference on every case of its spec."""
 
 import copy
-from typing import Any
+import dataclasses
+import importlib
+from dataclasses import MISSING
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from trt_kv.opspec import Case, OpSpec, TensorSpec
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.registry import IMPLEMENTATIONS, kernel, op_specs
+from trt_kv.plugins.tensors import Array
 
 SPECS = op_specs()
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases]
@@ -77,12 +81,32 @@ def test_op_leaves_other_layers_and_sequences_alone(spec: OpSpec, case: Case) ->
             np.testing.assert_array_equal(outputs[f"{state.name}_out"][others], before[others])
 
 
+def arguments_of(spec: OpSpec) -> Any:
+    """The op's dataclass."""
+    return importlib.import_module(f"trt_kv.plugins.{spec.folder}.arguments").Arguments
+
+
+def taken_by(spec: OpSpec, implementation: str) -> list[Any]:
+    """The classes that ``run`` of an implementation takes."""
+    hints = get_type_hints(importlib.import_module(f"trt_kv.plugins.{spec.folder}.{implementation}").run)
+    return [get_origin(hint) for name, hint in hints.items() if name != "return"]
+
+
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_kernels_have_the_signature_the_spec_tells(spec: OpSpec) -> None:
-    names = [t.name for t in spec.inputs if not t.optional] + [a.name for a in spec.attributes]
+def test_arguments_are_the_inputs_and_attributes_of_the_spec(spec: OpSpec) -> None:
+    """By name, type and default, in the spec's order."""
+    types: dict[str, Any] = {"int": int, "float": float, "string": str}
+    expected: list[tuple[str, Any, Any]] = [
+        (t.name, Array | None if t.optional else Array, None if t.optional else MISSING) for t in spec.inputs
+    ]
+    expected += [(a.name, types[a.type], MISSING if a.default is None else a.default) for a in spec.attributes]
+    assert [(field.name, field.type, field.default) for field in dataclasses.fields(arguments_of(spec))] == expected
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_implementations_take_the_arguments_of_their_op(spec: OpSpec) -> None:
     for implementation in IMPLEMENTATIONS:
-        annotations = set(kernel(spec.name, implementation).__annotations__) - {"return"}
-        assert annotations == {*names, *(t.name for t in spec.inputs if t.optional)}
+        assert taken_by(spec, implementation) == [arguments_of(spec)]
 
 
 def test_each_case_dimension_is_somewhere_the_largest() -> None:

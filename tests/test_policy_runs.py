@@ -65,7 +65,7 @@ def test_a_preset_keeps_its_budgets_and_decodes_as_it_says(name: str, full_engin
             assert set(range(N_PROMPT - policy.recent, N_PROMPT)) <= set(positions)
     for token_id in random_ids(full_engine, N_DECODED, seed=6):
         runner.decode([sequence], [token_id])
-    newest = sequence.n_seen - 1
+    newest = sequence.num_computed_tokens - 1
     for layer in range(N_LAYERS):
         grown = int(sequence.kv_len[layer] - kept[layer])
         assert grown == {"keep": N_DECODED, "rank": 0}.get(policy.decode, grown)

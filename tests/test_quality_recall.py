@@ -28,6 +28,8 @@ from trt_kv.runtime.backends.host.recall.store import RamTier
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
+pytestmark = pytest.mark.early
+
 BY_NAME = {contender.name: contender.policy for contender in host_contenders()}
 FULL = Plan(policy=policy_from_name("full"))
 KEPT = 0.15
@@ -67,7 +69,7 @@ def _runner(folder: Path, policy: Policy, *, streams: bool = False) -> ModelRunn
     }
     sizes = {"n_pages": 1000, "page_size": PAGE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
     pool = HostKvPool(**sizes, n_query_heads=0 if streams else config.n_heads)
-    executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
+    executor = OnnxRuntimeExecutor(folder / "graphs", manifest.segments, manifest.attention_ports)
     recall = None
     if streams:
         recall = StreamedRecall(RamTier(**sizes), pool, ThreadedCopies(), n_layers=config.n_layers, finds_budgets=False)

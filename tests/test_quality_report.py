@@ -29,6 +29,8 @@ from tests.quality import measured, measured_recall
 from trt_kv.errors import ReportError
 from trt_kv.export.checkpoints.base import Checkpoint
 
+pytestmark = pytest.mark.early
+
 PNG_HEAD = b"\x89PNG"
 
 

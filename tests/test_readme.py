@@ -10,6 +10,8 @@ import pytest
 from trt_kv.cli import main
 from trt_kv.cli.app import COMMANDS
 
+pytestmark = pytest.mark.early
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 EXAMPLE = ROOT / "examples" / "late_question.txt"

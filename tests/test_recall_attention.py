@@ -1,6 +1,7 @@
 """What RecallAttention means beyond its spec's cases: its extremes are the known methods, its budget is kept to the page."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trt_kv.opspec import Case
-from trt_kv.plugins.cached_attention import cpu as cached_attention
+from trt_kv.plugins.cached_attention.arguments import Arguments
 from trt_kv.plugins.cases import case_inputs
-from trt_kv.plugins.recall_attention import cpu, reference
+from trt_kv.plugins.recall_attention import reference
 from trt_kv.plugins.recall_attention.choice import best_pages, drifted_heads
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.recall_attention.spec import SPEC
+from trt_kv.plugins.registry import kernel
 
 DIMS = {"H": 6, "K": 3, "D": 10, "P": 4, "L": 2}
 
@@ -38,7 +40,7 @@ def decoding(
 
 def results(inputs: dict[str, Any], **changes: Any) -> tuple[np.ndarray, ...]:
     """out, lse, corrected of the CPU kernel."""
-    return cpu.run(**copy.deepcopy(inputs | changes))
+    return kernel("RecallAttention", "cpu")(**copy.deepcopy(inputs | changes))
 
 
 @given(seed=st.integers(0, 10**6), pooling=st.integers(0, 3))
@@ -114,8 +116,8 @@ def test_a_budget_of_everything_is_cached_attention_bit_for_bit(n: int, seed: in
     inputs = decoding(seed=seed, cached=(n,), kept_share=1.0, kept_tokens=4 * DIMS["P"] + 8)
     inputs["prompt_len"] = np.array([n])
     out, lse, _ = results(inputs)
-    names = cached_attention.run.__annotations__.keys() - {"return"}
-    full = cached_attention.run(**copy.deepcopy({name: inputs[name] for name in names}))
+    names = [field.name for field in dataclasses.fields(Arguments)]
+    full = kernel("CachedAttention", "cpu")(**copy.deepcopy({name: inputs[name] for name in names}))
     np.testing.assert_array_equal(out, full[0])
     np.testing.assert_array_equal(lse, full[1])
 

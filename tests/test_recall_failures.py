@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.speed.synchronous_copies import SynchronousCopies
 from tests.recall_rig import RandomModel, StepwiseCopies, check_integrity, freekv, generate, prompt_of, runner_of
 from trt_kv.errors import CapacityError, RecallError, TrtKvError, UsageError
-from trt_kv.runtime.backends.host.recall.background import Copies, SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.background import Copies, ThreadedCopies
 from trt_kv.runtime.backends.host.recall.store import FileTier, HostTier, host_tier_at
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
@@ -145,7 +146,7 @@ def test_a_prompt_whose_earlier_pages_are_gone_is_an_error(tmp_path: Path, monke
     def cut_behind_48(*arguments: Any, **options: Any) -> np.ndarray:
         """Behind the hole that a later page would leave, zeros would be read as if they were keys."""
         logits = read_chunk(*arguments, **options)
-        if sequence.n_seen == 48:
+        if sequence.num_computed_tokens == 48:
             os.ftruncate(tier.file_descriptor, 0)
         return logits
 

@@ -23,6 +23,8 @@ from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
 
+pytestmark = pytest.mark.early
+
 Recorded = tuple[list[tuple[Step, StepResult]], KvPool[Any]]
 
 LIMITS: dict[str, Any] = {"tokens": 30, "sinks": 4, "recent": 6}
@@ -36,7 +38,14 @@ POLICIES = {
 }
 
 
-@pytest.fixture(scope="module", params=POLICIES.values(), ids=list(POLICIES))
+SLOW = {"freekv_but_layer_1"}
+"""Quest and ArkVale have a layer too that stays on the device."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(policy, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, policy in POLICIES.items()],
+)
 def folder(request: pytest.FixtureRequest, small_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine of the small random checkpoint, with pages of 5 tokens, that recalls fewer pages than there are."""
     policy: Policy = request.param
@@ -45,11 +54,11 @@ def folder(request: pytest.FixtureRequest, small_checkpoint_folder: Path, tmp_pa
 
 
 class Recording(SplitStepExecutor):
-    """The ops' CPU kernels between ONNX Runtime's pieces, remembering each step and what came of it."""
+    """The ops' CPU kernels between ONNX Runtime's segments, remembering each step and what came of it."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        pieces = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
-        super().__init__(pieces, manifest.programs)
+        segments = OnnxRuntimeExecutor(folder / "graphs", manifest.segments, manifest.attention_ports)
+        super().__init__(segments, manifest.programs)
         self.steps: list[tuple[Step, StepResult]] = []
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
@@ -105,9 +114,9 @@ def test_graphs_choose_the_pages_that_the_runtime_chooses(folder: Path, recorded
         for layer in recalling:
             np.testing.assert_array_equal(outputs[f"corrected_{layer}"], result.corrected[layer])
         if manifest.policy.budget == "unimetric" and step.evict.any():
-            assert result.found_budget is not None
+            assert result.adaptive_budget is not None
             found = [outputs[f"budget_{layer}"].tolist() for layer in recalling]
-            assert found == result.found_budget.tolist()
+            assert found == result.adaptive_budget.tolist()
     last, _ = steps[-1]
     for layer in recalling:
         for b in range(len(PROMPTS)):
@@ -123,7 +132,7 @@ def test_the_run_recalls_and_corrects(folder: Path, recorded: Recorded) -> None:
     steps, _ = recorded
     decoding = [(step, result) for step, result in steps if step.prompt_remaining[0] == NOT_PROMPT]
     recalling = [layer for layer, node in enumerate(recall_nodes(manifest.programs["decode"])) if node is not None]
-    found = decoding[0][0].found_budget[recalling]
+    found = decoding[0][0].adaptive_budget[recalling]
     assert (found > 0).all() == (manifest.policy.budget == "unimetric")
     budgets = np.where(found < 0, manifest.policy.tokens, found)
     assert all((step.kv_len[recalling] - budgets > manifest.page_size).any(axis=0).all() for step, _ in decoding)
@@ -134,11 +143,11 @@ def test_the_run_recalls_and_corrects(folder: Path, recorded: Recorded) -> None:
         assert 0.1 < corrected.mean() < 0.9
 
 
-def test_pieces_are_cut_at_the_ops_that_attend(folder: Path) -> None:
+def test_segments_are_cut_at_the_ops_that_attend(folder: Path) -> None:
     manifest = load_manifest(folder)
-    assert len(manifest.pieces) == manifest.config.n_layers + 1
-    for piece in manifest.pieces:
-        model = onnx.load(folder / "graphs" / piece.file, load_external_data=False)
+    assert len(manifest.segments) == manifest.config.n_layers + 1
+    for segment in manifest.segments:
+        model = onnx.load(folder / "graphs" / segment.file, load_external_data=False)
         assert {node.domain for node in model.graph.node} == {""}
 
 

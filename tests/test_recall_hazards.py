@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.speed.synchronous_copies import SynchronousCopies
 from tests.recall_rig import RandomModel, StepwiseCopies, freekv, generate, prompt_of, runner_of
 from trt_kv.errors import RecallError, TrtKvError
 from trt_kv.plugins.paging import Floats, Ints
@@ -18,9 +19,9 @@ from trt_kv.plugins.recall_attention import choice as choices
 from trt_kv.policy import Policy
 from trt_kv.runtime.backends.host.recall import background
 from trt_kv.runtime.backends.host.recall import layer as layer_streams
-from trt_kv.runtime.backends.host.recall.background import Copies, Job, SynchronousCopies
+from trt_kv.runtime.backends.host.recall.background import Copies, Job
 from trt_kv.runtime.backends.host.recall.layer import LayerStreams
-from trt_kv.runtime.backends.host.recall.working_set import Move, Ticket, WorkingSet
+from trt_kv.runtime.backends.host.recall.working_set import Move, Prefetch, WorkingSet
 
 MODEL = RandomModel(steadiness=0.6)
 POLICY = freekv(tokens=28, sinks=3, recent=2, tau=0.3)
@@ -56,14 +57,14 @@ def test_2_a_slot_is_not_overwritten_while_attention_reads_it(monkeypatch: pytes
     """Published: the scatter of the next step's pages does not wait for this step's attention."""
     assert streams_like_the_op(StepwiseCopies(eagerness=1.0))
 
-    def without_waiting(moves: list[Move], _ticket: Ticket) -> Iterator[Move | Event]:
+    def without_waiting(moves: list[Move], _prefetch: Prefetch) -> Iterator[Move | Event]:
         yield from moves
 
     monkeypatch.setattr(layer_streams, "in_turn", without_waiting)
     assert not streams_like_the_op(StepwiseCopies(eagerness=1.0))
 
 
-def test_3_a_step_waits_for_its_own_ticket_and_not_for_an_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_3_a_step_waits_for_its_own_prefetch_and_not_for_an_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Published: an event recorded again and again by a worker can still stand from the step before."""
     assert streams_like_the_op(StepwiseCopies(eagerness=0.0))
     always_set = Event()
@@ -79,16 +80,16 @@ def test_3_a_step_waits_for_its_own_ticket_and_not_for_an_older_one(monkeypatch:
     assert not streams_like_the_op(StepwiseCopies(eagerness=0.0))
 
 
-def test_4_a_ticket_owns_what_it_says_about_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4_a_prefetch_owns_what_it_says_about_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Published: one buffer of flags for all layers, which the next layer's test may rewrite before a worker reads it."""
     assert streams_like_the_op(StepwiseCopies(eagerness=0.0))
-    shared = Ticket()
+    shared = Prefetch()
 
-    def the_only_ticket(held_KS: np.ndarray) -> Ticket:
+    def the_only_prefetch(held_KS: np.ndarray) -> Prefetch:
         shared.held_KS = held_KS
         return shared
 
-    monkeypatch.setattr(layer_streams, "Ticket", the_only_ticket)
+    monkeypatch.setattr(layer_streams, "Prefetch", the_only_prefetch)
     assert not streams_like_the_op(StepwiseCopies(eagerness=0.0))
 
 

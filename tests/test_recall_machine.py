@@ -8,9 +8,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from benchmarks.speed.synchronous_copies import SynchronousCopies
 from tests.recall_rig import VOCABULARY, RandomModel, StepwiseCopies, check_integrity, freekv, prompt_of, runner_of
 from trt_kv.errors import RecallError
-from trt_kv.runtime.backends.host.recall.background import Copies, SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.background import Copies, ThreadedCopies
 from trt_kv.runtime.backends.host.recall.store import host_tier_at
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner

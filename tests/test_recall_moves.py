@@ -53,7 +53,7 @@ def assert_moved(case: Moves, arrays: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("flagged", [False, True])
 def test_sixteen_bytes_at_a_time_and_no_spills(dtype: torch.dtype, *, flagged: bool) -> None:
     """As compiled for pages of Llama 3.1 8B: of 16 KiB in half precision."""
-    from trt_kv.plugins.recall_attention.recall_triton import recall_pages
+    from trt_kv.runtime.backends.cuda.recall.recall_pages import recall_pages
 
     host, device = (torch.empty(n, 2, 8, 32, 128, dtype=dtype, device="meta") for n in (1000, 100))
     moves = torch.empty(50, 3, dtype=torch.int64, device="meta")

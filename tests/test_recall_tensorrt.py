@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
+from tests.tensorrt_plugins import deregister_plugins
 from tests.test_tensorrt_graphs import PAGE_SIZE, TINY, plan_request, program
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, export_graphs
@@ -20,6 +21,8 @@ from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.profiles import build_profile
 from trt_kv.program import PHASES
+
+pytestmark = pytest.mark.early
 
 FREEKV = policy_from_name("freekv")
 BUDGET_FOUND = dataclasses.replace(FREEKV, budget="unimetric", tokens=0)
@@ -34,13 +37,18 @@ POLICIES = {
 def build(tensorrt: ModuleType) -> Iterator[ModuleType]:
     """``trt_kv.export.targets.tensorrt_engine``, with the plugins taken back afterwards."""
     from trt_kv.export.targets import tensorrt_engine
-    from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     yield tensorrt_engine
     deregister_plugins()
 
 
-@pytest.fixture(scope="module", params=POLICIES.values(), ids=list(POLICIES))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(POLICIES["freekv_but_layer_1"], id="freekv_but_layer_1", marks=pytest.mark.slow),
+        pytest.param(POLICIES["freekv_budget_found"], id="freekv_budget_found"),
+    ],
+)
 def exported(
     request: pytest.FixtureRequest, small_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EngineRequest, Path]:
@@ -69,7 +77,6 @@ def test_graphs_build_with_their_ops_as_plugins(
 def test_graphs_build_without_plugins(build: Any, exported: tuple[EngineRequest, Path], phase: str) -> None:
     """Standard layers only, all the way to an engine: the functions are a fallback that TensorRT compiles."""
     from trt_kv.export.targets.tensorrt_network import network_from_onnx
-    from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     wanted, graphs = exported
     deregister_plugins()
@@ -119,6 +126,7 @@ def check_shaped_network(network: dict[str, Any], config: ModelConfig) -> None:
     assert network["outputs"][f"budget_{last}"] == {"type": "INT64", "shape": [-1]}
 
 
+@pytest.mark.slow
 def test_llama_31_8b_that_recalls_parses_with_plugins_in_every_layer(build: Any, tmp_path: Path) -> None:
     from trt_kv.export.targets.tensorrt_network import check_network, describe_network, network_from_onnx
 

@@ -66,7 +66,7 @@ class Pair:
 
     def append(self, n_new: int) -> None:
         """As a kernel would: the tokens' positions are written to the slots they were given."""
-        first = self.cache.n_seen
+        first = self.cache.num_computed_tokens
         slots = self.cache.append(n_new)
         positions = np.arange(first, first + n_new)
         pages, offsets = np.divmod(slots, self.cache.pool.page_size)
@@ -99,7 +99,7 @@ class Pair:
         self.cache.shrink(np.array(counts), kept_shares)
 
     def state(self) -> tuple[int, list[int], list[int], int]:
-        return self.cache.n_seen, self.cache.kv_len.tolist(), self.cache.pages, self.cache.pool.n_free
+        return self.cache.num_computed_tokens, self.cache.kv_len.tolist(), self.cache.pages, self.cache.pool.n_free
 
     def check(self) -> None:
         for layer, model in enumerate(self.layers):
@@ -154,7 +154,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(pair=sequences, kept_shares=st.tuples(*[shares] * N_LAYERS))
     def evict(self, pair: Pair, kept_shares: tuple[float, ...]) -> None:
-        if pair.cache.n_seen:
+        if pair.cache.num_computed_tokens:
             pair.evict(kept_shares, self.rng, self.distance)
 
     @rule(target=sequences, pair=sequences)
@@ -216,9 +216,9 @@ def test_each_layer_grows_at_its_kept_share(n_prompt: int, kept_shares: tuple[fl
     left = pair.cache.kv_len.copy()
     for _ in range(n_steps):
         pair.append(1)
-        allowed = np.maximum(left, np.array(kept_shares) * pair.cache.n_seen + 2)
+        allowed = np.maximum(left, np.array(kept_shares) * pair.cache.num_computed_tokens + 2)
         assert (pair.cache.kv_len <= allowed).all()
-        assert (pair.cache.kv_len >= np.minimum(left, np.array(kept_shares) * pair.cache.n_seen)).all()
+        assert (pair.cache.kv_len >= np.minimum(left, np.array(kept_shares) * pair.cache.num_computed_tokens)).all()
 
 
 def test_a_shrunk_sequence_gives_its_pages_to_others() -> None:
@@ -267,7 +267,7 @@ def test_an_engine_decodes_with_the_published_eviction(half_engine: Engine) -> N
         model.compress(runner.kept_positions(sequence, layer)[0].tolist(), share, PUBLISHED_DISTANCE)
         layers.append(model)
     for token_id in random_ids(half_engine, 50, seed=2):
-        position = sequence.n_seen
+        position = sequence.num_computed_tokens
         runner.decode([sequence], [token_id])
         for layer, model in enumerate(layers):
             model.decode(position)

@@ -60,7 +60,7 @@ def test_a_fork_holds_the_same_tokens_and_chooses_the_same_slots(
         sequence.append(1)
     twin = sequence.fork()
     pool.check_integrity([*sequence.pages, *twin.pages])
-    assert twin.n_seen == sequence.n_seen
+    assert twin.num_computed_tokens == sequence.num_computed_tokens
     assert twin.kv_len.tolist() == sequence.kv_len.tolist()
     for layer in range(N_LAYERS):
         originals, copies = (_cached(s, _all_slots(s, layer)) for s in (sequence, twin))

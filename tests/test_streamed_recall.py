@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.speed.synchronous_copies import SynchronousCopies
 from tests.recall_rig import RandomModel, StepwiseCopies, check_integrity, freekv, generate, prompt_of, runner_of
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policies import policy_from_name
 from trt_kv.runtime.backends.host.recall import prompt_attention
-from trt_kv.runtime.backends.host.recall.background import SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.layer import Choice, LayerStreams
 from trt_kv.runtime.backends.host.recall.store import host_tier_at
 from trt_kv.runtime.backends.host.recall.working_set import moves_to
@@ -94,7 +95,7 @@ def test_working_sets_may_differ_by_layer_and_input(budget: str) -> None:
     runner.prefill(sequence, prompt_of(90))
     runner.decode([sequence], [1])
     assert (len(set(sequence.held_tokens.tolist())) > 1) == (budget != "uniform")
-    assert (sequence.found_budget >= 0).all() == (budget == "unimetric")
+    assert (sequence.adaptive_budget >= 0).all() == (budget == "unimetric")
     assert sequence.held_tokens.max() < 90 + 1
     sequence.release()
 

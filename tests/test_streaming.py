@@ -196,8 +196,8 @@ def test_generation_ends_after_the_wanted_number_of_tokens(full_engine: Engine, 
     assert len(generation.token_ids) == n_new
     assert generation.finish_reason == "length"
     assert generation.n_prompt_tokens == 4
-    assert generation.n_seen == 4 + n_new - 1
-    assert generation.kv_tokens == (generation.n_seen,) * 8
+    assert generation.num_computed_tokens == 4 + n_new - 1
+    assert generation.kv_tokens == (generation.num_computed_tokens,) * 8
 
 
 def test_an_end_token_at_once_is_an_empty_answer(full_engine: Engine) -> None:

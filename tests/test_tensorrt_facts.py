@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.gpu import tensorrt_fact, tensorrt_facts
 from benchmarks.gpu.tensorrt_examples import Attention, Plain, RefusedError, plan_of
+from tests.tensorrt_plugins import HostMemory, deregister_plugins
 
 ANSWER = 'import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(\'{"outcome": "yes", "detail": "fine"}\');'
 CRASH = "import os, signal; print('last words', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
@@ -95,7 +96,6 @@ def test_plans_are_built_out_of_sight_of_a_gpu_that_is_refused(tmp_path: Path, m
 def host_as_gpu(tensorrt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Host memory in the place of a GPU's: plugins run there, and a recorded graph is what was launched."""
     from trt_kv.plugins import tensorrt_base
-    from trt_kv.plugins.tensorrt_memory import HostMemory
 
     launched: list[Callable[[], None]] = []
 
@@ -119,7 +119,7 @@ def host_as_gpu(tensorrt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_graph, **_options: contextlib.nullcontext())
     yield
-    tensorrt_base.deregister_plugins()
+    deregister_plugins()
 
 
 WITHOUT_ENGINE = [name for name in tensorrt_fact.FACTS if "plugin_without_engine" in name]

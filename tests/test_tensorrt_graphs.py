@@ -12,6 +12,7 @@ import torch
 
 from tests.engines import SHARES, prefixkv_request, recipe_for
 from tests.shaped_models import LLAMA_31_8B, save_shaped_graph
+from tests.tensorrt_plugins import deregister_plugins
 from trt_kv.errors import EngineError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
@@ -25,6 +26,8 @@ from trt_kv.policy import Policy
 from trt_kv.profiles import BuildProfile, build_profile
 from trt_kv.program import PHASES, OpNode, Program, program_of
 from trt_kv.runtime.engine import Engine
+
+pytestmark = pytest.mark.early
 
 PAGE_SIZE = 32
 ENGINES = {"full": "full_folder", "prefixkv": "half_folder"}
@@ -43,7 +46,6 @@ TINY = BuildProfile(
 def build(tensorrt: ModuleType) -> Iterator[ModuleType]:
     """``trt_kv.export.targets.tensorrt_engine``, with the plugins taken back afterwards."""
     from trt_kv.export.targets import tensorrt_engine
-    from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     yield tensorrt_engine
     deregister_plugins()
@@ -69,7 +71,19 @@ def program(policy: Policy, config: ModelConfig, phase: str, kept_shares: list[f
     )
 
 
-@pytest.fixture(scope="module", params=policy_names())
+def presets() -> Iterator[Any]:
+    """Each preset; those whose graphs have the ops of one before them, with other attributes, are slow."""
+    seen: set[Any] = set()
+    for name in sorted(policy_names(), key=lambda name: name not in ENGINES):
+        policy = policy_from_name(name)
+        sizes: dict[str, Any] = {"n_layers": 3, "scale": 1.0, "page_size": PAGE_SIZE, "kept_shares": SHARES[:3]}
+        programs = [program_of(policy, phase=phase, **sizes) for phase in PHASES]
+        ops = tuple(tuple(node.op for node in nodes) for program in programs for nodes in program)
+        yield pytest.param(name, marks=pytest.mark.slow if ops in seen else ())
+        seen.add(ops)
+
+
+@pytest.fixture(scope="module", params=presets())
 def exported(
     request: pytest.FixtureRequest,
     bundled_checkpoint: Checkpoint,
@@ -128,7 +142,6 @@ def test_every_policy_builds_with_its_ops_as_plugins(
 def test_without_plugins_the_ops_are_their_functions(build: Any, exported: tuple[EngineRequest, Path], phase: str) -> None:
     """The same files, nothing registered: standard layers only, and a network that TensorRT accepts."""
     from trt_kv.export.targets.tensorrt_network import network_from_onnx
-    from trt_kv.plugins.tensorrt_base import deregister_plugins
 
     _, graphs = exported
     deregister_plugins()
@@ -147,29 +160,31 @@ def test_half_precision_engines_build(build: Any, small_request: EngineRequest, 
     assert network["outputs"]["scores_0_out"]["type"] == "FLOAT"
 
 
-def test_an_engine_for_tensorrt_tells_its_plan(build: Any, small_request: EngineRequest, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def planned_folder(build: Any, small_request: EngineRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine for TensorRT, and beside it the timing cache of its build."""
+    folder = tmp_path_factory.mktemp("planned")
+    options = TensorRtOptions(profile=TINY, timing_cache=folder / "timing.cache")
+    build_engine(dataclasses.replace(small_request, tensorrt=options), folder / "engine")
+    return folder / "engine"
+
+
+def test_an_engine_for_tensorrt_tells_its_plan(build: Any, planned_folder: Path) -> None:
     """One plan for both phases, its profiles and its builder's version in the manifest, and no graphs beside it."""
-    cache = tmp_path / "timing.cache"
-    wanted = dataclasses.replace(small_request, tensorrt=TensorRtOptions(profile=TINY, timing_cache=cache))
-    folder = tmp_path / "engine"
-    build_engine(wanted, folder)
-    manifest = load_manifest(folder)
+    manifest = load_manifest(planned_folder)
     assert manifest.target == "tensorrt"
     assert manifest.plan is not None
     assert manifest.plan.built_by == f"tensorrt {build.trt.__version__}"
     assert [ranges["N"] for ranges in manifest.plan.profiles] == [(1, 16, 32), (33, 64, 128), (1, 2, 4)]
     assert {"model.plan", "network.json", "recipe.json"} <= set(manifest.files)
-    assert not (folder / "graphs").exists()
-    assert cache.stat().st_size > 0
+    assert not (planned_folder / "graphs").exists()
+    assert (planned_folder.parent / "timing.cache").stat().st_size > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_tensorrt_executor runs the engine")
-def test_an_engine_for_tensorrt_does_not_load_without_a_gpu_and_says_so(
-    build: Any, small_request: EngineRequest, tmp_path: Path
-) -> None:
-    build_engine(dataclasses.replace(small_request, tensorrt=TensorRtOptions(profile=TINY)), tmp_path / "engine")
+def test_an_engine_for_tensorrt_does_not_load_without_a_gpu_and_says_so(planned_folder: Path) -> None:
     with pytest.raises(EngineError, match=r"TensorRT cannot load .*model\.plan"):
-        Engine.load(tmp_path / "engine")
+        Engine.load(planned_folder)
 
 
 def test_a_graph_that_is_not_the_programs_is_refused(build: Any, exported: tuple[EngineRequest, Path], tmp_path: Path) -> None:
@@ -244,6 +259,7 @@ def shaped_request(build: Any, config: ModelConfig, folder: Path) -> tuple[Any, 
     return request, shares
 
 
+@pytest.mark.slow
 def test_llama_31_8b_parses_with_plugins_in_every_layer(build: Any, tmp_path: Path) -> None:
     """All 32 layers and the whole vocabulary in fp16."""
     from trt_kv.export.targets.tensorrt_network import check_network, describe_network, network_from_onnx
@@ -260,7 +276,7 @@ def test_llama_31_8b_parses_with_plugins_in_every_layer(build: Any, tmp_path: Pa
         pytest.param(
             dataclasses.replace(LLAMA_31_8B, n_layers=2, vocab_size=1000, bos_token_id=1, eos_token_ids=(2,)), id="2-layers"
         ),
-        pytest.param(LLAMA_31_8B, id="32-layers", marks=pytest.mark.timeout(900)),
+        pytest.param(LLAMA_31_8B, id="32-layers", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
 def test_llama_31_8b_builds(build: Any, config: ModelConfig, tmp_path: Path) -> None:

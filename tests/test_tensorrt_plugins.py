@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.rig.buffers import GuardedBuffers, output_shapes, padded, padding_slots, poisoned
+from tests.tensorrt_plugins import HostMemory, deregister_plugins
 from tests.test_op_parity import by_slot, is_per_slot, live_slots, run
 from trt_kv.errors import EngineError
 from trt_kv.opspec import Case, OpSpec
@@ -23,11 +24,10 @@ EACH_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def base(tensorrt: ModuleType) -> Iterator[Any]:
     """``tensorrt_base`` with its creators registered for host memory."""
     from trt_kv.plugins import tensorrt_base
-    from trt_kv.plugins.tensorrt_memory import HostMemory
 
     tensorrt_base.register_plugins(HostMemory())
     yield tensorrt_base
-    tensorrt_base.deregister_plugins()
+    deregister_plugins()
 
 
 def make_plugin(base: Any, spec: OpSpec, attributes: Mapping[str, Any], phase: str = "RUNTIME") -> Any:
@@ -186,10 +186,3 @@ def supports(base: Any, plugin: Any, types: list[Any], pos: int, n_inputs: int) 
         dynamic.desc = desc
         descs.append(dynamic)
     return bool(plugin.supports_format_combination(pos, descs, n_inputs))
-
-
-def test_host_kernels_refuse_half_precision(base: Any) -> None:
-    from trt_kv.plugins.tensorrt_memory import Buffer, host_array
-
-    with pytest.raises(EngineError, match="fp32"):
-        host_array(Buffer(pointer=1, shape=(2,), dtype="float16"))

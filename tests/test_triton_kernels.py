@@ -15,19 +15,20 @@ import pytest
 import torch
 
 from tests.rig.buffers import padded, padding_slots
-from tests.test_op_parity import run, untouched
-from tests.triton_kernels import HALF_TOLERANCE, ROOT, Interpreter, assert_equals_reference, rounded
+from tests.test_op_parity import arguments_of, run, taken_by, untouched
+from tests.triton_kernels import EACH_CAPABILITY, HALF_TOLERANCE, ROOT, Interpreter, assert_equals_reference, rounded
 from tests.triton_worker import device_outputs
 from trt_kv.opspec import Case, OpSpec, Tolerance
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.registry import device_kernel
 from trt_kv.plugins.triton_compile import (
-    CAPABILITIES,
     SHARED_BYTES,
     compiled,
     distinct_launches,
     specs_with_kernels,
 )
+
+pytestmark = pytest.mark.early
 
 SPECS = specs_with_kernels()
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases]
@@ -223,20 +224,18 @@ def test_a_long_page_table_means_parts() -> None:
 
 def test_importing_an_op_imports_no_triton() -> None:
     code = "import sys; from trt_kv.plugins.cached_attention.tensorrt import KERNELS"
-    code += "; print(KERNELS.device, 'triton' in sys.modules)"
+    code += "; print(KERNELS.device is not None, 'triton' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert answer.stdout.startswith("<trt_kv.plugins.registry._Lazy")
-    assert answer.stdout.endswith("False\n")
+    assert answer.stdout == "True False\n"
 
 
 @EACH_SPEC
-def test_kernels_have_the_signature_the_spec_tells(spec: OpSpec) -> None:
-    run = importlib.import_module(f"trt_kv.plugins.{spec.folder}.triton").run
-    assert set(run.__annotations__) - {"return"} == {t.name for t in spec.inputs} | {a.name for a in spec.attributes}
+def test_kernels_take_the_arguments_of_their_op(spec: OpSpec) -> None:
+    assert taken_by(spec, "triton") == [arguments_of(spec)]
 
 
 @EACH_SPEC
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", EACH_CAPABILITY)
 def test_kernels_compile_for_every_gpu_we_name(spec: OpSpec, capability: int) -> None:
     """PTX for that GPU, within its shared memory, and decoding spills no register; each kernel once, on sm_90 each variant."""
     launches = distinct_launches({spec.name: spec}, ["Llama-3.1-8B"], (torch.float16,))
@@ -245,6 +244,7 @@ def test_kernels_compile_for_every_gpu_we_name(spec: OpSpec, capability: int) ->
         check(launch, capability)
 
 
+@pytest.mark.slow
 @EACH_SPEC
 def test_kernels_compile_for_the_shapes_of_models_and_every_type(spec: OpSpec) -> None:
     for model, dtype in (("Llama-3.2-1B", torch.bfloat16), ("Llama-3.1-70B", torch.float32), ("Qwen2.5-7B", torch.float16)):

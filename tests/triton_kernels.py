@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tests.test_op_parity import by_slot, is_per_slot, live_slots, run
 from trt_kv.opspec import OpSpec, Tolerance
+from trt_kv.plugins.triton_compile import CAPABILITIES
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,6 +21,12 @@ HALF_TOLERANCE = Tolerance(
     atol=4e-3, rtol=4e-3, reason="the spec's cases in fp16: outputs and softmax weights rounded to 11 bits, inputs the same"
 )
 """bf16 is left to GPUs: the interpreter computes in numpy, which has no such type."""
+
+EACH_CAPABILITY = [
+    pytest.param(capability, marks=() if capability in (90, max(CAPABILITIES)) else pytest.mark.slow)
+    for capability in CAPABILITIES
+]
+"""A kernel takes a third of a second to compile: by default for the GPU of ``docs/kernels.md``, and for the newest."""
 
 
 class Interpreter:

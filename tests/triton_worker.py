@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.interpreted import prepare
 from trt_kv.plugins.registry import device_kernel, op_specs
 
 
@@ -37,8 +38,7 @@ def answer(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN, or the largest integer
-    np.seterr(divide="ignore")  # log2(0) is meant
+    prepare()
     for line in sys.stdin:
         answer(json.loads(line))
         sys.stdout.write("done\n")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from trt_kv.policy import Policy
 from trt_kv.program import PHASES, OpNode, Program, budgets_of, recall_nodes
 
 FORMAT = "trt-kv-engine"
-VERSION = 1
+VERSION = 2
+READ_VERSIONS = (1, 2)
+"""In version 1 ``segments`` were called ``pieces``, and plans have another name for a tensor."""
 FILE_NAME = "manifest.json"
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = tuple(ITEM_BYTES)
@@ -24,7 +27,7 @@ DTYPES = tuple(ITEM_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class GraphSegment:
     """A dense part of the graph between two attentions: a file under ``graphs/`` and its values by name."""
 
     file: str
@@ -65,7 +68,7 @@ class FileRecord:
 class Manifest:
     """Everything the runtime needs to know before it opens a graph.
 
-    An engine for ONNX Runtime has ``pieces`` and their ``attention_ports``, one for TensorRT has a ``plan``. ``programs`` are
+    An engine for ONNX Runtime has ``segments`` and their ``attention_ports``, one for TensorRT has a ``plan``. ``programs`` are
     the KV ops per phase as they stand in the graphs; ``files`` covers every file but the manifest.
     """
 
@@ -79,7 +82,7 @@ class Manifest:
     page_size: int
     op_versions: Mapping[str, int]
     programs: Mapping[str, Program]
-    pieces: tuple[Piece, ...]
+    segments: tuple[GraphSegment, ...]
     attention_ports: tuple[AttentionPort, ...]
     plan: Plan | None
     files: Mapping[str, FileRecord]
@@ -108,7 +111,7 @@ class Manifest:
             "config": self.config.to_json(),
             "policy": self.policy.to_json(),
             "programs": {phase: [[n.to_json() for n in nodes] for nodes in layers] for phase, layers in self.programs.items()},
-            "pieces": [dataclasses.asdict(piece) for piece in self.pieces],
+            "segments": [dataclasses.asdict(segment) for segment in self.segments],
             "attention_ports": [dataclasses.asdict(port) for port in self.attention_ports],
             "plan": None if self.plan is None else dataclasses.asdict(self.plan),
             "files": {name: dataclasses.asdict(record) for name, record in sorted(self.files.items())},
@@ -120,15 +123,18 @@ class Manifest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], *, source: Path) -> "Manifest":
         """Read what ``to_json`` wrote. Raises ``EngineError`` naming ``source`` for another format, version or shape."""
-        if data.get("format") != FORMAT or data.get("version") != VERSION:
+        version, has_plan = data.get("version"), data.get("plan") is not None
+        if data.get("format") != FORMAT or version not in READ_VERSIONS or (has_plan and version != VERSION):
             raise EngineError(
                 f"{source} is not an engine manifest of this version",
-                got=f"format {data.get('format')!r}, version {data.get('version')!r}",
+                got=f"format {data.get('format')!r}, version {version!r}{', with a TensorRT plan' if has_plan else ''}",
                 expected=f"format {FORMAT!r}, version {VERSION}",
-                fix="build the engine again with this version of trt-kv",
+                fix=how_to_rebuild(source.parent, data.get("reproduce")),
             )
         names = {field.name for field in dataclasses.fields(cls)}
         fields = {name: value for name, value in data.items() if name not in {"format", "version", "digest"}}
+        if version == 1 and "pieces" in fields:
+            fields["segments"] = fields.pop("pieces")
         if set(fields) != names:
             raise EngineError(
                 f"{source} does not have the fields of an engine manifest",
@@ -148,6 +154,13 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def how_to_rebuild(folder: Path, reproduce: object) -> str:
+    """The command that builds ``folder`` again; ``reproduce``: what its manifest says of that, if anything."""
+    if not isinstance(reproduce, str) or not reproduce:
+        return "build the engine again with this version of trt-kv"
+    return f"build the engine again: {reproduce} --out {shlex.quote(str(folder))} --force"
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -226,8 +239,8 @@ def _parsed(fields: Mapping[str, Any]) -> dict[str, Any]:
         "programs": {
             phase: tuple(tuple(OpNode.from_json(n) for n in nodes) for nodes in fields["programs"][phase]) for phase in PHASES
         },
-        "pieces": tuple(
-            Piece(file=p["file"], inputs=tuple(p["inputs"]), outputs=tuple(p["outputs"])) for p in fields["pieces"]
+        "segments": tuple(
+            GraphSegment(file=p["file"], inputs=tuple(p["inputs"]), outputs=tuple(p["outputs"])) for p in fields["segments"]
         ),
         "attention_ports": tuple(AttentionPort(**port) for port in fields["attention_ports"]),
         "plan": None if fields["plan"] is None else _plan(fields["plan"]),

@@ -1,4 +1,4 @@
-"""What stands between the dense pieces of each layer: the KV ops and their attributes, per phase.
+"""What stands between the graph segments of each layer: the KV ops and their attributes, per phase.
 
 The graph is made from a program and a program is read back from the graph; an engine's manifest carries it so that the
 runtime applies exactly what was built.

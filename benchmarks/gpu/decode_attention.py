@@ -12,6 +12,7 @@ from torch.nn import functional
 from benchmarks.gpu.device import check_kernel, copy_bandwidth, device, of_bandwidth, on_gpu, recorded, times
 from benchmarks.harness import Check, Report, Row, Target, check_close
 from trt_kv.opspec import Case
+from trt_kv.plugins.cached_attention.arguments import Arguments
 
 DTYPE = torch.float16
 LARGE_BYTES = 2**28
@@ -73,7 +74,7 @@ class Caches:
         """The whole op, which appends, and would attend for chunks too if there were any."""
         from trt_kv.plugins.cached_attention.triton import run
 
-        return run(
+        arguments = Arguments(
             q=self.q,
             k=self.k_new,
             v=self.v_new,
@@ -87,7 +88,8 @@ class Caches:
             layer=0,
             scale=self.scale,
             page_size=self.shape.page_size,
-        )[0]
+        )
+        return run(arguments)[0]
 
     @property
     def scale(self) -> float:

@@ -13,11 +13,13 @@ from torch import Tensor
 from benchmarks.gpu.device import device, on_gpu, recorded
 from benchmarks.gpu.freekv_model import DTYPE, Corrections, Dense, Shape, drifting_queries
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.plugins.recall_attention.recall_triton import recall_pages
+from trt_kv.plugins.recall_attention.spec import SPEC
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
 from trt_kv.program import Program
 from trt_kv.runtime.backends.cuda.recall.background import InPlace, SideStream, SideWork
-from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall, LayerStep, RecallCapacity
+from trt_kv.runtime.backends.cuda.recall.begin import BegunLayer, LayerStep
+from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall, RecallCapacity
+from trt_kv.runtime.backends.cuda.recall.recall_pages import recall_pages
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 
 FILL_PAGES = 256
@@ -35,11 +37,10 @@ class Way(DeviceRecall):
 class CorrectedByHost(Way):
     """The host asks in every layer whether any KV head is corrected, as the system published with FreeKV does."""
 
-    def _recall_at_once(self, step: LayerStep) -> Tensor:
-        begun = step.begun
+    def _recall_at_once(self, step: LayerStep, begun: BegunLayer) -> Tensor:
         if bool(begun.corrected_BK.any()):
-            return super()._recall_at_once(step)
-        *_, places_BKT = self._plan_now(step, torch.zeros_like(begun.needs_BK), begun.probe_BHD.float())
+            return super()._recall_at_once(step, begun)
+        *_, places_BKT = self._plan_now(step, begun, torch.zeros_like(begun.needs_BK), begun.probe_BHD.float())
         return places_BKT
 
 
@@ -122,6 +123,9 @@ class Sequences:
         self.k, self.v = torch.randn(2, batch, shape.n_kv_heads, shape.head_size, device=self._on).to(dtype)
         self.k[:, :, : shape.head_size // 2] = 1.0
         self._x = torch.randn(batch, shape.hidden, device=self._on).to(dtype)
+        self._in_pool = {state.name: tiers.recall.device.states[state.name] for state in SPEC.states}
+        self._in_pool["slots"] = torch.empty(shape.n_layers, 0, dtype=torch.int64, device=self._on)
+        """What the op would read and write in a pool: recall has its own."""
         self._place()
 
     def _step_tensors(self, room: int) -> dict[str, Tensor]:
@@ -146,7 +150,7 @@ class Sequences:
             "prompt_len": torch.full((batch,), n_tokens),
             "page_table": table,
             "kv_len": torch.full(layers, n_tokens),
-            "found_budget": torch.full(layers, -1),
+            "adaptive_budget": torch.full(layers, -1),
             "query_rows": table[:, :, 0],
         }
         return {name: value.to(self._on).contiguous() for name, value in values.items()}
@@ -185,7 +189,7 @@ class Sequences:
 
         def attend(layer: int) -> Tensor:
             (node,) = program[layer]
-            results.append(kernel(**self.values, q=q_LBHD[layer], k=self.k, v=self.v, **node.attributes))
+            results.append(kernel(**self.values, **self._in_pool, q=q_LBHD[layer], k=self.k, v=self.v, **node.attributes))
             return results[-1][0]
 
         return self._dense.step(self._x, attend)

@@ -15,6 +15,7 @@ from benchmarks.gpu.decode_attention import DTYPE, Shape
 from benchmarks.gpu.device import check_kernel, device, on_gpu, times
 from benchmarks.harness import Report, Row, Target
 from trt_kv.opspec import Case
+from trt_kv.plugins.registry import device_kernel
 
 CHUNK = 2048
 SIDES = {"without scores": None, "all queries": 0, "last 32 queries": 32}
@@ -44,20 +45,20 @@ class Prefill:
 
     def run(self, window: int | None) -> None:
         """The KV ops of all chunks; ``window`` None: without TokenScores."""
-        from trt_kv.plugins.cached_attention.triton import run as cached_attention
-        from trt_kv.plugins.token_scores.triton import run as token_scores
-
+        cached_attention, token_scores = device_kernel("CachedAttention"), device_kernel("TokenScores")
+        assert cached_attention is not None
+        assert token_scores is not None
         for start, kv_len in self.lengths.items():
             rows = slice(start, start + self.chunk)
             cache = {"page_table": self.table_LBT, "kv_len": kv_len, "kv": self.kv, "token_positions": self.token_positions}
             step = {"positions": self.positions[rows], "cu_tokens": self.cu_tokens[start], "slots": self.slots[:, rows]}
             attributes = {"layer": 0, "scale": self.shape.head_size**-0.5, "page_size": self.shape.page_size}
             q = self.q[rows]
-            _, lse = cached_attention(q=q, k=self.k[rows], v=self.v[rows], **step, **cache, **attributes)  # type: ignore[arg-type]
+            _, lse = cached_attention(q=q, k=self.k[rows], v=self.v[rows], **step, **cache, **attributes)
             if window is not None:
                 remaining = self.n_tokens - 1 - self.positions[rows]
                 scored = {"scores": self.scores, "prompt_remaining": remaining, "window": window}
-                token_scores(q=q, lse=lse, **step, **cache, **scored, **attributes)  # type: ignore[arg-type]
+                token_scores(q=q, lse=lse, **step, **cache, **scored, **attributes)
 
     def gathered(self) -> None:
         """The pages of each chunk's tokens copied side by side, then torch's attention."""

@@ -8,9 +8,10 @@ import torch
 from benchmarks.gpu.decode_attention import DTYPE, Shape
 from benchmarks.gpu.device import device, of_bandwidth, on_gpu, pinned, pinned_bandwidth, recorded, times
 from benchmarks.harness import Check, Report, Row, Target, check_close
-from trt_kv.plugins.recall_attention import recall_triton
+from trt_kv.runtime.backends.cuda.recall.recall_pages import PROGRAMS as AT_ONCE_PROGRAMS
+from trt_kv.runtime.backends.cuda.recall.recall_pages import recall_pages
 
-PROGRAMS = (16, recall_triton.PROGRAMS, 132)
+PROGRAMS = (16, AT_ONCE_PROGRAMS, 132)
 
 
 class Tiers:
@@ -32,7 +33,7 @@ class Tiers:
 
     def by_kernel(self, programs: int) -> Callable[[], None]:
         """The GPU reads the list and the pages."""
-        return lambda: recall_triton.recall_pages(self.host, self.pool, self.listed, programs=programs)
+        return lambda: recall_pages(self.host, self.pool, self.listed, programs=programs)
 
     def by_copies(self) -> None:
         """The host asks for two copies per page-head (cudaMemcpyAsync): its keys and its values."""
@@ -85,9 +86,7 @@ def run(*, quick: bool) -> Report:
 
 def _target(rows: list[Row]) -> Target:
     most = rows[-1]["page_heads"]
-    usual = next(
-        row for row in rows if row["page_heads"] == most and row["side"] == f"kernel, {recall_triton.PROGRAMS} programs"
-    )
+    usual = next(row for row in rows if row["page_heads"] == most and row["side"] == f"kernel, {AT_ONCE_PROGRAMS} programs")
     return Target(
         what=f"{most} page-heads by the kernel, time over that of one pinned copy",
         measured=round(1 / usual["share_of_bound"], 3),

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import measured, save
+from trt_kv.plugins.triton_interpreter import change_language_once
 
 
 def main(name: str, file: str, *, quick: bool) -> None:
@@ -23,6 +24,7 @@ def main(name: str, file: str, *, quick: bool) -> None:
         # Before a kernel is imported, and with it Triton.
         os.environ["TRITON_INTERPRET"] = "1"
         np.seterr(divide="ignore")  # log2(0) is meant
+        change_language_once()
     from benchmarks.gpu.device import gpu_record
 
     module = importlib.import_module(f"benchmarks.gpu.{name}")

@@ -151,7 +151,7 @@ class Harness:
             }
             run_nodes(nodes, tensors)
             kept_L[layer] = tensors["kept"][0] if nodes else fork.kv_len[layer]
-        fork.shrink(kept_L, self._growth(plan.policy, program, kept_L / fork.n_seen))
+        fork.shrink(kept_L, self._growth(plan.policy, program, kept_L / fork.num_computed_tokens))
         return fork
 
     def decode(self, forks: Sequence[SequenceCache], plans: Sequence[Plan], fed: Sequence[int]) -> Floats:
@@ -180,21 +180,21 @@ class Harness:
         policy = plan.policy
         protected = Protected(sinks=policy.sinks, recent=policy.recent)
         kept_L = online_budget(self._scores(whole, plan), policy.kept, protected=protected)
-        return Plan(policy=policy, kept_shares=tuple((kept_L / whole.n_seen).tolist()))
+        return Plan(policy=policy, kept_shares=tuple((kept_L / whole.num_computed_tokens).tolist()))
 
     def _scores(self, whole: SequenceCache, plan: Plan) -> Floats:
         """The scores [L, K, S] that a prefilled sequence has under a plan's policy."""
         key = score_key(self._program(plan, "prefill"))
         assert key is not None
-        pages_LX = whole.page_table[:, : -(-whole.n_seen // self.pool.page_size)]
+        pages_LX = whole.page_table[:, : -(-whole.num_computed_tokens // self.pool.page_size)]
         scores_LXKP = self.steps.scores[key][pages_LX]
         scores_LKS = scores_LXKP.transpose(0, 2, 1, 3).reshape(self._n_layers, scores_LXKP.shape[2], -1)
-        return scores_LKS[:, :, : whole.n_seen]
+        return scores_LKS[:, :, : whole.num_computed_tokens]
 
     def _sink_mass(self, whole: SequenceCache) -> tuple[float, ...]:
         mass = []
         for layer, query in enumerate(self.steps.last_queries):
-            n_sinks = min(N_SINKS, whole.n_seen)
+            n_sinks = min(N_SINKS, whole.num_computed_tokens)
             pages = pages_of(whole.page_table[:, None], layer, 0, n_sinks, self.pool.page_size)
             k_KSD, _ = gather_kv(self.pool.kv, pages, n_sinks)
             q_KGD = query.q[0].reshape(k_KSD.shape[0], -1, k_KSD.shape[2])
@@ -242,9 +242,9 @@ def policy_that_scores(score: RecipeScore) -> Policy:
 
 
 def harness_from_engine(folder: Path, manifest: Manifest, *, context_length: int, n_forks: int) -> Harness:
-    """A harness on the dense pieces of a built engine, whatever its policy; its pool has room for ``n_forks`` whole forks."""
+    """A harness on the graph segments of a built engine, whatever its policy; its pool has room for ``n_forks`` whole forks."""
     config = manifest.config
-    executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
+    executor = OnnxRuntimeExecutor(folder / "graphs", manifest.segments, manifest.attention_ports)
     n_pages = config.n_layers * -(-context_length // manifest.page_size)
     pool = HostKvPool(
         n_pages=n_pages * (n_forks + 1),

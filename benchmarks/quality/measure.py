@@ -35,7 +35,7 @@ def measure(
     on_progress: OnProgress,
     tell: Callable[[str], None],
 ) -> Results:
-    """Everything a report needs, on the dense pieces of the built ``engine`` (any policy) of ``checkpoint``.
+    """Everything a report needs, on the graph segments of the built ``engine`` (any policy) of ``checkpoint``.
 
     Parts are kept in ``folder``. ``tell`` is told how long it will take.
     """

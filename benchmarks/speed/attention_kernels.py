@@ -10,10 +10,10 @@ import torch
 from benchmarks.harness import Check, Report, Row, check_close, take_turns
 from trt_kv.opspec import Case
 from trt_kv.plugins.attention_cpu import attend_chunk
-from trt_kv.plugins.cached_attention import cpu as attention
 from trt_kv.plugins.cached_attention.spec import SPEC
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.paging import Floats, gather_kv, pages_of
+from trt_kv.plugins.registry import kernel
 from trt_kv.plugins.token_scores import cpu as scores
 
 HEADS = {"H": 32, "K": 8, "D": 64, "P": 32}
@@ -61,9 +61,9 @@ def _decode_sides(n_cached: int, n_sequences: int) -> dict[str, Callable[[], Flo
     case = Case(
         name="decode", cached=(n_cached // n_sequences,) * n_sequences, new=(1,) * n_sequences, dims={**HEADS, "L": N_LAYERS}
     )
-    inputs = case_inputs(SPEC, case)
+    inputs, attention = case_inputs(SPEC, case), kernel(SPEC.name, "cpu")
     return {
-        "numba, pages in place": _in_turn(lambda layer: attention.run(**{**inputs, "layer": layer})[0]),
+        "numba, pages in place": _in_turn(lambda layer: attention(**{**inputs, "layer": layer})[0]),
         "torch, gathered pages, matmul": _in_turn(lambda layer: _gathered(inputs, layer, _softmax_matmul)),
         "torch, gathered pages, flash": _in_turn(lambda layer: _gathered(inputs, layer, _flash)),
     }

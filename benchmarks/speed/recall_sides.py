@@ -10,11 +10,12 @@ import numpy as np
 from benchmarks.harness import Check, check_close
 from benchmarks.models import PAGE_SIZE, Shape, exported_model, model_runner, random_checkpoint, random_tokens
 from benchmarks.speed.recall_cache import FREEKV, PoolTier, RecallSide, SharedTier, fill_pages, recall_side
+from benchmarks.speed.synchronous_copies import SynchronousCopies
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy
 from trt_kv.runtime.backends.base import DenseExecutor
-from trt_kv.runtime.backends.host.recall.background import SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.store import HostTier, host_tier_at
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.sequence import SequenceCache

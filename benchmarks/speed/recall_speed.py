@@ -265,7 +265,7 @@ def _check_budget_of_everything(
 
 
 def _executor_of_one_thread(model: ExportedModel) -> OnnxRuntimeExecutor:
-    return OnnxRuntimeExecutor(model.folder, model.pieces, model.ports, n_threads=1)
+    return OnnxRuntimeExecutor(model.folder, model.segments, model.ports, n_threads=1)
 
 
 @contextmanager

@@ -25,11 +25,12 @@ from benchmarks.speed.recall_cache import (
     recall_side,
 )
 from benchmarks.speed.recall_sides import IN_TURN, NARROW, OWN_PAGES, STREAMED, WIDE, check_placed
+from benchmarks.speed.synchronous_copies import SynchronousCopies
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy
 from trt_kv.runtime.backends.base import DenseExecutor
-from trt_kv.runtime.backends.host.recall.background import Copies, SynchronousCopies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.background import Copies, ThreadedCopies
 from trt_kv.runtime.backends.host.recall.store import host_tier_at
 from trt_kv.runtime.trace import Trace
 

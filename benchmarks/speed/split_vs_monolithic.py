@@ -75,7 +75,7 @@ def run(folder: Path, *, quick: bool) -> Report:
 def _dense_only(
     model: ExportedModel, executor: DenseExecutor, n_sequences: int, checks: list[Check]
 ) -> dict[str, Callable[[], Floats]]:
-    """The step without attention, as one graph and in pieces."""
+    """The step without attention, as one graph and in segments."""
     whole = session_from_graph(graph_without_attention(model), model.folder / "dense.onnx", SESSION_OPTIONS)
     step = _step(model, n_sequences, context=0)
     sides: dict[str, Callable[[], Floats]] = {
@@ -117,7 +117,7 @@ def _whole_step(
         logits = runner.decode(sequences, [int(token) for token in step["input_ids"]])
         for sequence in sequences:  # forget the token, so that every round has the same context
             sequence.kv_len = sequence.kv_len - 1
-            sequence.n_seen -= 1
+            sequence.num_computed_tokens -= 1
         return logits
 
     sides = {

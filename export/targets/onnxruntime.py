@@ -1,4 +1,4 @@
-"""What an engine for ONNX Runtime has beside its graphs: the dense pieces, and a list of where each weight stands.
+"""What an engine for ONNX Runtime has beside its graphs: the graph segments, and a list of where each weight stands.
 
 Big weights stand where the graphs read them, the others in a file of their own, because graphs hold those inside.
 """
@@ -9,7 +9,7 @@ import onnx
 import torch
 
 from trt_kv.export.checkpoints.base import Checkpoint
-from trt_kv.export.split import pieces_from_graph, save_pieces
+from trt_kv.export.split import save_segments, segments_from_graph
 from trt_kv.export.targets.parts import Parts
 from trt_kv.weight_index import StoredWeight, WeightIndex
 
@@ -17,11 +17,11 @@ SMALL_WEIGHTS_FILE = "small_weights.data"
 
 
 def save_onnxruntime_parts(checkpoint: Checkpoint, graph: onnx.ModelProto, folder: Path, *, dtype: str) -> Parts:
-    """Write the pieces of ``graph``, the decode graph in ``folder``, and the list of weights beside it."""
-    models, pieces, ports = pieces_from_graph(graph)
-    save_pieces(models, pieces, folder)
+    """Write the segments of ``graph``, the decode graph in ``folder``, and the list of weights beside it."""
+    models, segments, ports = segments_from_graph(graph)
+    save_segments(models, segments, folder)
     save_weight_index(checkpoint, graph, folder, dtype=dtype)
-    return Parts(pieces=tuple(pieces), ports=tuple(ports))
+    return Parts(segments=tuple(segments), ports=tuple(ports))
 
 
 def save_weight_index(checkpoint: Checkpoint, graph: onnx.ModelProto, folder: Path, *, dtype: str) -> None:

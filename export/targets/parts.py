@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from trt_kv.manifest import AttentionPort, Piece, Plan
+from trt_kv.manifest import AttentionPort, GraphSegment, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Dense pieces for ONNX Runtime, or a plan for TensorRT."""
+    """Dense segments for ONNX Runtime, or a plan for TensorRT."""
 
-    pieces: tuple[Piece, ...] = ()
+    segments: tuple[GraphSegment, ...] = ()
     ports: tuple[AttentionPort, ...] = ()
     plan: Plan | None = None

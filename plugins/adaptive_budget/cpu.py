@@ -2,59 +2,42 @@
 
 import bisect
 import math
+from typing import Any
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
+from trt_kv.plugins.adaptive_budget.arguments import Arguments
 from trt_kv.plugins.adaptive_budget.spec import NO_WEIGHT
 from trt_kv.plugins.paging import Floats, Ints, gather_slots, head_groups, pages_of
 
 
-def run(
-    *,
-    q: Floats,
-    lse: Floats,
-    cu_tokens: Ints,
-    evict: Ints,
-    page_table: Ints,
-    kv_len: Ints,
-    kv: Floats,
-    token_positions: Ints,
-    scores: Floats | None = None,
-    layer: int,
-    scale: float,
-    page_size: int,
-    threshold: float,
-    sinks: int = 4,
-    recent: int = 0,
-    ranking: int = 1,
-    row: int = 0,
-    protected_in_norm: int = 0,
-) -> tuple[Ints]:
+def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
     """Spec: ``spec.py``. Returns (budget [B],). Products q.k are summed in fp32 like those of attention, all else in fp64."""
-    budget = kv_len[layer].copy()
-    for b in np.flatnonzero(evict == 1):
-        n_cached = int(kv_len[layer, b])
-        last = int(cu_tokens[b + 1]) - 1
-        if n_cached <= sinks + recent or (row == 0 and last < cu_tokens[b]):
+    budget = args.kv_len[args.layer].copy()
+    for b in np.flatnonzero(args.evict == 1):
+        n_cached = int(args.kv_len[args.layer, b])
+        last = int(args.cu_tokens[b + 1]) - 1
+        if n_cached <= args.sinks + args.recent or (args.row == 0 and last < args.cu_tokens[b]):
             continue
-        pages = pages_of(page_table, layer, b, n_cached, page_size)
-        by_position_KS = slots_by_position(gather_slots(token_positions, pages, n_cached))
-        candidates_KC = by_position_KS[:, sinks : n_cached - recent]
-        reads_scores = ranking == 0 or row == 1
-        scores_KS = gather_slots(scores, pages, n_cached) if scores is not None and reads_scores else None
-        if ranking == 0:
+        pages = pages_of(args.page_table, args.layer, b, n_cached, args.page_size)
+        by_position_KS = slots_by_position(gather_slots(args.token_positions, pages, n_cached))
+        candidates_KC = by_position_KS[:, args.sinks : n_cached - args.recent]
+        reads_scores = args.ranking == 0 or args.row == 1
+        scores_KS = gather_slots(args.scores, pages, n_cached) if args.scores is not None and reads_scores else None
+        if args.ranking == 0:
             assert scores_KS is not None
             candidates_KC = best_first(candidates_KC, scores_KS)
         else:
             candidates_KC = candidates_KC[:, ::-1]
-        if row == 0:
-            weights_RS = attention_row(q[last], lse[last], pages, n_cached, kv, np.float32(scale))
+        if args.row == 0:
+            weights_RS = attention_row(args.q[last], args.lse[last], pages, n_cached, args.kv, np.float32(args.scale))
         else:
             assert scores_KS is not None
             weights_RS = scores_KS.astype(np.float64)
-        protected_KC = np.concatenate([by_position_KS[:, :sinks], by_position_KS[:, n_cached - recent :]], axis=1)
-        budget[b] = budget_of_row(weights_RS, protected_KC, candidates_KC, threshold, protected_in_norm)
+        protected_KC = np.concatenate([by_position_KS[:, : args.sinks], by_position_KS[:, n_cached - args.recent :]], axis=1)
+        budget[b] = budget_of_row(weights_RS, protected_KC, candidates_KC, args.threshold, args.protected_in_norm)
     return (budget,)
 
 

@@ -1,65 +1,52 @@
 """AdaptiveBudget in plain fp64 loops."""
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from trt_kv.plugins.adaptive_budget.arguments import Arguments
 from trt_kv.plugins.adaptive_budget.spec import NO_WEIGHT
 from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, pages_of
 
 
-def run(
-    *,
-    q: Floats,
-    lse: Floats,
-    cu_tokens: Ints,
-    evict: Ints,
-    page_table: Ints,
-    kv_len: Ints,
-    kv: Floats,
-    token_positions: Ints,
-    scores: Floats | None = None,
-    layer: int,
-    scale: float,
-    page_size: int,
-    threshold: float,
-    sinks: int = 4,
-    recent: int = 0,
-    ranking: int = 1,
-    row: int = 0,
-    protected_in_norm: int = 0,
-) -> tuple[Ints]:
+def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
     """Spec: ``spec.py``. Returns (budget [B],)."""
-    assert scores is not None or (ranking == 1 and row == 0)
-    budget = kv_len[layer].copy()
-    for b in np.flatnonzero(evict == 1):
-        n_cached = int(kv_len[layer, b])
-        last = int(cu_tokens[b + 1]) - 1
-        if n_cached <= sinks + recent or (row == 0 and last < cu_tokens[b]):
+    assert args.scores is not None or (args.ranking == 1 and args.row == 0)
+    budget = args.kv_len[args.layer].copy()
+    for b in np.flatnonzero(args.evict == 1):
+        n_cached = int(args.kv_len[args.layer, b])
+        last = int(args.cu_tokens[b + 1]) - 1
+        if n_cached <= args.sinks + args.recent or (args.row == 0 and last < args.cu_tokens[b]):
             continue
-        pages = pages_of(page_table, layer, b, n_cached, page_size)
-        k_KSD, _ = gather_kv(kv, pages, n_cached)
-        positions_KS = gather_slots(token_positions, pages, n_cached)
-        scores_KS = np.full(positions_KS.shape, np.nan) if scores is None else gather_slots(scores, pages, n_cached)
-        heads = q.shape[1] if row == 0 else len(scores_KS)
+        pages = pages_of(args.page_table, args.layer, b, n_cached, args.page_size)
+        k_KSD, _ = gather_kv(args.kv, pages, n_cached)
+        positions_KS = gather_slots(args.token_positions, pages, n_cached)
+        scores_KS = np.full(positions_KS.shape, np.nan) if args.scores is None else gather_slots(args.scores, pages, n_cached)
+        heads = args.q.shape[1] if args.row == 0 else len(scores_KS)
         kv_heads = [h * len(scores_KS) // heads for h in range(heads)]
-        if row == 0:
-            rows = [attention_row(q[last, h], k_KSD[kv_heads[h]], float(lse[last, h]), scale) for h in range(heads)]
+        if args.row == 0:
+            rows = [
+                attention_row(args.q[last, h], k_KSD[kv_heads[h]], float(args.lse[last, h]), args.scale) for h in range(heads)
+            ]
         else:
             rows = [[abs(float(score)) for score in scores_S] for scores_S in scores_KS]
         rows = [[weight if weight >= NO_WEIGHT else 0.0 for weight in weights] for weights in rows]
 
         norms = []
         for h in range(heads):
-            protected, candidates = ranked_slots(positions_KS[kv_heads[h]], scores_KS[kv_heads[h]], sinks, recent, ranking)
-            square = sum(rows[h][slot] ** 2 for slot in protected) if protected_in_norm else 0.0
+            protected, candidates = ranked_slots(
+                positions_KS[kv_heads[h]], scores_KS[kv_heads[h]], args.sinks, args.recent, args.ranking
+            )
+            square = sum(rows[h][slot] ** 2 for slot in protected) if args.protected_in_norm else 0.0
             norms.append([math.sqrt(square)])
             for slot in candidates:
                 square += rows[h][slot] ** 2
                 norms[h].append(math.sqrt(square))
         mean_norms = [sum(norms[h][c] for h in range(heads)) / heads for c in range(len(norms[0]))]
-        needed = (1.0 - float(np.float32(threshold))) * mean_norms[-1]
-        budget[b] = sinks + recent + next(c for c, norm in enumerate(mean_norms) if norm >= needed)
+        needed = (1.0 - float(np.float32(args.threshold))) * mean_norms[-1]
+        budget[b] = args.sinks + args.recent + next(c for c, norm in enumerate(mean_norms) if norm >= needed)
     return (budget,)
 
 

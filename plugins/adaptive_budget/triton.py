@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trt_kv.plugins.adaptive_budget.arguments import Arguments
 from trt_kv.plugins.adaptive_budget.spec import NO_WEIGHT
 from trt_kv.plugins.ranking_triton import ordered_key
 from trt_kv.plugins.triton_launch import launch, power_of_2
@@ -275,69 +276,49 @@ def cut_kernel(
     tl.store(budget_ptr + b, (n_protected + tl.minimum(n_short, n_candidates)).to(tl.int64))
 
 
-def run(
-    *,
-    q: Tensor,
-    lse: Tensor,
-    cu_tokens: Tensor,
-    evict: Tensor,
-    page_table: Tensor,
-    kv_len: Tensor,
-    kv: Tensor,
-    token_positions: Tensor,
-    scores: Tensor | None = None,
-    layer: int,
-    scale: float,
-    page_size: int,
-    threshold: float,
-    sinks: int = 4,
-    recent: int = 0,
-    ranking: int = 1,
-    row: int = 0,
-    protected_in_norm: int = 0,
-) -> tuple[Tensor]:
+def run(args: Arguments[Tensor]) -> tuple[Tensor]:
     """Spec: ``spec.py``. Returns (budget [B],). Products q.k and weights are fp32, their squares and all sums fp64.
 
     Launches on the current stream and does not wait. Takes for a while 4 bytes per slot and row, beside 4 per slot and KV head:
     (H + K) / (K D) of what half-precision keys and values take. Positions have to be below 2**31.
     """
-    n_pages, _, n_kv_heads, _, head_size = kv.shape
-    n_heads, device = q.shape[1], kv.device
-    table_BT, len_B = page_table[layer], kv_len[layer]
-    n_sequences, n_slots = len(table_BT), table_BT.shape[1] * page_size
-    n_rows = n_heads if row == 0 else n_kv_heads
+    n_pages, _, n_kv_heads, _, head_size = args.kv.shape
+    n_heads, device = args.q.shape[1], args.kv.device
+    table_BT, len_B = args.page_table[args.layer], args.kv_len[args.layer]
+    n_sequences, n_slots = len(table_BT), table_BT.shape[1] * args.page_size
+    n_rows = n_heads if args.row == 0 else n_kv_heads
     n_tiles = -(-n_slots // _TILE_PLACES)
-    ranks = torch.empty(token_positions.shape, dtype=torch.int32, device=device)
-    weights = torch.empty((n_pages, n_rows, page_size), dtype=torch.float32, device=device)
+    ranks = torch.empty(args.token_positions.shape, dtype=torch.int32, device=device)
+    weights = torch.empty((n_pages, n_rows, args.page_size), dtype=torch.float32, device=device)
     sums = torch.empty((n_sequences, n_tiles, n_rows), dtype=torch.float64, device=device)
     budget = torch.empty_like(len_B)
     step: dict[str, Any] = {
-        "evict_ptr": evict,
-        "cu_ptr": cu_tokens,
+        "evict_ptr": args.evict,
+        "cu_ptr": args.cu_tokens,
         "table_ptr": table_BT,
         "len_ptr": len_B,
         "table_stride_b": table_BT.stride(0),
-        "n_protected": sinks + recent,
-        "NEEDS_QUERY": int(row == 0),
-        "P": page_size,
+        "n_protected": args.sinks + args.recent,
+        "NEEDS_QUERY": int(args.row == 0),
+        "P": args.page_size,
     }
     tiles = (-(-n_slots // 64), n_sequences, n_kv_heads)
     sizes = {"K": n_kv_heads, "BLOCK_S": 64, "BLOCK_R": 128}
-    launch(order_kernel, tiles, warps=8, token_positions_ptr=token_positions, ranks_ptr=ranks, **step, **sizes)
+    launch(order_kernel, tiles, warps=8, token_positions_ptr=args.token_positions, ranks_ptr=ranks, **step, **sizes)
     launch(
         weigh_kernel,
         tiles,
         warps=8,
-        q_ptr=q.contiguous(),
-        lse_ptr=lse,
-        kv_ptr=kv,
+        q_ptr=args.q.contiguous(),
+        lse_ptr=args.lse,
+        kv_ptr=args.kv,
         # Without scores nothing reads them.
-        scores_ptr=lse if scores is None else scores,
+        scores_ptr=args.lse if args.scores is None else args.scores,
         ranks_ptr=ranks,
         weights_ptr=weights,
-        scale=scale,
-        sinks=sinks,
-        BY_SCORE=int(ranking == 0),
+        scale=args.scale,
+        sinks=args.sinks,
+        BY_SCORE=int(args.ranking == 0),
         H=n_heads,
         D=head_size,
         SMALLEST=NO_WEIGHT,
@@ -352,8 +333,8 @@ def run(
         (n_sequences,),
         warps=8,
         budget_ptr=budget,
-        threshold=float(threshold),
-        PROTECTED=protected_in_norm,
+        threshold=float(args.threshold),
+        PROTECTED=args.protected_in_norm,
         BLOCK_ROWS=power_of_2(n_rows),
         STEP=32,
         **step,

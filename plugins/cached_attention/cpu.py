@@ -1,40 +1,40 @@
 """CachedAttention on the CPU."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from trt_kv.plugins.attention_cpu import append_tokens, attend_cached, attend_one
-from trt_kv.plugins.paging import Floats, Ints, pages_of
+from trt_kv.plugins.cached_attention.arguments import Arguments
+from trt_kv.plugins.paging import Floats, pages_of
 
 
-def run(
-    *,
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    positions: Ints,
-    cu_tokens: Ints,
-    slots: Ints,
-    page_table: Ints,
-    kv_len: Ints,
-    kv: Floats,
-    token_positions: Ints,
-    layer: int,
-    scale: float,
-    page_size: int,
-) -> tuple[Floats, Floats]:
+def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats]:
     """Spec: ``spec.py``. Returns (out [N, H, D], lse [N, H]); updates kv and token_positions in place."""
-    append_tokens(kv, token_positions, slots[layer], k, v, positions)
+    append_tokens(args.kv, args.token_positions, args.slots[args.layer], args.k, args.v, args.positions)
 
-    out = np.empty(q.shape, np.float32)
-    lse = np.empty(q.shape[:2], np.float32)
-    new_B = np.diff(cu_tokens)
+    out = np.empty(args.q.shape, np.float32)
+    lse = np.empty(args.q.shape[:2], np.float32)
+    new_B = np.diff(args.cu_tokens)
     decoding = np.flatnonzero(new_B == 1)
     if len(decoding):
-        table_BKT = np.repeat(page_table[layer, decoding, None], kv.shape[2], axis=1)
-        attend_one(q, cu_tokens[decoding], table_BKT, kv_len[layer, decoding], kv, np.float32(scale), out, lse)
+        table_BKT = np.repeat(args.page_table[args.layer, decoding, None], args.kv.shape[2], axis=1)
+        attend_one(
+            args.q,
+            args.cu_tokens[decoding],
+            table_BKT,
+            args.kv_len[args.layer, decoding],
+            args.kv,
+            np.float32(args.scale),
+            out,
+            lse,
+        )
     for b in np.flatnonzero(new_B > 1):
-        chunk = slice(cu_tokens[b], cu_tokens[b + 1])
-        n_cached = int(kv_len[layer, b])
-        pages = pages_of(page_table, layer, b, n_cached, page_size)
-        out[chunk], lse[chunk] = attend_cached(q[chunk], positions[chunk], pages, n_cached, kv, token_positions, scale)
+        chunk = slice(args.cu_tokens[b], args.cu_tokens[b + 1])
+        n_cached = int(args.kv_len[args.layer, b])
+        pages = pages_of(args.page_table, args.layer, b, n_cached, args.page_size)
+        out[chunk], lse[chunk] = attend_cached(
+            args.q[chunk], args.positions[chunk], pages, n_cached, args.kv, args.token_positions, args.scale
+        )
     return out, lse

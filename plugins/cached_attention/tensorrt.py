@@ -1,7 +1,6 @@
 """What the TensorRT plugin of CachedAttention runs."""
 
-from trt_kv.plugins.cached_attention.cpu import run
-from trt_kv.plugins.registry import device_kernel
+from trt_kv.plugins.registry import device_kernel, kernel
 from trt_kv.plugins.tensorrt_memory import PluginKernels
 
-KERNELS = PluginKernels(host=run, device=device_kernel("CachedAttention"))
+KERNELS = PluginKernels(host=kernel("CachedAttention", "cpu"), device=device_kernel("CachedAttention"))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kv.plugins import lots
+from trt_kv.plugins.evict_tokens.arguments import Arguments
 from trt_kv.plugins.paging import Floats, Ints, gather_slots, pages_of
 from trt_kv.policy import kept_tokens as tokens_of_budget
 
@@ -23,50 +24,35 @@ _scrambled = numba.njit(lots.scrambled)
 _ROUNDS, _LOTS = lots.ROUNDS, lots.LOTS
 
 
-def run(
-    *,
-    evict: Ints,
-    page_table: Ints,
-    kv_len: Ints,
-    kv: Floats,
-    token_positions: Ints,
-    scores: Floats,
-    layer: int,
-    page_size: int,
-    kept_share: float,
-    kept_tokens: int = 0,
-    drop: int = 1,
-    sinks: int = 1,
-    recent: int = 1,
-    recent_share: float = 0.0,
-    ranking: int = 0,
-    seed: int = 0,
-    budget: Ints | None = None,
-) -> tuple[Ints]:
+def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
     """Spec: ``spec.py``. Returns (kept [B],); updates kv, token_positions and scores in place."""
-    n_cached = kv_len[layer]
+    n_cached = args.kv_len[args.layer]
     kept, recents = n_cached.copy(), np.zeros_like(n_cached)
-    for b in np.flatnonzero(evict):
+    for b in np.flatnonzero(args.evict):
         n = int(n_cached[b])
-        target = tokens_of_budget(n, kept_share, kept_tokens) if budget is None else int(budget[b])
-        target = min(n, max(0, n - drop if evict[b] == DROP else target))
-        recents[b] = max(recent, int(float(np.float32(recent_share)) * max(0, target - sinks)))
-        kept[b] = min(n, max(target, sinks + int(recents[b])))
+        target = tokens_of_budget(n, args.kept_share, args.kept_tokens) if args.budget is None else int(args.budget[b])
+        target = min(n, max(0, n - args.drop if args.evict[b] == DROP else target))
+        recents[b] = max(args.recent, int(float(np.float32(args.recent_share)) * max(0, target - args.sinks)))
+        kept[b] = min(n, max(target, args.sinks + int(recents[b])))
 
-    keys_K = lots.key_of(seed, layer, np.arange(kv.shape[2]))
-    is_single = (evict == DROP) & (drop == 1)
+    keys_K = lots.key_of(args.seed, args.layer, np.arange(args.kv.shape[2]))
+    is_single = (args.evict == DROP) & (args.drop == 1)
     dropping = np.flatnonzero(is_single & (kept < n_cached))
     if len(dropping):
-        tables = page_table[layer, dropping], n_cached[dropping], recents[dropping]
-        drop_one(kv, token_positions, scores, *tables, sinks, ranking, keys_K)
-    for b in np.flatnonzero((evict != 0) & ~is_single):
-        pages = pages_of(page_table, layer, b, int(n_cached[b]), page_size)
-        positions_KS = gather_slots(token_positions, pages, int(n_cached[b]))
+        tables = args.page_table[args.layer, dropping], n_cached[dropping], recents[dropping]
+        drop_one(args.kv, args.token_positions, args.scores, *tables, args.sinks, args.ranking, keys_K)
+    for b in np.flatnonzero((args.evict != 0) & ~is_single):
+        pages = pages_of(args.page_table, args.layer, b, int(n_cached[b]), args.page_size)
+        positions_KS = gather_slots(args.token_positions, pages, int(n_cached[b]))
         order_KS = order_of(positions_KS)
-        worth_KS = worth_of(ranking, keys_K, positions_KS, order_KS, scores, pages)
-        chosen_KS = chosen_of(worth_KS, int(kept[b]), sinks, int(recents[b]))
+        worth_KS = worth_of(args.ranking, keys_K, positions_KS, order_KS, args.scores, pages)
+        chosen_KS = chosen_of(worth_KS, int(kept[b]), args.sinks, int(recents[b]))
         move_tokens(
-            kv, token_positions, scores, pages, sources_of(chosen_KS, order_KS, int(kept[b]), stay=bool(evict[b] == DROP))
+            args.kv,
+            args.token_positions,
+            args.scores,
+            pages,
+            sources_of(chosen_KS, order_KS, int(kept[b]), stay=bool(args.evict[b] == DROP)),
         )
     return (kept,)
 

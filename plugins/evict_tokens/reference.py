@@ -1,7 +1,11 @@
 """EvictTokens in plain loops."""
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_kv.plugins.evict_tokens.arguments import Arguments
 from trt_kv.plugins.lots import key_of, lot_of
 from trt_kv.plugins.paging import Floats, Ints
 
@@ -9,44 +13,25 @@ Slot = tuple[int, int, int]
 """Page, KV head, offset."""
 
 
-def run(
-    *,
-    evict: Ints,
-    page_table: Ints,
-    kv_len: Ints,
-    kv: Floats,
-    token_positions: Ints,
-    scores: Floats,
-    layer: int,
-    page_size: int,
-    kept_share: float,
-    kept_tokens: int = 0,
-    drop: int = 1,
-    sinks: int = 1,
-    recent: int = 1,
-    recent_share: float = 0.0,
-    ranking: int = 0,
-    seed: int = 0,
-    budget: Ints | None = None,
-) -> tuple[Ints]:
+def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
     """Spec: ``spec.py``. Returns (kept [B],); updates kv, token_positions and scores in place."""
-    kept = kv_len[layer].copy()
-    for b in np.flatnonzero(evict):
-        n = int(kv_len[layer, b])
-        target = kept_tokens + n - round((1.0 - float(np.float32(kept_share))) * n)
-        if budget is not None:
-            target = int(budget[b])
-        drops = evict[b] == 2
+    kept = args.kv_len[args.layer].copy()
+    for b in np.flatnonzero(args.evict):
+        n = int(args.kv_len[args.layer, b])
+        target = args.kept_tokens + n - round((1.0 - float(np.float32(args.kept_share))) * n)
+        if args.budget is not None:
+            target = int(args.budget[b])
+        drops = args.evict[b] == 2
         if drops:
-            target = n - drop
+            target = n - args.drop
         target = min(n, max(0, target))
-        recents = max(recent, int(float(np.float32(recent_share)) * max(0, target - sinks)))
-        kept[b] = min(n, max(target, sinks + recents))
-        for head in range(kv.shape[2]):
-            slots = [(int(page_table[layer, b, s // page_size]), head, s % page_size) for s in range(n)]
-            by_position = sorted(slots, key=lambda slot: token_positions[slot])
-            worth = _worth(ranking, seed, layer, head, by_position, token_positions, scores)
-            protected = set(by_position[:sinks]) | set(by_position[max(0, n - recents) :])
+        recents = max(args.recent, int(float(np.float32(args.recent_share)) * max(0, target - args.sinks)))
+        kept[b] = min(n, max(target, args.sinks + recents))
+        for head in range(args.kv.shape[2]):
+            slots = [(int(args.page_table[args.layer, b, s // args.page_size]), head, s % args.page_size) for s in range(n)]
+            by_position = sorted(slots, key=lambda slot: args.token_positions[slot])
+            worth = _worth(args.ranking, args.seed, args.layer, head, by_position, args.token_positions, args.scores)
+            protected = set(by_position[: args.sinks]) | set(by_position[max(0, n - recents) :])
             others = sorted((slot for slot in by_position if slot not in protected), key=lambda slot: -worth[slot])
             chosen = protected | set(others[: kept[b] - len(protected)])
             if drops:
@@ -54,11 +39,11 @@ def run(
                 sources = [slot if slot in chosen else behind.pop(0) for slot in slots[: kept[b]]]
             else:
                 sources = [slot for slot in by_position if slot in chosen]
-            rows = [(kv[m, :, k, p].copy(), token_positions[m, k, p], scores[m, k, p]) for m, k, p in sources]
+            rows = [(args.kv[m, :, k, p].copy(), args.token_positions[m, k, p], args.scores[m, k, p]) for m, k, p in sources]
             for (m, k, p), (kv_2D, position, score) in zip(slots, rows, strict=False):
-                kv[m, :, k, p] = kv_2D
-                token_positions[m, k, p] = position
-                scores[m, k, p] = score
+                args.kv[m, :, k, p] = kv_2D
+                args.token_positions[m, k, p] = position
+                args.scores[m, k, p] = score
     return (kept,)
 
 

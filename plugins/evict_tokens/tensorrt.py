@@ -1,7 +1,6 @@
 """What the TensorRT plugin of EvictTokens runs."""
 
-from trt_kv.plugins.evict_tokens.cpu import run
-from trt_kv.plugins.registry import device_kernel
+from trt_kv.plugins.registry import device_kernel, kernel
 from trt_kv.plugins.tensorrt_memory import PluginKernels
 
-KERNELS = PluginKernels(host=run, device=device_kernel("EvictTokens"))
+KERNELS = PluginKernels(host=kernel("EvictTokens", "cpu"), device=device_kernel("EvictTokens"))

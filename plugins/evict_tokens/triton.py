@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trt_kv.plugins import lots
+from trt_kv.plugins.evict_tokens.arguments import Arguments
 from trt_kv.plugins.ranking_triton import extended, next_bytes, ordered_key
 from trt_kv.plugins.shares_triton import kept_of_share, whole_part_of_share
 from trt_kv.plugins.triton_launch import launch, power_of_2
@@ -420,77 +421,58 @@ def move_kernel(
                 tl.debug_barrier()
 
 
-def run(
-    *,
-    evict: Tensor,
-    page_table: Tensor,
-    kv_len: Tensor,
-    kv: Tensor,
-    token_positions: Tensor,
-    scores: Tensor,
-    layer: int,
-    page_size: int,
-    kept_share: float,
-    kept_tokens: int = 0,
-    drop: int = 1,
-    sinks: int = 1,
-    recent: int = 1,
-    recent_share: float = 0.0,
-    ranking: int = 0,
-    seed: int = 0,
-    budget: Tensor | None = None,
-) -> tuple[Tensor]:
+def run(args: Arguments[Tensor]) -> tuple[Tensor]:
     """Spec: ``spec.py``. Returns (kept [B],); updates kv, token_positions and scores in place.
 
     Launches on the current stream and does not wait. Takes twice the memory of ``scores`` for a while: 2 / D of what
     half-precision keys and values take. Positions have to be below 2**31.
     """
-    n_kv_heads, head_size = kv.shape[2], kv.shape[4]
-    table_BT, len_B = page_table[layer], kv_len[layer]
+    n_kv_heads, head_size = args.kv.shape[2], args.kv.shape[4]
+    table_BT, len_B = args.page_table[args.layer], args.kv_len[args.layer]
     n_sequences, n_table = table_BT.shape
     kept = torch.empty_like(len_B)
-    sources, targets = torch.empty((2, *scores.shape), dtype=torch.int32, device=scores.device)
-    n_moved = torch.empty((n_sequences, n_kv_heads), dtype=torch.int32, device=kv.device)
+    sources, targets = torch.empty((2, *args.scores.shape), dtype=torch.int32, device=args.scores.device)
+    n_moved = torch.empty((n_sequences, n_kv_heads), dtype=torch.int32, device=args.kv.device)
     step: dict[str, Any] = {
-        "evict_ptr": evict,
+        "evict_ptr": args.evict,
         "table_ptr": table_BT,
         "len_ptr": len_B,
-        "token_positions_ptr": token_positions,
-        "scores_ptr": scores,
+        "token_positions_ptr": args.token_positions,
+        "scores_ptr": args.scores,
         "table_stride_b": table_BT.stride(0),
         "K": n_kv_heads,
-        "P": page_size,
+        "P": args.page_size,
     }
     choice: dict[str, Any] = {
         "kept_ptr": kept,
-        "thresholds_ptr": torch.empty((n_sequences, n_kv_heads, 4), dtype=torch.int64, device=kv.device),
-        "lot_base": lots.scrambled(lots.scrambled(seed, lots.ROUNDS[0]) + layer, lots.ROUNDS[1]),
-        "RANKING": ranking,
+        "thresholds_ptr": torch.empty((n_sequences, n_kv_heads, 4), dtype=torch.int64, device=args.kv.device),
+        "lot_base": lots.scrambled(lots.scrambled(args.seed, lots.ROUNDS[0]) + args.layer, lots.ROUNDS[1]),
+        "RANKING": args.ranking,
     }
     moves: dict[str, Any] = {"sources_ptr": sources, "targets_ptr": targets, "n_moved_ptr": n_moved}
     launch(
         threshold_kernel,
         (n_sequences, n_kv_heads),
         warps=8,
-        budget_ptr=len_B if budget is None else budget,
-        kept_share=float(kept_share),
-        recent_share=float(recent_share),
-        kept_tokens=kept_tokens,
-        drop=drop,
-        sinks=sinks,
-        recent=recent,
-        HAS_BUDGET=int(budget is not None),
+        budget_ptr=len_B if args.budget is None else args.budget,
+        kept_share=float(args.kept_share),
+        recent_share=float(args.recent_share),
+        kept_tokens=args.kept_tokens,
+        drop=args.drop,
+        sinks=args.sinks,
+        recent=args.recent,
+        HAS_BUDGET=int(args.budget is not None),
         BLOCK_S=512,
         **step,
         **choice,
     )
-    tiles = (-(-n_table * page_size // 64), n_sequences, n_kv_heads)
+    tiles = (-(-n_table * args.page_size // 64), n_sequences, n_kv_heads)
     launch(source_kernel, tiles, warps=8, BLOCK_S=64, BLOCK_R=128, **step, **choice, **moves)
     launch(
         move_kernel,
         (n_sequences, n_kv_heads),
         stages=1,
-        kv_ptr=kv,
+        kv_ptr=args.kv,
         D=head_size,
         BLOCK_D=power_of_2(head_size),
         BLOCK_S=32,

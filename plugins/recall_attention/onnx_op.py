@@ -29,7 +29,7 @@ def body(
     page_table: ir.Value,
     kv_len: ir.Value,
     prompt_len: ir.Value,
-    found_budget: ir.Value,
+    adaptive_budget: ir.Value,
     query_rows: ir.Value,
     kv: ir.Value,
     token_positions: ir.Value,
@@ -53,7 +53,7 @@ def body(
     summaries_out = _summarized(f, summaries, kv_out, cached, f.Unsqueeze(f.Sub(end_B, first_B), [1]))
     before_BHD = f.Gather(last_query, f.Max(row_B, 0))
     corrected_BK, probe_BKGD = _probe(f, q_BHD, before_BHD, f.Unsqueeze(generated_B, [1]), size(f, kv, 2))
-    room_B1 = _room(f, prompt_len, found_budget, size(f, kv, 3))
+    room_B1 = _room(f, prompt_len, adaptive_budget, size(f, kv, 3))
     attended_BKT = _attended(f, cached, summaries_out, probe_BKGD, room_B1, size(f, kv, 3))
 
     visible_K1NZ = visible_slots(f, cached, positions, cu_tokens)
@@ -106,9 +106,9 @@ def _probe(
     return f.And(f.Not(steady_BK), generated_B1), probe_BKGD
 
 
-def _room(f: FunctionBody, prompt_len: ir.Value, found_budget: ir.Value, page_size: ir.Value) -> ir.Value:
+def _room(f: FunctionBody, prompt_len: ir.Value, adaptive_budget: ir.Value, page_size: ir.Value) -> ir.Value:
     """How many pages between sinks and newest the budget has room for: [B, 1]."""
-    found_B = f.Gather(found_budget, f.attribute("layer"))
+    found_B = f.Gather(adaptive_budget, f.attribute("layer"))
     told_B = f.Add(kept_share_of(f, prompt_len), f.attribute("kept_tokens"))
     pages_B = f.Div(f.Max(f.Where(f.Less(found_B, 0), told_B, found_B), 0), page_size)
     n_newest = f.Add(_pages_for(f, f.Sub(f.attribute("recent"), 1), page_size), 1)

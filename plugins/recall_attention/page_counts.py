@@ -39,8 +39,8 @@ class PageLimits:
         return range(self.n_sinks, max(self.n_sinks, self.first_newest(n_tokens)))
 
 
-def budget_tokens(prompt_len: int, found_budget: int, kept_share: float, kept_tokens: int) -> int:
+def budget_tokens(prompt_len: int, adaptive_budget: int, kept_share: float, kept_tokens: int) -> int:
     """Tokens that one step may attend to: what was found for the sequence, else what the node's attributes say."""
-    if found_budget >= 0:
-        return found_budget
+    if adaptive_budget >= 0:
+        return adaptive_budget
     return LayerBudget(share=kept_share, tokens=kept_tokens).of_prompt(prompt_len)

@@ -1,94 +1,70 @@
 """RecallAttention in plain fp32 loops."""
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trt_kv.plugins.paging import Floats, Ints, gather_kv, pages_of
+from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.policy import kept_tokens as kept_of
 
 
-def run(
-    *,
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    positions: Ints,
-    cu_tokens: Ints,
-    prompt_remaining: Ints,
-    slots: Ints,
-    page_table: Ints,
-    kv_len: Ints,
-    prompt_len: Ints,
-    found_budget: Ints,
-    query_rows: Ints,
-    kv: Floats,
-    token_positions: Ints,
-    summaries: Floats,
-    last_query: Floats,
-    layer: int,
-    scale: float,
-    page_size: int,
-    kept_share: float = 1.0,
-    kept_tokens: int = 0,
-    sinks: int = 0,
-    recent: int = 1,
-    tau: float = 0.8,
-    summary: int = 0,
-    pooling: int = 0,
-    softmax_scale: float = 1.0,
-) -> tuple[Floats, Floats, Ints]:
+def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
     """Spec: ``spec.py``. Returns (out [N, H, D], lse [N, H], corrected [B, K]); updates the states in place."""
-    n_heads, n_kv_heads = q.shape[1], kv.shape[2]
-    for i in range(len(q)):
-        page, offset = divmod(int(slots[layer, i]), page_size)
-        kv[page, 0, :, offset] = k[i]
-        kv[page, 1, :, offset] = v[i]
-        token_positions[page, :, offset] = positions[i]
+    n_heads, n_kv_heads, scale = args.q.shape[1], args.kv.shape[2], np.float32(args.scale)
+    for i in range(len(args.q)):
+        page, offset = divmod(int(args.slots[args.layer, i]), args.page_size)
+        args.kv[page, 0, :, offset] = args.k[i]
+        args.kv[page, 1, :, offset] = args.v[i]
+        args.token_positions[page, :, offset] = args.positions[i]
 
-    out, lse = np.empty(q.shape, np.float32), np.empty((len(q), n_heads), np.float32)
-    corrected = np.zeros((len(kv_len[layer]), n_kv_heads), np.int64)
-    for b in range(len(cu_tokens) - 1):
-        rows = range(cu_tokens[b], cu_tokens[b + 1])
+    out, lse = np.empty(args.q.shape, np.float32), np.empty((len(args.q), n_heads), np.float32)
+    corrected = np.zeros((len(args.kv_len[args.layer]), n_kv_heads), np.int64)
+    for b in range(len(args.cu_tokens) - 1):
+        rows = range(args.cu_tokens[b], args.cu_tokens[b + 1])
         if not rows:
             continue
-        n = int(kv_len[layer, b])
-        pages = pages_of(page_table, layer, b, n, page_size)
-        for j in range((n - len(rows)) // page_size, n // page_size):
+        n = int(args.kv_len[args.layer, b])
+        pages = pages_of(args.page_table, args.layer, b, n, args.page_size)
+        for j in range((n - len(rows)) // args.page_size, n // args.page_size):
             for head in range(n_kv_heads):
-                summaries[pages[j], head] = summary_of(kv[pages[j], 0, head].astype(np.float32), summary)
-        k_KSD, v_KSD = gather_kv(kv, pages, n)
-        row = int(query_rows[layer, b])
-        generated = prompt_remaining[rows[-1]] < 0
+                args.summaries[pages[j], head] = summary_of(args.kv[pages[j], 0, head].astype(np.float32), args.summary)
+        k_KSD, v_KSD = gather_kv(args.kv, pages, n)
+        row = int(args.query_rows[args.layer, b])
+        generated = args.prompt_remaining[rows[-1]] < 0
         attended = [list(range(n))] * n_kv_heads
         if generated:
             group = n_heads // n_kv_heads
-            budget = int(found_budget[layer, b])
+            budget = int(args.adaptive_budget[args.layer, b])
             if budget < 0:
-                budget = kept_tokens + kept_of(int(prompt_len[b]), kept_share)
-            n_sinks, first_newest = -(-sinks // page_size), max(0, n - recent) // page_size
-            room = max(0, budget // page_size - n_sinks - (math.ceil((recent - 1) / page_size) + 1))
+                budget = args.kept_tokens + kept_of(int(args.prompt_len[b]), args.kept_share)
+            n_sinks, first_newest = -(-args.sinks // args.page_size), max(0, n - args.recent) // args.page_size
+            room = max(0, budget // args.page_size - n_sinks - (math.ceil((args.recent - 1) / args.page_size) + 1))
             between = range(n_sinks, first_newest)
             for head in range(n_kv_heads):
                 heads = slice(head * group, (head + 1) * group)
-                probe, before = q[rows[-1], heads].astype(np.float64), last_query[row, heads].astype(np.float64)
-                if not np.mean([cosine(a, c) for a, c in zip(probe, before, strict=True)]) >= np.float32(tau):
+                probe, before = args.q[rows[-1], heads].astype(np.float64), args.last_query[row, heads].astype(np.float64)
+                if not np.mean([cosine(a, c) for a, c in zip(probe, before, strict=True)]) >= np.float32(args.tau):
                     corrected[b, head] = 1
                 else:
                     probe = before
-                values = page_values(probe, summaries[pages[between.start : between.stop], head], pooling, softmax_scale)
+                values = page_values(
+                    probe, args.summaries[pages[between.start : between.stop], head], args.pooling, args.softmax_scale
+                )
                 ranked = sorted((-value, page) for value, page in zip(values, between, strict=True))
                 chosen = {page for _, page in ranked[:room]} | set(range(n_sinks)) | set(range(first_newest, len(pages)))
-                attended[head] = [s for s in range(n) if s // page_size in chosen]
+                attended[head] = [s for s in range(n) if s // args.page_size in chosen]
         for i in rows:
             for h in range(n_heads):
                 head = h * n_kv_heads // n_heads
-                tokens = [s for s in attended[head] if s <= positions[i]]
-                logits = (k_KSD[head, tokens].astype(np.float32) * q[i, h].astype(np.float32)).sum(axis=1) * np.float32(scale)
+                tokens = [s for s in attended[head] if s <= args.positions[i]]
+                logits = (k_KSD[head, tokens].astype(np.float32) * args.q[i, h].astype(np.float32)).sum(axis=1) * scale
                 weights = np.exp(logits - logits.max())
                 lse[i, h] = logits.max() + np.log(weights.sum())
                 out[i, h] = (weights[:, None] * v_KSD[head, tokens].astype(np.float32)).sum(axis=0) / weights.sum()
-        last_query[row] = q[rows[-1]]
+        args.last_query[row] = args.q[rows[-1]]
     return out, lse, corrected
 
 

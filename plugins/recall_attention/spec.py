@@ -16,19 +16,20 @@ SPEC = OpSpec(
     name="RecallAttention",
     summary=(
         "Write k and v to their slots; the tokens of a sequence lie in its page table in order of position, none missing. "
-        "Prompt tokens (prompt_remaining >= 0) attend to all tokens up to themselves. A generated token, of which a sequence "
-        "has at most one per step, attends in each KV head to whole pages j of its n tokens: those with one of the first "
-        "`sinks` tokens, those with one of the last `recent` tokens (pages from w = max(0, n - recent) // P on), and the best "
-        "of the pages in between, as many as the budget has room for: budget // P - ceil(sinks / P) - (ceil((recent - 1) / P) "
-        "+ 1), at least 0. The budget is found_budget where that is not negative, else kept_tokens + prompt_len - round((1 - "
-        "kept_share) * prompt_len). Pages are ranked for the probe, the query in last_query of the token before; where the "
-        "mean over a KV head's query heads of cos(q, last_query) is not at least tau, that KV head is corrected and its probe "
-        "is q itself. The bound of page j for query head h is sum_d max(probe_d lo_d, probe_d hi_d) with lo and hi from the "
-        "page's summary; `pooling` makes one value per KV head of the bounds of its query heads: 0 their mean and 1 their "
-        "maximum after softmax(softmax_scale * bound) over the pages in between, 2 their mean and 3 their maximum as they are. "
-        "Equal values: the lower page first. A page gets its summary when it is full: `summary` 0 its smallest and largest "
-        "keys per channel, 1 the middle of these minus and plus the mean absolute deviation from the middle. Afterwards "
-        "last_query holds the query of each sequence's last token of this step. All of this in fp32 or better."
+        "Prompt tokens (prompt_remaining >= 0) attend to all tokens up to themselves. A generated token, of which a "
+        "sequence has at most one per step, attends in each KV head to whole pages j of its n tokens: those with one of the "
+        "first `sinks` tokens, those with one of the last `recent` tokens (pages from w = max(0, n - recent) // P on), and "
+        "the best of the pages in between, as many as the budget has room for: budget // P - ceil(sinks / P) - "
+        "(ceil((recent - 1) / P) + 1), at least 0. The budget is adaptive_budget where that is not negative, else "
+        "kept_tokens + prompt_len - round((1 - kept_share) * prompt_len). Pages are ranked for the probe, the query in "
+        "last_query of the token before; where the mean over a KV head's query heads of cos(q, last_query) is not at least "
+        "tau, that KV head is corrected and its probe is q itself. The bound of page j for query head h is sum_d "
+        "max(probe_d lo_d, probe_d hi_d) with lo and hi from the page's summary; `pooling` makes one value per KV head of "
+        "the bounds of its query heads: 0 their mean and 1 their maximum after softmax(softmax_scale * bound) over the "
+        "pages in between, 2 their mean and 3 their maximum as they are. Equal values: the lower page first. A page gets "
+        "its summary when it is full: `summary` 0 its smallest and largest keys per channel, 1 the middle of these minus "
+        "and plus the mean absolute deviation from the middle. Afterwards last_query holds the query of each sequence's "
+        "last token of this step. All of this in fp32 or better."
     ),
     source=(
         "FreeKV (arXiv 2505.13109, section 4): speculative retrieval with the last query, correction per KV head, group- "
@@ -51,7 +52,7 @@ SPEC = OpSpec(
         t.KV_LEN,
         TensorSpec(name="prompt_len", axes=("B",), dtype="int64", doc="tokens of the sequence's prompt that have been read"),
         TensorSpec(
-            name="found_budget",
+            name="adaptive_budget",
             axes=("L", "B"),
             dtype="int64",
             doc="tokens a step may attend to where AdaptiveBudget has found them; -1: kept_share and kept_tokens tell",
@@ -164,7 +165,7 @@ SPEC = OpSpec(
             new=(1, 1),
             dims={"H": 7, "K": 7, "D": 5, "P": 3, "L": 2},
             attributes={"sinks": 4, "recent": 4, "softmax_scale": 0.3},
-            values={"prompt_remaining": (-1, -1), "found_budget": (0, 0, 30, -1)},
+            values={"prompt_remaining": (-1, -1), "adaptive_budget": (0, 0, 30, -1)},
             in_order=True,
         ),
         Case(

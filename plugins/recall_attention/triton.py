@@ -1,6 +1,6 @@
 """RecallAttention on the GPU: summaries of pages that fill, a choice of pages per KV head, attention over a table of each head.
 
-Each piece can be called alone, by those who keep the pool elsewhere.
+Each piece can be called alone, by those who keep the pool elsewhere. K KV heads, P page size, D head size.
 """
 
 import torch
@@ -8,11 +8,80 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trt_kv.plugins.attention_kernels import sequence_of_tile
 from trt_kv.plugins.attention_triton import append_tokens, attend_chunks, attend_one
+from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.plugins.recall_attention.choice_triton import PageCounts, choose_pages, drifted, page_counts
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.plugins.recall_attention.summary_kernels import summary_kernel
 from trt_kv.plugins.triton_launch import launch, power_of_2
+
+
+@triton.jit
+def summarise(
+    keys_ptr: tl.tensor,
+    to_ptr: tl.tensor,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    DEVIATION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+) -> None:
+    """Write what bounds one KV head's keys [P, D] of a page from below and above, [2, D]."""
+    d = tl.arange(0, BLOCK_D)
+    lo = tl.full([BLOCK_D], float("inf"), tl.float32)
+    hi = tl.full([BLOCK_D], float("-inf"), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < P)[:, None] & (d < D)[None, :]
+        k = tl.load(keys_ptr + p[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        lo = tl.minimum(lo, tl.min(tl.where(mask, k, float("inf")), 0))
+        hi = tl.maximum(hi, tl.max(tl.where(mask, k, float("-inf")), 0))
+    if DEVIATION:
+        middle = (lo + hi) / 2
+        deviation = tl.zeros([BLOCK_D], tl.float32)
+        for start in range(0, P, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            mask = (p < P)[:, None] & (d < D)[None, :]
+            k = tl.load(keys_ptr + p[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            deviation += tl.sum(tl.where(mask, tl.abs(k - middle[None, :]), 0.0), 0)
+        lo = middle - deviation / P
+        hi = middle + deviation / P
+    tl.store(to_ptr + d, lo.to(to_ptr.dtype.element_ty), mask=d < D)
+    tl.store(to_ptr + D + d, hi.to(to_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(
+    do_not_specialize=["table_stride_b", "n_sequences"], do_not_specialize_on_alignment=["cu_ptr", "table_ptr", "len_ptr"]
+)
+def summary_kernel(
+    cu_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    len_ptr: tl.tensor,
+    kv_ptr: tl.tensor,
+    summaries_ptr: tl.tensor,
+    table_stride_b: tl.tensor,
+    n_sequences: tl.tensor,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    DEVIATION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+) -> None:
+    """One program per (page that a sequence may have filled in this step, KV head)."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    b = sequence_of_tile(cu_ptr, tile, n_sequences, P)
+    begin = tl.load(cu_ptr + b)
+    n = tl.load(len_ptr + b)
+    n_new = tl.load(cu_ptr + b + 1) - begin
+    j = (n - n_new) // P + (tile - begin // P - b)
+    if j >= n // P:
+        return
+    page = tl.load(table_ptr + b * table_stride_b + j)
+    summarise(
+        kv_ptr + (page * 2 * K + head) * P * D, summaries_ptr + (page * K + head) * 2 * D, P, D, DEVIATION, BLOCK_D, BLOCK_P
+    )
 
 
 @triton.jit(
@@ -48,57 +117,41 @@ def table_kernel(
         tl.store(head_table_ptr + row * n_table + i, page, mask=i < n_attended)
 
 
-def run(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    cu_tokens: Tensor,
-    prompt_remaining: Tensor,
-    slots: Tensor,
-    page_table: Tensor,
-    kv_len: Tensor,
-    prompt_len: Tensor,
-    found_budget: Tensor,
-    query_rows: Tensor,
-    kv: Tensor,
-    token_positions: Tensor,
-    summaries: Tensor,
-    last_query: Tensor,
-    layer: int,
-    scale: float,
-    page_size: int,
-    kept_share: float = 1.0,
-    kept_tokens: int = 0,
-    sinks: int = 0,
-    recent: int = 1,
-    tau: float = 0.8,
-    summary: int = 0,
-    pooling: int = 0,
-    softmax_scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def run(args: Arguments[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Spec: ``spec.py``. Returns (out [N, H, D], lse [N, H], corrected [B, K]); updates the states in place.
 
     Launches on the current stream and does not wait. Rows behind the last sequence's are left as they were allocated.
     """
-    append_tokens(kv, token_positions, slots[layer], k, v, positions)
+    append_tokens(args.kv, args.token_positions, args.slots[args.layer], args.k, args.v, args.positions)
 
-    q = q.contiguous()
-    table_BT, len_B = page_table[layer], kv_len[layer]
-    limits = PageLimits(page_size=page_size, sinks=sinks, recent=recent)
-    summaries_of_filled(kv, summaries, cu_tokens, table_BT, len_B, len(q), summary)
-    corrected_BK, probe_BHD = drifted(q, cu_tokens, prompt_remaining, query_rows[layer], last_query, kv.shape[2], tau)
+    q = args.q.contiguous()
+    table_BT, len_B = args.page_table[args.layer], args.kv_len[args.layer]
+    limits = PageLimits(page_size=args.page_size, sinks=args.sinks, recent=args.recent)
+    summaries_of_filled(args.kv, args.summaries, args.cu_tokens, table_BT, len_B, len(q), args.summary)
+    corrected_BK, probe_BHD = drifted(
+        q, args.cu_tokens, args.prompt_remaining, args.query_rows[args.layer], args.last_query, args.kv.shape[2], args.tau
+    )
     counts, prompt_B = page_counts(
-        cu_tokens, prompt_remaining, len_B, prompt_len, found_budget[layer], limits, kept_share, kept_tokens
+        args.cu_tokens,
+        args.prompt_remaining,
+        len_B,
+        args.prompt_len,
+        args.adaptive_budget[args.layer],
+        limits,
+        args.kept_share,
+        args.kept_tokens,
     )
     wanted_BK = counts.chosen[:, None].expand(corrected_BK.shape)
-    chosen_BKT = choose_pages(probe_BHD, summaries, table_BT, counts.between, wanted_BK, limits.n_sinks, pooling, softmax_scale)
+    chosen_BKT = choose_pages(
+        probe_BHD, args.summaries, table_BT, counts.between, wanted_BK, limits.n_sinks, args.pooling, args.softmax_scale
+    )
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    attend_chosen(q, cu_tokens, table_BT, len_B, kv, counts, chosen_BKT, limits.n_sinks, scale, out, lse)
-    attend_chunks(q, positions, cu_tokens, table_BT, prompt_B, kv, token_positions, scale, out, lse, min_new=1)
+    attend_chosen(q, args.cu_tokens, table_BT, len_B, args.kv, counts, chosen_BKT, limits.n_sinks, args.scale, out, lse)
+    attend_chunks(
+        q, args.positions, args.cu_tokens, table_BT, prompt_B, args.kv, args.token_positions, args.scale, out, lse, min_new=1
+    )
     return out, lse, corrected_BK
 
 

@@ -3,75 +3,66 @@
 A sequence of one token is counted where its pages lie (numba).
 """
 
+from typing import Any
+
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trt_kv.plugins.fast_math import exp_nonpositive
 from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, head_groups, pages_of, scatter_slots
+from trt_kv.plugins.token_scores.arguments import Arguments
 
 BLOCK_TOKENS = 1024
 """Tokens whose exponents are held at a time: enough for a matrix product to pay, few enough for the caches."""
 
 
-def run(
-    *,
-    q: Floats,
-    lse: Floats,
-    positions: Ints,
-    cu_tokens: Ints,
-    prompt_remaining: Ints,
-    slots: Ints,
-    page_table: Ints,
-    kv_len: Ints,
-    kv: Floats,
-    token_positions: Ints,
-    scores: Floats,
-    layer: int,
-    scale: float,
-    page_size: int,
-    window: int = 0,
-    per_head: int = 0,
-    pooling: int = 1,
-    average: int = 0,
-    generated: int = 0,
-) -> tuple[()]:
+def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place."""
-    pages_N, offsets_N = np.divmod(slots[layer], page_size)
-    scores[pages_N, :, offsets_N] = 0.0
-    is_counted_N = (prompt_remaining >= 0) & ((prompt_remaining < window) | (window == 0))
-    if generated:
-        is_counted_N |= prompt_remaining == -1
+    pages_N, offsets_N = np.divmod(args.slots[args.layer], args.page_size)
+    args.scores[pages_N, :, offsets_N] = 0.0
+    is_counted_N = (args.prompt_remaining >= 0) & ((args.prompt_remaining < args.window) | (args.window == 0))
+    if args.generated:
+        is_counted_N |= args.prompt_remaining == -1
 
-    first_B, new_B = cu_tokens[:-1], np.diff(cu_tokens)
+    first_B, new_B = args.cu_tokens[:-1], np.diff(args.cu_tokens)
     ones = np.flatnonzero(new_B == 1)
     ones = ones[is_counted_N[first_B[ones]]]
     if len(ones):
         receive_one(
-            q, lse, first_B[ones], page_table[layer, ones], kv_len[layer, ones], kv, np.float32(scale), bool(per_head), scores
+            args.q,
+            args.lse,
+            first_B[ones],
+            args.page_table[args.layer, ones],
+            args.kv_len[args.layer, ones],
+            args.kv,
+            np.float32(args.scale),
+            bool(args.per_head),
+            args.scores,
         )
     for b in np.flatnonzero(new_B > 0):
-        n_cached = int(kv_len[layer, b])
-        pages = pages_of(page_table, layer, b, n_cached, page_size)
-        rows = first_B[b] + np.flatnonzero(is_counted_N[first_B[b] : cu_tokens[b + 1]])
-        is_last = prompt_remaining[rows] == 0
+        n_cached = int(args.kv_len[args.layer, b])
+        pages = pages_of(args.page_table, args.layer, b, n_cached, args.page_size)
+        rows = first_B[b] + np.flatnonzero(is_counted_N[first_B[b] : args.cu_tokens[b + 1]])
+        is_last = args.prompt_remaining[rows] == 0
         if (new_B[b] == 1 and not is_last.any()) or not len(rows):
             continue
-        positions_KS = gather_slots(token_positions, pages, n_cached)
-        scores_KS = gather_slots(scores, pages, n_cached)
+        positions_KS = gather_slots(args.token_positions, pages, n_cached)
+        scores_KS = gather_slots(args.scores, pages, n_cached)
         if new_B[b] > 1:
-            k_KSD, _ = gather_kv(kv, pages, n_cached)
-            received_KS = chunk_received(q[rows], lse[rows], positions[rows], k_KSD, positions_KS, scale)
-            scores_KS += received_KS if per_head else received_KS.mean(axis=0)
+            k_KSD, _ = gather_kv(args.kv, pages, n_cached)
+            received_KS = chunk_received(args.q[rows], args.lse[rows], args.positions[rows], k_KSD, positions_KS, args.scale)
+            scores_KS += received_KS if args.per_head else received_KS.mean(axis=0)
         if is_last.any():
-            last = int(positions[rows[is_last]].max())
-            if average:
+            last = int(args.positions[rows[is_last]].max())
+            if args.average:
                 n_queries_KS = last + 1 - positions_KS
-                scores_KS /= np.clip(n_queries_KS, 1, window or None).astype(np.float32)
-            if pooling > 1:
-                pool_neighbours(positions_KS, scores_KS, end=last - window, pooling=pooling)
-        scatter_slots(scores, pages, scores_KS)
+                scores_KS /= np.clip(n_queries_KS, 1, args.window or None).astype(np.float32)
+            if args.pooling > 1:
+                pool_neighbours(positions_KS, scores_KS, end=last - args.window, pooling=args.pooling)
+        scatter_slots(args.scores, pages, scores_KS)
     return ()
 
 

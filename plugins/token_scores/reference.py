@@ -1,64 +1,47 @@
 """TokenScores in plain fp32 loops."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, pages_of, scatter_slots
+from trt_kv.plugins.token_scores.arguments import Arguments
 
 
-def run(
-    *,
-    q: Floats,
-    lse: Floats,
-    positions: Ints,
-    cu_tokens: Ints,
-    prompt_remaining: Ints,
-    slots: Ints,
-    page_table: Ints,
-    kv_len: Ints,
-    kv: Floats,
-    token_positions: Ints,
-    scores: Floats,
-    layer: int,
-    scale: float,
-    page_size: int,
-    window: int = 0,
-    per_head: int = 0,
-    pooling: int = 1,
-    average: int = 0,
-    generated: int = 0,
-) -> tuple[()]:
+def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place."""
-    n_heads = q.shape[1]
-    n_kv_heads = kv.shape[2]
-    for slot in slots[layer]:
-        page, offset = divmod(int(slot), page_size)
-        scores[page, :, offset] = 0.0
-    for b in range(len(cu_tokens) - 1):
-        n_cached = int(kv_len[layer, b])
-        pages = pages_of(page_table, layer, b, n_cached, page_size)
-        k_KSD, _ = gather_kv(kv, pages, n_cached)
-        positions_KS = gather_slots(token_positions, pages, n_cached)
-        scores_KS = gather_slots(scores, pages, n_cached)
-        rows = range(cu_tokens[b], cu_tokens[b + 1])
+    n_heads = args.q.shape[1]
+    n_kv_heads = args.kv.shape[2]
+    for slot in args.slots[args.layer]:
+        page, offset = divmod(int(slot), args.page_size)
+        args.scores[page, :, offset] = 0.0
+    for b in range(len(args.cu_tokens) - 1):
+        n_cached = int(args.kv_len[args.layer, b])
+        pages = pages_of(args.page_table, args.layer, b, n_cached, args.page_size)
+        k_KSD, _ = gather_kv(args.kv, pages, n_cached)
+        positions_KS = gather_slots(args.token_positions, pages, n_cached)
+        scores_KS = gather_slots(args.scores, pages, n_cached)
+        rows = range(args.cu_tokens[b], args.cu_tokens[b + 1])
         for i in rows:
-            if not _counts(int(prompt_remaining[i]), window, generated):
+            if not _counts(int(args.prompt_remaining[i]), args.window, args.generated):
                 continue
             for h in range(n_heads):
                 kv_head = h * n_kv_heads // n_heads
-                visible = positions_KS[kv_head] <= positions[i]
-                logits = (k_KSD[kv_head, visible] * q[i, h]).sum(axis=1) * np.float32(scale)
-                weights = np.exp(logits - lse[i, h])
-                if per_head:
+                visible = positions_KS[kv_head] <= args.positions[i]
+                logits = (k_KSD[kv_head, visible] * args.q[i, h]).sum(axis=1) * np.float32(args.scale)
+                weights = np.exp(logits - args.lse[i, h])
+                if args.per_head:
                     scores_KS[kv_head, visible] += weights / (n_heads // n_kv_heads)
                 else:
                     scores_KS[:, visible] += weights / n_heads
-        last = max((int(positions[i]) for i in rows if prompt_remaining[i] == 0), default=None)
+        last = max((int(args.positions[i]) for i in rows if args.prompt_remaining[i] == 0), default=None)
         if last is not None:
             for positions_S, scores_S in zip(positions_KS, scores_KS, strict=True):
-                if average:
-                    _average(positions_S, scores_S, last, window)
-                _pool(positions_S, scores_S, last - window, pooling)
-        scatter_slots(scores, pages, scores_KS)
+                if args.average:
+                    _average(positions_S, scores_S, last, args.window)
+                _pool(positions_S, scores_S, last - args.window, args.pooling)
+        scatter_slots(args.scores, pages, scores_KS)
     return ()
 
 

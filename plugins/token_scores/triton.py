@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trt_kv.plugins.token_scores.arguments import Arguments
 from trt_kv.plugins.triton_launch import launch, power_of_2
 
 _LOG2_E = 1.4426950408889634
@@ -292,92 +293,77 @@ def pool_kernel(
     tl.store(scores_ptr + at, total / POOLING, mask=is_pooled)
 
 
-def run(
-    *,
-    q: Tensor,
-    lse: Tensor,
-    positions: Tensor,
-    cu_tokens: Tensor,
-    prompt_remaining: Tensor,
-    slots: Tensor,
-    page_table: Tensor,
-    kv_len: Tensor,
-    kv: Tensor,
-    token_positions: Tensor,
-    scores: Tensor,
-    layer: int,
-    scale: float,
-    page_size: int,
-    window: int = 0,
-    per_head: int = 0,
-    pooling: int = 1,
-    average: int = 0,
-    generated: int = 0,
-) -> tuple[()]:
+def run(args: Arguments[Tensor]) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place. Launches on the current stream and does not wait.
 
     Pooling takes twice the memory of ``scores`` for a while: 2 / D of what half-precision keys and values take. KV heads that
     share their scores take as much as the scores of the step's sequences.
     """
-    n_tokens, n_heads, head_size = q.shape
-    n_kv_heads, n_sequences = kv.shape[2], kv_len.shape[1]
+    n_tokens, n_heads, head_size = args.q.shape
+    n_kv_heads, n_sequences = args.kv.shape[2], args.kv_len.shape[1]
     group = n_heads // n_kv_heads
-    n_slots = page_table.shape[2] * page_size
+    n_slots = args.page_table.shape[2] * args.page_size
     tiles = (-(-n_slots // _BLOCK_S), n_sequences)
-    sizes = {"K": n_kv_heads, "P": page_size}
+    sizes = {"K": n_kv_heads, "P": args.page_size}
     step: dict[str, Any] = {
-        "positions_ptr": positions,
-        "cu_ptr": cu_tokens,
-        "remaining_ptr": prompt_remaining,
-        "table_ptr": page_table[layer],
-        "len_ptr": kv_len[layer],
-        "token_positions_ptr": token_positions,
-        "scores_ptr": scores,
-        "table_stride_b": page_table.stride(1),
+        "positions_ptr": args.positions,
+        "cu_ptr": args.cu_tokens,
+        "remaining_ptr": args.prompt_remaining,
+        "table_ptr": args.page_table[args.layer],
+        "len_ptr": args.kv_len[args.layer],
+        "token_positions_ptr": args.token_positions,
+        "scores_ptr": args.scores,
+        "table_stride_b": args.page_table.stride(1),
     }
     launch(
         zero_kernel,
         (n_tokens,),
-        slots_ptr=slots[layer],
-        scores_ptr=scores,
+        slots_ptr=args.slots[args.layer],
+        scores_ptr=args.scores,
         K=n_kv_heads,
-        P=page_size,
+        P=args.page_size,
         BLOCK_K=power_of_2(n_kv_heads),
     )
     # Per head nothing is shared, and the kernel does not touch parts.
-    parts = scores if per_head else torch.empty((n_sequences, n_kv_heads, n_slots), dtype=scores.dtype, device=scores.device)
-    shape = _receive_shape(kv.itemsize, head_size, group, is_prompt=n_tokens > 2 * n_sequences)
+    parts = (
+        args.scores
+        if args.per_head
+        else torch.empty((n_sequences, n_kv_heads, n_slots), dtype=args.scores.dtype, device=args.scores.device)
+    )
+    shape = _receive_shape(args.kv.itemsize, head_size, group, is_prompt=n_tokens > 2 * n_sequences)
     launch(
         receive_kernel,
         (-(-n_slots // shape["BLOCK_S"]), n_sequences, n_kv_heads),
-        q_ptr=q.contiguous(),
-        lse_ptr=lse,
-        kv_ptr=kv,
+        q_ptr=args.q.contiguous(),
+        lse_ptr=args.lse,
+        kv_ptr=args.kv,
         parts_ptr=parts,
-        scale=scale,
-        counted_from=-1 if generated else 0,
-        counted_to=window or 2**31 - 1,
+        scale=args.scale,
+        counted_from=-1 if args.generated else 0,
+        counted_to=args.window or 2**31 - 1,
         n_slots=n_slots,
         H=n_heads,
         D=head_size,
-        PER_HEAD=per_head,
+        PER_HEAD=args.per_head,
         BLOCK_D=max(16, power_of_2(head_size)),
         LOG2_E=_LOG2_E,
         **step,
         **sizes,
         **shape,
     )
-    if not per_head:
+    if not args.per_head:
         shared = {name: step[name] for name in ("cu_ptr", "table_ptr", "len_ptr", "scores_ptr", "table_stride_b")}
         launch(share_kernel, tiles, parts_ptr=parts, n_slots=n_slots, BLOCK_S=_BLOCK_S, **shared, **sizes)
-    if average or pooling > 1:
+    if args.average or args.pooling > 1:
         # Without pooling nothing is sorted, and the kernel touches neither of the two.
-        sorted_scores = torch.empty_like(scores) if pooling > 1 else scores
-        ranks = torch.empty_like(scores, dtype=torch.int32) if pooling > 1 else scores
-        step |= {"sorted_ptr": sorted_scores, "ranks_ptr": ranks, "window": window, "BLOCK_S": _BLOCK_S}
-        launch(finish_kernel, (*tiles, n_kv_heads), AVERAGE=average, SORT=int(pooling > 1), BLOCK_R=64, **step, **sizes)
-    if pooling > 1:
-        launch(pool_kernel, (*tiles, n_kv_heads), POOLING=pooling, **step, **sizes)
+        sorted_scores = torch.empty_like(args.scores) if args.pooling > 1 else args.scores
+        ranks = torch.empty_like(args.scores, dtype=torch.int32) if args.pooling > 1 else args.scores
+        step |= {"sorted_ptr": sorted_scores, "ranks_ptr": ranks, "window": args.window, "BLOCK_S": _BLOCK_S}
+        launch(
+            finish_kernel, (*tiles, n_kv_heads), AVERAGE=args.average, SORT=int(args.pooling > 1), BLOCK_R=64, **step, **sizes
+        )
+    if args.pooling > 1:
+        launch(pool_kernel, (*tiles, n_kv_heads), POOLING=args.pooling, **step, **sizes)
     return ()
 
 

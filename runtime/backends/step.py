@@ -1,7 +1,8 @@
 """One step of the token-flat graph: all sequences' tokens concatenated along N."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ class Step:
     prompt_remaining: Ints
     evict: Ints
     prompt_len: Ints
-    found_budget: Ints
+    adaptive_budget: Ints
     query_rows: Ints
 
 
@@ -31,11 +32,28 @@ class Step:
 class StepResult:
     """What a step made beside the KV state: logits [R, V] fp32 and the tokens [L, B] that are cached afterwards.
 
-    ``found_budget`` [L, B]: what AdaptiveBudget found where its number is not used up by an eviction, -1 elsewhere.
-    ``corrected`` [L, B, K]: 1 where a KV head recalled pages for its own query before it attended.
+    ``adaptive_budget`` [L, B]: what AdaptiveBudget found where its number is not used up by an eviction, -1 elsewhere.
+    ``corrected`` [L, B, K]: 1 where a KV head recalled pages for its own query before it attended; None where no layer recalls.
     """
 
     logits: NDArray[np.floating[Any]]
     kept: Ints
-    found_budget: Ints | None = None
+    adaptive_budget: Ints | None = None
     corrected: Ints | None = None
+
+    @classmethod
+    def assemble(cls, step: Step, logits: NDArray[np.floating[Any]], made: Mapping[str, Mapping[int, Ints]]) -> Self:
+        """The result of ``step`` from what its ops made for the runtime, by name and layer: ``kept`` and ``budget`` [B],
+        ``corrected`` [B, K]. Rows and sequences that padded the step may stand behind its own.
+        """
+        n_sequences = step.kv_len.shape[1]
+        kept, adaptive_budget, corrected = step.kv_len.copy(), np.full(step.kv_len.shape, -1), None
+        for layer, kept_B in made.get("kept", {}).items():
+            kept[layer] = kept_B[:n_sequences]
+        for layer, budget_B in made.get("budget", {}).items():
+            adaptive_budget[layer] = np.where(step.evict == 1, budget_B[:n_sequences], -1)
+        for layer, corrected_BK in made.get("corrected", {}).items():
+            if corrected is None:
+                corrected = np.zeros((*step.kv_len.shape, corrected_BK.shape[1]), np.int64)
+            corrected[layer] = corrected_BK[:n_sequences]
+        return cls(logits=logits[: len(step.logit_rows)], kept=kept, adaptive_budget=adaptive_budget, corrected=corrected)

@@ -18,7 +18,7 @@ class SequenceCache:
 
     def __init__(self, pool: KvPool[Any], *, n_layers: int, decode_distance: int = Policy.decode_distance) -> None:
         self.pool = pool
-        self.n_seen = 0
+        self.num_computed_tokens = 0
         """Prompt and generated tokens so far; also the position of the next token."""
         self.kv_len: Ints = np.zeros(n_layers, np.int64)
         self.page_table: Ints = np.full((n_layers, 8), -1, np.int64)
@@ -30,7 +30,7 @@ class SequenceCache:
         """Whether tokens have been evicted from the prompt, so that decode-time eviction may begin."""
         self.n_prompt = 0
         """Prompt tokens read so far."""
-        self.found_budget: Ints = np.full(n_layers, -1, np.int64)
+        self.adaptive_budget: Ints = np.full(n_layers, -1, np.int64)
         """Tokens of each layer that a step may attend to where they were found from the input; -1: where they were not."""
         self._owner_in = {pool: pool.new_owner() for pool in self._pools}
         """This sequence's number in each pool that holds pages of it."""
@@ -85,7 +85,7 @@ class SequenceCache:
             if self._growth is not None:
                 self._reuse_order[layer].extend(int(slot) for slot in slots[layer])
         self.kv_len = new_len
-        self.n_seen += n_new
+        self.num_computed_tokens += n_new
         return slots
 
     def _lengths_after(self, n_new: int) -> Ints:
@@ -130,9 +130,9 @@ class SequenceCache:
         for array in self.pool.states.values():
             if len(array):
                 array[twin.pages] = array[self.pages]
-        twin.n_seen = self.n_seen
+        twin.num_computed_tokens = self.num_computed_tokens
         twin.n_prompt = self.n_prompt
-        twin.found_budget = self.found_budget.copy()
+        twin.adaptive_budget = self.adaptive_budget.copy()
         twin.kv_len = self.kv_len.copy()
         twin.is_evicted = self.is_evicted
         if self._growth is not None:
@@ -156,9 +156,9 @@ class SequenceCache:
         self.kv_len = np.zeros_like(self.kv_len)
         self._growth = None
         self.is_evicted = False
-        self.n_seen = 0
+        self.num_computed_tokens = 0
         self.n_prompt = 0
-        self.found_budget[:] = -1
+        self.adaptive_budget[:] = -1
 
     @property
     def _pools(self) -> list[PagePool]:
@@ -168,7 +168,7 @@ class SequenceCache:
     def _evicts_for_next(self, layer: int) -> bool:
         """Whether the layer holds a token more than its share of the tokens seen (papers: int(len - T * kept) > 0)."""
         assert self._growth is not None
-        over = int(self.kv_len[layer] - self.n_seen * self._growth[layer]) > 0
+        over = int(self.kv_len[layer] - self.num_computed_tokens * self._growth[layer]) > 0
         return over and bool(self._reuse_order[layer])
 
     def _slots(self, layer: int, indices: range) -> Ints:

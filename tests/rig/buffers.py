@@ -64,7 +64,7 @@ def padded(inputs: Mapping[str, Any], *, n_tokens: int, n_sequences: int) -> dic
         "evict": (0, n_sequences, 0),
         "budget": (0, n_sequences, POISON),
         "prompt_len": (0, n_sequences, POISON),
-        "found_budget": (1, n_sequences, POISON),
+        "adaptive_budget": (1, n_sequences, POISON),
         "query_rows": (1, n_sequences, POISON),
     }
     result = dict(inputs)

@@ -62,7 +62,7 @@ def stream_text(
     yield first
     yield from stream
     result = stream.result
-    held, seen = _mean(result.kv_tokens), result.n_seen
+    held, seen = _mean(result.kv_tokens), result.num_computed_tokens
     exempt = loaded.manifest.policy.exempt_layers
     others = [n for layer, n in enumerate(result.kv_tokens) if layer not in exempt]
     told = f", {_mean(others) / seen:.0%} in layers that are not exempt" if exempt and others else ""

@@ -31,7 +31,7 @@ def answers_to(
     n_answered = 0
 
     def n_read() -> int:
-        return n_answered + sum(request.num_computed_tokens for _, request in running)
+        return n_answered + sum(request.n_prompt_read for _, request in running)
 
     try:
         while waiting or running:

@@ -61,9 +61,9 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
 def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "EngineFacts":
     """Raises ``EngineError`` where loading the engine would, files' digests aside."""
     from trt_kv.calibration.answer_files import EngineFacts
-    from trt_kv.runtime.compatibility import check_applicable
+    from trt_kv.runtime.compatibility import check_compatible
 
-    check_applicable(folder, manifest)
+    check_compatible(folder, manifest)
     if TOKENIZER_FILE not in manifest.files:
         raise EngineError(f"the engine {folder} has no tokenizer", expected=TOKENIZER_FILE, fix="build the engine again")
     library = "onnxruntime" if on.on_host else on.dense or DENSE[0]

@@ -87,10 +87,10 @@ class RecallHarness:
         fork = whole.fork()
         nodes = recall_nodes(self._program(plan, "prefill"))
         if plan.policy.budget != "unimetric":
-            fork.found_budget[:] = -1
+            fork.adaptive_budget[:] = -1
         for layer, node in enumerate(nodes):
             if node is not None and node.attributes["summary"] != PAGE_SUMMARIES["minmax"]:
-                full = fork.page_table[layer, : fork.n_seen // self.pool.page_size]
+                full = fork.page_table[layer, : fork.num_computed_tokens // self.pool.page_size]
                 self.pool.summaries[full] = summaries_of(self.pool.kv[full, 0], int(node.attributes["summary"]))
         return fork
 
@@ -124,7 +124,7 @@ class RecallHarness:
 def recall_harness_from_engine(
     folder: Path, manifest: Manifest, adaptive: Policy, *, page_size: int, context_length: int, n_forks: int
 ) -> RecallHarness:
-    """A harness on the dense pieces of a built engine, whatever its policy; its pool has room for ``n_forks`` forks."""
+    """A harness on the graph segments of a built engine, whatever its policy; its pool has room for ``n_forks`` forks."""
     config = manifest.config
     n_pages = config.n_layers * -(-context_length // page_size)
     pool = HostKvPool(
@@ -134,7 +134,7 @@ def recall_harness_from_engine(
         head_size=config.head_dim,
         n_query_heads=config.n_heads,
     )
-    executor = OnnxRuntimeExecutor(folder / "graphs", manifest.pieces, manifest.attention_ports)
+    executor = OnnxRuntimeExecutor(folder / "graphs", manifest.segments, manifest.attention_ports)
     return RecallHarness(executor, pool, adaptive, n_layers=config.n_layers, scale=config.head_dim**-0.5)
 
 

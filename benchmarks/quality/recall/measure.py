@@ -41,7 +41,7 @@ def measure_recall(
     command: str,
     on_progress: OnProgress,
 ) -> RecallResults:
-    """Every cell of ``plans``, on the dense pieces of the built ``engine``; documents are those of ``settings``.
+    """Every cell of ``plans``, on the graph segments of the built ``engine``; documents are those of ``settings``.
 
     Parts are kept in ``folder``.
     """

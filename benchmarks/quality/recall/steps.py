@@ -56,7 +56,7 @@ def choice_of(node: OpNode, tensors: dict[str, Any]) -> Choice:
     limits = PageLimits(page_size=size, sinks=int(attributes["sinks"]), recent=int(attributes["recent"]))
     budget = budget_tokens(
         int(tensors["prompt_len"][0]),
-        int(tensors["found_budget"][layer, 0]),
+        int(tensors["adaptive_budget"][layer, 0]),
         float(attributes["kept_share"]),
         int(attributes["kept_tokens"]),
     )
@@ -174,14 +174,14 @@ class RecallSteps:
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``."""
-        found_budget = np.full(step.kv_len.shape, -1)
+        adaptive_budget = np.full(step.kv_len.shape, -1)
         tensors = recall_tensors(step, pool)
 
         def attend(layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
             bound = {**tensors, "q": q, "k": k, "v": v}
             if phase == "prefill":
                 run_nodes(self._prefill[layer], bound)
-                found_budget[layer] = np.where(step.evict == 1, bound.get("budget", -1), -1)
+                adaptive_budget[layer] = np.where(step.evict == 1, bound.get("budget", -1), -1)
                 prefilled: Floats = bound["out"]
                 return prefilled
             out = np.empty_like(q)
@@ -193,13 +193,15 @@ class RecallSteps:
         if phase == "decode":
             for program, movement in zip(self.programs, self.movements, strict=True):
                 movement.finish_step(sum(node.op == "RecallAttention" for nodes in program for node in nodes))
-        return StepResult(logits=logits, kept=step.kv_len, found_budget=found_budget)
+        return StepResult(logits=logits, kept=step.kv_len, adaptive_budget=adaptive_budget)
 
     def _attend_one(self, layer: int, b: int, tensors: dict[str, Any]) -> Floats:
         one = {
             **tensors,
             **{name: tensors[name][b : b + 1] for name in ("q", "k", "v", "positions", "prompt_remaining", "prompt_len")},
-            **{name: tensors[name][:, b : b + 1] for name in ("slots", "page_table", "kv_len", "found_budget", "query_rows")},
+            **{
+                name: tensors[name][:, b : b + 1] for name in ("slots", "page_table", "kv_len", "adaptive_budget", "query_rows")
+            },
             "cu_tokens": np.array([0, 1]),
         }
         (node,) = self.programs[b][layer]
@@ -218,5 +220,5 @@ class RecallSteps:
 
 def recall_tensors(step: Step, pool: KvPool[Any]) -> dict[str, Any]:
     """The tensors that the KV ops of a host-resident policy may read in a step, by name."""
-    own = {name: getattr(step, name) for name in ("prompt_len", "found_budget", "query_rows")}
+    own = {name: getattr(step, name) for name in ("prompt_len", "adaptive_budget", "query_rows")}
     return {**step_tensors(step, pool), **own, **pool.states}

@@ -6,22 +6,25 @@ What of it has run on a GPU stands in benchmarks/gpu/README.md.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trt_kv.errors import UsageError
-from trt_kv.plugins.registry import Kernel
+from trt_kv.errors import EngineError, UsageError
+from trt_kv.plugins.graph_io import makers_of, step_inputs_of
+from trt_kv.plugins.registry import Kernel, device_kernel
 from trt_kv.program import Program
 from trt_kv.runtime.backends.cuda.decoder import DeviceDecoder, ModuleDecoder
-from trt_kv.runtime.backends.cuda.ops import DeviceOps, Tensors
 from trt_kv.runtime.backends.cuda.step_buffers import StepBuffers, StepSizes
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.devices import told_out_of_memory
+from trt_kv.runtime.backends.ops import LayerOps
 from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +70,16 @@ class TorchDeviceExecutor:
         self._pool = pool
         self._largest = largest
         self._batch_invariant = batch_invariant
-        self._ops = {
-            phase: DeviceOps(program, pool, None if kernels is None else kernels(phase)) for phase, program in programs.items()
-        }
-        self._buffers = {
-            phase: StepBuffers(ops.step_tensors, largest, n_layers=ops.n_layers, spare_slot=spare_slot, device=pool.device)
-            for phase, ops in self._ops.items()
-        }
+        self._ops: dict[str, LayerOps] = {}
+        self._makers: dict[str, dict[str, list[int]]] = {}
+        self._buffers: dict[str, StepBuffers] = {}
+        for phase, program in programs.items():
+            own = {} if kernels is None else kernels(phase)
+            self._ops[phase] = LayerOps(program, partial(_kernel_of, own))
+            self._makers[phase] = makers_of(program)
+            self._buffers[phase] = StepBuffers(
+                step_inputs_of(program), largest, n_layers=len(program), spare_slot=spare_slot, device=pool.device
+            )
         # Of high priority: what a step does not wait for, on streams of others, gives way.
         self._stream = (self._decoder.stream or torch.cuda.Stream(pool.device, priority=-1)) if on_gpu else None
         records = on_gpu and cuda_graphs is not False and self._decoder.can_be_recorded
@@ -85,11 +91,6 @@ class TorchDeviceExecutor:
         device = self._pool.device
         on = torch.cuda.get_device_name(device) if self._stream is not None else f"the {device.type.upper()}"
         return f"{self._decoder.description} on {on}{'' if self._graphs is None else ', CUDA graphs'}"
-
-    @property
-    def n_graphs(self) -> int:
-        """How many decode steps have been recorded, one per bucket."""
-        return len(self._graphs or {})
 
     def warm_up(self) -> None:
         """Compile the kernels that the smallest steps launch, by steps of nothing but padding."""
@@ -111,7 +112,9 @@ class TorchDeviceExecutor:
             results = self._replay(step, bucket) if recorded else self._launch(phase, step, bucket)
             # To pinned memory, where the device is a GPU.
             on_host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in results.items()}
-        return self._result(phase, step, {name: tensor.numpy() for name, tensor in on_host.items()})
+        values = {name: tensor.numpy() for name, tensor in on_host.items()}
+        made = {name: dict(zip(layers, values[name], strict=True)) for name, layers in self._makers[phase].items()}
+        return StepResult.assemble(step, values["logits"], made)
 
     def _launch(self, phase: str, step: Step | None, sizes: StepSizes) -> Tensors:
         self._buffers[phase].fill(step, sizes)
@@ -138,28 +141,13 @@ class TorchDeviceExecutor:
 
     @torch.inference_mode()
     def _compute(self, phase: str, tensors: Tensors) -> Tensors:
-        """All that happens on the device in a step. Nothing here may wait for it."""
-        attend = self._ops[phase].for_step(tensors)
+        """All that happens on the device in a step: what ops made for the runtime, one row per layer that makes it, and
+        logits. Nothing here may wait for it.
+        """
+        attend = self._ops[phase].for_step(tensors | self._pool.states)
         logits = self._decoder(tensors["input_ids"], tensors["positions"], tensors["logit_rows"], attend)
-        return attend.results | {"logits": logits.float()}
-
-    def _result(self, phase: str, step: Step, values: Mapping[str, np.ndarray]) -> StepResult:
-        """``values`` without what padded the step; what an op makes in some layers only has its default in the others."""
-        n_layers, n_sequences = step.kv_len.shape
-        results = {
-            "kept": step.kv_len.copy(),
-            "budget": np.full(step.kv_len.shape, -1),
-            "corrected": np.zeros((n_layers, n_sequences, self._pool.kv.shape[2]), np.int64),
-        }
-        makers = self._ops[phase].makers
-        for name, layers in makers.items():
-            results[name][layers] = values[name][:, :n_sequences]
-        return StepResult(
-            logits=values["logits"][: len(step.logit_rows)],
-            kept=results["kept"],
-            found_budget=np.where(step.evict == 1, results["budget"], -1),
-            corrected=results["corrected"] if "corrected" in makers else None,
-        )
+        results = {name: torch.stack([*of_layers.values()]) for name, of_layers in attend.made.items()}
+        return results | {"logits": logits.float()}
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -185,6 +173,16 @@ class TorchDeviceExecutor:
     def _wait(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def _kernel_of(own: Mapping[str, Kernel], op: str) -> Kernel:
+    """What runs an op. ``EngineError`` where it is not in ``own`` and has no kernels for devices."""
+    kernel = own.get(op) or device_kernel(op)
+    if kernel is None:
+        raise EngineError(
+            f"{op} has no kernels for devices", expected="Triton, and the op's kernels for it", fix="pip install 'trt-kv[gpu]'"
+        )
+    return kernel
 
 
 def _check_recordable(decoder: DeviceDecoder, pool: DeviceKvPool) -> None:

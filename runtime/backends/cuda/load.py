@@ -157,10 +157,10 @@ def _decoder(graphs: Path, manifest: Manifest, dense: str, dtype: str, device: t
     onnxruntime_device = require("trt_kv.runtime.backends.cuda.onnxruntime_segments")
     decoder: DeviceDecoder = onnxruntime_device.OnnxRuntimeDeviceDecoder(
         graphs,
-        manifest.pieces,
+        manifest.segments,
         manifest.attention_ports,
         device=device,
-        on_piece=lambda done, total: tell("opening graphs", done, total),
+        on_segment=lambda done, total: tell("opening graphs", done, total),
     )
     return decoder
 

@@ -1,4 +1,4 @@
-"""The dense pieces of an engine on a device: ONNX Runtime reads and writes torch's memory, on the stream of the KV kernels."""
+"""The graph segments of an engine on a device: ONNX Runtime on torch's memory, on the stream of the KV kernels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from trt_kv.errors import MissingDependencyError, UsageError
-from trt_kv.manifest import AttentionPort, Piece
+from trt_kv.manifest import AttentionPort, GraphSegment
 from trt_kv.runtime.backends.cuda.decoder import DeviceAttend
-from trt_kv.runtime.backends.host.onnxruntime_segments import SESSION_OPTIONS, open_piece
+from trt_kv.runtime.backends.host.onnxruntime_segments import SESSION_OPTIONS, open_segment
 
 CUDA = "CUDAExecutionProvider"
 GPU_OPTIONS = {
@@ -30,14 +30,14 @@ _TYPES = {
 _NUMBERS = dict(_TYPES.values())
 
 _Values = dict[str, Any]
-"""What passes between pieces: tensors, or ``OrtValue`` where the graph does not tell a shape and ONNX Runtime allocates."""
+"""What passes between segments: tensors, or ``OrtValue`` where the graph does not tell a shape and ONNX Runtime allocates."""
 
 
 class OnnxRuntimeDeviceDecoder:
-    """Runs piece, attention, piece, attention ... piece on a device. See ``DeviceDecoder``.
+    """Runs segment, attention, segment, attention ... segment on a device. See ``DeviceDecoder``.
 
-    Pieces read and write tensors of torch where they lie. On a GPU they are launched on ``stream`` and nobody waits for them:
-    what launches on the same stream comes after them. Each piece has weights and scratch memory of its own.
+    Segments read and write tensors of torch where they lie. On a GPU they are launched on ``stream`` and nobody waits for them:
+    what launches on the same stream comes after them. Each segment has weights and scratch memory of its own.
     """
 
     can_be_recorded = False
@@ -46,36 +46,36 @@ class OnnxRuntimeDeviceDecoder:
     def __init__(
         self,
         folder: Path,
-        pieces: Sequence[Piece],
+        segments: Sequence[GraphSegment],
         ports: Sequence[AttentionPort],
         *,
         device: str | torch.device,
         stream: torch.cuda.Stream | None = None,
         weights: Mapping[str, Tensor] | None = None,
         n_threads: int = 0,
-        on_piece: Callable[[int, int], None] | None = None,
+        on_segment: Callable[[int, int], None] | None = None,
     ) -> None:
-        """``folder`` holds the piece files and their weights. ``stream``, on a GPU: the one to run on; None: a new one.
+        """``folder`` holds the segment files and their weights. ``stream``, on a GPU: the one to run on; None: a new one.
 
-        ``weights`` are on ``device``, by the names that checkpoints have for them: pieces read these where they are and load
-        only the others, so that what several pieces use (tied embeddings) takes memory once. ``n_threads``, on the CPU only:
-        0 is one per core. ``on_piece`` is told (opened, all).
+        ``weights`` are on ``device``, by the names that checkpoints have for them: segments read these where they are and load
+        only the others, so that what several segments use (tied embeddings) takes memory once. ``n_threads``, on the CPU only:
+        0 is one per core. ``on_segment`` is told (opened, all).
 
-        Raises ``MissingDependencyError`` where ONNX Runtime has been built without the device, ``EngineError`` for a piece that
-        it cannot load or not run there as a whole.
+        Raises ``MissingDependencyError`` where ONNX Runtime has been built without the device, ``EngineError`` for a segment
+        that it cannot load or not run there as a whole.
         """
         self.device = _existing(torch.device(device))
         self.stream = (stream or torch.cuda.Stream(self.device, priority=-1)) if self.device.type == "cuda" else None
         self._ports = ports
         # Sessions read shared weights for as long as they live.
         self._weights = {name: ort.OrtValue.from_dlpack(tensor.detach()) for name, tensor in (weights or {}).items()}
-        self._pieces: list[_BoundPiece] = []
-        for done, piece in enumerate(pieces, start=1):
-            session = self._open(folder / piece.file, n_threads)
-            self._pieces.append(_BoundPiece(session, piece, self.device))
-            if on_piece is not None:
-                on_piece(done, len(pieces))
-        self.dtype = self._pieces[0].types[ports[0].q]
+        self._segments: list[_BoundSegment] = []
+        for done, segment in enumerate(segments, start=1):
+            session = self._open(folder / segment.file, n_threads)
+            self._segments.append(_BoundSegment(session, segment, self.device))
+            if on_segment is not None:
+                on_segment(done, len(segments))
+        self.dtype = self._segments[0].types[ports[0].q]
 
     @property
     def description(self) -> str:
@@ -83,17 +83,19 @@ class OnnxRuntimeDeviceDecoder:
 
     @property
     def provider(self) -> str:
-        """What runs the pieces."""
+        """What runs the segments."""
         return CUDA if self.stream is not None else "CPUExecutionProvider"
 
     def __call__(self, input_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: DeviceAttend) -> Tensor:
         """See ``DeviceDecoder``. Raises ``UsageError`` on another stream than ``stream``."""
         if self.stream is not None and torch.cuda.current_stream(self.device) != self.stream:
-            raise UsageError("pieces run on the stream that they were opened for", fix="with torch.cuda.stream(decoder.stream)")
+            raise UsageError(
+                "segments run on the stream that they were opened for", fix="with torch.cuda.stream(decoder.stream)"
+            )
         sizes = {"N": len(input_ids), "R": len(logit_rows)}
         values: _Values = {"input_ids": input_ids, "positions": positions, "logit_rows": logit_rows}
-        for layer, piece in enumerate(self._pieces):
-            values |= piece.run(values, sizes)
+        for layer, segment in enumerate(self._segments):
+            values |= segment.run(values, sizes)
             if layer < len(self._ports):
                 port = self._ports[layer]
                 out = attend(layer, values.pop(port.q), values.pop(port.k), values.pop(port.v))
@@ -103,7 +105,7 @@ class OnnxRuntimeDeviceDecoder:
 
     def _open(self, path: Path, n_threads: int) -> ort.InferenceSession:
         if self.stream is None:
-            return open_piece(path, n_threads=n_threads, weights=self._weights)
+            return open_segment(path, n_threads=n_threads, weights=self._weights)
         options = {
             "device_id": str(self.device.index),
             "user_compute_stream": str(self.stream.cuda_stream),
@@ -112,7 +114,7 @@ class OnnxRuntimeDeviceDecoder:
             # float32 means float32, as on the host and in torch.
             "use_tf32": "0",
         }
-        return open_piece(
+        return open_segment(
             path,
             n_threads=1,  # The host only launches.
             providers=[(CUDA, options)],
@@ -122,20 +124,20 @@ class OnnxRuntimeDeviceDecoder:
         )
 
 
-class _BoundPiece:
-    """One piece, and the binding through which it is told where its inputs and outputs are."""
+class _BoundSegment:
+    """One segment, and the binding through which it is told where its inputs and outputs are."""
 
-    def __init__(self, session: ort.InferenceSession, piece: Piece, device: torch.device) -> None:
+    def __init__(self, session: ort.InferenceSession, segment: GraphSegment, device: torch.device) -> None:
         outputs = {output.name: output for output in session.get_outputs()}
         self.types = {name: _TYPES[output.type][0] for name, output in outputs.items()}
-        self._shapes = {name: outputs[name].shape for name in piece.outputs}
-        self._inputs = piece.inputs
+        self._shapes = {name: outputs[name].shape for name in segment.outputs}
+        self._inputs = segment.inputs
         self._device = device
         self._place = (device.type, device.index or 0)
         self._session = session
         self._binding = session.io_binding()
         self._options = ort.RunOptions()
-        # Else every piece would end with a wait of the host for the device.
+        # Else every segment would end with a wait of the host for the device.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def run(self, values: _Values, sizes: Mapping[str, int]) -> _Values:
@@ -167,7 +169,7 @@ def _existing(device: torch.device) -> torch.device:
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise UsageError("no pieces run on this device", got=str(device), expected="cpu or cuda")
+        raise UsageError("no segments run on this device", got=str(device), expected="cpu or cuda")
     if CUDA not in ort.get_available_providers():
         raise MissingDependencyError(
             "this ONNX Runtime has been built without CUDA",

@@ -15,7 +15,7 @@ from trt_kv.runtime.backends.step import Ints, Step
 
 _ALIGNMENT = 16
 """Tensors begin at multiples of so many elements: of 128 bytes."""
-_PADDING = {"page_table": -1, "prompt_remaining": -1, "found_budget": -1}
+_PADDING = {"page_table": -1, "prompt_remaining": -1, "adaptive_budget": -1}
 """What stands where a step's tensor is padded; 0 in every other. Rows of padding belong to no sequence: ``cu_tokens`` ends
 before them."""
 

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trt_kv.plugins.registry import Kernel
+from trt_kv.plugins.cases import case_inputs
+from trt_kv.plugins.graph_io import specs_of
+from trt_kv.plugins.registry import Kernel, kernel
 from trt_kv.program import Program
 from trt_kv.runtime.backends.base import DenseExecutor
-from trt_kv.runtime.backends.host.ops import LayerOps
+from trt_kv.runtime.backends.ops import LayerOps
 from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 
@@ -24,8 +26,12 @@ class SplitStepExecutor:
     ) -> None:
         """``kernels`` run the ops they are named after, in place of those of ``implementation``."""
         self.dense = dense
+        self._programs = programs
+        self._implementation = implementation
+        own = kernels or {}
         self._ops = {
-            phase: LayerOps(program, implementation=implementation, kernels=kernels) for phase, program in programs.items()
+            phase: LayerOps(program, lambda op: own.get(op) or kernel(op, implementation))
+            for phase, program in programs.items()
         }
 
     @property
@@ -33,11 +39,13 @@ class SplitStepExecutor:
         return self.dense.description
 
     def warm_up(self) -> None:
-        for ops in self._ops.values():
-            ops.warm_up()
+        """Run each op once on its spec's first case: kernels that are compiled at their first call are compiled now."""
+        specs = {spec.name: spec for program in self._programs.values() for spec in specs_of(program)}
+        for spec in specs.values():
+            kernel(spec.name, self._implementation)(**case_inputs(spec, spec.cases[0]))
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``."""
-        attend = self._ops[phase].for_step(step, pool)
+        attend = self._ops[phase].for_step(vars(step) | pool.states)
         logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
-        return attend.result(logits)
+        return StepResult.assemble(step, logits, attend.made)

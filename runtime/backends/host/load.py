@@ -36,10 +36,10 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         )
     executor = OnnxRuntimeExecutor(
         folder / "graphs",
-        manifest.pieces,
+        manifest.segments,
         manifest.attention_ports,
         n_threads=options.n_threads,
-        on_piece=lambda done, total: tell("opening graphs", done, total),
+        on_segment=lambda done, total: tell("opening graphs", done, total),
     )
     mapped = sum(record.n_bytes for name, record in manifest.files.items() if name.endswith(".data"))
     pool, recall = _memory(manifest, options, free_for_cache(mapped))

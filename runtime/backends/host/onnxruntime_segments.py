@@ -1,4 +1,4 @@
-"""The dense pieces of an engine, each an ONNX Runtime session; arrays pass between them and the KV ops without a copy."""
+"""The graph segments of an engine, each an ONNX Runtime session; arrays pass between them and the KV ops without a copy."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime as ort
 
 from trt_kv.errors import EngineError
-from trt_kv.manifest import AttentionPort, Piece
+from trt_kv.manifest import AttentionPort, GraphSegment
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.base import Attend
 from trt_kv.runtime.backends.step import Ints
@@ -16,31 +16,31 @@ SESSION_OPTIONS = {
     # Between two matrix products a thread waits some microseconds: putting it to sleep and waking it takes longer.
     "session.intra_op.allow_spinning": "1",
     "session.intra_op.spin_duration_us": "50",
-    # Threads that spin on while the KV kernels and the other pieces run would take their cores.
+    # Threads that spin on while the KV kernels and the other segments run would take their cores.
     "session.force_spinning_stop": "1",
 }
 
 
 class OnnxRuntimeExecutor:
-    """Runs piece, attention, piece, attention ... piece. See ``DenseExecutor``."""
+    """Runs segment, attention, segment, attention ... segment. See ``DenseExecutor``."""
 
     def __init__(
         self,
         folder: Path,
-        pieces: Sequence[Piece],
+        segments: Sequence[GraphSegment],
         ports: Sequence[AttentionPort],
         *,
         n_threads: int = 0,
-        on_piece: Callable[[int, int], None] | None = None,
+        on_segment: Callable[[int, int], None] | None = None,
     ) -> None:
-        """``folder`` holds the piece files and their weights. ``n_threads`` 0: one per core."""
+        """``folder`` holds the segment files and their weights. ``n_threads`` 0: one per core."""
         self._ports = ports
-        self._pieces = pieces
+        self._segments = segments
         self._sessions = []
-        for done, piece in enumerate(pieces, start=1):
-            self._sessions.append(open_piece(folder / piece.file, n_threads=n_threads))
-            if on_piece is not None:
-                on_piece(done, len(pieces))
+        for done, segment in enumerate(segments, start=1):
+            self._sessions.append(open_segment(folder / segment.file, n_threads=n_threads))
+            if on_segment is not None:
+                on_segment(done, len(segments))
 
     @property
     def description(self) -> str:
@@ -50,16 +50,16 @@ class OnnxRuntimeExecutor:
     def run(self, input_ids: Ints, positions: Ints, logit_rows: Ints, attend: Attend) -> Floats:
         """See ``DenseExecutor.run``."""
         values: dict[str, np.ndarray] = {"input_ids": input_ids, "positions": positions, "logit_rows": logit_rows}
-        for layer, (piece, session) in enumerate(zip(self._pieces, self._sessions, strict=True)):
-            outputs = session.run(piece.outputs, {name: values[name] for name in piece.inputs})
-            values.update(zip(piece.outputs, outputs, strict=True))
+        for layer, (segment, session) in enumerate(zip(self._segments, self._sessions, strict=True)):
+            outputs = session.run(segment.outputs, {name: values[name] for name in segment.inputs})
+            values.update(zip(segment.outputs, outputs, strict=True))
             if layer < len(self._ports):
                 port = self._ports[layer]
                 values[port.out] = attend(layer, values.pop(port.q), values.pop(port.k), values.pop(port.v))
         return values["logits"]
 
 
-def open_piece(
+def open_segment(
     path: Path,
     *,
     n_threads: int,
@@ -68,7 +68,7 @@ def open_piece(
     weights: Mapping[str, ort.OrtValue] | None = None,
     fix: str = "build the engine again",
 ) -> ort.InferenceSession:
-    """A session for one piece; ``weights`` are read where they are. ``EngineError`` with ``fix`` where it cannot be loaded."""
+    """A session for one segment; ``weights`` are read where they are. ``EngineError`` with ``fix`` where that fails."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = n_threads
     for name, value in config.items():

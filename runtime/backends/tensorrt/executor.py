@@ -3,6 +3,7 @@
 Needs an NVIDIA GPU, its driver, torch with CUDA, and TensorRT; what has been run of it stands in docs/tensorrt.md.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from trt_kv.errors import CapacityError, EngineError
 from trt_kv.manifest import Plan
-from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, results_of, states_of
+from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, makers_of, results_of, states_of
 from trt_kv.plugins.tensorrt_base import OpPlugin, register_plugins, trt
 from trt_kv.program import Program
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES
@@ -76,12 +77,7 @@ class TensorRtExecutor:
             self._bind(context, step, pool)
             self._execute((index, *sizes.values(), states_address(pool)), context)
             logits = self._buffers["logits"][: sizes["R"] * self._vocab_size].view(sizes["R"], -1).float().cpu().numpy()
-            return StepResult(
-                logits=logits,
-                kept=self._kept(step),
-                found_budget=self._found_budget(step),
-                corrected=self._corrected(step, pool),
-            )
+            return StepResult.assemble(step, logits, self._made(sizes | {"K": pool.kv.shape[2]}))
 
     def _context(self, index: int) -> Any:
         context = self._engine.create_execution_context()
@@ -129,25 +125,16 @@ class TensorRtExecutor:
                 context.execute_async_v3(self._stream.cuda_stream)
             self._graphs[key] = graph
 
-    def _kept(self, step: Step) -> Ints:
-        return self._result("kept", step.kv_len)
+    def _made(self, axes: Mapping[str, int]) -> dict[str, dict[int, Ints]]:
+        """What the layers' ops made for the runtime, by name and layer; ``axes``: the sizes of this step."""
+        specs = results_of(self._program)
 
-    def _found_budget(self, step: Step) -> Ints:
-        found = self._result("budget", np.full(step.kv_len.shape, -1))
-        return np.where(step.evict == 1, found, -1)
+        def read(name: str) -> Ints:
+            shape = [axes[axis] for axis in specs[name].axes]
+            array: Ints = self._buffers[name][: math.prod(shape)].cpu().numpy().reshape(shape)
+            return array
 
-    def _corrected(self, step: Step, pool: KvPool[Any]) -> Ints:
-        shape = (*step.kv_len.shape, pool.kv.shape[2])
-        return self._result("corrected", np.zeros(shape, np.int64))
-
-    def _result(self, name: str, otherwise: Ints) -> Ints:
-        """What the layers' ops made under ``name``, [L, ...]; ``otherwise`` in layers that make nothing."""
-        values = otherwise.copy()
-        for layer in range(len(self._program)):
-            if f"{name}_{layer}" in results_of(self._program):
-                made = self._buffers[f"{name}_{layer}"][: values[layer].size].cpu().numpy()
-                values[layer] = made.reshape(values[layer].shape)
-        return values
+        return {name: {layer: read(f"{name}_{layer}") for layer in layers} for name, layers in makers_of(self._program).items()}
 
 
 def states_address(pool: KvPool[Any]) -> int:

@@ -26,24 +26,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.attention_triton import attend_one
-from trt_kv.plugins.recall_attention.begin_triton import BegunLayer, Choosing, StepTensors, begin_layer
+from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.plugins.recall_attention.choice_triton import page_bounds
-from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.plugins.recall_attention.recall_triton import recall_pages
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
-from trt_kv.plugins.recall_attention.working_set_triton import plan_now
-from trt_kv.plugins.registry import Kernel
+from trt_kv.plugins.registry import Kernel, called_by_name
 from trt_kv.program import Program, recalling_layers
 from trt_kv.runtime.backends.cuda.recall.ahead import RecallAhead
 from trt_kv.runtime.backends.cuda.recall.background import InPlace, SideStream, SideWork
+from trt_kv.runtime.backends.cuda.recall.begin import BegunLayer, LayerStep, begin_layer
+from trt_kv.runtime.backends.cuda.recall.moves import plan_now
 from trt_kv.runtime.backends.cuda.recall.prompt_attention import PromptStaging
+from trt_kv.runtime.backends.cuda.recall.recall_pages import recall_pages
 from trt_kv.runtime.backends.cuda.recall.working_set import BlockSizes, DeviceSets, PinnedTier
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.host.recall.prompt_attention import BLOCK_TOKENS
@@ -63,15 +62,6 @@ class RecallCapacity:
     def __post_init__(self) -> None:
         if min(vars(self).values()) < 1:
             raise UsageError("recall needs room for something", got=vars(self), expected="at least 1 of each")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerStep:
-    """One layer of one step: its tensors, how it chooses, and what is known of it by now."""
-
-    tensors: StepTensors
-    choosing: Choosing
-    begun: BegunLayer
 
 
 class DeviceRecall:
@@ -112,7 +102,8 @@ class DeviceRecall:
 
     def kernels(self, phase: str) -> Mapping[str, Kernel]:
         """What runs instead of the op's own kernels in steps of ``phase``, "prefill" or "decode"."""
-        return {"RecallAttention": partial(self._attend, phase == "prefill")}
+        attend = partial(self._attend, reads_prompts=phase == "prefill")
+        return {"RecallAttention": called_by_name("RecallAttention", attend)}
 
     def fork(self, pages: Ints, twin_pages: Ints) -> None:
         """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
@@ -138,125 +129,66 @@ class DeviceRecall:
         """Release everything."""
         self.release(self.sets.rows)
 
-    def _attend(
-        self,
-        reads_prompts: bool,
-        *,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        cu_tokens: Tensor,
-        prompt_remaining: Tensor,
-        page_table: Tensor,
-        kv_len: Tensor,
-        prompt_len: Tensor,
-        found_budget: Tensor,
-        query_rows: Tensor,
-        layer: int,
-        scale: float,
-        page_size: int,
-        kept_share: float = 1.0,
-        kept_tokens: int = 0,
-        sinks: int = 0,
-        recent: int = 1,
-        tau: float = 0.8,
-        summary: int = 0,
-        pooling: int = 0,
-        softmax_scale: float = 1.0,
-        **_states: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend(self, args: Arguments[Tensor], *, reads_prompts: bool) -> tuple[Tensor, Tensor, Tensor]:
         """RecallAttention as its spec says; the states that the spec keeps in the pool are kept here."""
-        if layer == self._first_layer:
+        if args.layer == self._first_layer:
             self._side.join()  # a step may have been interrupted before its last layer
-        sets = self.sets.tensors
-        q = q.contiguous()
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        limits = PageLimits(page_size=page_size, sinks=sinks, recent=recent)
-        tables = page_table[layer], kv_len[layer]
+        sets, step = self.sets.tensors, LayerStep.of(args)
+        out, lse = torch.empty_like(step.q_NHD), torch.empty(args.q.shape[:2], dtype=torch.float32, device=args.q.device)
         if reads_prompts:
-            self._read_prompts(limits, (q, k, v, positions), cu_tokens, prompt_remaining, tables, prompt_len, scale, (out, lse))
-        choosing = Choosing(
-            limits=limits,
-            kept_share=kept_share,
-            kept_tokens=kept_tokens,
-            tau=tau,
-            summary=summary,
-            pooling=pooling,
-            softmax_scale=softmax_scale,
-        )
-        tensors = StepTensors(
-            q_NHD=q,
-            k_NKD=k,
-            v_NKD=v,
-            cu_tokens=cu_tokens,
-            remaining_N=prompt_remaining,
-            table_BT=tables[0],
-            kv_len_B=tables[1],
-            prompt_len_B=prompt_len,
-            found_budget_B=found_budget[layer],
-            query_rows_B=query_rows[layer],
-        )
-        begun = begin_layer(sets, self.sets.block_of, tensors, choosing)
+            self._read_prompts(step, out, lse)
+        begun = begin_layer(sets, self.sets.block_of, step)
         if reads_prompts:  # from the host, where every full page is by now
-            summaries_of_filled(sets.host_kv, sets.summaries, cu_tokens, tables[0], tables[1], len(q), summary)
-        step = LayerStep(tensors=tensors, choosing=choosing, begun=begun)
-        ahead = RecallAhead(sets, tensors, choosing, begun) if tau <= 1.0 else None  # a cosine is at most 1
+            summaries_of_filled(
+                sets.host_kv, sets.summaries, args.cu_tokens, step.table_BT, step.kv_len_B, len(args.q), args.summary
+            )
+        ahead = RecallAhead(sets, step, begun) if args.tau <= 1.0 else None  # a cosine is at most 1
         if ahead is not None:
             self._side.submit(ahead.choose)
-        places_BKT = self._recall_at_once(step)
+        places_BKT = self._recall_at_once(step, begun)
         if ahead is not None:
             self._side.submit(ahead.plan_and_fill)
-        attend_one(q, cu_tokens, places_BKT, begun.now.attended, sets.kv, scale, out, lse)
+        attend_one(step.q_NHD, args.cu_tokens, places_BKT, begun.now.attended, sets.kv, args.scale, out, lse)
         if ahead is not None:
             self._side.submit(ahead.fill_read)
-        if layer == self._last_layer:
+        if args.layer == self._last_layer:
             self._side.join()
         return out, lse, begun.corrected_BK
 
-    def _recall_at_once(self, step: LayerStep) -> Tensor:
+    def _recall_at_once(self, step: LayerStep, begun: BegunLayer) -> Tensor:
         """For KV heads that were corrected, or for which nothing was chosen ahead: choose and bring pages now. Returns the
         device pages that all KV heads attend to, [B, K, T].
         """
-        begun, tensors, limits = step.begun, step.tensors, step.choosing.limits
         sets = self.sets.tensors
         bounds_BHT = page_bounds(
-            begun.probe_BHD, sets.summaries, tensors.table_BT, begun.now.between, begun.wanted_BK, limits.n_sinks
+            begun.probe_BHD, sets.summaries, step.table_BT, begun.now.between, begun.wanted_BK, step.limits.n_sinks
         )
-        rows, made, places_BKT = self._plan_now(step, begun.needs_BK, bounds_BHT)
+        rows, made, places_BKT = self._plan_now(step, begun, begun.needs_BK, bounds_BHT)
         recall_pages(sets.host_kv, sets.kv, rows, made)
         return places_BKT
 
-    def _plan_now(self, step: LayerStep, needs_BK: Tensor, bounds_BHT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _plan_now(
+        self, step: LayerStep, begun: BegunLayer, needs_BK: Tensor, bounds_BHT: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Moves, which of them are to be made, and what is attended to: see ``plan_now``."""
-        begun, tensors, choosing = step.begun, step.tensors, step.choosing
         return plan_now(
             self.sets.tensors,
             bounds_BHT,
-            tensors.table_BT,
-            tensors.kv_len_B,
+            step.table_BT,
+            step.kv_len_B,
             begun.now,
             begun.blocks_B,
             needs_BK,
-            choosing.limits,
-            choosing.pooling,
-            choosing.softmax_scale,
+            step.limits,
+            step.args.pooling,
+            step.args.softmax_scale,
         )
 
-    def _read_prompts(
-        self,
-        limits: PageLimits,
-        tokens: tuple[Tensor, Tensor, Tensor, Tensor],
-        cu_tokens: Tensor,
-        remaining_N: Tensor,
-        tables: tuple[Tensor, Tensor],
-        prompt_len_B: Tensor,
-        scale: float,
-        results: tuple[Tensor, Tensor],
-    ) -> None:
-        """Chunks of prompts, one by one. ``tokens``: q, k, v and positions; ``results``: out and lse."""
-        ends, prompts, lengths = cu_tokens.tolist(), prompt_len_B.tolist(), tables[1].tolist()
-        remaining = remaining_N.tolist()
+    def _read_prompts(self, step: LayerStep, out: Tensor, lse: Tensor) -> None:
+        """Chunks of prompts, one by one: rows of ``out`` and ``lse``."""
+        args, limits = step.args, step.limits
+        ends, prompts, lengths = args.cu_tokens.tolist(), args.prompt_len.tolist(), step.kv_len_B.tolist()
+        remaining = args.prompt_remaining.tolist()
         for b, (begin, end) in enumerate(pairwise(ends)):
             if begin == end or remaining[end - 1] < 0:
                 continue
@@ -267,10 +199,10 @@ class DeviceRecall:
                     expected=f"at most {self._longest_prompt}",
                     fix="send a shorter prompt, or plan for longer ones",
                 )
-            pages = tables[0][b, : -(-lengths[b] // limits.page_size)].tolist()
+            pages = step.table_BT[b, : -(-lengths[b] // limits.page_size)].tolist()
             begins = lengths[b] == end - begin
             block = self.sets.allocate(pages[0]) if begins else self.sets.block(pages[0])
-            q, k, v, positions = (tensor[begin:end] for tensor in tokens)
-            found = self.prompts.attend(block, limits, pages, lengths[b], q, k, v, positions, scale)
-            for tensor, rows in zip(results, found, strict=True):
-                tensor[begin:end] = rows
+            q, k, v, positions = (tensor[begin:end] for tensor in (step.q_NHD, args.k, args.v, args.positions))
+            out[begin:end], lse[begin:end] = self.prompts.attend(
+                block, limits, pages, lengths[b], q, k, v, positions, args.scale
+            )

@@ -8,7 +8,7 @@ from torch import Tensor
 from trt_kv.errors import CapacityError
 from trt_kv.plugins.attention_triton import append_tokens, attend_chunks
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.plugins.recall_attention.recall_triton import recall_pages
+from trt_kv.runtime.backends.cuda.recall.recall_pages import recall_pages
 from trt_kv.runtime.backends.cuda.recall.working_set import DeviceSets
 from trt_kv.runtime.backends.host.recall.prompt_attention import BLOCK_TOKENS
 
@@ -107,7 +107,7 @@ class PromptStaging:
         return out, lse
 
     def _place(self, block: int, limits: PageLimits, number: int) -> int:
-        """The device page of a sink or one of the newest pages; ``working_set_kernels.own_page`` says the same."""
+        """The device page of a sink or one of the newest pages; ``moves_kernels.own_page`` says the same."""
         own = number if number < limits.n_sinks else limits.n_sinks + number % limits.n_newest
         return block * self._sets.sizes.n_pages + own
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.layer_budget import LayerBudget
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.plugins.recall_attention.working_set_triton import WorkingSets
 from trt_kv.program import Program, finds_budgets, recall_nodes
+from trt_kv.runtime.backends.cuda.recall.moves import WorkingSets
 from trt_kv.runtime.backends.host.recall.layer import staging_slots
 from trt_kv.runtime.cache.page_pool import PagePool
 

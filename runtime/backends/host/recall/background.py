@@ -97,19 +97,6 @@ class ThreadedCopies:
         self._pool.shutdown()
 
 
-class SynchronousCopies:
-    """Nothing overlaps: jobs run when somebody waits for them, in the order in which they came."""
-
-    def submit(self, job: Job) -> None:
-        """Nothing yet."""
-
-    def settle(self, job: Job) -> None:
-        settle_in_place(job)
-
-    def close(self) -> None:
-        """Nothing runs."""
-
-
 def settle_in_place(job: Job) -> None:
     """Do a job and those before it on the current thread, or wait for the threads that have begun them."""
     if (before := job.after) is not None:

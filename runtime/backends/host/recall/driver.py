@@ -4,10 +4,10 @@ Order of events in one layer of one decode step i of one sequence (``docs/decisi
 
     main thread                                          background
     join: all jobs of this layer have ended              ...
-    take over what ticket i-1 brought
+    take over what prefetch i-1 brought
     append the token; test drift
     recall at once for heads that drifted
-    submit ticket i (with this step's query) --------->  choose pages for step i+1
+    submit prefetch i (with this step's query) --------->  choose pages for step i+1
     attention over the working set                       fill slots that attention does not read
     attention_done ----------------------------------->  fill the slots of pages that are not wanted any more
     next layers, next step ...
@@ -21,19 +21,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trt_kv.errors import RecallError
+from trt_kv.plugins.adaptive_budget.arguments import Arguments as BudgetArguments
 from trt_kv.plugins.adaptive_budget.cpu import budget_of_row
 from trt_kv.plugins.attention_cpu import attend_tables
 from trt_kv.plugins.paging import Floats, Ints, pages_of
+from trt_kv.plugins.recall_attention.arguments import Arguments as RecallArguments
 from trt_kv.plugins.recall_attention.page_counts import PageLimits, budget_tokens
-from trt_kv.plugins.registry import Kernel
+from trt_kv.plugins.registry import Implementation, Kernel, called_by_name
 from trt_kv.runtime.backends.host.recall.background import Copies
 from trt_kv.runtime.backends.host.recall.layer import Choice, LayerStreams
 from trt_kv.runtime.backends.host.recall.prompt_attention import last_query_row
 from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
 from trt_kv.runtime.backends.host.recall.store import HostTier
-from trt_kv.runtime.backends.host.recall.working_set import Ticket, WorkingSet, planned_moves
+from trt_kv.runtime.backends.host.recall.working_set import Prefetch, WorkingSet, planned_moves
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
@@ -71,7 +74,8 @@ class StreamedRecall:
     @property
     def kernels(self) -> Mapping[str, Kernel]:
         """What runs instead of the ops' own kernels."""
-        return {"RecallAttention": self.attend, "AdaptiveBudget": self.find_budget}
+        own: dict[str, Implementation] = {"RecallAttention": self.attend, "AdaptiveBudget": self.find_budget}
+        return {op: called_by_name(op, run) for op, run in own.items()}
 
     @property
     def used_bytes(self) -> dict[str, int]:
@@ -80,117 +84,82 @@ class StreamedRecall:
         n_host = self.host.n_pages - self.host.n_free
         return {"host": self.host.used_bytes, "device": self.device.used_bytes, "summaries": n_host * summary_bytes}
 
-    def attend(
-        self,
-        *,
-        q: Floats,
-        k: Floats,
-        v: Floats,
-        cu_tokens: Ints,
-        prompt_remaining: Ints,
-        page_table: Ints,
-        kv_len: Ints,
-        prompt_len: Ints,
-        found_budget: Ints,
-        query_rows: Ints,
-        layer: int,
-        scale: float,
-        page_size: int,
-        kept_share: float,
-        kept_tokens: int,
-        sinks: int,
-        recent: int,
-        tau: float,
-        summary: int,
-        pooling: int,
-        softmax_scale: float,
-        **_states: Any,
-    ) -> tuple[Floats, Floats, Ints]:
+    def attend(self, args: RecallArguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
         """RecallAttention as its spec says; the states that the spec keeps in the pool are kept here."""
         streams = self._streams
-        out, lse = np.zeros(q.shape, np.float32), np.zeros(q.shape[:2], np.float32)
-        corrected = np.zeros((kv_len.shape[1], k.shape[1]), np.int64)
-        limits = PageLimits(page_size=page_size, sinks=sinks, recent=recent)
+        out, lse = np.zeros(args.q.shape, np.float32), np.zeros(args.q.shape[:2], np.float32)
+        corrected = np.zeros((args.kv_len.shape[1], args.k.shape[1]), np.int64)
+        limits = PageLimits(page_size=args.page_size, sinks=args.sinks, recent=args.recent)
         decoding: list[tuple[int, Ints, int]] = []
-        tickets: list[Ticket] = []
+        prefetches: list[Prefetch] = []
         try:
-            for b in np.flatnonzero(np.diff(cu_tokens)):
-                rows, n_cached = slice(cu_tokens[b], cu_tokens[b + 1]), int(kv_len[layer, b])
-                row, last = int(query_rows[layer, b]), rows.stop - 1
+            for b in np.flatnonzero(np.diff(args.cu_tokens)):
+                rows, n_cached = slice(args.cu_tokens[b], args.cu_tokens[b + 1]), int(args.kv_len[args.layer, b])
+                row, last = int(args.query_rows[args.layer, b]), rows.stop - 1
                 choice = Choice(
                     limits=limits,
-                    budget=budget_tokens(int(prompt_len[b]), int(found_budget[layer, b]), kept_share, kept_tokens),
-                    tau=tau,
-                    pooling=pooling,
-                    softmax_scale=softmax_scale,
-                    pages=pages_of(page_table, layer, b, n_cached, page_size),
+                    budget=budget_tokens(
+                        int(args.prompt_len[b]), int(args.adaptive_budget[args.layer, b]), args.kept_share, args.kept_tokens
+                    ),
+                    tau=args.tau,
+                    pooling=args.pooling,
+                    softmax_scale=args.softmax_scale,
+                    pages=pages_of(args.page_table, args.layer, b, n_cached, args.page_size),
                 )
                 working_set = self._working_set(row, limits)
                 try:
-                    if prompt_remaining[last] >= 0:
+                    if args.prompt_remaining[last] >= 0:
                         out[rows], lse[rows] = streams.read_prompt(
-                            working_set, choice, q[rows], k[rows], v[rows], summary, scale
+                            working_set, choice, args.q[rows], args.k[rows], args.v[rows], args.summary, args.scale
                         )
-                        if prompt_remaining[last] == 0:
+                        if args.prompt_remaining[last] == 0:
                             self._first_choices[row] = choice
                             if not self._finds_budgets:
-                                streams.recall_ahead(working_set, choice, tickets)
+                                streams.recall_ahead(working_set, choice, prefetches)
                     else:
-                        corrected[b] = streams.before_attention(layer, working_set, choice, q[last], k[last], v[last], summary)
+                        corrected[b] = streams.before_attention(
+                            args.layer, working_set, choice, args.q[last], args.k[last], args.v[last], args.summary
+                        )
                         attended_KT = working_set.attended()
                         n_left_out = len(choice.pages) - attended_KT.shape[1]
-                        decoding.append((last, attended_KT, n_cached - n_left_out * page_size))
-                        streams.recall_ahead(working_set, choice, tickets)
+                        decoding.append((last, attended_KT, n_cached - n_left_out * args.page_size))
+                        streams.recall_ahead(working_set, choice, prefetches)
                 except RecallError as error:
                     working_set.failure = error
             if decoding:
-                with self._trace.span("attention", layer=layer):
-                    attend_tables(q, decoding, self.device.kv, scale, out, lse)
+                with self._trace.span("attention", layer=args.layer):
+                    attend_tables(args.q, decoding, self.device.kv, args.scale, out, lse)
         finally:
-            for ticket in tickets:
-                ticket.attention_done.set()
+            for prefetch in prefetches:
+                prefetch.attention_done.set()
         return out, lse, corrected
 
-    def find_budget(
-        self,
-        *,
-        q: Floats,
-        lse: Floats,
-        cu_tokens: Ints,
-        evict: Ints,
-        page_table: Ints,
-        kv_len: Ints,
-        layer: int,
-        scale: float,
-        page_size: int,
-        threshold: float,
-        sinks: int,
-        recent: int,
-        protected_in_norm: int,
-        **_others: Any,
-    ) -> tuple[Ints]:
+    def find_budget(self, args: BudgetArguments[NDArray[Any]]) -> tuple[Ints]:
         """AdaptiveBudget for row "query" and newest first, over the cache on the host."""
-        budget = kv_len[layer].copy()
-        for b in np.flatnonzero((evict == 1) & (np.diff(cu_tokens) > 0)):
-            n_cached, last, row = int(kv_len[layer, b]), int(cu_tokens[b + 1]) - 1, int(page_table[layer, b, 0])
+        budget = args.kv_len[args.layer].copy()
+        for b in np.flatnonzero((args.evict == 1) & (np.diff(args.cu_tokens) > 0)):
+            n_cached, row = int(args.kv_len[args.layer, b]), int(args.page_table[args.layer, b, 0])
+            last = int(args.cu_tokens[b + 1]) - 1
             working_set, choice = self.sets[row], self._first_choices[row]
             try:
-                if n_cached > sinks + recent:
+                if n_cached > args.sinks + args.recent:
                     self._streams.join(working_set)
-                    full = choice.pages[: n_cached // page_size]
-                    open_page = self.device.kv[[working_set.page_of(n_cached // page_size)]]
-                    row_HS = last_query_row(q[last], lse[last], n_cached, full, open_page, self._streams.read_pages, scale)
+                    full = choice.pages[: n_cached // args.page_size]
+                    open_page = self.device.kv[[working_set.page_of(n_cached // args.page_size)]]
+                    row_HS = last_query_row(
+                        args.q[last], args.lse[last], n_cached, full, open_page, self._streams.read_pages, args.scale
+                    )
                     slots_KS = np.broadcast_to(np.arange(n_cached), (self.device.kv.shape[2], n_cached))
-                    protected_KP = np.concatenate([slots_KS[:, :sinks], slots_KS[:, n_cached - recent :]], axis=1)
-                    candidates_KC = slots_KS[:, sinks : n_cached - recent][:, ::-1]
-                    budget[b] = budget_of_row(row_HS, protected_KP, candidates_KC, threshold, protected_in_norm)
-                tickets: list[Ticket] = []
-                self._streams.recall_ahead(working_set, dataclasses.replace(choice, budget=int(budget[b])), tickets)
+                    protected_KP = np.concatenate([slots_KS[:, : args.sinks], slots_KS[:, n_cached - args.recent :]], axis=1)
+                    candidates_KC = slots_KS[:, args.sinks : n_cached - args.recent][:, ::-1]
+                    budget[b] = budget_of_row(row_HS, protected_KP, candidates_KC, args.threshold, args.protected_in_norm)
+                prefetches: list[Prefetch] = []
+                self._streams.recall_ahead(working_set, dataclasses.replace(choice, budget=int(budget[b])), prefetches)
             except RecallError as error:
                 working_set.failure = error
                 continue
-            for ticket in tickets:
-                ticket.attention_done.set()
+            for prefetch in prefetches:
+                prefetch.attention_done.set()
         return (budget,)
 
     def fork(self, pages: Ints, twin_pages: Ints) -> None:
@@ -217,8 +186,8 @@ class StreamedRecall:
             working_set = self.sets.get(row)
             self._first_choices.pop(row, None)
             if working_set is not None:
-                if working_set.ticket is not None:
-                    working_set.ticket.attention_done.set()  # a step that was interrupted may not have come to it
+                if working_set.prefetch is not None:
+                    working_set.prefetch.attention_done.set()  # a step that was interrupted may not have come to it
                 if working_set.lane is not None:
                     self._copies.settle(working_set.lane)
                 working_set.release()

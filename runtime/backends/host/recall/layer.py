@@ -15,7 +15,7 @@ from trt_kv.runtime.backends.host.recall.background import Copies, Job, Work, jo
 from trt_kv.runtime.backends.host.recall.prompt_attention import attend_prompt
 from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
 from trt_kv.runtime.backends.host.recall.store import HostTier
-from trt_kv.runtime.backends.host.recall.working_set import NO_PAGE, Move, Ticket, WorkingSet, in_turn, moves_to
+from trt_kv.runtime.backends.host.recall.working_set import NO_PAGE, Move, Prefetch, WorkingSet, in_turn, moves_to
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.trace import Trace
 
@@ -90,7 +90,7 @@ class LayerStreams:
         self, layer: int, working_set: WorkingSet, choice: Choice, q: Floats, k: Floats, v: Floats, summary: int
     ) -> np.ndarray:
         """Everything that decides what a generated token attends to; which KV heads were corrected, [K] bool."""
-        ticket = self.join(working_set)
+        prefetch = self.join(working_set)
         size = choice.limits.page_size
         working_set.append(k, v)
         n_tokens = working_set.n_tokens
@@ -110,7 +110,7 @@ class LayerStreams:
         counts.layer_steps_L[layer] += 1
         counts.corrected_LK[layer] += drifted_K
         counts.corrected_layer_steps_L[layer] += drifted_K.any()
-        counts.moved_ahead_L[layer] += ticket.n_moved if ticket is not None else 0
+        counts.moved_ahead_L[layer] += prefetch.n_moved if prefetch is not None else 0
         counts.moved_at_once_L[layer] += n_moved
         return drifted_K
 
@@ -133,8 +133,8 @@ class LayerStreams:
                 raise _lost(error) from error
             return len(moves)
 
-    def recall_ahead(self, working_set: WorkingSet, choice: Choice, tickets: list[Ticket]) -> None:
-        """Submit the ticket for the next step, which will have one token more.
+    def recall_ahead(self, working_set: WorkingSet, choice: Choice, prefetches: list[Prefetch]) -> None:
+        """Submit the prefetch for the next step, which will have one token more.
 
         Where a KV head was corrected, all have been ranked with this query, and they choose the same again unless the next
         step has other pages to choose from.
@@ -144,29 +144,29 @@ class LayerStreams:
         n_next = working_set.n_tokens + 1
         n_chosen = choice.n_chosen(n_next)
         working_set.make_room(n_chosen + staging_slots(n_chosen))
-        ticket = Ticket(held_KS=working_set.held_KS.copy())
+        prefetch = Prefetch(held_KS=working_set.held_KS.copy())
         query_HD, attended_KC = working_set.query_HD, working_set.chosen_KC
         same_pages = choice.limits.choosable(n_next) == choice.limits.choosable(working_set.n_tokens)
         ranked_KC = working_set.ranked_KC if same_pages else None
 
         def work() -> Iterator[Event | None]:
             if ranked_KC is not None:
-                ticket.chosen_KC = ranked_KC
+                prefetch.chosen_KC = ranked_KC
             else:
                 with self.trace.span("choose pages"):
-                    ticket.chosen_KC = self._choose(query_HD, choice, n_next)
-            moves = moves_to(ticket.chosen_KC, ticket.held_KS, attended_KC, range(len(ticket.held_KS)))
-            ticket.n_moved = len(moves)
-            for step in in_turn(moves, ticket):
+                    prefetch.chosen_KC = self._choose(query_HD, choice, n_next)
+            moves = moves_to(prefetch.chosen_KC, prefetch.held_KS, attended_KC, range(len(prefetch.held_KS)))
+            prefetch.n_moved = len(moves)
+            for step in in_turn(moves, prefetch):
                 if isinstance(step, Event):
                     with self.trace.span("waiting for attention"):
                         yield step
                     continue
-                self._bring(working_set, choice.pages, step, ticket.held_KS)
+                self._bring(working_set, choice.pages, step, prefetch.held_KS)
                 yield None
 
-        tickets.append(ticket)
-        working_set.ticket = ticket
+        prefetches.append(prefetch)
+        working_set.prefetch = prefetch
         self._submit(working_set, "recalling pages", work)
 
     def _choose(self, query_HD: Floats, choice: Choice, n_tokens: int) -> Ints:
@@ -208,8 +208,8 @@ class LayerStreams:
         working_set.lane = Job(what, traced, after=working_set.lane)
         self.copies.submit(working_set.lane)
 
-    def join(self, working_set: WorkingSet) -> Ticket | None:
-        """Wait until every job of this layer and sequence has ended; take over and return what a ticket brought."""
+    def join(self, working_set: WorkingSet) -> Prefetch | None:
+        """Wait until every job of this layer and sequence has ended; take over and return what a prefetch brought."""
         if working_set.failure is not None:
             raise working_set.failure
         if working_set.lane is None:
@@ -219,10 +219,10 @@ class LayerStreams:
             join(self.copies, working_set.lane)
         self.statistics.waited_ms += 1e3 * (time.perf_counter() - begin)
         working_set.lane = None
-        ticket, working_set.ticket = working_set.ticket, None
-        if ticket is not None:
-            working_set.held_KS, working_set.chosen_KC = ticket.held_KS, ticket.chosen_KC
-        return ticket
+        prefetch, working_set.prefetch = working_set.prefetch, None
+        if prefetch is not None:
+            working_set.held_KS, working_set.chosen_KC = prefetch.held_KS, prefetch.chosen_KC
+        return prefetch
 
     def _write_now(self, page: int, kv_2KPD: Floats) -> None:
         try:

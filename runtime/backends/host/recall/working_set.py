@@ -35,10 +35,10 @@ class Move:
 
 
 @dataclass(kw_only=True)
-class Ticket:
+class Prefetch:
     """One layer's recall for the next step: its own flags, its own page lists, and the job that moves its pages.
 
-    The working set takes over ``held_KS`` and ``chosen_KC`` when the ticket is joined, and not before.
+    The working set takes over ``held_KS`` and ``chosen_KC`` when the prefetch is joined, and not before.
     """
 
     attention_done: threading.Event = field(default_factory=threading.Event)
@@ -61,7 +61,7 @@ class WorkingSet:
         """The query of the last token."""
         self.lane: Job | None = None
         """The last job on this layer and sequence: when it has ended, all have."""
-        self.ticket: Ticket | None = None
+        self.prefetch: Prefetch | None = None
         self.failure: TrtKvError | None = None
         n_kv_heads = device.kv.shape[2]
         self.held_KS: Ints = np.empty((n_kv_heads, 0), np.int64)
@@ -219,11 +219,11 @@ def planned_moves(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Ints
     return moves_M4[:n_moves]
 
 
-def in_turn(moves: Iterable[Move], ticket: Ticket) -> Iterator[Move | threading.Event]:
-    """The moves of a ticket; before the first that would overwrite what is being read, the event to wait for."""
+def in_turn(moves: Iterable[Move], prefetch: Prefetch) -> Iterator[Move | threading.Event]:
+    """The moves of a prefetch; before the first that would overwrite what is being read, the event to wait for."""
     waited = False
     for move in moves:
         if move.waits and not waited:
-            yield ticket.attention_done
+            yield prefetch.attention_done
             waited = True
         yield move

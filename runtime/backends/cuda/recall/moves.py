@@ -14,8 +14,8 @@ from torch import Tensor
 
 from trt_kv.plugins.recall_attention.choice_triton import CHOICE_WARPS, PageCounts, choice_arguments
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.plugins.recall_attention.working_set_kernels import now_kernel, plan_kernel
 from trt_kv.plugins.triton_launch import launch, power_of_2
+from trt_kv.runtime.backends.cuda.recall.moves_kernels import now_kernel, plan_kernel
 
 _TILE = 256
 

@@ -1,4 +1,4 @@
-"""The Triton functions behind ``working_set_triton.py``, which starts them and says what the letters mean."""
+"""The Triton functions behind ``moves.py``, which starts them and says what the letters mean."""
 
 import triton
 import triton.language as tl
@@ -50,7 +50,7 @@ def plan_for_head(
     BLOCK: tl.constexpr,
 ) -> None:
     """The pages that a KV head wants and no slot holds, each into a slot whose page it does not want, first into those that the
-    running step does not read, in order. The same rule as ``working_set.planned_moves``.
+    running step does not read, in order. The same rule as the host's ``planned_moves``.
 
     AHEAD: the running step reads the first ``n_read`` of the pages chosen for it. All pointers are to this KV head's.
     """

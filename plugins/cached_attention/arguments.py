@@ -1,0 +1,25 @@
+"""What implementations of CachedAttention are given; ``spec.py`` says what it means."""
+
+from dataclasses import dataclass
+from typing import Generic
+
+from trt_kv.plugins.tensors import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Generic[Array]):
+    """The spec's inputs and attributes: numpy arrays on the host, torch tensors on a device. States are updated in place."""
+
+    q: Array
+    k: Array
+    v: Array
+    positions: Array
+    cu_tokens: Array
+    slots: Array
+    page_table: Array
+    kv_len: Array
+    kv: Array
+    token_positions: Array
+    layer: int
+    scale: float
+    page_size: int
