@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.serving import CHUNK, assert_idle, engine_under, prompts_of, small_policy
 from trt_kv.errors import CapacityError
 from trt_kv.layer_budget import LayerBudget
-from trt_kv.plugins.paging import Ints
+from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.runtime.backends.host.recall.layer import staging_slots
@@ -151,7 +151,7 @@ class Recalling(Simulation):
     ) -> None:
         self.host, self.device, self.budgets, self.limits, self.host_layers = host, device, budgets, limits, host_layers
         self.sets: dict[int, WorkingSet] = {}
-        resources = [
+        resources: list[Resource] = [
             WorkingSetPages(
                 device, limits=[limits if layer in host_layers else None for layer in range(len(budgets))], budgets=budgets
             ),
@@ -335,7 +335,10 @@ def test_a_step_for_which_pages_lack_leaves_every_sequence_as_it_was(phase: str,
 
         before, rest = state(), prompts[1][CHUNK:]
         fed = [int(np.argmax(row)) for row in logits]
-        step = {"decode": lambda: runner.decode(sequences, fed), "prefill": lambda: runner.prefill(sequences[1], rest)}[phase]
+
+        def step() -> Floats:
+            return runner.decode(sequences, fed) if phase == "decode" else runner.prefill(sequences[1], rest)
+
         with pytest.raises(CapacityError, match="KV pool is full"):
             step()
         assert state() == before

@@ -117,7 +117,12 @@ def test_weights_that_are_mapped_are_not_free(machine: Path) -> None:
 
 def test_loading_subtracts_the_weights(small_folder: Path, small_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(host_load, "free_for_cache", lambda n_bytes: asked.append(n_bytes) or 10 * MB)
+
+    def free_for_cache(mapped_bytes: int) -> int:
+        asked.append(mapped_bytes)
+        return 10 * MB
+
+    monkeypatch.setattr(host_load, "free_for_cache", free_for_cache)
     Engine.load(small_folder, n_threads=1)
     files = small_engine.manifest.files
     assert asked == [sum(record.n_bytes for name, record in files.items() if name.endswith(".data"))]

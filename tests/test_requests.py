@@ -45,7 +45,7 @@ def test_params_and_options_together_are_refused(small_engine: Engine) -> None:
     (prompt,) = prompts_of(small_engine, (20,))
     for ask in (small_engine.generate, small_engine.stream, small_engine.submit):
         with pytest.raises(UsageError, match="sampling is told twice") as caught:
-            ask(prompt, SamplingParams(), top_k=3)  # type: ignore[operator]
+            ask(prompt, SamplingParams(), top_k=3)
         assert "top_k" in str(caught.value)
     assert_nothing_leaked(small_engine)
 
