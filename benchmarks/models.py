@@ -24,6 +24,7 @@ from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
@@ -153,7 +154,7 @@ def model_runner(
         )
         for phase in PHASES
     }
-    return ModelRunner(executor, pool, programs, chunk=chunk, implementation=implementation)
+    return host_runner(executor, pool, programs, chunk=chunk, implementation=implementation)
 
 
 def random_tokens(n_tokens: int, vocab_size: int, *, seed: int = 0) -> list[int]:

@@ -18,7 +18,7 @@ from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
-from trt_kv.runtime.text.detokenizer import load_tokenizer
+from trt_kv.runtime.text.tokenizer import load_tokenizer
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 Prompt = str | Sequence[int]
@@ -212,8 +212,8 @@ class Engine:
         found["reserved"] = {resource.name: {"used": used, "total": resource.total} for resource, used in resources}
         pools = [self.runner.pool, *([self.runner.tiers.host] if self.runner.tiers is not None else [])]
         found["pages"] = {pool.name: {"used": pool.n_pages - pool.n_free, "total": pool.n_pages} for pool in pools}
-        if self.runner.recall is not None:
-            found["recall"] = self.runner.recall.statistics.to_json()
+        if self.runner.tiers is not None and self.runner.tiers.statistics is not None:
+            found["recall"] = self.runner.tiers.statistics.to_json()
         return found
 
     def close(self) -> None:

@@ -8,9 +8,7 @@ import numpy as np
 from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers
-from trt_kv.runtime.backends.base import DenseExecutor, StepExecutor
-from trt_kv.runtime.backends.host.executor import SplitStepExecutor
-from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.base import StepExecutor
 from trt_kv.runtime.backends.step import Ints, Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
@@ -25,7 +23,7 @@ DEFAULT_CHUNK = 512
 
 
 class ModelRunner:
-    """One model on one executor with one KV pool. A dense executor is joined with the KV ops' kernels of ``implementation``.
+    """One model on one executor of steps, with one KV pool.
 
     ``programs`` holds the KV ops of the phases "prefill" and "decode"; ``decode`` is the policy's. Prefill runs one sequence at
     a time, so that a sequence's chunks, and with them its rounding, do not depend on its neighbours.
@@ -33,33 +31,24 @@ class ModelRunner:
 
     def __init__(
         self,
-        executor: DenseExecutor | StepExecutor,
+        executor: StepExecutor,
         pool: KvPool[Any],
         programs: Mapping[str, Program],
         *,
         chunk: int = DEFAULT_CHUNK,
         decode: str = "row",
         decode_distance: int = 25,
-        implementation: str = "cpu",
-        recall: StreamedRecall | None = None,
         tiers: Tiers | None = None,
         trace: Trace = NO_TRACE,
     ) -> None:
-        """``recall`` runs RecallAttention over a cache on the host, with ``pool`` as the device; so do other ``tiers``, whose
-        kernels an executor of whole steps has been given. Without both, the op's kernel runs over the whole cache in ``pool``.
+        """``tiers``: a cache on the host, with ``pool`` as the device, whose kernels ``executor`` has been given. None: every
+        layer's cache is in ``pool``.
         """
         self.pool = pool
-        self.recall = recall
-        self.tiers = recall or tiers
+        self.tiers = tiers
         self._trace = trace
         self.chunk = chunk
-        self._executor = (
-            executor
-            if isinstance(executor, StepExecutor)
-            else SplitStepExecutor(
-                executor, programs, implementation=implementation, kernels=recall.kernels if recall is not None else None
-            )
-        )
+        self._executor = executor
         self._host_layers = recalling_layers(programs["decode"])
         self._decode = decode
         self._decode_distance = decode_distance

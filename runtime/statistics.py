@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from trt_kv.runtime.backends.step import Ints
+
 SECONDS = tuple(m * 10.0**e for e in range(-4, 3) for m in (1, 2, 5))
 """Upper bounds of the buckets of times: 0.1 ms to 500 s."""
 
@@ -69,3 +73,56 @@ class EngineStatistics:
     def to_json(self) -> dict[str, Any]:
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value.to_json() if isinstance(value, Histogram) else value for name, value in found.items()}
+
+
+@dataclass(kw_only=True)
+class RecallStatistics:
+    """Counts since the last ``reset``; L layers, K KV heads. A layer-step is one layer of one generated token."""
+
+    n_layers: int
+    n_kv_heads: int
+    page_head_bytes: int
+    layer_steps_L: Ints = field(init=False)
+    corrected_LK: Ints = field(init=False)
+    corrected_layer_steps_L: Ints = field(init=False)
+    moved_ahead_L: Ints = field(init=False)
+    """Page-heads that were brought in the background."""
+    moved_at_once_L: Ints = field(init=False)
+    """Page-heads that a corrected head waited for."""
+    pages_written: int = field(init=False)
+    waited_ms: float = field(init=False)
+    """Time that steps waited for copies."""
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from nothing."""
+        self.layer_steps_L, self.corrected_layer_steps_L, self.moved_ahead_L, self.moved_at_once_L = (
+            np.zeros(self.n_layers, np.int64) for _ in range(4)
+        )
+        self.corrected_LK = np.zeros((self.n_layers, self.n_kv_heads), np.int64)
+        self.pages_written = 0
+        self.waited_ms = 0.0
+
+    @property
+    def head_rate(self) -> float:
+        """Share of (layer-step, KV head) pairs that were corrected."""
+        return float(self.corrected_LK.sum()) / max(1, int(self.layer_steps_L.sum()) * self.n_kv_heads)
+
+    @property
+    def layer_step_rate(self) -> float:
+        """Share of layer-steps in which any KV head was corrected: the steps that had to wait."""
+        return float(self.corrected_layer_steps_L.sum()) / max(1, int(self.layer_steps_L.sum()))
+
+    @property
+    def moved_bytes(self) -> int:
+        return self.page_head_bytes * int(self.moved_ahead_L.sum() + self.moved_at_once_L.sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts as lists, and the rates made from them."""
+        counts = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in dataclasses.asdict(self).items()
+        }
+        rates = {"head_rate": self.head_rate, "layer_step_rate": self.layer_step_rate, "moved_bytes": self.moved_bytes}
+        return counts | rates

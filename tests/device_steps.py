@@ -23,6 +23,7 @@ from trt_kv.program import PHASES, Program, program_of
 from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
 from trt_kv.runtime.model_runner import ModelRunner
@@ -75,10 +76,10 @@ def programs_of(policy: Policy, decoder: Decoder) -> dict[str, Program]:
     }
 
 
-def host_runner(name: str, checkpoint: Checkpoint) -> ModelRunner:
+def runner_on_the_host(name: str, checkpoint: Checkpoint) -> ModelRunner:
     policy, decoder = changed_policy(name), decoder_from_checkpoint(checkpoint)
     executor, programs = TorchDecoderExecutor(decoder), programs_of(policy, decoder)
-    return ModelRunner(executor, HostKvPool(**_pool_sizes(decoder)), programs, chunk=CHUNK, decode=policy.decode)
+    return host_runner(executor, HostKvPool(**_pool_sizes(decoder)), programs, chunk=CHUNK, decode=policy.decode)
 
 
 def device_runner(side: Side, checkpoint: Checkpoint, *, device: str = "cpu", cuda_graphs: bool | None = None) -> ModelRunner:

@@ -19,6 +19,7 @@ from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
 from trt_kv.runtime.backends.cuda.onnxruntime_segments import OnnxRuntimeDeviceDecoder
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
@@ -46,7 +47,7 @@ def on_host(engine: Path, dense: DenseExecutor | None = None) -> ModelRunner:
     manifest = load_manifest(engine)
     dense = dense or OnnxRuntimeExecutor(engine / "graphs", manifest.segments, manifest.attention_ports, n_threads=1)
     pool = HostKvPool(**_pool_sizes(manifest))
-    return ModelRunner(dense, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
+    return host_runner(dense, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
 
 
 def two_rows(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from trt_kv.runtime.backends.base import Attend
 from trt_kv.runtime.backends.host.recall.background import Copies, Job
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import HostTier, RamTier
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
@@ -173,7 +174,7 @@ def runner_of(
             n_layers=model.n_layers,
             finds_budgets=finds_budgets(programs["prefill"]),
         )
-    return ModelRunner(model, pool, programs, chunk=chunk, decode=policy.decode, recall=recall)
+    return host_runner(model, pool, programs, chunk=chunk, decode=policy.decode, recall=recall)
 
 
 def prompt_of(n_tokens: int, *, seed: int = 0) -> list[int]:
@@ -194,7 +195,7 @@ def generate(runner: ModelRunner, prompt: list[int], n_new: int) -> Floats:
 def check_integrity(runner: ModelRunner, *living: SequenceCache) -> None:
     """Every page of every tier is free, or is one living sequence's."""
     on_device = [page for sequence in living for page in sequence.pages]
-    if runner.recall is not None:
-        runner.recall.host.check_integrity(page for s in living for page in s.pages_in(runner.recall.host))
-        on_device += [page for working_set in runner.recall.sets.values() for page in working_set.pages]
+    if isinstance(runner.tiers, StreamedRecall):
+        runner.tiers.host.check_integrity(page for s in living for page in s.pages_in(runner.tiers.host))
+        on_device += [page for working_set in runner.tiers.sets.values() for page in working_set.pages]
     runner.pool.check_integrity(on_device)

@@ -23,7 +23,7 @@ from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.text.detokenizer import load_tokenizer
+from trt_kv.runtime.text.tokenizer import load_tokenizer
 
 POLICY = policy_with(
     policy_from_name("freekv"), {"tokens": 224, "sinks": 32, "recent": 32, "drift": "calibrated", "exempt_layers": (3,)}

@@ -23,7 +23,7 @@ from trt_kv.runtime import memory
 from trt_kv.runtime.backends.host import load as loading_module
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.reservation import RequestSize
-from trt_kv.runtime.text.detokenizer import load_tokenizer
+from trt_kv.runtime.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,6 +22,7 @@ from trt_kv.policy import kept_tokens
 from trt_kv.presets import PRESETS
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
 from trt_kv.runtime.cache.sequence import SequenceCache
@@ -139,7 +140,7 @@ def test_a_budget_of_100_percent_gives_exactly_the_full_logits(
 
 def test_onnxruntime_pieces_equal_the_torch_decoder(full_engine: Engine, bundled_checkpoint: Checkpoint) -> None:
     executor = TorchDecoderExecutor(decoder_from_checkpoint(bundled_checkpoint))
-    torch_runner = ModelRunner(executor, full_engine.runner.pool, full_engine.manifest.programs, chunk=CHUNK)
+    torch_runner = host_runner(executor, full_engine.runner.pool, full_engine.manifest.programs, chunk=CHUNK)
     ids = full_engine.encode(evaluation_tasks(1, context_length=150, n_facts=4)[0].prompt)
     ours, theirs = (Run.prefilled(runner, ids) for runner in (full_engine.runner, torch_runner))
     for token_id in random_ids(full_engine, 8, seed=3):
@@ -232,7 +233,7 @@ def test_importance_is_transformers_attention(window: int, full_engine: Engine, 
     programs = {phase: program_of(policy, phase=phase, n_layers=len(SHARES), scale=32**-0.5, page_size=32) for phase in PHASES}
     steps = full_engine.runner._executor
     assert isinstance(steps, SplitStepExecutor)
-    runner = ModelRunner(steps.dense, full_engine.runner.pool, programs, chunk=CHUNK)
+    runner = host_runner(steps.dense, full_engine.runner.pool, programs, chunk=CHUNK)
     expected_LN = weights_LNN[:, -window:].sum(axis=1)
     importance_LKN = runner.importance(ids)
     np.testing.assert_allclose(importance_LKN, np.broadcast_to(expected_LN[:, None], importance_LKN.shape), atol=1e-4)
@@ -330,7 +331,7 @@ def test_kernels_and_references_decode_alike(
         pool = HostKvPool(n_pages=360, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
         pool.kv[:] = pool.scores[:] = np.nan
         pool.token_positions[:] = -(2**40)
-        runner = ModelRunner(
+        runner = host_runner(
             steps.dense,
             pool,
             programs,

@@ -28,11 +28,11 @@ from trt_kv.plugins.registry import kernel, op_specs
 from trt_kv.policies import policy_from_name
 from trt_kv.program import PHASES, Program, program_of
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.model_runner import ModelRunner
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("full_folder", "half_folder", "small_folder")
@@ -252,7 +252,7 @@ def test_segments_of_every_kind_of_model_equal_the_torch_decoder(sample: str, tm
         TorchDecoderExecutor(decoder_from_checkpoint(checkpoint)),
     )
     for executor in executors:
-        runner = ModelRunner(executor, pool, programs, chunk=16)
+        runner = host_runner(executor, pool, programs, chunk=16)
         sequence = runner.new_sequence()
         ids = [int(i) for i in np.random.default_rng(0).integers(0, config.vocab_size, 50)]
         steps = [runner.prefill(sequence, ids[:45], all_logits=True)]

@@ -14,6 +14,7 @@ from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.model_runner import ModelRunner
 
@@ -31,7 +32,7 @@ def runner_of(engine: Engine, policy: Policy, *, chunk: int = CHUNK, implementat
         phase: program_of(policy, phase=phase, n_layers=N_LAYERS, scale=32**-0.5, page_size=32, kept_shares=SHARES)
         for phase in PHASES
     }
-    return ModelRunner(
+    return host_runner(
         steps.dense, engine.runner.pool, programs, chunk=chunk, decode=policy.decode, implementation=implementation
     )
 

@@ -25,6 +25,7 @@ from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecuto
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import RamTier
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
@@ -73,7 +74,7 @@ def _runner(folder: Path, policy: Policy, *, streams: bool = False) -> ModelRunn
     recall = None
     if streams:
         recall = StreamedRecall(RamTier(**sizes), pool, ThreadedCopies(), n_layers=config.n_layers, finds_budgets=False)
-    return ModelRunner(executor, pool, programs, decode="keep", recall=recall)
+    return host_runner(executor, pool, programs, decode="keep", recall=recall)
 
 
 def _generated(folder: Path, policy: Policy, prompt: Sequence[int]) -> tuple[int, ...]:
@@ -109,10 +110,10 @@ def test_the_runtime_corrects_as_often_and_moves_no_more(
     policy, case = _policy(name), cases[1]
     ((_, moved),) = _run(harness, case, [policy])
     runner = _runner(full_folder, policy, streams=True)
-    assert runner.recall is not None
+    assert isinstance(runner.tiers, StreamedRecall)
     sequence = runner.new_sequence()
     runner.prefill(sequence, case.prompt)
-    n_steps, counts = len(case.fed) - 1, runner.recall.statistics
+    n_steps, counts = len(case.fed) - 1, runner.tiers.statistics
     runner.decode([sequence], case.fed[:1])
     first = counts.moved_ahead_L.sum() if policy.tau <= 1.0 else counts.moved_at_once_L.sum()
     for token in case.fed[1:-1]:
@@ -123,7 +124,7 @@ def test_the_runtime_corrects_as_often_and_moves_no_more(
     at_most = moved.ahead * (n_steps - 1) + moved.late * (n_steps - (policy.tau > 1.0))
     assert 0.5 * at_most < moves <= at_most + 1
     sequence.release()
-    runner.recall.close()
+    runner.tiers.close()
 
 
 def test_without_speculation_a_step_chooses_as_quest_does(harness: RecallHarness, cases: list[Case]) -> None:

@@ -52,8 +52,12 @@ def test_reach_answers_the_example_with_less_than_the_published_policy_that_does
     assert f"does not with {published.replace('%', ' %')}, " in README
 
 
-def test_the_python_block_runs(engine: Path) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", [*python_blocks(README), *python_blocks((ROOT / "docs" / "python.md").read_text())])
+def test_the_python_blocks_run(block: str, engine: Path) -> None:
     assert '"engines/llama3-prefixkv"' in block
     done = subprocess.run([sys.executable, "-c", block], cwd=engine.parent.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

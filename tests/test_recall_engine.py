@@ -21,6 +21,7 @@ from trt_kv.policy_settings import differences, policy_with, setting_as_text, se
 from trt_kv.runtime.backends.host.recall import driver as streamed
 from trt_kv.runtime.backends.host.recall import layer as layer_streams
 from trt_kv.runtime.backends.host.recall import working_set
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.cache import page_pool, tiered_sequence
 from trt_kv.runtime.cache import sequence as sequence_cache
 from trt_kv.runtime.engine import Engine
@@ -62,9 +63,9 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 
 def assert_nothing_leaked(engine: Engine) -> None:
-    assert engine.runner.recall is not None
+    assert isinstance(engine.runner.tiers, StreamedRecall)
     engine.runner.pool.check_integrity([])
-    engine.runner.recall.host.check_integrity([])
+    engine.runner.tiers.host.check_integrity([])
 
 
 def test_a_file_tier_and_a_batch_give_the_tokens_of_one_alone_in_memory(engine: Engine, folder: Path, tmp_path: Path) -> None:
@@ -126,8 +127,8 @@ def test_the_tiers_that_a_refusal_asks_for_are_enough(folder: Path) -> None:
 def test_a_request_whose_pages_are_lost_fails_and_the_others_go_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [random_ids(engine, n, seed=n) for n in (90, 120, 70)]
     expected = [engine.generate(prompt, max_new_tokens=15).token_ids for prompt in prompts]
-    assert engine.runner.recall is not None
-    host = engine.runner.recall.host
+    assert isinstance(engine.runner.tiers, StreamedRecall)
+    host = engine.runner.tiers.host
     read, lost = host.read_head, set[int]()
 
     def read_unless_lost(page: int, head: int, into_2PD: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from benchmarks.speed.synchronous_copies import SynchronousCopies
 from tests.recall_rig import RandomModel, StepwiseCopies, check_integrity, freekv, generate, prompt_of, runner_of
 from trt_kv.errors import CapacityError, RecallError, TrtKvError, UsageError
 from trt_kv.runtime.backends.host.recall.background import Copies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import FileTier, HostTier, host_tier_at
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
@@ -70,8 +71,8 @@ def decode_both(runner: ModelRunner, n_new: int, spoil: list[int]) -> tuple[list
     """Two sequences decode together; the host pages of the first are in ``spoil`` once its prompt was read."""
     sequences = [runner.new_sequence(), runner.new_sequence()]
     logits = [runner.prefill(sequence, prompt_of(60, seed=seed)) for seed, sequence in enumerate(sequences)]
-    assert runner.recall is not None
-    spoil += sequences[0].pages_in(runner.recall.host)
+    assert isinstance(runner.tiers, StreamedRecall)
+    spoil += sequences[0].pages_in(runner.tiers.host)
     seen = []
     for step in range(n_new):
         logits = list(runner._decode_step(sequences, [step % 7, step % 5]))
@@ -88,8 +89,8 @@ def test_the_other_sequences_of_a_batch_go_on(copies: type[Copies], monkeypatch:
     expected, failures = decode_both(runner_of(MODEL, POLICY, copies=SynchronousCopies()), 20, [])
     assert failures == [None, None]
     runner = runner_of(MODEL, POLICY, copies=copies())
-    assert runner.recall is not None
-    host = runner.recall.host
+    assert isinstance(runner.tiers, StreamedRecall)
+    host = runner.tiers.host
     read, bad = host.read_head, list[int]()
 
     def read_or_fail(page: int, head: int, into_2PD: np.ndarray) -> None:
@@ -102,7 +103,7 @@ def test_the_other_sequences_of_a_batch_go_on(copies: type[Copies], monkeypatch:
     assert "this page is gone" in str(failures[0])
     assert failures[1] is None
     np.testing.assert_array_equal(got, expected)
-    runner.recall.close()
+    runner.tiers.close()
 
 
 def test_a_sequence_that_failed_raises_unless_it_may_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from benchmarks.speed.synchronous_copies import SynchronousCopies
 from tests.recall_rig import VOCABULARY, RandomModel, StepwiseCopies, check_integrity, freekv, prompt_of, runner_of
 from trt_kv.errors import RecallError
 from trt_kv.runtime.backends.host.recall.background import Copies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import host_tier_at
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
@@ -92,8 +93,8 @@ class RecallMachine(RuleBasedStateMachine):
         for pair in list(getattr(self, "alive", [])):
             self.drop(pair)
         if hasattr(self, "streamed"):
-            assert self.streamed.recall is not None
-            assert sum(self.streamed.recall.used_bytes.values()) == 0
+            assert isinstance(self.streamed.tiers, StreamedRecall)
+            assert sum(self.streamed.tiers.used_bytes.values()) == 0
 
 
 TestRecallMachine = RecallMachine.TestCase
@@ -109,16 +110,16 @@ def long_generation(copies: Copies, tmp_path: Path, n_new: int) -> tuple[list[in
     sequence = runner.new_sequence()
     logits_V = runner.prefill(sequence, prompt_of(90))
     tokens, used = [], []
-    assert runner.recall is not None
+    assert isinstance(runner.tiers, StreamedRecall)
     for step in range(n_new):
         tokens.append(int(logits_V.argmax()) if step % 3 else step % VOCABULARY)
         (logits_V,) = runner.decode([sequence], tokens[-1:])
         if step % 500 == 499:
-            used.append(runner.recall.used_bytes | {"resident": resident_anonymous_bytes()})
+            used.append(runner.tiers.used_bytes | {"resident": resident_anonymous_bytes()})
             check_integrity(runner, sequence)
     sequence.release()
     check_integrity(runner)
-    runner.recall.close()
+    runner.tiers.close()
     return tokens, used, runner
 
 
@@ -139,6 +140,6 @@ def test_long_generations_stay_in_their_memory_and_are_those_of_the_synchronous_
     assert used[-1]["host"] > used[0]["host"]
     summaries = used[-1]["summaries"] - used[0]["summaries"]
     assert used[-1]["resident"] - used[0]["resident"] < summaries + 8 * 2**20
-    assert runner.recall is not None
-    assert runner.recall.statistics.layer_steps_L.tolist() == [n_new, n_new]
+    assert isinstance(runner.tiers, StreamedRecall)
+    assert runner.tiers.statistics.layer_steps_L.tolist() == [n_new, n_new]
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policies import policy_from_name
 from trt_kv.runtime.backends.host.recall import prompt_attention
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.layer import Choice, LayerStreams
 from trt_kv.runtime.backends.host.recall.store import host_tier_at
 from trt_kv.runtime.backends.host.recall.working_set import moves_to
@@ -74,8 +75,8 @@ def test_threads_and_files_change_nothing(where: str, tmp_path: Any) -> None:
     copies = ThreadedCopies()
     runner = runner_of(model, policy, copies=copies, host=host)
     np.testing.assert_array_equal(generate(runner, prompt_of(70), 100), expected)
-    assert runner.recall is not None
-    runner.recall.close()
+    assert isinstance(runner.tiers, StreamedRecall)
+    runner.tiers.close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,14 +139,14 @@ def test_a_prompt_is_read_block_by_block_with_the_same_result(monkeypatch: pytes
     monkeypatch.setattr(prompt_attention, "BLOCK_TOKENS", 8)
     sizes: list[int] = []
     runner = runner_of(model, policy, copies=StepwiseCopies(), chunk=16)
-    assert runner.recall is not None
-    read = runner.recall.host.read_pages
+    assert isinstance(runner.tiers, StreamedRecall)
+    read = runner.tiers.host.read_pages
 
     def read_and_count(pages: list[int]) -> Floats:
         sizes.append(len(pages))
         return read(pages)
 
-    monkeypatch.setattr(runner.recall.host, "read_pages", read_and_count)
+    monkeypatch.setattr(runner.tiers.host, "read_pages", read_and_count)
     np.testing.assert_allclose(generate(runner, prompt_of(100), 1), expected, atol=1e-5)
     assert max(sizes) == 8 // 4
 
@@ -156,8 +157,8 @@ def test_only_missing_pages_move() -> None:
     for steadiness in (0.0, 0.999):
         runner = runner_of(RandomModel(steadiness=steadiness), freekv(tau=-1.01), copies=StepwiseCopies())
         generate(runner, prompt_of(90), N_NEW)
-        assert runner.recall is not None
-        counts = runner.recall.statistics
+        assert isinstance(runner.tiers, StreamedRecall)
+        counts = runner.tiers.statistics
         assert counts.moved_at_once_L.sum() == 0
         assert counts.corrected_LK.sum() == 0
         moved[steadiness] = int(counts.moved_ahead_L.sum())
@@ -177,8 +178,8 @@ def test_a_query_ranks_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerStreams, "_choose", counted)
     runner = runner_of(RandomModel(steadiness=0.0), freekv(tau=0.99), copies=StepwiseCopies())
     generate(runner, prompt_of(90), N_NEW)
-    assert runner.recall is not None
-    counts = runner.recall.statistics
+    assert isinstance(runner.tiers, StreamedRecall)
+    counts = runner.tiers.statistics
     assert counts.head_rate == 1.0
     n_steps = int(counts.layer_steps_L[0])
     limits = PageLimits(page_size=4, sinks=3, recent=5)
@@ -191,8 +192,8 @@ def test_a_query_ranks_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_counted_is_what_happened() -> None:
     runner = runner_of(RandomModel(), freekv(tau=1.01), copies=StepwiseCopies())
     generate(runner, prompt_of(90), 11)
-    assert runner.recall is not None
-    counts = runner.recall.statistics
+    assert isinstance(runner.tiers, StreamedRecall)
+    counts = runner.tiers.statistics
     assert counts.layer_steps_L.tolist() == [10, 10, 10]
     assert counts.head_rate == counts.layer_step_rate == 1.0
     assert counts.moved_ahead_L.sum() == 0
@@ -206,7 +207,7 @@ def test_the_device_holds_the_budget_and_the_host_everything() -> None:
     """Exactly: pages of both tiers and summaries, however long the context grows."""
     model, policy = RandomModel(), freekv(tokens=32, sinks=4, recent=8)
     runner = runner_of(model, policy, copies=StepwiseCopies())
-    assert runner.recall is not None
+    assert isinstance(runner.tiers, StreamedRecall)
     sequence = runner.new_sequence()
     runner.prefill(sequence, prompt_of(150))
     runner.decode([sequence], [1])
@@ -214,14 +215,14 @@ def test_the_device_holds_the_budget_and_the_host_everything() -> None:
     page_bytes = runner.pool.page_bytes
     device_bytes = 3 * (n_sinks + n_newest + n_chosen + n_staging) * page_bytes
     for n_tokens in range(152, 250):
-        used = runner.recall.used_bytes
+        used = runner.tiers.used_bytes
         assert used["device"] == device_bytes == runner.pool.used_bytes
         n_pages = 3 * -(-(n_tokens - 1) // 4)
         assert used["host"] == n_pages * 2 * 2 * 4 * 6 * 4
         assert used["summaries"] == n_pages * 2 * 2 * 6 * 4
         runner.decode([sequence], [n_tokens % 7])
     sequence.release()
-    assert sum(runner.recall.used_bytes.values()) == 0
+    assert sum(runner.tiers.used_bytes.values()) == 0
 
 
 @given(n_before=st.integers(0, 20), page_size=st.integers(1, 6), seed=st.integers(0, 1000))

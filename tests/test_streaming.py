@@ -20,7 +20,8 @@ from trt_kv.runtime.cache import sequence as sequence_cache
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
-from trt_kv.runtime.text.detokenizer import Detokenizer, load_tokenizer
+from trt_kv.runtime.text.detokenizer import Detokenizer
+from trt_kv.runtime.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

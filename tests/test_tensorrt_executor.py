@@ -22,6 +22,7 @@ from trt_kv.profiles import build_profile
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.base import StepExecutor
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
@@ -83,7 +84,7 @@ def test_the_prefill_program_decodes_like_the_decode_program(small_engine: Engin
     programs = small_engine.manifest.programs
     logits = []
     for given in (programs, dict.fromkeys(programs, programs["prefill"])):
-        runner = ModelRunner(dense, small_engine.runner.pool, given, chunk=16)
+        runner = host_runner(dense, small_engine.runner.pool, given, chunk=16)
         sequences = [runner.new_sequence() for _ in range(2)]
         steps = [runner.prefill(s, [1, *range(9, 9 + n)]) for s, n in zip(sequences, (37, 11), strict=True)]
         steps += [runner.decode(sequences, [20 + i, 40 + i]).ravel() for i in range(8)]

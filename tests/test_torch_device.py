@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.device_steps import CHUNK, Side, device_runner, host_runner, requests
+from tests.device_steps import CHUNK, Side, device_runner, requests, runner_on_the_host
 from tests.triton_kernels import ROOT
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
@@ -65,7 +65,7 @@ def test_requests_on_a_device_equal_those_on_the_host(
     in_interpreter: Callable[[Side], Results], checkpoint: Checkpoint, side: Side
 ) -> None:
     """Prompts in chunks, eviction, batched decoding."""
-    assert_alike(in_interpreter(side), requests(host_runner(side.policy, checkpoint)), ATOL[side.dtype])
+    assert_alike(in_interpreter(side), requests(runner_on_the_host(side.policy, checkpoint)), ATOL[side.dtype])
 
 
 def test_a_batch_that_is_padded_gets_what_it_gets_unpadded(in_interpreter: Callable[[Side], Results]) -> None:
@@ -219,7 +219,7 @@ def test_on_the_gpu_a_replayed_step_equals_one_that_is_launched(checkpoint: Chec
     assert executor._graphs is not None
     assert 1 <= len(executor._graphs) <= 6
     if dtype == "float32":
-        assert_alike(replayed, requests(host_runner(name, checkpoint)), ATOL[dtype])
+        assert_alike(replayed, requests(runner_on_the_host(name, checkpoint)), ATOL[dtype])
 
 
 @pytest.mark.gpu

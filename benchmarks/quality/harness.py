@@ -29,6 +29,7 @@ from trt_kv.program import PHASES, Program, budgets_of, eviction_nodes, program_
 from trt_kv.recipe import Protected, RecipeScore, recipe_score
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
@@ -87,7 +88,7 @@ class Harness:
         self.steps = SharedSteps(executor, pool, n_layers=n_layers, scale=scale)
         full = {phase: self._program(Plan(policy=policy_from_name("full")), phase) for phase in PHASES}
         self.runner = ModelRunner(self.steps, pool, full)
-        self.plain_runner = ModelRunner(executor, pool, full)
+        self.plain_runner = host_runner(executor, pool, full)
 
     def full(self, case: Case) -> Outcome:
         """What the full cache does with a case; nothing is scored, so this is the fastest question to ask."""

@@ -26,6 +26,7 @@ from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.layer import staging_slots
 from trt_kv.runtime.backends.host.recall.store import HostTier, RamTier
 from trt_kv.runtime.backends.host.recall.working_set import WorkingSet
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
@@ -221,7 +222,7 @@ def recall_side(
     programs = {
         phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=PAGE_SIZE) for phase in PHASES
     }
-    runner = ModelRunner(executor, device, programs, recall=recall, trace=trace)
+    runner = host_runner(executor, device, programs, recall=recall, trace=trace)
     sequence = runner.new_sequence()
     if queries_LHD is not None:
         place_prompt(recall, sequence, limits_of(policy), n_tokens, queries_LHD)

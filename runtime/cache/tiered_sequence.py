@@ -8,6 +8,7 @@ from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.page_pool import PagePool
 from trt_kv.runtime.cache.sequence import SequenceCache
+from trt_kv.runtime.statistics import RecallStatistics
 
 
 class Held(Protocol):
@@ -45,6 +46,11 @@ class Tiers(Protocol):
 
     @property
     def sets(self) -> HeldByRow: ...
+
+    @property
+    def statistics(self) -> RecallStatistics | None:
+        """What was recalled; None where it is not counted."""
+        ...
 
     def fork(self, pages: Ints, twin_pages: Ints) -> None:
         """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""

@@ -1,33 +1,9 @@
 """Token ids to text, piece by piece."""
 
-from pathlib import Path
-
 from tokenizers import Tokenizer
-
-from trt_kv.errors import TrtKvError
 
 INCOMPLETE = "\ufffd"
 """What a tokenizer decodes an unfinished UTF-8 sequence to."""
-
-
-def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
-    """The tokenizer in ``path``, without the truncation and padding that some files ask for.
-
-    ``error`` where there is none or it cannot be read.
-    """
-    if not path.is_file():
-        raise error(
-            f"{path} is missing",
-            expected="the tokenizer as one tokenizer.json",
-            fix="save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as cause:  # the package raises nothing more special
-        raise error(f"cannot read the tokenizer {path}", got=str(cause), expected="a tokenizers file") from cause
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 class Detokenizer:

@@ -11,7 +11,7 @@ from trt_kv.errors import UsageError
 from trt_kv.pipeline.plans import DeviceChoice
 
 if TYPE_CHECKING:
-    from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
+    from trt_kv.runtime.statistics import RecallStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,9 @@ def stream_text(
     )
     if not running.on.on_host:
         on_end(f"[run by {loaded.runner.description}]")
-    if loaded.runner.recall is not None:
-        on_end(_told_recall(loaded.runner.recall.statistics, len(result.token_ids)))
+    counts = None if loaded.runner.tiers is None else loaded.runner.tiers.statistics
+    if counts is not None:
+        on_end(_told_recall(counts, len(result.token_ids)))
     loaded.close()
     if running.trace is not None:
         trace.save(running.trace)

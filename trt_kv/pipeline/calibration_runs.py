@@ -87,9 +87,9 @@ def importance_of(
 
     It ranks as the recipe for ``policy`` does (``recipe_score``), in every layer.
     """
+    from trt_kv.runtime.backends.host.runner import host_runner
     from trt_kv.runtime.backends.host.store import HostKvPool
     from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
-    from trt_kv.runtime.model_runner import ModelRunner
 
     config = checkpoint.config
     n_pages = config.n_layers * -(-max_tokens // page_size)
@@ -105,7 +105,7 @@ def importance_of(
         pooling=score.pooling,
     )
     programs = _programs(checkpoint, scoring, page_size)
-    return ModelRunner(TorchDecoderExecutor(_decoder(checkpoint)), pool, programs).importance
+    return host_runner(TorchDecoderExecutor(_decoder(checkpoint)), pool, programs).importance
 
 
 def drift_trace_of(
@@ -198,7 +198,7 @@ def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundle
     """Token ids of the calibration prompts, and where they come from; the bundled ones are made ``bundled_tokens`` long."""
     from trt_kv.calibration.prompt_files import prompts_from_file
     from trt_kv.calibration.tasks import calibration_prompts
-    from trt_kv.runtime.text.detokenizer import load_tokenizer
+    from trt_kv.runtime.text.tokenizer import load_tokenizer
 
     limit = checkpoint.config.max_positions
     if plan.prompts is None:

@@ -26,7 +26,7 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
     """The evaluation before its first answer, and its cases."""
     from trt_kv.calibration.answer_files import Evaluation, Run, Settings
     from trt_kv.calibration.task_cases import CaseRules, cases_from_tasks
-    from trt_kv.runtime.text.detokenizer import load_tokenizer
+    from trt_kv.runtime.text.tokenizer import load_tokenizer
 
     device_from_name(request.on.device)
     manifest = load_manifest(request.engine)

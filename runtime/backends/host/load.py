@@ -11,6 +11,7 @@ from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecuto
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import PoolSizes, token_bytes
 from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
@@ -43,7 +44,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     )
     mapped = sum(record.n_bytes for name, record in manifest.files.items() if name.endswith(".data"))
     pool, recall = _memory(manifest, options, free_for_cache(mapped))
-    runner = ModelRunner(
+    runner = host_runner(
         executor,
         pool,
         manifest.programs,
@@ -94,7 +95,7 @@ def _pages(manifest: Manifest, runner: ModelRunner) -> list[Resource]:
     """What requests need of the engine's pools."""
     budgets = budgets_of(manifest.programs["prefill"])
     policy = manifest.policy
-    if runner.recall is None:
+    if runner.tiers is None:
         return [CachePages(runner.pool, budgets=budgets, n_protected=policy.sinks + policy.recent)]
     limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
     recalling = recalling_layers(manifest.programs["decode"])
@@ -102,5 +103,5 @@ def _pages(manifest: Manifest, runner: ModelRunner) -> list[Resource]:
         WorkingSetPages(
             runner.pool, limits=[limits if layer in recalling else None for layer in range(len(budgets))], budgets=budgets
         ),
-        HostPages(runner.recall.host, n_layers=len(recalling)),
+        HostPages(runner.tiers.host, n_layers=len(recalling)),
     ]

@@ -71,6 +71,9 @@ class DeviceRecall:
     and expect generated tokens alone. ``release`` takes a sequence's working sets back.
     """
 
+    statistics = None
+    """What is recalled is known on the device alone."""
+
     def __init__(
         self,
         program: Program,

@@ -34,10 +34,10 @@ from trt_kv.plugins.registry import Implementation, Kernel, called_by_name
 from trt_kv.runtime.backends.host.recall.background import Copies
 from trt_kv.runtime.backends.host.recall.layer import Choice, LayerStreams
 from trt_kv.runtime.backends.host.recall.prompt_attention import last_query_row
-from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
 from trt_kv.runtime.backends.host.recall.store import HostTier
 from trt_kv.runtime.backends.host.recall.working_set import Prefetch, WorkingSet, planned_moves
 from trt_kv.runtime.backends.host.store import HostKvPool
+from trt_kv.runtime.statistics import RecallStatistics
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 

@@ -13,10 +13,10 @@ from trt_kv.plugins.recall_attention.choice import best_pages, drifted_heads, su
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.backends.host.recall.background import Copies, Job, Work, join
 from trt_kv.runtime.backends.host.recall.prompt_attention import attend_prompt
-from trt_kv.runtime.backends.host.recall.statistics import RecallStatistics
 from trt_kv.runtime.backends.host.recall.store import HostTier
 from trt_kv.runtime.backends.host.recall.working_set import NO_PAGE, Move, Prefetch, WorkingSet, in_turn, moves_to
 from trt_kv.runtime.backends.host.store import HostKvPool
+from trt_kv.runtime.statistics import RecallStatistics
 from trt_kv.runtime.trace import Trace
 
 STAGING_SHARE = 0.25
