@@ -16,9 +16,10 @@ from trt_kv.policy_settings import policy_with
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.host import load as host_load
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import Loaded, LoadOptions
-from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.reservation import Places, Reservation
 from trt_kv.runtime.scheduler import StepPlan
@@ -55,7 +56,7 @@ def engine_under(dense: Engine, policy: Policy, **options: Any) -> Engine:
     host = {"host_tokens": 900} if policy.recalls else {}
     of_load = LoadOptions(**({"cache_tokens": 900, "chunk": CHUNK} | host | options))
     pool, recall = host_load._memory(manifest, of_load, 2**30)
-    runner = ModelRunner(
+    runner = host_runner(
         steps.dense,
         pool,
         programs,
@@ -75,9 +76,9 @@ def assert_idle(engine: Engine) -> None:
     assert engine.core._scheduler.n_waiting == engine.core._scheduler.n_running == 0
     assert set(engine.core.reservation.used) == {0}
     engine.runner.pool.check_integrity([])
-    if engine.runner.recall is not None:
-        engine.runner.recall.host.check_integrity([])
-        assert not engine.runner.recall.sets
+    if isinstance(engine.runner.tiers, StreamedRecall):
+        engine.runner.tiers.host.check_integrity([])
+        assert not engine.runner.tiers.sets
 
 
 def prompts_of(engine: Engine, lengths: Sequence[int]) -> list[list[int]]:

@@ -151,6 +151,7 @@ class Recalling(Simulation):
     ) -> None:
         self.host, self.device, self.budgets, self.limits, self.host_layers = host, device, budgets, limits, host_layers
         self.sets: dict[int, WorkingSet] = {}
+        self.statistics = None
         resources: list[Resource] = [
             WorkingSetPages(
                 device, limits=[limits if layer in host_layers else None for layer in range(len(budgets))], budgets=budgets

@@ -14,6 +14,7 @@ from tests.serving import Recorder, assert_idle, engine_under, prompts_of, small
 from trt_kv.errors import LogitsError, RecallError
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_names
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine, Stream
 from trt_kv.runtime.request import Request
@@ -109,6 +110,7 @@ class Company:
     def harm(self, request: Request, how: str) -> None:
         if request.is_finished:
             return
+        tiers = self.engine.runner.tiers
         match how:
             case "cancel":
                 self.engine.core.cancel(request)
@@ -122,11 +124,10 @@ class Company:
             case "tokenizer":
                 assert request._detokenizer is not None
                 request._detokenizer._tokenizer = BrokenTokenizer()  # type: ignore[assignment]
-            case "lost" if self.engine.runner.recall is not None and request.held_sequence is not None:
-                rows = request.held_sequence.page_table[:, 0]
-                for row in rows.tolist():
-                    if row in self.engine.runner.recall.sets:
-                        self.engine.runner.recall.sets[row].failure = RecallError("the test lost it")
+            case "lost" if isinstance(tiers, StreamedRecall) and request.held_sequence is not None:
+                for row in request.held_sequence.page_table[:, 0].tolist():
+                    if row in tiers.sets:
+                        tiers.sets[row].failure = RecallError("the test lost it")
             case _:
                 return
         self.harmed.add(request)

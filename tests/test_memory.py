@@ -161,9 +161,9 @@ def test_sizes_that_are_given_are_kept(small_engine: Engine) -> None:
     assert small == large
     with engine_under(small_engine, small_policy("freekv"), cache_tokens=333, host_tokens=777) as engine:
         assert engine.runner.pool.n_pages == 3 * -(-333 // 5)
-        assert engine.runner.recall is not None
+        assert engine.runner.tiers is not None
         n_host_layers = len(engine.runner._host_layers)
-        assert engine.runner.recall.host.n_pages == n_host_layers * -(-777 // 5)
+        assert engine.runner.tiers.host.n_pages == n_host_layers * -(-777 // 5)
 
 
 def test_a_tier_in_a_file_takes_no_memory_from_the_pool(small_engine: Engine, tmp_path: Path) -> None:
