@@ -23,6 +23,7 @@ MODULES = {
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
     "recall_timeline": "benchmarks.speed.recall_timeline",
+    "serving_core": "benchmarks.serving.serving_core",
 }
 """The benchmarks by name, in the order in which they run; each module has a function ``run``."""
 RESULTS = Path(__file__).parent / "results"
@@ -30,14 +31,14 @@ RESULTS = Path(__file__).parent / "results"
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(tuple(MODULES)))
-@click.option("--quick", is_flag=True, help="Small sizes and few rounds: shows that everything works; nothing is written.")
+@click.option("--quick", is_flag=True, help="Small sizes and few rounds, to check that everything works; writes nothing.")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results instead of the usual one."
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results instead of the default one."
 )
-@click.option("--saved", is_flag=True, help="Measure nothing: print the results that were written last.")
+@click.option("--saved", is_flag=True, help="Measure nothing; print the last results.")
 def main(names: tuple[str, ...], quick: bool, out: Path | None, saved: bool) -> None:
     """Measure the benchmarks NAMES (all of them by default) and write NAME.json for each."""
-    # As the command line does, and before any benchmark loads torch.
+    # As the command line does. It must be set before a benchmark loads torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     console = Console()
     try:

@@ -1,7 +1,7 @@
-"""What every benchmark shares: a check before any number, sides that take turns, a record of where it ran.
+"""Common parts of all benchmarks: checks before measuring, sides that take turns, a record of the machine and versions.
 
-A benchmark is a module with a function ``run(folder, *, quick) -> Report`` and is named in ``benchmarks.__main__``; those of
-``benchmarks.gpu`` are named there and get no folder.
+A benchmark is a module with a function ``run(folder, *, quick) -> Report`` that is listed in ``benchmarks.__main__``; those of
+``benchmarks.gpu`` are listed there and get no folder.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ Row = dict[str, Any]
 
 
 class BenchmarkError(TrtKvError):
-    """A comparison whose sides disagree, so that its times would mean nothing; or results that cannot be written."""
+    """The sides of a comparison disagree, so that its times would mean nothing; or results cannot be read or written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Something that was shown before anything was measured: ``error`` is at most ``allowed``."""
+    """A check that passed before anything was measured: ``error`` is at most ``allowed``."""
 
     what: str
     error: float
@@ -46,7 +46,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A promise and what was measured: met where ``measured`` is at most ``limit``."""
+    """A target and the measured value; met if ``measured`` is at most ``limit``."""
 
     what: str
     measured: float
@@ -59,7 +59,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one benchmark found. Rows of one table have the same keys, which end in their unit; None is not measured."""
+    """Results of one benchmark. Rows of one table have the same keys, which end in their unit; None means not measured."""
 
     title: str
     settings: Mapping[str, Any]
@@ -73,7 +73,7 @@ class Report:
 
 
 def check_close(what: str, got: Floats, expected: Floats, *, within: float) -> Check:
-    """The largest absolute difference, or ``BenchmarkError`` where it is more than ``within``, or not a number."""
+    """The largest absolute difference; ``BenchmarkError`` if it exceeds ``within`` or is NaN."""
     error = float(np.abs(np.asarray(got, np.float64) - np.asarray(expected, np.float64)).max())
     if not error <= within:
         raise BenchmarkError(f"the sides disagree: {what}", got=error, expected=f"at most {within}")
@@ -82,21 +82,21 @@ def check_close(what: str, got: Floats, expected: Floats, *, within: float) -> C
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Times of each side in ms, [rounds]; in round r every side ran once."""
+    """Times of each side in ms, [rounds]; every side ran once in each round."""
 
     samples_ms: Mapping[str, Floats]
 
     def row(self, side: str) -> dict[str, float]:
         """Median and percentiles of one side, ms."""
         p10, median, p90 = np.percentile(self.samples_ms[side], [10, 50, 90])
-        return {"median_ms": _rounded(median), "p10_ms": _rounded(p10), "p90_ms": _rounded(p90)}
+        return {"median_ms": rounded(median), "p10_ms": rounded(p10), "p90_ms": rounded(p90)}
 
     def ratio(self, side: str, base: str) -> float:
         """median(side) / median(base)."""
-        return _rounded(np.median(self.samples_ms[side]) / np.median(self.samples_ms[base]))
+        return rounded(np.median(self.samples_ms[side]) / np.median(self.samples_ms[base]))
 
     def interval(self, side: str, base: str) -> str:
-        """Where the ratio of medians lies in 95 % of 1000 resamplings of the rounds: how far noise could move it."""
+        """95 % bootstrap interval of the ratio of medians, from 1000 resamplings of the rounds."""
         rounds = len(self.samples_ms[side])
         picks = np.random.default_rng(0).integers(rounds, size=(1000, rounds))
         medians = [np.median(self.samples_ms[name][picks], axis=1) for name in (side, base)]
@@ -117,9 +117,9 @@ class Timings:
 
 
 def take_turns(sides: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2, pause_s: float = 0.0) -> Timings:
-    """Time every side once per round, starting with another one each round, so that noise and drift hit all alike.
+    """Time every side once per round in rotating order, so that noise and drift affect all sides equally.
 
-    ``pause_s`` passes before each call: time for threads that the last side left spinning to go to sleep.
+    ``pause_s`` passes before each call, so that threads of the previous side stop spinning.
     """
     names = list(sides)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -136,13 +136,13 @@ def take_turns(sides: Mapping[str, Callable[[], object]], *, rounds: int, warmup
 
 
 def joined(timings: Sequence[Timings]) -> Timings:
-    """The rounds of several measurements of the same sides, as if they were one."""
+    """The rounds of several measurements of the same sides, concatenated."""
     sides = timings[0].samples_ms
     return Timings(samples_ms={side: np.concatenate([one.samples_ms[side] for one in timings]) for side in sides})
 
 
 def measured(run: Callable[[], Report]) -> dict[str, Any]:
-    """The document of one benchmark: what it found, on which machine, with which versions, beside how much other work."""
+    """The document of one benchmark: results, machine, versions, and how much other work ran meanwhile."""
     start, busy_start = time.perf_counter(), _busy_seconds_of_others()
     report = run()
     elapsed_s = time.perf_counter() - start
@@ -179,7 +179,7 @@ def save(document: Mapping[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What ``save`` wrote; ``BenchmarkError`` where there is nothing."""
+    """Read what ``save`` wrote; ``BenchmarkError`` if there is nothing."""
     document: dict[str, Any] = read_json(path, kind="benchmark result", error=BenchmarkError)
     return document
 
@@ -204,12 +204,23 @@ def show(document: Mapping[str, Any], console: Console) -> None:
         console.print(f"{verdict}: {target['what']}: {target['measured']} (at most {target['limit']})")
 
 
+def markdown_tables(document: Mapping[str, Any]) -> list[str]:
+    """The tables of a document of ``measured``, each below its caption; columns as in the results file, with spaces."""
+    return [f"**{caption[0].upper()}{caption[1:]}**\n\n{_markdown_table(rows)}" for caption, rows in document["tables"].items()]
+
+
+def _markdown_table(rows: Sequence[Row]) -> str:
+    head = [column.replace("_", " ") for column in rows[0]]
+    lines = [head, ["---"] * len(head), *(["" if value is None else str(value) for value in row.values()] for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def _busy_seconds_of_others() -> float:
-    """CPU seconds that everything but this process and its finished children has used since the machine started."""
+    """CPU seconds used since boot by everything except this process and its finished children."""
     system, own = psutil.cpu_times(), os.times()
     return float(sum(system) - system.idle - system.iowait - sum(own[:4]))
 
 
-def _rounded(value: Any) -> float:
+def rounded(value: Any) -> float:
     """Four significant digits: more would be noise."""
     return float(f"{float(value):.4g}")

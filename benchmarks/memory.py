@@ -1,4 +1,4 @@
-"""The most memory an action needs, whoever allocates it: the kernel's high-water mark of resident memory."""
+"""Peak memory of an action, whatever allocates it: the kernel's high-water mark of resident memory."""
 
 import gc
 from collections.abc import Callable
@@ -10,10 +10,10 @@ RESET_PEAK = "5"
 
 
 def peak_growth_bytes(action: Callable[[], object]) -> int:
-    """How far resident memory rises above its present level while ``action`` runs.
+    """Bytes by which resident memory rises above its present level while ``action`` runs.
 
-    Linux only: ``OSError`` elsewhere. What the process has freed and not yet returned is used first: exact in a fresh process,
-    a lower bound in an old one.
+    Linux only: ``OSError`` elsewhere. Freed memory that was not returned to the system is reused first, so this is exact in a
+    fresh process and a lower bound in others.
     """
     gc.collect()
     CLEAR_REFS.write_text(RESET_PEAK)

@@ -1,8 +1,9 @@
-"""Random checkpoints of chosen shapes, exported as an engine's are, and the runners that run them."""
+"""Random checkpoints of given shapes, exported like those of an engine, and runners for them."""
 
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import numpy as np
 import onnx
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer
 
+from trt_kv.calibration.prefixkv import calibrate_prefixkv_budgets
+from trt_kv.calibration.tasks import calibration_prompts
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
@@ -21,7 +25,8 @@ from trt_kv.manifest import AttentionPort, GraphSegment
 from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, program_of
+from trt_kv.program import PHASES, Program, program_of
+from trt_kv.recipe import RecipeModel, RecipeScore
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 from trt_kv.runtime.backends.host.runner import host_runner
@@ -31,7 +36,8 @@ from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 
 PAGE_SIZE = 32
 FULL = policy_from_name("full")
-MASS = dataclasses.replace(policy_from_name("prefixkv"), budget="uniform", kept=1.0)
+PREFIXKV = policy_from_name("prefixkv")
+MASS = dataclasses.replace(PREFIXKV, budget="uniform", kept=1.0)
 """Scores every prompt query and keeps everything, so that only scoring is measured."""
 WINDOW = dataclasses.replace(MASS, score="window", window=32)
 DESCRIPTION_FILE = "model.json"
@@ -39,7 +45,7 @@ DESCRIPTION_FILE = "model.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a random Llama; everything else is as Llama 3 has it."""
+    """The sizes of a random Llama; everything else is as in Llama 3."""
 
     n_layers: int
     hidden_size: int
@@ -52,7 +58,7 @@ class Shape:
 
     @property
     def hf_config(self) -> dict[str, object]:
-        """What a checkpoint of this shape has as config.json."""
+        """The config.json of a checkpoint of this shape."""
         return {
             "model_type": "llama",
             "num_hidden_layers": self.n_layers,
@@ -100,7 +106,7 @@ def random_checkpoint(shape: Shape, folder: Path, *, seed: int = 0) -> Checkpoin
 
 
 def exported_model(checkpoint: Checkpoint, folder: Path) -> ExportedModel:
-    """Export and split ``checkpoint`` as a build does, without the tokenizer, manifest and digests of an engine."""
+    """Export and split ``checkpoint`` as in a build, without the tokenizer, manifest and digests of an engine."""
     config = checkpoint.config
     folder.mkdir(parents=True)
     program = program_of(FULL, phase="decode", n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=PAGE_SIZE)
@@ -141,20 +147,51 @@ def model_runner(
     implementation: str = "cpu",
 ) -> ModelRunner:
     """A runner of ``policy`` with the given pool, or a new one for ``cache_tokens`` tokens in every layer."""
-    pool = pool or HostKvPool(
+    pool = pool or host_pool(config, cache_tokens)
+    programs = programs_of(policy, config, page_size=pool.page_size, kept_shares=kept_shares)
+    return host_runner(executor, pool, programs, chunk=chunk, implementation=implementation)
+
+
+def host_pool(config: ModelConfig, cache_tokens: int) -> HostKvPool:
+    """A pool for ``cache_tokens`` tokens in every layer."""
+    return HostKvPool(
         n_pages=config.n_layers * -(-cache_tokens // PAGE_SIZE),
         page_size=PAGE_SIZE,
         n_kv_heads=config.n_kv_heads,
         head_size=config.head_dim,
     )
+
+
+def programs_of(
+    policy: Policy, config: ModelConfig, *, page_size: int = PAGE_SIZE, kept_shares: list[float] | None = None
+) -> dict[str, Program]:
+    """The policy's programs by phase; ``kept_shares``: of each layer, for a policy whose budgets are calibrated."""
     scale = config.head_dim**-0.5
-    programs = {
+    return {
         phase: program_of(
-            policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=pool.page_size, kept_shares=kept_shares
+            policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=page_size, kept_shares=kept_shares
         )
         for phase in PHASES
     }
-    return host_runner(executor, pool, programs, chunk=chunk, implementation=implementation)
+
+
+def calibrated_shares(
+    checkpoint: Checkpoint, model: ExportedModel, executor: DenseExecutor, *, budgets: Sequence[float]
+) -> dict[float, list[float]]:
+    """PrefixKV's kept share of each layer by budget, calibrated on four synthetic prompts."""
+    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
+    prompts = [tokenizer.encode(task.prompt).ids for task in calibration_prompts(4, context_length=512, seed=0)]
+    scored = dataclasses.replace(PREFIXKV, budget="uniform")
+    recipes = calibrate_prefixkv_budgets(
+        prompts,
+        model_runner(executor, model.config, policy=scored, cache_tokens=1024).importance,
+        budgets=budgets,
+        score=RecipeScore(name="mass"),
+        model=RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=model.config.n_layers),
+        source="bundled synthetic English, calibration split",
+        seed=0,
+    )
+    return {recipe.budget: list(recipe.kept) for recipe in recipes}
 
 
 def random_tokens(n_tokens: int, vocab_size: int, *, seed: int = 0) -> list[int]:

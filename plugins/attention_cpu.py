@@ -42,7 +42,7 @@ def attend_chunk(
     """Attention of one sequence's chunk, KV heads as batch so that grouped queries share K and V without a copy.
 
     ``visible_NS`` None: every query sees every token. Returns (out [N, H, D], lse [N, H]), both fp32. Memory: O(N * S) bytes
-    for the mask, nothing else grows with N * S.
+    for the mask only.
     """
     n_tokens, n_heads, head_size = q_NHD.shape
     n_kv_heads, n_cached, _ = k_KSD.shape
@@ -85,7 +85,7 @@ def attend_one(
     out_NHD: Floats,
     lse_NH: Floats,
 ) -> None:
-    """Row ``rows_B[b]`` of q attends to the first ``kv_len_B[b]`` tokens of its pages, of each KV head its own, where they lie.
+    """Row ``rows_B[b]`` of q attends in place to the first ``kv_len_B[b]`` tokens of its pages; each KV head has its own pages.
 
     One task per (sequence, KV head): a page-head is contiguous and is read once for the whole query group.
     """

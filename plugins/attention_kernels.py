@@ -1,7 +1,7 @@
-"""The Triton functions behind ``attention_triton.py``, which starts them.
+"""Triton attention kernels, launched by ``attention_triton.py``.
 
-H query heads, K KV heads, G = H / K, P page size, D head size. s numbers a sequence's slots; head h of page p begins in row
-(2 K p + h) P of the pool for keys and K P rows later for values.
+H query heads, K KV heads, G = H / K, P page size, D head size. s is a slot index within a sequence. The keys of head h of page
+p begin in row (2 K p + h) P of the pool, its values K P rows later.
 """
 
 import triton
@@ -63,8 +63,8 @@ def decode_kernel(
 ) -> None:
     """One program per (sequence, KV head, part of its tokens): page-heads are read once for the whole query group.
 
-    With parts, out and lse are [B, H, SPLITS, D] and [B, H, SPLITS], for ``combine_kernel``; a part without tokens writes zeros
-    and -inf.
+    With more than one part, out and lse are [B, H, SPLITS, D] and [B, H, SPLITS], for ``combine_kernel``; a part without tokens
+    writes zeros and -inf.
     """
     b = tl.program_id(0)
     head = tl.program_id(1)
@@ -140,7 +140,7 @@ def combine_kernel(
 
 @triton.jit
 def sequence_of_tile(cu_ptr: tl.tensor, tile: tl.tensor, n_sequences: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
-    """The sequence that tile number ``tile`` belongs to, sequence b having tiles cu[b] // ROWS + b and following."""
+    """The sequence that tile number ``tile`` belongs to; the tiles of sequence b are numbered from cu[b] // ROWS + b on."""
     low = 0
     high = n_sequences
     while high - low > 1:
@@ -163,8 +163,8 @@ def visible_ends(
     K: tl.constexpr,
     P: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Of a sequence's ``n`` slots: how many come before the first that a query at position ``oldest`` may not see, and one more
-    than the last that one at ``newest`` may see.
+    """Of a sequence's ``n`` slots: the number before the first one that is hidden from a query at position ``oldest``, and the
+    end (last index + 1) of those visible to a query at ``newest``.
     """
     SCAN: tl.constexpr = 1024
     hidden = n
@@ -207,9 +207,10 @@ def chunk_kernel(
 ) -> None:
     """One program per (BLOCK_M // G tokens of one sequence, KV head); a row of the tile is a token in one query head.
 
-    Slots before the first that some row may not see, as almost all are in a cache in order of position, are read without masks.
+    Slots before the first one that is hidden from some row are read without masks: nearly all of them in a cache in order of
+    position.
     """
-    # The last tiles see most: they begin first.
+    # The last tiles have the most work, so they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     G: tl.constexpr = H // K

@@ -1,7 +1,7 @@
-"""Attention on the GPU, shared by the ops that attend: appending, one query over pages where they lie, a chunk of queries.
+"""Attention on the GPU, shared by the ops that attend: appending, one query over pages in place, a chunk of queries.
 
-What a step holds is known on the device only, so both attention kernels are launched, and each leaves the other's sequences
-alone. Why, and how work is divided: docs/decisions/0019-triton-kernels.md.
+Which sequences decode and which prefill is known on the device only, so both attention kernels are launched, and each skips the
+other's sequences. Why, and how work is divided: docs/decisions/0019-triton-kernels.md.
 """
 
 import torch
@@ -11,7 +11,7 @@ from trt_kv.plugins.attention_kernels import append_kernel, chunk_kernel, combin
 from trt_kv.plugins.triton_launch import launch, n_processors, power_of_2
 
 _SPLIT_TOKENS = 256
-"""A sequence is not divided into parts that are shorter than this where it is as long as its page table admits."""
+"""Smallest part that a sequence is divided into, in tokens, if it fills its page table."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -41,9 +41,9 @@ def attend_one(
     q_NHD: Tensor, cu_tokens: Tensor, table_BKT: Tensor, kv_len_B: Tensor, kv: Tensor, scale: float, out: Tensor, lse: Tensor
 ) -> None:
     """The query of each sequence that has one token in this step attends to the first ``kv_len_B[b]`` tokens of its pages,
-    all of which it may see: rows of ``out`` [N, H, D] and ``lse`` [N, H]. A sequence of length 0 is left alone.
+    all of which are visible to it: rows of ``out`` [N, H, D] and ``lse`` [N, H]. Sequences of length 0 are skipped.
 
-    ``table_BKT`` holds pages of each KV head (an expanded axis K is fine), -1 or anything beyond the last.
+    ``table_BKT`` holds pages of each KV head (axis K may be expanded); entries beyond the last page are not read.
     """
     n_heads = q_NHD.shape[1]
     n_kv_heads, page_size, head_size = kv.shape[2:]
@@ -90,13 +90,13 @@ def attend_one(
 
 
 def _decode_tile(itemsize: int, head_size: int) -> int:
-    """Tokens that a program of ``decode_kernel`` reads at a time: 32 KiB of keys, of which any GPU's processor holds two."""
+    """Tokens that a program of ``decode_kernel`` reads at a time: 32 KiB of keys, so that two programs fit on any GPU's SM."""
     return (128 if head_size <= 128 else 64) if itemsize == 2 else 32
 
 
 def _n_splits(n_tasks: int, table_tokens: int, processors: int) -> int:
-    """Into how many parts each sequence's tokens are divided, from shapes alone: at most two programs per processor, so that
-    all of them run at the same time; a few that have to wait for others to end would double the time.
+    """The number of parts each sequence's tokens are divided into, from shapes alone: at most two programs per SM, so that all
+    of them run at the same time. A few programs in a second wave would double the time.
     """
     wanted = min(2 * processors // max(1, n_tasks), table_tokens // _SPLIT_TOKENS)
     return min(64, 1 << max(0, wanted.bit_length() - 1))
@@ -117,7 +117,7 @@ def attend_chunks(
     min_new: int,
 ) -> None:
     """Every query of a sequence that has at least ``min_new`` tokens in this step attends to those of the sequence's first
-    ``kv_len_B[b]`` tokens that are not behind it: rows of ``out`` and ``lse``. A sequence of length 0 is left alone.
+    ``kv_len_B[b]`` tokens at positions up to its own: rows of ``out`` and ``lse``. Sequences of length 0 are skipped.
     """
     n_tokens, n_heads, _ = q_NHD.shape
     n_kv_heads, page_size, head_size = kv.shape[2:]

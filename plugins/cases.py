@@ -1,4 +1,4 @@
-"""Random inputs for a spec's cases: pages scattered over the pool, everything a kernel must not read poisoned."""
+"""Random inputs for a spec's cases: pages scattered over the pool, and poison wherever a kernel must not read."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from trt_kv.opspec import Case, OpSpec
 
 POISON = -(2**40)
-"""Stands in integer tensors where nothing may be read; floats are poisoned with NaN."""
+"""Poison in integer tensors where nothing may be read; floats are poisoned with NaN."""
 
 
 def case_inputs(spec: OpSpec, case: Case, *, seed: int = 0) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class _PagedCase:
             self._fill_sequence(b, new_written)
 
     def _fill_sequence(self, b: int, new_written: bool) -> None:
-        """Cached tokens at positions with gaps (earlier evictions), in slots of arbitrary order; new ones behind them."""
+        """Cached tokens at positions with gaps (earlier evictions), in slots of arbitrary order, followed by the new ones."""
         n_cached, n_new = self.case.cached[b], self.case.new[b]
         n_tokens = n_cached + n_new
         positions = np.arange(n_tokens)
@@ -68,7 +68,7 @@ class _PagedCase:
             self.slots[layer, rows] = slots[n_cached:]
 
     def _own_positions(self, positions: np.ndarray, n_cached: int) -> np.ndarray:
-        """For each KV head, positions of its own before those of the new tokens, in no order: [K, S]."""
+        """For each KV head, its own positions, all before those of the new tokens and in random order: [K, S]."""
         end = positions[n_cached] if n_cached < len(positions) else 3 * n_cached + 1
         return np.stack([self.rng.choice(end, n_cached, replace=False) for _ in range(self.n_kv_heads)])
 
@@ -105,9 +105,9 @@ class _PagedCase:
                 return array
 
     def _given(self, name: str) -> np.ndarray:
-        """A state named in ``values`` is filled with that constant; any other tensor is given whole, row by row.
+        """A state named in ``values`` is filled with that constant; any other named tensor is given in full, row by row.
 
-        Scores that an op may do without are given where they are named, and drawn where no constant is.
+        Optional scores are passed only if they are named in ``values``, and are random if no constant is given.
         """
         values = np.array(self.case.values[name])
         match name:

@@ -1,4 +1,4 @@
-"""Scalar functions that numba's vectoriser can inline; libm's would be called one number at a time."""
+"""Scalar functions that numba's vectoriser can inline, unlike calls to libm."""
 
 import numba
 import numpy as np
@@ -13,7 +13,7 @@ C0, C1, C2, C3, C4, C5, C6 = (
 
 @numba.njit(inline="always", fastmath={"contract"})
 def exp_nonpositive(x: np.float32) -> np.float32:
-    """exp(x) for x <= 0 in fp32; below -87 the result is exp(-87), which no fp32 sum with 1 can tell from 0."""
+    """exp(x) for x <= 0 in fp32; below -87 the result is exp(-87), which vanishes in any fp32 sum with 1."""
     y = max(x, SMALLEST) * LOG2_E
     whole = np.floor(y)
     f = np.float32(y - whole)

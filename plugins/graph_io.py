@@ -1,4 +1,4 @@
-"""What goes into and comes out of a monolithic graph, by name: from the KV ops in it."""
+"""Inputs and outputs of a monolithic graph by name, derived from its KV ops."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ LOGIT_ROWS = TensorSpec(name="logit_rows", axes=("R",), dtype="int64", doc="rows
 LOGITS = TensorSpec(name="logits", axes=("R", "V"), dtype="float", doc="logits of those rows")
 
 _WITHIN_THE_GRAPH = {"out", "lse"}
-"""Outputs of ops that go on in the model or to other ops, and to nobody outside the graph."""
+"""Outputs of ops that are used only inside the graph."""
 
 
 def specs_of(program: Program) -> list[OpSpec]:
-    """The ops that stand in the program."""
+    """The specs of the ops in the program."""
     used = {node.op for nodes in program for node in nodes}
     return [spec for name, spec in op_specs().items() if name in used]
 
@@ -27,23 +27,23 @@ def states_of(program: Program) -> dict[str, TensorSpec]:
 
 
 def made_by(program: Program) -> set[str]:
-    """What ops of a layer make for one another and for the runtime."""
+    """Names of the outputs of the program's ops, whether other ops or the runtime read them."""
     return {t.name for spec in specs_of(program) for t in spec.outputs}
 
 
 def step_tensors_of(program: Program) -> dict[str, TensorSpec]:
-    """What the ops read that is neither state nor made by the layer: one tensor each for all layers."""
+    """Inputs of the ops that are neither state nor computed in the layer: one tensor each for all layers."""
     within = {"q", "k", "v"} | made_by(program) | set(states_of(program))
     return {t.name: t for spec in specs_of(program) for t in spec.inputs if not t.optional and t.name not in within}
 
 
 def results_of(program: Program) -> dict[str, TensorSpec]:
-    """What the layers' ops tell the runtime beside the state, by name in the graph: ``kept_3`` comes from layer 3."""
+    """Outputs of the layers' ops that the runtime reads, besides the state, by name in the graph: ``kept_3`` is layer 3's."""
     return {f"{t.name}_{layer}": t for layer, nodes in enumerate(program) for t in results_of_layer(nodes)}
 
 
 def makers_of(program: Program) -> dict[str, list[int]]:
-    """The layers whose ops tell the runtime something, by its name: ``kept`` comes from layers 0, 1, 3."""
+    """For each output that the runtime reads, the layers that have it: ``kept`` of layers 0, 1, 3."""
     makers: dict[str, list[int]] = {}
     for layer, nodes in enumerate(program):
         for t in results_of_layer(nodes):
@@ -52,14 +52,14 @@ def makers_of(program: Program) -> dict[str, list[int]]:
 
 
 def results_of_layer(nodes: Sequence[OpNode]) -> list[TensorSpec]:
-    """What no op of the layer reads: ``budget`` is one where no EvictTokens follows."""
+    """Outputs that no op of the layer reads; ``budget`` is among them if no EvictTokens follows."""
     specs = [op_specs()[node.op] for node in nodes]
     read = {t.name for spec in specs for t in spec.inputs}
     return [t for spec in specs for t in spec.outputs if t.name not in read | _WITHIN_THE_GRAPH]
 
 
 def step_inputs_of(program: Program) -> dict[str, TensorSpec]:
-    """What a step brings, by name: what the decoder reads and what the ops do."""
+    """The tensors of a step by name: inputs of the decoder and of the ops."""
     return {"input_ids": INPUT_IDS, "positions": POSITIONS, "logit_rows": LOGIT_ROWS} | step_tensors_of(program)
 
 

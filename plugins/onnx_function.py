@@ -1,7 +1,7 @@
-"""An op's meaning in standard ONNX ops: the FunctionProto that an exported graph carries beside the op's nodes.
+"""An op's definition in standard ONNX ops: the FunctionProto that an exported graph contains for each of its ops.
 
-Stock ONNX Runtime runs the function; TensorRT takes a registered plugin for the same node, and the function where there is
-none. Names, inputs, outputs and attributes come from the op's spec, the nodes from ``body`` in ``plugins/<op>/onnx_op.py``.
+Stock ONNX Runtime runs the function; TensorRT uses a registered plugin for the same node, or the function if there is none.
+Names, inputs, outputs and attributes come from the op's spec, the nodes from ``body`` in ``plugins/<op>/onnx_op.py``.
 """
 
 import importlib
@@ -23,10 +23,10 @@ _ATTRIBUTE_TYPES = {"int": ir.AttributeType.INT, "float": ir.AttributeType.FLOAT
 
 
 def onnx_function(spec: OpSpec, *, with_optional_inputs: bool = False) -> ir.Function:
-    """The function of ``spec``. Optional inputs are left out of its signature unless asked for, and no graph uses them.
+    """The function of ``spec``. Its signature has the optional inputs only ``with_optional_inputs``.
 
-    Attributes that TensorRT needs on the node stand in the signature too, because a node may only carry what the function
-    declares.
+    Attributes that TensorRT needs on the node are in the signature too, because a node may only have attributes that its
+    function declares.
     """
     inputs = {t.name: ir.Value(name=t.name) for t in spec.inputs if with_optional_inputs or not t.optional}
     f = FunctionBody(spec.attributes)
@@ -70,7 +70,7 @@ class FunctionBody:
         return values, indices
 
     def attribute(self, name: str) -> ir.Value:
-        """The scalar that the node carries as attribute ``name``."""
+        """The scalar attribute ``name`` of the node."""
         kind = self._attribute_types[name]
         return self._constant(f"value_{kind}", ir.RefAttr(f"value_{kind}", name, _ATTRIBUTE_TYPES[kind]), key=name)
 
@@ -92,5 +92,5 @@ class FunctionBody:
 
 
 def _declared(attribute: AttributeSpec) -> ir.Attr:
-    """The attribute in a function's signature; its value None says that nodes must carry it."""
+    """The attribute in a function's signature; without a default, nodes must have it."""
     return ir.Attr(attribute.name, _ATTRIBUTE_TYPES[attribute.type], attribute.default)

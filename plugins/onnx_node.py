@@ -1,4 +1,4 @@
-"""Puts a spec's op into a torch program that is being exported, as one node of domain ``trt_kv``."""
+"""Emits a spec's op as one node of domain ``trt_kv`` in a torch program that is being exported."""
 
 from collections.abc import Mapping
 
@@ -12,8 +12,8 @@ from trt_kv.program import AttributeValue
 def emit_node(spec: OpSpec, tensors: dict[str, Tensor], attributes: Mapping[str, AttributeValue]) -> None:
     """Emit the op on ``tensors`` (by the spec's names) and put its results there; an updated state replaces its old value.
 
-    An optional input is connected where ``tensors`` has it: an op before this one has made it, or the layer keeps it. Every
-    attribute stands on the node, with no default left out: the TensorRT plugin sees only what the node carries.
+    An optional input is connected if ``tensors`` has it: as an output of an earlier op, or as state of the layer. The node has
+    every attribute, defaults included, because the TensorRT plugin sees only those of the node.
     """
     inputs = [t for t in spec.inputs if not t.optional or t.name in tensors]
     sizes = {axis: size for t in inputs for axis, size in zip(t.axes, tensors[t.name].shape, strict=True)}

@@ -1,8 +1,8 @@
 """Paged KV state in standard ONNX ops, for the bodies of the ops (``plugins/<op>/onnx_op.py``).
 
-Every sequence is looked at through its whole page table, side by side with the others, so that no shape depends on data:
+Every sequence is read through its whole page table, side by side with the others, so that no shape depends on data:
 X = B * T pages of all tables, S = T * P slots of one table, Z = B * S slots of all tables. Entries of -1 read page 0 and are
-masked; what slots hold beyond a sequence's length is unknown and may be NaN.
+masked; slots beyond a sequence's length have undefined content, which may be NaN.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from trt_kv.plugins.onnx_function import FunctionBody
 
 FLOAT = ir.DataType.FLOAT
 HIDDEN = -3.4e38
-"""The logit of a token that a query may not see. Finite, so that a row without any visible token makes no NaN."""
+"""The logit of a token that a query may not see. Finite, so that a row without any visible token gives no NaN."""
 
 LAST_POSITION = (1 << 63) - 1
-"""Stands for the position of a slot that is to be sorted behind all others."""
+"""Position given to slots that must sort after all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class PagedSequences:
     """The cached tokens of all sequences in the node's layer."""
 
     table: ir.Value
-    """[X]: the page tables as given, -1 included."""
+    """[X]: the page tables as passed, -1 included."""
     pages: ir.Value
     """[X]: the same with page 0 for -1."""
     pages_by_sequence: ir.Value
@@ -40,7 +40,7 @@ class PagedSequences:
 
 
 def paged_sequences(f: FunctionBody, page_table: ir.Value, kv_len: ir.Value, token_positions: ir.Value) -> PagedSequences:
-    """Look up the layer's rows of the step tensors and the positions that the sequences' slots hold."""
+    """Read the layer's rows of the step tensors and the positions in the sequences' slots."""
     layer = f.attribute("layer")
     table_BT = f.Gather(page_table, layer)
     pages_BT = f.Max(table_BT, 0)
@@ -59,17 +59,17 @@ def paged_sequences(f: FunctionBody, page_table: ir.Value, kv_len: ir.Value, tok
 
 
 def size(f: FunctionBody, x: ir.Value, axis: int) -> ir.Value:
-    """Scalar: how long ``axis`` is."""
+    """Scalar: the size of ``axis``."""
     return f.Squeeze(f.Shape(x, start=axis, end=axis + 1))
 
 
 def slots_of(f: FunctionBody, pool_MKP: ir.Value, pages_BT: ir.Value) -> ir.Value:
-    """[B, K, S]: what a per-slot pool holds in the pages."""
+    """[B, K, S]: the values of a per-slot pool in the pages."""
     return f.Reshape(f.Transpose(f.Gather(pool_MKP, pages_BT), perm=[0, 2, 1, 3]), [0, 0, -1])
 
 
 def pages_of_slots(f: FunctionBody, values_BKS: ir.Value, pool_MKP: ir.Value) -> ir.Value:
-    """[X, K, P]: the inverse of ``slots_of``, pages as they stand in a per-slot pool."""
+    """[X, K, P]: the inverse of ``slots_of``, pages in the layout of a per-slot pool."""
     sizes = f.Shape(pool_MKP, start=1)
     values_BKTP = f.Reshape(values_BKS, f.Concat([0, 0, -1], f.Shape(pool_MKP, start=2), axis=0))
     return f.Reshape(f.Transpose(values_BKTP, perm=[0, 2, 1, 3]), f.Concat([-1], sizes, axis=0))
@@ -102,7 +102,7 @@ def visible_slots(f: FunctionBody, cached: PagedSequences, positions: ir.Value, 
 
 
 def rows_of_sequences(f: FunctionBody, positions: ir.Value, cu_tokens: ir.Value) -> ir.Value:
-    """[N, B]: whether a row of this step is one of the sequence's; rows of padding are nobody's."""
+    """[N, B]: whether a row of this step belongs to the sequence; rows of padding belong to none."""
     rows_N1 = f.Unsqueeze(f.Range(0, size(f, positions, 0), 1), [1])
     first_B = f.Slice(cu_tokens, [0], [-1], [0])
     end_B = f.Slice(cu_tokens, [1], f.Shape(cu_tokens), [0])
@@ -119,7 +119,7 @@ def write_slots(f: FunctionBody, pool_MKP: ir.Value, slots_N: ir.Value, values_N
 
 
 def rows_of_slots(f: FunctionBody, slots_N: ir.Value, n_blocks: ir.Value, page_size: ir.Value) -> ir.Value:
-    """[N, R]: where a token's rows stand in a pool whose pages are R = ``n_blocks`` blocks of P rows."""
+    """[N, R]: row indices of a token in a pool whose pages are R = ``n_blocks`` blocks of P rows."""
     page_N1 = f.Unsqueeze(f.Div(slots_N, page_size), [1])
     offset_N1 = f.Unsqueeze(f.Mod(slots_N, page_size), [1])
     block_NR = f.Add(f.Mul(page_N1, n_blocks), f.Range(0, n_blocks, 1))
@@ -127,7 +127,7 @@ def rows_of_slots(f: FunctionBody, slots_N: ir.Value, n_blocks: ir.Value, page_s
 
 
 def write_pages(f: FunctionBody, pool_M: ir.Value, table_X: ir.Value, pages_X: ir.Value) -> ir.Value:
-    """The pool, [M, ...], with the pages, [X, ...], at the table's entries; those at -1 go to spare pages that are cut off."""
+    """The pool, [M, ...], with the pages, [X, ...], at the table's entries; those for -1 go to spare pages that are cut off."""
     n_pages = f.Shape(pool_M, end=1)
     spare_X = f.Add(f.Range(0, size(f, table_X, 0), 1), n_pages)
     target_X = f.Where(f.Less(table_X, 0), spare_X, table_X)

@@ -1,4 +1,4 @@
-"""Shares of a number of tokens in standard ONNX ops: the spec's fp64 products, in integers for lack of fp64 in TensorRT."""
+"""Shares of a number of tokens in standard ONNX ops: the spec's fp64 products in integers, as TensorRT has no fp64."""
 
 import onnx_ir as ir
 

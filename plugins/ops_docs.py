@@ -8,7 +8,7 @@ from trt_kv.plugins.registry import op_specs
 
 LEGEND = (
     "N tokens of this step over all sequences, B sequences, H query heads, K KV heads, D head size, P page size, "
-    "M pages in the pool, T pages a page table can name, L layers, U queries that the runtime remembers."
+    "M pages in the pool, T pages a page table can name, L layers, U queries that the runtime stores."
 )
 
 

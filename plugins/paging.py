@@ -38,8 +38,8 @@ def scatter_slots(pool_MKP: NDArray[Any], pages: Ints, values_KS: NDArray[Any]) 
 
 
 def head_groups(positions_KS: Ints) -> list[slice]:
-    """KV heads for which one mask tells what a query may see: all together where all hold the same token in every slot, which
-    only an eviction that ranks per head changes; else each head on its own.
+    """Groups of KV heads that share a visibility mask: one group if every slot holds the same token in all heads, as it does
+    until tokens are evicted by a ranking per head; else a group per head.
     """
     n_kv_heads = len(positions_KS)
     if (positions_KS[1:] == positions_KS[0]).all():

@@ -1,7 +1,7 @@
-"""Choosing the largest of many numbers without sorting them: byte by byte from histograms, in kernels that share this.
+"""Radix selection of the largest of many numbers, byte by byte from histograms; Triton functions shared by several kernels.
 
-Keys are int64 in [0, 2**32). The ``wanted``-th largest is found in four steps: of the keys that begin with the bytes known so
-far, a histogram counts the next byte.
+Keys are int64 in [0, 2**32). The ``wanted``-th largest is found in four steps, each with a histogram of the next byte of the
+keys that begin with the bytes found so far.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def ordered_key(values: tl.tensor) -> tl.tensor:
-    """Keys in the order of fp32 ``values``, equal where those are (0.0 and -0.0). What is not a number has the key 0."""
+    """Keys in the order of fp32 ``values``, equal for equal values (0.0 and -0.0 too). NaN has the key 0."""
     bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)
     rising = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 2147483648
     return tl.where(values == values, rising, 0)
@@ -18,14 +18,14 @@ def ordered_key(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def next_bytes(keys: tl.tensor, mask: tl.tensor, prefix: tl.tensor, nth: tl.tensor) -> tl.tensor:
-    """[256] int32: how often each value is byte number ``nth`` of the keys that begin with ``prefix``, all bytes before it."""
+    """[256] int32: histogram of byte number ``nth`` of the keys whose earlier bytes are ``prefix``."""
     asked = mask & ((keys >> (32 - 8 * nth)) == prefix)
     return tl.histogram(((keys >> (24 - 8 * nth)) & 255).to(tl.int32), 256, asked)
 
 
 @triton.jit
 def extended(prefix: tl.tensor, wanted: tl.tensor, histogram: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The prefix with one byte more, the how manieth largest the key is among those that begin so, and how many these are."""
+    """The prefix extended by one byte, the rank of the wanted key among the keys with that prefix, and their number."""
     at_least = tl.cumsum(histogram, reverse=True)
     byte = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
     values = tl.arange(0, 256)

@@ -11,13 +11,13 @@ from trt_kv.errors import UnknownNameError
 from trt_kv.opspec import OpSpec
 
 IMPLEMENTATIONS = ("reference", "cpu")
-"""Those that every op has; they take numpy arrays."""
+"""Implementations that every op has; they take numpy arrays."""
 
 Kernel = Callable[..., tuple[Any, ...]]
 """Takes the spec's inputs and attributes by name, updates states in place, returns the spec's other outputs."""
 
 Implementation = Callable[[Any], tuple[Any, ...]]
-"""The same from the op's ``Arguments``: ``run`` of an op's file, or of whoever keeps the op's states elsewhere."""
+"""The same with the op's ``Arguments``: ``run`` of an op's module, or of code that keeps the op's states elsewhere."""
 
 
 def op_folders() -> list[str]:
@@ -32,9 +32,9 @@ def op_specs() -> dict[str, OpSpec]:
 
 
 def kernel(op: str, implementation: str) -> Kernel:
-    """``run`` of ``plugins/<op>/<implementation>.py``, called by name.
+    """``run`` of ``plugins/<op>/<implementation>.py`` as a kernel with named arguments.
 
-    Raises ``UnknownNameError`` for an op or implementation nobody wrote.
+    Raises ``UnknownNameError`` for an unknown op or implementation.
     """
     if op not in op_specs():
         raise UnknownNameError("op", op, op_specs())
@@ -44,10 +44,10 @@ def kernel(op: str, implementation: str) -> Kernel:
 
 
 def device_kernel(op: str) -> Kernel | None:
-    """The op's kernels for GPUs, which take torch tensors and launch on the current stream; None where there are none: the op
-    has no ``plugins/<op>/triton.py``, or Triton is not installed. Triton is imported when they are first called.
+    """The op's GPU kernels, which take torch tensors and launch on the current stream; None if the op has no
+    ``plugins/<op>/triton.py`` or Triton is not installed. Triton is imported at the first call.
 
-    Raises ``UnknownNameError`` for an op nobody wrote.
+    Raises ``UnknownNameError`` for an unknown op.
     """
     if op not in op_specs():
         raise UnknownNameError("op", op, op_specs())
@@ -58,6 +58,6 @@ def device_kernel(op: str) -> Kernel | None:
 
 
 def called_by_name(op: str, run: Implementation) -> Kernel:
-    """``run`` as a kernel: what it is given by name becomes the op's ``Arguments``, of ``plugins/<op>/arguments.py``."""
+    """``run`` as a kernel: named arguments become the op's ``Arguments`` of ``plugins/<op>/arguments.py``."""
     arguments = importlib.import_module(f"trt_kv.plugins.{op_specs()[op].folder}.arguments").Arguments
     return lambda **given: run(arguments(**given))

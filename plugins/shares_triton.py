@@ -1,4 +1,4 @@
-"""Budgets as shares of a number of tokens, in kernels: the same tokens as ``trt_kv.policy.kept_tokens`` keeps."""
+"""Budgets as shares of a number of tokens, in Triton kernels: the same numbers as ``trt_kv.policy.kept_tokens``."""
 
 import triton
 import triton.language as tl

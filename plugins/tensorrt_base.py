@@ -1,7 +1,7 @@
 """One TensorRT plugin per op, all derived from the OpSpec: names, fields, shapes, types and in-place states.
 
-An op's own part is ``plugins/<op>/tensorrt.py``: which kernels its enqueue runs. Importing this module needs TensorRT;
-``trt_kv.require.require_tensorrt`` says what to install where there is none.
+An op's own part is ``plugins/<op>/tensorrt.py``, the kernels that its enqueue runs. Importing this module requires TensorRT;
+without it, ``trt_kv.require.require_tensorrt`` raises an error that names the package to install.
 """
 
 import importlib
@@ -33,12 +33,12 @@ _registered: dict[str, "OpCreator"] = {}
 
 
 class OpPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):  # type: ignore[misc]
-    """One node of an engine. Made for building it runs nothing, not even when TensorRT times it; made by a runtime it runs
-    the op's kernels on ``memory``.
+    """One node of an engine. Created by a builder it runs nothing, not even when TensorRT times it. Created by a runtime it
+    runs the op's kernels on ``memory``.
     """
 
     n_state_copies = 0
-    """How often, over all plugins of the process, a state had to be copied because its output was not where its input is."""
+    """Number of state copies, over all plugins of the process, because an output was not at the address of its input."""
 
     def __init__(self, spec: OpSpec, attributes: Mapping[str, AttributeValue], memory: Memory | None) -> None:
         trt.IPluginV3.__init__(self)
@@ -60,7 +60,7 @@ class OpPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt
         return self
 
     def get_fields_to_serialize(self) -> Any:
-        # A collection points to the fields' values without owning them, and TensorRT reads it after this call.
+        # A collection holds pointers to the fields' values without owning them, and TensorRT reads it after this call.
         self._serialized_fields = [field_of(a.name, a.type, self.attributes[a.name]) for a in self.spec.attributes]
         return trt.PluginFieldCollection(self._serialized_fields)
 
@@ -104,7 +104,7 @@ class OpPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt
         return self.clone()
 
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Raise ``EngineError`` where tensors disagree about the size of an axis."""
+        """Raise ``EngineError`` if tensors disagree on the size of an axis."""
         tensors = [*self._inputs(len(inputs)), *self._outputs()]
         sizes: dict[str, int] = {}
         for tensor, desc in zip(tensors, [*inputs, *outputs], strict=True):
@@ -112,7 +112,9 @@ class OpPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt
                 expected = sizes["B"] + 1 if axis == "B+1" and "B" in sizes else sizes.setdefault(axis, size)
                 if size != expected:
                     raise EngineError(
-                        f"{self.spec.name}: tensor {tensor.name!r} has another size on axis {axis}", got=size, expected=expected
+                        f"{self.spec.name}: tensor {tensor.name!r} has the wrong size on axis {axis}",
+                        got=size,
+                        expected=expected,
                     )
 
     def enqueue(
@@ -137,7 +139,7 @@ class OpPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt
         self.memory.run(call, kernels_of(self.spec))
 
     def _inputs(self, n_inputs: int) -> list[TensorSpec]:
-        """The node's inputs: all that must be there, and the optional ones behind them as far as the node has them."""
+        """The node's inputs: the required ones, then the optional ones that the node has."""
         given = [t for t in self.spec.inputs if not t.optional] + [t for t in self.spec.inputs if t.optional]
         return given[:n_inputs]
 
@@ -146,21 +148,21 @@ class OpPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt
 
 
 class OpCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
-    """Makes an op's plugins from the fields on its nodes, and again from those in an engine."""
+    """Creates an op's plugins from the fields of its nodes or from those stored in an engine."""
 
     def __init__(self, spec: OpSpec, memory: Memory) -> None:
         trt.IPluginCreatorV3One.__init__(self)
         self.spec = spec
         self.memory = memory
         self.refusals: list[str] = []
-        """Why nodes were refused; TensorRT's parser does not pass it on."""
+        """Errors of refused nodes, because TensorRT's parser does not report them."""
         self.name, self.plugin_version, self.plugin_namespace = spec.name, VERSION, NAMESPACE
         self.field_names = trt.PluginFieldCollection(
             [trt.PluginField(a.name, np.array([]), _FIELD_TYPES[a.type][0]) for a in spec.attributes]
         )
 
     def create_plugin(self, _name: str, fields: Any, phase: Any) -> OpPlugin:
-        """Raises ``EngineError`` for fields that are missing, unknown or of another type."""
+        """Raises ``EngineError`` for fields that are missing, unknown or of the wrong type."""
         try:
             attributes = attributes_of(self.spec, list(fields))
         except EngineError as error:
@@ -170,15 +172,15 @@ class OpCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
 
 
 def register_plugins(memory: Memory | None = None) -> dict[str, OpCreator]:
-    """Register one creator per op, by op name. Plugins that a runtime makes work on ``memory``; default: the GPU's.
+    """Register one creator per op, by op name. Plugins that a runtime creates work on ``memory``; default: the GPU's.
 
-    May be called again: plugins made afterwards use the new memory.
+    May be called again: plugins created afterwards use the new memory.
     """
     for name, spec in op_specs().items():
         if name not in _registered:
             _registered[name] = OpCreator(spec, CudaMemory())
             if not trt.get_plugin_registry().register_creator(_registered[name], NAMESPACE):
-                raise EngineError(f"TensorRT refused the plugin {name!r}", fix="is another plugin of this name registered?")
+                raise EngineError(f"TensorRT refused the plugin {name!r}", fix="check that no other plugin has this name")
         _registered[name].memory = memory or CudaMemory()
     return dict(_registered)
 
@@ -197,14 +199,14 @@ def field_of(name: str, type_name: str, value: AttributeValue) -> Any:
 
 
 def attributes_of(spec: OpSpec, fields: Sequence[Any]) -> dict[str, AttributeValue]:
-    """The spec's attributes from plugin fields; ``EngineError`` names those that are missing, unknown or of another type."""
+    """The spec's attributes from plugin fields; ``EngineError`` names those that are missing, unknown or of the wrong type."""
     types = {a.name: a.type for a in spec.attributes}
     names = [field.name for field in fields]
     problems = {
         "missing": sorted(set(types) - set(names)),
         "unknown": sorted(set(names) - set(types)),
         "given twice": sorted({name for name in names if names.count(name) > 1}),
-        "of another type": sorted(f.name for f in fields if f.name in types and f.type != _FIELD_TYPES[types[f.name]][0]),
+        "of the wrong type": sorted(f.name for f in fields if f.name in types and f.type != _FIELD_TYPES[types[f.name]][0]),
     }
     if any(problems.values()):
         raise EngineError(

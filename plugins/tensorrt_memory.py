@@ -1,4 +1,4 @@
-"""What a plugin's enqueue was handed, as tensors: raw pointers, shapes and types become arguments of the op's kernels."""
+"""The buffers of a plugin's enqueue as tensors: raw pointers, shapes and types become arguments of the op's kernels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from trt_kv.program import AttributeValue
 
 @dataclass(frozen=True, kw_only=True)
 class PluginKernels:
-    """What a plugin runs. ``host`` takes numpy arrays; ``device`` takes torch tensors on the GPU and launches on torch's
+    """Kernels of a plugin. ``host`` takes numpy arrays; ``device`` takes torch tensors on the GPU and launches on torch's
     current stream without waiting for it. Both have the signature that ``Kernel`` describes.
     """
 
@@ -42,16 +42,16 @@ class PluginCall:
 
     @property
     def moved_states(self) -> tuple[str, ...]:
-        """States whose output is not where the input is: their content has to be copied before the op runs."""
+        """States whose output is not at the address of the input: they are copied before the op runs."""
         names = (state.name for state in self.spec.states)
         return tuple(name for name in names if self.inputs[name].pointer != self.outputs[f"{name}_out"].pointer)
 
 
 class Memory(Protocol):
-    """Where the buffers of a call are, and how to run kernels on them."""
+    """The kind of memory that holds the buffers of a call, and how kernels run on them."""
 
     def run(self, call: PluginCall, kernels: PluginKernels) -> None:
-        """Fill the call's outputs. A state that moved is copied first; one that did not is updated where it is."""
+        """Fill the call's outputs. A state whose output is elsewhere is copied first; any other state is updated in place."""
         ...
 
 
@@ -93,7 +93,7 @@ class _Exported:
 
 
 def _staged(call: PluginCall, run: Kernel, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Run a host kernel on copies, and bring the states back."""
+    """Run a host kernel on copies, and copy the states back."""
     import torch
 
     host = {name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in tensors.items()}

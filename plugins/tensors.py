@@ -1,11 +1,11 @@
-"""Tensors and attributes that several ops share, said once."""
+"""Specs of tensors and attributes that several ops share."""
 
 from typing import TypeVar
 
 from trt_kv.opspec import AttributeSpec, TensorSpec
 
 Array = TypeVar("Array")
-"""What tensors are where an op runs: numpy arrays on the host, torch tensors on a device."""
+"""The type of tensors: numpy arrays on the host, torch tensors on a device."""
 
 Q = TensorSpec(name="q", axes=("N", "H", "D"), dtype="float", doc="queries of this step, rotated")
 K = TensorSpec(name="k", axes=("N", "K", "D"), dtype="float", doc="keys of this step, rotated")

@@ -1,7 +1,7 @@
-"""Compiling the ops' Triton kernels for GPUs that are not there, and what the code needs of them.
+"""Ahead-of-time compilation of the ops' Triton kernels without a GPU, and the resources that the code needs.
 
-What to compile is not listed anywhere: an op is run on tensors without memory, of the shapes of real models, and what it would
-launch is compiled. ``python -m trt_kv.plugins.triton_compile > docs/kernels.md`` writes the table.
+There is no list of kernels: each op is run on meta tensors of the shapes of real models, and whatever it would launch is
+compiled. ``python -m trt_kv.plugins.triton_compile > docs/kernels.md`` writes the table.
 """
 
 import re
@@ -24,7 +24,7 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities: A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50."""
 
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-"""Shared memory that one block may have (CUDA C++ programming guide, technical specifications per compute capability)."""
+"""Largest shared memory of a block (CUDA C++ programming guide, technical specifications per compute capability)."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -42,7 +42,7 @@ _SIZES = {"P": 32, "L": 2, "T": 1024, "M": 8192, "U": 8, "2": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one kernel takes: registers and local memory (spills) per thread, shared memory per block."""
+    """Resources of one kernel: registers and local memory (spills) per thread, shared memory per block."""
 
     registers: int
     local_bytes: int
@@ -51,7 +51,7 @@ class Resources:
 
 
 def op_launches(spec: OpSpec, model: str, step: str, dtype: torch.dtype) -> Iterator[Launch]:
-    """What the op launches in a step of a model, with every combination of attributes that the spec's cases have."""
+    """Launches of the op in a step of a model, with every combination of attributes that the spec's cases have."""
     run = device_kernel(spec.name)
     assert run is not None
     sizes = {**_SIZES, **MODELS[model], **STEPS[step]}
@@ -71,7 +71,7 @@ def op_launches(spec: OpSpec, model: str, step: str, dtype: torch.dtype) -> Iter
 def distinct_launches(
     specs: Mapping[str, OpSpec], models: Iterable[str], dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> list[Launch]:
-    """All launches of the ops, those that compile to the same code once."""
+    """All launches of the ops, without duplicates that compile to the same code."""
     found: dict[Any, Launch] = {}
     for spec in specs.values():
         for model in models:
@@ -87,7 +87,7 @@ def specs_with_kernels() -> dict[str, OpSpec]:
 
 
 def compiled(launch: Launch, capability: int) -> Resources:
-    """Compile for a compute capability (90: sm_90). Raises what Triton raises where that fails."""
+    """Compile for a compute capability (90: sm_90). Raises Triton's own errors."""
     triton: Any = require("triton")
     compiler: Any = require("triton.compiler")
     backends: Any = require("triton.backends.compiler")
@@ -107,7 +107,7 @@ def compiled(launch: Launch, capability: int) -> Resources:
 
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of local memory, per thread, as the tool says that comes with Triton."""
+    """Registers and bytes of local memory per thread, as reported by the cuobjdump that comes with Triton."""
     tool = require("triton").knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"

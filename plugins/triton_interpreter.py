@@ -1,4 +1,4 @@
-"""Kernels without a GPU: a process that was started with ``TRITON_INTERPRET=1`` runs them in Triton's interpreter."""
+"""Kernels without a GPU: a process that is started with ``TRITON_INTERPRET=1`` runs them in Triton's interpreter."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from trt_kv.require import require
 
 
 def change_language_once() -> None:
-    """Let the interpreter put its functions into ``triton.language`` once per process and leave them there.
+    """Let the interpreter patch ``triton.language`` once per process and leave it patched.
 
-    By itself it does so at every launch, and again at every call of a function inside a kernel, which is two fifths of its
-    time. A process in which kernels are interpreted compiles none, so nobody needs the language as it was.
+    By default it patches at every launch and at every call of a function inside a kernel, which takes two fifths of its time.
+    A process that interprets kernels compiles none, so the original functions are not needed.
     """
     interpreter: Any = require("triton.runtime.interpreter")
     language, change = interpreter.tl, interpreter._patch_lang

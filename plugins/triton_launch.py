@@ -1,4 +1,4 @@
-"""Launching a Triton kernel, or noting what would be launched: compile tests and tables need no GPU and no second list."""
+"""Launching a Triton kernel, or recording the launch instead: compile tests and tables need no GPU and no list of kernels."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,14 +18,14 @@ _TYPES = {
     torch.int32: "i32",
 }
 OPTIONS = {"enable_fp_fusion": True}
-"""For every kernel, whatever the default of the Triton release is: multiply-adds are rounded once."""
+"""Compile options of every kernel, whatever Triton's defaults are: multiply-adds are fused (rounded once)."""
 _PROCESSORS_WITHOUT_GPU = 132
-"""What a launch is planned for where tensors are on no GPU: the streaming multiprocessors of a large one."""
+"""Streaming multiprocessors that launches are planned for if tensors are on no GPU: those of a large one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One launch, as far as it decides what is compiled: argument types, compile-time constants, options."""
+    """The part of a launch that determines what is compiled: argument types, compile-time constants, options."""
 
     kernel: Any
     signature: Mapping[str, str]
@@ -41,7 +41,7 @@ class Launch:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for launches that compile to the same code."""
+        """Key that is equal for launches that compile to the same code."""
         return self.name, *self.signature.items(), *self.constants.items(), self.aligned, self.warps, self.stages
 
 
@@ -50,7 +50,7 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside, nothing is launched: the list gets what would have been. Tensors may be on the device "meta"."""
+    """Context in which launches are appended to the list instead of executed. Tensors may be on the device "meta"."""
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:
@@ -92,5 +92,5 @@ def n_processors(device: torch.device) -> int:
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of 2 that is not below ``n``."""
+    """The smallest power of 2 that is at least ``n``."""
     return 1 << (n - 1).bit_length()

@@ -1,4 +1,4 @@
-"""The engine for asyncio: one thread runs the steps, coroutines wait for their pieces."""
+"""``Engine`` for asyncio: one thread runs the steps, coroutines await the text of their requests."""
 
 import asyncio
 import threading
@@ -11,11 +11,11 @@ from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 
 IDLE_S = 1.0
-"""Seconds after which the thread looks around by itself while there is nothing to do."""
+"""Longest wait of the idle thread, in seconds, before it checks again for requests and for ``close``."""
 
 
 class AsyncEngine:
-    """An ``Engine`` whose requests are awaited. May be used from one event loop, or from several.
+    """An asyncio wrapper of ``Engine``. May be used from several event loops.
 
     >>> engine = AsyncEngine(Engine.load("engines/llama3-prefixkv"))
     >>> async for piece in engine.stream("the old man ...", max_new_tokens=32):
@@ -24,7 +24,7 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Takes over ``engine``: closing this closes it. Its thread starts with the first request."""
+        """Takes ownership of ``engine``: ``close`` closes it too. The thread starts with the first request."""
         self.engine = engine
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -38,7 +38,7 @@ class AsyncEngine:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]
     ) -> "AsyncStream":
-        """Continue one prompt, piece by piece. The request is queued when the first piece is awaited.
+        """Stream the continuation of one prompt. The request is queued when the first text is awaited.
 
         Closing the iterator (``aclose``), or cancelling the task that awaits it, cancels the request. Errors as for
         ``Engine.stream``.
@@ -48,14 +48,14 @@ class AsyncEngine:
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]
     ) -> Generation:
-        """Continue one prompt to its end; errors as ``Engine.generate``."""
+        """Generate the whole continuation of one prompt. Errors as for ``Engine.generate``."""
         stream = self.stream(prompt, params, **sampling)
         async for _ in stream:
             pass
         return stream.result
 
     async def close(self) -> None:
-        """End all requests, stop the thread and close the engine; streams that are open raise ``EngineError``."""
+        """Abort all requests, stop the thread and close the engine. Open streams raise ``EngineError``."""
         await asyncio.to_thread(self._close)
 
     async def __aenter__(self) -> "AsyncEngine":
@@ -73,7 +73,7 @@ class AsyncEngine:
             thread.join()
 
     def _run(self) -> None:
-        """What the thread does: run steps while there are any."""
+        """Body of the thread: wait for requests and run their steps, until ``close``."""
         core = self.engine.core
         while not self._is_closed:
             core.wait_for_work(IDLE_S)
@@ -87,7 +87,7 @@ class AsyncEngine:
 
 
 class AsyncStream(AsyncIterator[str]):
-    """Text pieces of one request as they become certain; ``result`` afterwards. Belongs to one task at a time."""
+    """Yields the text of one request as it becomes final; see also ``result``. Use it from one task at a time."""
 
     def __init__(self, owner: AsyncEngine, prompt: Prompt, params: SamplingParams | None, sampling: SamplingOptions) -> None:
         self._owner = owner
@@ -113,7 +113,7 @@ class AsyncStream(AsyncIterator[str]):
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """Cancel the request, where it has not ended; returns when its pages are free, which is before the next step."""
+        """Cancel the request if it has not ended. Returns once its pages are freed, which is before the next step."""
         request, changed = self._request, self._changed
         if request is None or changed is None:
             return
@@ -124,11 +124,11 @@ class AsyncStream(AsyncIterator[str]):
 
     def __del__(self) -> None:
         if self._request is not None:
-            self._request.cancelled = True  # the thread that runs steps sees to it
+            self._request.cancelled = True  # the thread that runs steps frees its pages
 
     @property
     def result(self) -> Generation:
-        """What has been generated so far; ``RuntimeError`` before the first piece was awaited."""
+        """What has been generated so far; ``RuntimeError`` before the first text was awaited."""
         if self._request is None:
             raise RuntimeError("nothing has been generated: the stream has not been awaited")
         return self._request.result()

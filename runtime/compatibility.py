@@ -1,4 +1,4 @@
-"""Whether this runtime will apply the policy that an engine was built for."""
+"""Checks that this runtime can run an engine, and that the engine's graphs apply its policy."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from trt_kv.program import AttributeValue, OpNode, Program, program_of
 from trt_kv.recipe import Recipe
 
 FLOAT32_ROUNDING = 1e-6
-"""ONNX attributes are fp32; recipes and policies are written in decimal."""
+"""Tolerance of comparisons: ONNX attributes are fp32, recipes and policies are written in decimal."""
 
 
 def check_compatible(folder: Path, manifest: Manifest) -> None:
@@ -57,7 +57,7 @@ def check_compatible(folder: Path, manifest: Manifest) -> None:
 
 
 def check_recipe(folder: Path, manifest: Manifest) -> None:
-    """The files beside the graphs must be for this model and policy: a recipe's shares and drift thresholds in the graphs."""
+    """``TrtKvError`` unless the recipe and drift files beside the graphs are for this model and hold the graphs' numbers."""
     if manifest.policy.needs_recipe:
         _check_shares(folder, manifest)
     if manifest.policy.needs_drift:

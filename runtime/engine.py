@@ -1,4 +1,4 @@
-"""Engine folder -> text."""
+"""``Engine``: loads an engine folder and generates text with it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,14 +26,14 @@ Prompt = str | Sequence[int]
 
 
 class Engine:
-    """A loaded engine. Threads may share it: each waits for its own requests, and every step serves all of them.
+    """A loaded engine. Threads may share it: each waits for its own requests, and their requests are batched together.
 
     >>> engine = Engine.load("engines/llama3-prefixkv")
     >>> engine.generate("the old man ...", max_new_tokens=32).text
     """
 
     def __init__(self, folder: Path, manifest: Manifest, loaded: Loaded, tokenizer: Tokenizer) -> None:
-        """Use ``Engine.load``."""
+        """Use ``Engine.load`` instead."""
         self.folder = folder
         self.manifest = manifest
         self.loaded = loaded
@@ -72,23 +72,24 @@ class Engine:
 
         ``verify`` checks every file's digest. ``cache_tokens`` sizes the KV pool: it holds that many tokens in every layer; by
         default twice the model's positions, or what fits into half of the free memory. ``chunk`` is the number of prompt
-        tokens per prefill step; between two decode steps, prompts are read for ``token_budget`` tokens (None: one chunk). At
-        most ``max_sequences`` run at once (None: 256, or what the device was planned for); others wait. ``n_threads`` 0: one
-        per core. ``trace`` records what ran when.
+        tokens per prefill step; ``token_budget`` limits the prompt tokens between two decode steps (None: one chunk). At most
+        ``max_sequences`` run at once (None: 256, or what the device was planned for); others wait. ``n_threads`` 0: one per
+        core. ``trace`` records timing spans.
 
-        For engines whose cache stays on the host: ``host_tier`` is "ram" (the default) or "file:PATH", a file that need not fit
-        into memory; ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
+        For engines whose cache is on the host: ``host_tier`` is "ram" (the default) or "file:PATH", a file that need not fit
+        into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
 
-        ``device`` "cpu": what the engine was built for. "cuda" or "cuda:N": an engine for ONNX Runtime runs on an NVIDIA GPU,
-        its ops as Triton kernels, a cache on the host in pinned memory; all memory is taken at once. Then ``dense`` says what
-        runs the dense parts: "torch" (the default), which converts weights to ``dtype`` ("float32", "float16", "bfloat16") as
-        it loads them, or "onnxruntime" (needs onnxruntime-gpu), which computes in the engine's. At most ``batch`` sequences
-        decode together (default: the profile's, else 8). ``profile``: a build profile, by name or file, whose largest sizes
-        bound steps, contexts and the cache. ``cuda_graphs`` records decode steps; None: where that is possible.
-        ``batch_invariant``: a request gets the same bits whoever runs beside it, for steps that are all of the largest size.
+        ``device`` "cpu": the target that the engine was built for. "cuda" or "cuda:N": an engine for ONNX Runtime runs on an
+        NVIDIA GPU, its ops as Triton kernels, a cache on the host in pinned memory; caches are allocated when it is loaded.
+        There, ``dense`` is the library that runs the dense layers: "torch" (the default), which converts weights to ``dtype``
+        ("float32", "float16", "bfloat16") as it loads them, or "onnxruntime" (needs onnxruntime-gpu), which computes in the
+        engine's dtype. At most ``batch`` sequences decode together (default: the profile's, else 8). ``profile``: a build
+        profile, by name or file, whose largest sizes bound steps, contexts and the cache. ``cuda_graphs``: capture decode steps
+        as CUDA graphs; None: if possible. ``batch_invariant``: the logits of a request are bit-identical in any batch; every
+        decode step is then padded to the largest sizes.
 
-        Raises ``EngineError`` for anything that is not a complete, untouched engine whose policy this version applies,
-        ``UsageError`` for what cannot run on ``device``, ``CapacityError`` where that has too little memory.
+        Raises ``EngineError`` unless the folder is a complete, unchanged engine whose policy this version applies,
+        ``UsageError`` for what cannot run on ``device``, ``CapacityError`` if the device has too little memory.
         """
         options = LoadOptions(
             cache_tokens=cache_tokens,
@@ -119,7 +120,7 @@ class Engine:
         verify: bool,
         tell: OnProgress,
     ) -> "Engine":
-        """``device`` None: what the engine was built for. On the device "cpu" Triton's interpreter runs kernels of devices."""
+        """``device`` None: the target that the engine was built for. On "cpu", Triton's interpreter runs the device kernels."""
         manifest = load_manifest(folder)
         check_compatible(folder, manifest)
         if verify:
@@ -138,8 +139,8 @@ class Engine:
         return cls(folder, manifest, loaded, tokenizer)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]) -> Generation:
-        """Continue one prompt; options as in ``SamplingParams``. ``UsageError`` and ``CapacityError`` come before it starts;
-        what ends it early afterwards (``RecallError``, ``LogitsError``) is raised.
+        """Generate the continuation of one prompt; options as in ``SamplingParams``. Raises ``UsageError`` and
+        ``CapacityError`` before it starts, and the error that ends it early (``RecallError``, ``LogitsError``).
         """
         (result,) = self.generate_batch([prompt], params, **sampling)
         if result.error is not None:
@@ -152,10 +153,11 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[Generation]:
-        """Continue several prompts; each gets the tokens it would get alone. ``params``: for all of them, or one for each.
+        """Generate the continuations of several prompts, each with the tokens it would get alone. ``params``: for all prompts,
+        or one per prompt.
 
-        Prompts for which there is no room now wait. A request that cannot go on ends with what it has, ``finish_reason``
-        "error" and its ``error``; the others are not concerned.
+        Prompts for which there is too little memory now wait. A request that fails ends with the tokens it has,
+        ``finish_reason`` "error" and its ``error``; the others are not affected.
         """
         if isinstance(prompts, str):
             raise UsageError("a batch is a list of prompts", got="one text", expected="a list", fix="call generate()")
@@ -179,10 +181,10 @@ class Engine:
         on_prefill: Callable[[int], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> "Stream":
-        """Continue one prompt, piece by piece; ``on_prefill`` is told how many prompt tokens are done.
+        """Stream the continuation of one prompt. ``on_prefill`` is called with the number of prompt tokens computed so far.
 
-        The request is queued now and goes on whenever somebody, here or in another thread, waits for any request of this
-        engine. Closing the stream, or dropping it, cancels the request.
+        The request is queued now and progresses whenever this or another thread waits for any request of this engine. Closing
+        the stream, or dropping it, cancels the request.
         """
         return Stream(self.core, self.submit(prompt, params, **sampling), on_prefill)
 
@@ -194,7 +196,7 @@ class Engine:
         on_update: Callable[[], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Request:
-        """Queue a request and return it at once, for servers: ``core`` runs it. ``on_update``: see ``Request``."""
+        """Queue a request and return it immediately, for servers: ``core`` runs it. ``on_update``: see ``Request``."""
         (request,) = self._requests([prompt], _params_of_each(1, params, sampling))
         request.on_update = on_update
         self.core.add([request])
@@ -206,7 +208,7 @@ class Engine:
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """What the engine has done and is doing, as JSON: ``EngineStatistics``, pages per pool, what recall did."""
+        """Statistics as JSON: ``EngineStatistics``, reserved resources, pages per pool, and counts of recall."""
         found = self.core.statistics.to_json()
         resources = zip(self.core.reservation.resources, self.core.reservation.used, strict=True)
         found["reserved"] = {resource.name: {"used": used, "total": resource.total} for resource, used in resources}
@@ -217,8 +219,8 @@ class Engine:
         return found
 
     def close(self) -> None:
-        """End all requests, stop background work and let go of a host tier; the engine runs nothing afterwards. Memory on a
-        device, and what is pinned for it, goes with the engine itself.
+        """End all requests, stop background work and free a host tier; the engine cannot be used afterwards. Memory of a device
+        and memory pinned for it are freed when the engine object is deleted.
         """
         self.core.close()
 
@@ -249,7 +251,7 @@ class Engine:
 
 
 class Stream(Iterator[str]):
-    """Text pieces of one request as they become certain; ``result`` afterwards. Belongs to one thread at a time."""
+    """Yields the text of one request as it becomes final; see also ``result``. Use it from one thread at a time."""
 
     def __init__(self, core: EngineCore, request: Request, on_prefill: Callable[[int], None] | None = None) -> None:
         self._core = core
@@ -277,7 +279,7 @@ class Stream(Iterator[str]):
         return bool(request.pieces) or request.is_finished or request.n_prompt_read > self._n_told
 
     def close(self) -> None:
-        """Cancel the request, where it has not ended: its pages are free before the next step."""
+        """Cancel the request if it has not ended. Its pages are freed before the next step."""
         self._core.cancel(self._request)
 
     def __del__(self) -> None:
@@ -298,15 +300,15 @@ class Stream(Iterator[str]):
 def _params_of_each(
     n: int, params: SamplingParams | Sequence[SamplingParams] | None, sampling: SamplingOptions
 ) -> list[SamplingParams]:
-    """The parameters of each of ``n`` requests; ``UsageError`` where they are given twice, or not for each."""
+    """The parameters of each of ``n`` requests; ``UsageError`` if they are given twice, or not for each request."""
     if params is not None and sampling:
         raise UsageError(
-            "sampling is told twice", got=f"params and {', '.join(sampling)}", expected="params, or options by name"
+            "sampling options are given twice", got=f"params and {', '.join(sampling)}", expected="params, or options by name"
         )
     if params is None or isinstance(params, SamplingParams):
         return [SamplingParams(**sampling) if params is None else params] * n
     if len(params) != n:
-        raise UsageError("there are not as many params as prompts", got=len(params), expected=n)
+        raise UsageError("the number of params is not the number of prompts", got=len(params), expected=n)
     return list(params)
 
 
@@ -327,7 +329,7 @@ def _check_prompt(prompt: Prompt, ids: Sequence[int], max_positions: int, vocab_
 
 
 def _tell_nobody(stage: str, done: int, total: int) -> None:
-    """The progress callback of callers that gave none."""
+    """The progress callback if the caller gives none."""
 
 
 def _verify_with_progress(folder: Path, manifest: Manifest, on_progress: OnProgress) -> None:

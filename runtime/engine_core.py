@@ -1,4 +1,4 @@
-"""The one loop: schedule a step, run it, hand its results to the requests. Everything that generates is a client of it."""
+"""The engine's loop: schedule a step, run it, deliver its results to the requests. All generation goes through it."""
 
 import threading
 import time
@@ -13,14 +13,14 @@ from trt_kv.runtime.scheduler import Scheduler, StepPlan
 from trt_kv.runtime.statistics import EngineStatistics
 
 NOTICE_S = 0.05
-"""Seconds after which a waiting thread looks again by itself: a thread that was interrupted may have told nobody."""
+"""Polling interval of waiting threads, in seconds: an interrupted thread may not have notified the others."""
 
 
 class EngineCore:
     """Runs requests on one ``ModelRunner``. All methods may be called from any thread.
 
-    There is no thread of its own: whoever waits for a request runs steps, one thread at a time, and each step serves all
-    requests. A request's pages are free before the first step after its end.
+    It has no thread of its own: threads that wait for a request run the steps, one thread at a time, and each step serves all
+    requests. A request's pages are freed before the first step after its end.
     """
 
     def __init__(self, runner: ModelRunner, reservation: Reservation, *, token_budget: int | None = None) -> None:
@@ -33,29 +33,29 @@ class EngineCore:
         self._changed = threading.Condition()
         self._inbox: list[Request] = []
         self._live: list[Request] = []
-        """Requests that may hold something: from ``add`` until all they held has been given back."""
+        """Requests that may hold pages: from ``add`` until all of their pages have been freed."""
         self._is_closed = False
         self._running: StepPlan[Request] | None = None
-        """The step that has begun and has neither ended nor failed: whatever else is interrupted, its requests are lost."""
+        """The step in progress. If it is still set at the next sweep, handling its failure was interrupted."""
 
     @property
     def reservation(self) -> Reservation:
         return self._scheduler.reservation
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Queue requests: all, or none. ``CapacityError`` for one that can never be served, ``UsageError`` when closed."""
+        """Queue all requests or none. ``CapacityError`` if one can never be served, ``UsageError`` if the engine is closed."""
         requests = list(requests)
         if self._is_closed:
             raise UsageError("the engine has been closed", expected="an open engine", fix="load it again")
         for request in requests:
             self.reservation.check(request.size)
         self._inbox += requests
-        if self._is_closed:  # meanwhile, and may not have seen them
+        if self._is_closed:  # in the meantime, perhaps without seeing these
             self._alone(self._sweep)
         self._notify()
 
     def cancel(self, request: Request) -> None:
-        """End a request, and what goes on from its prompt. What it holds is free at once, or when the running step ends."""
+        """End a request and its forks. Its pages are freed immediately, or when the running step ends."""
         for one in (request, *request.forks):
             one.cancelled = True
         if not self._stepping.locked():
@@ -63,9 +63,9 @@ class EngineCore:
             self._notify()
 
     def wait(self, until: Callable[[], bool]) -> None:
-        """Run steps until ``until``, which some request's progress brings about.
+        """Run steps until ``until()`` is true, which must follow from the progress of requests.
 
-        What interrupts this thread in the middle of a step (Ctrl-C) ends the requests of that step, and is raised here.
+        An interrupt of this thread in the middle of a step (Ctrl-C) ends the requests of that step and is raised here.
         """
         while not until():
             self._check_outside_steps()
@@ -86,7 +86,7 @@ class EngineCore:
             self._changed.wait_for(lambda: bool(self._inbox or self._live) or self._is_closed, timeout_s)
 
     def close(self) -> None:
-        """End all requests, stop background work and let go of a host tier. Nothing runs afterwards."""
+        """End all requests, stop background work and free a host tier. Nothing runs afterwards."""
         self._check_outside_steps()
         self._is_closed = True
         self._alone(self._close)
@@ -97,12 +97,12 @@ class EngineCore:
         self.runner.close()
 
     def _check_outside_steps(self) -> None:
-        """``UsageError`` where a step of this very thread is running, which would wait for itself."""
+        """``UsageError`` if this thread is running a step: waiting for that step would never end."""
         if self._stepping.locked() and self._stepping_thread == threading.get_ident():
-            raise UsageError("an engine cannot be asked from inside one of its steps", fix="call it after the step")
+            raise UsageError("an engine cannot be called from inside one of its steps", fix="call it after the step")
 
     def _alone(self, work: Callable[[], object]) -> None:
-        """Do ``work`` while no other thread runs steps."""
+        """Run ``work`` while no other thread runs steps."""
         with self._stepping:
             self._stepping_thread = threading.get_ident()
             try:
@@ -115,7 +115,7 @@ class EngineCore:
             self._changed.notify_all()
 
     def _take_in(self) -> None:
-        """Hand over what was added since. Interrupted, it is done again."""
+        """Pass added requests to the scheduler. May be called again after an interruption."""
         while self._inbox:
             request = self._inbox[0]
             if request not in self._scheduler:
@@ -124,7 +124,7 @@ class EngineCore:
             self._inbox.pop(0)
 
     def _step(self) -> bool:
-        """Run the next step; False, where there is none."""
+        """Run the next step; False if there is none."""
         started = time.perf_counter()
         self._sweep()
         plan = self._scheduler.schedule()
@@ -139,7 +139,7 @@ class EngineCore:
             logits = self.runner.run(plan)
             ran = time.perf_counter()
             self._finish_step(plan, logits, ran - planned)
-        except Exception as error:  # noqa: BLE001  (handed to the clients of the step's requests, whatever it is)
+        except Exception as error:  # noqa: BLE001  (ends the step's requests, whatever it is)
             self._fail(plan, error)
         except BaseException as interrupt:
             self._fail(plan, _interrupted(type(interrupt).__name__))
@@ -158,13 +158,13 @@ class EngineCore:
         return True
 
     def _begin(self, request: Request) -> None:
-        """Its prompt is read from here on."""
+        """Start a request's prefill."""
         request.held_sequence = self.runner.new_sequence()
         request.times.admitted = time.monotonic()
         self.statistics.time_in_queue.add(request.times.admitted - request.times.arrived)
 
     def _finish_step(self, plan: StepPlan[Request], logits: Floats, seconds: float) -> None:
-        """Give each request what the step made for it."""
+        """Deliver the results of a step to its requests."""
         self._scheduler.complete(plan)
         counts = self.statistics
         if plan.phase == "prefill":
@@ -185,7 +185,7 @@ class EngineCore:
             self._deliver(request, logits_V)
 
     def _end_prompt(self, request: Request, logits_V: Floats) -> None:
-        """The prompt has been read: the request and its forks go on from what is kept of it, each with its own first token."""
+        """After prefill: fork the sequence, and sample the first token of the request and of each fork."""
         sequence = request.sequence
         request.prompt_kv_tokens = tuple(int(n) for n in sequence.held_tokens)
         for fork in request.forks:
@@ -209,7 +209,7 @@ class EngineCore:
         n_before = len(times)
         try:
             request.accept(logits_V)
-        except Exception as error:  # noqa: BLE001  (this request's own; the others of the step go on)
+        except Exception as error:  # noqa: BLE001  (ends this request only, not the others of the step)
             request.end("error", error)
             return
         if len(times) == n_before:
@@ -220,21 +220,19 @@ class EngineCore:
             self.statistics.time_between_tokens.add(times[-1] - times[-2])
 
     def _fail(self, plan: StepPlan[Request], error: Exception) -> None:
-        """End the requests of a step that failed, and what would have gone on from a prompt of which it read the last chunk or
-        an earlier one: a fork without its first token has nothing to go on from.
-        """
+        """End the requests of a failed step; with a prompt's, all of its forks, which have no token to continue from."""
         for request in plan.requests:
             for one in (request, *(request.forks if plan.phase == "prefill" else ())):
                 one.end("error", error)
         self._running = None
 
     def _sweep(self) -> None:
-        """Take in what is new, end what was cancelled or is too late, and give back what ended requests hold.
+        """Take in new requests, end cancelled and timed out ones, and free what ended requests hold.
 
-        Interrupted, it is done again by whoever sweeps next.
+        After an interruption the next call completes it.
         """
         if self._running is not None:
-            self._fail(self._running, _interrupted("an interruption while an earlier one was dealt with"))
+            self._fail(self._running, _interrupted("two interruptions"))
         self._take_in()
         now = time.monotonic()
         for request in self._live:
@@ -259,11 +257,11 @@ class EngineCore:
 
 
 def _end_with_forks(request: Request, reason: FinishReason) -> None:
-    """End a request, where it has not ended, and with it what would have gone on from a prompt that will not be read."""
+    """End a request that has not ended, and its forks that have no sequence yet."""
     if not request.is_finished:
         for one in (*(fork for fork in request.forks if fork.held_sequence is None), request):
             one.end(reason)
 
 
 def _interrupted(by: str) -> EngineError:
-    return EngineError("a step was interrupted, and the requests in it cannot go on", got=by, fix="send them again")
+    return EngineError("a step was interrupted, and its requests cannot continue", got=by, fix="send them again")

@@ -1,4 +1,4 @@
-"""How an engine is asked to be opened, and what every backend's ``load`` gives back."""
+"""Options for loading an engine, and the result of every backend's ``load``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from trt_kv.runtime.reservation import Reservation
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 MAX_SEQUENCES = 256
-"""Sequences that run at once where nobody says otherwise."""
+"""Default limit of sequences that run at once."""
 
 OnProgress = Callable[[str, int, int], None]
-"""Told (stage, done, total) while something long runs."""
+"""Progress callback, called with (stage, done, total)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How an engine is opened; see ``Engine.load``."""
+    """Options for loading an engine; see ``Engine.load``."""
 
     cache_tokens: int | None = None
     host_tier: str | None = None
@@ -45,16 +45,16 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What runs an engine's steps, and who may use it."""
+    """A loaded engine: what runs its steps, and the reservation that admits its requests."""
 
     runner: ModelRunner
     reservation: Reservation
     token_budget: int | None = None
-    """Tokens of prompts that are read between two decode steps."""
+    """Prompt tokens that may be processed between two decode steps; None: one chunk."""
 
 
 def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -> None:
-    """``UsageError`` where a cache on the host is described, for an engine that has none."""
+    """``UsageError`` if options for a host cache are given; for engines that have none."""
     host_tier, host_tokens = options.host_tier, options.host_tokens
     if (host_tier, host_tokens) != (None, None):
         raise UsageError(
@@ -67,8 +67,8 @@ def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -
 
 
 def pool_sizes(manifest: Manifest, cache_tokens: int | None, n_bytes: int) -> PoolSizes:
-    """Sizes of a pool for ``cache_tokens`` tokens in every layer; None: what fits into ``n_bytes``, and at most twice the
-    model's positions.
+    """Sizes of a pool for ``cache_tokens`` tokens in every layer. None: as many as fit into ``n_bytes``, at most twice the
+    model's maximum positions.
     """
     config = manifest.config
     if cache_tokens is None:

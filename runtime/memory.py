@@ -1,4 +1,4 @@
-"""How much memory there is to plan with: what is free, here and in the container, without what is in use by being mapped."""
+"""Host memory that caches may use: free memory of the machine and the container, less weights mapped from files."""
 
 import os
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping or being killed, file caches that the kernel would drop included: Linux'
-    MemAvailable, or what is left under the limit of any control group that this process is in, if that is less.
+    """Bytes that can be allocated without swapping or an out-of-memory kill: Linux' MemAvailable, which counts reclaimable file
+    caches, or what is left under the limit of any control group of this process, if that is less.
 
-    Where the kernel does not tell: all physical memory.
+    Without /proc/meminfo: all physical memory.
     """
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if MEMINFO.is_file():
@@ -24,14 +24,14 @@ def available_bytes() -> int:
 
 
 def free_for_cache(mapped_bytes: int) -> int:
-    """What caches may be planned with beside ``mapped_bytes`` of weights that are mapped from files: the kernel counts their
-    pages as free, but every step reads them.
+    """Bytes for caches beside ``mapped_bytes`` of weights mapped from files. The kernel counts the pages of these weights as
+    available, but every step reads them.
     """
     return max(0, available_bytes() - mapped_bytes)
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    """Bytes left under each memory limit that holds for this process (control groups of version 2, and of version 1)."""
+    """Bytes left under each memory limit of this process (control groups of version 2, and of version 1)."""
     if not OWN_CGROUPS.is_file():
         return
     for line in OWN_CGROUPS.read_text().splitlines():
@@ -44,7 +44,7 @@ def _left_in_cgroups() -> Iterator[int]:
 
 
 def _left_under(root: Path, path: str, limit_file: str, usage_file: str, droppable: str) -> Iterator[int]:
-    """For a control group and all above it: the limit, less what is used and would not be dropped for newer pages."""
+    """For a control group and each of its ancestors: the limit, less the used memory that cannot be reclaimed."""
     group = root / path.lstrip("/")
     for folder in (group, *group.parents):
         if folder != root and root not in folder.parents:

@@ -1,4 +1,4 @@
-"""Token ids in, logits out: prefill in chunks, batched decode, eviction when the program says so."""
+"""Token ids to logits: chunked prefill, batched decode, and eviction according to the program."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ class ModelRunner:
     """One model on one executor of steps, with one KV pool.
 
     ``programs`` holds the KV ops of the phases "prefill" and "decode"; ``decode`` is the policy's. Prefill runs one sequence at
-    a time, so that a sequence's chunks, and with them its rounding, do not depend on its neighbours.
+    a time, so that a sequence's chunks, and with them its rounding, do not depend on other requests.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class ModelRunner:
         return self._executor.description
 
     def close(self) -> None:
-        """Stop background work and let go of a cache on the host, if there is any; nothing runs afterwards."""
+        """Stop background work and free a cache on the host, if there is any. Nothing runs afterwards."""
         if self.tiers is not None:
             self.tiers.close()
 
     def warm_up(self) -> None:
-        """Compile what is compiled at its first call (seconds on a fresh installation, milliseconds afterwards)."""
+        """Compile kernels before their first call (seconds on a fresh installation, milliseconds afterwards)."""
         self._executor.warm_up()
         if self.tiers is not None:
             self.tiers.warm_up()
@@ -78,11 +78,11 @@ class ModelRunner:
         return SequenceCache(self.pool, n_layers=len(self._budgets), decode_distance=self._decode_distance)
 
     def run(self, plan: StepPlan[Request]) -> Floats:
-        """Run one step of a schedule: logits [R, V], a row for each request; after a chunk that is not its prompt's last they
-        mean nothing.
+        """Run one step of a schedule: logits [R, V], a row for each request. After a chunk that is not its prompt's last, they
+        have no meaning.
 
-        A sequence that cannot go on by itself (``RecallError``) does not stop the others: its ``failure`` says why, and its
-        logits mean nothing. On ``CapacityError`` no sequence has advanced; after any other error all of the step are unusable.
+        A sequence that fails (``RecallError``) does not stop the others: its ``failure`` is the error, and its logits have no
+        meaning. On ``CapacityError`` no sequence has advanced; after any other error all sequences of the step are unusable.
         """
         sequences = [request.sequence for request in plan.requests]
         if plan.phase == "decode":
@@ -100,7 +100,7 @@ class ModelRunner:
         evict: bool = True,
         all_logits: bool = False,
     ) -> Floats:
-        """Read a whole prompt chunk by chunk, evicting with its last chunk.
+        """Prefill a whole prompt chunk by chunk, evicting with its last chunk.
 
         Returns the last token's logits [V], or every token's [N, V] with ``all_logits``. Memory: O(N * chunk). Raises
         ``CapacityError`` when the pool is full; the sequence keeps what it had and must be released by its owner.
@@ -117,7 +117,7 @@ class ModelRunner:
         return np.concatenate(logits) if all_logits else logits[-1][0]
 
     def decode(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Floats:
-        """One token for each of B sequences; returns the next token's logits [B, V]. ``RecallError`` where one is lost."""
+        """One decode step of B sequences; returns the next tokens' logits [B, V]. ``RecallError`` if a sequence is lost."""
         logits_BV = self._decode_step(sequences, token_ids)
         for sequence in sequences:
             if sequence.failure is not None:
@@ -125,7 +125,7 @@ class ModelRunner:
         return logits_BV
 
     def _read_chunk(self, sequence: SequenceCache, chunk: Ints, n_left: int, rows: Ints, *, evict: bool) -> Floats:
-        """Read N tokens of a prompt of which ``n_left`` follow; logits [R, V] of ``rows``."""
+        """Prefill N tokens of a prompt, which ``n_left`` more follow; logits [R, V] of ``rows``."""
         remaining = n_left + len(chunk) - 1 - np.arange(len(chunk))
         flags = np.array([int(n_left == 0 and evict and self._ends_prompts)])
         result = self._step("prefill", [sequence], [chunk], rows, remaining, flags)
@@ -149,7 +149,7 @@ class ModelRunner:
         return np.stack([self._of_slots(self.pool.scores, sequence, layer) for layer in range(sequence.n_layers)])
 
     def importance(self, token_ids: Sequence[int]) -> Floats:
-        """Importance of each token of a prompt as the program scores it, nothing evicted: [L, K, N] fp32."""
+        """Scores of each token of a prompt by the program, without eviction: [L, K, N] fp32."""
         sequence = self.new_sequence()
         try:
             self.prefill(sequence, token_ids, evict=False)
@@ -170,7 +170,7 @@ class ModelRunner:
             )
 
     def _growth(self, kept_shares: Sequence[float]) -> list[float] | None:
-        """Share at which each layer grows while decoding: its budget's where that is a share, else the one it kept."""
+        """Share at which each layer grows while decoding: that of its budget if it is a share, else the share it kept."""
         if self._decode != "row":
             return None
         return [
@@ -193,7 +193,7 @@ class ModelRunner:
         prompt_remaining: Ints,
         evict: Ints,
     ) -> StepResult:
-        """Run one step; what it found of each sequence is put there. ``CapacityError`` before any sequence has advanced."""
+        """Run one step and store its adaptive budgets in the sequences. ``CapacityError`` before any sequence has advanced."""
         for sequence, new in zip(sequences, ids, strict=True):
             sequence.make_room(len(new))
         firsts = [sequence.num_computed_tokens for sequence in sequences]

@@ -1,4 +1,4 @@
-"""One request on its way from prompt to text: its sequence, its random numbers, its detokenizer, its end."""
+"""The state of one request: its sequence, random number generator, detokenizer, text and finish reason."""
 
 import secrets
 import time
@@ -22,14 +22,14 @@ FinishReason = Literal["stop", "length", "error", "timeout", "cancelled"]
 
 @dataclass(kw_only=True)
 class RequestTimes:
-    """When things happened, in seconds of ``time.monotonic``; None: not yet. ``prompt_s`` and ``decode_s``: its share of the
-    steps that read its prompt, and of those that decoded it, in seconds.
+    """Timestamps of a request, in seconds of ``time.monotonic``; None: not reached yet. ``prompt_s`` and ``decode_s``: the
+    request's share of the time of its prefill and decode steps, in seconds.
     """
 
     arrived: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     tokens: list[float] = field(default_factory=list)
-    """Of each generated token."""
+    """Timestamp of each generated token."""
     prompt_s: float = 0.0
     decode_s: float = 0.0
 
@@ -40,9 +40,9 @@ class RequestTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What a request produced. ``kv_tokens``: per layer, how many of its ``num_computed_tokens`` were held at the end: in the
-    cache, or in the working set where the cache stays on the host. ``error``: why the request could not go on, if it could
-    not. ``seed``: draws the same tokens again.
+    """Result of a request. ``kv_tokens``: per layer, how many of its ``num_computed_tokens`` were held at the end, in the
+    cache, or in the working set if the cache is on the host. ``error``: the error that ended the request, or None. ``seed``:
+    the seed of its random numbers.
     """
 
     text: str
@@ -58,12 +58,12 @@ class Generation:
 
 @dataclass(kw_only=True, eq=False)
 class Request:
-    """State of one request. Only the thread that runs steps changes it, but for ``pieces``, which clients take from the left,
-    and ``cancelled``, which they set.
+    """State of one request. Only the thread that runs steps changes it, except ``pieces``, which clients pop from the left, and
+    ``cancelled``, which they set.
 
-    ``limit`` is how many tokens it may generate, model positions considered. ``tokenizer`` None: token ids only, no text.
-    ``forced``: tokens that are fed instead of chosen ones; ``log_probabilities`` then tells what the model gave each of them.
-    ``forks`` go on from this request's prompt, which is read once, each with a copy of what was kept of it.
+    ``limit``: the most tokens it may generate, given the model's positions. ``tokenizer`` None: token ids only, no text.
+    ``forced``: tokens that are fed instead of sampled ones; ``log_probabilities`` then holds the model's log-probability of
+    each. ``forks``: requests with the same prompt, which is computed once; each fork continues on a copy of its KV cache.
     """
 
     prompt_ids: Sequence[int]
@@ -74,22 +74,22 @@ class Request:
     forced: Sequence[int] | None = None
     forks: Sequence["Request"] = ()
     on_update: Callable[[], None] | None = None
-    """Called by whoever runs steps when there are new pieces, or the end. Must not block, raise or call the engine."""
+    """Called by the thread that runs steps, on new pieces and at the end. Must not block, raise or call the engine."""
     name: str = "the request"
     token_ids: list[int] = field(default_factory=list, init=False)
     log_probabilities: list[float] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     error: Exception | None = field(default=None, init=False)
     pieces: deque[str] = field(default_factory=deque, init=False)
-    """Text that is certain and that the client has not taken yet."""
+    """Final text that the client has not taken yet."""
     cancelled: bool = field(default=False, init=False)
     n_prompt_read: int = field(default=0, init=False)
-    """Tokens of the prompt that have been read."""
+    """Prompt tokens computed so far."""
     prompt_kv_tokens: tuple[int, ...] = field(default=(), init=False)
-    """Tokens held per layer once the prompt had been read and evicted from."""
+    """Tokens held per layer after prefill and its eviction."""
     times: RequestTimes = field(default_factory=RequestTimes, init=False)
     held_sequence: SequenceCache | None = field(default=None, init=False)
-    """Its cache, from its admission to its end."""
+    """Its KV cache, from admission to the end."""
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
@@ -110,7 +110,7 @@ class Request:
 
     @property
     def deadline(self) -> float | None:
-        """When it ends at the latest, in seconds of ``time.monotonic``."""
+        """Latest end, in seconds of ``time.monotonic``; None: no timeout."""
         return None if self.params.timeout_s is None else self.times.arrived + self.params.timeout_s
 
     @property
@@ -119,20 +119,20 @@ class Request:
 
     @property
     def sequence(self) -> SequenceCache:
-        """Its cache; it has been admitted and has not ended."""
+        """Its KV cache. The request must have been admitted and not ended."""
         assert self.held_sequence is not None
         return self.held_sequence
 
     def accept(self, logits_V: Floats) -> None:
-        """Go on with the next token, chosen from logits [V] or forced; text that is certain by now goes to ``pieces``.
+        """Append the next token, sampled from logits [V] or forced, and append text that is final by now to ``pieces``.
 
-        Text that could be the beginning of a stop string is held back until it is known not to be one. ``LogitsError`` where
-        the largest logit is not a finite number.
+        Text that could be the beginning of a stop string is held back until it is known not to be one. ``LogitsError`` if the
+        largest logit is not a finite number.
         """
         largest = float(logits_V.max())
         if not np.isfinite(largest):
             raise LogitsError(
-                f"{self.name} cannot go on: the model's logits are not finite numbers",
+                f"{self.name} cannot continue: the model's logits are not finite numbers",
                 got=f"{largest} after {len(self.prompt_ids)} prompt tokens and {len(self.token_ids)} generated ones",
                 fix="build the engine in a wider type (float32, or bfloat16 instead of float16), or check the checkpoint",
             )
@@ -153,28 +153,29 @@ class Request:
         self._say(reason)
 
     def end(self, reason: FinishReason, error: Exception | None = None) -> None:
-        """End here, where it has not ended: what was generated so far is the result. Raises nothing: where a tokenizer fails
-        at the last tokens, that is how the request ends.
+        """End the request if it has not ended. The tokens generated so far are its result.
+
+        Raises no error: if the tokenizer cannot decode the last tokens, the request ends with "error" and the tokenizer's.
         """
         if not self.is_finished:
             self.error = error
             try:
                 self._say(reason)
-            except Exception as broken:  # noqa: BLE001  (whoever ends a request of somebody else cannot do anything about it)
+            except Exception as broken:  # noqa: BLE001  (ends this request only)
                 self.error, self.finish_reason = error or broken, "error"
 
     def close(self) -> None:
-        """Give the sequence's memory back, remembering what it held. May be called again."""
+        """Free the sequence's pages, after recording how many tokens it held. May be called again."""
         if self.held_sequence is not None:
             self._held = self._held or self._holding(self.held_sequence)
             self.held_sequence.release()
             self.held_sequence = None
 
     def result(self) -> Generation:
-        """What has been generated by now. May be asked from any thread."""
+        """The result so far. May be called from any thread."""
         sequence = self.held_sequence
         holding = (0, ()) if sequence is None else self._holding(sequence)
-        held = self._held or holding  # looked at last: it is there before anything is given back
+        held = self._held or holding  # read last: it is set before pages are freed
         return Generation(
             text=self._text,
             token_ids=tuple(self.token_ids),
@@ -189,12 +190,12 @@ class Request:
 
     @staticmethod
     def _holding(sequence: SequenceCache) -> tuple[int, tuple[int, ...]]:
-        """(tokens seen, tokens cached per layer) of a sequence."""
+        """(computed tokens, held tokens per layer) of a sequence."""
         return sequence.num_computed_tokens, tuple(int(n) for n in sequence.held_tokens)
 
     def _say(self, reason: FinishReason | None) -> None:
-        """Hand out the text that is certain; ``reason``: why it ends here, if it does. Clients in other threads look at
-        ``is_finished`` first, so it is told last.
+        """Append the text that is final by now to ``pieces``. ``reason``: why the request ends here, if it does; set last,
+        because other threads read the result as soon as ``is_finished``.
         """
         if reason is not None and self._detokenizer is not None:
             self._text += self._detokenizer.finish()
@@ -209,7 +210,7 @@ class Request:
         self.finish_reason = reason
 
     def _n_held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the text that is a proper prefix of a stop string."""
         return max(
             (n for stop in self.params.stop_texts for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0
         )

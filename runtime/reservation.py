@@ -1,7 +1,7 @@
-"""What a request reserves before it starts: all that it needs at its largest, in every pool that it touches.
+"""Reservations: before it starts, a request reserves the most that it will need of every pool and other limited resource.
 
-So a request that has been admitted never fails for want of memory, and none has to be preempted. Pure arithmetic on sizes: no
-pool is looked at, because everybody who uses pools reserves what he takes.
+So an admitted request never runs out of memory, and none has to be preempted. This is arithmetic on sizes alone: pools are not
+inspected, because all of their pages are allocated under reservations.
 """
 
 from collections.abc import Hashable, Sequence
@@ -17,7 +17,7 @@ from trt_kv.runtime.cache.page_pool import PagePool
 
 @dataclass(frozen=True, kw_only=True)
 class RequestSize:
-    """Tokens of a prompt, the most tokens that follow it, and how many sequences go on from it: the request and its forks."""
+    """Tokens of a prompt, the most tokens generated after it, and the number of sequences: the request and its forks."""
 
     n_prompt: int
     max_new_tokens: int
@@ -25,39 +25,39 @@ class RequestSize:
 
 
 class Resource(Protocol):
-    """Something that there is a limited number of: pages of a pool, working sets, places in a decode batch."""
+    """A limited resource: pages of a pool, working sets, places in a decode batch."""
 
     @property
     def name(self) -> str:
-        """What it is, for statistics."""
+        """Name in statistics."""
         ...
 
     @property
     def total(self) -> int: ...
 
     def while_reading(self, size: RequestSize) -> int:
-        """The most that a request needs from its first step on, while no other prompt is read."""
+        """The most that a request needs from its first step to its end, given that one prompt is prefilled at a time."""
         ...
 
     def after_reading(self, size: RequestSize) -> int:
-        """The most that it needs once its prompt has been read."""
+        """The most that it needs after prefill."""
         ...
 
     def refusal(self, needed: int) -> CapacityError:
-        """What to tell who needs more than there is."""
+        """The error for a request that needs more than ``total``."""
         ...
 
 
 class Limit(Protocol):
-    """What a single request must not exceed, however much is free."""
+    """A limit that a single request must not exceed, however much is free."""
 
     def check(self, size: RequestSize) -> None:
-        """``CapacityError`` where it does."""
+        """``CapacityError`` if the request exceeds the limit."""
         ...
 
 
 class Reservation:
-    """Who has reserved how much of each resource. A key names a request; reserving and releasing are exact opposites."""
+    """How much of each resource is reserved by each request, which is identified by a key."""
 
     def __init__(self, resources: Sequence[Resource], limits: Sequence[Limit] = ()) -> None:
         self.resources = tuple(resources)
@@ -73,7 +73,7 @@ class Reservation:
                 raise resource.refusal(needed)
 
     def reserve(self, key: Hashable, size: RequestSize) -> bool:
-        """Reserve all that a request needs at its largest; False, and nothing is reserved, where that is not free now."""
+        """Reserve the most that a request will need. Returns False, reserving nothing, if that is not free now."""
         self.release(key)
         needed = tuple(resource.while_reading(size) for resource in self.resources)
         if any(n > free for n, free in zip(needed, self.free, strict=True)):
@@ -82,12 +82,12 @@ class Reservation:
         return True
 
     def finish_reading(self, key: Hashable) -> None:
-        """Its prompt has been read: what only reading needed is free again."""
+        """Release what a request needed for its prefill only."""
         size, _ = self._reserved[key]
         self._reserved[key] = size, tuple(resource.after_reading(size) for resource in self.resources)
 
     def release(self, key: Hashable) -> None:
-        """The request has ended; nothing, where it has reserved nothing."""
+        """Release all that a request has reserved, if anything."""
         self._reserved.pop(key, None)
 
     @property
@@ -98,12 +98,12 @@ class Reservation:
 
     @property
     def free(self) -> list[int]:
-        """How much of each resource nobody has reserved."""
+        """How much of each resource is not reserved."""
         return [resource.total - used for resource, used in zip(self.resources, self.used, strict=True)]
 
 
 class Places:
-    """Sequences that may run at once. ``how_to_enlarge`` tells who wants more."""
+    """Sequences that may run at once. ``how_to_enlarge``: the fix in the error for more."""
 
     name = "sequences"
 
@@ -127,7 +127,7 @@ class Places:
 
 
 class _Pages:
-    """Pages of one pool, taken by ``n_layers`` layers; ``option`` of ``Engine.load`` makes it larger, in tokens per layer."""
+    """Pages of one pool, used by ``n_layers`` layers; ``option`` of ``Engine.load`` sizes it, in tokens per layer."""
 
     option = "cache_tokens"
 
@@ -152,15 +152,15 @@ class _Pages:
         )
 
     def _tokens(self, n_pages: int) -> int:
-        """Tokens in every layer that ``n_pages`` are enough for."""
+        """Tokens per layer for which ``n_pages`` suffice."""
         return -(-n_pages // self.n_layers) * self.pool.page_size
 
 
 class CachePages(_Pages):
-    """Whole caches in one pool: a prompt is read whole in every layer, then each layer shrinks to its budget and grows."""
+    """Whole caches in one pool: prefill caches the prompt in every layer, then each layer shrinks to its budget and grows."""
 
     def __init__(self, pool: PagePool, *, budgets: Sequence[LayerBudget | None], n_protected: int) -> None:
-        """``budgets``: of each layer, None where it is found from the input, which may turn out to need everything.
+        """``budgets``: of each layer; None if it depends on the prompt, and so may be the whole prompt.
 
         ``n_protected`` tokens of each layer are kept whatever its budget.
         """
@@ -176,7 +176,7 @@ class CachePages(_Pages):
         return size.n_sequences * sum(_pages(n_tokens + size.max_new_tokens, self.pool) for n_tokens in kept)
 
     def kept_in_any_layer(self, n_prompt: int) -> int:
-        """The most tokens of a prompt that a layer keeps once it has been read."""
+        """The most tokens of a prompt that any layer keeps after prefill."""
         return max(self._kept_at_most(n_prompt, budget) for budget in self._budgets)
 
     def _kept_at_most(self, n_prompt: int, budget: LayerBudget | None) -> int:
@@ -184,7 +184,7 @@ class CachePages(_Pages):
 
 
 class HostPages(_Pages):
-    """The host tier: every token of the layers whose cache stays there."""
+    """The host tier: every token of the layers whose cache is on the host."""
 
     option = "host_tokens"
 
@@ -196,10 +196,10 @@ class HostPages(_Pages):
 
 
 class WorkingSetPages(_Pages):
-    """The device beside a host tier: working sets, and whole caches of the layers that stay on the device."""
+    """The device pool of an engine with a host tier: working sets, and whole caches of the layers that do not recall."""
 
     def __init__(self, pool: PagePool, *, limits: Sequence[PageLimits | None], budgets: Sequence[LayerBudget | None]) -> None:
-        """``limits``: of each layer, None where its cache stays on the device; ``budgets`` as the graph has them."""
+        """``limits``: of each layer, None if its cache is on the device; ``budgets`` as in the graph."""
         super().__init__(pool, n_layers=len(limits))
         self._layers = list(zip(limits, budgets, strict=True))
 

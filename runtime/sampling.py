@@ -12,11 +12,11 @@ from trt_kv.plugins.paging import Floats
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is continued. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter nothing.
+    """Sampling parameters of one request. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter nothing.
 
-    ``stop``: one text or several that end the answer and are not part of it. The same ``seed`` gives the same tokens, whatever
-    else runs; None draws one anew. Requests of a lower ``priority`` start first. ``timeout_s``: seconds after which the request
-    ends with what it has, waiting included; None: never.
+    ``stop``: one or several strings that end the output and are not part of it. Random numbers depend on ``seed`` alone, not on
+    other requests; None: a random seed. Requests with a lower ``priority`` start first. ``timeout_s``: seconds from arrival,
+    time in the queue included, after which the request ends with the tokens it has; None: never.
     """
 
     max_new_tokens: int = 128
@@ -60,7 +60,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def next_token(logits_V: Floats, params: SamplingParams, rng: np.random.Generator) -> int:
-    """One token id drawn from logits [V]; equal logits go to the lower id when greedy."""
+    """Sample one token id from logits [V]. Greedy sampling takes the lowest id among equal logits."""
     if params.temperature == 0.0:
         return int(np.argmax(logits_V))
     order = np.argsort(-logits_V, kind="stable")
@@ -76,6 +76,6 @@ def next_token(logits_V: Floats, params: SamplingParams, rng: np.random.Generato
 
 
 def log_probability(logits_V: Floats, token_id: int) -> float:
-    """The logarithm of the probability that logits [V] give a token."""
+    """Log-probability of a token under logits [V]."""
     shifted_V = logits_V.astype(np.float64) - logits_V.max()
     return float(shifted_V[token_id] - np.log(np.exp(shifted_V).sum()))

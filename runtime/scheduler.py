@@ -1,8 +1,8 @@
-"""Which step comes next. Knows sizes and order, no model, no memory and no clock, so that all of it can be tested alone.
+"""Decides which step comes next, from sizes and order alone: without model, memory or clock, so that it can be tested alone.
 
-A turn is a decode step of everybody who decodes, and then chunks of prompts up to a token budget. Prompts are read one at a
-time: the next request is admitted when the one before it has been read, so each decision about the order is made as late as
-possible, and the memory that only reading needs is reserved once.
+A turn is a decode step of all decoding requests, and then chunks of prompts up to a token budget. Prompts are prefilled one at
+a time: the next request is admitted when the previous prompt is done. So the order is decided as late as possible, and the
+memory that only prefill needs is reserved once.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from trt_kv.errors import UsageError
 from trt_kv.runtime.reservation import RequestSize, Reservation
 
 MAX_OVERTAKEN = 64
-"""So many requests of a higher priority that came later may start before a waiting one."""
+"""The most requests of a higher priority that came later and may start before a waiting one."""
 
 
 class Schedulable(Protocol):
-    """What the scheduler knows of a request."""
+    """The properties of a request that the scheduler uses."""
 
     @property
     def size(self) -> RequestSize: ...
@@ -30,12 +30,12 @@ class Schedulable(Protocol):
 
     @property
     def forks(self) -> Sequence[Self]:
-        """Requests that go on from this one's prompt, with sequences of their own."""
+        """Requests that continue from this one's prompt, with sequences of their own."""
         ...
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has ended: a fork may, before the prompt has been read."""
+        """Whether it has ended. A fork may end before the prompt has been read."""
         ...
 
 
@@ -51,7 +51,7 @@ class StepPlan(Generic[R]):
     start: int = 0
     end: int = 0
     reads_last: bool = False
-    """Whether the prompt has been read when the step is done."""
+    """Whether the step is the last one of its prompt."""
 
     @property
     def n_tokens(self) -> int:
@@ -66,10 +66,10 @@ class _Waiting(Generic[R]):
 
 
 class Scheduler(Generic[R]):
-    """Waiting requests, the one whose prompt is read, and those that decode.
+    """Waiting requests, the one in prefill, and those that decode.
 
-    Within a priority, first come, first served: nobody passes a request that has to wait for memory. A request of a higher
-    priority passes others, but each of them at most ``max_overtaken`` times, so none waits for ever.
+    Within a priority requests start in order of arrival: none overtakes a request that waits for memory. Requests of a higher
+    priority overtake others, but each waiting request is overtaken at most ``max_overtaken`` times, so none starves.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Scheduler(Generic[R]):
         token_budget: int | None = None,
         max_overtaken: int = MAX_OVERTAKEN,
     ) -> None:
-        """``chunk``: tokens of a prompt per step; a request's chunks never depend on others. ``token_budget``: tokens of
-        prompts per turn, at least one chunk being read in each; None: ``chunk``.
+        """``chunk``: prompt tokens per prefill step; a request's chunks never depend on other requests. ``token_budget``: the
+        most prompt tokens per turn, though at least one chunk; None: ``chunk``.
         """
         if token_budget is not None and token_budget < 1:
             raise UsageError("bad token_budget", got=token_budget, expected="tokens >= 1, or None: one chunk per turn")
@@ -96,7 +96,7 @@ class Scheduler(Generic[R]):
         self._n_read = 0
         self._decoding: list[R] = []
         self._families: dict[int, tuple[R, ...]] = {}
-        """By the id of each admitted request and fork: the request that reserved for all of them, and its forks."""
+        """By the id of each admitted request and fork: the request that made the reservation for all of them, and its forks."""
 
     @property
     def n_waiting(self) -> int:
@@ -117,12 +117,12 @@ class Scheduler(Generic[R]):
         return [entry.request for entry in self._waiting]
 
     def add(self, request: R) -> None:
-        """Put a request into the queue; ``CapacityError`` where it can never be served."""
+        """Put a request into the queue; ``CapacityError`` if it can never be served."""
         self.reservation.check(request.size)
         self._waiting.append(_Waiting(request=request, arrival=next(self._arrivals)))
 
     def schedule(self) -> StepPlan[R] | None:
-        """The next step; None where there is nothing to do. Its runner calls ``complete``, or ``remove`` where it failed."""
+        """The next step; None if there is nothing to do. After it the caller calls ``complete``, or ``remove`` if it failed."""
         if self._reading is None:
             self._admit()
         if self._reading is not None:
@@ -138,7 +138,7 @@ class Scheduler(Generic[R]):
         return StepPlan(phase="decode", requests=tuple(self._decoding)) if self._decoding else None
 
     def complete(self, plan: StepPlan[R]) -> None:
-        """The step has been run: whoever's prompt has been read decodes from here on, and its forks beside it."""
+        """Record that a step has been run. After the last chunk of a prompt, its request and the forks start to decode."""
         if plan.phase == "decode":
             return
         (request,) = plan.requests
@@ -149,9 +149,9 @@ class Scheduler(Generic[R]):
             self._decoding += [request, *(fork for fork in request.forks if not fork.is_finished)]
 
     def remove(self, request: R) -> None:
-        """The request has ended, however: it is not planned any more, and what it reserved is free when its forks have ended.
+        """Remove a request that has ended in any way. Its reservation is released when its forks have ended, too.
 
-        Nothing, where it is not here; so it may be called again where it was interrupted.
+        Does nothing if the request is not here, so it may be called again after an interruption.
         """
         self._waiting = [entry for entry in self._waiting if entry.request is not request]
         self._decoding = [other for other in self._decoding if other is not request]
@@ -164,14 +164,14 @@ class Scheduler(Generic[R]):
                 self._families.pop(id(member), None)
 
     def _admit(self) -> None:
-        """Begin to read the prompt of whoever's turn it is, if there is room for it now.
+        """Admit the request that is next, if what it needs can be reserved now.
 
-        Interrupted before ``_reading`` is set, nobody has been admitted; afterwards, one has been.
+        If interrupted before ``_reading`` is set, none has been admitted.
         """
         admitted = {id(request) for request in self._decoding}
         self._waiting = [entry for entry in self._waiting if id(entry.request) not in admitted]
         for entry in self._waiting:
-            self.reservation.release(id(entry.request))  # of an admission that was interrupted
+            self.reservation.release(id(entry.request))  # of an interrupted admission
         if not self._waiting:
             return
         passed_by = [entry for entry in self._waiting if entry.n_overtaken >= self._max_overtaken]

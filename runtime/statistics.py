@@ -1,4 +1,4 @@
-"""What an engine has done and is doing, counted in one place; servers and benchmarks read it."""
+"""Counters and histograms of an engine, for servers and benchmarks."""
 
 import bisect
 import dataclasses
@@ -11,12 +11,12 @@ import numpy as np
 from trt_kv.runtime.backends.step import Ints
 
 SECONDS = tuple(m * 10.0**e for e in range(-4, 3) for m in (1, 2, 5))
-"""Upper bounds of the buckets of times: 0.1 ms to 500 s."""
+"""Upper bounds of the buckets of times, in seconds: 0.1 ms to 500 s."""
 
 
 @dataclass(kw_only=True)
 class Histogram:
-    """Counts by bucket, the last one for what is above every bound; ``total`` is the sum of what was added."""
+    """Counts per bucket, the last one for values above every bound; ``total`` is the sum of the added values."""
 
     bounds: Sequence[float] = SECONDS
     counts: list[int] = field(default_factory=list)
@@ -46,14 +46,14 @@ class EngineStatistics:
     """Counts since the engine was loaded; times in seconds.
 
     ``time_to_first_token`` counts from a request's arrival, ``time_between_tokens`` from one token of a request to its next,
-    ``time_in_queue`` from arrival to admission. ``planning_s`` is what deciding on steps and their
-    bookkeeping took, ``steps_s`` the model, ``sampling_s`` choosing tokens and making text of them.
+    ``time_in_queue`` from arrival to admission. ``planning_s`` is the time of scheduling and bookkeeping, ``steps_s`` of
+    running the model, ``sampling_s`` of sampling and detokenization.
     """
 
     n_waiting: int = 0
     n_running: int = 0
     n_finished: dict[str, int] = field(default_factory=dict)
-    """Requests by how they ended."""
+    """Finished requests by finish reason."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     prefill_steps: int = 0
@@ -67,7 +67,7 @@ class EngineStatistics:
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens of prompts and of decoding in a step, on average."""
+        """Average number of prompt and generated tokens per step."""
         return (self.prompt_tokens + self.generated_tokens) / max(1, self.prefill_steps + self.decode_steps)
 
     def to_json(self) -> dict[str, Any]:
@@ -77,7 +77,11 @@ class EngineStatistics:
 
 @dataclass(kw_only=True)
 class RecallStatistics:
-    """Counts since the last ``reset``; L layers, K KV heads. A layer-step is one layer of one generated token."""
+    """Counts of recall since the last ``reset``; L layers, K KV heads.
+
+    A layer-step is one layer of one generated token, a page-head the keys and values of one KV head in one page. A KV head is
+    corrected if its query drifted, so that its pages are chosen again before attention.
+    """
 
     n_layers: int
     n_kv_heads: int
@@ -86,9 +90,9 @@ class RecallStatistics:
     corrected_LK: Ints = field(init=False)
     corrected_layer_steps_L: Ints = field(init=False)
     moved_ahead_L: Ints = field(init=False)
-    """Page-heads that were brought in the background."""
+    """Page-heads that were copied in the background."""
     moved_at_once_L: Ints = field(init=False)
-    """Page-heads that a corrected head waited for."""
+    """Page-heads that were copied before attention, while the step waited."""
     pages_written: int = field(init=False)
     waited_ms: float = field(init=False)
     """Time that steps waited for copies."""
@@ -97,7 +101,7 @@ class RecallStatistics:
         self.reset()
 
     def reset(self) -> None:
-        """Count from nothing."""
+        """Set all counts to 0."""
         self.layer_steps_L, self.corrected_layer_steps_L, self.moved_ahead_L, self.moved_at_once_L = (
             np.zeros(self.n_layers, np.int64) for _ in range(4)
         )
@@ -112,7 +116,7 @@ class RecallStatistics:
 
     @property
     def layer_step_rate(self) -> float:
-        """Share of layer-steps in which any KV head was corrected: the steps that had to wait."""
+        """Share of layer-steps in which any KV head was corrected."""
         return float(self.corrected_layer_steps_L.sum()) / max(1, int(self.layer_steps_L.sum()))
 
     @property
@@ -120,7 +124,7 @@ class RecallStatistics:
         return self.page_head_bytes * int(self.moved_ahead_L.sum() + self.moved_at_once_L.sum())
 
     def to_json(self) -> dict[str, Any]:
-        """Counts as lists, and the rates made from them."""
+        """Counts as lists, and the rates computed from them."""
         counts = {
             name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in dataclasses.asdict(self).items()
         }

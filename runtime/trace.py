@@ -1,4 +1,4 @@
-"""What ran when: spans in Chrome's trace format, for chrome://tracing, Perfetto and our own pictures."""
+"""Timing spans in Chrome's trace format, for chrome://tracing, Perfetto and the plots of the benchmarks."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ class Trace:
 
     @contextlib.contextmanager
     def span(self, name: str, **details: Any) -> Iterator[None]:
-        """Record the block as one span of the current thread; ``details`` are shown with it."""
+        """Record the block as one span of the current thread, with ``details`` as its arguments."""
         begin_ns = time.perf_counter_ns()
         try:
             yield
@@ -40,7 +40,7 @@ class Trace:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """A document that trace viewers open; times in microseconds."""
+        """The trace as a JSON document; times in microseconds."""
         names = [
             {"name": "thread_name", "ph": "M", "pid": 1, "tid": thread, "args": {"name": name}}
             for thread, name in self._threads.items()
@@ -52,7 +52,7 @@ class Trace:
 
 
 class _NoTrace(Trace):
-    """Costs nothing."""
+    """Records nothing."""
 
     @contextlib.contextmanager
     def span(self, name: str, **details: Any) -> Iterator[None]:

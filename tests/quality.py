@@ -1,6 +1,5 @@
 """What ``make report ARGS=--quick`` measures, once per session."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from benchmarks.quality.recall.measure import measure_recall
 from benchmarks.quality.recall.results import RecallResults
 from benchmarks.quality.results import Results
 from benchmarks.quality.settings import Settings
-from tests.engines import shared
 from trt_kv.export.checkpoints.base import Checkpoint
 
 
@@ -42,25 +40,20 @@ def measured_recall(checkpoint: Checkpoint, engine: Path, parts: Path, told: lis
 
 
 @pytest.fixture(scope="session")
-def parts(tmp_path_factory: pytest.TempPathFactory, full_folder: Path, bundled_checkpoint: Checkpoint) -> Path:
-    """What the quick report keeps of what it has measured: this process' copy."""
-
-    def measure_all(folder: Path) -> None:
-        told: list[str] = []
-        measured(bundled_checkpoint, full_folder, folder, QUICK_SETTINGS, told)
-        assert "minutes" in told[0]
-        done, total = told[-1].removeprefix("measuring ").split("/")
-        assert abs(int(done) - int(total)) <= 1
-        measured_recall(bundled_checkpoint, full_folder, folder, [])
-
-    whole = shared(tmp_path_factory, "report-parts", measure_all)
-    return Path(shutil.copytree(whole, tmp_path_factory.mktemp("report") / "parts"))
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the quick report keeps what it has measured."""
+    return tmp_path_factory.mktemp("report") / "parts"
 
 
 @pytest.fixture(scope="session")
 def quick(full_folder: Path, bundled_checkpoint: Checkpoint, parts: Path) -> Results:
     """What ``--quick`` measures of policies that drop tokens."""
-    return measured(bundled_checkpoint, full_folder, parts, QUICK_SETTINGS, [])
+    told: list[str] = []
+    results = measured(bundled_checkpoint, full_folder, parts, QUICK_SETTINGS, told)
+    assert "minutes" in told[0]
+    done, total = told[-1].removeprefix("measuring ").split("/")
+    assert abs(int(done) - int(total)) <= 1
+    return results
 
 
 @pytest.fixture(scope="session")

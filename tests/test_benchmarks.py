@@ -207,6 +207,14 @@ def test_recall_benchmarks_run_small(name: str, tmp_path: Path) -> None:
     assert sum(check["error"] == check["allowed"] == 0.0 for check in document["checks"]) >= 2
 
 
+def test_the_serving_benchmark_runs_small(tmp_path: Path) -> None:
+    """It checks that the core and static groups generate the same tokens before it measures."""
+    click.testing.CliRunner().invoke(main, ["serving_core", "--quick", "--out", str(tmp_path)], catch_exceptions=False)
+    document = json.loads((tmp_path / "serving_core.json").read_text())
+    assert sum(check["error"] == check["allowed"] == 0.0 for check in document["checks"]) == 2
+    assert len(document["tables"]) == 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_every_benchmark_runs(name: str, tmp_path: Path) -> None:

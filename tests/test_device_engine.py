@@ -117,7 +117,7 @@ def test_caches_on_the_host_are_admitted_by_tiers_and_working_sets(folder_of: Ca
     with pytest.raises(CapacityError, match="the host tier is too small") as caught:
         roomy.core.reservation.check(RequestSize(n_prompt=50, max_new_tokens=10, n_sequences=2))
     assert "host_tokens=120" in str(caught.value)
-    with pytest.raises(CapacityError, match="no room for one working set"):
+    with pytest.raises(CapacityError, match="too little memory for one working set"):
         load_on(folder, CPU, cache_tokens=10)
 
 
@@ -194,7 +194,7 @@ def test_working_sets_that_grow_with_prompts_are_sized_for_the_longest_that_fits
     assert 10 < tight.recall.longest_prompt < POSITIONS
     assert tight.recall.sequences >= 1
     assert tight.n_pages == 10  # of the layer that is read whole
-    with pytest.raises(CapacityError, match="no room for one working set"):
+    with pytest.raises(CapacityError, match="too little memory for one working set"):
         planned(manifest, free_device=1000)
 
 
@@ -205,9 +205,9 @@ def test_what_devices_do_not_run_is_refused(
     full, freekv = folder_of("full"), folder_of("freekv")
     for folder, options, message in (
         (full, {"host_tokens": 5}, "keeps no cache on the host"),
-        (freekv, {"host_tier": "file:/tmp"}, "recalls from memory, not from a file"),
+        (freekv, {"host_tier": "file:/tmp"}, "needs a host tier in memory, not in a file"),
         (full, {"on": DeviceOptions(dense="onnxruntime", dtype="bfloat16")}, "in the type of the engine's graphs"),
-        (full, {"on": DeviceOptions(dense="onnxruntime", cuda_graphs=True)}, "not recorded as CUDA graphs"),
+        (full, {"on": DeviceOptions(dense="onnxruntime", cuda_graphs=True)}, "cannot be captured as CUDA graphs"),
         (full, {"on": DeviceOptions(cuda_graphs=True)}, "only GPUs replay"),
         (full, {"on": DeviceOptions(batch=0)}, "bad batch"),
     ):
@@ -215,9 +215,9 @@ def test_what_devices_do_not_run_is_refused(
             load_on(folder, CPU, **options)
     finding = load_manifest(freekv)
     monkeypatch.setattr(device_loading, "finds_budgets", lambda _: True)
-    with pytest.raises(UsageError, match="known before the prompt is") as caught:
+    with pytest.raises(UsageError, match="do not depend on the prompt") as caught:
         device_loading._check(freekv, finding, LoadOptions(), DeviceOptions(), CPU)
-    assert "take the device cpu" in str(caught.value)
+    assert "use the device cpu" in str(caught.value)
 
 
 def test_devices_are_named_and_missing_ones_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,11 +85,11 @@ def recall_of(case: Case, **changes: Any) -> Any:
 def test_what_cannot_be_planned_is_refused() -> None:
     case = Case(name="refused")
     found = (*case.program, (OpNode(op="AdaptiveBudget", attributes={}),))
-    with pytest.raises(UsageError, match="budgets that are known"):
+    with pytest.raises(UsageError, match="budgets that do not depend on the prompt"):
         recall_of(case, program=found)
     with pytest.raises(UsageError, match="no layer recalls"):
         recall_of(case, program=((OpNode(op="CachedAttention", attributes={}),),))
-    with pytest.raises(UsageError, match="room for something"):
+    with pytest.raises(UsageError, match="bad sizes for recall"):
         recall_of(case, capacity={"sequences": 0})
 
 

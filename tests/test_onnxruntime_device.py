@@ -132,7 +132,7 @@ def test_weights_that_are_given_are_read_where_they_are(small_folder: Path, chec
 
 
 def test_what_cannot_run_is_refused(engine_of: EngineOf) -> None:
-    with pytest.raises(UsageError, match="no segments run on this device"):
+    with pytest.raises(UsageError, match="segments cannot run on this device"):
         segments_of(engine_of("float32"), device="meta")
     decoder = segments_of(engine_of("float32"), device="cpu")
     with pytest.raises(UsageError, match="different types"):
@@ -243,7 +243,7 @@ def test_on_the_gpu_segments_are_neither_recorded_nor_run_on_another_stream(engi
     assert isinstance(executor, TorchDeviceExecutor)
     assert CUDA in executor.description
     assert executor._stream is decoder.stream
-    with pytest.raises(UsageError, match="cannot be recorded"):
+    with pytest.raises(UsageError, match="cannot be captured"):
         TorchDeviceExecutor(decoder, {}, executor._pool, executor._largest, cuda_graphs=True)
     with pytest.raises(UsageError, match="the stream that they were opened for"):
         decoder(*two_rows("cuda"), blend)

@@ -203,8 +203,8 @@ def test_closing_stops_the_threads(folder: Path) -> None:
     ("options", "said"),
     [
         ({"host_tier": "disk"}, "unknown host tier"),
-        ({"host_tier": "file:/nowhere/at/all"}, "no file for the host tier"),
-        ({"host_tier": "mmap:/nowhere/at/all"}, "no file for the host tier"),
+        ({"host_tier": "file:/nowhere/at/all"}, "file of the host tier cannot be created"),
+        ({"host_tier": "mmap:/nowhere/at/all"}, "file of the host tier cannot be created"),
         ({"host_tokens": 0}, "host_tokens"),
     ],
 )

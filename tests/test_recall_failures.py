@@ -1,4 +1,4 @@
-"""A copy that fails, a disk that is full, a file that was cut: one request ends with a clear error, the others never notice."""
+"""A copy that fails, a full disk, a truncated file: one request ends with a clear error, and the others are not affected."""
 
 import os
 from collections.abc import Callable
@@ -152,7 +152,7 @@ def test_a_prompt_whose_earlier_pages_are_gone_is_an_error(tmp_path: Path, monke
         return logits
 
     monkeypatch.setattr(runner, "_read_chunk", cut_behind_48)
-    with pytest.raises(RecallError, match="was cut"):
+    with pytest.raises(RecallError, match="was truncated"):
         runner.prefill(sequence, prompt_of(60))
     sequence.release()
     check_integrity(runner)

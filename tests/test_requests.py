@@ -37,14 +37,14 @@ def test_a_batch_has_params_for_all_or_for_each(small_engine: Engine) -> None:
     for_all = small_engine.generate_batch(prompts, params[2])
     assert for_all == small_engine.generate_batch(prompts, max_new_tokens=9, temperature=9.0, seed=9)
     assert for_all[2] == alone[2]
-    with pytest.raises(UsageError, match="not as many params as prompts"):
+    with pytest.raises(UsageError, match="the number of params is not"):
         small_engine.generate_batch(prompts, params[:2])
 
 
 def test_params_and_options_together_are_refused(small_engine: Engine) -> None:
     (prompt,) = prompts_of(small_engine, (20,))
     for ask in (small_engine.generate, small_engine.stream, small_engine.submit):
-        with pytest.raises(UsageError, match="sampling is told twice") as caught:
+        with pytest.raises(UsageError, match="sampling options are given twice") as caught:
             ask(prompt, SamplingParams(), top_k=3)
         assert "top_k" in str(caught.value)
     assert_nothing_leaked(small_engine)

@@ -140,7 +140,7 @@ def test_a_missing_an_unknown_and_a_mistyped_field_are_named(base: Any, spec: Op
     for given, problem in (
         (without, "missing: layer"),
         ([*fields.values(), base.field_of("sigma", "float", 0.5)], "unknown: sigma"),
-        ([*without, base.field_of("layer", "float", 1.0)], "of another type: layer"),
+        ([*without, base.field_of("layer", "float", 1.0)], "of the wrong type: layer"),
         ([*fields.values(), fields["layer"]], "given twice: layer"),
     ):
         with pytest.raises(EngineError, match=problem) as caught:

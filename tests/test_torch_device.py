@@ -162,7 +162,7 @@ def test_what_does_not_fit_together_is_refused(checkpoint: Checkpoint) -> None:
         device_runner(side, checkpoint, cuda_graphs=True)
     sizes: dict[str, Any] = {"n_pages": 9, "page_size": 5, "n_kv_heads": 2, "head_size": 16, "device": "cpu"}
     half, small = DeviceKvPool(**sizes, dtype="float16", spare_page=True), DeviceKvPool(**sizes)
-    for pool, message in ((half, "different types"), (small, "padding needs a place")):
+    for pool, message in ((half, "different types"), (small, "padding needs a spare page")):
         with pytest.raises(UsageError, match=message):
             TorchDeviceExecutor(executor._decoder, {}, pool, side.largest)
     with pytest.raises(UsageError, match="steps of its own pool"):

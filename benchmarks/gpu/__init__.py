@@ -1,1 +1,1 @@
-"""What the GPU kernels and the executor on a device reach, beside the machine's own bounds: ``python -m benchmarks.gpu``."""
+"""Speed of the GPU kernels and the device executor relative to the machine's bandwidths: ``python -m benchmarks.gpu``."""

@@ -16,20 +16,20 @@ SECTIONS = ("bandwidth", "decode_attention", "prefill_scores", "recall_copies", 
 RESULTS = Path(__file__).parent.parent / "results"
 ROOT = RESULTS.parent.parent
 LIMIT_S = 570
-"""For all sections together."""
+"""Time limit of all sections together, in seconds."""
 
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(SECTIONS))
-@click.option("--quick", is_flag=True, help="Tiny sizes, on the CPU too: shows that everything works; nothing is written.")
+@click.option("--quick", is_flag=True, help="Tiny sizes, on the CPU too, to check that everything works; writes nothing.")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results instead of the usual one."
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results instead of the default one."
 )
-@click.option("--saved", is_flag=True, help="Measure nothing: print the results that were written last.")
+@click.option("--saved", is_flag=True, help="Measure nothing; print the last results.")
 def main(names: tuple[str, ...], quick: bool, out: Path | None, saved: bool) -> None:
     """Measure the sections NAMES (all of them by default) and write gpu_NAME.json for each. Takes less than ten minutes.
 
-    Each section runs in a process of its own; one that fails, or whose checks fail, writes nothing and stops no other.
+    Each section runs in its own process; one that fails, or whose checks fail, writes nothing and does not stop the others.
     """
     console = Console(width=None if sys.stdout.isatty() else 160)
     end = time.monotonic() + LIMIT_S
@@ -52,11 +52,11 @@ def main(names: tuple[str, ...], quick: bool, out: Path | None, saved: bool) -> 
         console.print(", ".join(f"{key} {value}" for key, value in document["gpu"].items()))
         show(document, console)
     if failed:
-        raise click.ClickException(f"failed: {', '.join(failed)}; what they said is above")
+        raise click.ClickException(f"failed: {', '.join(failed)}; their output is above")
 
 
 def _section(name: str, file: Path, *, quick: bool, seconds: float) -> dict[str, Any] | None:
-    """The document of a section; None where it failed or did not end in time."""
+    """The document of a section; None if it failed or did not end in time."""
     command = [sys.executable, "-m", "benchmarks.gpu.section", name, str(file), *(["--quick"] if quick else [])]
     try:
         outcome = subprocess.run(command, check=False, cwd=ROOT, timeout=max(1.0, seconds))

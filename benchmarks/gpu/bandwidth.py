@@ -1,4 +1,4 @@
-"""The two bounds: how fast the device copies within its memory, and how fast pinned host memory reaches it."""
+"""The two bounds: bandwidth of copies within the device's memory, and from pinned host memory to the device."""
 
 import torch
 

@@ -16,9 +16,9 @@ from trt_kv.plugins.cached_attention.arguments import Arguments
 
 DTYPE = torch.float16
 LARGE_BYTES = 2**28
-"""From here on the time is that of reading keys and values: 256 MiB, five times what an H100 caches."""
+"""From this size on, reading keys and values dominates: 256 MiB, five times the L2 cache of an H100."""
 FLEX = ((1, 32768), (16, 32768))
-"""FlexAttention compiles for each shape, so it is tried at these: batch, tokens."""
+"""Shapes (batch, tokens) at which FlexAttention is measured, since it compiles for each one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,12 @@ class Shape:
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token in one layer."""
+        """Bytes of the keys and values of one token in one layer."""
         return 2 * self.n_kv_heads * self.head_size * DTYPE.itemsize
 
 
 class Caches:
-    """The same keys and values twice: in scattered pages, and contiguous as torch's attention wants them [B, K, S, D]."""
+    """The same keys and values twice: in scattered pages, and contiguous [B, K, S, D] for torch's attention."""
 
     def __init__(self, shape: Shape, batch: int, n_tokens: int) -> None:
         width = n_tokens // shape.page_size
@@ -62,7 +62,7 @@ class Caches:
                 target[b] = self.kv[self.table_LBT[0, b], part].transpose(0, 1).flatten(1, 2)
 
     def attention(self) -> Tensor:
-        """Our kernels for decoding alone: [B, H, D]."""
+        """The decode attention kernels alone: [B, H, D]."""
         from trt_kv.plugins.attention_triton import attend_one
 
         out, lse = torch.empty_like(self.q), torch.empty(self.q.shape[:2], device=self.q.device)
@@ -71,7 +71,7 @@ class Caches:
         return out
 
     def op(self) -> Tensor:
-        """The whole op, which appends, and would attend for chunks too if there were any."""
+        """The whole op, which also appends and launches the kernel for prefill chunks."""
         from trt_kv.plugins.cached_attention.triton import run
 
         arguments = Arguments(
@@ -101,7 +101,7 @@ class Caches:
         return out[:, :, 0]
 
     def sdpa_grouped(self) -> Tensor:
-        """torch's attention, the query heads of a KV head as if they were that many tokens: keys are read once."""
+        """torch's attention with the query heads of a KV head as query tokens, so that keys are read once."""
         q = self.q.unflatten(1, (self.shape.n_kv_heads, -1))
         return functional.scaled_dot_product_attention(q, self.k, self.v).flatten(1, 2)
 
@@ -174,7 +174,7 @@ def _measured(caches: Caches, kv_bytes: int, bandwidth: float, *, rounds: int) -
 
 
 def _check(what: str, sides: Mapping[str, Callable[[], Tensor]], caches: Caches) -> Check:
-    """All sides beside torch's attention in fp32 on the first sequence, as shares of the largest output."""
+    """Differences of all sides from torch's attention in fp32 on the first sequence, relative to the largest output."""
     q, k, v = (t[:1].float() for t in (caches.q.unflatten(1, (caches.shape.n_kv_heads, -1)), caches.k, caches.v))
     expected = functional.scaled_dot_product_attention(q, k, v).flatten(1, 2).cpu().numpy()
     largest = np.abs(expected).max()

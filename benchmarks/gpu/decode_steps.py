@@ -1,4 +1,4 @@
-"""Decoded tokens per second of the executor on a device: the whole cache beside PrefixKV's, launched and as CUDA graphs."""
+"""Decoded tokens per second of the device executor: full cache and PrefixKV's, launched one by one and as CUDA graphs."""
 
 import dataclasses
 import tempfile
@@ -39,7 +39,7 @@ HEADROOM = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """Sequences that have read their prompts, continued by a runner."""
+    """Sequences after their prefill, and the runner that continues them."""
 
     runner: ModelRunner
     sequences: Sequence[SequenceCache]
@@ -50,7 +50,7 @@ class Side:
 
 
 class DeviceModel:
-    """One decoder and one pool, with room for one sequence more; runners of a policy on them, with CUDA graphs or without."""
+    """One decoder and one pool with room for one more sequence, and runners on them, with or without CUDA graphs."""
 
     def __init__(self, decoder: Decoder, policy: Policy, *, n_tokens: int, batch: int, chunk: int, dtype: str) -> None:
         config = decoder.config
@@ -109,7 +109,7 @@ def run(*, quick: bool) -> Report:
 
 
 def _sides(model: DeviceModel, name: str, n_tokens: int, batch: int) -> tuple[dict[str, Side], Check]:
-    """The same sequences by launches and, on a GPU, by replays, which are shown to say the same."""
+    """The same sequences by launches and, on a GPU, by replays, after a check that the results are equal."""
     runners = {f"{name}, launched": model.runner(cuda_graphs=False)}
     if on_gpu():
         runners[f"{name}, CUDA graphs"] = model.runner(cuda_graphs=True)
@@ -179,7 +179,7 @@ def _few_steps(runner: ModelRunner) -> np.ndarray:
 
 
 def _random_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
-    """Weights of the usual sizes, made where they are needed."""
+    """Random weights with the usual scale, created on their device."""
     torch.manual_seed(0)
     on = device()
     with torch.device("meta"):
@@ -195,6 +195,6 @@ def _random_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
 
 
 def _shares(n_layers: int) -> list[float]:
-    """Kept shares that differ from layer to layer as calibrated ones do, ``KEPT`` on average: the first layers keep more."""
+    """Kept shares that differ between layers like calibrated ones, ``KEPT`` on average: the first layers keep more."""
     slope = np.linspace(1.5, 0.5, n_layers)
     return [round(float(share), 4) for share in KEPT * slope]

@@ -1,6 +1,6 @@
-"""Where a GPU benchmark runs and how it measures: events, cold caches, CUDA graphs, the two bandwidths that bound everything.
+"""Device and measurement methods of the GPU benchmarks: events, cold caches, CUDA graphs, the two bandwidths as bounds.
 
-Without a GPU all of it works on the CPU in Triton's interpreter, with tiny sizes; such times mean nothing.
+Without a GPU everything runs on the CPU in Triton's interpreter, with tiny sizes; such times mean nothing.
 """
 
 import shutil
@@ -34,12 +34,12 @@ def on_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """The GPU, or the CPU for trying."""
+    """The GPU, or the CPU if there is none."""
     return torch.device("cuda" if on_gpu() else "cpu")
 
 
 def gpu_record() -> dict[str, Any]:
-    """What the results file says about the GPU and what drives it; name None where there is none."""
+    """GPU, driver and CUDA versions for the results file; name None if there is no GPU."""
     if not on_gpu():
         return {"name": None, "note": "Triton's interpreter on the CPU: its times mean nothing"}
     properties = torch.cuda.get_device_properties(0)
@@ -58,7 +58,7 @@ def gpu_record() -> dict[str, Any]:
 
 
 def recorded(run: Callable[[], object]) -> Callable[[], object]:
-    """``run`` as a CUDA graph, so that a short kernel is not measured by how fast Python launches it. On the CPU ``run``."""
+    """``run`` as a CUDA graph, so that Python's launch overhead does not dominate a short kernel. On the CPU ``run`` itself."""
     if not on_gpu():
         return run
     stream = torch.cuda.Stream()
@@ -74,9 +74,9 @@ def recorded(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def times(sides: Mapping[str, Callable[[], object]], *, rounds: int, cold: bool = True) -> Timings:
-    """Time on the device of every side, once per round, each round led by another one; after ``WARMUP`` rounds.
+    """Device time of every side, once per round, in rotating order; after ``WARMUP`` rounds.
 
-    ``cold``: before each call the GPU's cache is overwritten, which also gives the host time to launch ahead.
+    ``cold``: the GPU's L2 cache is overwritten before each call, which also lets the host launch ahead.
     """
     names = list(sides)
     flush = torch.empty(2**28 if on_gpu() else 1, dtype=torch.int8, device=device())
@@ -95,7 +95,7 @@ def times(sides: Mapping[str, Callable[[], object]], *, rounds: int, cold: bool 
 
 
 def _timed(run: Callable[[], object]) -> Callable[[], float]:
-    """Run, and return what waits for the end and tells the time in ms."""
+    """Run, and return a function that waits for the end and returns the time in ms."""
     if not on_gpu():
         start = time.perf_counter()
         run()
@@ -138,7 +138,7 @@ def _median_s(run: Callable[[], object], quick: bool) -> float:
 
 
 def check_kernel(op: str, case: Case, dtype: torch.dtype, *, within: float) -> Check:
-    """The op's device kernel on a small case beside its reference, before anything is timed; the worst of its outputs."""
+    """Check of the op's device kernel against its reference on a small case: the largest difference over its outputs."""
     spec = op_specs()[op]
     run = device_kernel(op)
     assert run is not None
@@ -163,6 +163,6 @@ def check_kernel(op: str, case: Case, dtype: torch.dtype, *, within: float) -> C
 
 
 def of_bandwidth(n_bytes: float, elapsed_ms: float, bandwidth: float) -> Row:
-    """What a transfer reached: GB/s, and the share of what the device can do."""
+    """Columns for a transfer: GB/s, and the share of ``bandwidth``."""
     rate = n_bytes / (elapsed_ms / 1e3)
     return {"gb_per_s": float(f"{rate / 1e9:.4g}"), "share_of_bound": float(f"{rate / bandwidth:.3g}")}

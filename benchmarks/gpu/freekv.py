@@ -1,7 +1,7 @@
-"""Decode steps of Llama 3.1 8B's shape whose cache lies in pinned host memory, at chosen rates of correction: recall that the
-device drives and that overlaps, beside synchronous retrieval, a host that decides, and the whole cache on the device.
+"""Decode steps of Llama 3.1 8B's shape with the cache in pinned host memory, at given correction rates: overlapped recall
+driven by the device, compared with synchronous retrieval, corrections decided by the host, and the whole cache on the device.
 
-Weights, keys and values are random, and nothing reads a prompt.
+Weights, keys and values are random, and there is no prefill.
 """
 
 import dataclasses
@@ -40,17 +40,17 @@ SMALL = Shape(
     rounds=1,
 )
 COMBINATIONS = ((32768, 1), (131072, 1), (131072, 8), (32768, 4), (131072, 4), (32768, 8))
-"""Tokens and sequences, in order of what is to be known first."""
+"""Tokens and sequences, most important first, because time may run out."""
 PICTURED = Corrections(layer_steps=0.5, heads=HEADS)
 WHOLE, NO_ATTENTION = "whole cache on the device", "no attention at all"
 LIMIT_S = 100.0
-"""When this has passed, what is left out is noted and the timeline, a matter of seconds, is made."""
+"""After this time remaining combinations are skipped and noted, and the timeline is made, which takes seconds."""
 FAILURES = (RuntimeError, MemoryError, TritonError)
-"""What one combination may meet without taking the others' results along: memory, CUDA's refusals, a kernel too large."""
+"""Errors that fail one combination but not the others: out of memory, CUDA errors, a kernel that is too large."""
 
 
 class Bench:
-    """What the section holds while it measures, and its findings so far."""
+    """The state of the section while it measures, and its results so far."""
 
     def __init__(self, shape: Shape, limit_s: float) -> None:
         self._start, self._limit_s, self.shape = time.monotonic(), limit_s, shape
@@ -72,7 +72,7 @@ class Bench:
         return time.monotonic() - self._start > self._limit_s
 
     def attempt(self, what: str, run: Callable[[], object], *, always: bool = False) -> None:
-        """Run it; a failure becomes a note. What it held is freed. ``always``: late, too."""
+        """Run ``action`` and free its memory; a failure becomes a note. ``always``: run it even if time is over."""
         if self.is_late and not always:
             self.left_out.append(what)
             return
@@ -91,7 +91,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def sequences(self, n_tokens: int, batch: int, n_rates: int) -> Sequences:
-        """Room for all sides in turns, for recording them and for the checks."""
+        """Sequences with room to grow for all sides in turns, for recording graphs and for the checks."""
         warmup = WARMUP if on_gpu() else 0
         n_steps = (len(STREAMED) + 1) * (self.shape.rounds + warmup) + 4
         room = n_rates * n_steps + 4 * warmup + 8
@@ -135,7 +135,7 @@ def run(*, quick: bool) -> Report:
 
 
 def _measure(bench: Bench, n_tokens: int, batch: int, rates: Sequence[Corrections]) -> None:
-    """All rates at one context and batch. The first time, all sides are checked."""
+    """All rates at one context and batch. All sides are checked at the first one."""
     sequences = bench.sequences(n_tokens, batch, len(rates))
     bench.distinct_pages[f"{n_tokens} tokens, batch {batch}"] = round(sequences.distinct_share, 3)
     beginning = None if bench.checks else Beginning(sequences)
@@ -159,7 +159,7 @@ def _measure(bench: Bench, n_tokens: int, batch: int, rates: Sequence[Correction
 
 
 def _resident_rows(bench: Bench, n_tokens: int, batch: int) -> list[Row]:
-    """The whole cache on the device, where it fits beside the weights, and the floor of a step without attention."""
+    """The whole cache on the device, if it fits beside the weights, and a step without attention as the lower bound."""
     shape, sides = bench.shape, {}
     n_bytes = n_tokens * batch * shape.token_bytes
     fits = not on_gpu() or n_bytes + bench.dense.n_bytes + 2**31 <= torch.cuda.get_device_properties(0).total_memory
@@ -176,18 +176,18 @@ def _resident_rows(bench: Bench, n_tokens: int, batch: int) -> list[Row]:
 
 
 def _recall_rows(sequences: Sequences, steps: Mapping[str, Step], corrections: Corrections) -> list[Row]:
-    """Streamed sides in turns, then synchronous retrieval, which leaves nothing chosen ahead."""
+    """Streamed sides in turns, then synchronous retrieval, which chooses nothing ahead."""
     shape, rows = sequences.shape, []
     sequences.turn(corrections)
     base = None
     for names in ([side.name for side in STREAMED], [SYNCHRONOUS.name]):
-        steps[names[0]]()  # what was chosen ahead, if anything, was for another turn
+        steps[names[0]]()  # pages chosen ahead, if any, belong to another turn
         before = sequences.n_moved
         timings = times({name: steps[name] for name in names}, rounds=shape.rounds)
         n_steps = len(names) * (shape.rounds + (WARMUP if on_gpu() else 0))
         at_once, ahead = ((sequences.n_moved - before) / n_steps / shape.n_layers / sequences.batch).tolist()
         base = base or timings.row(OURS.name)["median_ms"]
-        # As planned where the threshold is the policy's: the checks compare them.
+        # The planned rate holds for the policy's own threshold: the checks compare them.
         corrected = steps[OURS.name].corrected
         for name in names:
             row = _row(sequences.n_tokens, sequences.batch, name, timings, device_kv_gib=_device_gib(sequences), base=base)
@@ -211,7 +211,7 @@ def _recall_rows(sequences: Sequences, steps: Mapping[str, Step], corrections: C
 
 
 def _row(n_tokens: int, batch: int, side: str, timings: Timings, *, device_kv_gib: float, base: float | None = None) -> Row:
-    """What every side has. ``over_ours``: at the same rate."""
+    """Columns of every side. ``over_ours``: at the same rate."""
     row = timings.row(side)
     missing = ("corrected_layer_steps", "corrected_heads", "layers_with_any", "page_heads_at_once", "page_heads_ahead")
     return {
@@ -229,7 +229,7 @@ def _row(n_tokens: int, batch: int, side: str, timings: Timings, *, device_kv_gi
 
 
 def _device_gib(sequences: Sequences) -> float:
-    """Working sets, and summaries as if no two sequences or layers had a page in common."""
+    """Bytes of working sets, and of summaries as if no two sequences or layers shared a page."""
     shape, sets = sequences.shape, sequences.recall.sets
     n_layers = shape.n_layers * sequences.batch
     summaries = sequences.values["page_table"].numel() * sets.tensors.summaries[0].nbytes

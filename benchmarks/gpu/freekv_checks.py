@@ -1,4 +1,4 @@
-"""Whether all sides of ``freekv`` say, bit for bit, what the op's own kernel says over the whole cache."""
+"""Checks that all sides of ``freekv`` equal, bit for bit, the op's own kernel over the whole cache."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ N_STEPS = 3
 
 
 class Beginning:
-    """Sequences as they are now, with the whole cache beside them on the device; to be made before a step of theirs runs."""
+    """A snapshot of sequences and their whole cache on the device; must be created before their first step."""
 
     def __init__(self, sequences: Sequences) -> None:
         self._sequences = sequences
@@ -31,7 +31,7 @@ class Beginning:
         }
 
     def check(self, steps: Iterable[Step], corrections: Corrections) -> list[Check]:
-        """Some steps of every side, each from the beginning; the sequences return there. ``BenchmarkError`` if one differs."""
+        """Run steps of every side, each from the snapshot, and restore it. ``BenchmarkError`` if one differs."""
         self._sequences.turn(corrections)
         planned = self._sequences.corrected[:N_STEPS].float().cpu().numpy()
         expected: dict[float | None, Tensor] = {}
@@ -58,7 +58,7 @@ class Beginning:
         return checks
 
     def restore(self) -> None:
-        """Back to the beginning; the next step is the first of its turn."""
+        """Restore the snapshot; the next step is the first of its turn."""
         for tensor, value in self._state:
             tensor.copy_(value)
         self._sequences.at.fill_(-1)

@@ -1,6 +1,6 @@
-"""A model of Llama 3.1 8B's shape without its numbers: products with random weights, and queries whose drift is chosen.
+"""A model of Llama 3.1 8B's shape with random weights, and queries with controlled drift.
 
-S steps, L layers, B sequences, H query heads, K KV heads, G of the former to each of the latter, D head size, P page size.
+S steps, L layers, B sequences, H query heads, K KV heads, G = H / K, D head size, P page size.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from trt_kv.program import Program, program_of
 
 DTYPE = "float16"
 STEADY, TURNED = 0.995, 0.95
-"""Cosine of a query's content with that of the query before, where its KV head is not corrected and where it is. With random
-keys about 10 % and 30 % of the chosen pages differ then. Of 32 pages that a KV head of R1-Llama-8B chose, 3.6 changed in a
-step, and 8.2 where it was corrected (a line through the figures that others measured with FreeKV's code)."""
+"""Cosine of a query's content with that of the previous query, for KV heads that are not corrected and for corrected ones.
+With random keys about 10 % and 30 % of the chosen pages then differ. Of 32 pages that a KV head of R1-Llama-8B chose, 3.6
+changed in a step, and 8.2 if it was corrected (linear fit to third-party measurements with FreeKV's code)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes: of the model, Llama 3.1 8B's by default, of pages and budget, and of what is measured.
+    """Sizes of the model (Llama 3.1 8B's by default), of pages and budget, and of the measurement.
 
-    ``host_pages``: of the pinned tier, 4 GiB by default, a power of 2 so that the allocator adds nothing.
+    ``host_pages``: of the pinned tier, 4 GiB by default, a power of 2 so that the allocator does not round it up.
     """
 
     n_layers: int = 32
@@ -52,13 +52,13 @@ class Shape:
         return dataclasses.replace(policy_from_name("freekv"), tokens=self.budget_tokens, sinks=self.sinks, recent=self.recent)
 
     def program(self, tau: float | None = None) -> Program:
-        """Every layer recalls. ``tau``: another threshold than the policy's; above 1 nothing is recalled ahead."""
+        """The policy; every layer recalls. ``tau``: replaces the policy's threshold; above 1 nothing is recalled ahead."""
         policy = self.policy if tau is None else dataclasses.replace(self.policy, tau=tau)
         return program_of(policy, phase="decode", n_layers=self.n_layers, scale=self.head_size**-0.5, page_size=self.page_size)
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of a token in all layers."""
+        """Bytes of the keys and values of a token in all layers."""
         return self.n_layers * 4 * self.n_kv_heads * self.head_size
 
     @property
@@ -67,9 +67,9 @@ class Shape:
 
 
 class Dense:
-    """A decode step without its attention: norms, the four products of every layer, the product with the vocabulary.
+    """A decode step without its attention: norms, the four matrix products of every layer, the output projection.
 
-    Weights are distinct in every layer. Neither are tokens looked up nor queries turned by position.
+    Weights are distinct in every layer. There is no embedding and no RoPE.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -104,7 +104,7 @@ def _weights(n_out: int, n_in: int) -> Tensor:
 
 
 class WholeCache:
-    """Steps with the whole cache on the device. All layers read one cache, which a GPU's own does not hold."""
+    """Steps with the whole cache on the device. All layers read the same keys and values, which exceed the GPU's L2 cache."""
 
     def __init__(self, shape: Shape, dense: Dense, n_tokens: int, batch: int) -> None:
         on, dtype = device(), getattr(torch, DTYPE)
@@ -134,8 +134,8 @@ class WholeCache:
 
 @dataclass(frozen=True, kw_only=True)
 class Corrections:
-    """In every step this share of all layers of all sequences is corrected, each in this share of its KV heads: as many every
-    time, drawn anew.
+    """In every step this share of all layers of all sequences is corrected, each in this share of its KV heads: the same number
+    in every step, at random.
     """
 
     layer_steps: float
@@ -143,11 +143,11 @@ class Corrections:
 
 
 def drifting_queries(shape: Shape, batch: int, n_steps: int, corrections: Corrections) -> tuple[Tensor, Tensor]:
-    """Queries [S, L, B, H, D] in fp32, and which KV heads are to be corrected, [S, L, B, K] bool; in the first step all.
+    """Queries [S, L, B, H, D] in fp32, and the KV heads to be corrected, [S, L, B, K] bool; all of them in the first step.
 
-    The first half of the channels decides whether a head is corrected: 1 or -1 in all of them, it changes its sign where it is
-    to be, which makes the cosine about 0. All keys are 1 there, so that it ranks no page before another. The other half, the
-    content, decides which pages are chosen, and drifts by ``STEADY`` or ``TURNED``.
+    The first half of the channels decides whether a head is corrected: they are all 1 or all -1, and change their sign for a
+    correction, which makes the cosine about 0. All keys are 1 in these channels, so they do not affect the ranking of pages.
+    The other half, the content, decides which pages are chosen, and drifts by ``STEADY`` or ``TURNED``.
     """
     on, n_groups = device(), shape.n_heads // shape.n_kv_heads
     seed = int(1000 * corrections.layer_steps) + int(1e6 * corrections.heads)
@@ -156,7 +156,7 @@ def drifting_queries(shape: Shape, batch: int, n_steps: int, corrections: Correc
     heads = (*layers, shape.n_kv_heads)
 
     def some_of(share: float, *sizes: int) -> Tensor:
-        """True for so many of the last axis, drawn."""
+        """True for a random choice of that many entries of the last axis."""
         ranks = torch.rand(sizes, generator=generator, device=on).argsort(-1).argsort(-1)
         return ranks < max(round(share * sizes[-1]), int(share > 0))
 

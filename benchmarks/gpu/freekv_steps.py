@@ -1,7 +1,7 @@
-"""Decode steps of sequences whose cache lies in pinned host memory, by several ways of recalling that share both tiers.
+"""Decode steps of sequences with the cache in pinned host memory, by several recall methods that share both tiers.
 
-Each way runs the next step of the same sequences, so sides can take turns: what is chosen and held does not depend on who
-does it. Nothing reads a prompt; pages are random.
+Each side runs the next step of the same sequences, so sides can take turns: the chosen and resident pages do not depend on
+the side. There is no prefill; pages are random.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ FILL_PAGES = 256
 
 
 class Way(DeviceRecall):
-    """Recall over the tiers and working sets of another."""
+    """Recall that shares the tiers and working sets of another one."""
 
     def __init__(self, other: DeviceRecall, side: SideWork | None) -> None:
         vars(self).update(vars(other))
@@ -35,7 +35,7 @@ class Way(DeviceRecall):
 
 
 class CorrectedByHost(Way):
-    """The host asks in every layer whether any KV head is corrected, as the system published with FreeKV does."""
+    """The host checks in every layer whether any KV head is corrected, as in the published FreeKV system."""
 
     def _recall_at_once(self, step: LayerStep, begun: BegunLayer) -> Tensor:
         if bool(begun.corrected_BK.any()):
@@ -46,8 +46,8 @@ class CorrectedByHost(Way):
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One way of running a step. ``overlaps``: recall has a stream of its own. ``replayed``: as a CUDA graph. ``tau``: another
-    threshold than the policy's.
+    """One way of running a step. ``overlaps``: recall has its own stream. ``replayed``: as a CUDA graph. ``tau``: replaces the
+    policy's threshold.
     """
 
     name: str
@@ -62,7 +62,7 @@ LAUNCHED = Side(name="ours, launched one by one", replayed=False)
 IN_PLACE = Side(name="ours, nothing overlaps", overlaps=False)
 BY_HOST = Side(name="streamed, host decides corrections", kind=CorrectedByHost, replayed=False)
 STREAMED = (OURS, LAUNCHED, IN_PLACE, BY_HOST) if on_gpu() else (OURS, BY_HOST)
-"""Without a GPU the first three do the same."""
+"""Without a GPU the first three are the same."""
 SYNCHRONOUS = Side(name="synchronous retrieval", overlaps=False, tau=1.01)
 
 
@@ -108,8 +108,8 @@ class Tiers:
 class Sequences:
     """``batch`` sequences of ``n_tokens``, which have room to grow by ``room`` tokens.
 
-    Each layer of each sequence has its first page and those that it will fill for itself; the rest is dealt from the other host
-    pages in random order, and again in another order when all have been dealt: only then do two of them read one page.
+    Each layer of each sequence owns its first page and those that it will fill. The rest is drawn from the other host pages in
+    random order without replacement, and again in another order when all have been drawn: only then are pages shared.
     """
 
     def __init__(self, tiers: Tiers, shape: Shape, dense: Dense, n_tokens: int, batch: int, room: int, n_steps: int) -> None:
@@ -125,7 +125,7 @@ class Sequences:
         self._x = torch.randn(batch, shape.hidden, device=self._on).to(dtype)
         self._in_pool = {state.name: tiers.recall.device.states[state.name] for state in SPEC.states}
         self._in_pool["slots"] = torch.empty(shape.n_layers, 0, dtype=torch.int64, device=self._on)
-        """What the op would read and write in a pool: recall has its own."""
+        """The op's arguments that refer to a pool; recall uses its own tiers instead."""
         self._place()
 
     def _step_tensors(self, room: int) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ class Sequences:
         recall_pages(sets.tensors.host_kv, sets.tensors.kv, torch.tensor(moves, device=self._on))
 
     def turn(self, corrections: Corrections) -> None:
-        """From here on queries drift like this; all KV heads are corrected in the next step, which may not be the host's."""
+        """Set the drift of the following queries. The next step corrects all KV heads and must not be the host side's."""
         queries, corrected = drifting_queries(self.shape, self.batch, len(self.queries), corrections)
         self.queries.copy_(queries)
         self.corrected.copy_(corrected)
@@ -196,11 +196,11 @@ class Sequences:
 
     @property
     def n_moved(self) -> Tensor:
-        """Page-heads that have been brought so far, at once and ahead."""
+        """Page-heads recalled so far, on demand and ahead."""
         return self.recall.sets.tensors.moved.sum((0, 1)).cpu()
 
     def state(self) -> list[Tensor]:
-        """What a step changes."""
+        """The tensors that a step changes."""
         sets = self.recall.sets.tensors
         tensors = [sets.kv, sets.last_query, sets.held, sets.chosen, sets.slots, sets.chosen_for, sets.moved]
         return [*tensors, self.values["kv_len"], self.values["positions"], self.at]
@@ -231,5 +231,5 @@ class Step:
 
     @property
     def corrected(self) -> Tensor:
-        """Which KV heads were corrected, [L, B, K] bool."""
+        """The KV heads that were corrected, [L, B, K] bool."""
         return torch.stack([corrected for *_, corrected in self.results]) != 0

@@ -1,4 +1,4 @@
-"""Which corrections ``freekv`` measures, and its medians side by side."""
+"""The correction rates that ``freekv`` measures, and tables of its medians."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,8 @@ from benchmarks.gpu.freekv_model import Corrections
 from benchmarks.harness import Row, Target
 
 HEADS = 5 / 8
-"""Of the KV heads of a layer-step that is corrected. Others measured, with FreeKV's code and R1-Llama-8B at tau 0.9, that
-58.9 % of KV heads are corrected, in 90.1 % of layer-steps."""
+"""Share of corrected KV heads in a corrected layer-step. A third party measured, with FreeKV's code and R1-Llama-8B at tau
+0.9, that 58.9 % of KV heads are corrected, in 90.1 % of layer-steps."""
 CALM, OFTEN = Corrections(layer_steps=0.0, heads=HEADS), Corrections(layer_steps=0.9, heads=HEADS)
 RATES = (
     CALM,
@@ -37,7 +37,7 @@ def overview(rows: Sequence[Row]) -> list[Row]:
 
 
 def targets_of(rows: Sequence[Row], ours: str) -> list[Target]:
-    """What the side ``ours`` promises at each context and batch of which both rates were measured."""
+    """Targets of the side ``ours`` at each context and batch for which both rates were measured."""
     return [
         Target(
             what=f"{line['tokens']} tokens, batch {line['batch']}: ours where 90 % of layer-steps are corrected, over none",

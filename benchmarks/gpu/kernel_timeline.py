@@ -1,8 +1,8 @@
-"""When which kernel of a decode step ran on a GPU, by torch's profiler: a picture, and how much of recall other work hides.
+"""Timeline of the kernels of a decode step on a GPU, by torch's profiler: a picture, and the share of recall that is hidden.
 
     python -m benchmarks.gpu.kernel_timeline [RESULTS [PICTURE]]
 
-draws the steps that are saved with the results of ``freekv``; it needs no GPU.
+draws the steps in the results of ``freekv``; it needs no GPU.
 """
 
 import json
@@ -30,10 +30,10 @@ KINDS = {
 _ATTENDS = "decode_kernel"
 _KIND_OF = {**dict.fromkeys((_ATTENDS, "combine_kernel"), "attention"), "recall_kernel": "recall"}
 _OURS = re.compile(r"[a-z_]+_kernel")
-"""Names of our other kernels; those of torch and its libraries have types or sizes in them."""
+"""Names of our other kernels; those of torch and its libraries contain types or sizes."""
 _LAYERS_SHOWN = 4
 _GAP_US = 1000.0
-"""Steps are profiled with longer pauses between them than any within them."""
+"""Steps are profiled with pauses between them that are longer than any gap within a step."""
 
 _SLEEP, _SLEEP_CYCLES = "spin_kernel", 10**8
 
@@ -65,7 +65,7 @@ class Event:
 
 
 def wake_profiler() -> None:
-    """The profiler has to be there before a CUDA graph is recorded whose kernels it is to see. Needs a GPU."""
+    """Start the profiler, which must run before a CUDA graph is recorded to see the graph's kernels. Needs a GPU."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -75,9 +75,9 @@ def wake_profiler() -> None:
 
 
 def profiled_steps(step: Callable[[], object], n_steps: int) -> list[list[Event]]:
-    """Kernels of each of the last ``n_steps`` calls of ``step``; one more call comes before. Needs a GPU.
+    """Kernels of each of the last ``n_steps`` calls of ``step``, after one warm-up call. Needs a GPU.
 
-    The GPU is kept busy until much of a step has been launched: one that is launched piece by piece is not seen waiting.
+    The GPU is kept busy until most of a step has been launched, so that gaps between launches do not show as idle time.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -95,7 +95,7 @@ def profiled_steps(step: Callable[[], object], n_steps: int) -> list[list[Event]
 
 
 def steps_of(trace: Iterable[Mapping[str, Any]]) -> list[list[Event]]:
-    """The kernels in events of a Chrome trace, divided where nothing ran for long."""
+    """The kernels in events of a Chrome trace, divided into steps at long idle times."""
     events = [
         Event(name=e["name"], stream=int(e["args"]["stream"]), start_us=float(e["ts"]), duration_us=float(e["dur"]))
         for e in trace
@@ -117,8 +117,8 @@ def main_stream(events: Sequence[Event]) -> int:
 
 
 def tells_streams_apart(events: Sequence[Event]) -> bool:
-    """Whether one stream attends and computes, and pages are recalled on another, too: a CUDA graph may run on other streams
-    than it was recorded on.
+    """Whether one stream attends and computes while pages are recalled on another one. This is checked because a CUDA graph may
+    run on other streams than it was recorded on.
     """
     main = main_stream(events)
     model = [event.stream == main for event in events if event.kind == "dense" or event.attends]
@@ -127,7 +127,7 @@ def tells_streams_apart(events: Sequence[Event]) -> bool:
 
 
 def hidden_work(events: Sequence[Event]) -> Row:
-    """Microseconds of one step, and which share of the side stream's work ran while the main stream's kernels did."""
+    """Microseconds of one step, and the share of the side stream's work that ran while the main stream's kernels did."""
     main = main_stream(events)
     busy = _joined([(event.start_us, event.end_us) for event in events if event.stream == main])
     row: dict[str, float | None] = {
@@ -155,7 +155,7 @@ def _joined(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def _common(part: Interval, others: Iterable[Interval]) -> float:
-    """How much of an interval lies in the others, which do not overlap each other."""
+    """The length of an interval that the others cover, which do not overlap each other."""
     return sum(max(0.0, min(part[1], end) - max(part[0], begin)) for begin, end in others)
 
 
@@ -166,7 +166,7 @@ def to_json(events: Sequence[Event]) -> list[str]:
 
 
 def from_json(lines: Iterable[str]) -> list[Event]:
-    """What ``to_json`` wrote, from 0 on."""
+    """The kernels that ``to_json`` wrote; times start at 0."""
     events = []
     for line in lines:
         stream, start, duration, name = line.split(" ", 3)
@@ -175,7 +175,7 @@ def from_json(lines: Iterable[str]) -> list[Event]:
 
 
 def draw(events: Sequence[Event], path: Path, *, title: str) -> None:
-    """One step, and some of its layers larger: a row for the main stream and one for the others, coloured by kind of kernel."""
+    """One step, and some of its layers enlarged: a row for the main stream and one for the others, coloured by kernel kind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -213,7 +213,7 @@ def draw(events: Sequence[Event], path: Path, *, title: str) -> None:
 
 
 def draw_results(results: Path = RESULTS, picture: Path = PICTURE) -> None:
-    """Draw the step that a results file of ``freekv`` holds; ``BenchmarkError`` where it holds none."""
+    """Draw the step in a results file of ``freekv``; ``BenchmarkError`` if there is none."""
     timeline = load(results)["settings"].get("timeline")
     if timeline is None:
         raise BenchmarkError("the results have no timeline", got=str(results), expected="a run of freekv on a GPU")

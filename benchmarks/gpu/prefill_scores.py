@@ -1,5 +1,5 @@
-"""What TokenScores adds to the prefill of a layer of Llama 3 8B: to its attention, and to the layer; and that attention over
-pages beside torch's.
+"""Cost of TokenScores in the prefill of a layer of Llama 3 8B, relative to its attention and to the whole layer; and attention
+over pages compared with torch's.
 """
 
 import functools
@@ -19,11 +19,11 @@ from trt_kv.plugins.registry import device_kernel
 
 CHUNK = 2048
 SIDES = {"without scores": None, "all queries": 0, "last 32 queries": 32}
-"""By name the ``window`` of TokenScores."""
+"""The ``window`` of TokenScores by name of the side."""
 
 
 class Prefill:
-    """One layer that reads a prompt in chunks."""
+    """One layer that prefills a prompt in chunks."""
 
     def __init__(self, shape: Shape, n_tokens: int, chunk: int) -> None:
         self.shape, self.n_tokens, self.chunk = shape, n_tokens, chunk
@@ -75,7 +75,7 @@ class Prefill:
 
 
 def run(*, quick: bool) -> Report:
-    """8k and 32k tokens, in chunks as an engine reads them."""
+    """8k and 32k tokens, in an engine's chunks."""
     shape = Shape(n_heads=4, n_kv_heads=2, head_size=16, page_size=4) if quick else Shape()
     chunk = 16 if quick else CHUNK
     dims = {"H": shape.n_heads, "K": shape.n_kv_heads, "D": shape.head_size, "P": shape.page_size, "L": 1}
@@ -126,7 +126,7 @@ def _rows(prefill: Prefill, dense: Callable[[int], object], *, rounds: int) -> l
 
 
 def _beside_torch(prefill: Prefill, *, rounds: int) -> Row:
-    """Attention over pages, which also appends; torch's over copies of them, and over the prompt as it was computed."""
+    """Attention over pages, which also appends; torch's over gathered copies of the pages, and over the contiguous prompt."""
     sides: dict[str, Callable[[], object]] = {
         "ours": functools.partial(prefill.run, None),
         "torch_contiguous": prefill.contiguous,
@@ -142,7 +142,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
 
 
 def _dense_layer(shape: Shape, quick: bool) -> Callable[[int], Tensor]:
-    """The matrix products of a layer for a number of tokens: what attention's time is to be seen beside."""
+    """The matrix products of a layer for a number of tokens, to compare attention's time with."""
     width, inner = shape.n_heads * shape.head_size, 32 if quick else 14336
     kv_width = 2 * shape.n_kv_heads * shape.head_size
     sizes = {"qkv": (width + kv_width, width), "o": (width, width), "gate_up": (2 * inner, width), "down": (width, inner)}

@@ -1,4 +1,4 @@
-"""Scattered page-heads from pinned host memory to the device: one kernel that reads them there, beside a copy for each."""
+"""Scattered page-heads from pinned host memory to the device: one kernel that reads host memory, or one copy for each."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ PROGRAMS = (16, AT_ONCE_PROGRAMS, 132)
 
 
 class Tiers:
-    """Pools on the host and on the device, and moves between them; as many rows of the list again move nothing."""
+    """Pools on the host and on the device, and a list of moves between them, half of which is padding."""
 
     def __init__(self, shape: Shape, n_moves: int, n_host_pages: int) -> None:
         rng = np.random.default_rng(n_moves)
@@ -32,17 +32,17 @@ class Tiers:
         self.n_bytes = n_moves * 2 * shape.page_size * shape.head_size * DTYPE.itemsize
 
     def by_kernel(self, programs: int) -> Callable[[], None]:
-        """The GPU reads the list and the pages."""
+        """Move by the kernel: the GPU reads the list and the pages."""
         return lambda: recall_pages(self.host, self.pool, self.listed, programs=programs)
 
     def by_copies(self) -> None:
-        """The host asks for two copies per page-head (cudaMemcpyAsync): its keys and its values."""
+        """Move by two copies per page-head (cudaMemcpyAsync), one for its keys and one for its values."""
         for head, source, target in self.moves.tolist():
             for part in range(2):
                 self.pool[target, part, head].copy_(self.host[source, part, head], non_blocking=True)
 
     def check(self, what: str, move: Callable[[], object]) -> Check:
-        """Only what is listed has moved."""
+        """Check that exactly the listed page-heads have moved."""
         expected = np.zeros(self.pool.shape, np.float32)
         head, source, target = self.moves.T
         expected[target, :, head] = self.host.numpy()[source, :, head].astype(np.float32)

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.gpu.section NAME FILE [--quick]``: one section of ``python -m benchmarks.gpu``, a process of its own.
+"""``python -m benchmarks.gpu.section NAME FILE [--quick]``: one section of ``python -m benchmarks.gpu``, in its own process.
 
-What goes wrong on a GPU cannot be undone within a process: every later call fails too.
+After a CUDA error every later CUDA call of the process fails too.
 """
 
 import functools
@@ -21,9 +21,9 @@ def main(name: str, file: str, *, quick: bool) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        # Before a kernel is imported, and with it Triton.
+        # Must be set before Triton is imported, which the kernels do.
         os.environ["TRITON_INTERPRET"] = "1"
-        np.seterr(divide="ignore")  # log2(0) is meant
+        np.seterr(divide="ignore")  # log2(0) is intended
         change_language_once()
     from benchmarks.gpu.device import gpu_record
 

@@ -1,4 +1,4 @@
-"""Two small engines whose results are known, one of standard ops, one of a Python plugin, and how TensorRT builds them."""
+"""Two small networks with known results, one of standard ops and one with a Python plugin, and how TensorRT builds them."""
 
 import importlib.util
 import sys
@@ -100,7 +100,7 @@ Example = Plain | Attention
 
 
 def find_tensorrt() -> None:
-    """See to it that ``import tensorrt`` finds the installed package, or the tests' rig where that has been set up."""
+    """Make ``import tensorrt`` find the installed package, or the tests' rig if that has been set up."""
     from tests.rig.set_up import rig_folder
 
     installed = any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx"))
@@ -109,7 +109,7 @@ def find_tensorrt() -> None:
 
 
 def logger_of(errors: list[str]) -> Any:
-    """A TensorRT logger that keeps errors and prints them, and warnings, at once."""
+    """A TensorRT logger that collects errors, and prints errors and warnings immediately."""
     from trt_kv.plugins.tensorrt_base import trt
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -125,7 +125,7 @@ def logger_of(errors: list[str]) -> Any:
 
 
 def plan_of(example: Example) -> bytes:
-    """The example as TensorRT builds it. Raises ``RefusedError`` with TensorRT's words."""
+    """The plan that TensorRT builds of the example. Raises ``RefusedError`` with TensorRT's error messages."""
     from trt_kv.plugins.tensorrt_base import register_plugins, trt
 
     register_plugins()

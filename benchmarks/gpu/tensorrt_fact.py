@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gpu.tensorrt_fact NAME FILE PLANS``: finds out one fact for ``benchmarks.gpu.tensorrt_facts``.
+"""``python -m benchmarks.gpu.tensorrt_fact NAME FILE PLANS``: determines one fact for ``benchmarks.gpu.tensorrt_facts``.
 
-A process of its own, because TensorRT may crash it and an error of CUDA stays. What it finds goes to FILE; what TensorRT says
-meanwhile, and where things failed, goes to the terminal, so that it is there after a crash too. PLANS: the folder of the plans.
+It runs in its own process, because TensorRT may crash and CUDA errors are permanent within a process. The result is written to
+FILE; TensorRT's log and tracebacks are printed, so that they survive a crash. PLANS: the folder of the plans.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.gpu.tensorrt_examples import Arrays, Attention, Example, Plain, RefusedError, find_tensorrt, logger_of, plan_of
 
 Launch = Callable[[int], None]
-"""Starts the work on the stream with this address; raises ``RefusedError`` where it is not taken."""
+"""Launches the work on the stream with this address; raises ``RefusedError`` if TensorRT refuses."""
 
 PACKAGES = (
     *("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13"),
@@ -51,7 +51,7 @@ class Bound:
     addresses: Mapping[str, int]
 
     def fill(self, inputs: Arrays) -> None:
-        """Give the inputs these contents, and the outputs ones that nobody may mistake for a result."""
+        """Fill the inputs with these values, and the outputs with values that cannot be mistaken for a result."""
         import torch
 
         for name, tensor in self.tensors.items():
@@ -61,7 +61,7 @@ class Bound:
                 tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
 
     def check(self, inputs: Arrays) -> float:
-        """The largest difference from what is expected of ``inputs``; ``RefusedError`` where it is too large or no number."""
+        """The largest difference from the results expected for ``inputs``; ``RefusedError`` if it is too large or NaN."""
         worst = 0.0
         for name, values in self.example.expected(inputs).items():
             got = self.tensors[self.example.in_place.get(name, name)].cpu().numpy()
@@ -74,7 +74,7 @@ class Bound:
 
 
 def bound(example: Example, *, pinned: frozenset[str] = frozenset(), alias: bool = False) -> Bound:
-    """Tensors for an example; those in ``pinned`` in pinned host memory, ``alias``: by the address that a GPU has for it."""
+    """Tensors for an example; those in ``pinned`` are in pinned host memory. ``alias``: pass their device addresses."""
     import torch
 
     types = {name: array.dtype for name, array in {**example.expected(example.inputs(0)), **example.inputs(0)}.items()}
@@ -129,7 +129,7 @@ def engine_launch(at: Bound, plans: Path) -> Launch:
 
 
 def enqueue_launch(at: Bound, _plans: Path) -> Launch:
-    """The plugin of the example without an engine around it: what TensorRT calls, called by us."""
+    """The plugin of the example without an engine: TensorRT's calls are made directly."""
     from trt_kv.plugins.tensorrt_base import field_of, register_plugins, trt
 
     example = at.example
@@ -161,7 +161,7 @@ def runs(
     pinned: tuple[str, ...] = (),
     alias: bool = False,
 ) -> str:
-    """Launch three times, with other inputs each time, and compare."""
+    """Launch three times with different inputs and compare."""
     import torch
 
     at = bound(example(), pinned=frozenset(pinned), alias=alias)
@@ -180,12 +180,12 @@ def runs(
 def is_recorded(
     plans: Path, *, mode: str, example: Callable[[], Example], launch_of: Callable[[Bound, Path], Launch] = engine_launch
 ) -> str:
-    """Launch, record as a CUDA graph, replay with other inputs, and compare each time."""
+    """Launch, record as a CUDA graph, replay with different inputs, and compare each time."""
     import torch
 
     at = bound(example())
     launch, stream = launch_of(at, plans), torch.cuda.Stream()
-    for seed in range(2):  # what is compiled or allocated at a first call is there before anything is recorded
+    for seed in range(2):  # everything that is compiled or allocated at a first call must be there before recording
         inputs = at.example.inputs(seed)
         at.fill(inputs)
         torch.cuda.synchronize()
@@ -208,7 +208,7 @@ def is_recorded(
 
 
 def runs_in_onnxruntime(_plans: Path) -> str:
-    """The same library without our bindings in between: as the plug-in of ONNX Runtime that it comes in."""
+    """The same library without Python bindings, as the ONNX Runtime plug-in that it is distributed as."""
     import onnxruntime as ort
     import torch
 
@@ -231,7 +231,7 @@ def runs_in_onnxruntime(_plans: Path) -> str:
 
 
 def machine(_plans: Path) -> str:
-    """GPU, driver and versions, as JSON. Imports torch only, so that nothing but the driver can fail."""
+    """GPU, driver and versions, as JSON. Imports only torch, so that only the driver can fail."""
     import torch
 
     if not torch.cuda.is_available():
@@ -260,7 +260,7 @@ MODES = ("relaxed", "thread_local", "global")
 BUILDS: Mapping[str, Callable[[Path], str]] = {
     f"build_{example.name}": functools.partial(is_built, example=example) for example in (Plain, Attention)
 }
-"""What has to be there before the other facts; by the names of the plans."""
+"""Plans that are built before the other facts are determined, by name."""
 _plain, _attention = functools.partial(runs, example=Plain), functools.partial(runs, example=Attention)
 FACTS: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "plain_engine": (RUNTIME, _plain),
@@ -286,11 +286,11 @@ FACTS: Mapping[str, tuple[str, Callable[[Path], str]]] = {
         for m in MODES
     },
 }
-"""Which question a fact belongs to, and how to find it out: a sentence about how it went, or an exception."""
+"""The question of each fact, and the function that determines it: returns a sentence about the result, or raises."""
 
 
 def main(name: str, file: Path, plans: Path) -> None:
-    """Find out one fact. An answer is written, yes or no; anything that is none leaves as the exception that it is."""
+    """Determine one fact and write the answer, yes or no. Any other outcome is raised as an exception."""
     from trt_kv.errors import TrtKvError
     from trt_kv.json_file import write_atomically
 
@@ -298,7 +298,7 @@ def main(name: str, file: Path, plans: Path) -> None:
     known = {"machine": machine, **BUILDS} | {n: find_out for n, (_, find_out) in FACTS.items()}
     try:
         answer = {"outcome": "yes", "detail": known[name](plans)}
-    except (RuntimeError, TrtKvError) as error:  # torch's errors of CUDA are RuntimeErrors
+    except (RuntimeError, TrtKvError) as error:  # torch raises CUDA errors as RuntimeError
         traceback.print_exc()
         answer = {"outcome": "no", "detail": f"{type(error).__name__}: {error}"}
     write_atomically(file, json.dumps(answer).encode(), kind="answer", error=TrtKvError)

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gpu.tensorrt_facts [--out FILE.json]``: what TensorRT does on this machine, and what it does not.
+"""``python -m benchmarks.gpu.tensorrt_facts [--out FILE.json]``: which features of TensorRT work on this machine.
 
-Three questions, each answered by several facts, each found out by a process of its own: one that crashes, hangs or fails loses
-no other. It measures nothing. Where there is no GPU it says so.
+Three questions, each answered by several facts, each determined in its own process, so that one that crashes, hangs or fails
+does not affect the others. Nothing is measured. Without a GPU the facts are reported as not run.
 """
 
 import argparse
@@ -27,15 +27,15 @@ Answer = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Find out the facts, print them, and write them where ``--out`` says, after each one."""
+    """Determine the facts and print them; write ``--out`` after each one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tensorrt_facts", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"facts, all by default: {', '.join(FACTS)}")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to write them")
     parser.add_argument(
-        "--plans", type=Path, metavar="FOLDER", help="for the plans; one that lies there already is used where none is built"
+        "--plans", type=Path, metavar="FOLDER", help="folder of the plans; an existing plan is used if it cannot be built"
     )
-    parser.add_argument("--jobs", type=int, default=4, help="processes at once (default: 4)")
-    parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="for all together (default: 300)")
+    parser.add_argument("--jobs", type=int, default=4, help="parallel processes (default: 4)")
+    parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="time limit of the run (default: 300)")
     given = parser.parse_args(arguments)
     unknown = [name for name in given.names if name not in FACTS]
     if unknown:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Run:
-    """Processes that find out facts, and what they answered: ``document`` is what the file holds."""
+    """Runs the processes that determine facts and collects their answers in ``document``, the content of the file."""
 
     def __init__(self, scratch: Path, plans: Path, *, out: Path | None, jobs: int, end: float) -> None:
         self.document: dict[str, Any] = {"machine": {}, "builds": {}, "facts": {}}
@@ -56,12 +56,12 @@ class Run:
         self._lock = threading.Lock()
 
     def find_out(self, names: Sequence[str]) -> None:
-        """The machine, then the plans, then the facts; none of these where there is no CUDA device."""
+        """Query the machine, build the plans, determine the facts; without a CUDA device facts are recorded as not run."""
         machine = self._ask("machine", {})
         self.document["machine"] = machine | ({"detail": json.loads(machine["detail"])} if machine["outcome"] == "yes" else {})
         self._tell("machine", self.document["machine"])
         if machine["outcome"] != "yes":
-            why = "no CUDA device" if machine["outcome"] == "no" else f"the machine could not be asked: {machine['outcome']}"
+            why = "no CUDA device" if machine["outcome"] == "no" else f"the machine query failed: {machine['outcome']}"
             for name in names:
                 self._keep(name, {"outcome": f"not run: {why}", "detail": ""})
             return
@@ -71,7 +71,7 @@ class Run:
             list(pool.map(lambda name: self._keep(name, self._ask(name, {})), names))
 
     def _build(self, name: str) -> None:
-        """With the GPU in sight; where that fails without: TensorRT-RTX builds for other GPUs too, but may refuse this one."""
+        """Build with the GPU visible, and if that fails, without it: TensorRT-RTX may refuse this GPU and build for others."""
         for label, environment in ((name, {}), (f"{name}_without_gpu", {"CUDA_VISIBLE_DEVICES": ""})):
             answer = self._ask(name, environment)
             self.document["builds"][label] = answer
@@ -100,10 +100,10 @@ class Run:
 
 
 def answer_of(command: Sequence[str], file: Path, *, limit_s: float, environment: Mapping[str, str]) -> Answer:
-    """Run the command and return what it wrote into ``file``; where it wrote nothing, how it ended.
+    """Run the command and return what it wrote to ``file``; if it wrote nothing, how it ended.
 
-    ``outcome``: "yes", "no", "crash: signal N (NAME)", "timeout: N s" or "error: exit status N"; ``detail``: in a sentence;
-    ``log``: the end of what it printed, unless the outcome is "yes"; ``seconds``.
+    ``outcome``: "yes", "no", "crash: signal N (NAME)", "timeout: N s" or "error: exit status N"; ``detail``: one sentence;
+    ``log``: the end of its output, unless the outcome is "yes"; ``seconds``.
     """
     start = time.monotonic()
     log = file.with_suffix(".log")
@@ -134,7 +134,7 @@ def answer_of(command: Sequence[str], file: Path, *, limit_s: float, environment
 
 
 def _ended(process: "subprocess.Popen[bytes]", limit_s: float) -> int | None:
-    """The exit status; None for a process that was stopped, with all that it started, because its time was over."""
+    """The exit status; None if the process and its children were killed because of the time limit."""
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
@@ -142,7 +142,7 @@ def _ended(process: "subprocess.Popen[bytes]", limit_s: float) -> int | None:
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:
-        print(f"process {process.pid} does not end, not even when killed", file=sys.stderr)
+        print(f"process {process.pid} does not end although it was killed", file=sys.stderr)
     return None
 
 

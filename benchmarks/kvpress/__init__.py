@@ -1,1 +1,1 @@
-"""NVIDIA's kvpress beside our policies: fetched, run, and compared by what each keeps. See docs/kvpress.md."""
+"""NVIDIA's kvpress compared with our policies by the tokens that each keeps. See docs/kvpress.md."""

@@ -1,4 +1,4 @@
-"""Do our policies keep the tokens that kvpress's presses keep, and where not, how many are the same? See docs/kvpress.md."""
+"""Overlap between the tokens that kvpress's presses keep and those that our policies keep. See docs/kvpress.md."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def compared(sides: Sides, pair: Pair, share: float, prompts: list[list[int]]) -
 
 
 def agreement(pair: Pair, share: float, found: Overlap) -> list[Check]:
-    """Few tokens are misplaced, and those only by rounding; ``BenchmarkError`` otherwise."""
+    """Check that few tokens are misplaced, and those only by rounding; ``BenchmarkError`` otherwise."""
     where = f"{pair.press} at {share:g}"
     return [
         check_close(f"{where}: share of tokens misplaced", np.array(found.misplaced / found.kvpress), ZERO, within=FEW),
@@ -62,7 +62,7 @@ def agreement(pair: Pair, share: float, found: Overlap) -> list[Check]:
 
 
 def pyramid_rows(sides: Sides, prompt: list[int]) -> list[Row]:
-    """What each layer keeps of ``prompt`` on both sides, at each share."""
+    """Tokens that each layer keeps of ``prompt`` on both sides, at each share."""
     counts: dict[str, list[int]] = {}
     for share in SHARES:
         run, ours = sides.both(PYRAMID_PAIR, share, prompt)

@@ -1,4 +1,4 @@
-"""Presses of kvpress beside the policies of ours that stand for the same methods."""
+"""Presses of kvpress paired with our policies for the same methods."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from trt_kv.policy import Policy
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """``press`` of ``kvpress.presses.<module>``, with ``options``, beside ``policy``, which is ``named`` in tables.
+    """``press`` of ``kvpress.presses.<module>``, with ``options``, paired with ``policy``, which is ``named`` in tables.
 
-    ``same``: whether both should keep the same tokens wherever they keep as many, and as many as ``at_least``.
+    ``same``: whether both should keep the same tokens if they keep the same number, at least ``at_least``.
     """
 
     press: str
@@ -26,19 +26,19 @@ class Pair:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def press_at(self, share: float) -> Any:
-        """The press that is told to keep ``share`` in (0, 1]."""
+        """The press configured to keep ``share`` in (0, 1]."""
         return press_class(self.module, self.press)(compression_ratio=1.0 - share, **self.options)
 
     def policy_at(self, share: float) -> Policy:
-        """Our policy at the kept ``share`` in (0, 1]."""
+        """Our policy with the kept ``share`` in (0, 1]."""
         return dataclasses.replace(self.policy, kept=share)
 
 
 SNAPKV = policy_from_name("snapkv")
 OBSERVED = dataclasses.replace(policy_from_name("h2o"), score="mean_mass", recent_share=0.0, decode="keep")
-"""H2O as kvpress has it: means for sums, and nothing protected."""
+"""H2O as in kvpress: means instead of sums, and no protected tokens."""
 LOTS = dataclasses.replace(policy_from_name("random"), sinks=0, recent=0)
-"""Lots alone, nothing protected."""
+"""Random tokens, none protected."""
 
 STREAMING_PAIR = Pair(
     press="StreamingLLMPress",

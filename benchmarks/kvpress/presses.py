@@ -1,4 +1,4 @@
-"""What a press keeps of a prompt: kvpress's own code, run by its own hooks on transformers.
+"""The tokens that a press keeps of a prompt, by kvpress's own code and hooks on transformers.
 
 L layers, H query heads, K KV heads, N tokens of the prompt, S tokens kept.
 """
@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class PressRun:
-    """What a press did to one prompt: its scores [L, K, N], and per layer the positions kept, [K, S], in their order."""
+    """Result of a press on one prompt: its scores [L, K, N], and per layer the kept positions, [K, S], in ascending order."""
 
     scores: Floats
     kept: tuple[Ints, ...]
@@ -40,9 +40,9 @@ def eager_model(folder: Path) -> transformers.PreTrainedModel:
 def run_press(press: Any, model: transformers.PreTrainedModel, token_ids: Sequence[int]) -> PressRun:
     """Prefill ``token_ids`` under ``press``.
 
-    The press gets positions in place of values. None of the presses compared here reads values, and so what it gathers
-    from them says which tokens it kept. transformers no longer hands ``cache_position`` to attention by itself, from which
-    kvpress tells a prefill; the caller may.
+    The press gets positions in place of values. None of the presses compared here reads values, so the gathered values are the
+    positions of the kept tokens. kvpress recognises a prefill by ``cache_position``, which transformers no longer passes to
+    attention by itself, so it is passed here.
     """
     scores: list[Floats] = []
     kept: list[Ints] = []

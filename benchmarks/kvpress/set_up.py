@@ -1,8 +1,8 @@
-"""Fetches kvpress into a folder of its own: ``python -m benchmarks.kvpress.set_up [options for pip]``.
+"""Fetches kvpress into its own folder: ``python -m benchmarks.kvpress.set_up [options for pip]``.
 
-kvpress asks for an older transformers than ours, and for datasets, pandas, peft and others that none of the presses
-compared here needs. So its wheel is fetched without dependencies, onto no path that Python searches, and its presses are
-loaded one by one, without the package's ``__init__``, which would import all of that and patch transformers.
+kvpress requires an older transformers than ours, and datasets, pandas, peft and others that none of the presses compared here
+needs. So its wheel is fetched without dependencies to a folder outside ``sys.path``, and its presses are loaded one by one,
+without the package's ``__init__``, which would import all of these and patch transformers.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 
 
 def kvpress_folder() -> Path:
-    """Where the kvpress of ``requirements.txt`` is, or will be: inside the virtual environment."""
+    """The folder for the kvpress of ``requirements.txt``, inside the virtual environment."""
     return Path(sys.prefix) / f"kvpress-{hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]}"
 
 
 def set_up(pip_options: Sequence[str] = ()) -> Path:
-    """The folder, filled first where it is not there (a download of 120 kB); whole or not at all.
+    """The folder, created atomically if it is missing (a download of 120 kB).
 
-    Raises ``subprocess.CalledProcessError`` with pip's output where pip fails.
+    Raises ``subprocess.CalledProcessError`` with pip's output if pip fails.
     """
     folder = kvpress_folder()
     if folder.is_dir():

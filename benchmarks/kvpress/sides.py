@@ -1,4 +1,4 @@
-"""The bundled model on both sides, kvpress's on transformers and ours on ONNX Runtime, and what the two keep.
+"""The bundled model on both sides, kvpress's on transformers and ours on ONNX Runtime, and the tokens that each keeps.
 
 L layers, K KV heads, N tokens of the prompt, S tokens kept.
 """
@@ -22,9 +22,9 @@ from trt_kv.runtime.model_runner import ModelRunner
 
 FOLDER = PRESETS["llama3"].bundled_folder
 CHUNK = 96
-"""Tokens per prefill step on our side: documents need several, and the observation window lies in two of them."""
+"""Tokens per prefill step on our side: documents need several steps, and the observation window spans two of them."""
 ROUNDING = 1e-4
-"""Scores this close, relatively, may change places: both sides compute in fp32, in another order, through all layers."""
+"""Relative distance of scores that may change places: both sides compute in fp32 in different orders, through all layers."""
 
 FEW = 1e-3
 """Share of the kept tokens that may have changed places."""
@@ -39,9 +39,9 @@ def documents() -> list[Task]:
 class Overlap:
     """Tokens kept by each side and by both, over all layers and heads.
 
-    ``misplaced``: tokens that one ranking, cut in two places, could not explain: those that only one side keeps where a head
-    keeps as many on both, else those of the smaller set that the larger one lacks. ``worst_gap``: how far, relatively, any
-    of their scores, as kvpress has them, is from that of the last token kept by kvpress.
+    ``misplaced``: tokens that two cuts of the same ranking could not explain: those kept by only one side if both keep the same
+    number in a head, else those of the smaller set that the larger one lacks. ``worst_gap``: largest relative distance of
+    their scores (kvpress's) from that of the last token kept by kvpress.
     """
 
     kvpress: int
@@ -74,7 +74,7 @@ class Sides:
         return list(self._tokenizer.encode(task.prompt).ids)
 
     def both(self, pair: Pair, share: float, token_ids: Sequence[int]) -> tuple[PressRun, tuple[Ints, ...]]:
-        """What ``pair`` keeps at ``share``, kvpress's side and ours; found once."""
+        """The tokens that ``pair`` keeps at ``share``, kvpress's side and ours; cached."""
         key = (pair.press, pair.named, share, tuple(token_ids))
         if key not in self._known:
             self._known[key] = (self.press(pair.press_at(share), token_ids), self.kept(pair.policy_at(share), token_ids))
@@ -84,7 +84,7 @@ class Sides:
         return run_press(press, self._model, token_ids)
 
     def kept(self, policy: Policy, token_ids: Sequence[int], *, kept_shares: list[float] | None = None) -> tuple[Ints, ...]:
-        """Positions that ``policy`` keeps, per layer [K, S], in their order; ``kept_shares``: each layer's, where given."""
+        """Positions that ``policy`` keeps, per layer [K, S], ascending; ``kept_shares``: optional shares of the layers."""
         runner = self._runner(policy, token_ids, kept_shares)
         sequence = runner.new_sequence()
         runner.prefill(sequence, token_ids)
@@ -107,7 +107,7 @@ class Sides:
 
 
 def overlap(run: PressRun, ours: Sequence[Ints]) -> Overlap:
-    """How far the sets of a press and ours, per layer [K, S], are the same."""
+    """The overlap of the sets of a press and ours, per layer [K, S]."""
     total = Overlap(kvpress=0, ours=0, both=0, misplaced=0, worst_gap=0.0)
     for scores_KN, theirs_KS, ours_KS in zip(run.scores, run.kept, ours, strict=True):
         for scores_N, theirs_S, ours_S in zip(scores_KN, theirs_KS, ours_KS, strict=True):

@@ -1,8 +1,8 @@
 """``python -m benchmarks.quality``: measure quality against kept share on the bundled model, and write the report."""
 
-# What is measured: plans (how much), tasks, policies. With what: steps, harness, recipes, measure_cells, effort, measure. The
-# results: results, with its cells. What is shown: pages fills templates/ with tables and verdicts; plots/ draws. Policies whose
-# cache stays on the host have the same in recall/: another harness, results file and page, on the same documents.
+# Modules. What is measured: plans (how much), tasks, policies. How: steps, harness, recipes, measure_cells, effort, measure.
+# The results file: results, cell. Output: pages fills templates/ with tables and verdicts; plots/ draws. recall/ has the same
+# for policies whose cache stays on the host: another harness, results file and page, on the same documents.
 
 import shlex
 import sys
@@ -39,9 +39,9 @@ BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
 @click.option(
     "--from-results",
     type=click.Path(path_type=Path),
-    help="measure nothing; render this results file again, and recall.json beside it",
+    help="measure nothing; render this results file again, and recall.json in the same folder",
 )
-@click.option("--recall-only", is_flag=True, help="measure host-resident policies only; for the others take docs/report")
+@click.option("--recall-only", is_flag=True, help="measure only host-resident policies; take the rest from docs/report")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -52,7 +52,7 @@ def main(quick: bool, from_results: Path | None, recall_only: bool, out: Path | 
     out = out or (ROOT / "build" / "report" if quick else COMMITTED)
     try:
         if recall_only and (quick or from_results):
-            raise UsageError("--recall-only takes all other results from docs/report", fix="leave the other option out")
+            raise UsageError("--recall-only takes all other results from docs/report", fix="use only one of the two options")
         if from_results:
             results, recall = Results.load(from_results), RecallResults.load(from_results.with_name("recall.json"))
         else:
@@ -113,7 +113,7 @@ def write_report(results: Results, recall: RecallResults, out: Path) -> None:
 
 
 def readme_with_summary(text: str, summary: str) -> str:
-    """``text`` with ``summary`` between its markers. ``ReportError`` where they are not there once, in order."""
+    """``text`` with ``summary`` between its markers. ``ReportError`` unless each marker occurs once, in order."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in after:

@@ -11,9 +11,9 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One task as token ids: ``prompt`` is prefilled (and evicted from), ``given`` is fed token by token, ``answer`` is due.
+    """One task as token ids: ``prompt`` is prefilled (and evicted from), ``given`` is fed token by token, ``answer`` is right.
 
-    ``fact`` and ``question``: where what is asked for and the question stand in the prompt; empty where they do not.
+    ``fact`` and ``question``: positions of the requested fact and of the question in the prompt; empty if they are not in it.
     """
 
     prompt: tuple[int, ...]
@@ -34,9 +34,9 @@ class Case:
 
 
 def case_from_task(task: Task, encode: Encode, *, question_known: bool = True) -> Case:
-    """A task's token ids; with ``question_known`` False its question comes only after the prompt has been evicted from.
+    """A task's token ids; with ``question_known`` False its question comes only after eviction from the prompt.
 
-    ``encode`` adds ``<bos>`` and nothing else, and makes one token of each word. ``UsageError`` where it does not.
+    ``encode`` must add only ``<bos>`` and encode each word as one token, else ``UsageError``.
     """
     words = task.prompt.split()
     n_document = len(words) - task.n_question_words

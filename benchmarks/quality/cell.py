@@ -1,4 +1,4 @@
-"""What was measured of one task at one context length: documents, and a row per policy and kept share.
+"""Measurements of one task at one context length: documents, and a row per policy and kept share.
 
 D documents of the cell, L layers.
 """
@@ -35,14 +35,14 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One policy at one mean kept share (``budget``; None where it finds its own) on all documents of a cell.
+    """One policy at one mean kept share (``budget``; None if the policy has an adaptive budget) on all documents of a cell.
 
-    Per document: ``right``: "1" where the greedy answer is exact, a character each; ``losses``: summed negative log-likelihood
-    of the counted answer tokens, in nats; ``agreed``: how many of these tokens' greedy choices are those of the full cache;
-    ``kept``: share of the prompt's tokens that is cached after eviction, mean over all layers. Means over documents, after
-    eviction and before decoding: ``kept_by_layer`` shares, ``kv_bytes`` of the pages that hold them, ``kept_place`` of the kept
-    tokens in the prompt (0 first, 1 last), shares ``fact_kept`` and ``question_kept`` of the tokens that are asked for and of
-    the question's (None where the prompt has none).
+    Per document: ``right``: a character, "1" if the greedy answer is exact; ``losses``: summed negative log-likelihood of the
+    counted answer tokens, in nats; ``agreed``: number of these tokens whose greedy choice is that of the full cache; ``kept``:
+    share of the prompt's tokens that is cached after eviction, mean over all layers. Means over documents, after eviction and
+    before decoding: ``kept_by_layer`` shares, ``kv_bytes`` of the pages that hold them, ``kept_place`` of the kept tokens in
+    the prompt (0 first, 1 last), shares ``fact_kept`` and ``question_kept`` of the fact's and the question's tokens (None if
+    the prompt has none).
     """
 
     policy: str
@@ -90,10 +90,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A task at a context. Rows: that of the full cache first; it is alone where the model cannot do the task.
+    """A task at a context. Rows: the full cache first; it is the only one if the model cannot do the task.
 
     ``sink_mass``: share of the last prompt query's attention on the first 4 tokens, per layer, mean over heads and documents;
-    empty where nothing but the full cache was measured. ``elapsed_s``: how long the measurement took.
+    empty if only the full cache was measured. ``elapsed_s``: duration of the measurement.
     """
 
     task: str
@@ -133,7 +133,7 @@ class Cell:
         return self._find(policy, budget) is not None
 
     def row(self, policy: str, budget: float | None = None) -> Row:
-        """The row of ``policy`` at ``budget``; policies that find their own have one row, whatever the budget."""
+        """The row of ``policy`` at ``budget``; policies with an adaptive budget have one row, whatever ``budget`` is."""
         row = self._find(policy, budget)
         if row is None:
             raise ReportError("the results lack a row", got=f"{self.name}, {policy} at {budget}", fix="measure again")
@@ -148,11 +148,11 @@ class Cell:
         return perplexity_ratio(row.losses, other.losses, self._n_counted)
 
     def agreement(self, row: Row) -> Estimate:
-        """Share of the counted tokens for which the greedy choice is that of the full cache, the right tokens before it."""
+        """Share of the counted tokens whose greedy choice, given the right tokens before it, is that of the full cache."""
         return token_share_interval(row.agreed, self._n_counted)
 
     def summary(self, row: Row, *, asks: bool) -> dict[str, Any]:
-        """The row's estimates, rounded, as they stand in the file."""
+        """The row's estimates, rounded as in the file."""
         measured = {"accuracy": row.accuracy} if asks else {}
         measured |= {"perplexity": self.perplexity(row), "agreement": self.agreement(row), "kept": row.kept_interval}
         return {
@@ -172,7 +172,7 @@ class Cell:
 
 
 def pooled(name: str, cells: Sequence[Cell]) -> Cell:
-    """Several cells of one context as one, with the rows that all of them have; means weigh each document alike."""
+    """Several cells of one context as one, with the rows that all of them have; means weight all documents equally."""
     first = cells[0]
     names = [(row.policy, row.budget) for row in first.rows if all(cell.has(row.policy, row.budget) for cell in cells)]
     sizes = [len(cell.documents) for cell in cells]

@@ -1,4 +1,4 @@
-"""Which of two rows is better on the same documents, and what each row is compared with."""
+"""Paired comparisons of rows on the same documents, and the rival that each row is compared with."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from trt_kv.calibration.statistics import Verdict, compare_losses, compare_share
 REFREEKV = "refreekv"
 Compare = Callable[[Row, Row], Verdict]
 Rival = Callable[[Cell, Row], Row | None]
-"""What a row of a cell is compared with; None where there is nothing."""
+"""The row that a row of a cell is compared with; None if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two policies that differ in one choice, and what that choice is."""
+    """Two policies that differ in one choice, and a description of that choice."""
 
     choice: str
     policy: str
@@ -47,7 +47,7 @@ def by_answers(row: Row, other: Row) -> Verdict:
 
 
 def by_loss(row: Row, other: Row) -> Verdict:
-    """Which of two rows finds the right answer (or the text) likelier."""
+    """Which of two rows gives the right answer (or the text) a higher likelihood."""
     return compare_losses(row.losses, other.losses)
 
 
@@ -73,7 +73,7 @@ def lossless_share(cell: Cell, policy: str, budgets: Sequence[float], compare: C
 
 
 def best_rival(cell: Cell, rivals: Sequence[PolicyFacts], budget: float | None) -> Row | None:
-    """The best row of a rival at a kept share: the one with the most exact answers, the likeliest one among equals."""
+    """The best row at a kept share: most exact answers, ties by the likelihood of the right answer."""
     rows = [cell.row(rival.name, budget) for rival in rivals if budget is not None and cell.has(rival.name, budget)]
     return max(rows, key=lambda row: (row.right.count("1"), -sum(row.losses)), default=None)
 
@@ -81,8 +81,8 @@ def best_rival(cell: Cell, rivals: Sequence[PolicyFacts], budget: float | None) 
 def best_published(results: Results, *, keeps_more: bool = False) -> Rival:
     """The best published policy at the row's kept share.
 
-    Beside a policy that finds its own budget: at the largest measured share that is not above the row's, with ``keeps_more`` at
-    the smallest that is not below it.
+    For a policy with an adaptive budget: at the largest measured share that is not above the row's, or with ``keeps_more`` at
+    the smallest one that is not below it.
     """
     rivals = [rival for rival in results.in_groups("published") if not rival.adaptive]
 
@@ -98,7 +98,7 @@ def best_published(results: Results, *, keeps_more: bool = False) -> Rival:
 
 
 def rivals_of_ours(results: Results) -> dict[str, Rival]:
-    """What our policies are compared with, by name; all but the first two only those that find their own budget."""
+    """Rivals of our policies by name; all but the first two apply only to policies with an adaptive budget."""
     return {
         "full cache": lambda cell, _row: cell.full,
         "best published": best_published(results),
@@ -115,7 +115,7 @@ def against(cell: Cell, policy: str, rival_of: Rival, compare: Compare) -> dict[
 
 
 def compare_of(results: Results, cell: Cell) -> Compare:
-    """By exact answers where the task asks, else by loss."""
+    """By exact answers if the task asks for one, else by loss."""
     return by_answers if results.asks(cell) else by_loss
 
 

@@ -1,7 +1,7 @@
-"""How long a report will take, and how far it is.
+"""Estimated duration of a report, and its progress.
 
-Work is counted in the seconds it took where the constants below were measured (two cores of an AMD EPYC), scaled by how long
-one document takes here. N tokens of a context, R rows.
+Work is estimated in seconds on the machine where the constants below were measured (two cores of an AMD EPYC), scaled by the
+time of one document here. N tokens of a context, R rows.
 """
 
 import time
@@ -33,7 +33,7 @@ def seconds_of_comparison(n_tokens: int, n_fed: int, n_rows: int) -> float:
 
 
 class Effort:
-    """Counts planned and finished work, and tells ``on_progress`` (stage, done, total), in tenths of a second."""
+    """Counts planned and finished work, and calls ``on_progress(stage, done, total)`` in tenths of a second."""
 
     def __init__(self, on_progress: OnProgress) -> None:
         self._on_progress = on_progress
@@ -46,12 +46,12 @@ class Effort:
         self.planned_s += seconds
 
     def finish(self, seconds: float) -> None:
-        """Some of the planned work is done."""
+        """Record planned work as done."""
         self._done_s += seconds
         self._on_progress("measuring", round(10 * self._done_s), max(1, round(10 * self.planned_s)))
 
     def minutes_here(self, seconds: float, work: Callable[[], object]) -> float:
-        """The planned minutes on this machine, where ``work`` that should take ``seconds`` is timed."""
+        """The planned minutes on this machine, from the measured time of ``work``, which should take ``seconds``."""
         start = time.perf_counter()
         work()
         return self.planned_s / 60 * (time.perf_counter() - start) / seconds

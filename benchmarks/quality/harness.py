@@ -1,9 +1,9 @@
-"""Runs one document under many policies at once, on the product's own runtime.
+"""Runs one document under many policies at once, on the engines' runtime.
 
 A document is prefilled once with nothing evicted. Each plan gets a fork of that sequence, evicts from it by the ops of its
-policy's program, and then all forks decode the right answer together as one batch. Since an engine decodes greedily, it gives
-the right answer exactly if every answer token is ranked first after the right tokens before it; so one pass tells both
-whether the answer comes out and how likely it was.
+policy's program, and then all forks decode the right answer together as one batch (teacher forcing). An engine that decodes
+greedily gives exactly the right answer if every answer token is ranked first after the right tokens before it, so one pass
+yields both exactness and likelihood of the answer.
 
 L layers, K KV heads, S cached tokens, T fed tokens, F forks, V vocabulary.
 """
@@ -38,14 +38,14 @@ from trt_kv.runtime.model_runner import ModelRunner
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 N_SINKS = 4
-"""Over how many first tokens the attention of the last query is summed up (``Prefilled.sink_mass``)."""
+"""Number of first tokens that the last query's attention is summed over (``Prefilled.sink_mass``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A policy as an engine is built with it: with the ``kept_shares`` [L] of its recipe where it needs one.
+    """A policy as in an engine: with the ``kept_shares`` [L] of its recipe if it needs one.
 
-    ``searches``: instead of a recipe, the shares are searched for the very input (PrefixKV's "online" variant).
+    ``searches``: instead of a recipe, the shares are searched for each input (PrefixKV's "online" variant).
     """
 
     policy: Policy
@@ -55,7 +55,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one plan did with one case. Fields as in ``cell.Row``; ``tokens`` are the greedy choices, [T]."""
+    """Result of one plan on one case. Fields as in ``cell.Row``; ``tokens`` are the greedy choices, [T]."""
 
     tokens: tuple[int, ...]
     right: bool
@@ -70,8 +70,8 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefilled:
-    """A prompt as one whole sequence, the logits [V] of its last token, and what of the last query's attention, per layer,
-    falls on the first ``N_SINKS`` tokens (mean over query heads)."""
+    """A prompt as one whole sequence, the logits [V] of its last token, and the share of the last query's attention, per layer,
+    on the first ``N_SINKS`` tokens (mean over query heads)."""
 
     sequence: SequenceCache
     logits: Floats
@@ -91,7 +91,7 @@ class Harness:
         self.plain_runner = host_runner(executor, pool, full)
 
     def full(self, case: Case) -> Outcome:
-        """What the full cache does with a case; nothing is scored, so this is the fastest question to ask."""
+        """Result of the full cache on a case, without scoring, which is fastest."""
         with released() as made:
             made.append(self.plain_runner.new_sequence())
             logits_V = self.plain_runner.prefill(made[0], case.prompt, evict=False)
@@ -113,7 +113,7 @@ class Harness:
         return outcomes, whole.sink_mass
 
     def importance(self, token_ids: Sequence[int], scores: Sequence[RecipeScore]) -> list[Floats]:
-        """The importance [L, K, N] of a prompt's tokens in several rankings, as recipes are calibrated with it."""
+        """The importance [L, K, N] of a prompt's tokens in several rankings, as used for calibrating recipes."""
         plans = [Plan(policy=policy_that_scores(score)) for score in scores]
         with self.prefilled(token_ids, plans) as whole:
             return [self._scores(whole.sequence, plan) for plan in plans]
@@ -129,7 +129,7 @@ class Harness:
             yield Prefilled(sequence=made[0], logits=logits_V, sink_mass=self._sink_mass(made[0]))
 
     def forked(self, whole: SequenceCache, plan: Plan) -> SequenceCache:
-        """A fork of the sequence that was prefilled last, evicted as an engine of this plan does in its last prefill step."""
+        """A fork of the last prefilled sequence, after the eviction of an engine of this plan in its last prefill step."""
         program = self._program(self._searched(whole, plan), "prefill")
         fork = whole.fork()
         if not any(eviction_nodes(program)):
@@ -168,14 +168,16 @@ class Harness:
         return np.stack(steps, axis=1)
 
     def _growth(self, policy: Policy, program: Program, kept_shares_L: Floats) -> list[float] | None:
-        """As ``ModelRunner`` lets sequences grow: at the budget's share, at what was kept where that is no share, or freely."""
+        """Kept share per layer while decoding, as in ``ModelRunner``: the budget's, or the one after eviction if that
+        is no share. None: nothing is evicted while decoding.
+        """
         if policy.decode != "row":
             return None
         budgets = zip(kept_shares_L.tolist(), budgets_of(program), strict=True)
         return [kept if budget is None or budget.tokens else budget.share for kept, budget in budgets]
 
     def _searched(self, whole: SequenceCache, plan: Plan) -> Plan:
-        """``plan`` with the shares that a search finds for this input, if it is to search."""
+        """``plan`` with the shares that are searched for this input, if ``plan.searches``."""
         if not plan.searches:
             return plan
         policy = plan.policy
@@ -204,7 +206,7 @@ class Harness:
         return tuple(mass)
 
     def _held(self, sequence: SequenceCache, case: Case) -> dict[str, Any]:
-        """What the sequence holds right after eviction, as fields of ``Outcome``."""
+        """What the sequence holds directly after eviction, as fields of ``Outcome``."""
         positions = [self.runner.kept_positions(sequence, layer) for layer in range(self._n_layers)]
         n_tokens = len(case.prompt)
         return {
@@ -258,7 +260,7 @@ def harness_from_engine(folder: Path, manifest: Manifest, *, context_length: int
 
 @contextmanager
 def released() -> Iterator[list[SequenceCache]]:
-    """A list whose sequences are released at the end of the block."""
+    """Context with a list whose sequences are released at its end."""
     sequences: list[SequenceCache] = []
     try:
         yield sequences
@@ -268,7 +270,7 @@ def released() -> Iterator[list[SequenceCache]]:
 
 
 def outcome_of(case: Case, logits_TV: Floats, held: dict[str, Any]) -> Outcome:
-    """What the logits of the fed tokens say about a case; ``held``: the fields of what is kept."""
+    """The outcome of a case from the logits of the fed tokens; ``held``: the fields of what is kept."""
     ranked_first_T, losses_T = answer_losses(logits_TV, case.fed)
     return Outcome(
         tokens=tuple(logits_TV.argmax(axis=1).tolist()),

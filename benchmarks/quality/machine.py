@@ -1,4 +1,4 @@
-"""What a report says about the machine that it was measured on, and with what."""
+"""Machine and versions that a report was measured with."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ def this_machine() -> Machine:
 
 
 def these_versions(executor: str) -> Versions:
-    """What is installed; ``executor`` runs the dense parts."""
+    """Installed versions; ``executor`` runs the dense layers."""
     return Versions(
         trt_kv=trt_kv.__version__,
         python=platform.python_version(),
@@ -28,7 +28,7 @@ def these_versions(executor: str) -> Versions:
 
 
 def _cpu_name() -> str:
-    """The CPU's model name where Linux tells it, else what Python knows."""
+    """The CPU's model name from Linux, else Python's description of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,7 @@
-"""Measures a quality report: recipes from the calibration split, what the model can do, then every policy where it can.
+"""Measures a quality report: recipes from the calibration split, the full cache on all tasks, then every policy on the tasks
+that the model can do.
 
-Each part is stored as soon as it is measured, so that an interrupted run goes on where it stopped.
+Each part is stored as soon as it is measured, so that an interrupted run can be resumed.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ def measure(
 ) -> Results:
     """Everything a report needs, on the graph segments of the built ``engine`` (any policy) of ``checkpoint``.
 
-    Parts are kept in ``folder``. ``tell`` is told how long it will take.
+    Parts are kept in ``folder``. ``tell`` is called with a message about the expected duration.
     """
     manifest = load_manifest(engine)
     tokenizer = Tokenizer.from_file(str(engine / "tokenizer.json"))
@@ -68,7 +69,7 @@ def measure(
     )
     places = [(task, plan.context_length) for plan in settings.contexts for task in tasks]
     if (minutes := cells.minutes_of(places)) > 0.0:
-        tell(f"this takes about {minutes:.0f} minutes; interrupt it when you like, it goes on where it stopped")
+        tell(f"this takes about {minutes:.0f} minutes; it can be interrupted, and resumes where it stopped")
     capable = tuple(cells.capability(task, context_length) for task, context_length in places)
     results = Results(
         command=command,
@@ -96,10 +97,10 @@ def measure(
 
 
 def _whole_forks(settings: Settings, known: Sequence[Contender]) -> int:
-    """How many whole sequences of the longest context take the memory of all forks at any context, at most.
+    """Memory of all forks at any context, in whole sequences of the longest context, at most.
 
-    A fork needs a whole sequence until it has evicted; then pages that are partly used, and what protected tokens add, make
-    up to a tenth of the context.
+    A fork needs a whole sequence until it has evicted. Afterwards partly used pages and protected tokens add up to a tenth of
+    the context.
     """
     longest = max(plan.context_length for plan in settings.contexts)
 

@@ -22,13 +22,13 @@ from benchmarks.quality.tasks import ReportTask
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A row to be measured: a contender at a mean kept share, None where it finds its own."""
+    """A row to be measured: a contender at a mean kept share, None if its budget is adaptive."""
 
     contender: Contender
     budget: float | None
 
     def plan(self, recipes: Recipes, lots: int) -> Plan:
-        """The policy as an engine is built with it; ``lots`` is the seed of scores by lot."""
+        """The policy as in an engine; ``lots`` is the seed of random scores."""
         policy = self.contender.policy
         if "seed" in policy.scoring.settings:
             policy = dataclasses.replace(policy, seed=lots)
@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class CellMeasurer:
-    """What cells are measured with; the first contender is the full cache."""
+    """Everything needed to measure cells; the first contender is the full cache."""
 
     harness: Harness
     encode: Encode
@@ -90,9 +90,9 @@ class CellMeasurer:
         return dataclasses.replace(cell, elapsed_s=round(cell.elapsed_s + capability.elapsed_s, 1))
 
     def minutes_of(self, places: Sequence[tuple[ReportTask, int]]) -> float:
-        """About how many minutes the cells at ``places`` (tasks and contexts) take that are not stored yet; 0 for none.
+        """Estimated minutes for the cells at ``places`` (tasks and contexts) that are not stored yet; 0 for none.
 
-        Plans them in ``effort``, and times one document.
+        Adds them to the plan of ``effort``, and times one document.
         """
         for task, context_length in places:
             n_documents = len(self.settings.seeds) * self.settings.at(context_length).documents_per_seed
@@ -109,7 +109,7 @@ class CellMeasurer:
         entries = self.entries(context_length)
         (case, *_) = cases_of(task, self.settings, context_length, self.encode)
         plans = [entry.plan(self.recipes, lots=0) for entry in entries]
-        self.harness.run(case, plans)  # compiles what is compiled at its first call
+        self.harness.run(case, plans)  # compiles everything that is compiled at its first call
         return self.effort.minutes_here(
             self._seconds(task, context_length, len(entries)), lambda: self.harness.run(case, plans)
         )
@@ -153,13 +153,13 @@ class CellMeasurer:
         return what_is_asked(task, self.settings, context_length)
 
     def _compared(self, task: ReportTask, context_length: int) -> dict[str, Any]:
-        """What decides the rows of a context: every policy, in full."""
+        """Everything that determines the rows of a context: every policy, in full."""
         plans = [(entry.contender.name, entry.plan(self.recipes, lots=0)) for entry in self.entries(context_length)]
         return {**self._asked(task, context_length), "policies": [[name, repr(plan)] for name, plan in plans]}
 
 
 def what_is_asked(task: ReportTask, settings: Settings, context_length: int) -> dict[str, Any]:
-    """What decides the answers of the full cache: every document, word for word, and what of it is known when."""
+    """Everything that determines the answers of the full cache: every document, and which part of it precedes eviction."""
     documents = repr((task.question_known, task.documents(settings, context_length)))
     return {"documents": hashlib.sha256(documents.encode()).hexdigest(), "seeds": list(settings.seeds)}
 
@@ -171,7 +171,7 @@ def cases_of(task: ReportTask, settings: Settings, context_length: int, encode: 
 
 
 def documents_of(cases: Sequence[Case], settings: Settings, context_length: int) -> tuple[Document, ...]:
-    """What the results say about each of ``cases_of``."""
+    """The entry in the results for each of ``cases_of``."""
     per_seed = settings.at(context_length).documents_per_seed
     return tuple(
         Document(
@@ -188,7 +188,7 @@ def _name(task: ReportTask, context_length: int) -> str:
 
 
 def row_of(entry: Entry, cases: Sequence[Case], outcomes: Sequence[Outcome], full: Sequence[Outcome]) -> Row:
-    """One row from an outcome per case, beside those of the full cache."""
+    """One row from an outcome per case, with agreement counted against those of the full cache."""
     n_layers = len(outcomes[0].kept_by_layer)
     pairs = zip(cases, outcomes, full, strict=True)
     agreed = [

@@ -105,7 +105,7 @@ def recall_markdown(recall: RecallResults, results: Results) -> str:
 
 
 def summary_markdown(results: Results, recall: RecallResults) -> str:
-    """The table for the README: every policy on every kind of task at one kept share, or at its own budget."""
+    """The table for the README: every policy on every kind of task at one kept share, or at its adaptive budget."""
     budget = results.settings.summary_budget
     return _filled(
         "summary",
@@ -150,7 +150,7 @@ def _recall_section(recall: RecallResults, results: Results, cell: recall_tables
 
 
 def _filled(template: str, **values: object) -> str:
-    """A template with its values; what is empty leaves no gap."""
+    """A template filled with its values; empty values leave no gap."""
     text = Template((TEMPLATES / f"{template}.md").read_text(encoding="utf-8")).substitute(values)
     return re.sub(r"\n{3,}", "\n\n", text)
 

@@ -1,4 +1,4 @@
-"""How much the report measures: everything, in half an hour on two cores, or what fits into a minute."""
+"""How much the report measures: everything, in half an hour on two cores, or a sample, in a minute."""
 
 from benchmarks.quality.recall.results import HostPlan
 from benchmarks.quality.settings import ContextPlan, Settings
@@ -48,7 +48,7 @@ LATE = (*NEEDLES, "many", "distractors")
 HOST_SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)
 SWEPT_SHARES = (0.05, 0.2)
 PUBLISHED_PAGE = 32
-"""Tokens of a page in the published systems; a small model with short contexts needs smaller ones."""
+"""Page size of the published systems, in tokens; a small model with short contexts needs smaller ones."""
 
 FULL_HOST_PLANS = (
     HostPlan(

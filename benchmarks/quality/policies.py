@@ -1,6 +1,6 @@
-"""Which policies the report compares: every preset, and presets with one part replaced.
+"""The policies that the report compares: every preset, and presets with one part replaced.
 
-A new preset in ``trt_kv/policies`` joins by itself, in the group "ours"; those that keep the cache on the host are compared in
+A new preset in ``trt_kv/policies`` is included automatically, in the group "ours"; those that keep the cache on the host are in
 ``recall.policies``.
 """
 
@@ -15,7 +15,7 @@ from trt_kv.recipe import recipe_score
 
 PUBLISHED = ("prefixkv", "uniform", "streamingllm", "h2o", "snapkv", "pyramidkv", "random", "refreekv")
 THRESHOLDS = (0.001, 0.003, 0.03, 0.1)
-"""ReFreeKV's thresholds beside its own 1 %."""
+"""ReFreeKV's thresholds besides its own 1 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,12 @@ class Contender:
 
     @property
     def recipe_policy(self) -> Policy:
-        """The policy whose recipe sets the layers' shares, where there is one."""
+        """The policy whose recipe sets the layers' shares, if there is one."""
         return self.policy
 
     @property
     def facts(self) -> PolicyFacts:
-        """What the results say about it."""
+        """Its description in the results."""
         policy = self.policy
         settings = {name: value for name, value in differences(policy, Policy(name="", summary="")).items() if name != "kept"}
         return PolicyFacts(
@@ -71,7 +71,7 @@ def contenders() -> list[Contender]:
 
 
 def _choices() -> list[Contender]:
-    """PrefixKV and its uniform twin with another score, another protection, heads of their own, or shares of the input."""
+    """PrefixKV and its uniform variant with another score, another protection, a ranking per head, or shares per input."""
     prefixkv, uniform = policy_from_name("prefixkv"), policy_from_name("uniform")
     window = dataclasses.replace(prefixkv, score="window", window=32)
     each = dataclasses.replace(window, heads="each")
@@ -111,7 +111,7 @@ def _thresholds() -> list[Contender]:
 
 
 def _ablations() -> list[Contender]:
-    """ReFreeKV with one part replaced each."""
+    """Ablations of ReFreeKV, each with one part replaced."""
     refreekv = policy_from_name("refreekv")
     parts: dict[str, tuple[str, dict[str, object]]] = {
         "refreekv-attention": (

@@ -1,4 +1,4 @@
-"""The recipes of a report: the product's calibration on its calibration split, every score from one pass over the prompts.
+"""The recipes of a report: trt-kv's calibration on the calibration split, every score from one pass over the prompts.
 
 L layers, K KV heads, N tokens of a prompt.
 """
@@ -20,14 +20,14 @@ from trt_kv.recipe import Protected, RecipeModel, RecipeScore, recipe_score
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeKind:
-    """What a recipe belongs to but its budget: a ranking, and the tokens that are never evicted."""
+    """Key of a recipe without its budget: a ranking, and the tokens that are never evicted."""
 
     score: RecipeScore
     protected: Protected
 
     @property
     def name(self) -> str:
-        """E.g. "score window (32 queries), 1 first and 32 last tokens protected"; PrefixKV's own protection goes without."""
+        """E.g. "score window (32 queries), 1 first and 32 last tokens protected"; PrefixKV's own protection is left out."""
         if self.protected == Protected():
             return self.score.described
         return f"{self.score.described}, {self.protected.sinks} first and {self.protected.recent} last tokens protected"
@@ -48,7 +48,7 @@ class Recipes:
 
 
 def recipe_kind(policy: Policy) -> RecipeKind:
-    """What a recipe for ``policy`` has to be made for, as ``trt-kv build`` makes it."""
+    """The kind of recipe that ``policy`` needs, as in ``trt-kv build``."""
     return RecipeKind(score=recipe_score(policy), protected=Protected(sinks=policy.sinks, recent=policy.recent))
 
 

@@ -1,7 +1,7 @@
-"""The results file of a quality report: everything that was measured, from which tables and pictures are made.
+"""The results file of a quality report: all measurements, from which tables and pictures are made.
 
-Per row and document it holds whether the answer was right, what it lost and what was kept, so that every statistic can be made
-again. D documents of a cell, L layers.
+Per row and document it has the correctness of the answer, its loss and the kept share, so that every statistic can be
+recomputed. D documents of a cell, L layers.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ LATE = "late"
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where it was measured."""
+    """The machine of the measurement."""
 
     cpu: str
     n_cores: int
@@ -33,7 +33,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Versions:
-    """With what it was measured; ``executor`` is what ran the dense parts."""
+    """Versions of the measurement; ``executor`` ran the dense layers."""
 
     trt_kv: str
     python: str
@@ -54,7 +54,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFacts:
-    """A recipe that was calibrated for the report: its score as it is described, budget, kept share per layer, common mass."""
+    """A recipe that was calibrated for the report: its score's description, budget, kept share per layer, common mass."""
 
     score: str
     budget: float
@@ -73,8 +73,8 @@ class PolicyFacts:
 
     ``group``: "reference" (the full cache), "published", "ours", "choice" (one choice of a published policy changed),
     "threshold" and "ablation" (of ReFreeKV). ``settings``: every field of the policy that is not its default, as text.
-    ``recipe``: the score whose recipe gives its layers their shares, "" without. ``adaptive``: it finds its own budget, or has
-    one that is no share. ``searches``: the layers' shares are searched for each input.
+    ``recipe``: the score whose recipe gives its layers their shares, "" if there is none. ``adaptive``: its budget is found
+    from the input, or is not a share. ``searches``: the layers' shares are searched for each input.
     """
 
     name: str
@@ -90,7 +90,7 @@ class PolicyFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFacts:
-    """A task of the report. ``late``: the question stands in the prompt. ``asks``: answers can be right or wrong."""
+    """A task of the report. ``late``: the question is in the prompt. ``asks``: answers can be right or wrong."""
 
     name: str
     title: str
@@ -101,7 +101,7 @@ class TaskFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A results file. A page of the KV pool holds ``page_size`` tokens of one layer in ``page_bytes``, all its arrays."""
+    """A results file. A page of the KV pool holds ``page_size`` tokens of one layer in ``page_bytes``, over all its arrays."""
 
     command: str
     machine: Machine
@@ -146,13 +146,13 @@ class Results:
         return self.settings.can(cell, asks=self.task(cell.task).asks)
 
     def compared(self, context_length: int | None = None, *, asking: bool = False) -> list[Cell]:
-        """The cells of a context (None: the main one) that the model can do, in order of the tasks; with ``asking`` those that
-        have right answers."""
+        """The cells of a context (None: the main one) that the model can do, in order of the tasks; with ``asking`` only those
+        with right answers."""
         cells = [self.cell(task.name, context_length) for task in self.tasks if task.asks or not asking]
         return [cell for cell in cells if self.can(cell)]
 
     def late(self, context_length: int | None = None) -> Cell | None:
-        """All late questions of a context in one cell, as far as the model can answer them; None where it cannot any."""
+        """All late questions of a context that the model can answer in one cell; None if there are none."""
         cells = [cell for cell in self.compared(context_length) if self.task(cell.task).late]
         return pooled(LATE, cells) if cells else None
 
@@ -176,7 +176,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """Read what ``save`` wrote; ``ReportError`` also where a row's summary is not what its documents give."""
+        """Read what ``save`` wrote; ``ReportError`` also if a row's summary does not follow from its documents."""
         data = read_json(path, kind="report", error=ReportError)
         if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             raise ReportError(f"{path} is no results file that this version reads", expected=f"{FORMAT} {VERSION}")
@@ -197,7 +197,7 @@ class Results:
 
 
 def json_text(value: Any, indent: str = "") -> str:
-    """JSON in which the documents and rows stand on a line each."""
+    """JSON with one line per document and row."""
     inner = indent + "  "
     if isinstance(value, dict) and (not indent or "rows" in value):
         items = [f"{inner}{json.dumps(key)}: {json_text(item, inner)}" for key, item in value.items()]

@@ -1,4 +1,4 @@
-"""What a quality report is asked to measure."""
+"""Settings of a quality report."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from trt_kv.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class ContextPlan:
-    """What is measured at one context length, in tokens.
+    """Measurements at one context length, in tokens.
 
     Each task gets ``documents_per_seed`` documents for each seed; policies of the groups ``groups`` are measured at the mean
-    kept shares ``budgets``, or once where they find their own.
+    kept shares ``budgets``, or once if their budget is adaptive.
     """
 
     context_length: int
@@ -22,11 +22,11 @@ class ContextPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was asked for. Lengths count tokens.
+    """Settings of a report. Lengths are in tokens.
 
-    ``main_context`` is the one most tables are about. ``seeds`` draw the documents (and the lots of random policies).
+    ``main_context`` is the context of most tables. ``seeds`` draw the documents (and the tokens kept by random policies).
     ``follow_up_facts``: facts in the documents whose question comes after eviction; ``most_facts``: facts, or distractors, in
-    the documents that have many, less where the context is short (``n_many``). The model can do a task if it answers at least
+    the documents that have many, fewer if the context is short (``n_many``). The model can do a task if it answers at least
     the share ``capable_from`` exactly with its full cache.
     """
 
@@ -46,9 +46,9 @@ class Settings:
     def __post_init__(self) -> None:
         lengths = [plan.context_length for plan in self.contexts]
         if self.main_context not in lengths or len(set(lengths)) != len(lengths):
-            raise UsageError("the main context is none of the contexts", got=self.main_context, expected=f"one of {lengths}")
+            raise UsageError("the main context is not among the contexts", got=self.main_context, expected=f"one of {lengths}")
         if len(self.seeds) * min(plan.documents_per_seed for plan in self.contexts) < 2:
-            raise UsageError("one document tells nothing about the others", expected="at least 2 documents per task")
+            raise UsageError("one document gives no interval", expected="at least 2 documents per task")
 
     @property
     def main(self) -> ContextPlan:
@@ -62,7 +62,7 @@ class Settings:
 
     @property
     def summary_budget(self) -> float:
-        """The kept share that stands for all where there is no room for all."""
+        """The kept share of summaries that show only one."""
         return min(self.budgets, key=lambda budget: abs(budget - 0.2))
 
     def at(self, context_length: int) -> ContextPlan:
@@ -70,7 +70,7 @@ class Settings:
         return next(plan for plan in self.contexts if plan.context_length == context_length)
 
     def can(self, cell: Cell, *, asks: bool) -> bool:
-        """Whether the model can do a cell's task with its full cache; there is nothing to do where the task does not ask."""
+        """Whether the model can do a cell's task with its full cache; true for tasks without a right answer."""
         return not asks or cell.full.accuracy.value >= self.capable_from
 
     def n_many(self, context_length: int) -> int:

@@ -1,7 +1,7 @@
-"""Steps of many policies at once: one prefill that scores in every way that some policy asks for, one decode for all forks.
+"""Steps of many policies at once: one prefill with every score that some policy needs, one decode step for all forks.
 
-The KV ops are the product's own kernels with the attributes that the product's own programs give them; what differs from an
-engine is only that what several policies have in common is computed once.
+The KV ops are the engines' kernels with the attributes of the engines' programs. The only difference from an engine is that
+work shared by several policies is done once.
 
 L layers, H query heads, K KV heads, D head size, M pages, P page size, B sequences of a step.
 """
@@ -23,14 +23,14 @@ from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import DROP_ONE
 
 ScoreKey = tuple[tuple[str, AttributeValue], ...]
-"""The attributes of a TokenScores node that say how it scores a prompt, whatever its layer."""
+"""The attributes of a TokenScores node that determine how it scores a prompt, without its layer."""
 
 NOT_SCORING = ("layer", "page_size", "scale", "generated")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LastQuery:
-    """What AdaptiveBudget reads of a prefill in one layer: q [1, H, D] and lse [1, H] of the last prompt token."""
+    """AdaptiveBudget's inputs from a prefill in one layer: q [1, H, D] and lse [1, H] of the last prompt token."""
 
     q: Floats
     lse: Floats
@@ -47,8 +47,8 @@ class DecodeGroup:
 class SharedSteps:
     """A ``StepExecutor``: prefill scores into one array [M, K, P] per ``ScoreKey``, decode runs the ops of each group.
 
-    ``keys`` are to be set before a prefill (all its steps), ``groups`` before a decode step; ``kept`` [L, B] tells afterwards
-    what is cached.
+    ``keys`` must be set before a prefill (all its steps), ``groups`` before a decode step; ``kept`` [L, B] then has the numbers
+    of cached tokens.
     """
 
     def __init__(self, dense: DenseExecutor, pool: KvPool[Any], *, n_layers: int, scale: float) -> None:
@@ -65,7 +65,7 @@ class SharedSteps:
         return self.dense.description
 
     def warm_up(self) -> None:
-        """Nothing: the first document compiles what it needs."""
+        """Does nothing, because the first document compiles what it needs."""
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``; nothing is evicted in prefill."""
@@ -125,21 +125,21 @@ def run_nodes(nodes: Iterable[OpNode], tensors: dict[str, Any]) -> None:
 
 
 def score_key(program: Program) -> ScoreKey | None:
-    """How a prefill program scores; None where it does not."""
+    """How a prefill program scores; None if it does not."""
     keys = {_key_of(node) for nodes in program for node in nodes if node.op == "TokenScores"}
     assert len(keys) <= 1, "a policy has one score for all its layers"
     return next(iter(keys), None)
 
 
 def after_attention(program: Program, *, but: Sequence[str] = ()) -> list[list[OpNode]]:
-    """Each layer's ops after attention, without those named in ``but``."""
+    """Each layer's ops after attention, except those named in ``but``."""
     return [[node for node in nodes if node.op not in ("CachedAttention", *but)] for nodes in program]
 
 
 def decode_groups(programs: Mapping[int, Program]) -> list[DecodeGroup]:
-    """Groups of those sequences (by index) that go on ranking while they decode, by what their programs do.
+    """Groups of the sequences (by index) that continue to rank while decoding, by their programs.
 
-    One token in, one token out: there the size of a budget plays no part, so all kept shares of a policy form one group.
+    Each step adds one token and evicts one, whatever the budget, so all kept shares of a policy form one group.
     """
     members: dict[str, list[int]] = {}
     nodes: dict[str, list[list[OpNode]]] = {}

@@ -1,4 +1,4 @@
-"""Where a report's measurements wait until all are made, so that a run that was interrupted goes on where it stopped."""
+"""Storage of a report's partial measurements, so that an interrupted run can be resumed."""
 
 import dataclasses
 import hashlib
@@ -20,8 +20,8 @@ VERSION = 1
 class Store:
     """Parts of a report, a JSON file each in ``folder``, measured under the same ``conditions``.
 
-    ``conditions``: whatever decides what is measured (settings, seeds, versions, the model's digest), as JSON values. A part
-    that was measured under others is measured anew.
+    ``conditions``: everything that determines the measurements (settings, seeds, versions, the model's digest), as JSON values.
+    A part that was measured under other conditions is measured again.
     """
 
     folder: Path
@@ -30,7 +30,7 @@ class Store:
     def get_or_measure(self, name: str, part_of: type[T], measure: Callable[[], T], **more_conditions: Any) -> T:
         """The part called ``name``, a dataclass of the type ``part_of``: read back, or measured and stored.
 
-        ``more_conditions`` are those of this part alone. ``ReportError`` where the folder cannot be written to.
+        ``more_conditions`` are those of this part alone. ``ReportError`` if the folder cannot be written to.
         """
         conditions = {**self.conditions, **more_conditions}
         found = self._read(name, conditions)
@@ -52,11 +52,11 @@ class Store:
         return part
 
     def has(self, name: str, **more_conditions: Any) -> bool:
-        """Whether the part need not be measured."""
+        """Whether the part is stored and need not be measured."""
         return self._read(name, {**self.conditions, **more_conditions}) is not None
 
     def _read(self, name: str, conditions: dict[str, Any]) -> Any:
-        """The stored part as JSON values; None where there is none that was measured under ``conditions``."""
+        """The stored part as JSON values; None if there is none that was measured under ``conditions``."""
         path = self._path(name)
         if not path.exists():
             return None

@@ -12,7 +12,7 @@ from benchmarks.quality.settings import Settings
 from trt_kv.calibration.statistics import Estimate, wilson_interval
 
 MORE_THAN_ROUNDING = 0.005
-"""By how much a kept share may be above the one asked for without a word."""
+"""Excess over the requested kept share up to which tables do not mention it."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -33,12 +33,12 @@ def ratio(estimate: Estimate) -> str:
 
 
 def quality(results: Results, cell: Cell, row: Row) -> str:
-    """Exact answers in % where the task asks, else perplexity; with its interval."""
+    """Exact answers in % if the task has right answers, else perplexity; with its interval."""
     return share(row.accuracy) if results.asks(cell) else ratio(cell.perplexity(row))
 
 
 def summary_rows(results: Results) -> list[list[str]]:
-    """Every policy on the main cells at one kept share, or at its own budget."""
+    """Every policy on the main cells at one kept share, or at its adaptive budget."""
     cells = [cell for _, cell in results.main_cells()]
     rows = [["`full`", *[quality(results, cell, cell.full) for cell in cells]]]
     for policy in results.in_groups("ours", "published"):
@@ -49,7 +49,7 @@ def summary_rows(results: Results) -> list[list[str]]:
 
 
 def capability_table(results: Results) -> str:
-    """What the full cache does, per task and context."""
+    """Quality of the full cache, per task and context."""
     contexts = [plan.context_length for plan in results.settings.contexts]
 
     def told(cell: Cell) -> str:
@@ -62,7 +62,7 @@ def capability_table(results: Results) -> str:
 
 
 def budget_table(results: Results, cell: Cell, policies: Sequence[PolicyFacts], value: Callable[[Row], str]) -> str:
-    """A value per policy and kept share; policies that find their own budget have a column of their own."""
+    """A value per policy and kept share; policies with an adaptive budget have a separate column."""
     known = results.settings.at(cell.context_length).budgets
     budgets = [budget for budget in known if all(cell.has(policy.name, budget) for policy in policies)]
 
@@ -79,13 +79,13 @@ def budget_table(results: Results, cell: Cell, policies: Sequence[PolicyFacts], 
 
 
 def with_share(row: Row, told: str) -> str:
-    """What is ``told`` of a policy's row, and what it keeps where that is not its budget: protected tokens can be more."""
+    """``told`` of a row, and its kept share if its budget is adaptive or exceeded because of protected tokens."""
     own = row.budget is None or row.mean_kept > row.budget + MORE_THAN_ROUNDING
     return told + (f" at {percent(row.mean_kept)} %" if own else "")
 
 
 def context_table(policies: Iterable[PolicyFacts], cells: Mapping[str, Cell | None], budget: float) -> str:
-    """Exact answers at one kept share in cells with a heading each, of those that have them."""
+    """Exact answers at one kept share, a column per cell that has right answers."""
 
     def told(cell: Cell | None, policy: PolicyFacts) -> str:
         if cell is None or not cell.has(policy.name, budget):
@@ -100,7 +100,7 @@ def context_table(policies: Iterable[PolicyFacts], cells: Mapping[str, Cell | No
 
 
 def own_budget_table(results: Results, policy: PolicyFacts) -> str:
-    """What a policy that finds its own budget keeps per task, how it answers, and what others do with no more."""
+    """Kept share and quality of a policy with an adaptive budget per task, and quality of others that keep no more."""
     rivals = [other for other in results.in_groups("published", "ours") if not other.adaptive]
     header = [
         "task",
@@ -130,7 +130,7 @@ def own_budget_table(results: Results, policy: PolicyFacts) -> str:
 
 
 def _brief(results: Results, cell: Cell, row: Row) -> str:
-    """A row's quality without its interval, and its kept share where the table does not say it."""
+    """A row's quality without its interval, and its kept share."""
     value = percent(row.accuracy.value) if results.asks(cell) else f"{cell.perplexity(row).value:.2f}"
     return f"{value} at {percent(row.budget or row.mean_kept)} %"
 
@@ -148,7 +148,7 @@ def threshold_table(results: Results) -> str:
 
 
 def ablation_table(results: Results) -> str:
-    """ReFreeKV with one part replaced each."""
+    """Ablations of ReFreeKV, each with one part replaced."""
     policies = [results.policy(REFREEKV), *results.in_groups("ablation")]
     cells = results.compared()
     rows = []
@@ -166,7 +166,7 @@ def sink_table(results: Results) -> str:
 
 
 def kept_table(results: Results) -> str:
-    """What is kept of late questions at about half: where it stands in the prompt, how much of the fact and the question."""
+    """Tokens kept of late questions at about half: mean place in the prompt, shares of the fact and of the question."""
     cell = results.late()
     budget = min(results.settings.budgets, key=lambda budget: abs(budget - 0.5))
     rows = []
@@ -179,7 +179,7 @@ def kept_table(results: Results) -> str:
 
 
 def seed_table(results: Results) -> str:
-    """Late questions, each seed's documents by themselves."""
+    """Late questions, separately for each seed's documents."""
     cell = results.late()
     seeds = results.settings.seeds
     rows = []
@@ -195,7 +195,7 @@ def seed_table(results: Results) -> str:
 
 
 def recipe_table(results: Results) -> str:
-    """How unequal the recipes are: largest over smallest kept share of a layer."""
+    """Spread of the recipes: largest over smallest kept share of a layer."""
     budgets = results.settings.budgets
     scores = list(dict.fromkeys(recipe.score for recipe in results.recipes))
     by_name = {(recipe.score, recipe.budget): recipe for recipe in results.recipes}
@@ -210,7 +210,7 @@ def memory_table(results: Results) -> str:
 
 
 def document_table(settings: Settings) -> str:
-    """How many documents each task has at a context, and the kept shares there."""
+    """Number of documents of each task at a context, and the kept shares measured there."""
     rows = [
         [str(plan.context_length), str(len(settings.seeds) * plan.documents_per_seed), ", ".join(map(percent, plan.budgets))]
         for plan in settings.contexts

@@ -14,7 +14,7 @@ Draw = Callable[[int, int, int], list[Task]]
 
 @dataclass(frozen=True, kw_only=True)
 class ReportTask:
-    """A task of the report and how its documents are drawn. ``question_known``: the question is in the prompt."""
+    """A task of the report and how its documents are generated. ``question_known``: the question is in the prompt."""
 
     facts: TaskFacts
     draw: Draw
@@ -25,7 +25,7 @@ class ReportTask:
         return self.facts.name
 
     def n_fed(self, settings: Settings) -> int:
-        """About how many tokens are decoded per document."""
+        """Approximate number of tokens decoded per document."""
         question = 0 if self.question_known else LONGEST_QUESTION
         longest = {"copy": settings.copy_length, "plain_text": settings.text_answer_length}
         return question + longest.get(self.name, LONGEST_FACT)
@@ -100,7 +100,7 @@ def _needle(region: Region, place: str, number: int) -> ReportTask:
 
 
 def _apart(seed: int, number: int) -> int:
-    """A seed of its own for each task that draws with ``evaluation_tasks``: otherwise they would ask for the same facts."""
+    """A different seed for each task that uses ``evaluation_tasks``, so that they do not ask for the same facts."""
     return 10 * seed + number
 
 

@@ -1,4 +1,4 @@
-"""Tables of what is better, where, and where nothing can be told, as Markdown."""
+"""Markdown tables of which policy is better where, and where there is no clear difference."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -61,7 +61,7 @@ def weak_table(results: Results) -> str:
 
 
 def lossless_table(results: Results) -> str:
-    """The kept share from which on a policy shows no clear loss against the full cache; empty where none does."""
+    """The kept share from which on a policy shows no clear loss against the full cache; empty if there is none."""
     cells = [(name, cell) for name, cell in results.main_cells() if len(cell.documents) >= FEWEST_DOCUMENTS]
     rows = []
     for policy in results.in_groups("ours", "published"):
@@ -74,7 +74,7 @@ def lossless_table(results: Results) -> str:
 
 
 def verdict_columns(results: Results, cells: Iterable[tuple[str, Cell]]) -> list[tuple[str, Cell, Compare]]:
-    """What tables of verdicts show of each named cell: exact answers where the task asks, and perplexity."""
+    """Columns of verdict tables for each named cell: exact answers if the task has right ones, and perplexity."""
     return [
         (f"{name}: {what}", cell, compare)
         for name, cell in cells
@@ -86,7 +86,7 @@ def verdict_columns(results: Results, cells: Iterable[tuple[str, Cell]]) -> list
 def choice_table(
     results: Results, cells: Iterable[tuple[str, Cell]], budgets: Sequence[float], comparisons: Iterable[Comparison]
 ) -> str:
-    """One sign per kept share for each choice alone, where both policies were measured."""
+    """One sign for each choice alone, per kept share at which both policies were measured."""
     columns = verdict_columns(results, cells)
     rows = []
     for comparison in comparisons:
@@ -98,5 +98,5 @@ def choice_table(
 
 
 def sign_cell(found: Mapping[float, Verdict]) -> str:
-    """The signs of verdicts as code, so that Markdown leaves them alone."""
+    """The signs of verdicts as code, so that Markdown does not interpret them."""
     return f"`{signs(found)}`" if found else ""

@@ -1,1 +1,1 @@
-"""What engines cost in time and memory, and what their parts do: ``python -m benchmarks``."""
+"""Time and memory of engines and of their parts on a CPU: ``python -m benchmarks``."""

@@ -1,4 +1,4 @@
-"""CPU kernels against the obvious alternatives: decode attention, attention of a prefill chunk, scores of a prefill chunk."""
+"""CPU kernels compared with the obvious alternatives: decode attention, attention and scores of a prefill chunk."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from trt_kv.plugins.token_scores import cpu as scores
 
 HEADS = {"H": 32, "K": 8, "D": 64, "P": 32}
 N_LAYERS = 4
-"""Taken in turn, as in a model: a single layer's pages would stay in the cache."""
+"""Layers used in turn, as in a model, because a single layer's pages would stay in the CPU cache."""
 CHUNK = 512
 AGREE_WITHIN = 1e-4
 
@@ -50,14 +50,14 @@ def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001  every benchmar
 
 
 def _agreements(what: str, sides: Mapping[str, Callable[[], Floats]]) -> list[Check]:
-    """Every side makes what the first one, ours, makes."""
+    """Check that every side computes the result of the first one, ours."""
     ours, *others = sides
     expected = sides[ours]()
     return [check_close(f"{what}: {other}", sides[other](), expected, within=AGREE_WITHIN) for other in others]
 
 
 def _decode_sides(n_cached: int, n_sequences: int) -> dict[str, Callable[[], Floats]]:
-    """One new token for each of the sequences, which share ``n_cached``: the op as it is, and with K and V gathered."""
+    """One new token for each of the sequences, which all have ``n_cached`` tokens: the op, and variants that gather K and V."""
     case = Case(
         name="decode", cached=(n_cached // n_sequences,) * n_sequences, new=(1,) * n_sequences, dims={**HEADS, "L": N_LAYERS}
     )
@@ -70,12 +70,12 @@ def _decode_sides(n_cached: int, n_sequences: int) -> dict[str, Callable[[], Flo
 
 
 def _in_turn(attend: Callable[[int], Floats]) -> Callable[[], Floats]:
-    """Calls ``attend`` for all layers, so that no layer's pages are still in the processor's cache."""
+    """Calls ``attend`` for all layers, so that no layer's pages are still in the CPU cache."""
     return lambda: np.stack([attend(layer) for layer in range(N_LAYERS)])
 
 
 def _gathered(inputs: Mapping[str, Any], layer: int, attend: Callable[..., Floats]) -> Floats:
-    """CachedAttention for one token per sequence, by copying each sequence's pages together."""
+    """CachedAttention for one token per sequence, by gathering each sequence's pages."""
     kv, page_size = inputs["kv"], HEADS["P"]
     pages_B, offsets_B = np.divmod(inputs["slots"][layer], page_size)
     kv[pages_B, 0, :, offsets_B] = inputs["k"]
@@ -116,7 +116,7 @@ def _flash(q_NHD: Floats, k_KSD: Floats, v_KSD: Floats, scale: float) -> Floats:
 
 
 def _chunk_sides(n_cached: int) -> tuple[dict[str, Callable[[], Floats]], dict[str, Callable[[], Floats]]]:
-    """The last chunk of a prompt of ``n_cached`` tokens: sides of its attention, and of its scores."""
+    """Sides for the attention and the scores of the last chunk of a prompt of ``n_cached`` tokens."""
     rng = np.random.default_rng(0)
     n_heads, n_kv_heads, head_size = (HEADS[axis] for axis in "HKD")
     n_tokens, scale = min(CHUNK, n_cached), head_size**-0.5
@@ -135,7 +135,7 @@ def _chunk_sides(n_cached: int) -> tuple[dict[str, Callable[[], Floats]], dict[s
 
 
 def _received_by_flash(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
-    """``attention_received`` as the softmax denominators of an attention in which keys ask and queries answer: [K, S].
+    """``attention_received`` as the softmax denominators of an attention with the roles of keys and queries exchanged: [K, S].
 
     Cached tokens before the chunk are seen by all its queries and need no mask.
     """

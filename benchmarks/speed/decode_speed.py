@@ -1,32 +1,35 @@
-"""Time per decoded token and KV bytes held: the whole cache beside PrefixKV at 50 % and 20 %, for growing contexts."""
+"""Time per decoded token and KV bytes: the whole cache compared with PrefixKV at 50 % and 20 %, for growing contexts."""
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from benchmarks.harness import Check, Report, Row, check_close, take_turns
-from benchmarks.models import FULL, ExportedModel, Shape, exported_model, model_runner, random_checkpoint, random_tokens
-from trt_kv.calibration.prefixkv import calibrate_prefixkv_budgets
-from trt_kv.calibration.tasks import calibration_prompts
+from benchmarks.models import (
+    FULL,
+    PREFIXKV,
+    ExportedModel,
+    Shape,
+    calibrated_shares,
+    exported_model,
+    model_runner,
+    random_checkpoint,
+    random_tokens,
+)
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.plugins.paging import Floats
-from trt_kv.policies import policy_from_name
 from trt_kv.policy import kept_tokens
 from trt_kv.presets import preset
-from trt_kv.recipe import RecipeModel, RecipeScore
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
 
 MIB = 2**20
 BUDGETS = (0.5, 0.2)
-PREFIXKV = policy_from_name("prefixkv")
 AGREE_WITHIN = 1e-3
 HEADROOM = 256
 
@@ -84,23 +87,12 @@ def _bundled(checkpoint: Checkpoint, folder: Path, *, contexts: Sequence[int], r
 
 def _recipes(checkpoint: Checkpoint, model: ExportedModel, executor: DenseExecutor) -> dict[str, list[float] | None]:
     """Kept shares per layer of each side; None for the whole cache."""
-    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
-    prompts = [tokenizer.encode(task.prompt).ids for task in calibration_prompts(4, context_length=512, seed=0)]
-    scored = dataclasses.replace(PREFIXKV, budget="uniform")
-    recipes = calibrate_prefixkv_budgets(
-        prompts,
-        model_runner(executor, model.config, policy=scored, cache_tokens=1024).importance,
-        budgets=BUDGETS,
-        score=RecipeScore(name="mass"),
-        model=RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=model.config.n_layers),
-        source="bundled synthetic English, calibration split",
-        seed=0,
-    )
-    return {"full": None} | {f"prefixkv {recipe.budget:.0%}": list(recipe.kept) for recipe in recipes}
+    shares = calibrated_shares(checkpoint, model, executor, budgets=BUDGETS)
+    return {"full": None} | {f"prefixkv {budget:.0%}": kept for budget, kept in shares.items()}
 
 
 def _wide(model: ExportedModel, *, contexts: Sequence[int], rounds: int) -> tuple[list[Row], list[Check]]:
-    """Caches filled with random numbers, since decoding does not care what it attends to and a prefill would take minutes."""
+    """Caches filled with random numbers: decoding speed does not depend on the content, and a prefill would take minutes."""
     executor = model.executor()
     rows: list[Row] = []
     checks: list[Check] = []
@@ -121,7 +113,7 @@ def _wide(model: ExportedModel, *, contexts: Sequence[int], rounds: int) -> tupl
 
 
 def _filled_sequence(runner: ModelRunner, context: int, share: float) -> SequenceCache:
-    """A sequence that has seen ``context`` tokens and kept a share of them in every layer, whatever lies in its pages."""
+    """A sequence after ``context`` tokens that keeps a share of them in every layer; the content of its pages is arbitrary."""
     sequence = runner.new_sequence()
     sequence.append(context)
     if share < 1.0:
@@ -130,7 +122,7 @@ def _filled_sequence(runner: ModelRunner, context: int, share: float) -> Sequenc
 
 
 def _checks(model: ExportedModel, executor: DenseExecutor, sides: Mapping[str, Side], context: int) -> list[Check]:
-    """Each side's step is the one the reference kernels make of the same cache."""
+    """Check each side's step against the reference kernels on the same cache."""
     checks = []
     for name, side in sides.items():
         pool = side.runner.pool

@@ -1,4 +1,4 @@
-"""The whole decoder as one graph for ONNX Runtime alone: what the split is compared with.
+"""The whole decoder as one graph for ONNX Runtime alone, the baseline of the split.
 
 B sequences of S cached tokens decode one token each. H query heads, K KV heads, D head size.
 """
@@ -21,7 +21,7 @@ Shape = list[str | int]
 
 
 def graph_without_attention(model: ExportedModel) -> ModelProto:
-    """Every attention replaced by its cheapest stand-in, out = q. k and v become outputs, or nothing would compute them."""
+    """Every attention replaced by out = q. k and v become graph outputs, else they would not be computed."""
     graph = model.graph
     infos = {info.name: info for info in graph.graph.value_info}
     outputs = [infos[name] for port in model.ports for name in (port.k, port.v)]
@@ -32,7 +32,7 @@ def graph_without_attention(model: ExportedModel) -> ModelProto:
 
 
 def graph_with_onnx_attention(model: ExportedModel) -> ModelProto:
-    """Attention of opset 23 over ``past_key_<l>`` and ``past_value_<l>`` [B, K, S, D]; makes ``present_...`` [B, K, S+1, D]."""
+    """Attention of opset 23 over ``past_key_<l>`` and ``past_value_<l>`` [B, K, S, D]; gives ``present_...`` [B, K, S+1, D]."""
     graph = model.graph
     cache = [f"past_{kind}_{layer}" for layer in range(len(model.ports)) for kind in ("key", "value")]
     shape: Shape = ["B", model.config.n_kv_heads, "S", model.config.head_dim]
@@ -73,7 +73,7 @@ def graph_with_group_query_attention(model: ExportedModel, cache_tokens: int) ->
 
 
 def session_from_graph(graph: ModelProto, path: Path, session_options: Mapping[str, str]) -> ort.InferenceSession:
-    """A CPU session of ``graph``, saved at ``path`` beside its weights."""
+    """A CPU session of ``graph``, saved at ``path`` in the folder of its weights."""
     path.write_bytes(graph.SerializeToString())
     options = ort.SessionOptions()
     for name, value in session_options.items():
@@ -85,9 +85,9 @@ def session_from_graph(graph: ModelProto, path: Path, session_options: Mapping[s
 def bound_step(
     session: ort.InferenceSession, step: dict[str, np.ndarray], cache: dict[str, Floats], *, in_place: bool
 ) -> Callable[[], Floats]:
-    """A decode step with everything bound beforehand: the caches ``past_...`` in, ``present_...`` out; returns logits [B, V].
+    """A decode step with everything bound beforehand: caches ``past_...`` in, ``present_...`` out; returns logits [B, V].
 
-    The same step every time: the caches that come out are not fed back.
+    Repeats the same step: output caches are not fed back.
     """
     binding = session.io_binding()
     for name, array in step.items():

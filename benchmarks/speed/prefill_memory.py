@@ -1,6 +1,6 @@
-"""Memory of a prefill with scores, budgets and eviction against its length: O(N * chunk), never N * N.
+"""Memory of a prefill with scores, budgets and eviction against its length: O(N * chunk), not O(N * N).
 
-N prompt tokens. Each point is measured in a process of its own:
+N prompt tokens. Each point is measured in its own process:
 ``python -m benchmarks.speed.prefill_memory FOLDER SIDE N CHUNK``.
 """
 
@@ -39,13 +39,13 @@ SIDES = {
 }
 EAGER = "transformers, output_attentions"
 RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""Blocks of 64 KiB and more go back to the system when they are freed: the mark is what was in use, not what malloc kept."""
+"""malloc returns freed blocks of 64 KiB and more to the system, so that the peak counts memory in use only."""
 LIMIT = 2.5
-"""Growth from N/2 to N over growth from N/4 to N/2: 2 is a straight line, 4 a square."""
+"""Limit of the growth from N/2 to N over that from N/4 to N/2: 2 is linear, 4 quadratic."""
 
 
 def run(folder: Path, *, quick: bool) -> Report:
-    """Peak resident memory of a prefill above what the process held before it, for growing prompts and chunks."""
+    """Peak resident memory of a prefill above that of the process before it, for growing prompts and chunks."""
     shape = Shape(n_layers=4, hidden_size=256, n_heads=8, n_kv_heads=2, head_dim=32, intermediate_size=704)
     lengths = (512, 1024, 2048) if quick else (4096, 8192, 16384, 32768)
     random_model = random_checkpoint(shape, folder / "checkpoint")
@@ -82,12 +82,12 @@ def run(folder: Path, *, quick: bool) -> Report:
 
 
 def _growth(folder: Path, side: str, n_tokens: int, chunk: int) -> int:
-    """Bytes by which a fresh process grows at most during the prefill."""
+    """Peak growth of a fresh process during the prefill, in bytes."""
     return int(_in_new_process(folder, side, n_tokens, chunk)["growth_bytes"])
 
 
 def _check_scores(folder: Path) -> Check:
-    """Our scores are the column sums of transformers' attention matrices, relative to the mean score of 1 per token."""
+    """Check scores against the column sums of transformers' attention matrices, relative to the mean score of 1 per token."""
     ours, eager = (_in_new_process(folder, side, 256, 64)["importance"] for side in ("mass of all queries", EAGER))
     return check_close("importance against transformers' eager attention", np.array(ours), np.array(eager), within=1e-3)
 
@@ -107,7 +107,7 @@ def _in_new_process(folder: Path, side: str, n_tokens: int, chunk: int) -> dict[
 
 
 def _row(shape: Shape, side: str, n_tokens: int, chunk: int, growth_bytes: int) -> Row:
-    """``scratch``: what is neither weights nor cached tokens, in units of one fp32 number per token and row of a chunk."""
+    """``scratch``: memory except weights and cached tokens, in units of one fp32 number per token and row of a chunk."""
     cache_bytes = n_tokens * shape.n_layers * shape.n_kv_heads * (2 * shape.head_dim * 4 + 12)
     return {
         "side": side,
@@ -121,7 +121,7 @@ def _row(shape: Shape, side: str, n_tokens: int, chunk: int, growth_bytes: int) 
 
 
 def _line(side: str, lengths: tuple[int, ...], growth: list[int]) -> Row:
-    """Least squares of growth against prompt tokens."""
+    """Linear least squares of growth against prompt tokens."""
     slope, intercept = np.polyfit(lengths, growth, 1)
     rest = np.array(growth) - (intercept + slope * np.array(lengths))
     return {
@@ -143,7 +143,7 @@ def _ours(folder: Path, side: str, n_tokens: int, chunk: int) -> dict[str, Any]:
 
 
 def _prefill(runner: ModelRunner, tokens: list[int]) -> None:
-    """Read a whole prompt and evict as the policy does."""
+    """Prefill a whole prompt, with the policy's eviction."""
     sequence = runner.new_sequence()
     runner.prefill(sequence, tokens)
     sequence.release()
@@ -168,7 +168,7 @@ def _eager(folder: Path, n_tokens: int) -> dict[str, Any]:
 
 
 def _answer(folder: str, side: str, n_tokens: str, chunk: str) -> dict[str, Any]:
-    """What one process measures."""
+    """Entry point of a measuring process."""
     if side == EAGER:
         return _eager(Path(folder), int(n_tokens))
     return _ours(Path(folder), side, int(n_tokens), int(chunk))

@@ -1,4 +1,4 @@
-"""What scores, budgets and eviction cost: prefill under each policy beside prefill that keeps everything."""
+"""Cost of scores, budgets and eviction: prefill under each policy compared with prefill that keeps everything."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ POLICIES: dict[str, Policy] = {
     "refreekv, no layer exempt": dataclasses.replace(policy_from_name("refreekv"), exempt_layers=()),
 }
 LIMIT = 1.5
-"""Of any policy at the longest context. Scoring costs about what attention does; the rest of the model costs nothing more."""
+"""Limit for every policy at the longest context. Scoring costs about as much as attention, and nothing else changes."""
 
 
 def run(folder: Path, *, quick: bool) -> Report:
@@ -57,7 +57,7 @@ def run(folder: Path, *, quick: bool) -> Report:
 
 
 def _prefill(runner: ModelRunner, tokens: list[int]) -> Callable[[], Floats]:
-    """Prefill into an empty pool, evicting as the policy does; returns the last token's logits [V]."""
+    """Prefill into an empty pool, with the policy's eviction; returns the last token's logits [V]."""
 
     def prefill() -> Floats:
         sequence = runner.new_sequence()
@@ -69,7 +69,7 @@ def _prefill(runner: ModelRunner, tokens: list[int]) -> Callable[[], Floats]:
 
 
 def _checks(runners: dict[str, ModelRunner], executor: DenseExecutor, config: ModelConfig) -> list[Check]:
-    """Scoring changes no logit, and the scores are those of the reference kernel."""
+    """Check that scoring changes no logit, and that the scores are those of the reference kernel."""
     tokens = random_tokens(96, config.vocab_size)
     plain_V = _prefill(runners["without scores"], tokens)()
     checks = []

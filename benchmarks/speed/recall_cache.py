@@ -1,7 +1,7 @@
-"""Caches on the host without a prompt: pages of random numbers, put where a prompt would have left them.
+"""Caches on the host without a prefill: random pages in the state that a prompt would have left.
 
-Reading 131072 tokens with a model of this size takes hours on two cores, and a step does not care what its cache holds. What is
-skipped is the attention of the prompt; pages, summaries and working sets are as a prompt leaves them, which is checked.
+A prefill of 131072 tokens with a model of this size takes hours on two cores, and a step's speed does not depend on the content
+of its cache. Only the prompt's attention is skipped; pages, summaries and working sets are as after a prompt, which is checked.
 L layers, H query heads, K KV heads, P page size, D head size, M pages.
 """
 
@@ -36,12 +36,12 @@ from trt_kv.runtime.trace import NO_TRACE, Trace
 
 FREEKV = policy_from_name("freekv")
 AT_ONCE = dataclasses.replace(FREEKV, tau=1.01)
-"""The same choice of pages, but each step's own: every head waits for its pages, as with Quest and ArkVale."""
+"""The same choice of pages, but by each step's own query: every head waits for its pages, as with Quest and ArkVale."""
 PAGES_AT_A_TIME = 128
 
 
 class PoolTier(RamTier):
-    """The pages of a KV pool, read where they lie, so that the whole cache and a recalled one are the same memory."""
+    """The pages of a KV pool, read in place, so that the whole cache and a recalled one are the same memory."""
 
     def __init__(self, pool: KvPool[Any]) -> None:
         super().__init__(
@@ -51,7 +51,7 @@ class PoolTier(RamTier):
 
 
 class SharedTier(HostTier):
-    """The first pages of a tier that several sides read, and behind them pages of one's own."""
+    """The first pages of a tier that several sides read, followed by private pages."""
 
     def __init__(self, base: HostTier, own: HostTier, *, n_shared: int) -> None:
         _, n_kv_heads, page_size, head_size = base.page_shape
@@ -82,10 +82,10 @@ class SharedTier(HostTier):
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How the queries of a layer go on from token to token, in place of a random model's, which would be anybody's guess.
+    """Random walk of a layer's queries from token to token, in place of a random model's queries, whose drift is arbitrary.
 
-    With probability ``events`` some of the layer's KV heads leave: each with probability ``heads``, to a query that has nothing
-    to do with the one before. The others keep a cosine of ``cosine`` with it.
+    With probability ``events`` some of the layer's KV heads jump, each with probability ``heads``, to an independent query. The
+    others have a cosine of ``cosine`` with the previous query.
     """
 
     name: str
@@ -112,11 +112,11 @@ class Drift:
 CALM = Drift(name="none", events=0.0, heads=0.0)
 AS_AT_08 = Drift(name="as measured at tau 0.8", events=0.40, heads=0.35)
 AS_AT_09 = Drift(name="as measured at tau 0.9", events=0.90, heads=0.67)
-"""Correction rates of R1-Llama-8B on reasoning: any head 0.40 and 0.90, a head 0.14 and 0.60 (a third party's measurement)."""
+"""Correction rates of R1-Llama-8B on reasoning: any head 0.40 and 0.90, each head 0.14 and 0.60 (third-party measurement)."""
 
 
 class WithQueries:
-    """A dense executor whose queries are replaced: all of its work is done, and all sides ask the same. See ``Drift``."""
+    """A dense executor whose queries are replaced after they are computed, the same for all sides. See ``Drift``."""
 
     def __init__(self, executor: DenseExecutor, queries: Floats, *, first: int, trace: Trace = NO_TRACE) -> None:
         """``queries`` [n_steps, L, H, D]; the second one belongs to the token at position ``first``."""
@@ -148,19 +148,19 @@ class RecallSide:
     copies: Copies
 
     def decode(self, n_steps: int = 1) -> Floats:
-        """Steps, which also make the context longer; the last logits [V]."""
+        """Run steps, which also extend the context; returns the last logits [V]."""
         logits_V: Floats = np.empty(0, np.float32)
         for _ in range(n_steps):
             logits_V = self.runner.decode([self.sequence], [5])[0]
         return logits_V
 
     def turn(self, n_steps: int) -> None:
-        """Steps, and whatever they left to be copied: a side pays for all of its work, and for nobody else's."""
+        """Run steps and wait for their copies, so that the time of a side includes all of its work and no other's."""
         self.decode(n_steps)
         self.settle()
 
     def settle(self) -> None:
-        """Wait until nothing is being copied."""
+        """Wait for all copies."""
         for working_set in self.recall.sets.values():
             if working_set.lane is not None:
                 self.copies.settle(working_set.lane)
@@ -181,7 +181,7 @@ def fill_pages(host: HostTier, summaries: Floats, n_pages: int, *, seed: int = 0
 
 
 def device_pages(policy: Policy, n_layers: int) -> int:
-    """Pages of one sequence's working sets: what an engine admits a request with."""
+    """Pages of one sequence's working sets, which an engine reserves for a request."""
     limits = limits_of(policy)
     n_chosen = limits.n_chosen(policy.tokens)
     return n_layers * (limits.n_sinks + limits.n_newest + n_chosen + staging_slots(n_chosen))
@@ -204,10 +204,10 @@ def recall_side(
     summaries: Floats | None = None,
     trace: Trace = NO_TRACE,
 ) -> RecallSide:
-    """A sequence of ``n_tokens`` whose pages lie on ``host`` already, as the first ones of layer after layer.
+    """A sequence of ``n_tokens`` whose pages are already on ``host``, as its first ones, layer after layer.
 
-    ``queries_LHD``: of the prompt's last token; None: nothing has been read yet. ``summaries``: of the pages on the host; None:
-    room for them is made.
+    ``queries_LHD``: of the prompt's last token; None: nothing has been prefilled. ``summaries``: of the pages on the host;
+    None: allocated here.
     """
     device = HostKvPool(
         n_pages=device_pages(policy, config.n_layers),
@@ -232,7 +232,7 @@ def recall_side(
 def place_prompt(
     recall: StreamedRecall, sequence: SequenceCache, limits: PageLimits, n_tokens: int, queries_LHD: Floats
 ) -> None:
-    """What a prompt leaves on the device: sinks, the newest pages, the last query. The first step recalls at once."""
+    """Create what a prompt leaves on the device: sinks, newest pages, last query. The first step recalls at once."""
     sequence.append(n_tokens)
     sequence.n_prompt = n_tokens
     n_pages, rest = divmod(n_tokens, limits.page_size)

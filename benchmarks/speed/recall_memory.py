@@ -1,7 +1,7 @@
-"""Memory of a long context whose cache lies in a file: weights, working sets and summaries, whatever the whole cache is.
+"""Memory of a long context with the cache in a file: weights, working sets and summaries, whatever the size of the whole cache.
 
-Each point is a process of its own (``python -m benchmarks.speed.recall_memory FOLDER WHAT TOKENS MIB``). Once its weights are
-loaded it limits itself to that many MiB of private memory (RLIMIT_DATA): what the kernel refuses beyond it raises MemoryError.
+Each point runs in its own process (``python -m benchmarks.speed.recall_memory FOLDER WHAT TOKENS MIB``). After loading its
+weights it limits itself to that many MiB of private memory (RLIMIT_DATA); allocations beyond it raise MemoryError.
 """
 
 import gc
@@ -54,11 +54,11 @@ PROMPT_SHAPE = Shape(n_layers=2, hidden_size=256, n_heads=8, n_kv_heads=2, head_
 CHUNK = 512
 DECODE, WHOLE, PROMPT, WHOLE_PROMPT = "decode", "whole cache", "prompt", "prompt, whole cache"
 SLACK_MIB = 64
-"""What the target allows beside working sets and summaries: a step's arrays, two threads, the page tables."""
+"""MiB that the target allows beyond working sets and summaries: a step's arrays, two threads, the page tables."""
 
 
 def run(folder: Path, *, quick: bool) -> Report:
-    """Decoding at growing contexts under one limit; then prompts that are really read."""
+    """Decoding at growing contexts under one limit, then real prefills."""
     shape = QUICK if quick else WIDE
     contexts, limit_mib = ((8192, 16384), 96) if quick else ((16384, 32768, 65536, 131072), 1024)
     lengths = (2048, 4096) if quick else (8192, 16384, 32768)
@@ -135,7 +135,7 @@ def _in_new_process(folder: Path, what: str, n_tokens: int, limit_mib: int) -> d
 
 
 def _decode_row(shape: Shape, n_tokens: int, limit_mib: int, found: dict[str, Any]) -> Row:
-    """``anonymous_growth``: the most that was resident in any step, above the process with its weights."""
+    """``anonymous_growth``: peak resident memory of any step, above that of the process with its weights."""
     used = {name: n_bytes / MIB for name, n_bytes in found["used_bytes"].items()}
     return {
         "context_tokens": n_tokens,
@@ -167,7 +167,7 @@ def _prompt_row(n_tokens: int, recalled: dict[str, Any], whole: dict[str, Any]) 
 
 
 def _line(name: str, rows: list[Row], key: str) -> Row:
-    """Least squares of a column against tokens."""
+    """Linear least squares of a column against tokens."""
     tokens, mib = (np.array([row[column] for row in rows], np.float64) for column in ("context_tokens", key))
     slope, intercept = np.polyfit(tokens, mib, 1)
     return {
@@ -179,7 +179,7 @@ def _line(name: str, rows: list[Row], key: str) -> Row:
 
 
 def _decode(folder: Path, n_tokens: int, limit_mib: int) -> dict[str, Any]:
-    """What one process with its cache in a file holds, and the steps it takes."""
+    """Memory and steps of one process with its cache in a file."""
     model = opened_model(folder / "graphs")
     executor = model.executor()
     _placed(folder, model, executor, 2 * FREEKV.tokens)[0].close()
@@ -222,7 +222,7 @@ def _file(folder: Path, config: ModelConfig, n_tokens: int) -> HostTier:
 
 
 def _whole(folder: Path, n_tokens: int, limit_mib: int) -> dict[str, Any]:
-    """The same limit, and a pool for the whole cache."""
+    """Check that a pool for the whole cache cannot be allocated under the same limit."""
     model = opened_model(folder / "graphs")
     executor = model.executor()
     _limit_memory(limit_mib)
@@ -234,7 +234,7 @@ def _whole(folder: Path, n_tokens: int, limit_mib: int) -> dict[str, Any]:
 
 
 def _limit_memory(limit_mib: int) -> int:
-    """Refuse this process more than ``limit_mib`` MiB of private memory above the present; anonymous bytes now."""
+    """Limit this process to ``limit_mib`` MiB of private memory above the present; returns its anonymous bytes now."""
     gc.collect()
     limit = _status_bytes("VmData") + limit_mib * MIB
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -251,7 +251,7 @@ def _status_bytes(field: str) -> int:
 
 
 def _prompt(folder: Path, n_tokens: int) -> dict[str, Any]:
-    """Peak memory of really reading a prompt with the cache in a file."""
+    """Peak memory of a real prefill with the cache in a file."""
     model = opened_model(folder / "prompt-graphs")
     executor = model.executor()
     small = recall_side(executor, model.config, _file(folder, model.config, CHUNK), ThreadedCopies())
@@ -276,7 +276,7 @@ def _read(runner: ModelRunner, model: ExportedModel, n_tokens: int, side: Recall
 
 
 def _answer(folder: str, what: str, n_tokens: str, limit_mib: str) -> dict[str, Any]:
-    """What one process measures."""
+    """Entry point of a measuring process."""
     if what in (DECODE, WHOLE):
         return {DECODE: _decode, WHOLE: _whole}[what](Path(folder), int(n_tokens), int(limit_mib))
     return {PROMPT: _prompt, WHOLE_PROMPT: _whole_prompt}[what](Path(folder), int(n_tokens))

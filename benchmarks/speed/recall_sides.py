@@ -1,4 +1,4 @@
-"""The sides of the recall benchmarks: all of a context read the same pages, in a pool or in a file with the same content."""
+"""The sides of the recall benchmarks: at a context all sides read the same pages, from a pool or a file with equal content."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,19 +25,19 @@ FULL, STREAMED, IN_TURN, AT_ONCE = "whole cache", "streamed", "not overlapped", 
 OWN_PAGES = 8
 """Room for generated tokens, in pages per layer."""
 WIDE = Shape(n_layers=16, hidden_size=2048, n_heads=32, n_kv_heads=8, head_dim=64, intermediate_size=8192, max_positions=2**18)
-"""Llama 3.2 1B's, but for the vocabulary."""
+"""The shape of Llama 3.2 1B, except the vocabulary."""
 NARROW = Shape(n_layers=2, hidden_size=128, n_heads=8, n_kv_heads=2, head_dim=16, intermediate_size=256, max_positions=2**18)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeCacheSide:
-    """A sequence whose cache lies in the pool, whole."""
+    """A sequence whose whole cache is in the pool."""
 
     runner: ModelRunner
     sequence: SequenceCache
 
     def decode(self, n_steps: int = 1) -> Floats:
-        """Steps, which also make the context longer; the last logits [V]."""
+        """Run steps, which also extend the context; returns the last logits [V]."""
         logits_V: Floats = np.empty(0, np.float32)
         for _ in range(n_steps):
             logits_V = self.runner.decode([self.sequence], [5])[0]
@@ -52,7 +52,7 @@ Side = WholeCacheSide | RecallSide
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
-    """One fill for all sides and contexts: pages in a pool and in a file, their summaries, room behind them."""
+    """Random content for all sides and contexts: pages in a pool and in a file, their summaries, and room to grow."""
 
     pool: HostKvPool
     tiers: Mapping[str, HostTier]
@@ -76,7 +76,7 @@ def pages_for(config: ModelConfig, n_tokens: int, folder: Path) -> Pages:
 
 
 def whole_cache_side(executor: DenseExecutor, config: ModelConfig, pages: Pages, context: int) -> WholeCacheSide:
-    """Where it grows it overwrites pages of longer contexts: these come first."""
+    """Growing overwrites pages of longer contexts, so longer contexts must be measured first."""
     n_pages = config.n_layers * (context // PAGE_SIZE + OWN_PAGES)
     pool = HostKvPool(n_pages=n_pages, page_size=PAGE_SIZE, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     pool.kv = pages.pool.kv[:n_pages]
@@ -89,7 +89,7 @@ def whole_cache_side(executor: DenseExecutor, config: ModelConfig, pages: Pages,
 def recall_sides(
     executor: DenseExecutor, config: ModelConfig, pages: Pages, policy: Policy, context: int, first_LHD: Floats, tier: str
 ) -> dict[str, RecallSide]:
-    """Streamed, not overlapped, all at once; each with a working set of its own."""
+    """Streamed, not overlapped, all at once; each with its own working set."""
     sizes = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
     where = {"ram": "ram", "file": f"file:{pages.folder}"}[tier]
     sides = {}
@@ -114,7 +114,7 @@ def recall_sides(
 
 
 def check_placed(folder: Path) -> Check:
-    """A placed cache decodes, bit for bit, as one that a prompt was read into."""
+    """Check that a placed cache decodes, bit for bit, like one from a real prefill."""
     model = exported_model(random_checkpoint(NARROW, folder / "narrow"), folder / "narrow-graphs")
     config = model.config
     policy = dataclasses.replace(FREEKV, tokens=512)

@@ -1,8 +1,8 @@
-"""Time per decoded token against context: the whole cache beside caches on the host, recalled ahead, in turn and at once.
+"""Time per decoded token against context: the whole cache, and caches on the host that are recalled ahead, in turn and at once.
 
 Weights, keys, values and queries are random (``benchmarks.speed.recall_cache``). All sides of a context read the same pages:
-those of the whole cache's pool, or a file with the same content. A turn of a side is a few steps and all copies that they ask
-for.
+those of the whole cache's pool, or a file with the same content. A turn of a side is a few steps and all copies that they
+start.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ AGREE_WITHIN = 1e-3
 
 @dataclass(kw_only=True)
 class Found:
-    """What has been found so far."""
+    """The results so far."""
 
     checks: list[Check] = field(default_factory=list)
     times: list[Row] = field(default_factory=list)
@@ -178,7 +178,7 @@ def _with_queries(
 
 
 def _warmed_up(sides: Mapping[str, Side], context: int) -> list[Check]:
-    """A few steps of each side; sides that choose the same pages say the same, bit for bit."""
+    """Check over a few steps that sides that choose the same pages give equal results, bit for bit."""
     logits = {name: side.decode(CHECK_STEPS) for name, side in sides.items()}
     for side in sides.values():
         if isinstance(side, RecallSide):
@@ -217,7 +217,7 @@ def _held_bytes(side: Side) -> Mapping[str, int]:
 
 
 def _moves(context: int, name: str, side: RecallSide, from_disk_mib: float) -> Row:
-    """``page_heads``: of a page, one KV head's keys and values. A layer-step wants the same number of them every time."""
+    """``page_heads``: one KV head's keys and values of a page. Every layer-step attends to the same number of them."""
     counts = side.recall.statistics
     n_layer_steps = int(counts.layer_steps_L.sum())
     n_steps = n_layer_steps / counts.n_layers
@@ -251,7 +251,7 @@ def _head_rates(context: int, side: RecallSide) -> Row:
 def _check_budget_of_everything(
     executor: DenseExecutor, config: ModelConfig, pages: Pages, policy: Policy, context: int
 ) -> Check:
-    """With a budget for every token, recalling says what the whole cache says."""
+    """Check that recall with a budget for every token equals the whole cache."""
     with_queries, first_LHD = _with_queries(executor, config, AS_AT_08, context, rounds=1)
     whole = whole_cache_side(with_queries, config, pages, context).decode(CHECK_STEPS)
     everything = dataclasses.replace(policy, tokens=2 * context)
@@ -270,7 +270,7 @@ def _executor_of_one_thread(model: ExportedModel) -> OnnxRuntimeExecutor:
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    """Our kernels on one thread, too."""
+    """Run our kernels on one thread, too."""
     before = numba.get_num_threads()
     numba.set_num_threads(1)
     try:

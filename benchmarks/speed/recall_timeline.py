@@ -1,6 +1,6 @@
-"""When what runs in a decode step with the cache on the host: a picture of a few steps, and how much copying they hide.
+"""Timeline of decode steps with the cache on the host: a picture of a few steps, and the share of copying that is hidden.
 
-The same steps twice: copies in the background, and the same copies when they are waited for. Times are sums of a trace's spans.
+The same steps twice: with copies in the background, and with the same copies in the step. Times are sums of a trace's spans.
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def _side(
     queries: Floats,
     trace: Trace,
 ) -> RecallSide:
-    """A sequence with pages of its own in memory, the same on all sides."""
+    """A sequence with its own pages in memory, with the same content on all sides."""
     n_pages = config.n_layers * context // PAGE_SIZE
     host = host_tier_at(
         "ram",
@@ -135,7 +135,7 @@ def _side(
 
 
 def _row(name: str, turns: Sequence[Sequence[Event]], side: RecallSide) -> Row:
-    """Sums over all turns. ``hidden``: the share of background work during which the model's thread worked, too."""
+    """Sums over all turns. ``hidden``: the share of background work that ran while the model's thread worked, too."""
     events = [event for turn in turns for event in turn]
     n_steps = len(_spans(events, "decode step"))
 
@@ -166,7 +166,7 @@ def _row(name: str, turns: Sequence[Sequence[Event]], side: RecallSide) -> Row:
 
 
 def _within(events: Iterable[Event], name: str, outer: Sequence[str]) -> list[Event]:
-    """Spans of a name that lie inside one of the ``outer`` spans of their thread."""
+    """Spans of a name that are inside one of the ``outer`` spans of their thread."""
     events = list(events)
     around = [(e["tid"], e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] in outer]
     return [
@@ -177,7 +177,7 @@ def _within(events: Iterable[Event], name: str, outer: Sequence[str]) -> list[Ev
 
 
 def hidden_work(events: Sequence[Event]) -> tuple[float, float]:
-    """Microseconds of background work, and of it those while a step went on that did not wait for copies."""
+    """Microseconds of background work, and those of it that ran while a step was not waiting for copies."""
     working = _working(events)
     steps, joins = _spans(events, "decode step"), _spans(events, "join")
     hidden = sum(_common(part, steps) - _common(part, joins) for part in working)
@@ -185,7 +185,7 @@ def hidden_work(events: Sequence[Event]) -> tuple[float, float]:
 
 
 def _working(events: Sequence[Event]) -> list[Interval]:
-    """When jobs worked: their spans without those in which they waited for attention."""
+    """Working times of jobs: their spans without those in which they waited for attention."""
     parts: list[Interval] = []
     waits = [(e["tid"], e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "waiting for attention"]
     for job in (event for event in events if event["name"] in JOBS):
@@ -202,7 +202,7 @@ def _spans(events: Sequence[Event], name: str) -> list[Interval]:
 
 
 def _common(part: Interval, others: Sequence[Interval]) -> float:
-    """How much of an interval lies in the others, which do not overlap each other."""
+    """The length of an interval that the others cover, which do not overlap each other."""
     return float(sum(max(0.0, min(part[1], end) - max(part[0], begin)) for begin, end in others))
 
 
@@ -250,6 +250,6 @@ def draw(turns: Mapping[str, Sequence[Event]], path: Path, *, title: str) -> Non
 
 
 def _threads(events: Sequence[Event]) -> list[int]:
-    """The model's thread, then the others as they come."""
+    """The model's thread, then the others in order of appearance."""
     main = next(event["tid"] for event in events if event["name"] == "decode step")
     return list(dict.fromkeys([main, *(event["tid"] for event in sorted(events, key=lambda event: event["ts"]))]))

@@ -1,4 +1,4 @@
-"""What cutting the graph at its KV ops costs per decode step, beside the same decoder as one ONNX Runtime graph."""
+"""Cost per decode step of cutting the graph at its KV ops, compared with the same decoder as one ONNX Runtime graph."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ LIMIT = 1.10
 AGREE_WITHIN = 1e-3
 ORT_DEFAULTS: dict[str, str] = {}
 SETTLE_S = 0.5
-"""With ONNX Runtime's own options threads spin on after a run, on some processors for a third of a second."""
+"""With ONNX Runtime's default options threads spin after a run, on some CPUs for a third of a second."""
 
 
 def run(folder: Path, *, quick: bool) -> Report:
@@ -89,7 +89,7 @@ def _dense_only(
 
 
 def _beside_defaults(model: ExportedModel, split: Callable[[], Floats], n_sequences: int, rounds: int) -> list[Row]:
-    """The split as it is beside the monolith as ONNX Runtime runs it unasked; pauses let its threads go to sleep."""
+    """The split compared with the monolith under ONNX Runtime's default options; pauses let its threads go to sleep."""
     whole = session_from_graph(graph_without_attention(model), model.folder / "dense.onnx", ORT_DEFAULTS)
     step = _step(model, n_sequences, context=0)
     sides = {"monolithic": lambda: whole.run(["logits"], step)[0], "split": split}
@@ -99,7 +99,7 @@ def _beside_defaults(model: ExportedModel, split: Callable[[], Floats], n_sequen
 def _whole_step(
     model: ExportedModel, executor: DenseExecutor, n_sequences: int, context: int, rounds: int, checks: list[Check]
 ) -> list[Row]:
-    """Our runner against ONNX Runtime with its attention ops over the same cached tokens."""
+    """Our runner compared with ONNX Runtime's attention ops over the same cached tokens."""
     runner = model_runner(executor, model.config, cache_tokens=n_sequences * (context + 64))
     sequences = [runner.new_sequence() for _ in range(n_sequences)]
     for seed, sequence in enumerate(sequences):
@@ -115,7 +115,7 @@ def _whole_step(
 
     def ours() -> Floats:
         logits = runner.decode(sequences, [int(token) for token in step["input_ids"]])
-        for sequence in sequences:  # forget the token, so that every round has the same context
+        for sequence in sequences:  # drop the token, so that every round has the same context
             sequence.kv_len = sequence.kv_len - 1
             sequence.num_computed_tokens -= 1
         return logits
@@ -141,7 +141,7 @@ def _step(model: ExportedModel, n_sequences: int, context: int) -> dict[str, np.
 
 
 def _contiguous_cache(pool: KvPool[Any], sequences: list[SequenceCache]) -> dict[str, Floats]:
-    """The cached tokens as ONNX's attention ops want them: ``past_key_<l>`` and ``past_value_<l>`` [B, K, S, D]."""
+    """The cached tokens in the layout of ONNX's attention ops: ``past_key_<l>`` and ``past_value_<l>`` [B, K, S, D]."""
     cache = {}
     for layer in range(sequences[0].n_layers):
         tables = (sequence.page_table[:, None] for sequence in sequences)

@@ -1,10 +1,10 @@
-"""Recall in which nothing overlaps, to compare with."""
+"""Recall without overlap, as a baseline."""
 
 from trt_kv.runtime.backends.host.recall.background import Job, settle_in_place
 
 
 class SynchronousCopies:
-    """Nothing overlaps: jobs run when somebody waits for them, in the order in which they came."""
+    """Copies without overlap: jobs run, in order of submission, when their result is waited for."""
 
     def submit(self, job: Job) -> None:
         """Nothing yet."""

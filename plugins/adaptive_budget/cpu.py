@@ -42,7 +42,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
 
 
 def budget_of_row(weights_RS: Floats, protected_KP: Ints, candidates_KC: Ints, threshold: float, protected_in_norm: int) -> int:
-    """The budget that keeps the norm of the rows: the protected tokens, and as few of the candidates as suffice."""
+    """The smallest budget that keeps the norm of the rows: all protected tokens and as few candidates as possible."""
     counted_KP = protected_KP if protected_in_norm else protected_KP[:, :0]
     squares_RC = running_squares(weights_RS, counted_KP, candidates_KC)
     n_protected: int = protected_KP.shape[1]
@@ -57,10 +57,10 @@ def slots_by_position(positions_KS: Ints) -> Ints:
 
 
 def best_first(slots_KC: Ints, scores_KS: Floats) -> Ints:
-    """Each KV head's slots by falling score, equal scores in the order in which they come: [K, C].
+    """Each KV head's slots by descending score; ties keep their order: [K, C].
 
-    Sorts integers, score above index, because numpy sorts them several times faster than it stably argsorts floats. The bits
-    of an fp32 number, read as an integer, are in its order; those of negative ones in the opposite order.
+    Sorts integers (score in the high bits, index in the low ones), which numpy does several times faster than a stable argsort
+    of floats. The bits of non-negative fp32 numbers, read as integers, sort like the numbers, those of negative ones reversed.
     """
     scores_KC = np.take_along_axis(scores_KS, slots_KC, axis=1) + np.float32(0.0)  # -0.0 becomes 0.0
     bits_KC = scores_KC.view(np.int32)
@@ -70,7 +70,7 @@ def best_first(slots_KC: Ints, scores_KS: Floats) -> Ints:
 
 
 def smallest_cut(squares_RC: Floats, threshold: float) -> int:
-    """The smallest c with S_c >= (1 - threshold) * S_C; column c holds what S_c is made of. S_c never falls: bisected."""
+    """The smallest c with S_c >= (1 - threshold) * S_C, by bisection (S_c is monotonic); column c holds the terms of S_c."""
 
     def mean_norm(c: int) -> float:
         return float(np.sqrt(squares_RC[:, c]).mean())
@@ -83,7 +83,7 @@ def smallest_cut(squares_RC: Floats, threshold: float) -> int:
 def attention_row(q_HD: Floats, lse_H: Floats, pages_T: Ints, n_cached: int, kv: Floats, scale: np.float32) -> Floats:
     """exp(scale * q.k - lse) of one query for the tokens in its pages: [H, S] fp64.
 
-    Pages are read once, where they lie, all heads of a page together because they are neighbours in memory.
+    Pages are read once, in place, all heads of a page together because they are adjacent in memory.
     """
     n_kv_heads, page_size, head_size = kv.shape[2:]
     n_heads = len(q_HD)
@@ -122,5 +122,5 @@ def running_squares(weights_RS: Floats, protected_KP: Ints, candidates_KC: Ints)
 
 @numba.njit(inline="always")
 def square(weight: float) -> float:
-    """The weight squared, 0 for one that counts as none."""
+    """The square of the weight; 0 for a weight below the threshold at which it counts as 0."""
     return weight * weight if abs(weight) >= NO_WEIGHT else 0.0

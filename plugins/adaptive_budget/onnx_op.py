@@ -1,7 +1,8 @@
 """AdaptiveBudget in standard ONNX ops: two sorts, one running sum, one count.
 
-Whole page tables are sorted, because slots and positions tell no rank without it. In TensorRT TopK sorts at most 3840 elements:
-there the body, like that of EvictTokens, serves page tables of up to 3840 slots. The plugin has no such limit.
+Whole page tables are sorted, because a token's rank follows neither from its slot nor from its position. TensorRT's TopK sorts
+at most 3840 elements, so there the body, like that of EvictTokens, supports page tables of up to 3840 slots. The plugin has no
+such limit.
 """
 
 import math
@@ -29,7 +30,7 @@ def body(
     token_positions: ir.Value,
     scores: ir.Value | None = None,
 ) -> tuple[ir.Value, ...]:
-    """Spec: ``spec.py``. Returns budget. Without scores nothing but ranking 1 and row 0 has a meaning."""
+    """Spec: ``spec.py``. Returns budget. Without scores, only ranking 1 with row 0 is valid."""
     cached = paged_sequences(f, page_table, kv_len, token_positions)
     first_B = f.Slice(cu_tokens, [0], [-1], [0])
     end_B = f.Slice(cu_tokens, [1], f.Shape(cu_tokens), [0])
@@ -62,7 +63,7 @@ def _attention_row(f: FunctionBody, cached: PagedSequences, q_BHD: ir.Value, lse
 
 
 def _kept_first(f: FunctionBody, cached: PagedSequences, scores_BKS: ir.Value | None) -> ir.Value:
-    """[B, K, S]: slots in the order in which they are kept: the protected ones, the candidates by ranking, those of nobody."""
+    """[B, K, S]: slots in the order in which they are kept: protected ones, candidates by ranking, then unused slots."""
     n_slots = f.Shape(cached.slots)
     n_B11 = f.Unsqueeze(cached.n_cached, [2])
     live_B1S = f.Unsqueeze(cached.live, [1])
@@ -81,9 +82,9 @@ def _kept_first(f: FunctionBody, cached: PagedSequences, scores_BKS: ir.Value | 
 
 
 def _needed(f: FunctionBody, cached: PagedSequences, row_BKGS: ir.Value) -> ir.Value:
-    """[B, 1]: the smallest m for which the first m slots, in order of keeping, have the norm that is needed.
+    """[B, 1]: the smallest m for which the first m slots, in the order in which they are kept, have the required norm.
 
-    A row is divided by its largest weight before it is squared, because fp32 has no squares of small weights.
+    A row is divided by its largest weight before it is squared, because squares of small weights underflow in fp32.
     """
     rank_S = cached.slots
     protected = f.Add(f.attribute("sinks"), f.attribute("recent"))

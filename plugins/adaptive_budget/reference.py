@@ -51,13 +51,13 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
 
 
 def attention_row(q_D: Floats, k_SD: Floats, lse: float, scale: float) -> list[float]:
-    """What the query gives to each of S tokens: exp(scale * q.k - lse)."""
+    """The query's attention weight for each of S tokens: exp(scale * q.k - lse)."""
     q64_D = q_D.astype(np.float64)
     return [math.exp(scale * float(q64_D @ k_D.astype(np.float64)) - lse) for k_D in k_SD]
 
 
 def ranked_slots(positions_S: Ints, scores_S: Floats, sinks: int, recent: int, ranking: int) -> tuple[list[int], list[int]]:
-    """One KV head's protected slots, and its candidates, the ones to keep first in front."""
+    """One KV head's protected slots, and its candidates in the order in which they are kept."""
     by_position = sorted(range(len(positions_S)), key=lambda slot: positions_S[slot])
     end = len(by_position) - recent
     candidates = by_position[sinks:end]

@@ -1,4 +1,4 @@
-"""AdaptiveBudget: how many tokens a layer must keep so that little of an attention row is lost, found for each sequence."""
+"""AdaptiveBudget: per sequence, the number of tokens a layer must keep to preserve most of the norm of an attention row."""
 
 from trt_kv.opspec import AttributeSpec, Case, OpSpec, TensorSpec, Tolerance
 from trt_kv.plugins import tensors as t
@@ -13,26 +13,26 @@ DRAWN_SCORES: dict[str, tuple[float, ...]] = {"scores": ()}
 SPEC = OpSpec(
     name="AdaptiveBudget",
     summary=(
-        "For every sequence whose evict flag is 1: how many of its n cached tokens this layer is to keep. The `sinks` "
-        "lowest and `recent` highest positions of each KV head are protected; the other C tokens are candidates, in order "
+        "For every sequence whose evict flag is 1: the number of its n cached tokens that this layer keeps. The `sinks` "
+        "lowest and `recent` highest positions of each KV head are protected. The other C tokens are candidates, in order "
         "of `ranking`. A row a_h gives each token a weight: row 0 is the attention of the sequence's last query of this "
         "step, exp(scale * q.k - lse), for each query head; row 1 is the scores, for each KV head. S_c is the mean over "
         "these rows of sqrt(sum of a_h^2), summed over the first c candidates of the row's KV head, and over its "
         "protected tokens too where protected_in_norm is 1. The budget is the number of protected tokens plus the "
-        "smallest c >= 0 with S_c >= (1 - threshold) * S_C: one number for all heads. Candidates without any weight (S_C "
-        "= 0) are not kept. A sequence of at most sinks + recent tokens, one with another flag and, with row 0, one without "
-        "a query in this step keep everything. Among equal scores the lower position comes first. Weights below 2^-100 "
-        "count as 0. Scores are read, and must be there, only where ranking 0 or row 1 asks for them."
+        "smallest c >= 0 with S_c >= (1 - threshold) * S_C, one number for all heads. If all candidates have weight 0 (S_C "
+        "= 0), none is kept. Everything is kept in sequences of at most sinks + recent tokens, with another flag or, for row "
+        "0, without a query in this step. Ties in score go to the lower position. Weights below 2^-100 count as 0. Scores "
+        "are read, and required, only for ranking 0 or row 1."
     ),
     source=(
         "ReFreeKV (arXiv 2502.16886), Uni-Metric: attention of the last query, threshold 1 %, 4 sinks, then newest first; the "
-        "norm leaves protected tokens out as the released code does, or takes them in as the paper's formula does"
+        "norm excludes protected tokens like the released code, or includes them like the paper's formula"
     ),
     inputs=(
         t.Q,
         t.LSE,
         t.CU_TOKENS,
-        TensorSpec(name="evict", axes=("B",), dtype="int64", doc="1: a budget is wanted now; else the budget is all tokens"),
+        TensorSpec(name="evict", axes=("B",), dtype="int64", doc="1: compute a budget; else the budget is all tokens"),
         t.PAGE_TABLE,
         t.KV_LEN,
         TensorSpec(name="kv", axes=t.KV.axes, dtype="float", doc="KV pages, this step's tokens already written"),
@@ -50,7 +50,7 @@ SPEC = OpSpec(
         AttributeSpec(name="ranking", type="int", doc="0: higher score first; 1: newest first", default=1),
         AttributeSpec(name="row", type="int", doc="0: attention of the last query; 1: the scores", default=0),
         AttributeSpec(
-            name="protected_in_norm", type="int", doc="1: the norms take in the protected tokens; 0: they do not", default=0
+            name="protected_in_norm", type="int", doc="1: norms include the protected tokens; 0: they exclude them", default=0
         ),
     ),
     cases=(

@@ -1,6 +1,6 @@
-"""AdaptiveBudget on the GPU: one row of attention per sequence, laid out in the order in which tokens are kept, summed and cut.
+"""AdaptiveBudget on the GPU: one row of attention per sequence, arranged in the order in which tokens are kept, summed and cut.
 
-A step in which no budget is wanted costs four launches whose programs read a flag each.
+A step that computes no budget costs four launches whose programs read one flag each.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def is_wanted(
     n_protected: tl.tensor,
     NEEDS_QUERY: tl.constexpr,
 ) -> tl.tensor:
-    """Whether the sequence gets a budget: asked for, with candidates, and with a query in this step where that is read."""
+    """Whether a budget is computed: the flag is set, there are candidates, and a query in this step if row 0 needs it."""
     wanted = (tl.load(evict_ptr + b) == 1) & (tl.load(len_ptr + b) > n_protected)
     if NEEDS_QUERY:
         wanted = wanted & (tl.load(cu_ptr + b + 1) > tl.load(cu_ptr + b))
@@ -55,7 +55,7 @@ def order_kernel(
 ) -> None:
     """One program per (BLOCK_S slots of a sequence, sequence, KV head): each slot's rank, the number of smaller positions.
 
-    Against a tile that is wholly smaller or larger, as almost all are in a prompt, no two tokens are compared.
+    Tiles whose positions are all smaller or all larger, which is nearly all of them in a prompt, need no comparison per token.
     """
     b = tl.program_id(1)
     head = tl.program_id(2)
@@ -111,10 +111,10 @@ def weigh_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """One program per (BLOCK_S slots of a sequence, sequence, KV head): what each row gives to each token.
+    """One program per (BLOCK_S slots of a sequence, sequence, KV head): each row's weight for each token.
 
-    ``weights_ptr`` is a pool [M, rows, P]: weight number c of a sequence, the one of the candidate that is kept as number c or,
-    behind all candidates, of a protected token, lies where its slot c does.
+    ``weights_ptr`` is a pool [M, rows, P]. Weight number c of a sequence is stored at its slot c: candidates in the order in
+    which they are kept, then the protected tokens.
     """
     b = tl.program_id(1)
     head = tl.program_id(2)
@@ -200,7 +200,7 @@ def sum_kernel(
 
 @triton.jit
 def norm_sum(squares: tl.tensor) -> tl.tensor:
-    """Over rows, the sum of the roots."""
+    """The sum over rows of the square roots."""
     return tl.sum(tl.sqrt(squares), 0)
 
 
@@ -228,7 +228,7 @@ def cut_kernel(
     BLOCK_C: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:
-    """One program per sequence: the smallest number of candidates with enough of the norm, first in tiles, then in its tile."""
+    """One program per sequence: the smallest number of candidates with the required norm, by tile, then within the tile."""
     b = tl.program_id(0)
     n = tl.load(len_ptr + b)
     if is_wanted(evict_ptr, cu_ptr, len_ptr, b, n_protected, NEEDS_QUERY) == 0:
@@ -279,8 +279,8 @@ def cut_kernel(
 def run(args: Arguments[Tensor]) -> tuple[Tensor]:
     """Spec: ``spec.py``. Returns (budget [B],). Products q.k and weights are fp32, their squares and all sums fp64.
 
-    Launches on the current stream and does not wait. Takes for a while 4 bytes per slot and row, beside 4 per slot and KV head:
-    (H + K) / (K D) of what half-precision keys and values take. Positions have to be below 2**31.
+    Launches on the current stream and does not wait. Temporary memory: 4 bytes per slot and row, and 4 per slot and KV head,
+    which is (H + K) / (K D) of the size of half-precision keys and values. Positions must be below 2**31.
     """
     n_pages, _, n_kv_heads, _, head_size = args.kv.shape
     n_heads, device = args.q.shape[1], args.kv.device

@@ -1,4 +1,4 @@
-"""What implementations of CachedAttention are given; ``spec.py`` says what it means."""
+"""Arguments of the implementations of CachedAttention; ``spec.py`` defines the op."""
 
 from dataclasses import dataclass
 from typing import Generic

@@ -10,8 +10,8 @@ SPEC = OpSpec(
     name="CachedAttention",
     summary=(
         "Write k and v to their slots, then let every query attend to the tokens of its own sequence whose position is not "
-        "greater than its own. A slot may hold another token in each KV head. Slot order carries no meaning; lengths differ "
-        "per layer and sequence."
+        "greater than its own. A slot may hold different tokens in different KV heads. Slot order has no meaning. Lengths "
+        "differ per layer and sequence."
     ),
     source="paged attention (arXiv 2309.06180, section 4.1), with lengths per layer",
     inputs=(

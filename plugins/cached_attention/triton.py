@@ -10,7 +10,7 @@ from trt_kv.plugins.cached_attention.arguments import Arguments
 def run(args: Arguments[Tensor]) -> tuple[Tensor, Tensor]:
     """Spec: ``spec.py``. Returns (out [N, H, D], lse [N, H]); updates kv and token_positions in place.
 
-    Launches on the current stream and does not wait. Rows behind the last sequence's are left as they were allocated.
+    Launches on the current stream and does not wait. Output rows after the last sequence's are left uninitialised.
     """
     append_tokens(args.kv, args.token_positions, args.slots[args.layer], args.k, args.v, args.positions)
 

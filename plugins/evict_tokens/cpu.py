@@ -1,6 +1,6 @@
-"""EvictTokens on the CPU: a partition of the scores for all KV heads; a single token, while decoding, is found by scanning.
+"""EvictTokens on the CPU: a partition of the scores for all KV heads; while decoding, a scan for the one token to evict.
 
-Tokens are moved where they lie (numba): as a rule towards the front, where nothing is overwritten that is still to be read.
+Tokens are moved in place (numba), usually towards the front, which overwrites nothing that is still to be read.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from trt_kv.policy import kept_tokens as tokens_of_budget
 TO_BUDGET, DROP = 1, 2
 """Evict flags."""
 BY_SCORES, NEWEST_FIRST = 0, 1
-"""Rankings; any other one is by lots."""
+"""Rankings; any other one is random."""
 
 Bools = NDArray[np.bool_]
 _scrambled = numba.njit(lots.scrambled)
@@ -58,7 +58,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
 
 
 def order_of(positions_KS: Ints) -> Ints | None:
-    """Slots in order of position, [K, S]; None where they lie so, as they do in a prompt from which nothing was evicted."""
+    """Slots in order of position, [K, S]; None if they are in that order already, as in a prompt without evictions."""
     if (positions_KS[:, 1:] > positions_KS[:, :-1]).all():
         return None
     return np.argsort(positions_KS, axis=1, kind="stable")
@@ -67,7 +67,7 @@ def order_of(positions_KS: Ints) -> Ints | None:
 def worth_of(
     ranking: int, keys_K: Ints, positions_KS: Ints, order_KS: Ints | None, scores: Floats, pages: Ints
 ) -> NDArray[Any]:
-    """What tokens are ranked by, [K, S] in order of position."""
+    """The values that tokens are ranked by, [K, S] in order of position."""
     if ranking == NEWEST_FIRST:
         return np.broadcast_to(np.arange(positions_KS.shape[1]), positions_KS.shape)
     if ranking == BY_SCORES:
@@ -78,7 +78,7 @@ def worth_of(
 
 
 def chosen_of(worth_KS: NDArray[Any], n_kept: int, sinks: int, recents: int) -> Bools:
-    """Which tokens stay, [K, S] in order of position, ``n_kept`` in every head: the first, the last, and the best others."""
+    """Mask of the tokens to keep, [K, S] in order of position, ``n_kept`` per head: the first, the last, the best others."""
     n_cached = worth_KS.shape[1]
     chosen_KS = np.ones(worth_KS.shape, bool)
     if n_kept == n_cached:
@@ -96,7 +96,7 @@ def chosen_of(worth_KS: NDArray[Any], n_kept: int, sinks: int, recents: int) -> 
 
 
 def sources_of(chosen_KS: Bools, order_KS: Ints | None, n_kept: int, *, stay: bool) -> Ints:
-    """Which slot's token the first ``n_kept`` slots are to hold, [K, C]: in order of position, or moved as little as can be."""
+    """Source slots for the first ``n_kept`` slots, [K, C]: in order of position, or with as few moves as possible."""
     n_heads, n_cached = chosen_KS.shape
     heads, places = np.nonzero(chosen_KS)
     survivors_KC = places.reshape(n_heads, n_kept)
@@ -113,9 +113,9 @@ def sources_of(chosen_KS: Bools, order_KS: Ints | None, n_kept: int, *, stay: bo
 
 @numba.njit(parallel=True, cache=True)
 def move_tokens(kv: Floats, token_positions: Ints, scores: Floats, pages_T: Ints, sources_KC: Ints) -> None:
-    """Slot i of the sequence takes what slot ``sources_KC[k, i]`` of it held in KV head k.
+    """Move the content of slot ``sources_KC[k, i]`` of the sequence to its slot i, for each KV head k.
 
-    Going forward, a source that is never before its target is still what it was; otherwise it is read from a copy.
+    If no source precedes its target, moving in ascending order overwrites nothing unread. Else sources are read from a copy.
     """
     n_heads, n_kept = sources_KC.shape
     page_size, head_size = kv.shape[3:]
@@ -165,9 +165,9 @@ def drop_one(
     ranking: int,
     keys_K: Ints,
 ) -> None:
-    """Evict one token from each KV head of each sequence: the last slot's token takes its place.
+    """Evict one token from each KV head of each sequence; the last slot's token takes its place.
 
-    Every sequence holds more than its protected tokens.
+    Every sequence must hold more than its protected tokens.
     """
     n_heads, page_size = token_positions.shape[1:]
     for task in numba.prange(len(n_cached_B) * n_heads):
@@ -196,7 +196,7 @@ def drop_one(
 
 @numba.njit(cache=True)
 def _lowest_not_among(positions_S: Ints, n_lowest: int) -> int:
-    """The lowest position but for the ``n_lowest`` ones, found without sorting where those are 0, 1, ..."""
+    """The lowest position except the ``n_lowest`` lowest ones, found without sorting if those are 0, 1, ..."""
     n_below = 0
     for position in positions_S:
         n_below += position < n_lowest
@@ -207,7 +207,7 @@ def _lowest_not_among(positions_S: Ints, n_lowest: int) -> int:
 
 @numba.njit(cache=True)
 def _highest_not_among(positions_S: Ints, n_highest: int) -> int:
-    """The highest position but for the ``n_highest`` ones, found without sorting where those follow each other."""
+    """The highest position except the ``n_highest`` highest ones, found without sorting if those are consecutive."""
     end = int(positions_S.max()) - n_highest
     n_above = 0
     for position in positions_S:
@@ -220,7 +220,7 @@ def _highest_not_among(positions_S: Ints, n_highest: int) -> int:
 
 @numba.njit(cache=True)
 def lots_of(keys_K: Ints, positions_KS: Ints) -> Ints:
-    """The lots of all positions, [K, S]; compiled, because numpy divides slowly."""
+    """The random ranks of all positions, [K, S]; compiled because numpy's integer division is slow."""
     lots_KS = np.empty_like(positions_KS)
     for head in range(len(keys_K)):
         for s in range(positions_KS.shape[1]):

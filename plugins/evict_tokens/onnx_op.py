@@ -1,7 +1,7 @@
 """EvictTokens in standard ONNX ops: four sorts, then one gather of rows.
 
-TensorRT's TopK sorts at most 3840 elements, so that there the body serves page tables of up to 3840 slots. The plugin has no
-such limit.
+TensorRT's TopK sorts at most 3840 elements, so there the body supports page tables of up to 3840 slots. The plugin has no such
+limit.
 """
 
 import math
@@ -58,7 +58,7 @@ def body(
 
 
 def _counts(f: FunctionBody, n_B1: ir.Value, drops_B1: ir.Value, budget: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-    """How many tokens stay, and how many of them because they are the last ones: each [B, 1]."""
+    """The number of tokens to keep, and how many of them are kept for being the most recent: each [B, 1]."""
     drop, sinks = f.attribute("drop"), f.attribute("sinks")
     by_budget_B1 = f.Add(kept_share_of(f, n_B1), f.attribute("kept_tokens")) if budget is None else f.Unsqueeze(budget, [1])
     target_B1 = f.Where(drops_B1, f.Sub(n_B1, drop), by_budget_B1)
@@ -76,7 +76,7 @@ def _sources(
     recents_B1: ir.Value,
     drops_B1: ir.Value,
 ) -> ir.Value:
-    """Which slot's token each slot is to hold, [B, K, S]; anything in slots that hold none afterwards."""
+    """The source slot of each slot's token, [B, K, S]; arbitrary for slots that are empty afterwards."""
     rank_S, n_slots = cached.slots, f.Shape(cached.slots)
     live_B1S, n_B11, kept_B11 = f.Unsqueeze(cached.live, [1]), f.Unsqueeze(cached.n_cached, [2]), f.Unsqueeze(kept_B1, [2])
     positions_BKS, by_position_BKS = f.top_k(f.Where(live_B1S, cached.positions, LAST_POSITION), n_slots, largest=False)
@@ -98,7 +98,7 @@ def _sources(
 
 
 def _worth(f: FunctionBody, rank_S: ir.Value, positions_BKS: ir.Value, scores_BKS: ir.Value) -> ir.Value:
-    """[B, K, S] fp32: what tokens are ranked by, in order of position."""
+    """[B, K, S] fp32: the values that tokens are ranked by, in order of position."""
     ranking = f.attribute("ranking")
     heads_K1 = f.Unsqueeze(f.Range(0, size(f, positions_BKS, 1), 1), [1])
     key = _scrambled(f, f.attribute("seed"), lots.ROUNDS[0])
@@ -124,7 +124,7 @@ def _compacted(f: FunctionBody, rank_S: ir.Value, survives_BKS: ir.Value, by_pos
 
 
 def _moved_into_free_slots(f: FunctionBody, slots_S: ir.Value, survives_BKS: ir.Value, kept_B11: ir.Value) -> ir.Value:
-    """[B, K, S]: the slots as they are, but the first free one takes the first token from behind the kept ones, and so on."""
+    """[B, K, S]: slots unchanged, except that freed ones take, in order, the kept tokens beyond the first ``kept`` slots."""
     in_front = f.Less(slots_S, kept_B11)
     is_free_BKS = f.And(in_front, f.Not(survives_BKS))
     free_BKS = _first_where(f, slots_S, is_free_BKS)
@@ -141,9 +141,9 @@ def _first_where(f: FunctionBody, slots_S: ir.Value, condition_BKS: ir.Value) ->
 
 
 def _moved_rows(f: FunctionBody, kv: ir.Value, cached: PagedSequences, source_BKS: ir.Value) -> ir.Value:
-    """Pages [X, 2, K, P, D] in which slot s of sequence b holds in KV head k what its slot ``source_BKS[b, k, s]`` held.
+    """Pages [X, 2, K, P, D] in which slot s of sequence b and KV head k has the old content of slot ``source_BKS[b, k, s]``.
 
-    A row of the pool is one slot of one KV head, K or V: gathering D numbers each, instead of repeating the indices D times.
+    A row of the pool is one slot of one KV head, K or V. Gathering rows of D numbers avoids repeating the indices D times.
     """
     page_size, n_heads = size(f, kv, 3), size(f, kv, 2)
     page_BKS = f.GatherElements(

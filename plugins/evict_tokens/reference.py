@@ -50,7 +50,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
 def _worth(
     ranking: int, seed: int, layer: int, head: int, by_position: list[Slot], token_positions: Ints, scores: Floats
 ) -> dict[Slot, float]:
-    """What the tokens of one KV head are ranked by."""
+    """The values that the tokens of one KV head are ranked by."""
     match ranking:
         case 0:
             return {slot: float(scores[slot]) for slot in by_position}

@@ -10,15 +10,15 @@ DIMS = {"H": 4, "K": 2, "D": 6, "P": 5, "L": 2}
 SPEC = OpSpec(
     name="EvictTokens",
     summary=(
-        "For every sequence whose evict flag is not 0, n tokens cached: each KV head keeps as many tokens, but its own ones. "
-        "target = n - drop where the flag is 2; else budget[b] where that input is given; else kept_tokens + n - round((1 - "
+        "For every sequence whose evict flag is not 0, with n cached tokens: all KV heads keep the same number of tokens, each "
+        "its own. target = n - drop if the flag is 2; else budget[b] if that input is given; else kept_tokens + n - round((1 - "
         "kept_share) * n); not below 0 nor above n. recents = max(recent, floor(recent_share * max(0, target - sinks))). "
         "kept = max(target, sinks + recents), at most n. The `sinks` lowest and `recents` highest positions always stay; of "
-        "the others the first by ranking, equal ones by lower position. Ranking 0: higher scores first. 1: newest first. 2: "
-        "by lots that hang on (seed, layer, KV head, position) alone, see plugins/lots.py. Rankings 1 and 2 never read the "
-        "scores. With flag 1 the kept tokens move to the front of the sequence's pages in order of position. With flag 2, "
-        "which is for decoding, kept tokens in the first `kept` slots stay there, and those behind move into the free ones, "
-        "the first to the first. Shares are fp32, their products fp64; round() takes halves to the even neighbour."
+        "the others the first by ranking, ties by lower position. Ranking 0: higher scores first. 1: newest first. 2: random, "
+        "a hash of (seed, layer, KV head, position), see plugins/lots.py. Rankings 1 and 2 never read the scores. With flag "
+        "1 the kept tokens move to the front of the sequence's pages in order of position. With flag 2, which is for "
+        "decoding, kept tokens in the first `kept` slots stay there, and kept tokens in later slots move into the freed "
+        "slots, both in slot order. Shares are fp32, their products fp64; round() takes halves to the even neighbour."
     ),
     source=(
         "PrefixKV (arXiv 2412.03409), eviction once after prefill, protected tokens as in the released code (1 and 1); drop: "
@@ -29,7 +29,7 @@ SPEC = OpSpec(
             name="evict",
             axes=("B",),
             dtype="int64",
-            doc="0: leave the sequence alone; 1: shrink it to its budget; 2: let `drop` tokens go",
+            doc="0: leave the sequence alone; 1: shrink it to its budget; 2: evict `drop` tokens",
         ),
         t.PAGE_TABLE,
         t.KV_LEN,
@@ -49,18 +49,18 @@ SPEC = OpSpec(
         t.LAYER,
         t.PAGE_SIZE,
         AttributeSpec(name="kept_share", type="float", doc="share of the cached tokens to keep, in [0, 1]"),
-        AttributeSpec(name="kept_tokens", type="int", doc="tokens to keep beside the share; may be negative", default=0),
+        AttributeSpec(name="kept_tokens", type="int", doc="tokens to keep on top of the share; may be negative", default=0),
         AttributeSpec(name="drop", type="int", doc="tokens that flag 2 evicts", default=1),
         AttributeSpec(name="sinks", type="int", doc="first tokens that are never evicted", default=1),
         AttributeSpec(name="recent", type="int", doc="last tokens that are never evicted", default=1),
         AttributeSpec(
             name="recent_share",
             type="float",
-            doc="share of the kept tokens, less the sinks, that are the last ones, in [0, 1]",
+            doc="share of the kept tokens without the sinks that goes to the most recent ones, in [0, 1]",
             default=0.0,
         ),
-        AttributeSpec(name="ranking", type="int", doc="0: by scores, 1: newest first, 2: by lots", default=0),
-        AttributeSpec(name="seed", type="int", doc="of the lots, in [0, 2**31)", default=0),
+        AttributeSpec(name="ranking", type="int", doc="0: by scores, 1: newest first, 2: random", default=0),
+        AttributeSpec(name="seed", type="int", doc="seed of ranking 2, in [0, 2**31)", default=0),
     ),
     cases=(
         Case(name="half", cached=(23,), new=(0,), dims=DIMS, attributes={"kept_share": 0.5}),

@@ -1,4 +1,4 @@
-"""What the TensorRT plugin of EvictTokens runs."""
+"""The kernels that the TensorRT plugin of EvictTokens runs."""
 
 from trt_kv.plugins.registry import device_kernel, kernel
 from trt_kv.plugins.tensorrt_memory import PluginKernels

@@ -1,6 +1,6 @@
-"""EvictTokens on the GPU: thresholds that tell the chosen tokens apart, where each goes, then moves within the pages.
+"""EvictTokens on the GPU: thresholds that separate kept from evicted tokens, target slots, then moves within the pages.
 
-A step in which nothing is evicted costs three launches whose programs read a flag each.
+A step that evicts nothing costs three launches whose programs read one flag each.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ PRIME = tl.constexpr(lots.PRIME)
 LOTS = tl.constexpr(lots.LOTS)
 ROUND_2, ROUND_3, ROUND_4, ROUND_5 = (tl.constexpr(constant) for constant in lots.ROUNDS[2:])
 ALL = tl.constexpr(2**62)
-"""A position behind, and a worth above, all there are."""
+"""Larger than every position and every ranking key."""
 LARGEST = tl.constexpr(2**32 - 1)
 """The largest key: positions are keys."""
 LOWEST, HIGHEST, WORTH, TIE = (tl.constexpr(what) for what in range(4))
@@ -57,7 +57,7 @@ def worth_of(
 
 @triton.jit
 def is_chosen(position: tl.tensor, worth: tl.tensor, thresholds_ptr: tl.tensor) -> tl.tensor:
-    """Which tokens stay: the first, the last, and the best of the others, equal ones by lower position."""
+    """Mask of the tokens to keep: the first, the last, and the best of the others, ties by lower position."""
     low = tl.load(thresholds_ptr)
     high = tl.load(thresholds_ptr + 1)
     least = tl.load(thresholds_ptr + 2)
@@ -84,8 +84,8 @@ def nth_largest(
     P: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The ``wanted``-th lowest or highest position, worth between ``low`` and ``high``, or position of those worth ``least``;
-    the how manieth it is among equal ones, and how many these are. Lowest ones as ``LARGEST`` minus the position.
+    """The ``wanted``-th lowest or highest position, key between ``low`` and ``high``, or position of those with key ``least``;
+    its rank among equal ones, and their number. Lowest positions are searched as ``LARGEST`` minus the position.
     """
     prefix = tl.zeros([], tl.int64)
     n_equal = tl.zeros([], tl.int32)
@@ -136,7 +136,7 @@ def threshold_kernel(
     P: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
-    """One program per (sequence, KV head): how many tokens stay, and what tells them from the others."""
+    """One program per (sequence, KV head): the number of tokens to keep, and the thresholds that select them."""
     b = tl.program_id(0)
     head = tl.program_id(1)
     flag = tl.load(evict_ptr + b)
@@ -175,7 +175,7 @@ def threshold_kernel(
         position = tl.load(token_positions_ptr + at, mask=s < n, other=-1)
         n_above += tl.sum(((s < n) & (position > newest - recents)).to(tl.int32), 0)
 
-    # Where the first positions are 0, 1, ... and the last follow each other, which is the rule, nothing is searched for.
+    # Usually the first positions are 0, 1, ... and the last are consecutive: then no search is needed.
     none = tl.zeros([], tl.int64)
     low = none + sinks - 1
     if n_below != sinks:
@@ -246,11 +246,11 @@ def source_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """One program per (BLOCK_S slots of a sequence, sequence, KV head): which slot's token goes where.
+    """One program per (BLOCK_S slots of a sequence, sequence, KV head): source and target slots of the moves.
 
-    Move number r takes what slot sources[r] holds to slot r, or where tokens are dropped to slot targets[r]; both lists lie
-    where the sequence's slots do. Where tokens go to the front in order of position, the others follow in any order, so that
-    every slot is the source of one.
+    Move number r takes the content of slot sources[r] to slot r or, with flag 2, to slot targets[r]. Both lists are indexed
+    like the sequence's slots. If tokens go to the front in order of position, the evicted ones follow in any order, so that the
+    moves are a permutation of the slots.
     """
     b = tl.program_id(1)
     head = tl.program_id(2)
@@ -331,10 +331,11 @@ def move_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
-    """One program per (sequence, KV head), so that the order of moves is its own.
+    """One program per (sequence, KV head), which moves its tokens in sequence.
 
-    Going forward, a source that is never before its target is still what it was. Otherwise tokens are moved one at a time,
-    around each cycle of the permutation; that is slow and rare: a sequence is shrunk again that lost tokens while decoding.
+    If no source precedes its target, moving in ascending order overwrites nothing unread. Otherwise tokens are moved one at a
+    time along the cycles of the permutation. That is slow and rare: it takes a sequence that evicted tokens while decoding and
+    is shrunk again.
     """
     b = tl.program_id(0)
     head = tl.program_id(1)
@@ -417,15 +418,15 @@ def move_kernel(
                 tl.store(scores_ptr + at, score)
                 tl.store(kv_ptr + row, k, mask=d < D)
                 tl.store(kv_ptr + row + K * P * D, v, mask=d < D)
-                # What lies behind ``first`` on the cycle is marked as done: it is its own source.
+                # Slots after ``first`` on the cycle are marked as done by being their own source.
                 tl.debug_barrier()
 
 
 def run(args: Arguments[Tensor]) -> tuple[Tensor]:
     """Spec: ``spec.py``. Returns (kept [B],); updates kv, token_positions and scores in place.
 
-    Launches on the current stream and does not wait. Takes twice the memory of ``scores`` for a while: 2 / D of what
-    half-precision keys and values take. Positions have to be below 2**31.
+    Launches on the current stream and does not wait. Temporary memory: twice that of ``scores``, which is 2 / D of the size of
+    half-precision keys and values. Positions must be below 2**31.
     """
     n_kv_heads, head_size = args.kv.shape[2], args.kv.shape[4]
     table_BT, len_B = args.page_table[args.layer], args.kv_len[args.layer]

@@ -1,4 +1,4 @@
-"""What implementations of RecallAttention are given; ``spec.py`` says what it means."""
+"""Arguments of the implementations of RecallAttention; ``spec.py`` defines the op."""
 
 from dataclasses import dataclass
 from typing import Generic

@@ -1,6 +1,6 @@
-"""Which pages a KV head chooses, and when it must choose anew: arithmetic shared by all who run RecallAttention on a CPU.
+"""Which pages a KV head chooses, and when its choice is corrected: arithmetic shared by everything that recalls on a CPU.
 
-Runs on one thread without the interpreter's lock, so that it can go on in the background; the same numbers whoever asks.
+Single-threaded and without the GIL, so that it can run in the background, and deterministic.
 """
 
 import numba
@@ -10,11 +10,11 @@ import numpy.typing as npt
 from trt_kv.plugins.paging import Floats, Ints
 
 MAXIMUM = (1, 3)
-"""Values of the attribute ``pooling`` that take the largest value of a group; the others take the mean."""
+"""Values of the attribute ``pooling`` that take the maximum over a group; the others take the mean."""
 
 
 def cosines(q_HD: Floats, last_HD: Floats, n_kv_heads: int) -> npt.NDArray[np.float64]:
-    """[K]: each KV head's mean over its query heads of cos(q, last); not a number where one of them is zero (FreeKV, C_g)."""
+    """[K]: each KV head's mean over its query heads of cos(q, last); NaN if one of the vectors is zero (FreeKV, C_g)."""
     now_HD, last_HD = q_HD.astype(np.float64), last_HD.astype(np.float64)
     norms_H = np.sqrt((now_HD * now_HD).sum(axis=1)) * np.sqrt((last_HD * last_HD).sum(axis=1))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -39,7 +39,7 @@ def summaries_of(k_MKPD: Floats, summary: int) -> Floats:
 
 
 def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Floats, n_chosen: int, pooling: int, softmax_scale: float) -> Ints:
-    """For each KV head the ``n_chosen`` best of the pool pages ``pages_J``, as indices into them, ascending: [K, C]."""
+    """For each KV head the ``n_chosen`` best of the pool pages ``pages_J``, as ascending indices into ``pages_J``: [K, C]."""
     if n_chosen == 0 or n_chosen == len(pages_J):
         return np.tile(np.arange(n_chosen), (summaries.shape[1], 1))
     values_KJ = page_values(
@@ -57,7 +57,7 @@ def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Floats, n_chosen: int
 def page_values(
     probe_HD: Floats, pages_J: Ints, summaries: Floats, softmax: bool, maximum: bool, softmax_scale: np.float32
 ) -> Floats:
-    """[K, J] fp32: what each KV head ranks pages by; summaries are read once, in order, for the whole query group."""
+    """[K, J] fp32: the values that each KV head ranks pages by; summaries are read once, in order, for a whole query group."""
     n_kv_heads, _, head_size = summaries.shape[1:]
     group = len(probe_HD) // n_kv_heads
     n_pages = len(pages_J)
@@ -95,8 +95,8 @@ def page_values(
 def _best(values_KJ: Floats, n_chosen: int) -> Ints:
     """Indices of each row's ``n_chosen`` largest values, ascending; among equal ones the lower index is chosen.
 
-    What is not a number is chosen last. Whatever is above the ``n_chosen``-th largest value is in, and the first ones equal to
-    it fill the rest: nothing is sorted, which at thousands of pages took longer than computing their values.
+    NaN is chosen last. Values above the ``n_chosen``-th largest are chosen, and the first ones equal to it fill the rest, so
+    nothing is sorted: at thousands of pages that took longer than computing their values.
     """
     n_pages = values_KJ.shape[1]
     chosen_KC = np.empty((len(values_KJ), n_chosen), np.int64)

@@ -1,6 +1,6 @@
-"""Which pages a KV head chooses, and when it must choose anew, on the GPU: lengths, counts and choices stay on the device.
+"""Which pages a KV head chooses, and when its choice is corrected, on the GPU: lengths, counts and choices stay on the device.
 
-``choice.py`` says the same for the CPU. H query heads, K KV heads, G = H / K, P page size, D head size.
+The counterpart of ``choice.py``. H query heads, K KV heads, G = H / K, P page size, D head size.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from trt_kv.plugins.triton_launch import launch, n_processors, power_of_2
 
 _BOUND_PAGES = 32
 _BOUND_PROGRAMS = 4
-"""For each processor, as many as it has room for: at any batch and width they are gone at once where nothing is wanted."""
+"""Programs per SM, as many as fit on it, whatever the batch and the table's width: they end at once if nothing is wanted."""
 CHOICE_WARPS = 8
-"""A few wide programs: a step waits for them, and they for one another's threads."""
+"""Few programs with many warps, because ranking is on the critical path of a step."""
 _FEW_PAGES = 1024
 _MOST_PAGES, _MOST_VALUES = 4096, 16384
-"""Ranked in registers, 64 numbers per thread; more than ``_MOST_PAGES`` by tiles of ``_FEW_PAGES``."""
+"""Limits for ranking in registers, 64 numbers per thread; more than ``_MOST_PAGES`` are ranked in tiles of ``_FEW_PAGES``."""
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def counted(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Pages between sinks and newest of a sequence of ``n`` tokens, those chosen of them, tokens attended to; else zeros.
 
-    ``budget``: what was found for the sequence; if negative, the share and the tokens say it.
+    ``budget``: the adaptive budget of the sequence in tokens; if negative, share and tokens apply.
     """
     budget = tl.where(budget >= 0, budget, kept_of_share(prompt_len, kept_share) + kept_tokens)
     n_pages = tl.cdiv(n, P)
@@ -56,7 +56,7 @@ def counted(
 
 @triton.jit
 def is_steady_query(x: tl.tensor, y: tl.tensor, in_group: tl.tensor, tau: tl.tensor, G: tl.constexpr) -> tl.tensor:
-    """Whether the mean cosine of a group's queries, rows of ``x`` and ``y`` in fp32, reaches tau; never without an angle."""
+    """Whether the mean cosine of a group's queries, rows of ``x`` and ``y`` in fp32, is at least tau; false if it is NaN."""
     norms = tl.sqrt(tl.sum(x * x, 1)) * tl.sqrt(tl.sum(y * y, 1))
     has_angle = norms > 0
     cosines = tl.where(has_angle, tl.sum(x * y, 1) / tl.where(has_angle, norms, 1.0), 0.0)
@@ -142,19 +142,19 @@ def drift_kernel(
     is_generated = tl.load(remaining_ptr + end - 1) < 0
     tl.store(corrected_ptr + b * K + head, (is_generated & (is_steady == 0)).to(tl.int64))
     tl.store(probe_ptr + b.to(tl.int64) * H * D + at, tl.where(is_steady, before, q), mask=mask)
-    # Whatever thread holds an element: nothing is overwritten that is still to be read.
+    # A thread may store elements that another one loads: all loads must be done first.
     tl.debug_barrier()
     tl.store(before_ptr + at, q, mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageCounts:
-    """What each sequence may choose from, all [B] int64; zeros where it has no generated token in this step."""
+    """Pages to choose from and to choose, all [B] int64; zeros for sequences without a generated token in this step."""
 
     between: Tensor
     """Pages between sinks and newest."""
     chosen: Tensor
-    """How many of them each KV head chooses."""
+    """Number of them that each KV head chooses."""
     attended: Tensor
     """Tokens that each KV head attends to: those in sinks, chosen pages and the newest."""
 
@@ -168,9 +168,9 @@ def drifted(
     n_kv_heads: int,
     tau: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compare each sequence's last query of this step with the one before, and remember it in ``last_query`` [U, H, D].
+    """Compare each sequence's last query of this step with the one before, and store it in ``last_query`` [U, H, D].
 
-    Returns 1 where a generated token's KV head is corrected, else 0, [B, K] int64; and the queries that pages are ranked for,
+    Returns [B, K] int64, 1 where a generated token's KV head is corrected, else 0; and the queries that pages are ranked for,
     [B, H, D], undefined for a sequence without a token in this step.
     """
     n_sequences, (n_heads, head_size) = len(query_rows_B), q_NHD.shape[1:]
@@ -179,7 +179,7 @@ def drifted(
     launch(
         drift_kernel,
         (n_sequences, n_kv_heads),
-        warps=1,  # as begin_kernel, which sums the same in the same order
+        warps=1,  # as in begin_kernel, which computes the same sums in the same order
         q_ptr=q_NHD,
         cu_ptr=cu_tokens,
         remaining_ptr=prompt_remaining_N,
@@ -207,8 +207,8 @@ def page_counts(
     kept_share: float,
     kept_tokens: int,
 ) -> tuple[PageCounts, Tensor]:
-    """What the budgets mean in pages, for every sequence of a step; and the cached tokens of sequences that read their prompts
-    in this step, [B] int64, else 0.
+    """The budgets in pages, for every sequence of a step; and the number of cached tokens of sequences that prefill in this
+    step, [B] int64, else 0.
     """
     between, chosen, attended, prompt = torch.empty((4, len(kv_len_B)), dtype=torch.int64, device=kv_len_B.device)
     launch(
@@ -244,10 +244,10 @@ def choose_pages(
     pooling: int,
     softmax_scale: float,
 ) -> Tensor:
-    """The ``wanted_BK`` best of the ``between_B`` pages after ``n_sinks`` for the queries ``probe_BHD``, as numbers in the
-    sequence, ascending: [B, K, T] int64, of which the first ``wanted_BK[b, k]`` of a row are defined.
+    """The ``wanted_BK`` best of the ``between_B`` pages after ``n_sinks`` for the queries ``probe_BHD``, as ascending page
+    indices within the sequence: [B, K, T] int64, of which the first ``wanted_BK[b, k]`` of a row are defined.
 
-    ``summaries`` [M, K, 2, D] are read through ``table_BT``. Expanded axes of ``wanted_BK`` are fine.
+    ``summaries`` [M, K, 2, D] are read through ``table_BT``. ``wanted_BK`` may have expanded axes.
     """
     chosen_BKT = torch.empty((*wanted_BK.shape, table_BT.shape[1]), dtype=torch.int64, device=summaries.device)
     bounds_BHT = page_bounds(probe_BHD, summaries, table_BT, between_B, wanted_BK, n_sinks)
@@ -268,7 +268,7 @@ def choose_pages(
 def page_bounds(
     probe_BHD: Tensor, summaries: Tensor, table_BT: Tensor, between_B: Tensor, wanted_BK: Tensor, n_sinks: int
 ) -> Tensor:
-    """Upper bounds of what each query head would give to each page, [B, H, T] fp32; where some pages of several are wanted."""
+    """Upper bounds of q.k for each query head and page, [B, H, T] fp32; only where there are more pages than wanted."""
     n_sequences, n_heads, head_size = probe_BHD.shape
     n_kv_heads, n_table = summaries.shape[1], table_BT.shape[1]
     bounds_BHT = torch.empty((n_sequences, n_heads, n_table), dtype=torch.float32, device=summaries.device)
@@ -297,7 +297,7 @@ def page_bounds(
 
 
 def choice_arguments(bounds_BHT: Tensor, chosen_BKT: Tensor, pooling: int, softmax_scale: float) -> dict[str, Any]:
-    """What a kernel that chooses is given beside the numbers of pages."""
+    """Arguments of a kernel that chooses, besides the page counts."""
     n_kv_heads, n_table = chosen_BKT.shape[1:]
     n_heads = bounds_BHT.shape[1]
     block_g = power_of_2(n_heads // n_kv_heads)

@@ -1,4 +1,4 @@
-"""RecallAttention on the CPU, pages read in the pool where they lie."""
+"""RecallAttention on the CPU, with pages read in place from the pool."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
 
 
 def attended_pages(chosen_KC: Ints, limits: PageLimits, n_tokens: int) -> Ints:
-    """The pages, as numbers in the sequence, that each KV head attends to, in order: [K, T]."""
+    """The pages that each KV head attends to, as indices within the sequence, in order: [K, T]."""
     n_pages = -(-n_tokens // limits.page_size)
     n_kv_heads = len(chosen_KC)
     first = max(limits.first_newest(n_tokens), min(limits.n_sinks, n_pages))

@@ -1,7 +1,7 @@
-"""RecallAttention in standard ONNX ops: whole page tables are bounded and ranked, attention is then shown the chosen pages.
+"""RecallAttention in standard ONNX ops: all pages of the tables are bounded and ranked, and attention masks those not chosen.
 
-The choice is one sort of T pages per KV head. In TensorRT TopK sorts at most 3840 elements: there the body serves page tables
-of up to 3840 pages.
+The choice is one sort of T pages per KV head. TensorRT's TopK sorts at most 3840 elements, so there the body supports page
+tables of up to 3840 pages.
 """
 
 import math
@@ -38,7 +38,7 @@ def body(
 ) -> tuple[ir.Value, ...]:
     """Spec: ``spec.py``. Returns out, lse, corrected, kv_out, token_positions_out, summaries_out, last_query_out.
 
-    Sequences without a row in this step write nothing, and what is looked up for them is used by no row.
+    Sequences without a row in this step write nothing, and values read for them are not used.
     """
     kv_out, token_positions_out = append_tokens(f, kv, token_positions, slots=slots, k=k, v=v, positions=positions)
     cached = paged_sequences(f, page_table, kv_len, token_positions_out)
@@ -65,7 +65,7 @@ def body(
 
 
 def _summarized(f: FunctionBody, summaries: ir.Value, kv: ir.Value, cached: PagedSequences, n_new_B1: ir.Value) -> ir.Value:
-    """The state with the summaries of the pages that this step has made full."""
+    """The state with the summaries of the pages that this step has filled."""
     k_XKPD = f.Cast(f.Gather(f.Gather(kv, cached.pages), 0, axis=1), to=FLOAT)
     lo_XK1D, hi_XK1D = f.ReduceMin(k_XKPD, [2]), f.ReduceMax(k_XKPD, [2])
     middle_XK1D = f.Div(f.Add(lo_XK1D, hi_XK1D), 2.0)
@@ -88,8 +88,8 @@ def _probe(
 ) -> tuple[ir.Value, ir.Value]:
     """Whether a KV head is corrected, [B, K], and the queries that pages are ranked for, [B, K, G, D] fp32.
 
-    Not steady is also a KV head with a query that has no direction or is not a number. Where nothing was generated, ``before``
-    may be anything and is not used.
+    A KV head is also corrected if one of its queries is zero or NaN. For sequences without a generated token, ``before`` is
+    undefined and not used.
     """
     grouped = f.Concat([0], f.Unsqueeze(n_kv_heads, [0]), [-1], f.Shape(q_BHD, start=2), axis=0)
     q_BKGD, before_BKGD = (f.Reshape(f.Cast(x, to=FLOAT), grouped) for x in (q_BHD, before_BHD))
@@ -107,7 +107,7 @@ def _probe(
 
 
 def _room(f: FunctionBody, prompt_len: ir.Value, adaptive_budget: ir.Value, page_size: ir.Value) -> ir.Value:
-    """How many pages between sinks and newest the budget has room for: [B, 1]."""
+    """Number of pages between sinks and newest that the budget has room for: [B, 1]."""
     found_B = f.Gather(adaptive_budget, f.attribute("layer"))
     told_B = f.Add(kept_share_of(f, prompt_len), f.attribute("kept_tokens"))
     pages_B = f.Div(f.Max(f.Where(f.Less(found_B, 0), told_B, found_B), 0), page_size)
@@ -124,7 +124,7 @@ def _attended(
     room_B1: ir.Value,
     page_size: ir.Value,
 ) -> ir.Value:
-    """[B, K, T]: the pages that a generated token attends to; those behind the sequence's last one too."""
+    """[B, K, T]: mask of the pages that a generated token attends to; also set beyond the sequence's last page."""
     pages_T = _pages(f, cached)
     first_newest_B1 = f.Div(f.Max(f.Sub(cached.n_cached, f.attribute("recent")), 0), page_size)
     is_sink_T = f.Less(pages_T, _pages_for(f, f.attribute("sinks"), page_size))
@@ -140,9 +140,9 @@ def _attended(
 def _page_values(
     f: FunctionBody, cached: PagedSequences, summaries: ir.Value, probe_BKGD: ir.Value, between_B1T: ir.Value
 ) -> ir.Value:
-    """[B, K, T] fp32: what pages in between are ranked by; anything for the others.
+    """[B, K, T] fp32: the values that pages in between are ranked by; undefined for the others.
 
-    max(x lo, x hi) is min(x, 0) lo + max(x, 0) hi, because lo <= hi: one product of matrices.
+    max(x lo, x hi) is min(x, 0) lo + max(x, 0) hi, because lo <= hi: one matrix product.
     """
     summaries_BTK2D = f.Cast(f.Gather(summaries, cached.pages_by_sequence), to=FLOAT)
     lo_hi_BKTE = f.Reshape(f.Transpose(summaries_BTK2D, perm=[0, 2, 1, 3, 4]), [0, 0, 0, -1])

@@ -1,4 +1,4 @@
-"""How a sequence's pages divide into sinks, choosable ones and the newest: arithmetic shared by all who run RecallAttention."""
+"""How a sequence's pages divide into sinks, choosable ones and the newest: arithmetic shared by all implementations."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from trt_kv.layer_budget import LayerBudget
 
 @dataclass(frozen=True, kw_only=True)
 class PageLimits:
-    """What a layer's attributes say in pages: ``n_sinks`` first ones, at most ``n_newest`` last ones."""
+    """A layer's attributes in pages: ``n_sinks`` first ones, at most ``n_newest`` last ones."""
 
     page_size: int
     sinks: int
@@ -23,7 +23,7 @@ class PageLimits:
         return -(-(self.recent - 1) // self.page_size) + 1
 
     def n_chosen(self, budget: int) -> int:
-        """How many pages beside sinks and newest a budget of tokens has room for."""
+        """Number of pages besides sinks and newest that a budget of tokens has room for."""
         return max(0, budget // self.page_size - self.n_sinks - self.n_newest)
 
     def n_most(self, budget: int) -> int:
@@ -35,12 +35,12 @@ class PageLimits:
         return max(0, n_tokens - self.recent) // self.page_size
 
     def choosable(self, n_tokens: int) -> range:
-        """The pages between sinks and newest. All of them are full, and were before the last token came."""
+        """The pages between sinks and newest. All of them were full before the last token was appended."""
         return range(self.n_sinks, max(self.n_sinks, self.first_newest(n_tokens)))
 
 
 def budget_tokens(prompt_len: int, adaptive_budget: int, kept_share: float, kept_tokens: int) -> int:
-    """Tokens that one step may attend to: what was found for the sequence, else what the node's attributes say."""
+    """Tokens that one step may attend to: the sequence's adaptive budget if there is one, else that of the attributes."""
     if adaptive_budget >= 0:
         return adaptive_budget
     return LayerBudget(share=kept_share, tokens=kept_tokens).of_prompt(prompt_len)

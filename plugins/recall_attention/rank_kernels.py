@@ -1,6 +1,6 @@
-"""The Triton functions that rank pages: bounds from their summaries, and the best so many of them.
+"""Triton kernels that rank pages: bounds from their summaries, and the best of them. Launched by ``choice_triton.py``.
 
-H query heads, K KV heads, G = H / K, D head size. ``choice_triton.py`` starts them.
+H query heads, K KV heads, G = H / K, D head size.
 """
 
 import triton
@@ -31,8 +31,8 @@ def bound_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ) -> None:
-    """Some programs per (sequence, KV head), each for every so manieth BLOCK_J of the pages between sinks and newest: summaries
-    are read once for the group.
+    """Several programs per (sequence, KV head), which stride over blocks of BLOCK_J pages between sinks and newest: summaries
+    are read once for the query group.
     """
     b = tl.program_id(1)
     head = tl.program_id(2)
@@ -40,7 +40,7 @@ def bound_kernel(
     stride = tl.num_programs(0) * BLOCK_J
     tile = tl.arange(0, BLOCK_J)
     table_ptr += b * table_stride_b + sink_pages
-    # Before it is known whether there is anything to do: one wait less where there is.
+    # Loaded before it is known whether there is anything to do, which saves one memory latency if there is.
     page = tl.load(table_ptr + first + tile, mask=sink_pages + first + tile < n_table, other=0)
     n = tl.load(between_ptr + b).to(tl.int32)
     wanted = tl.load(wanted_ptr + b * wanted_stride_b + head * wanted_stride_k).to(tl.int32)
@@ -79,7 +79,7 @@ def choose_in_registers(
     BLOCK_G: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ) -> None:
-    """The ``wanted`` best of at most BLOCK_J pages, in order: bounds are read once, and what is made of them stays."""
+    """The ``wanted`` best of at most BLOCK_J pages, in order: bounds are read once, and values stay in registers."""
     j = tl.arange(0, BLOCK_J)
     g = tl.arange(0, BLOCK_G)
     is_there = j < n
@@ -97,7 +97,7 @@ def choose_in_registers(
         least, wanted, _ = extended(least, wanted, next_bytes(keys, is_there, least, nth))
     is_above = is_there & (keys > least)
     is_equal = is_there & (keys == least)
-    # How many above and how many equal ones there are up to each page, in one sum: neither reaches 2**16.
+    # Numbers of larger and of equal keys up to each page, in one prefix sum: neither reaches 2**16.
     counts = tl.cumsum(is_above.to(tl.int32) * 65536 + is_equal.to(tl.int32))
     n_equal = counts & 65535
     to = (counts >> 16) + tl.minimum(n_equal, wanted) - 1
@@ -106,7 +106,7 @@ def choose_in_registers(
 
 @triton.jit
 def pooled_values(values: tl.tensor, mask: tl.tensor, MAXIMUM: tl.constexpr) -> tl.tensor:
-    """One value per page of those of a group's query heads, [BLOCK_G, BLOCK_J]: the maximum, or the sum, for the mean."""
+    """One value per page from those of a group's query heads, [BLOCK_G, BLOCK_J]: the maximum, or the sum for the mean."""
     if MAXIMUM:
         pooled = tl.max(tl.where(mask, values, float("-inf")), 0)
     else:
@@ -130,7 +130,7 @@ def choose_by_tiles(
     BLOCK_G: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ) -> None:
-    """The same for any number of pages."""
+    """``choose_in_registers`` for any number of pages, through memory."""
     tile = tl.arange(0, BLOCK_J)
     g = tl.arange(0, BLOCK_G)
     bounds_ptr += g[:, None] * n_table
@@ -151,7 +151,7 @@ def choose_by_tiles(
         if SOFTMAX:
             values = tl.exp(softmax_scale * (values - largest[:, None])) / total[:, None]
         tl.store(keys_ptr + start + tile, ordered_key(pooled_values(values, mask, MAXIMUM)), mask=start + tile < n)
-    # Keys are read by other threads than wrote them.
+    # Keys are read by other threads than those that wrote them.
     tl.debug_barrier()
 
     least = tl.zeros([], tl.int64)
@@ -162,7 +162,7 @@ def choose_by_tiles(
             histogram += next_bytes(keys, start + tile < n, least, nth)
         least, wanted, _ = extended(least, wanted, histogram)
 
-    # All above the least value, and the first ones that are equal to it.
+    # All above the threshold, and the first ones that are equal to it.
     n_before = 0
     for start in range(0, n, BLOCK_J):
         keys = tl.load(keys_ptr + start + tile, mask=start + tile < n, other=-1)
@@ -192,8 +192,8 @@ def choose_for_head(
     FEW: tl.constexpr,
     MANY: tl.constexpr,
 ) -> None:
-    """The ``wanted`` best of ``n`` pages for KV head ``row`` of all sequences'. By which way depends on ``n`` alone: softmax
-    must sum in one order whatever page table the numbers lie beside.
+    """The ``wanted`` best of ``n`` pages for row ``row`` (a KV head of a sequence). The algorithm depends on ``n`` alone, so
+    that softmax sums in the same order whatever the width of the page table.
     """
     keys_ptr += row * n_table
     chosen_ptr += row * n_table
@@ -241,7 +241,7 @@ def choose_kernel(
     FEW: tl.constexpr,
     MANY: tl.constexpr,
 ) -> None:
-    """One program per (sequence, KV head): one value per page, the least value that is chosen, the pages in order."""
+    """One program per (sequence, KV head): one value per page, the threshold of the chosen ones, the pages in order."""
     b = tl.program_id(0)
     head = tl.program_id(1)
     n = tl.load(between_ptr + b).to(tl.int32)

@@ -79,13 +79,13 @@ def summary_of(k_PD: Floats, summary: int) -> Floats:
 
 
 def cosine(a: Floats, b: Floats) -> float:
-    """Cosine of the angle between two vectors; not a number where one of them is zero."""
+    """Cosine of the angle between two vectors; NaN if one of them is zero."""
     norms = math.sqrt((a * a).sum()) * math.sqrt((b * b).sum())
     return float((a * b).sum() / norms) if norms else math.nan
 
 
 def page_values(probe_GD: Floats, summaries_J2D: Floats, pooling: int, softmax_scale: float) -> list[float]:
-    """What one KV head's pages are ranked by."""
+    """The values that one KV head's pages are ranked by."""
     lo_JD, hi_JD = summaries_J2D.astype(np.float64)[:, 0], summaries_J2D.astype(np.float64)[:, 1]
     values_GJ = np.array([np.maximum(probe * lo_JD, probe * hi_JD).sum(axis=1) for probe in probe_GD])
     if values_GJ.shape[1] and pooling < 2:

@@ -1,6 +1,6 @@
 """RecallAttention: generated tokens attend to sinks, the newest tokens and the pages that their KV head has chosen.
 
-The op says which tokens are attended to. Where pages lie, and when they were brought there, is the business of whoever runs it:
+The op defines which tokens are attended to. Where pages are stored and when they are moved is left to the implementation:
 ``cpu.py`` reads the pool in place, ``trt_kv.runtime.backends.host.recall`` keeps the pool on the host and moves pages, with
 the same results.
 """
@@ -15,21 +15,21 @@ DECODING = {"prompt_remaining": (-1, -1, -1)}
 SPEC = OpSpec(
     name="RecallAttention",
     summary=(
-        "Write k and v to their slots; the tokens of a sequence lie in its page table in order of position, none missing. "
+        "Write k and v to their slots. A sequence's tokens are in its page table in order of position, without gaps. "
         "Prompt tokens (prompt_remaining >= 0) attend to all tokens up to themselves. A generated token, of which a "
         "sequence has at most one per step, attends in each KV head to whole pages j of its n tokens: those with one of the "
         "first `sinks` tokens, those with one of the last `recent` tokens (pages from w = max(0, n - recent) // P on), and "
         "the best of the pages in between, as many as the budget has room for: budget // P - ceil(sinks / P) - "
-        "(ceil((recent - 1) / P) + 1), at least 0. The budget is adaptive_budget where that is not negative, else "
+        "(ceil((recent - 1) / P) + 1), at least 0. The budget is adaptive_budget if that is not negative, else "
         "kept_tokens + prompt_len - round((1 - kept_share) * prompt_len). Pages are ranked for the probe, the query in "
-        "last_query of the token before; where the mean over a KV head's query heads of cos(q, last_query) is not at least "
+        "last_query of the token before. If the mean over a KV head's query heads of cos(q, last_query) is not at least "
         "tau, that KV head is corrected and its probe is q itself. The bound of page j for query head h is sum_d "
         "max(probe_d lo_d, probe_d hi_d) with lo and hi from the page's summary; `pooling` makes one value per KV head of "
         "the bounds of its query heads: 0 their mean and 1 their maximum after softmax(softmax_scale * bound) over the "
-        "pages in between, 2 their mean and 3 their maximum as they are. Equal values: the lower page first. A page gets "
-        "its summary when it is full: `summary` 0 its smallest and largest keys per channel, 1 the middle of these minus "
-        "and plus the mean absolute deviation from the middle. Afterwards last_query holds the query of each sequence's "
-        "last token of this step. All of this in fp32 or better."
+        "pages in between, 2 their mean and 3 their maximum without softmax. Ties go to the lower page. A page gets its "
+        "summary when it is full: `summary` 0 the minimum and maximum of its keys per channel, 1 the midpoint of these minus "
+        "and plus the mean absolute deviation from the midpoint. Afterwards last_query holds the query of each sequence's "
+        "last token of this step. All of this is computed in fp32 or better."
     ),
     source=(
         "FreeKV (arXiv 2505.13109, section 4): speculative retrieval with the last query, correction per KV head, group- "
@@ -50,12 +50,12 @@ SPEC = OpSpec(
         t.SLOTS,
         t.PAGE_TABLE,
         t.KV_LEN,
-        TensorSpec(name="prompt_len", axes=("B",), dtype="int64", doc="tokens of the sequence's prompt that have been read"),
+        TensorSpec(name="prompt_len", axes=("B",), dtype="int64", doc="prompt tokens of the sequence that have been prefilled"),
         TensorSpec(
             name="adaptive_budget",
             axes=("L", "B"),
             dtype="int64",
-            doc="tokens a step may attend to where AdaptiveBudget has found them; -1: kept_share and kept_tokens tell",
+            doc="tokens a step may attend to, from AdaptiveBudget; -1: kept_share and kept_tokens apply",
         ),
         TensorSpec(
             name="query_rows",
@@ -80,7 +80,7 @@ SPEC = OpSpec(
         TensorSpec(name="out", axes=("N", "H", "D"), dtype="float", doc="attention output"),
         t.LSE,
         TensorSpec(
-            name="corrected", axes=("B", "K"), dtype="int64", doc="1 where a KV head chose its pages with this step's query"
+            name="corrected", axes=("B", "K"), dtype="int64", doc="1 where a KV head chose pages with this step's query"
         ),
     ),
     attributes=(
@@ -92,9 +92,9 @@ SPEC = OpSpec(
         AttributeSpec(name="sinks", type="int", doc="first tokens that are always attended to", default=0),
         AttributeSpec(name="recent", type="int", doc="last tokens that are always attended to, at least 1", default=1),
         AttributeSpec(name="tau", type="float", doc="cosine below which a KV head is corrected, taken in fp32", default=0.8),
-        AttributeSpec(name="summary", type="int", doc="0: smallest and largest; 1: middle and mean deviation", default=0),
+        AttributeSpec(name="summary", type="int", doc="0: minimum and maximum; 1: midpoint and mean deviation", default=0),
         AttributeSpec(name="pooling", type="int", doc="0 MeanS, 1 MaxS, 2 MeanQK, 3 MaxQK", default=0),
-        AttributeSpec(name="softmax_scale", type="float", doc="factor on bounds before a softmax over pages", default=1.0),
+        AttributeSpec(name="softmax_scale", type="float", doc="factor on bounds before the softmax over pages", default=1.0),
     ),
     cases=(
         Case(

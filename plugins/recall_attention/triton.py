@@ -1,6 +1,6 @@
-"""RecallAttention on the GPU: summaries of pages that fill, a choice of pages per KV head, attention over a table of each head.
+"""RecallAttention on the GPU: summaries of filled pages, a choice of pages per KV head, attention over a page table per head.
 
-Each piece can be called alone, by those who keep the pool elsewhere. K KV heads, P page size, D head size.
+Each part can be called alone, for pools that are kept elsewhere. K KV heads, P page size, D head size.
 """
 
 import torch
@@ -26,7 +26,7 @@ def summarise(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ) -> None:
-    """Write what bounds one KV head's keys [P, D] of a page from below and above, [2, D]."""
+    """Write the lower and upper bounds [2, D] of one KV head's keys [P, D] in a page."""
     d = tl.arange(0, BLOCK_D)
     lo = tl.full([BLOCK_D], float("inf"), tl.float32)
     hi = tl.full([BLOCK_D], float("-inf"), tl.float32)
@@ -120,7 +120,7 @@ def table_kernel(
 def run(args: Arguments[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Spec: ``spec.py``. Returns (out [N, H, D], lse [N, H], corrected [B, K]); updates the states in place.
 
-    Launches on the current stream and does not wait. Rows behind the last sequence's are left as they were allocated.
+    Launches on the current stream and does not wait. Output rows after the last sequence's are left uninitialised.
     """
     append_tokens(args.kv, args.token_positions, args.slots[args.layer], args.k, args.v, args.positions)
 
@@ -163,7 +163,7 @@ def summaries_of_filled(
     launch(
         summary_kernel,
         (n_tokens // page_size + len(kv_len_B), n_kv_heads),
-        warps=1,  # as begin_kernel, which sums the same in the same order
+        warps=1,  # as in begin_kernel, which computes the same sums in the same order
         cu_ptr=cu_tokens,
         table_ptr=table_BT,
         len_ptr=kv_len_B,
@@ -193,7 +193,7 @@ def attend_chosen(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """The query of each generated token attends to the sinks, the newest pages and those that its KV head has chosen."""
+    """The query of each generated token attends to the sinks, the newest pages and the pages that its KV head has chosen."""
     n_sequences, n_kv_heads, n_table = chosen_BKT.shape
     head_table_BKT = torch.empty_like(chosen_BKT)
     launch(

@@ -1,4 +1,4 @@
-"""What implementations of TokenScores are given; ``spec.py`` says what it means."""
+"""Arguments of the implementations of TokenScores; ``spec.py`` defines the op."""
 
 from dataclasses import dataclass
 from typing import Generic

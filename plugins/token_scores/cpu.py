@@ -1,6 +1,6 @@
 """TokenScores on the CPU: column sums of the attention matrix, block by block: products (torch), then sums of exps (numba).
 
-A sequence of one token is counted where its pages lie (numba).
+A sequence with one token in the step is scored in place (numba).
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, head_gr
 from trt_kv.plugins.token_scores.arguments import Arguments
 
 BLOCK_TOKENS = 1024
-"""Tokens whose exponents are held at a time: enough for a matrix product to pay, few enough for the caches."""
+"""Tokens whose exponents are computed at a time: enough for an efficient matrix product, few enough for the CPU's caches."""
 
 
 def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
@@ -82,8 +82,8 @@ def attention_received(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS:
     """Attention that each cached token receives, summed over queries, mean over a KV head's query heads: [K, S] fp32.
 
     q is already scaled. Token k receives sum_m exp(q_m.k - lse_m). With -lse as one more channel of q and 1 as one more
-    channel of k, the exponents are one matrix product. Memory: O(N * T), T being the tokens from the first one on that some
-    query may not see: this step's, as a rule; and the exponents of ``BLOCK_TOKENS`` tokens.
+    channel of k, the exponents are one matrix product. Memory: O(N * T), where T counts the tokens from the first one that is
+    hidden from some query (usually those of this step), and the exponents of ``BLOCK_TOKENS`` tokens.
     """
     n_queries, n_heads, _ = q_NHD.shape
     n_kv_heads, n_cached, _ = k_KSD.shape
@@ -119,7 +119,7 @@ def _denominators(k_KTC: Tensor, q_KGNC: Tensor, mask_TN: Tensor | None = None) 
 
 @numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
 def sum_exps(exponents_TM: Floats, sums_T: Floats) -> None:
-    """The sum of each row's exps, the exponents being at most 0."""
+    """The sum of exp over each row; exponents are at most 0."""
     for t in numba.prange(len(exponents_TM)):
         total = np.float32(0.0)
         for m in range(exponents_TM.shape[1]):
@@ -130,7 +130,7 @@ def sum_exps(exponents_TM: Floats, sums_T: Floats) -> None:
 def pool_neighbours(positions_KS: Ints, scores_KS: Floats, *, end: int, pooling: int) -> None:
     """In each head, replace the scores of tokens at positions up to ``end`` by the mean of ``pooling`` neighbours among them.
 
-    Neighbours in order of position; where there are none, zeros count.
+    Neighbours in order of position; missing ones count as zeros.
     """
     order_KS = np.argsort(positions_KS, axis=1, kind="stable")
     is_pooled_KS = positions_KS <= end
@@ -156,7 +156,7 @@ def receive_one(
     per_head: bool,
     scores: Floats,
 ) -> None:
-    """Add to ``scores`` what all ``kv_len_B[b]`` cached tokens of sequence b receive from row ``rows_B[b]`` of q."""
+    """Add to ``scores`` the attention that the ``kv_len_B[b]`` tokens of sequence b receive from row ``rows_B[b]`` of q."""
     n_kv_heads, page_size, head_size = kv.shape[2:]
     group = q_NHD.shape[1] // n_kv_heads
     received_BKS = np.zeros((len(rows_B), n_kv_heads, kv_len_B.max()), np.float32)

@@ -1,6 +1,6 @@
 """TokenScores in standard ONNX ops. Holds the N x Z weights of all query heads in memory.
 
-Pooling sorts a sequence's slots by position, which TensorRT's TopK does for up to 3840 of them, as in EvictTokens.
+Pooling sorts a sequence's slots by position, which TensorRT's TopK supports for up to 3840 of them, as in EvictTokens.
 """
 
 import onnx_ir as ir
@@ -60,8 +60,8 @@ def body(
 
 
 def _counted_rows(f: FunctionBody, prompt_remaining: ir.Value) -> ir.Value:
-    """[N, 1]: whether a query adds to the scores: a prompt token, one of the last ``window`` where that is not 0, and a
-    generated token where ``generated`` is 1.
+    """[N, 1]: whether a query adds to the scores: prompt tokens (only the last ``window`` if that is not 0), and generated
+    tokens if ``generated`` is 1.
     """
     window = f.attribute("window")
     in_window = f.Or(f.Less(prompt_remaining, window), f.Equal(window, 0))
@@ -71,7 +71,7 @@ def _counted_rows(f: FunctionBody, prompt_remaining: ir.Value) -> ir.Value:
 
 
 def _last_prompt_position(f: FunctionBody, positions: ir.Value, cu_tokens: ir.Value, prompt_remaining: ir.Value) -> ir.Value:
-    """[B, 1, 1]: where the prompt of a sequence ends, if it does in this step; else -1."""
+    """[B, 1, 1]: position of the last prompt token of a sequence if it is in this step; else -1."""
     is_last_NB = f.And(rows_of_sequences(f, positions, cu_tokens), f.Unsqueeze(f.Equal(prompt_remaining, 0), [1]))
     last_B = f.ReduceMax(f.Where(is_last_NB, f.Unsqueeze(positions, [1]), -1), [0], keepdims=0)
     return f.Unsqueeze(last_B, [1, 2])

@@ -9,10 +9,10 @@ SPEC = OpSpec(
         "Add to every cached token's score the attention it receives from this step's queries: the mean over query heads of "
         "the softmax weight, summed over the queries that count. Tokens appended in this step start at 0. The mean is over all "
         "query heads and the same for every KV head, which then must hold the same tokens (per_head 0), or over those that "
-        "share the KV head (per_head 1). With window 0 every prompt query counts (PrefixKV's mass); with window W only the "
+        "share the KV head (per_head 1). With window 0 every prompt query counts (PrefixKV's sum); with window W only the "
         "last W prompt queries do (an observation window). In the step that holds the sequence's last prompt token, at "
         "position p, scores are finished: average 1 divides the score of the token at position s by the number of counted "
-        "prompt queries that may see it, p - s + 1 and not more than W; then pooling k replaces the scores of the tokens at "
+        "prompt queries that may see it, min(p - s + 1, W); then pooling k replaces the scores of the tokens at "
         "positions up to p - window by the mean over k of them, neighbours in order of position, zeros beyond the first and "
         "the last."
     ),
@@ -49,13 +49,13 @@ SPEC = OpSpec(
             name="per_head", type="int", doc="1: each KV head gets the mean over its own query heads; 0: over all", default=0
         ),
         AttributeSpec(
-            name="pooling", type="int", doc="over how many neighbours finished scores are averaged; odd, 1: none", default=1
+            name="pooling", type="int", doc="neighbours that finished scores are averaged over; odd, 1: none", default=1
         ),
         AttributeSpec(
             name="average", type="int", doc="1: finished scores are means over the queries that count, not sums", default=0
         ),
         AttributeSpec(
-            name="generated", type="int", doc="1: the queries of generated tokens count too, whatever the window", default=0
+            name="generated", type="int", doc="1: queries of generated tokens count too, regardless of the window", default=0
         ),
     ),
     cases=(

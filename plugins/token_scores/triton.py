@@ -1,6 +1,6 @@
 """TokenScores on the GPU: column sums of the attention matrix from the log-sum-exps, then averaging and pooling.
 
-Every program owns the slots of one tile, so that nothing is added by two. Decision 19 tells how work is divided.
+Every program owns the slots of one tile, so no two programs add to the same score. How work is divided: decision 19.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from trt_kv.plugins.triton_launch import launch, power_of_2
 
 _LOG2_E = 1.4426950408889634
 _BLOCK_S = 64
-"""Slots of a tile where there is little to do for each."""
+"""Slots per tile in kernels with little work per slot."""
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
@@ -57,12 +57,13 @@ def receive_kernel(
     BLOCK_S: tl.constexpr,
     LOG2_E: tl.constexpr,
 ) -> None:
-    """One program per (BLOCK_S tokens of a sequence, sequence, KV head). Where KV heads share their scores each writes what it
-    received to ``parts_ptr`` [B, K, slots of a page table], for ``share_kernel``.
+    """One program per (BLOCK_S tokens of a sequence, sequence, KV head). If KV heads share their scores, each writes its own
+    sums to ``parts_ptr`` [B, K, slots of a page table], for ``share_kernel``.
 
-    Keys ask and queries answer: a tile of keys stays, queries stream by, from the first that counts and sees one of the keys.
-    A query counts that has ``counted_from`` to ``counted_to`` - 1 prompt tokens behind it. From the row on from which all
-    count and see the whole tile, as almost all do in a prompt in order, nothing is compared.
+    The roles of flash attention are exchanged: a tile of keys stays in registers, and the program loops over queries, from the
+    first that counts and sees one of the keys. A query counts if ``counted_from`` to ``counted_to`` - 1 prompt tokens follow
+    it. From the first row on whose queries all count and see the whole tile (nearly all rows of a prompt in order), no masks
+    are needed.
     """
     b = tl.program_id(1)
     head = tl.program_id(2)
@@ -102,7 +103,7 @@ def receive_kernel(
         if not PER_HEAD:
             tl.store(at_part, tl.zeros([BLOCK_S], tl.float32), mask=inside)
         return
-    # Rows low to compared - 1 are compared, the others up to high are not.
+    # Rows low to compared - 1 are masked, the others up to high are not.
     compared = tl.minimum(low + tl.cdiv(tl.maximum(whole - low, 0), ROWS) * ROWS, high)
     k_at = kv_ptr + (at_slot + page * K * P) * D
     k = tl.load(k_at[:, None] + d[None, :], mask=inside[:, None] & is_d[None, :], other=0.0)
@@ -147,7 +148,7 @@ def share_kernel(
     P: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
-    """One program per (BLOCK_S tokens of a sequence, sequence): every KV head gets the mean of what they received."""
+    """One program per (BLOCK_S tokens of a sequence, sequence): every KV head gets the mean over the parts of all KV heads."""
     b = tl.program_id(1)
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     n = tl.load(len_ptr + b).to(tl.int32)
@@ -167,7 +168,7 @@ def share_kernel(
 def last_position(
     positions_ptr: tl.tensor, remaining_ptr: tl.tensor, begin: tl.tensor, n_new: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """The position of the sequence's last prompt token if this step holds it, else -1."""
+    """The position of the sequence's last prompt token if it is in this step, else -1."""
     last = tl.full([], -1, tl.int64)
     for start in range(0, n_new, BLOCK):
         row = start + tl.arange(0, BLOCK)
@@ -200,12 +201,12 @@ def finish_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """One program per (BLOCK_S tokens of a sequence, sequence, KV head), where the prompt ends in this step: divides scores by
+    """One program per (BLOCK_S tokens of a sequence, sequence, KV head), if the prompt ends in this step: divides scores by
     the number of their queries, and writes those to be pooled to ``sorted_ptr`` in order of position, 0 for the others.
 
-    ``sorted_ptr`` is a pool like ``scores_ptr``: the score of rank r lies where slot r of the sequence does, and ``ranks_ptr``
-    holds each slot's rank, the number of smaller positions. Against a tile that is wholly smaller or larger, as almost all
-    are in a prompt whose tokens lie in order, no two tokens are compared.
+    ``sorted_ptr`` is a pool like ``scores_ptr``: the score of rank r is at slot r of the sequence, and ``ranks_ptr`` holds each
+    slot's rank, the number of smaller positions. Tiles whose positions are all smaller or all larger, which is nearly all of
+    them in a prompt whose tokens are in order, need no comparison per token.
     """
     b = tl.program_id(1)
     head = tl.program_id(2)
@@ -267,7 +268,7 @@ def pool_kernel(
     POOLING: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
-    """After ``finish_kernel``, by the same division of work: means over neighbours in order of position."""
+    """After ``finish_kernel``, with the same grid: means over neighbours in order of position."""
     b = tl.program_id(1)
     head = tl.program_id(2)
     first_slot = tl.program_id(0) * BLOCK_S
@@ -296,8 +297,8 @@ def pool_kernel(
 def run(args: Arguments[Tensor]) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place. Launches on the current stream and does not wait.
 
-    Pooling takes twice the memory of ``scores`` for a while: 2 / D of what half-precision keys and values take. KV heads that
-    share their scores take as much as the scores of the step's sequences.
+    Temporary memory: for pooling, twice that of ``scores``, which is 2 / D of the size of half-precision keys and values; if
+    KV heads share their scores, as much as the scores of the step's sequences.
     """
     n_tokens, n_heads, head_size = args.q.shape
     n_kv_heads, n_sequences = args.kv.shape[2], args.kv_len.shape[1]
@@ -324,7 +325,7 @@ def run(args: Arguments[Tensor]) -> tuple[()]:
         P=args.page_size,
         BLOCK_K=power_of_2(n_kv_heads),
     )
-    # Per head nothing is shared, and the kernel does not touch parts.
+    # With scores per head the kernel does not access parts.
     parts = (
         args.scores
         if args.per_head
@@ -355,7 +356,7 @@ def run(args: Arguments[Tensor]) -> tuple[()]:
         shared = {name: step[name] for name in ("cu_ptr", "table_ptr", "len_ptr", "scores_ptr", "table_stride_b")}
         launch(share_kernel, tiles, parts_ptr=parts, n_slots=n_slots, BLOCK_S=_BLOCK_S, **shared, **sizes)
     if args.average or args.pooling > 1:
-        # Without pooling nothing is sorted, and the kernel touches neither of the two.
+        # Without pooling nothing is sorted, and the kernel accesses neither of the two.
         sorted_scores = torch.empty_like(args.scores) if args.pooling > 1 else args.scores
         ranks = torch.empty_like(args.scores, dtype=torch.int32) if args.pooling > 1 else args.scores
         step |= {"sorted_ptr": sorted_scores, "ranks_ptr": ranks, "window": args.window, "BLOCK_S": _BLOCK_S}
@@ -368,7 +369,7 @@ def run(args: Arguments[Tensor]) -> tuple[()]:
 
 
 def _receive_shape(itemsize: int, head_size: int, group: int, *, is_prompt: bool) -> dict[str, int]:
-    """Keys and rows of queries of a tile; both of a prompt's tiles in half precision are as large as matrix units like them."""
+    """Keys and query rows per tile; for prompts in half precision both suit the tensor cores' matrix sizes."""
     if itemsize == 2 and is_prompt and head_size <= 128:
         return {"BLOCK_S": 64, "BLOCK_M": max(128, power_of_2(group)), "warps": 4, "stages": 2}
     if itemsize == 2:

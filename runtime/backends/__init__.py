@@ -1,1 +1,1 @@
-"""Where steps run. A backend is a folder: ``load``, ``store`` (memory of the cache), ``executor`` (steps), ``recall/``."""
+"""Backends that run steps. Each has ``load`` and ``executor`` (steps); some have ``store`` (cache memory) and ``recall/``."""

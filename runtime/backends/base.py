@@ -1,4 +1,7 @@
-"""The seams: between a decoder's dense parts and its KV ops, and around both of them together."""
+"""Interfaces of backends: dense layers of a decoder, KV ops of a layer, and whole steps made of both.
+
+Dense layers are everything in a decoder except its KV ops: embedding, norms, projections, RoPE, MLPs and output head.
+"""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,19 +11,21 @@ from trt_kv.runtime.cache.kv_pool import KvPool
 
 
 class Attend(Protocol):
-    """Everything that happens to the KV cache in one layer of one step."""
+    """The KV ops of one layer in one step: attention and all updates of the KV cache."""
 
     def __call__(self, layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
-        """Attention output [N, H, D] fp32; q [N, H, D] and k, v [N, K, D] are rotated. Called once per layer, in order."""
+        """Attention output [N, H, D] fp32 of q [N, H, D] and k, v [N, K, D], q and k after RoPE. Called once per layer, in
+        order.
+        """
         ...
 
 
 class DenseExecutor(Protocol):
-    """The dense parts of a decoder. Holds no state between steps: a failed step changes nothing here."""
+    """Runs the dense layers of a decoder. Holds no state between steps, so a failed step changes nothing here."""
 
     @property
     def description(self) -> str:
-        """What runs the dense parts, for reports: library, version, device."""
+        """What runs the dense layers, for reports: library, version, device."""
         ...
 
     def run(self, input_ids: Ints, positions: Ints, logit_rows: Ints, attend: Attend) -> Floats:
@@ -30,7 +35,7 @@ class DenseExecutor(Protocol):
 
 @runtime_checkable
 class StepExecutor(Protocol):
-    """Whole steps, dense parts and KV ops. All state is in the pool, and a failed step leaves its sequences unusable."""
+    """Runs whole steps: dense layers and KV ops. All state is in the pool; a failed step leaves its sequences unusable."""
 
     @property
     def description(self) -> str:
@@ -38,9 +43,9 @@ class StepExecutor(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Compile what is compiled at its first call."""
+        """Compile the kernels that would otherwise be compiled at their first call."""
         ...
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
-        """Run ``step`` by the program of ``phase``, updating the pool."""
+        """Run ``step`` with the program of ``phase`` ("prefill" or "decode"), updating the pool."""
         ...

@@ -1,5 +1,6 @@
-"""Where an engine runs: names of devices, and what users are told where there is none. The command line asks it, too: torch is
-imported where it is used.
+"""Names and options of devices, and errors for missing devices and memory.
+
+The command line imports this module, so torch is imported only inside functions.
 """
 
 import contextlib
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 
 HOST = "cpu"
 DENSE = ("torch", "onnxruntime")
-"""What can run a decoder's dense parts on a device; the first is the default."""
+"""Libraries that can run a decoder's dense layers on a device; the first is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    """What is chosen for devices only; see ``Engine.load``. None: the default."""
+    """Options that apply only to devices; see ``Engine.load``. None: the default."""
 
     dense: str | None = None
     dtype: str | None = None
@@ -32,12 +33,12 @@ class DeviceOptions:
 
     def __post_init__(self) -> None:
         if self.dense is not None and self.dense not in DENSE:
-            raise UnknownNameError("way to run dense parts", self.dense, DENSE)
+            raise UnknownNameError("library for dense layers", self.dense, DENSE)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UnknownNameError("dtype", self.dtype, DTYPES)
 
     def check_host(self) -> None:
-        """``UsageError`` where anything is chosen, for an engine on the host."""
+        """``UsageError`` if any option is set; for engines on the host."""
         given = [f"{name}={value}" for name, value in vars(self).items() if value is not None]
         if given:
             raise UsageError(
@@ -48,9 +49,9 @@ class DeviceOptions:
 
 
 def device_from_name(name: str) -> "torch.device | None":
-    """The GPU called "cuda" or "cuda:N"; None for "cpu", which means the kernels of the host.
+    """The GPU named "cuda" or "cuda:N"; None for "cpu", which means the host kernels.
 
-    ``UsageError`` for another name, or where torch finds no such GPU.
+    ``UsageError`` for another name, or if torch finds no such GPU.
     """
     if name == HOST:
         return None
@@ -65,13 +66,13 @@ def device_from_name(name: str) -> "torch.device | None":
             f"no GPU for the device {name!r}",
             got=f"torch {torch.__version__} finds {n_gpus} NVIDIA GPUs that it can use",
             expected=f"at least {number + 1}",
-            fix="see `trt-kv doctor`: a GPU needs its driver and a build of torch for CUDA; or take the device cpu",
+            fix="see `trt-kv doctor`: a GPU needs its driver and a CUDA build of torch; or use the device cpu",
         )
     return torch.device("cuda", number)
 
 
 def free_device_bytes(device: "torch.device") -> int:
-    """Memory of a GPU that nobody has taken, or that torch would hand out again."""
+    """Free bytes of a GPU, including memory that torch has reserved and not allocated."""
     import torch
 
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -80,7 +81,7 @@ def free_device_bytes(device: "torch.device") -> int:
 
 @contextlib.contextmanager
 def told_out_of_memory(what: str, *, fix: str) -> Iterator[None]:
-    """``CapacityError`` where the memory of a GPU, or what can be pinned for it, does not do for what is done inside."""
+    """Raise ``CapacityError`` if GPU memory or pinned host memory runs out inside the block."""
     import torch
 
     try:

@@ -1,4 +1,4 @@
-"""Runs the KV ops between the dense parts, in place on the pool: on the host's arrays or a device's tensors alike."""
+"""Runs the KV ops between the dense layers, in place on the pool: on numpy arrays of the host or torch tensors of a device."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Generic
@@ -14,27 +14,27 @@ class LayerOps:
     """A program whose kernels have been looked up; ``for_step`` binds it to the tensors of one step."""
 
     def __init__(self, program: Program, kernel_of: Callable[[str], Kernel]) -> None:
-        """``kernel_of``: by the name of an op, what runs it."""
+        """``kernel_of`` maps the name of an op to the kernel that runs it."""
         specs = op_specs()
         self.layers: list[list[tuple[OpSpec, Kernel, Mapping[str, Any]]]] = [
             [(specs[node.op], kernel_of(node.op), node.attributes) for node in nodes] for nodes in program
         ]
         self.results = [[t.name for t in results_of_layer(nodes)] for nodes in program]
-        """For each layer, what its ops make for the runtime."""
+        """For each layer, the names of the results that its ops return to the runtime."""
 
     def for_step(self, tensors: Mapping[str, Array]) -> "BoundLayerOps[Array]":
-        """``tensors``: by name, what the ops read of a step, and the states."""
+        """``tensors``: the ops' inputs from the step, and the states, by name."""
         return BoundLayerOps(self, tensors)
 
 
 class BoundLayerOps(Generic[Array]):
-    """``Attend`` for one step: called by the dense program once per layer. Where the kernels only launch, so does this."""
+    """``Attend`` for one step: called by the dense layers once per layer. Synchronizes only if the kernels do."""
 
     def __init__(self, ops: LayerOps, tensors: Mapping[str, Array]) -> None:
         self._ops = ops
         self._tensors = tensors
         self.made: dict[str, dict[int, Array]] = {}
-        """What ops made for the runtime, by name and layer: see ``StepResult.assemble``."""
+        """Results of the ops for the runtime, by name and layer: see ``StepResult.assemble``."""
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         """Attention output [N, H, D] of ``layer``; q is [N, H, D], k and v are [N, K, D]. Updates the pool."""

@@ -12,7 +12,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The graph's inputs other than the KV state; all int64. Axes: [N] or as the op specs say (``plugins/tensors.py``)."""
+    """The graph's inputs other than the KV state; all int64. Axes: [N], or those of the op specs (``plugins/tensors.py``)."""
 
     input_ids: Ints
     positions: Ints
@@ -30,10 +30,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step made beside the KV state: logits [R, V] fp32 and the tokens [L, B] that are cached afterwards.
+    """Outputs of a step other than the KV state: logits [R, V] fp32, and ``kept`` [L, B], the tokens cached afterwards.
 
-    ``adaptive_budget`` [L, B]: what AdaptiveBudget found where its number is not used up by an eviction, -1 elsewhere.
-    ``corrected`` [L, B, K]: 1 where a KV head recalled pages for its own query before it attended; None where no layer recalls.
+    ``adaptive_budget`` [L, B]: budgets that AdaptiveBudget computed for later steps; -1 if it did not, or if the budget was
+    only for an eviction in this step. ``corrected`` [L, B, K]: 1 if a KV head drifted and chose pages with its current query
+    before attention; None if no layer recalls.
     """
 
     logits: NDArray[np.floating[Any]]
@@ -43,8 +44,8 @@ class StepResult:
 
     @classmethod
     def assemble(cls, step: Step, logits: NDArray[np.floating[Any]], made: Mapping[str, Mapping[int, Ints]]) -> Self:
-        """The result of ``step`` from what its ops made for the runtime, by name and layer: ``kept`` and ``budget`` [B],
-        ``corrected`` [B, K]. Rows and sequences that padded the step may stand behind its own.
+        """The result of ``step`` from its logits and its ops' results ``made``, by name and layer: ``kept`` and ``budget`` [B],
+        ``corrected`` [B, K]. All may have rows or sequences of padding at the end, which are dropped.
         """
         n_sequences = step.kv_len.shape[1]
         kept, adaptive_budget, corrected = step.kv_len.copy(), np.full(step.kv_len.shape, -1), None

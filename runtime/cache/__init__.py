@@ -1,1 +1,1 @@
-"""Sequences and their pages: who owns which, how many, and the slot that the next token takes."""
+"""The paged KV cache: allocation of pages, and page tables, lengths and slots of sequences."""

@@ -1,6 +1,6 @@
 """The KV pool: one allocation of pages that all layers and sequences draw from.
 
-One pool for all layers, because budgets differ per layer: pages that one layer gives up serve any other
+All layers share one pool because budgets differ per layer: a page freed by one layer can be used by any other
 (docs/decisions/0001-one-page-pool.md).
 """
 
@@ -11,11 +11,11 @@ from trt_kv.model_config import ModelConfig
 from trt_kv.runtime.cache.page_pool import PagePool
 
 Array = TypeVar("Array")
-"""What a backend's tensors are."""
+"""Tensor type of a backend: numpy array or torch tensor."""
 
 
 def token_bytes(config: ModelConfig, *, element_bytes: int) -> int:
-    """Bytes that a pool has for one token of one layer: keys and values, an int64 position and an fp32 score per KV head."""
+    """Bytes of a pool per token and layer: keys and values, an int64 position and an fp32 score per KV head."""
     return config.n_kv_heads * (2 * config.head_dim * element_bytes + 8 + 4)
 
 
@@ -32,12 +32,13 @@ class PoolSizes:
 class KvPool(PagePool, Generic[Array]):
     """Pages of ``page_size`` slots: kv [M, 2, K, P, D], token_positions and scores [M, K, P].
 
-    Where RecallAttention runs on the pool in place, also what it keeps: summaries [M, K, 2, D], and last_query [M, H, D], where
-    a layer of a sequence has the row of its first page; else these have no rows. Each backend has a subclass that makes them.
+    If RecallAttention runs on the pool in place, the pool also holds its states: summaries [M, K, 2, D], and last_query
+    [M, H, D], in which a layer of a sequence uses the row of its first page. Otherwise these two have no rows. Each backend
+    allocates the arrays in a subclass.
     """
 
     on_host = True
-    """Whether kernels of the host can read the arrays."""
+    """Whether host kernels can read the arrays."""
     kv: Array
     token_positions: Array
     scores: Array

@@ -1,4 +1,4 @@
-"""Who owns which page. Ownership is recorded in one place, in one write, before a page is used."""
+"""Page allocation with an owner per page. Ownership is recorded in one array, in one write, before a page is used."""
 
 import itertools
 from collections import Counter
@@ -13,11 +13,11 @@ NOBODY = 0
 
 
 class PagePool:
-    """``n_pages`` pages of ``page_size`` tokens, numbered from 0. What a page holds is a subclass's business.
+    """``n_pages`` pages of ``page_size`` tokens, numbered from 0. Subclasses define what a page holds.
 
-    ``allocate`` writes an owner's number beside each page it hands out, and a page is free exactly where nobody's stands. So
-    whatever is interrupted in between (Ctrl-C, an error), ``release_owner`` gives back what its owner has: no page is lost and
-    none has two owners. Only the thread that runs steps may call what changes the pool.
+    ``allocate`` records the owner of each page that it returns; a page without an owner is free. After any interruption
+    (Ctrl-C, an error), ``release_owner`` therefore frees everything that its owner holds: no page leaks, and none has two
+    owners. Only the thread that runs steps may change the pool.
     """
 
     name = "the KV pool"
@@ -45,12 +45,13 @@ class PagePool:
         return (self.n_pages - self.n_free) * self.page_bytes
 
     def new_owner(self) -> int:
-        """A number for somebody who will own pages."""
+        """A new owner number."""
         return next(self._owners)
 
     def allocate(self, n_pages: int, owner: int) -> list[int]:
-        """Free pages, the lowest first, which are ``owner``'s from here on; ``CapacityError`` before anything is taken if there
-        are not enough.
+        """Allocate the lowest ``n_pages`` free pages to ``owner`` and return them in ascending order.
+
+        Raises ``CapacityError``, without allocating any, if too few are free.
         """
         if n_pages == 0:
             return []
@@ -66,13 +67,13 @@ class PagePool:
         return [int(page) for page in pages]
 
     def release(self, pages: Sequence[int] | Ints) -> None:
-        """Give back some of an owner's pages."""
+        """Free some of an owner's pages."""
         if len(pages):
             self._first = min(self._first, int(np.min(pages)))
             self._owner_M[np.asarray(pages, np.int64)] = NOBODY
 
     def release_owner(self, owner: int) -> None:
-        """Give back all pages of ``owner``; nothing, where it has none."""
+        """Free all pages of ``owner``, if it has any."""
         self.release(np.flatnonzero(self._owner_M == owner))
 
     def pages_of(self, owner: int) -> list[int]:

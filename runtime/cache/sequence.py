@@ -1,4 +1,4 @@
-"""One sequence's cached tokens: its pages per layer, its lengths, and the slot the next token takes."""
+"""The KV cache of one sequence: its pages and length per layer, and the slots of its next tokens."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ class SequenceCache:
         self.n_prompt = 0
         """Prompt tokens read so far."""
         self.adaptive_budget: Ints = np.full(n_layers, -1, np.int64)
-        """Tokens of each layer that a step may attend to where they were found from the input; -1: where they were not."""
+        """[L]: tokens that a step may attend to, as computed from the prompt by AdaptiveBudget; -1 for layers without it."""
         self._owner_in = {pool: pool.new_owner() for pool in self._pools}
-        """This sequence's number in each pool that holds pages of it."""
+        """Owner number of this sequence in each pool that holds its pages."""
 
     @property
     def n_layers(self) -> int:
@@ -41,12 +41,12 @@ class SequenceCache:
 
     @property
     def failure(self) -> TrtKvError | None:
-        """Why this sequence cannot go on, though the others of its batch can; None where it can."""
+        """The error that stops this sequence but not the others of its batch; None if it can continue."""
         return None
 
     @property
     def held_tokens(self) -> Ints:
-        """Tokens of each layer that are held where attention reads them: [L]."""
+        """[L]: tokens of each layer in the memory that attention reads."""
         return self.kv_len
 
     @property
@@ -55,23 +55,23 @@ class SequenceCache:
         return self.pages_in(self.pool)
 
     def pages_in(self, pool: PagePool) -> list[int]:
-        """The pages of ``pool`` that its page table lists, layer by layer."""
+        """The pages of ``pool`` in this sequence's page table, layer by layer."""
         layers = [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool]
         return [int(page) for layer in layers for page in self.page_table[layer, : self._n_pages[layer]]]
 
     def _pool_of(self, layer: int) -> PagePool:
-        """Where the layer's pages are."""
+        """The pool that holds the layer's pages."""
         return self.pool
 
     def make_room(self, n_new: int) -> None:
-        """Own the pages that ``append(n_new)`` needs. All or nothing: on ``CapacityError`` nothing has changed."""
+        """Allocate the pages that ``append(n_new)`` needs. On ``CapacityError`` nothing has changed."""
         self._grow_tables(-(-self._lengths_after(n_new) // self.pool.page_size))
 
     def append(self, n_new: int) -> Ints:
-        """Make room for ``n_new`` tokens and return their slots [L, n_new].
+        """Add ``n_new`` tokens and return their pool slots [L, n_new]. On ``CapacityError`` the sequence is unchanged.
 
-        All or nothing: on ``CapacityError`` the sequence is as it was. A single token of a sequence that grows at a share takes
-        the slot of an older token in every layer that is over its share (see ``_evicts_for_next``).
+        With decode-time eviction (``growth`` of ``shrink``), a single new token takes the slot of an older one in every layer
+        that holds more than its share (see ``_evicts_for_next``).
         """
         self.make_room(n_new)
         new_len = self._lengths_after(n_new)
@@ -89,18 +89,18 @@ class SequenceCache:
         return slots
 
     def _lengths_after(self, n_new: int) -> Ints:
-        """Tokens of each layer after ``n_new`` more."""
+        """[L]: tokens of each layer after ``n_new`` more."""
         reuse = n_new == 1 and self._growth is not None
         grows = np.array([not (reuse and self._evicts_for_next(layer)) for layer in range(self.n_layers)])
         lengths: Ints = self.kv_len + n_new * grows
         return lengths
 
     def shrink(self, kept: Ints, growth: Sequence[float] | None) -> None:
-        """After the prompt's eviction: layer l holds ``kept[l]`` tokens in order of position. Pages behind them are freed.
+        """Record the prompt's eviction: layer l holds ``kept[l]`` tokens in order of position. Pages beyond them are freed.
 
-        From here on layer l grows at ``growth[l]`` per generated token: decode-time eviction of PrefixKV's released code, which
-        deletes the row ``decode_distance`` before the end of the compressed prompt (or its middle, if it is shorter). None: by
-        every token, unless EvictTokens runs while decoding (``settle``).
+        From then on layer l grows by ``growth[l]`` tokens per generated token: decode-time eviction of PrefixKV's released
+        code, which deletes the row ``decode_distance`` before the end of the compressed prompt (or its middle, if it is
+        shorter). None: it grows by every token, unless EvictTokens runs while decoding (``settle``).
         """
         self.is_evicted = True
         self._growth = None if growth is None else list(growth)
@@ -117,13 +117,13 @@ class SequenceCache:
         self.kv_len = np.array(kept, np.int64)
 
     def settle(self, kept: Ints) -> None:
-        """After EvictTokens ran while decoding: layer l holds ``kept[l]`` tokens. Pages stay, the next token needs them."""
+        """Record that EvictTokens ran while decoding: layer l holds ``kept[l]`` tokens. Its pages stay allocated."""
         self.kv_len = np.array(kept, np.int64)
 
     def fork(self) -> Self:
-        """A sequence that holds the same tokens in pages of its own, and from here on grows and shrinks by itself.
+        """A copy of this sequence in pages of its own, which grows and shrinks independently.
 
-        All or nothing: ``CapacityError`` when the pool has not as many free pages as this sequence owns.
+        Raises ``CapacityError``, without allocating any page, if fewer are free than this sequence owns.
         """
         twin = self._empty_twin()
         twin._grow_tables(self._n_pages)
@@ -148,7 +148,7 @@ class SequenceCache:
         return type(self)(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance)
 
     def release(self) -> None:
-        """Give every page back; the sequence is empty afterwards. May be called again, also after it was interrupted."""
+        """Free all pages; the sequence is empty afterwards. May be called again, also after an interrupted call."""
         for pool, owner in self._owner_in.items():
             pool.release_owner(owner)
         self.page_table[:] = -1
@@ -166,7 +166,7 @@ class SequenceCache:
         return list(dict.fromkeys(self._pool_of(layer) for layer in range(self.n_layers)))
 
     def _evicts_for_next(self, layer: int) -> bool:
-        """Whether the layer holds a token more than its share of the tokens seen (papers: int(len - T * kept) > 0)."""
+        """Whether the layer is over its share of the computed tokens by one or more (papers: int(len - T * kept) > 0)."""
         assert self._growth is not None
         over = int(self.kv_len[layer] - self.num_computed_tokens * self._growth[layer]) > 0
         return over and bool(self._reuse_order[layer])
@@ -178,7 +178,7 @@ class SequenceCache:
         return slots
 
     def _grow_tables(self, n_pages: Ints) -> None:
-        """Own ``n_pages[l]`` pages in layer l, at least those owned now; all layers or none."""
+        """Grow each layer l to ``n_pages[l]`` pages, or leave it if it has more. On ``CapacityError`` nothing has changed."""
         n_pages = np.maximum(n_pages, self._n_pages)
         more_L = n_pages - self._n_pages
         if not more_L.any():

@@ -1,4 +1,4 @@
-"""A sequence whose cache lies on the host in some layers and on the device in the others."""
+"""A sequence whose KV cache is on the host for some layers and on the device for the others."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
@@ -12,36 +12,36 @@ from trt_kv.runtime.statistics import RecallStatistics
 
 
 class Held(Protocol):
-    """What of one layer of a sequence is on the device."""
+    """The part of one layer of a sequence that is on the device."""
 
     @property
     def failure(self) -> TrtKvError | None:
-        """Why the layer's pages are lost."""
+        """The error by which the layer's pages were lost; None if they were not."""
         ...
 
     @property
     def n_held_tokens(self) -> int:
-        """Tokens that its device pages have room for."""
+        """Capacity of its device pages, in tokens."""
         ...
 
 
 class HeldByRow(Protocol):
-    """What is on the device, by the number of a layer's first host page."""
+    """The parts of layers on the device, by the number of the layer's first host page."""
 
     def get(self, row: int, /) -> Held | None: ...
 
 
 class Tiers(Protocol):
-    """Two tiers, and what is kept of sequences beside their page tables."""
+    """The host and device tiers, and the state of sequences that is not in their page tables."""
 
     @property
     def host(self) -> PagePool:
-        """Where the pages of layers are that recall."""
+        """The pool of the layers that recall."""
         ...
 
     @property
     def device(self) -> KvPool[Any]:
-        """Where those of the others are."""
+        """The pool of the other layers."""
         ...
 
     @property
@@ -49,19 +49,19 @@ class Tiers(Protocol):
 
     @property
     def statistics(self) -> RecallStatistics | None:
-        """What was recalled; None where it is not counted."""
+        """Counts of recall; None if they are not kept."""
         ...
 
     def fork(self, pages: Ints, twin_pages: Ints) -> None:
-        """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
+        """Copy one layer of a sequence from its host pages ``pages`` to the new host pages ``twin_pages`` of its fork."""
         ...
 
     def warm_up(self) -> None:
-        """Compile what is compiled at its first call and is not a kernel of an op."""
+        """Compile the functions that are compiled at their first call, other than kernels of ops."""
         ...
 
     def release(self, rows: Sequence[int]) -> None:
-        """Forget layers of sequences, known by their first host pages."""
+        """Free the state of layers of sequences, identified by their first host pages."""
         ...
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class Tiers(Protocol):
 
 
 class TieredSequence(SequenceCache):
-    """Page tables name host pages in ``host_layers`` and device pages elsewhere."""
+    """A ``SequenceCache`` whose page table lists host pages for ``host_layers`` and device pages for the other layers."""
 
     def __init__(self, recall: Tiers, *, n_layers: int, host_layers: Sequence[int]) -> None:
         self._recall = recall
@@ -79,12 +79,12 @@ class TieredSequence(SequenceCache):
 
     @property
     def failure(self) -> TrtKvError | None:
-        """Why this sequence cannot go on: the first of its layers whose pages were lost."""
+        """The error of the first layer whose pages were lost; None if no layer lost any."""
         return next((w.failure for w in self._working_sets() if w is not None and w.failure is not None), None)
 
     @property
     def held_tokens(self) -> Ints:
-        """Tokens of each layer that the device has room for; where the cache stays on the host, its working set."""
+        """[L]: tokens of each layer; of a layer whose cache is on the host, at most the capacity of its working set."""
         held = self.kv_len.copy()
         for layer, working_set in enumerate(self._working_sets()):
             if working_set is not None:
@@ -92,7 +92,7 @@ class TieredSequence(SequenceCache):
         return held
 
     def fork(self) -> Self:
-        """See ``SequenceCache.fork``; waits for what is on its way. ``RecallError`` where a page cannot be copied."""
+        """See ``SequenceCache.fork``. Waits for pending copies. ``RecallError`` if a page cannot be copied."""
         twin = super().fork()
         try:
             for layer in self._host_layers:
@@ -108,7 +108,7 @@ class TieredSequence(SequenceCache):
         return type(self)(self._recall, n_layers=self.n_layers, host_layers=tuple(self._host_layers))
 
     def release(self) -> None:
-        """Wait for what is on its way, then give every page of both tiers back."""
+        """Wait for pending copies, then free every page of both tiers."""
         self._recall.release([int(self.page_table[layer, 0]) for layer in self._host_layers])
         super().release()
 

@@ -1,4 +1,4 @@
-"""Token ids to text, piece by piece."""
+"""Incremental detokenization."""
 
 from tokenizers import Tokenizer
 
@@ -7,11 +7,11 @@ INCOMPLETE = "\ufffd"
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens; text comes out as soon as no later token can change it.
+    """Decodes a growing list of tokens; text is returned as soon as no later token can change it.
 
-    Each piece is what a few tokens say after the tokens before them, because decoders treat the first token of a text in their
-    own way. A character whose bytes are spread over tokens comes out whole, with its last token. (``tokenizers.DecodeStream``
-    raises where a byte-fallback tokenizer takes back text it had decoded.)
+    New tokens are decoded together with the tokens before them, because decoders treat the first token of a text differently. A
+    character whose bytes are spread over several tokens is returned with the last of them. (``tokenizers.DecodeStream`` raises
+    an error if a byte-fallback tokenizer retracts text that it had decoded.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -20,7 +20,7 @@ class Detokenizer:
         self._pending: list[int] = []
 
     def step(self, token_id: int) -> str:
-        """The text that ``token_id`` makes certain; special tokens have none."""
+        """The text that becomes final with ``token_id``; empty for special tokens."""
         self._pending.append(token_id)
         text = self._pending_text()
         if not text or text.endswith(INCOMPLETE):
@@ -29,7 +29,7 @@ class Detokenizer:
         return text
 
     def finish(self) -> str:
-        """The text still pending after the last token, without a character that has remained incomplete."""
+        """The text still pending after the last token, without an incomplete character at its end."""
         text = self._pending_text().rstrip(INCOMPLETE)
         self._context, self._pending = [], []
         return text

@@ -8,9 +8,9 @@ from trt_kv.errors import TrtKvError
 
 
 def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
-    """The tokenizer in ``path``, without the truncation and padding that some files ask for.
+    """The tokenizer in ``path``, without the truncation and padding that some files configure.
 
-    ``error`` where there is none or it cannot be read.
+    Raises ``error`` if it is missing or cannot be read.
     """
     if not path.is_file():
         raise error(
@@ -20,7 +20,7 @@ def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as cause:  # the package raises nothing more special
+    except Exception as cause:  # the package raises no more specific class
         raise error(f"cannot read the tokenizer {path}", got=str(cause), expected="a tokenizers file") from cause
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -1,4 +1,4 @@
-"""Pictures of budgets that are found from the input: how they spread, what the threshold does, what each part is for."""
+"""Pictures of adaptive budgets: their distribution, the effect of the threshold, ablations."""
 
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def budgets(results: Results) -> "Figure":
-    """The budget of each input, per task and context; where layers are exempt also counted without them."""
+    """The budget of each input, per task and context; if layers are exempt, also without these."""
     adaptive = [policy for policy in results.in_groups("published", "ours") if policy.adaptive]
     counted = [(policy, without) for policy in adaptive for without in ((False, True) if policy.exempt_layers else (False,))]
     figure, axes = panels(len(counted), columns=len(counted), width=5.0, height=0.62 * len(results.tasks) + 1.0)
@@ -67,7 +67,7 @@ def _draw_budgets(axis: "Axes", results: Results, policy: PolicyFacts, *, withou
 
 
 def thresholds(results: Results) -> "Figure":
-    """What ReFreeKV keeps, and how well it answers, against its threshold."""
+    """Kept share and answer quality of ReFreeKV against its threshold."""
     swept = sweep(results)
     figure, (kept_axis, right_axis) = panels(2, columns=2, width=5.2, height=4.2)
     for cell in results.compared():
@@ -107,7 +107,7 @@ def _own_threshold(results: Results) -> float:
 
 
 def ablations(results: Results) -> "Figure":
-    """ReFreeKV with one part replaced each: exact answers and kept shares, per task."""
+    """Ablations of ReFreeKV, each with one part replaced: exact answers and kept shares, per task."""
     policies = [results.policy(REFREEKV), *results.in_groups("ablation")]
     cells = results.compared()
     figure, axes = panels(2, columns=2, width=7.0, height=0.55 * len(policies) + 1.6)

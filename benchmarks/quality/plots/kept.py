@@ -1,4 +1,4 @@
-"""Pictures of what is kept: by each layer, and where in the prompt."""
+"""Pictures of the kept tokens: share per layer, and place in the prompt."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def layers(results: Results) -> "Figure":
-    """Kept share of each layer: policies that give layers different shares, and those that find them from the input."""
+    """Kept share of each layer: policies with different shares per layer, and those with adaptive budgets."""
     cells = results.main_cells()
     budget = results.settings.summary_budget
     rows: list[tuple[str, Row]] = []
@@ -46,7 +46,7 @@ def layers(results: Results) -> "Figure":
 
 
 def kept(results: Results) -> "Figure":
-    """What is kept of late questions: where the tokens stand, and how much of the fact and of the question they are."""
+    """Tokens kept of late questions: mean place in the prompt, and shares of the fact and of the question."""
     cell = results.late()
     measures: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
         ("Mean place of the kept tokens (0: first, 100: last)", lambda row: row.kept_place),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Measure = Callable[[Cell, Row], Estimate]
 
 PICTURES: dict[str, Callable[[Results], "Figure"]] = {}
-"""What draws each picture, by file name."""
+"""The function that draws each picture, by file name."""
 
 
 def pictures(results: Results) -> dict[str, bytes]:
@@ -43,7 +43,7 @@ def pictures(results: Results) -> dict[str, bytes]:
 
 
 def capability(results: Results) -> "Figure":
-    """What the full cache does, per task and context."""
+    """Answers of the full cache, per task and context."""
     asking = [task for task in results.tasks if task.asks]
     contexts = [plan.context_length for plan in results.settings.contexts]
     figure, (axis,) = panels(1, columns=1, width=2.2 + 1.2 * len(contexts), height=0.55 * len(asking) + 1.2)
@@ -91,7 +91,7 @@ def perplexity(results: Results) -> "Figure":
 
 
 def agreement(results: Results) -> "Figure":
-    """Greedy tokens that are those of the full cache, against the kept share, a panel per task."""
+    """Greedy tokens equal to those of the full cache, against the kept share, a panel per task."""
     cells = results.compared()
     figure, axes = panels(len(cells), columns=4)
     for axis, cell in zip(axes, cells, strict=True):
@@ -131,7 +131,7 @@ def contexts(results: Results) -> "Figure":
 
 
 def _draw_quality(axis: "Axes", results: Results, cell: Cell, measure: Measure) -> None:
-    """Lines for policies with a kept share; a point with its budgets' range for those that find their own."""
+    """Lines for policies with a kept share; for adaptive budgets a point with their range."""
     budgets = results.settings.at(cell.context_length).budgets
     full = measure(cell, cell.full)
     axis.axhspan(full.low, full.high, color=INK, alpha=0.08, linewidth=0)

@@ -1,4 +1,4 @@
-"""How the report's pictures look: one colour per policy or task, the same in every picture, and plain axes."""
+"""Style of the report's pictures: one colour per policy or task, the same in every picture, and plain axes."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -49,7 +49,7 @@ TASK_COLORS = ("#c2410c", "#d97706", "#a3a300", "#15803d", "#0e7490", "#1d4ed8",
 
 
 def shown_policies(results: Results) -> list[PolicyFacts]:
-    """Ours first, so that the published ones are drawn over them where they are equal."""
+    """Ours first, so that published policies with equal values are drawn over them."""
     return results.in_groups("ours", "published")
 
 
@@ -87,7 +87,7 @@ def title(axis: "Axes", text: str) -> None:
 
 
 def headline(figure: "Figure", text: str) -> None:
-    """What all panels of a figure are about."""
+    """The title of a figure."""
     figure.suptitle(text, color=INK, fontsize=11, x=0.01, ha="left")
 
 
@@ -102,7 +102,7 @@ def legend(figure: "Figure", axes: "Iterable[Axes]") -> None:
 
 
 def curve(axis: "Axes", places: Any, estimates: Sequence[Estimate], style: Style, label: str, *, alpha: float = 0.25) -> None:
-    """Estimates at places of the x axis as a line with intervals."""
+    """Estimates as a line with intervals."""
     axis.vlines(places, [e.low for e in estimates], [e.high for e in estimates], color=style.color, alpha=alpha, linewidth=1.2)
     axis.plot(
         places,
@@ -117,7 +117,7 @@ def curve(axis: "Axes", places: Any, estimates: Sequence[Estimate], style: Style
 
 
 def share_axis(axis: "Axes", shares: Sequence[float]) -> None:
-    """The x axis of kept shares, on a square-root scale: that is where policies differ."""
+    """The x axis of kept shares, on a square-root scale, which enlarges the small shares at which policies differ."""
     axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0.0)), np.square))
     axis.set_xticks(shares)
     axis.set_xlim(0.6 * min(shares), 1.02)
@@ -166,7 +166,7 @@ def heatmap(
 
 
 def png(figure: "Figure", results: Results) -> bytes:
-    """The same bytes for the same results, wherever the same matplotlib draws them."""
+    """The PNG, with the same bytes for the same results and version of matplotlib."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": f"trt-kv {results.versions.trt_kv}"})
     return buffer.getvalue()

@@ -1,7 +1,7 @@
-"""Runs one document under many host-resident policies at once, on the product's own runtime.
+"""Runs one document under many host-resident policies at once, on the engines' runtime.
 
-What a step attends to does not depend on where pages lie, so everything is measured with the whole cache in one pool, read
-in place. A document is prefilled once, attending to everything as all these policies do; each plan gets a fork of that
+What a step attends to does not depend on where pages are stored, so everything is measured with the whole cache in one pool,
+read in place. A document is prefilled once with full attention, as in all these policies. Each plan gets a fork of that
 sequence, and all forks decode the right answer together (see ``benchmarks.quality.harness``).
 
 L layers, K KV heads, T fed tokens, F forks, V vocabulary.
@@ -31,12 +31,12 @@ from trt_kv.runtime.model_runner import ModelRunner
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """What one plan moved in one case, in pages of one KV head; shares and pages of a step are means over its decode steps.
+    """Pages that one plan moved in one case, counted per KV head; shares and pages of a step are means over decode steps.
 
     ``cosine_LK``: cosine of a step's queries with those before. ``corrected_LK``: share of steps in which a KV head was
     corrected. ``corrected_heads``: its mean over the layers that recall; ``corrected_layer_steps``: share of (layer, step) with
     any corrected KV head. ``ahead`` and ``late``: pages per step, over all layers (``recall.steps.Movement``).
-    ``overlap``: share of chosen pages that were chosen in the step before; None where none was chosen.
+    ``overlap``: share of chosen pages that were chosen in the step before; None if none was chosen.
     """
 
     cosine_LK: tuple[tuple[float, ...], ...]
@@ -49,7 +49,7 @@ class Moved:
 
 
 class RecallHarness:
-    """One model on one executor, with one pool of pages of ``pool.page_size`` tokens; ``adaptive`` finds budgets in prefill."""
+    """One model on one executor and one pool of pages of ``pool.page_size`` tokens; ``adaptive`` finds budgets in prefill."""
 
     def __init__(self, executor: DenseExecutor, pool: KvPool[Any], adaptive: Policy, *, n_layers: int, scale: float) -> None:
         self.pool = pool
@@ -61,11 +61,11 @@ class RecallHarness:
 
     @property
     def page_head_bytes(self) -> int:
-        """Bytes of keys and values of one KV head in one page: what is moved at once."""
+        """Bytes of keys and values of one KV head in one page, the unit that is moved."""
         return int(self.pool.kv[0, :, 0].nbytes)
 
     def run(self, case: Case, plans: Sequence[Plan]) -> list[tuple[Outcome, Moved]]:
-        """One outcome per plan, and what it moved. Leaves the pool as it was."""
+        """One outcome per plan, and the pages it moved. Leaves the pool unchanged."""
         n_kv_heads = self.pool.kv.shape[2]
         with released() as sequences:
             sequences.append(self.runner.new_sequence())
@@ -83,7 +83,7 @@ class RecallHarness:
         ]
 
     def _forked(self, whole: SequenceCache, plan: Plan) -> SequenceCache:
-        """A fork as an engine of this plan has it after the prompt, with the summaries and budgets that its policy asks for."""
+        """A fork in the state of an engine of this plan after the prompt, with the summaries and budgets of its policy."""
         fork = whole.fork()
         nodes = recall_nodes(self._program(plan, "prefill"))
         if plan.policy.budget != "unimetric":
@@ -95,7 +95,7 @@ class RecallHarness:
         return fork
 
     def _attended(self, movement: Movement, case: Case) -> dict[str, Any]:
-        """What the steps attended to, as the fields of ``Outcome`` that say what is kept: means over steps."""
+        """The tokens that steps attended to, in the fields of ``Outcome`` for kept tokens: means over steps."""
         size, n_kv_heads = self.pool.page_size, self.pool.kv.shape[2]
         attended_L = movement.attended_L / movement.n_steps
         by_page = movement.attended_by_position / (movement.n_steps * self._n_layers * n_kv_heads)
@@ -139,7 +139,7 @@ def recall_harness_from_engine(
 
 
 def _moved(movement: Movement, *, waits_for_all: bool) -> Moved:
-    """``waits_for_all``: nothing is recalled ahead, and the first step fills the working set, which does not count."""
+    """``waits_for_all``: nothing is recalled ahead; the first step, which fills the working set, is not counted."""
     n_heads = movement.corrected_LK.shape[1]
     n_choices = max(1, movement.n_steps * movement.n_layers)
     return Moved(
@@ -154,5 +154,5 @@ def _moved(movement: Movement, *, waits_for_all: bool) -> Moved:
 
 
 def _mean_of(by_position: np.ndarray, span: range) -> float | None:
-    """Mean of the values at ``span``; None where it is empty."""
+    """Mean of the values at ``span``; None if it is empty."""
     return float(by_position[span.start : span.stop].mean()) if span else None

@@ -28,7 +28,7 @@ from trt_kv.recipe import RecipeModel
 
 ADAPTIVE = "freekv-unimetric"
 DECODED_BEYOND = 64
-"""Tokens that a fork has room for beyond its context."""
+"""Tokens of room for a fork beyond its context."""
 
 
 def measure_recall(

@@ -1,4 +1,4 @@
-"""Pictures of host-resident policies: quality against what a step attends to, and what the threshold of correction does."""
+"""Pictures of host-resident policies: quality against the attended share, and the effect of the correction threshold."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ def recall_pictures(recall: RecallResults, results: Results) -> dict[str, bytes]
 
 
 def accuracy(recall: RecallResults, results: Results) -> "Figure":
-    """Exact answers (plain text: perplexity) against the share, a panel per task, beside policies that drop tokens."""
+    """Exact answers (plain text: perplexity) against the share, a panel per task, with policies that drop tokens."""
     cells = [*measured_cells(recall, results), *_many(recall, results)]
     drawn: list[tuple[Measured, str, Measure, bool]] = [
         (cell, f"{cell.name.capitalize()}: exact answers", lambda row: row.accuracy, True) for cell in cells if cell.asks
@@ -81,7 +81,7 @@ def accuracy(recall: RecallResults, results: Results) -> "Figure":
 
 
 def _many(recall: RecallResults, results: Results) -> list[Measured]:
-    """The task with many facts by itself."""
+    """The task with many facts alone."""
     cell = recall.cell("many")
     found = [cell] if cell is not None and results.can(results.cell("many", cell.context_length)) else []
     return [Measured(name="many facts", host=of, all=beside(results, of), asks=True) for of in found]
@@ -190,7 +190,7 @@ def _draw_traffic(axis: "Axes", recall: RecallResults, cell: Measured) -> None:
 
 
 def corrected(recall: RecallResults, results: Results) -> "Figure":
-    """How often each KV head of each layer is corrected, at each tau between."""
+    """Correction rate of each KV head of each layer, at each tau between the extremes."""
     budget, between = recall.swept_budget, [(value, policy) for value, policy in sweep(recall) if -1.0 <= value <= 1.0]
     cell = next(of for of in measured_cells(recall, results) if of.host.has(between[0][1].name, budget))
     figure, axes = panels(len(between), columns=len(between), width=2.4, height=3.4)
@@ -214,4 +214,4 @@ RECALL_PICTURES: dict[str, Draw] = {
     "recall_tau.png": tau,
     "recall_corrected.png": corrected,
 }
-"""What draws each picture, by file name."""
+"""The function that draws each picture, by file name."""

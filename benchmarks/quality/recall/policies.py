@@ -1,7 +1,7 @@
-"""Which host-resident policies the report compares: the presets, what they are made of replaced one by one, and mixtures.
+"""The host-resident policies that the report compares: the presets, variants with one part replaced, and combinations.
 
-All of them attend to the same sinks and newest tokens, and no layer is exempt where nothing else is said, so that at one
-share a step attends to equally many tokens whatever the policy.
+All of them attend to the same sinks and newest tokens, and no layer is exempt unless stated, so that at one share a step
+attends to the same number of tokens under every policy.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from trt_kv.policy import Policy
 PUBLISHED_HOST = ("freekv", "quest", "arkvale")
 SINKS, RECENT = 4, 16
 SYNCHRONOUS, NEVER_CORRECTED = 1.01, -1.01
-"""Values of tau: every step chooses by its own query; no step ever does."""
+"""Values of tau at which every step, or no step, chooses by its own query."""
 TAUS = (0.5, 0.7, 0.9, 0.95)
-"""Beside FreeKV's own 0.8 and the two above."""
+"""Further values of tau, besides FreeKV's own 0.8 and the two above."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostContender(Contender):
-    """A contender whose cache stays on the host. ``recipe_of``: whose recipe sets its layers' shares, if it has one."""
+    """A contender whose cache stays on the host. ``recipe_of``: the policy whose recipe sets its layers' shares, if any."""
 
     recipe_of: Policy | None = None
 
@@ -97,7 +97,7 @@ def host_contenders() -> list[HostContender]:
 
 
 def _other_presets() -> list[HostContender]:
-    """A new preset joins by itself."""
+    """All presets; new ones are included automatically."""
     presets = [policy_from_name(name) for name in policy_names() if name not in PUBLISHED_HOST]
     return [_contender(policy.name, policy.name, _small(policy)) for policy in presets if policy.recalls]
 

@@ -1,4 +1,4 @@
-"""The results file of the host-resident policies: quality on the documents of the main results, and what would have moved.
+"""The results file of the host-resident policies: quality on the documents of the main results, and pages to be moved.
 
 D documents of a cell, L layers, K KV heads.
 """
@@ -22,7 +22,7 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class HostPlan:
-    """What is measured at one context and page size, in tokens: some tasks, by name, and policies of some groups.
+    """Measurements at one context and page size, in tokens: tasks by name, and groups of policies.
 
     Groups "tau", "choosing" and "exempt" are measured at the shares ``sweep_budgets`` of the prompt, the others at ``budgets``.
     Several plans of one context and page size add up.
@@ -42,9 +42,9 @@ class HostPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MovedRow:
-    """What a row of a cell moved and corrected. Fields of ``recall.harness.Moved``, a value per document.
+    """Pages moved and KV heads corrected in a row of a cell. Fields of ``recall.harness.Moved``, a value per document.
 
-    ``cosine_LK`` and ``corrected_LK`` are means over documents. ``overlap``: of documents in which pages were chosen at all.
+    ``cosine_LK`` and ``corrected_LK`` are means over documents. ``overlap``: only documents in which pages were chosen.
     """
 
     cosine_LK: tuple[tuple[float, ...], ...]
@@ -67,8 +67,8 @@ class MovedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class HostCell(Cell):
-    """A cell with host-resident policies behind the full cache. In its rows what is "kept" is what a step attends to, mean over
-    decode steps; ``moved`` has an entry per row but the first. ``page_head_bytes``: keys and values of one KV head in a page.
+    """A cell with host-resident policies after the full cache. "Kept" in its rows means attended to by a step, mean over decode
+    steps; ``moved`` has an entry per row except the first. ``page_head_bytes``: keys and values of one KV head in a page.
     """
 
     page_size: int
@@ -86,7 +86,7 @@ class HostCell(Cell):
         )
 
     def moved_by(self, policy: str, budget: float | None = None) -> MovedRow:
-        """What a row moved."""
+        """The movements of a row."""
         return self.moved[self.rows.index(self.row(policy, budget)) - 1]
 
 
@@ -107,12 +107,12 @@ class RecallResults:
 
     @property
     def main(self) -> HostPlan:
-        """The plan that most is said about: the first."""
+        """The main plan: the first."""
         return self.plans[0]
 
     @property
     def swept_budget(self) -> float:
-        """The share at which sweeps are told: of those measured, the largest."""
+        """The share at which sweeps are shown: the largest one measured."""
         return max(self.main.sweep_budgets)
 
     def in_groups(self, *groups: str) -> list[PolicyFacts]:
@@ -124,7 +124,7 @@ class RecallResults:
         return next(policy for policy in self.policies if policy.name == name)
 
     def cell(self, task: str, context_length: int | None = None, page_size: int | None = None) -> HostCell | None:
-        """All that was measured of a task, None where nothing was; by default at the main context and page size.
+        """All measurements of a task, None if there are none; by default at the main context and page size.
 
         ``ReportError`` where several plans measured it on different documents.
         """
@@ -153,7 +153,7 @@ class RecallResults:
 
 
 def late_cell(recall: RecallResults, results: Results, context_length: int, page_size: int) -> HostCell | None:
-    """All late questions of a context in one cell, as far as the model can answer them and they were measured."""
+    """All late questions of a context in one cell: those that the model can answer and that were measured."""
     tasks = [task.name for task in results.tasks if task.late]
     found = [recall.cell(task, context_length, page_size) for task in tasks]
     cells = [cell for cell in found if cell is not None and results.can(results.cell(cell.task, context_length))]
@@ -163,7 +163,7 @@ def late_cell(recall: RecallResults, results: Results, context_length: int, page
 def beside(results: Results, cell: HostCell) -> Cell:
     """The cell with all rows that were measured on its documents: those of the main results, then the host-resident ones.
 
-    ``ReportError`` where the documents are not the same ones.
+    ``ReportError`` if the documents are not the same.
     """
     late = cell.task == LATE
     main = results.late(cell.context_length) if late else results.cell(cell.task, cell.context_length)

@@ -1,7 +1,7 @@
-"""Decode steps of many host-resident policies at once, and what each of them would have moved.
+"""Decode steps of many host-resident policies at once, and the pages that each of them would have moved.
 
-Attention is RecallAttention's own kernel, with the nodes of the product's own programs. Which pages it chose, and which of them
-were not yet there, is worked out beside it from the same queries and summaries, with the functions that it chooses with.
+Attention is RecallAttention's own kernel, with the nodes of the engines' programs. The pages it chose, and which of them were
+missing, are recomputed from the same queries and summaries with the kernel's own functions.
 
 L layers, K KV heads, J pages of a sequence, C chosen pages, F forks (one sequence each in a step).
 """
@@ -27,11 +27,11 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which pages, as numbers in the sequence, a layer's KV heads attend to in one step.
+    """The pages, as indices within the sequence, that a layer's KV heads attend to in one step.
 
-    ``ahead_KC`` are chosen for the query before, so that they can be recalled during the step before; ``chosen_KC`` are those
-    attended to, which differ from them in ``drifted_K`` KV heads, by the cosine of their queries. ``kept`` are sinks and newest
-    pages. ``looks_ahead``: whether a step may use pages that were chosen for the query before; else none is recalled for it.
+    ``ahead_KC`` are chosen for the previous query, so that they can be recalled during the previous step; ``chosen_KC`` are
+    those attended to, which differ in the ``drifted_K`` KV heads, by the cosine of their queries. ``kept`` are sinks and newest
+    pages. ``looks_ahead``: whether a step may use pages that were chosen for the previous query; else none is recalled ahead.
     """
 
     ahead_KC: Ints
@@ -50,7 +50,7 @@ class Choice:
 
 
 def choice_of(node: OpNode, tensors: dict[str, Any]) -> Choice:
-    """What the RecallAttention ``node`` will choose for a single sequence that generates a token, from its inputs."""
+    """The choice of the RecallAttention ``node`` for a single sequence that generates a token, from the op's inputs."""
     attributes: Any = node.attributes
     layer, size = int(attributes["layer"]), int(attributes["page_size"])
     limits = PageLimits(page_size=size, sinks=int(attributes["sinks"]), recent=int(attributes["recent"]))
@@ -88,18 +88,18 @@ def choice_of(node: OpNode, tensors: dict[str, Any]) -> Choice:
 
 
 class Movement:
-    """Counts what one sequence would move, layer by layer and step by step.
+    """Counts the pages that one sequence would move, layer by layer and step by step.
 
-    A working set holds the pages that each KV head chose last, so that only pages move that it did not choose before: ``ahead``
-    those for the query before, ``late`` those of corrected KV heads, for which the step has to wait. Filling the working set
-    after the prompt is not counted. Pages are counted per KV head.
+    A working set holds the pages that each KV head chose last, so only newly chosen pages move: ``ahead`` those for the
+    previous query, ``late`` those of corrected KV heads, for which the step has to wait. Filling the working set after the
+    prompt is not counted. Pages are counted per KV head.
     """
 
     def __init__(self, n_layers: int, n_kv_heads: int) -> None:
         self.n_steps = 0
         self.corrected_LK: Ints = np.zeros((n_layers, n_kv_heads), np.int64)
         self.cosine_LK: Floats = np.zeros((n_layers, n_kv_heads))
-        """Cosines of a step's queries with those before, summed over steps."""
+        """Cosines of a step's queries with the previous ones, summed over steps."""
         self.corrected_layers = 0
         """(layer, step) pairs in which any KV head was corrected."""
         self.n_layers = 0
@@ -114,17 +114,17 @@ class Movement:
         self._before: list[Ints | None] = [None] * n_layers
 
     def finish_step(self, n_layers: int) -> None:
-        """After all layers of a step, of which ``n_layers`` recall."""
+        """Record the end of a step, in which ``n_layers`` layers recalled."""
         self.n_steps += 1
         self.n_layers = n_layers
 
     def add_all(self, layer: int, n_tokens: int, page_size: int) -> None:
-        """A layer that attends to everything."""
+        """Record a layer that attends to everything."""
         n_kv_heads = self.corrected_LK.shape[1]
         self._attend(layer, np.ones((n_kv_heads, -(-n_tokens // page_size)), np.bool_), n_tokens, page_size)
 
     def add(self, layer: int, choice: Choice, n_tokens: int, page_size: int) -> None:
-        """A layer that recalls."""
+        """Record a layer that recalls."""
         ahead_KJ, chosen_KJ = choice.mask(choice.ahead_KC), choice.mask(choice.chosen_KC)
         there_KJ = ahead_KJ
         if (before_KC := self._before[layer]) is not None:
@@ -156,7 +156,7 @@ class Movement:
 class RecallSteps:
     """A ``StepExecutor``: a prefill runs ``prefill``, sequence b of a decode step ``programs[b]``, counted in ``movements[b]``.
 
-    ``programs`` and ``movements`` are to be set before the decode steps of some forks.
+    ``programs`` and ``movements`` must be set before decode steps.
     """
 
     def __init__(self, dense: DenseExecutor, prefill: Program) -> None:
@@ -170,7 +170,7 @@ class RecallSteps:
         return self._dense.description
 
     def warm_up(self) -> None:
-        """Nothing: the first document compiles what it needs."""
+        """Does nothing, because the first document compiles what it needs."""
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``."""

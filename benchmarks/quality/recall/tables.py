@@ -1,4 +1,4 @@
-"""Tables about host-resident policies, as Markdown, made from the results alone."""
+"""Markdown tables about host-resident policies, made from the results alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ COMPARISONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One kind of task at one context and page size: the host-resident policies alone, and among all others."""
+    """One kind of task at one context and page size: the host-resident policies alone, and with all others."""
 
     name: str
     host: HostCell
@@ -58,7 +58,7 @@ class Measured:
     asks: bool
 
     def kib(self, pages: float) -> float:
-        """KiB of so many pages of a KV head."""
+        """KiB of a number of pages of one KV head."""
         return pages * self.host.page_head_bytes / 1024
 
 
@@ -77,7 +77,7 @@ def measured_cells(recall: RecallResults, results: Results, context_length: int 
 
 
 def quality_table(recall: RecallResults, results: Results, cell: Measured, value: Callable[[Row], str]) -> str:
-    """A value of every policy at every share that the host-resident ones were measured at."""
+    """A value of every policy at every share at which the host-resident ones were measured."""
     policies = [*_here(recall, cell.host, *SHOWN), *results.in_groups("ours", "published")]
     return tables.budget_table(results, cell.all, policies, value)
 
@@ -101,7 +101,7 @@ def tau_of(policy: PolicyFacts) -> float:
 
 
 def tau_table(recall: RecallResults, cell: Measured, budget: float) -> str:
-    """What tau does to quality, corrections and traffic at one share."""
+    """Quality, corrections and traffic by tau at one share."""
     header = [
         "tau",
         "exact answers, %",
@@ -135,7 +135,7 @@ def kib_of(cell: Measured, moved: MovedRow) -> list[str]:
 
 
 def traffic_table(recall: RecallResults, cell: Measured) -> str:
-    """What each policy moves at each share, per step and over all layers, and what one step attends to."""
+    """Traffic of each policy at each share, per step and over all layers, and the size of what one step attends to."""
     budgets, rows = recall.main.budgets, []
     for policy in _here(recall, cell.host, *SHOWN):
         own = [""] * len(budgets)
@@ -153,8 +153,8 @@ def _traffic(cell: Measured, policy: str, budget: float | None) -> str:
 
 
 def heads_table(recall: RecallResults, cell: Measured, budget: float) -> str:
-    """How alike queries of neighbouring steps are, and how often each KV head of each layer is corrected, for each tau at which
-    some are and some are not."""
+    """Cosine of queries of adjacent steps, and correction rate of each KV head of each layer, for each tau at which some are
+    corrected and some are not."""
     between = [(tau, policy) for tau, policy in sweep(recall) if -1.0 <= tau <= 1.0]
     corrected = [np.array(cell.host.moved_by(policy.name, budget).corrected_LK) for _, policy in between]
     n_layers, n_heads = corrected[0].shape
@@ -219,7 +219,7 @@ def _with_pages(recall: RecallResults, results: Results, context: int, sizes: Se
 
 
 def context_table(recall: RecallResults, results: Results, budget: float) -> str:
-    """Late questions at every context and page size, beside the policies that drop tokens."""
+    """Late questions at every context and page size, with the policies that drop tokens."""
     places = list(dict.fromkeys((plan.context_length, plan.page_size) for plan in recall.plans))
     found = {place: late_cell(recall, results, *place) for place in places}
     cells = {
@@ -231,7 +231,7 @@ def context_table(recall: RecallResults, results: Results, budget: float) -> str
 
 
 def summary_rows(recall: RecallResults, results: Results) -> list[list[str]]:
-    """Some policies on the main cells of the main results, empty where they were not measured."""
+    """Some policies on the main cells of the main results; empty cells were not measured."""
     cells = {cell.name: cell.all for cell in measured_cells(recall, results)}
     rows = []
     for name, told in IN_SUMMARY.items():
@@ -245,7 +245,7 @@ def summary_rows(recall: RecallResults, results: Results) -> list[list[str]]:
 
 
 def document_table(recall: RecallResults, results: Results) -> str:
-    """How many documents each task has at a context and page size."""
+    """Number of documents of each task at a context and page size."""
     tasks: dict[tuple[int, int, int], dict[str, None]] = {}
     for cell in recall.cells:
         place = (cell.context_length, cell.page_size, len(cell.documents))

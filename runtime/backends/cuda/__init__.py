@@ -1,1 +1,1 @@
-"""An NVIDIA GPU: dense parts by torch or ONNX Runtime, KV ops by Triton kernels."""
+"""The backend for NVIDIA GPUs: dense layers in torch or ONNX Runtime, KV ops as Triton kernels."""

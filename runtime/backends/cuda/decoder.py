@@ -1,4 +1,4 @@
-"""The seam between a step on a device and the dense parts of a decoder there."""
+"""Interface between a step on a device and the dense layers of its decoder."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -13,31 +13,31 @@ DeviceAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class DeviceDecoder(Protocol):
-    """The dense parts of a decoder on a device. Holds no state between steps, and nothing in a call waits for the device."""
+    """The dense layers of a decoder on a device. Holds no state between steps; a call never waits for the device."""
 
     @property
     def description(self) -> str:
-        """What runs the dense parts, for reports: library and version."""
+        """What runs the dense layers, for reports: library and version."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where weights and tensors are."""
+        """Device of weights and tensors."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of weights, queries, keys and values."""
+        """Dtype of weights, queries, keys and values."""
         ...
 
     @property
     def stream(self) -> torch.cuda.Stream | None:
-        """The only stream that calls may be made on; None: any stream will do."""
+        """The only stream that calls may be made on; None: any stream."""
         ...
 
     @property
     def can_be_recorded(self) -> bool:
-        """Whether calls may become part of a CUDA graph."""
+        """Whether calls can be captured in a CUDA graph."""
         ...
 
     def __call__(self, input_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: DeviceAttend) -> Tensor:
@@ -54,13 +54,15 @@ class ModuleDecoder:
     can_be_recorded = True
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        """``module`` is called as a ``DeviceDecoder`` is; it is moved to ``device`` and put into evaluation mode.
+        """``module`` takes the arguments of a ``DeviceDecoder``; it is moved to ``device`` and put into evaluation mode.
 
-        Raises ``UsageError`` unless its parameters have one type.
+        Raises ``UsageError`` unless all of its parameters have the same dtype.
         """
         types = {parameter.dtype for parameter in module.parameters()}
         if len(types) != 1:
-            raise UsageError("a decoder's parameters have one type", got=sorted(map(str, types)), expected="e.g. torch.float16")
+            raise UsageError(
+                "a decoder's parameters must have one dtype", got=sorted(map(str, types)), expected="e.g. torch.float16"
+            )
         (self.dtype,) = types
         self.device = device
         self._module = module.to(device).eval()

@@ -1,6 +1,6 @@
-"""Whole steps on one device: a decoder's dense parts and the ops' device kernels; on GPUs decode steps as CUDA graphs.
+"""Whole steps on one device: a decoder's dense layers and the ops' device kernels; on GPUs decode steps as CUDA graphs.
 
-What of it has run on a GPU stands in benchmarks/gpu/README.md.
+benchmarks/gpu/README.md lists what has been run on a GPU.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +29,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class _Recorded:
-    """A step as a CUDA graph, and where its results are after a replay."""
+    """A step as a CUDA graph, and the tensors that hold its results after a replay."""
 
     graph: torch.cuda.CUDAGraph
     results: Tensors
@@ -38,8 +38,8 @@ class _Recorded:
 class TorchDeviceExecutor:
     """Runs the steps of one pool on the pool's device. See ``StepExecutor``.
 
-    A step's tensors go there with one copy and its results come back with one wait; in between the host only launches. Page
-    tables are padded to widths that are powers of 2, decode steps also to batches that are; what pads a step writes to the
+    The inputs of a step are copied to the device in one transfer; the host then launches, and waits once, for the results. Page
+    tables are padded to a width that is a power of 2, decode steps also to a batch size that is one; padding writes to the
     pool's spare page.
     """
 
@@ -54,13 +54,14 @@ class TorchDeviceExecutor:
         batch_invariant: bool = False,
         kernels: Callable[[str], Mapping[str, Kernel]] | None = None,
     ) -> None:
-        """``decoder`` has the pool's type, and its device; a module is moved there. ``largest`` sizes the buffers.
-        ``cuda_graphs`` records decode steps; None: where the device is a GPU and the decoder can be recorded.
-        ``batch_invariant``: every decode step has the largest sizes, so that neither the library of matrix products nor our
-        kernels choose another way of adding for other neighbours: a sequence's bits are then its own.
-        ``kernels(phase)`` run instead of the ops' own: ``DeviceRecall.kernels``.
+        """``decoder`` has the pool's dtype and device; a module is moved to the device. ``largest`` sizes the buffers.
+        ``cuda_graphs``: capture decode steps as CUDA graphs; None: if the device is a GPU and the decoder can be captured.
+        ``batch_invariant``: every decode step is padded to the largest sizes, so that matrix products and kernels sum in the
+        same order whatever the batch: the logits of a sequence are then bit-identical in any batch.
+        ``kernels(phase)``: kernels that replace the ops' own, see ``DeviceRecall.kernels``.
 
-        Raises ``UsageError`` for what does not fit together, ``EngineError`` for an op without kernels for devices.
+        Raises ``UsageError`` if decoder, pool and ``cuda_graphs`` do not match, ``EngineError`` for an op without device
+        kernels.
         """
         on_gpu = pool.device.type == "cuda"
         self._decoder = ModuleDecoder(decoder, pool.device) if isinstance(decoder, nn.Module) else decoder
@@ -80,7 +81,7 @@ class TorchDeviceExecutor:
             self._buffers[phase] = StepBuffers(
                 step_inputs_of(program), largest, n_layers=len(program), spare_slot=spare_slot, device=pool.device
             )
-        # Of high priority: what a step does not wait for, on streams of others, gives way.
+        # High priority, so that work that no step waits for, which is on other streams, yields to it.
         self._stream = (self._decoder.stream or torch.cuda.Stream(pool.device, priority=-1)) if on_gpu else None
         records = on_gpu and cuda_graphs is not False and self._decoder.can_be_recorded
         self._graphs: dict[StepSizes, _Recorded] | None = {} if records else None
@@ -93,7 +94,7 @@ class TorchDeviceExecutor:
         return f"{self._decoder.description} on {on}{'' if self._graphs is None else ', CUDA graphs'}"
 
     def warm_up(self) -> None:
-        """Compile the kernels that the smallest steps launch, by steps of nothing but padding."""
+        """Compile the kernels that the smallest steps launch, by running steps that are all padding."""
         smallest = StepSizes(n_tokens=1, n_rows=1, n_sequences=1, table_width=1)
         for phase in self._ops:
             sizes = smallest if phase == "decode" or self._largest.n_tokens < 2 else smallest.with_tokens(2)
@@ -101,7 +102,7 @@ class TorchDeviceExecutor:
                 self._launch(phase, None, sizes)
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
-        """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than planned, or out of memory."""
+        """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than planned, or without memory."""
         if pool is not self._pool:
             raise UsageError("an executor on a device runs the steps of its own pool", fix="make one executor per pool")
         sizes = StepSizes.of(step, pool.page_size)
@@ -110,7 +111,7 @@ class TorchDeviceExecutor:
         with self._on_stream():
             recorded = self._graphs is not None and phase == "decode"
             results = self._replay(step, bucket) if recorded else self._launch(phase, step, bucket)
-            # To pinned memory, where the device is a GPU.
+            # To pinned memory if the device is a GPU.
             on_host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in results.items()}
         values = {name: tensor.numpy() for name, tensor in on_host.items()}
         made = {name: dict(zip(layers, values[name], strict=True)) for name, layers in self._makers[phase].items()}
@@ -130,7 +131,7 @@ class TorchDeviceExecutor:
         return recorded.results
 
     def _record(self, sizes: StepSizes) -> _Recorded:
-        """Record a decode step, after one of nothing but padding has compiled what it launches."""
+        """Capture a decode step, after a step that is all padding has compiled its kernels."""
         self._launch("decode", None, sizes)
         self._wait()
         graph = torch.cuda.CUDAGraph()
@@ -141,8 +142,8 @@ class TorchDeviceExecutor:
 
     @torch.inference_mode()
     def _compute(self, phase: str, tensors: Tensors) -> Tensors:
-        """All that happens on the device in a step: what ops made for the runtime, one row per layer that makes it, and
-        logits. Nothing here may wait for it.
+        """Everything that a step does on the device. Returns logits, and the ops' results for the runtime, one row per layer
+        that has them. Nothing here may wait for the device.
         """
         attend = self._ops[phase].for_step(tensors | self._pool.states)
         logits = self._decoder(tensors["input_ids"], tensors["positions"], tensors["logit_rows"], attend)
@@ -151,10 +152,10 @@ class TorchDeviceExecutor:
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
-        """The executor's stream, after what others have begun on theirs: a sequence that was forked is still being copied.
+        """Run the block on the executor's stream, after all work on the current stream, such as the copies of a fork.
 
-        Ends when all that was launched has ended, after Ctrl-C too: the next step fills the buffers that this one reads.
-        ``CapacityError`` where the memory that was left to steps does not do for what happens there.
+        Waits at the end for everything launched, after Ctrl-C too, because the next step overwrites the buffers that this one
+        reads. ``CapacityError`` if the memory left to steps is too small.
         """
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._pool.device))
@@ -176,27 +177,27 @@ class TorchDeviceExecutor:
 
 
 def _kernel_of(own: Mapping[str, Kernel], op: str) -> Kernel:
-    """What runs an op. ``EngineError`` where it is not in ``own`` and has no kernels for devices."""
+    """The kernel that runs an op. ``EngineError`` if it is not in ``own`` and has no device kernels."""
     kernel = own.get(op) or device_kernel(op)
     if kernel is None:
         raise EngineError(
-            f"{op} has no kernels for devices", expected="Triton, and the op's kernels for it", fix="pip install 'trt-kv[gpu]'"
+            f"{op} has no device kernels", expected="Triton, and the op's Triton kernels", fix="pip install 'trt-kv[gpu]'"
         )
     return kernel
 
 
 def _check_recordable(decoder: DeviceDecoder, pool: DeviceKvPool) -> None:
-    """``UsageError`` unless decode steps can be CUDA graphs."""
+    """``UsageError`` unless decode steps can be captured as CUDA graphs."""
     if pool.device.type != "cuda":
         raise UsageError("only GPUs replay CUDA graphs", got=str(pool.device), expected="a pool on cuda")
     if not decoder.can_be_recorded:
         raise UsageError(
-            "these dense parts cannot be recorded as a CUDA graph", got=decoder.description, fix="leave cuda_graphs out"
+            "these dense layers cannot be captured as a CUDA graph", got=decoder.description, fix="leave cuda_graphs out"
         )
 
 
 def _spare_slot(decoder: DeviceDecoder, pool: DeviceKvPool) -> int:
-    """The slot that padding writes to. ``UsageError`` where decoder and pool do not fit together."""
+    """The slot that padding writes to. ``UsageError`` if decoder and pool do not match."""
     for what, of_decoder, of_pool in (
         ("types", decoder.dtype, pool.dtype),
         ("devices", _with_index(decoder.device), _with_index(pool.device)),
@@ -204,11 +205,11 @@ def _spare_slot(decoder: DeviceDecoder, pool: DeviceKvPool) -> int:
         if of_decoder != of_pool:
             raise UsageError(f"the decoder and the pool have different {what}", got=str(of_decoder), expected=str(of_pool))
     if pool.spare_page is None:
-        raise UsageError("steps are padded, and padding needs a place", fix="make the pool with spare_page=True")
+        raise UsageError("steps are padded, and padding needs a spare page", fix="make the pool with spare_page=True")
     return pool.spare_page * pool.page_size
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """``device``, and which of several where it is just "cuda"."""
+    """``device`` with its index: "cuda" is the current GPU."""
     unclear = device.type == "cuda" and device.index is None
     return torch.device("cuda", torch.cuda.current_device()) if unclear else device

@@ -1,4 +1,4 @@
-"""An engine on a device: dense parts by torch or ONNX Runtime, KV ops by Triton; all memory is taken when it is loaded."""
+"""Loads an engine on a device: dense layers in torch or ONNX Runtime, KV ops in Triton; all caches are allocated here."""
 
 from pathlib import Path
 
@@ -28,17 +28,18 @@ from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservatio
 def load(
     folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOptions, device: torch.device, tell: OnProgress
 ) -> Loaded:
-    """Dense parts and KV ops on ``device``; where the policy recalls, the cache in pinned memory of the host.
+    """Load dense layers and KV ops on ``device``. If the policy recalls, the cache is in pinned memory of the host.
 
-    ``UsageError`` for what cannot run there, ``CapacityError`` where it has too little memory, ``MissingDependencyError`` for a
-    library that is not installed. A ``device`` "cpu" means kernels of devices on the CPU, which only Triton's interpreter runs.
+    ``UsageError`` for engines and options that cannot run there, ``CapacityError`` if there is too little memory,
+    ``MissingDependencyError`` for a library that is not installed. The device "cpu" means device kernels on the CPU, which only
+    Triton's interpreter can run.
     """
     dtype = on.dtype or manifest.dtype
     wanted = _wanted(options, on)
     _check(folder, manifest, options, on, device)
     with told_out_of_memory(
         f"too little free memory for this engine on {device}",
-        fix="lower cache_tokens or host_tokens, take dtype=bfloat16, or free memory",
+        fix="lower cache_tokens or host_tokens, use dtype=bfloat16, or free memory",
     ):
         decoder = _decoder(folder / "graphs", manifest, on.dense or DENSE[0], dtype, device, tell)
         plan = device_plan(
@@ -48,7 +49,7 @@ def load(
             free_device=free_device_bytes(device) if device.type == "cuda" else available_bytes(),
             free_host=available_bytes(),
         )
-        tell("taking memory", 0, 1)
+        tell("allocating memory", 0, 1)
         pool = DeviceKvPool(
             n_pages=plan.n_pages,
             page_size=manifest.page_size,
@@ -70,7 +71,7 @@ def load(
             batch_invariant=bool(on.batch_invariant),
             kernels=None if recall is None else recall.kernels,
         )
-        tell("taking memory", 1, 1)
+        tell("allocating memory", 1, 1)
     runner = ModelRunner(
         executor,
         pool,
@@ -89,7 +90,7 @@ def load(
 
 
 def _wanted(options: LoadOptions, on: DeviceOptions) -> Wanted:
-    """Sizes of the profile, where one is named, and those that are given beside it."""
+    """The requested sizes: from the options, and from the profile if one is named."""
     profile = None if on.profile is None else build_profile(on.profile)
     own = {"cache_tokens": options.cache_tokens, "host_tokens": options.host_tokens}
     if profile is None:
@@ -107,10 +108,10 @@ def _wanted(options: LoadOptions, on: DeviceOptions) -> Wanted:
 
 
 def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOptions, device: torch.device) -> None:
-    """Everything that can be refused before a weight is read."""
+    """``UsageError`` for engines and options that can be refused before weights are read."""
     if manifest.plan is not None:
         raise UsageError(
-            f"{folder} is a TensorRT plan, which runs where it was built for",
+            f"{folder} is a TensorRT plan, which runs only on the GPU that it was built for",
             got=f"the device {device}",
             fix="leave the device out, or build an engine with --target onnxruntime",
         )
@@ -118,29 +119,29 @@ def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOpt
         check_no_host_tier(folder, manifest, options)
     elif finds_budgets(manifest.programs["prefill"]):
         raise UsageError(
-            "recall on a device needs budgets that are known before the prompt is",
+            "recall on a device needs budgets that do not depend on the prompt",
             got=f"policy {manifest.policy.name!r} with budget {manifest.policy.budget}",
-            fix="take the device cpu, or build with another budget",
+            fix="use the device cpu, or build with another budget",
         )
     elif options.host_tier not in (None, "ram"):
         raise UsageError(
-            "a device recalls from memory, not from a file",
+            "recall on a device needs a host tier in memory, not in a file",
             got=f"host_tier={options.host_tier}",
             expected="ram",
-            fix="leave host_tier out, or take the device cpu",
+            fix="leave host_tier out, or use the device cpu",
         )
     if on.dense == "onnxruntime" and on.dtype not in (None, manifest.dtype):
         raise UsageError(
             "ONNX Runtime computes in the type of the engine's graphs",
             got=f"dtype={on.dtype}",
             expected=manifest.dtype,
-            fix="take dense=torch, which converts weights when it loads them",
+            fix="use dense=torch, which converts weights when it loads them",
         )
     if on.dense == "onnxruntime" and on.cuda_graphs:
         raise UsageError(
-            "steps that ONNX Runtime takes part in are not recorded as CUDA graphs",
+            "steps with ONNX Runtime cannot be captured as CUDA graphs",
             got="dense=onnxruntime, cuda_graphs=True",
-            fix="leave cuda_graphs out, or take dense=torch",
+            fix="leave cuda_graphs out, or use dense=torch",
         )
 
 

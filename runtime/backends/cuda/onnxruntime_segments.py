@@ -1,4 +1,4 @@
-"""The graph segments of an engine on a device: ONNX Runtime on torch's memory, on the stream of the KV kernels."""
+"""The graph segments of an engine on a device: ONNX Runtime on torch tensors, on the stream of the KV kernels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,22 +26,22 @@ _TYPES = {
     "tensor(bfloat16)": (torch.bfloat16, 16),
     "tensor(int64)": (torch.int64, 7),
 }
-"""By ONNX Runtime's names: torch's types, and ONNX's numbers for them."""
+"""ONNX Runtime's type names to torch dtypes and ONNX type numbers."""
 _NUMBERS = dict(_TYPES.values())
 
 _Values = dict[str, Any]
-"""What passes between segments: tensors, or ``OrtValue`` where the graph does not tell a shape and ONNX Runtime allocates."""
+"""Values passed between segments: tensors, or ``OrtValue`` if the graph lacks a shape, so that ONNX Runtime allocates."""
 
 
 class OnnxRuntimeDeviceDecoder:
     """Runs segment, attention, segment, attention ... segment on a device. See ``DeviceDecoder``.
 
-    Segments read and write tensors of torch where they lie. On a GPU they are launched on ``stream`` and nobody waits for them:
-    what launches on the same stream comes after them. Each segment has weights and scratch memory of its own.
+    Segments read and write torch tensors without copies. On a GPU they are launched on ``stream`` without waiting: later
+    launches on the same stream are ordered after them. Each segment has weights and scratch memory of its own.
     """
 
     can_be_recorded = False
-    """ONNX Runtime allocates and frees while it runs, which a stream that is being recorded refuses."""
+    """ONNX Runtime allocates and frees memory while it runs, which is not allowed during stream capture."""
 
     def __init__(
         self,
@@ -57,12 +57,12 @@ class OnnxRuntimeDeviceDecoder:
     ) -> None:
         """``folder`` holds the segment files and their weights. ``stream``, on a GPU: the one to run on; None: a new one.
 
-        ``weights`` are on ``device``, by the names that checkpoints have for them: segments read these where they are and load
-        only the others, so that what several segments use (tied embeddings) takes memory once. ``n_threads``, on the CPU only:
-        0 is one per core. ``on_segment`` is told (opened, all).
+        ``weights`` are tensors on ``device``, by their names in checkpoints. Segments use them without a copy and load only the
+        others, so that weights of several segments (tied embeddings) take memory once. ``n_threads``, on the CPU only: 0 is one
+        per core. ``on_segment`` is called with (opened, total).
 
-        Raises ``MissingDependencyError`` where ONNX Runtime has been built without the device, ``EngineError`` for a segment
-        that it cannot load or not run there as a whole.
+        Raises ``UsageError`` for a device that is neither a CPU nor a GPU, ``MissingDependencyError`` if ONNX Runtime was built
+        without CUDA, ``EngineError`` for a segment that it cannot load, or not run on the device as a whole.
         """
         self.device = _existing(torch.device(device))
         self.stream = (stream or torch.cuda.Stream(self.device, priority=-1)) if self.device.type == "cuda" else None
@@ -83,7 +83,7 @@ class OnnxRuntimeDeviceDecoder:
 
     @property
     def provider(self) -> str:
-        """What runs the segments."""
+        """The execution provider of the segments."""
         return CUDA if self.stream is not None else "CPUExecutionProvider"
 
     def __call__(self, input_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: DeviceAttend) -> Tensor:
@@ -125,7 +125,7 @@ class OnnxRuntimeDeviceDecoder:
 
 
 class _BoundSegment:
-    """One segment, and the binding through which it is told where its inputs and outputs are."""
+    """One segment, and the I/O binding of its inputs and outputs."""
 
     def __init__(self, session: ort.InferenceSession, segment: GraphSegment, device: torch.device) -> None:
         outputs = {output.name: output for output in session.get_outputs()}
@@ -137,11 +137,11 @@ class _BoundSegment:
         self._session = session
         self._binding = session.io_binding()
         self._options = ort.RunOptions()
-        # Else every segment would end with a wait of the host for the device.
+        # Otherwise the host would wait for the device at the end of every segment.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def run(self, values: _Values, sizes: Mapping[str, int]) -> _Values:
-        """The outputs, by name; not there yet on a GPU, but there for what launches on the same stream."""
+        """The outputs, by name. On a GPU they are not computed yet: only later launches on the same stream may read them."""
         for name in self._inputs:
             value = values[name]
             if isinstance(value, Tensor):
@@ -165,11 +165,11 @@ class _BoundSegment:
 
 
 def _existing(device: torch.device) -> torch.device:
-    """``device`` with its index, if ONNX Runtime can run there."""
+    """``device`` with its index. ``UsageError`` or ``MissingDependencyError`` if ONNX Runtime cannot run there."""
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise UsageError("no segments run on this device", got=str(device), expected="cpu or cuda")
+        raise UsageError("segments cannot run on this device", got=str(device), expected="cpu or cuda")
     if CUDA not in ort.get_available_providers():
         raise MissingDependencyError(
             "this ONNX Runtime has been built without CUDA",

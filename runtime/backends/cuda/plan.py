@@ -1,6 +1,6 @@
-"""Memory of an engine on a device, planned before the first step: what is asked for, and what fits.
+"""Memory of an engine on a device, planned before the first step from the requested sizes and the free memory.
 
-Half of the free memory of the device holds the cache, or working sets of it; the rest is left to the steps themselves.
+Unless sizes are given, half of the free device memory is for the cache or its working sets; the rest is left to the steps.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ COPIES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """Sizes as users give them; None: what the model admits, or what fits.
+    """Requested sizes; None: as large as the model allows, or as fits.
 
-    ``batch``: sequences that decode together. ``context_tokens``: tokens of one of them. ``cache_tokens``, ``host_tokens``:
-    tokens in every layer, on the device and on the host; ``most_cache_tokens`` bounds the former.
+    ``batch``: sequences that decode together. ``context_tokens``: the most tokens of one of them. ``cache_tokens``,
+    ``host_tokens``: tokens in every layer, on the device and on the host; ``most_cache_tokens`` bounds the former.
     """
 
     chunk: int
@@ -43,7 +43,7 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
-    """``largest``: the largest step. ``n_pages``: of the pool on the device. ``recall``: where a cache stays on the host."""
+    """``largest``: the largest step. ``n_pages``: pages of the pool on the device. ``recall``: None if no layer recalls."""
 
     largest: StepSizes
     n_pages: int
@@ -51,9 +51,9 @@ class DevicePlan:
 
 
 def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_device: int, free_host: int) -> DevicePlan:
-    """What ``free_device`` and ``free_host`` bytes are divided into.
+    """Divide ``free_device`` and ``free_host`` bytes.
 
-    ``CapacityError`` where not even one working set fits, ``UsageError`` for budgets that recall on a device cannot have.
+    ``CapacityError`` if not even one working set fits, ``UsageError`` for budgets that recall on a device does not support.
     """
     config, size = manifest.config, manifest.page_size
     context = min(config.max_positions, wanted.context_tokens or config.max_positions)
@@ -76,7 +76,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
         1, min(COPIES * config.max_positions, free_host // 2 * size // (recalling * page_bytes))
     )
     host_pages = recalling * _pages(host_tokens, size)
-    # Layers that are read whole get their share of the memory as if all were; the others divide what is left.
+    # Layers that do not recall get the memory they would have if no layer recalled; the others share the rest.
     n_pages = whole_pages(whole, free_device // 2 * whole // config.n_layers) if whole else 0
     summaries = host_pages * page_bytes // size
     free = max(0, free_device // 2 - n_pages * size * of_token - summaries)
@@ -96,8 +96,8 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
 
 
 def _fitting(manifest: Manifest, capacity: RecallCapacity, n_pages: int) -> RecallCapacity:
-    """``capacity`` with as many sequences as working sets of ``n_pages`` pages per layer hold, up to its own number; and with a
-    shorter longest prompt, where not even one holds what the longest needs.
+    """``capacity``, reduced to what fits into working sets of ``n_pages`` pages per layer: first the longest prompt, until one
+    working set fits, then the number of sequences. ``CapacityError`` if not even a working set for one token fits.
     """
 
     def block_pages(longest_prompt: int) -> int:
@@ -105,7 +105,7 @@ def _fitting(manifest: Manifest, capacity: RecallCapacity, n_pages: int) -> Reca
 
     if block_pages(1) > n_pages:
         raise CapacityError(
-            "the device has no room for one working set",
+            "the device has too little memory for one working set",
             got=f"room for {n_pages * manifest.page_size} tokens per layer",
             expected=f"room for {block_pages(1) * manifest.page_size}",
             fix="raise cache_tokens, free memory of the device, or build with a smaller budget",
@@ -116,7 +116,7 @@ def _fitting(manifest: Manifest, capacity: RecallCapacity, n_pages: int) -> Reca
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to ``most`` that fits; 1 does, and where one does all smaller ones do."""
+    """The largest number from 1 to ``most`` that fits, by bisection: 1 must fit, and every number below one that fits."""
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""What requests need of a device beside pages of pools: room in a step's buffers, and working sets."""
+"""Device resources that requests need in addition to pool pages: step buffers and working sets."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from trt_kv.runtime.reservation import RequestSize
 
 
 class LargestStep:
-    """Buffers are sized once, and with them how long a sequence may become."""
+    """A ``Limit`` on the length of sequences: step buffers and working sets have fixed sizes."""
 
     def __init__(
         self,
@@ -20,8 +20,8 @@ class LargestStep:
         kept: Callable[[int], int] = lambda n_prompt: n_prompt,
         longest_prompt: int | None = None,
     ) -> None:
-        """``kept``: how many tokens of a prompt a layer keeps at most once it has been read. ``longest_prompt``: what working
-        sets were sized for; None: where there are none.
+        """``kept``: the most tokens that any layer keeps of a prompt of given length. ``longest_prompt``: tokens of the longest
+        prompt that working sets were sized for; None: there are none.
         """
         self._longest = largest.table_width * page_size
         self._kept = kept
@@ -29,13 +29,13 @@ class LargestStep:
 
     def check(self, size: RequestSize) -> None:
         """See ``Limit``."""
-        n_decoding = self._kept(size.n_prompt) + size.max_new_tokens - 1  # nothing attends to the last one
+        n_decoding = self._kept(size.n_prompt) + size.max_new_tokens - 1  # the last token is never attended to
         if max(size.n_prompt, n_decoding) > self._longest:
             raise CapacityError(
                 "the request is longer than this engine was loaded for",
                 got=f"{size.n_prompt} prompt tokens, {size.max_new_tokens} to generate",
-                expected=f"at most {self._longest} together, of the prompt what is kept; and no longer prompt",
-                fix="shorten it, or load the engine with a profile of a longer context",
+                expected=f"at most {self._longest} tokens: both of the prompt, and of its kept tokens and the generated ones",
+                fix="shorten it, or load the engine with a profile for a longer context",
             )
         if self._longest_prompt is not None and size.n_prompt > self._longest_prompt:
             raise CapacityError(
@@ -47,12 +47,12 @@ class LargestStep:
 
 
 class WorkingSetBlocks:
-    """Working sets on the device: a block of pages for each recalling layer of each sequence, all of one size."""
+    """A ``Resource``: working sets on the device. Each recalling layer of a sequence needs one block; all have one size."""
 
     name = "working sets"
 
     def __init__(self, sets: DeviceSets, *, layers: Sequence[int], n_blocks: int, block_pages: int) -> None:
-        """``block_pages``: of a block where there is memory for the longest prompt; those of ``sets`` may be smaller."""
+        """``block_pages``: size of a block for the longest prompt; the blocks of ``sets`` are smaller if memory is short."""
         self._sets = sets
         self._layers = layers
         self.total = n_blocks

@@ -14,10 +14,10 @@ from trt_kv.opspec import TensorSpec
 from trt_kv.runtime.backends.step import Ints, Step
 
 _ALIGNMENT = 16
-"""Tensors begin at multiples of so many elements: of 128 bytes."""
+"""Tensors begin at multiples of this number of int64 elements: 128 bytes."""
 _PADDING = {"page_table": -1, "prompt_remaining": -1, "adaptive_budget": -1}
-"""What stands where a step's tensor is padded; 0 in every other. Rows of padding belong to no sequence: ``cu_tokens`` ends
-before them."""
+"""Padding values of a step's tensors; 0 for the others. Rows of padding belong to no sequence: ``cu_tokens`` ends before
+them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,13 @@ class StepSizes:
 
     @classmethod
     def largest(cls, profiles: Sequence[Mapping[str, Sequence[int]]]) -> Self:
-        """What admits every step that one of ``profiles`` (axis to smallest, usual and largest size) admits."""
+        """The sizes that cover every step that fits one of ``profiles`` (axis to smallest, usual and largest size)."""
         n_tokens, n_rows, n_sequences, width = (max(ranges[axis][-1] for ranges in profiles) for axis in "NRBT")
         return cls(n_tokens=n_tokens, n_rows=n_rows, n_sequences=n_sequences, table_width=width)
 
     @classmethod
     def of(cls, step: Step, page_size: int) -> Self:
-        """The sizes of ``step``, the columns of its page table that hold nothing left out."""
+        """The sizes of ``step``, without unused columns of its page table."""
         return cls(
             n_tokens=len(step.input_ids),
             n_rows=len(step.logit_rows),
@@ -51,15 +51,15 @@ class StepSizes:
 
     @property
     def axes(self) -> dict[str, int]:
-        """By the axis names of op specs."""
+        """The sizes by the axis names of op specs."""
         return {"N": self.n_tokens, "R": self.n_rows, "B": self.n_sequences, "T": self.table_width}
 
     def with_tokens(self, n_tokens: int) -> "StepSizes":
-        """The same, but for the tokens."""
+        """The same sizes with another number of tokens."""
         return dataclasses.replace(self, n_tokens=n_tokens)
 
     def check_within(self, largest: "StepSizes") -> None:
-        """``CapacityError`` where an axis is longer than in ``largest``."""
+        """``CapacityError`` if an axis is longer than in ``largest``."""
         if any(self.axes[axis] > largest.axes[axis] for axis in self.axes):
             raise CapacityError(
                 "the step is larger than what memory was planned for",
@@ -69,8 +69,8 @@ class StepSizes:
             )
 
     def bucket(self, largest: "StepSizes", *, one_token_each: bool, fixed: bool = False) -> "StepSizes":
-        """Sizes that many steps share: the table's width rounded up to a power of 2, and with ``one_token_each`` the number
-        of sequences too; never beyond ``largest``. ``fixed``: steps of one token each are all of the largest sizes.
+        """These sizes rounded up, so that many steps share them: the table's width to a power of 2, with ``one_token_each`` the
+        number of sequences too; at most ``largest``. ``fixed``: steps of one token each always have the largest sizes.
         """
         if one_token_each and fixed:
             n = min(largest.n_sequences, largest.n_tokens, largest.n_rows)
@@ -85,13 +85,13 @@ class StepSizes:
 class StepBuffers:
     """One buffer on the device, and one on the host from which it is filled.
 
-    The tensors of steps of equal sizes are always in the same places, so that a recorded step can be run again on other values.
+    The tensors of steps of equal sizes always have the same addresses, so that a captured step can be replayed on other values.
     """
 
     def __init__(
         self, tensors: Mapping[str, TensorSpec], largest: StepSizes, *, n_layers: int, spare_slot: int, device: torch.device
     ) -> None:
-        """``tensors``: what a step brings, by the names of ``Step``. ``spare_slot`` takes the tokens of padding."""
+        """``tensors``: inputs of a step, by the names of ``Step``. ``spare_slot``: the slot that tokens of padding write to."""
         self._tensors = dict(tensors)
         self._n_layers = n_layers
         self._fills = {name: spare_slot if name == "slots" else _PADDING.get(name, 0) for name in tensors}
@@ -104,8 +104,8 @@ class StepBuffers:
         return self._views(self._device, sizes)
 
     def fill(self, step: Step | None, sizes: StepSizes) -> None:
-        """Bring ``step``, padded to ``sizes``, to the device; None: nothing but padding. Does not wait for the copy: nobody
-        may fill again before the device has done the step.
+        """Copy ``step``, padded to ``sizes``, to the device; None: all padding. Does not wait for the copy: ``fill`` must not
+        be called again before the device has done the step.
         """
         arrays = {name: view.numpy() for name, view in self._views(self._host, sizes).items()}
         for name, array in arrays.items():
@@ -122,7 +122,7 @@ class StepBuffers:
         }
 
     def _layout(self, sizes: StepSizes) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
-        """Where each tensor begins and its shape; and the elements of all together."""
+        """Offset and shape of each tensor, and the total number of elements."""
         axes = sizes.axes | {"L": self._n_layers, "B+1": sizes.n_sequences + 1}
         places = {}
         end = 0
@@ -134,7 +134,9 @@ class StepBuffers:
 
 
 def _put(array: Ints, values: Ints, *, repeat_last: bool) -> None:
-    """Write ``values`` into the beginning of ``array`` along every axis; columns for which there is no place are empty."""
+    """Write ``values`` to the beginning of ``array`` along every axis. Columns beyond the end of ``array`` are dropped; they
+    are unused. ``repeat_last``: fill the rest with the last value.
+    """
     if repeat_last:
         array[...] = values[-1]
     place = tuple(slice(min(n, size)) for n, size in zip(values.shape, array.shape, strict=True))

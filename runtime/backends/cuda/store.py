@@ -6,13 +6,13 @@ from torch import Tensor
 from trt_kv.runtime.cache.kv_pool import KvPool
 
 TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Types of keys and values by the name that engines have for them."""
+"""Torch dtypes of keys and values, by the dtype names of engines."""
 
 
 class DeviceKvPool(KvPool[Tensor]):
     """The arrays of a ``KvPool`` as torch tensors on ``device``; kv, summaries and last_query in ``dtype``.
 
-    What reads them with the host's kernels (scores, per-request budgets) is refused by the model runner.
+    The model runner refuses operations that read them with host kernels (scores, per-request budgets).
     """
 
     on_host = False
@@ -29,7 +29,7 @@ class DeviceKvPool(KvPool[Tensor]):
         device: str | torch.device = "cuda",
         spare_page: bool = False,
     ) -> None:
-        """``spare_page``: one page behind the last, which nobody is given: what pads a step writes there."""
+        """``spare_page``: one more page after the last, which is never allocated: padding of steps writes to it."""
         super().__init__(n_pages=n_pages, page_size=page_size)
         self.device = torch.device(device)
         self.dtype = TORCH_TYPES[dtype]

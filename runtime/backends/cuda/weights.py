@@ -1,4 +1,4 @@
-"""The decoder as a torch module with an engine's own weights, on a device and in the type that is asked for."""
+"""Loads the decoder as a torch module with an engine's weights, on a given device and in a given dtype."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +19,10 @@ def decoder_from_engine(
     device: torch.device,
     on_weight: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """The decoder whose weights lie in the folder ``graphs``, in evaluation mode, without gradients.
+    """The decoder whose weights are in the folder ``graphs``, in evaluation mode, without gradients.
 
     Weights are mapped, moved and converted one by one: the host holds none of them afterwards, unless ``device`` is the CPU.
-    ``on_weight`` is told (done, total). ``EngineError`` where a weight is missing.
+    ``on_weight`` is called with (done, total). ``EngineError`` if a weight is missing.
     """
     index = load_weight_index(graphs, config.tensor_shapes())
     with torch.device("meta"):
@@ -37,7 +37,7 @@ def decoder_from_engine(
 
 
 def _tensors(folder: Path, index: WeightIndex) -> Iterator[tuple[str, Tensor]]:
-    """Each weight by name; bytes are read from the disk when they are used, and never written."""
+    """Each weight by name, mapped from its file: bytes are read from disk when they are used, and never written."""
     files: dict[str, Tensor] = {}
     for weight in index.weights:
         if weight.file not in files:

@@ -1,1 +1,1 @@
-"""The CPU: dense parts by ONNX Runtime or torch, KV ops by numpy and numba kernels."""
+"""The CPU backend: dense layers in ONNX Runtime or torch, KV ops as numpy and numba kernels."""

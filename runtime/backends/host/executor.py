@@ -1,4 +1,4 @@
-"""Whole steps from a dense executor and the KV ops that run between its parts, on the host."""
+"""Whole steps on the host from a ``DenseExecutor`` and the KV ops that run between its layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from trt_kv.runtime.cache.kv_pool import KvPool
 
 
 class SplitStepExecutor:
-    """A dense executor with the KV ops of each phase. See ``StepExecutor``."""
+    """A ``DenseExecutor`` with the KV ops of each phase. See ``StepExecutor``."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class SplitStepExecutor:
         implementation: str = "cpu",
         kernels: Mapping[str, Kernel] | None = None,
     ) -> None:
-        """``kernels`` run the ops they are named after, in place of those of ``implementation``."""
+        """``kernels``, by op name, replace those of ``implementation``."""
         self.dense = dense
         self._programs = programs
         self._implementation = implementation
@@ -39,7 +39,7 @@ class SplitStepExecutor:
         return self.dense.description
 
     def warm_up(self) -> None:
-        """Run each op once on its spec's first case: kernels that are compiled at their first call are compiled now."""
+        """Run each op once on its spec's first case, which compiles kernels that are compiled at their first call."""
         specs = {spec.name: spec for program in self._programs.values() for spec in specs_of(program)}
         for spec in specs.values():
             kernel(spec.name, self._implementation)(**case_inputs(spec, spec.cases[0]))

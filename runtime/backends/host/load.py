@@ -1,4 +1,4 @@
-"""An engine on the CPU: ONNX Runtime and the host's kernels; where the policy recalls, a cache in RAM or in a file."""
+"""Loads an engine on the CPU: ONNX Runtime and host kernels; if the policy recalls, a cache in RAM or in a file."""
 
 import dataclasses
 from pathlib import Path
@@ -21,9 +21,9 @@ from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservatio
 
 
 def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgress) -> Loaded:
-    """Everything that runs an engine for ONNX Runtime on the CPU.
+    """Load an engine for ONNX Runtime on the CPU.
 
-    ``UsageError`` for an engine in another type than float32, and for options about a cache on the host where there is none.
+    ``UsageError`` for an engine in a dtype other than float32, and for options of a host cache if the policy does not recall.
     """
     policy = manifest.policy
     if not policy.recalls:
@@ -63,10 +63,10 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
 
 
 def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[HostKvPool, StreamedRecall | None]:
-    """The pool, and where the policy recalls the tier of the whole cache, with the threads that stream it.
+    """The pool, and if the policy recalls, the host tier with the threads that copy its pages.
 
-    What is not given in tokens takes half of what is free for it: the tier first, and the pool from what a tier in memory
-    leaves of it.
+    A size that is not given in tokens is half of the free memory or disk: first the tier, then the pool, of the memory that the
+    tier leaves.
     """
     if not manifest.policy.recalls:
         return HostKvPool(**dataclasses.asdict(pool_sizes(manifest, options.cache_tokens, n_free // 2))), None
@@ -92,7 +92,7 @@ def _n_bytes(manifest: Manifest, sizes: PoolSizes) -> int:
 
 
 def _pages(manifest: Manifest, runner: ModelRunner) -> list[Resource]:
-    """What requests need of the engine's pools."""
+    """The resources that requests reserve in the engine's pools."""
     budgets = budgets_of(manifest.programs["prefill"])
     policy = manifest.policy
     if runner.tiers is None:

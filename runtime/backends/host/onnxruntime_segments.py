@@ -13,10 +13,10 @@ from trt_kv.runtime.backends.base import Attend
 from trt_kv.runtime.backends.step import Ints
 
 SESSION_OPTIONS = {
-    # Between two matrix products a thread waits some microseconds: putting it to sleep and waking it takes longer.
+    # Threads wait a few microseconds between two matrix products: less than it takes to put a thread to sleep and wake it.
     "session.intra_op.allow_spinning": "1",
     "session.intra_op.spin_duration_us": "50",
-    # Threads that spin on while the KV kernels and the other segments run would take their cores.
+    # Threads left spinning would take cores from the KV kernels and the other segments.
     "session.force_spinning_stop": "1",
 }
 
@@ -68,7 +68,9 @@ def open_segment(
     weights: Mapping[str, ort.OrtValue] | None = None,
     fix: str = "build the engine again",
 ) -> ort.InferenceSession:
-    """A session for one segment; ``weights`` are read where they are. ``EngineError`` with ``fix`` where that fails."""
+    """A session for one segment. ``weights``, by initializer name, are used without a copy. ``EngineError`` with ``fix`` if
+    ONNX Runtime cannot load the segment.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = n_threads
     for name, value in config.items():
@@ -77,7 +79,7 @@ def open_segment(
         options.add_initializer(name, weight)
     options.log_severity_level = 3
     try:
-        # Else a provider that fails is replaced by another one, and standard output told so.
+        # With fallback, ONNX Runtime would replace a failing provider by another one and print that to standard output.
         return ort.InferenceSession(path, options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise EngineError(f"ONNX Runtime cannot load {path}", got=str(error), fix=fix) from error

@@ -1,4 +1,4 @@
-"""A ``ModelRunner`` on the CPU, from what runs the graph segments."""
+"""Makes a ``ModelRunner`` on the CPU from a ``DenseExecutor``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +20,10 @@ def host_runner(
     recall: StreamedRecall | None = None,
     **options: Any,
 ) -> ModelRunner:
-    """``dense`` joined with the KV ops' kernels of ``implementation``; ``options`` as for ``ModelRunner``.
+    """A ``ModelRunner`` of ``dense`` and the KV ops' kernels of ``implementation``; ``options`` as for ``ModelRunner``.
 
-    ``recall`` runs RecallAttention over a cache on the host, with ``pool`` as the device; without it the op's own kernel runs
-    over the whole cache in ``pool``.
+    ``recall`` runs RecallAttention over a cache on the host, with ``pool`` as the device. None: the op's own kernel runs over
+    the whole cache in ``pool``.
     """
     kernels = None if recall is None else recall.kernels
     steps = SplitStepExecutor(dense, programs, implementation=implementation, kernels=kernels)

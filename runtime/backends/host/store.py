@@ -1,4 +1,4 @@
-"""The KV pool in ordinary memory."""
+"""The KV pool in host memory."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from trt_kv.runtime.cache.kv_pool import KvPool
 
 
 class HostKvPool(KvPool[np.ndarray]):
-    """The arrays are reserved, not touched: the operating system commits memory page by page as it is written."""
+    """A ``KvPool`` of numpy arrays, reserved but not touched: the operating system commits memory as it is written."""
 
     def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int, n_query_heads: int = 0) -> None:
-        """``n_query_heads``: where RecallAttention runs on the pool in place."""
+        """``n_query_heads``: H if RecallAttention runs on the pool in place, else 0."""
         super().__init__(n_pages=n_pages, page_size=page_size)
         self.kv = np.empty((n_pages, 2, n_kv_heads, page_size, head_size), np.float32)
         self.token_positions = np.empty((n_pages, n_kv_heads, page_size), np.int64)

@@ -1,4 +1,4 @@
-"""The torch decoder module as a dense executor: the reference, used for calibration and parity."""
+"""The torch decoder module as a ``DenseExecutor``: the reference, used for calibration and parity tests."""
 
 from collections.abc import Callable
 

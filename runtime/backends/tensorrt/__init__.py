@@ -1,1 +1,1 @@
-"""A TensorRT plan: whole steps in one engine, KV ops as plugins."""
+"""The TensorRT backend: a plan that runs whole steps, with the KV ops as plugins."""

@@ -1,6 +1,6 @@
-"""A compiled TensorRT plan as step executor: fixed buffers, state updated where it lies, optionally as CUDA graphs.
+"""A TensorRT plan as ``StepExecutor``: fixed buffers, state updated in place, optionally CUDA graphs.
 
-Needs an NVIDIA GPU, its driver, torch with CUDA, and TensorRT; what has been run of it stands in docs/tensorrt.md.
+Needs an NVIDIA GPU, its driver, torch with CUDA, and TensorRT. docs/tensorrt.md lists what has been run on hardware.
 """
 
 import math
@@ -26,8 +26,9 @@ Ranges = Mapping[str, tuple[int, int, int]]
 class TensorRtExecutor:
     """Runs both phases on one plan, made from the prefill program. See ``StepExecutor``.
 
-    All layers share the pool's memory, so every state is bound to one address in and out. A plan in which TensorRT copies a
-    state in between would write a layer's stale pages over another's: the plugins count such copies, and the first one raises.
+    All layers share the pool's memory, so every state is bound to the same address as input and output. If TensorRT copied a
+    state between ops, stale pages of one layer would overwrite those of another. The plugins count such copies, and the first
+    one raises ``EngineError``.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class TensorRtExecutor:
         dtype: str,
         cuda_graphs: bool = False,
     ) -> None:
-        """``cuda_graphs`` needs device kernels in every plugin: what runs on the host cannot be recorded."""
+        """``cuda_graphs`` needs device kernels in every plugin: work on the host cannot be captured."""
         register_plugins()
         self._plan = plan
         self._program = program
@@ -65,7 +66,7 @@ class TensorRtExecutor:
         return f"{trt.__name__} {trt.__version__}, {torch.cuda.get_device_name()}"
 
     def warm_up(self) -> None:
-        """Nothing is compiled at a first call."""
+        """Does nothing: a plan compiles nothing at its first call."""
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than the plan was built for."""
@@ -105,7 +106,7 @@ class TensorRtExecutor:
                 context.set_tensor_address(name, self._buffers[name].data_ptr())
 
     def _execute(self, key: tuple[Any, ...], context: Any) -> None:
-        """Launch; from its second time on a step of the same shape is replayed as a CUDA graph, where these are wanted."""
+        """Launch the step. With CUDA graphs, a step is captured at its first run and replayed for later steps of its shape."""
         if self._graphs is not None and key in self._graphs:
             self._graphs[key].replay()
             return
@@ -126,7 +127,7 @@ class TensorRtExecutor:
             self._graphs[key] = graph
 
     def _made(self, axes: Mapping[str, int]) -> dict[str, dict[int, Ints]]:
-        """What the layers' ops made for the runtime, by name and layer; ``axes``: the sizes of this step."""
+        """Results of the ops for the runtime, by name and layer; ``axes``: the sizes of this step."""
         specs = results_of(self._program)
 
         def read(name: str) -> Ints:
@@ -138,17 +139,17 @@ class TensorRtExecutor:
 
 
 def states_address(pool: KvPool[Any]) -> int:
-    """Where the pool is: a recorded step can only be replayed on the same memory."""
+    """Address of the pool: a captured step can only be replayed on the same memory."""
     tensor: Any = pool.kv
     return int(tensor.data_ptr())
 
 
 def engine_from_plan(path: Path) -> Any:
-    """Deserialize a plan; the plugins must be registered. ``EngineError`` with TensorRT's words where it cannot."""
+    """Deserialize a plan; the plugins must be registered. ``EngineError`` with TensorRT's messages if that fails."""
     said: list[str] = []
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps what TensorRT says about errors."""
+        """Collects TensorRT's error messages."""
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
@@ -167,7 +168,7 @@ def engine_from_plan(path: Path) -> Any:
 
 
 def free_device_bytes() -> int:
-    """Memory of the current GPU that nobody has taken."""
+    """Free bytes of the current GPU."""
     return int(torch.cuda.mem_get_info()[0])
 
 

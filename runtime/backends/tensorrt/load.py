@@ -1,4 +1,4 @@
-"""An engine that is a TensorRT plan, on the GPU that it was built for."""
+"""Loads an engine that is a TensorRT plan, on the GPU that it was built for."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from trt_kv.runtime.reservation import CachePages, Places, Reservation
 
 
 def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgress) -> Loaded:
-    """Everything that runs a plan. A policy that recalls has its whole cache in the pool.
+    """Load the plan and allocate its pool. If the policy recalls, the whole cache is in the pool.
 
-    ``UsageError`` for options about a cache on the host, ``EngineError`` for a plan that TensorRT does not load.
+    ``UsageError`` for options of a host cache, ``EngineError`` for a plan that TensorRT cannot load.
     """
     check_no_host_tier(folder, manifest, options)
     plan, policy = manifest.plan, manifest.policy

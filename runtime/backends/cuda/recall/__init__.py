@@ -1,1 +1,1 @@
-"""Recall that the GPU drives by itself: the cache in pinned memory of the host, working sets on the device."""
+"""Recall driven by the GPU: the cache in pinned memory of the host, working sets on the device."""

@@ -1,4 +1,4 @@
-"""What one layer does for the next step beside the running one, in three parts that nothing waits for before the step ends."""
+"""Recall of one layer for its next step, in three parts that overlap with the running step and are joined at its end."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from trt_kv.runtime.backends.cuda.recall.recall_pages import AHEAD_PROGRAMS, rec
 
 
 class RecallAhead:
-    """Recall for a layer's next step, with this step's queries; its parts are submitted in the order of its methods."""
+    """Recall for a layer's next step, with this step's queries. Submit its methods in the order of their definition."""
 
     def __init__(self, sets: WorkingSets, step: LayerStep, begun: BegunLayer) -> None:
         self._sets, self._step, self._begun = sets, step, begun
@@ -17,7 +17,7 @@ class RecallAhead:
         self._moves: Moves | None = None
 
     def choose(self) -> None:
-        """When queries and summaries are there. Reads nothing that is changed before the next step begins."""
+        """Choose pages, once queries and summaries are written. Reads nothing that changes before the next step begins."""
         begun, step = self._begun, self._step
         self._wanted_BKT = choose_pages(
             begun.latest_BHD,
@@ -31,7 +31,7 @@ class RecallAhead:
         )
 
     def plan_and_fill(self) -> None:
-        """When the running step has its table, and what it needs at once is planned: fill slots that it does not read."""
+        """Plan copies, and fill slots that the running step does not read, once that step's own recall has been planned."""
         begun, step, sets = self._begun, self._step, self._sets
         assert self._wanted_BKT is not None
         self._moves = plan_ahead(
@@ -47,7 +47,7 @@ class RecallAhead:
         recall_pages(sets.host_kv, sets.kv, self._moves.rows, self._moves.unread, programs=AHEAD_PROGRAMS)
 
     def fill_read(self) -> None:
-        """When the running step has attended: fill the slots that it read."""
+        """Fill the slots that the running step reads, once its attention is done."""
         assert self._moves is not None
         sets = self._sets
         recall_pages(sets.host_kv, sets.kv, self._moves.rows, self._moves.read, programs=AHEAD_PROGRAMS)

@@ -1,4 +1,4 @@
-"""Who does what a step does not wait for, and when: a stream of its own on a GPU; elsewhere at once, or when a test says so."""
+"""Runs work that no step waits for: on a second stream of a GPU, in place on other devices, or as a test chooses."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -9,31 +9,31 @@ Work = Callable[[], None]
 
 
 class SideWork(Protocol):
-    """Runs work in the order in which it came, never before what its caller had launched by then."""
+    """Runs work in submission order, after everything that the caller has launched before."""
 
     def submit(self, work: Work) -> None:
-        """Take work that launches and does not wait; it may begin at once, later, or only when it is joined."""
+        """Submit work that launches kernels and does not wait. It may begin immediately, later, or only when joined."""
         ...
 
     def join(self) -> None:
-        """What the caller launches from here on comes after all that was submitted."""
+        """Order everything that the caller launches from here on after all submitted work."""
         ...
 
 
 class InPlace:
-    """Nothing overlaps: work is done where it is submitted."""
+    """Runs work when it is submitted, without overlap."""
 
     def submit(self, work: Work) -> None:
         work()
 
     def join(self) -> None:
-        """All has been done."""
+        """Does nothing: all work is done."""
 
 
 class SideStream:
-    """A second stream of a GPU, forked from the caller's and joined to it by events; so both can be captured in one graph.
+    """A second stream of a GPU, forked from the caller's and joined to it by events, so that both can be captured in one graph.
 
-    What the work holds is kept until it is joined: memory that another stream still reads is not handed out again.
+    Work is referenced until it is joined, so that torch does not reuse memory that this stream still reads.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,6 @@
-"""How a layer of a step begins where recall is driven by the device: the token is kept, drift tested, lengths counted.
+"""The first kernel of a layer that recalls: stores the new token, tests drift and counts pages, before any are chosen.
 
-All in one launch, before pages are chosen. H query heads, K KV heads, G = H / K, D head size, P page size, N tokens,
-B sequences, T pages of a page table.
+H query heads, K KV heads, G = H / K, D head size, P page size, N tokens, B sequences, T pages of a page table.
 """
 
 from dataclasses import dataclass
@@ -42,12 +41,12 @@ def keep_token(
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One KV head of a token into the open page; where that fills it, the page to the host, and its summary."""
+    """Write one KV head of a token to the open page. If that fills the page, copy it to the host and write its summary."""
     d = tl.arange(0, BLOCK_D)
     tl.store(page_ptr + offset * D + d, tl.load(k_ptr + d, mask=d < D), mask=d < D)
     tl.store(page_ptr + (K * P + offset) * D + d, tl.load(v_ptr + d, mask=d < D), mask=d < D)
     if offset == P - 1:
-        # The token is read by other threads than wrote it.
+        # Threads other than those that wrote the token read it.
         tl.debug_barrier()
         host_page = tl.load(table_ptr + number)
         host_ptr += (host_page * 2 * K + head) * P * D
@@ -108,7 +107,7 @@ def begin_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per (sequence, KV head); those of the first KV heads also say what holds for the whole sequence.
+    """One program per (sequence, KV head); those of KV head 0 also write the counts of their sequence.
 
     ``counts`` [7, B]: between, chosen, attended; the same of the next step; block. ``heads`` [4, B, K]: corrected, needs,
     wanted now, wanted ahead.
@@ -126,7 +125,7 @@ def begin_kernel(
     between, chosen, attended = counted(
         is_there & (remaining < 0), n, prompt_len, budget, kept_share, kept_tokens, sink_pages, newest_pages, recent, P
     )
-    # One token more, and none of the prompt where this step has read all of it.
+    # The next step has one token more, and generates if this step has read the end of the prompt.
     between_ahead, chosen_ahead, attended_ahead = counted(
         is_there & (remaining < 1), n + 1, prompt_len, budget, kept_share, kept_tokens, sink_pages, newest_pages, recent, P
     )
@@ -157,10 +156,10 @@ def begin_kernel(
         needs = (attended > 0) & (corrected | (chosen_for != n))
         tl.store(probe_ptr + b.to(tl.int64) * H * D + at, tl.where(is_steady, before, q), mask=mask)
         tl.store(latest_ptr + b.to(tl.int64) * H * D + at, q, mask=mask)
-        # Whatever thread holds an element: nothing is overwritten that is still to be read.
+        # No thread may overwrite an element that another one has yet to read.
         tl.debug_barrier()
         tl.store(before_ptr + at, q, mask=mask)
-    # With the same query, and as many of as many pages, the choice for the next step is this step's.
+    # With the same query and the same page counts, the choice for the next step is that of this step.
     repeats = corrected & (attended > 0) & (between_ahead == between) & (chosen_ahead == chosen)
     heads_ptr += b * K + head
     tl.store(heads_ptr, corrected.to(tl.int64))
@@ -180,7 +179,7 @@ def begin_kernel(
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStep:
-    """One layer of one step: what RecallAttention is given, and the layer's own rows of it."""
+    """One layer of one step: the arguments of RecallAttention, and the rows of them that belong to the layer."""
 
     args: Arguments[Tensor]
     q_NHD: Tensor
@@ -202,28 +201,28 @@ class LayerStep:
 
 @dataclass(frozen=True, kw_only=True)
 class BegunLayer:
-    """What is known of a layer's sequences and KV heads before pages are chosen; int64 but for queries."""
+    """Counts, flags and queries of a layer's sequences and KV heads before pages are chosen; int64 except queries."""
 
     now: PageCounts
     ahead: PageCounts
-    """Of the next step, which has one token more and none of the prompt where this one has read all of it."""
+    """Counts of the next step, which has one token more, and generates if this one has read the end of the prompt."""
     blocks_B: Tensor
     corrected_BK: Tensor
     needs_BK: Tensor
-    """1 for KV heads that have to choose now: corrected, or nothing was chosen ahead."""
+    """1 for KV heads that must choose pages now: they were corrected, or no pages were chosen ahead."""
     wanted_BK: Tensor
-    """How many pages these choose; 0 for others."""
+    """Number of pages that these choose; 0 for others."""
     wanted_ahead_BK: Tensor
-    """How many all choose for the next step; -1 where that is what a corrected KV head chooses now."""
+    """Number of pages that every KV head chooses for the next step; -1 if a corrected one keeps its choice of this step."""
     probe_BHD: Tensor
-    """Queries that pages are ranked for now, the last ones of KV heads that did not drift; undefined without a token."""
+    """Queries to rank pages with now: the previous ones for KV heads that did not drift; undefined without a token."""
     latest_BHD: Tensor
     """Queries of this step."""
 
 
 def begin_layer(sets: WorkingSets, block_of: Tensor, step: LayerStep) -> BegunLayer:
-    """Put each generated token into its open page, and a page that it fills on the host, with its summary; compare each
-    sequence's last query of this step with the one before, and remember it in the block that ``block_of`` [M] has for its row.
+    """Write each generated token to its open page, and copy a page that it fills to the host, with its summary. Compare each
+    sequence's last query of this step with the previous one, and store it in the block that ``block_of`` [M] gives for its row.
     """
     args = step.args
     n_sequences, (n_heads, head_size) = len(step.kv_len_B), step.q_NHD.shape[1:]
@@ -236,7 +235,7 @@ def begin_layer(sets: WorkingSets, block_of: Tensor, step: LayerStep) -> BegunLa
     launch(
         begin_kernel,
         (n_sequences, n_kv_heads),
-        warps=1,  # little to do for each, and sums that need no memory shared by warps
+        warps=1,  # each program does little, and with one warp its sums need no shared memory
         q_ptr=step.q_NHD,
         k_ptr=args.k.contiguous(),
         v_ptr=args.v.contiguous(),

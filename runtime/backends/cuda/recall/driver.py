@@ -1,24 +1,24 @@
-"""RecallAttention over two tiers, driven by the device: what is chosen, missing and moved is known there alone.
+"""RecallAttention over two tiers, driven by the device: page choices and copies are never read back by the host.
 
-One layer of one decode step, as launches that a CUDA graph can record and replay at any lengths
+One layer of one decode step, as launches that a CUDA graph can capture and replay at any sequence lengths
 (docs/decisions/0022-recall-driven-by-the-device.md):
 
     main stream                                             side stream
-    append the token; a page that fills: to the host, summed up
+    append the token; copy a full page to the host, summarise it
     test drift, count pages
-    the query is there ------------------------------------> choose for the next step
-    KV heads in need choose, plan; tables of device pages
-    bring what they miss
-    tables are made ---------------------------------------> plan, fill slots that nobody reads
+    queries are written -----------------------------------> choose pages for the next step
+    KV heads that need pages now choose and plan; write page tables
+    copy their missing pages
+    page tables are written -------------------------------> plan; fill slots that attention does not read
     attention over the working set
-    attention is done -------------------------------------> fill the slots that it read
+    attention is done -------------------------------------> fill slots that attention has read
     next layers ...
     <------------------- the last layer joins the side stream
 
-Chosen lists and what slots hold are changed by the plan on the side stream, after this step's table was made of them and before
-the next step's is. Joining within the step is what a graph asks for: the side stream must return to the stream from which it
-was forked. It costs that whatever of the recall is not done when the last layer has attended is waited for there, before
-that layer's projection, instead of behind the next step's first layers.
+The plan on the side stream changes the chosen pages and the contents of slots, after this step's page table was made from them
+and before the next step's is. CUDA graph capture requires that a forked stream joins its origin within the step. The price: if
+recall is not done when the last layer has attended, the step waits for it there, before that layer's output projection,
+instead of overlapping it with the first layers of the next step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,9 @@ from trt_kv.runtime.backends.step import Ints
 
 @dataclass(frozen=True, kw_only=True)
 class RecallCapacity:
-    """What memory is planned for. ``prompt_block``: tokens of earlier pages that a chunk has on the device at a time."""
+    """Sizes that memory is planned for: host pages, sequences, tokens of the longest prompt and of the largest chunk.
+    ``prompt_block``: tokens of earlier pages that are on the device at a time while a chunk attends to them.
+    """
 
     host_pages: int
     sequences: int
@@ -61,18 +63,19 @@ class RecallCapacity:
 
     def __post_init__(self) -> None:
         if min(vars(self).values()) < 1:
-            raise UsageError("recall needs room for something", got=vars(self), expected="at least 1 of each")
+            raise UsageError("bad sizes for recall", got=vars(self), expected="at least 1 of each")
 
 
 class DeviceRecall:
-    """Kernels with a memory, like ``StreamedRecall``: page tables name host pages, rows of queries are first host pages.
+    """Stateful kernels of RecallAttention, like ``StreamedRecall``. Page tables list host pages; query rows are the numbers of
+    first host pages.
 
-    A cache begins with a prompt, read by the kernels of phase "prefill", which wait for the device; those of "decode" never do
-    and expect generated tokens alone. ``release`` takes a sequence's working sets back.
+    Prompts are read by the kernels of phase "prefill", which wait for the device. Those of "decode" never wait, and accept
+    generated tokens only. ``release`` frees a sequence's working sets.
     """
 
     statistics = None
-    """What is recalled is known on the device alone."""
+    """Not counted: the host does not read back what the device recalls."""
 
     def __init__(
         self,
@@ -83,10 +86,10 @@ class DeviceRecall:
         n_query_heads: int,
         side: SideWork | None = None,
     ) -> None:
-        """``program``: any phase's. ``pool``: the cache of layers that do not recall, and what is said of types and sizes.
-        ``side``: who does what no step waits for; None: a stream of its own on a GPU.
+        """``program``: of either phase. ``pool``: the cache of the layers that do not recall; its device, dtype and page shape
+        apply to the others, too. ``side``: runs work that no step waits for; None: on a second stream if the device is a GPU.
 
-        ``UsageError`` where no layer recalls, or where budgets are found from the input.
+        ``UsageError`` if no layer recalls, or if budgets depend on the prompt.
         """
         layers = recalling_layers(program)
         if not layers:
@@ -104,36 +107,36 @@ class DeviceRecall:
         self._first_layer, self._last_layer = layers[0], layers[-1]
 
     def kernels(self, phase: str) -> Mapping[str, Kernel]:
-        """What runs instead of the op's own kernels in steps of ``phase``, "prefill" or "decode"."""
+        """Kernels by op name that replace the ops' own in steps of ``phase``, "prefill" or "decode"."""
         attend = partial(self._attend, reads_prompts=phase == "prefill")
         return {"RecallAttention": called_by_name("RecallAttention", attend)}
 
     def fork(self, pages: Ints, twin_pages: Ints) -> None:
-        """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
+        """Copy one layer of a sequence from its host pages ``pages`` to the new host pages ``twin_pages`` of its fork."""
         self._side.join()
         sets = self.sets.tensors
         heads = range(sets.kv.shape[2])
         pairs = zip(pages.tolist(), twin_pages.tolist(), strict=True)
         moves = torch.tensor([(head, *pair) for pair in pairs for head in heads], device=self.device.device)
-        with torch.cuda.device(moves.device) if moves.is_cuda else nullcontext():  # where kernels are launched
+        with torch.cuda.device(moves.device) if moves.is_cuda else nullcontext():  # Triton launches on it
             recall_pages(sets.host_kv, sets.host_kv, moves)
         sets.summaries[torch.from_numpy(twin_pages)] = sets.summaries[torch.from_numpy(pages)]
         self.sets.fork(int(pages[0]), int(twin_pages[0]))
 
     def warm_up(self) -> None:
-        """All kernels are compiled by the executor's steps."""
+        """Does nothing: the executor's warm-up steps compile all kernels."""
 
     def release(self, rows: Sequence[int]) -> None:
-        """Forget layers of sequences, known by their first host pages."""
+        """Free the working sets of layers of sequences, identified by their first host pages."""
         self._side.join()
         self.sets.release(rows)
 
     def close(self) -> None:
-        """Release everything."""
+        """Free all working sets."""
         self.release(self.sets.rows)
 
     def _attend(self, args: Arguments[Tensor], *, reads_prompts: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """RecallAttention as its spec says; the states that the spec keeps in the pool are kept here."""
+        """RecallAttention according to its spec. The states that the spec keeps in the pool are kept in working sets."""
         if args.layer == self._first_layer:
             self._side.join()  # a step may have been interrupted before its last layer
         sets, step = self.sets.tensors, LayerStep.of(args)
@@ -159,8 +162,8 @@ class DeviceRecall:
         return out, lse, begun.corrected_BK
 
     def _recall_at_once(self, step: LayerStep, begun: BegunLayer) -> Tensor:
-        """For KV heads that were corrected, or for which nothing was chosen ahead: choose and bring pages now. Returns the
-        device pages that all KV heads attend to, [B, K, T].
+        """Choose and copy pages now for KV heads that were corrected, or for which none were chosen ahead. Returns the device
+        pages that all KV heads attend to, [B, K, T].
         """
         sets = self.sets.tensors
         bounds_BHT = page_bounds(
@@ -173,7 +176,7 @@ class DeviceRecall:
     def _plan_now(
         self, step: LayerStep, begun: BegunLayer, needs_BK: Tensor, bounds_BHT: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Moves, which of them are to be made, and what is attended to: see ``plan_now``."""
+        """Moves, which of them are to be made, and the device pages that are attended to: see ``plan_now``."""
         return plan_now(
             self.sets.tensors,
             bounds_BHT,
@@ -188,7 +191,9 @@ class DeviceRecall:
         )
 
     def _read_prompts(self, step: LayerStep, out: Tensor, lse: Tensor) -> None:
-        """Chunks of prompts, one by one: rows of ``out`` and ``lse``."""
+        """Attention of prompt chunks, one after another, into their rows of ``out`` and ``lse``. ``CapacityError`` for a prompt
+        longer than planned.
+        """
         args, limits = step.args, step.limits
         ends, prompts, lengths = args.cu_tokens.tolist(), args.prompt_len.tolist(), step.kv_len_B.tolist()
         remaining = args.prompt_remaining.tolist()

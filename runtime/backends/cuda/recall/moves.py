@@ -1,9 +1,9 @@
-"""Working sets of RecallAttention on the GPU: what each KV head holds, what it has to bring, and where that is read.
+"""Working sets of RecallAttention on the GPU: the pages that each KV head holds, and the plan of the copies that it needs.
 
 H query heads, K KV heads, P page size, D head size, U blocks, S slots, C most chosen pages, M host pages, B sequences, T pages
-of a page table, E = B K C rows of moves. A page number counts a sequence's pages from 0. A block is ``block_pages`` pages on
-the device, of one layer of one sequence: sinks, a ring of the newest (page j at j mod n_newest), and from ``first_slot`` on
-slots, in which every KV head may hold another page's part.
+of a page table, E = B K C rows of moves. A page number is the index of a page within its sequence. A block is ``block_pages``
+device pages of one layer of one sequence: sinks, a ring of the newest pages (page j at j mod n_newest), and from
+``first_slot`` on slots, in which each KV head may hold its part of a different page.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ _TILE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class WorkingSets:
-    """Both tiers, and what changes with the contents of a cache; all but ``host_kv`` on the device, all but floats int64."""
+    """Both tiers, and the state of all blocks. All tensors except ``host_kv`` are on the device; integers are int64."""
 
     host_kv: Tensor
-    """[M, 2, K, P, D], pinned where the device is a GPU."""
+    """[M, 2, K, P, D], pinned if the device is a GPU."""
     kv: Tensor
     """[U * block_pages, 2, K, P, D]."""
     summaries: Tensor
@@ -35,27 +35,27 @@ class WorkingSets:
     held: Tensor
     """[U, K, S]: the page number in each slot, -1 for none."""
     chosen: Tensor
-    """[U, K, C]: the page numbers chosen last, ascending; as many are defined as the step's counts say."""
+    """[U, K, C]: the page numbers chosen last, ascending; the step's counts give how many are defined."""
     slots: Tensor
     """[U, K, C]: the slot of each chosen page."""
     chosen_for: Tensor
     """[U, K]: the number of tokens of the step that ``chosen`` is for; 0 for none."""
     moved: Tensor
-    """[U, K, 2]: page-heads brought at once and ahead since the block was given to its sequence."""
+    """[U, K, 2]: page-heads copied while the step waited and ahead of it, since the block was allocated to its sequence."""
     first_slot: int
     block_pages: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moves:
-    """Page-heads to bring, as ``recall_pages`` takes them."""
+    """Page-heads to copy, in the format of ``recall_pages``."""
 
     rows: Tensor
-    """[E, 3]: KV head, host page, device page; undefined where no flag is set."""
+    """[E, 3]: KV head, host page, device page; undefined in rows without a flag."""
     unread: Tensor
-    """[E]: 1 where the running step does not read what is in the slot."""
+    """[E]: 1 for moves into slots that the running step does not read."""
     read: Tensor
-    """[E]: 1 where it does, so that the move waits for its attention."""
+    """[E]: 1 for moves into slots that it reads, which wait for its attention."""
 
 
 def plan_now(
@@ -70,10 +70,11 @@ def plan_now(
     pooling: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """KV heads in need choose for the running step, by ``bounds_BHT``, and what they miss has to be brought at once.
+    """Choose pages for the running step, by ``bounds_BHT``, for KV heads with a flag in ``needs_BK``, and plan copies of those
+    that are missing.
 
-    Returns moves [E, 3] and which of them are to be made, [E]; and the device pages that each KV head attends to, [B, K, T]:
-    those of ``counts.attended[b]`` tokens are defined.
+    Returns moves [E, 3], which of them are to be made, [E], and the device pages that each KV head attends to, [B, K, T],
+    defined for ``counts.attended[b]`` tokens.
     """
     chosen_BKT = torch.empty((*needs_BK.shape, table_BT.shape[1]), dtype=torch.int64, device=sets.held.device)
     places_BKT = torch.empty_like(chosen_BKT)
@@ -111,8 +112,8 @@ def plan_ahead(
     n_read_B: Tensor,
     blocks_B: Tensor,
 ) -> Moves:
-    """What has to be brought so that ``wanted_BKT``, chosen for the next step, is held: what working sets hold and have chosen
-    from then on. ``n_wanted_BK`` -1: they do already. The running step reads the first ``n_read_B`` chosen pages.
+    """The copies after which working sets hold ``wanted_BKT``, the pages chosen for the next step; updates what they hold and
+    have chosen. ``n_wanted_BK`` -1: they hold them already. The running step reads the first ``n_read_B`` chosen pages.
     """
     rows, unread, arguments = _plan_arguments(sets, n_wanted_BK)
     read = torch.empty_like(unread)
@@ -137,7 +138,7 @@ def plan_ahead(
 
 
 def _plan_arguments(sets: WorkingSets, of_heads_BK: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Moves and flags to be written, and what both kernels that plan are given."""
+    """Output tensors for moves and flags, and the arguments that both planning kernels share."""
     n_slots, n_most = sets.held.shape[2], sets.chosen.shape[2]
     widths = {"rows": 3 * n_most, "unread": n_most, "places": n_most, "free": 2 * n_slots}
     n_rows = of_heads_BK.numel()

@@ -1,4 +1,4 @@
-"""The Triton functions behind ``moves.py``, which starts them and says what the letters mean."""
+"""The Triton kernels that ``moves.py`` launches; axis letters are defined there."""
 
 import triton
 import triton.language as tl
@@ -8,13 +8,13 @@ from trt_kv.plugins.recall_attention.rank_kernels import choose_for_head
 
 @triton.jit
 def own_page(number: tl.tensor, sink_pages: tl.tensor, newest_pages: tl.tensor) -> tl.tensor:
-    """Where in its block a sink or one of the newest pages is."""
+    """Index within its block of a sink or one of the newest pages."""
     return tl.where(number < sink_pages, number, sink_pages + number % newest_pages)
 
 
 @triton.jit
 def place_in(list_ptr: tl.tensor, n: tl.tensor, values: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
-    """Where each value stands among the first ``n`` < 2**STEPS of an ascending list; -1 where it does not."""
+    """Index of each value among the first ``n`` < 2**STEPS elements of an ascending list, by bisection; -1 if absent."""
     low = tl.zeros_like(values)
     high = low + n
     for _ in range(STEPS):
@@ -49,10 +49,10 @@ def plan_for_head(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The pages that a KV head wants and no slot holds, each into a slot whose page it does not want, first into those that the
-    running step does not read, in order. The same rule as the host's ``planned_moves``.
+    """Plan the copies of one KV head: each wanted page that no slot holds, in order, goes into a slot whose page is not wanted,
+    first into those that the running step does not read. The same rule as the host's ``planned_moves``.
 
-    AHEAD: the running step reads the first ``n_read`` of the pages chosen for it. All pointers are to this KV head's.
+    AHEAD: the running step reads the first ``n_read`` of the pages chosen for it. All pointers are to this KV head's data.
     """
     tile = tl.arange(0, BLOCK)
     for start in range(0, C, BLOCK):
@@ -76,7 +76,7 @@ def plan_for_head(
         tl.store(free_ptr + S + n_others + tl.cumsum(others) - 1, slot.to(tl.int64), mask=others == 1)
         n_unread += tl.sum(unread, 0)
         n_others += tl.sum(others, 0)
-    # Places and free slots are read by other threads than wrote them, and what is held and chosen is overwritten.
+    # Threads other than those that wrote places and free slots read them, and held and chosen pages are overwritten below.
     tl.debug_barrier()
 
     n_missing = 0
@@ -105,7 +105,7 @@ def plan_for_head(
 
 @triton.jit
 def nothing(flags_ptr: tl.tensor, C: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    """None of a KV head's C rows of moves is made."""
+    """Clear the flags of a KV head's C rows of moves."""
     for start in range(0, C, BLOCK):
         i = start + tl.arange(0, BLOCK)
         tl.store(flags_ptr + i, tl.zeros([BLOCK], tl.int64), mask=i < C)
@@ -146,7 +146,7 @@ def plan_kernel(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per (sequence, KV head): moves for the next step. ``n_wanted`` -1: what it wants is chosen and held."""
+    """One program per (sequence, KV head): moves for the next step. ``n_wanted`` -1: wanted pages are chosen and held."""
     b = tl.program_id(0)
     head = tl.program_id(1)
     row = b.to(tl.int64) * K + head
@@ -181,7 +181,7 @@ def places_for_head(
     first_slot: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The device pages that a KV head attends to, sinks, chosen ones and the newest, in order; its block's first page given."""
+    """Write the device pages that a KV head attends to: sinks, chosen, newest. ``first_page``: the first one of its block."""
     for start in range(0, n_attended, BLOCK):
         i = start + tl.arange(0, BLOCK)
         is_chosen = (i >= sink_pages) & (i < sink_pages + n_chosen)
@@ -238,9 +238,10 @@ def now_kernel(
     FEW: tl.constexpr,
     MANY: tl.constexpr,
 ) -> None:
-    """One program per (sequence, KV head). One in need chooses for the running step and plans moves; all write their tables.
+    """One program per (sequence, KV head). With ``needs`` it chooses pages for the running step and plans moves; it always
+    writes its page table.
 
-    ``chosen`` is what is made here, ``last`` what working sets remember.
+    ``chosen``: the choice made here; ``last``: the chosen pages that working sets store.
     """
     b = tl.program_id(0)
     head = tl.program_id(1)
@@ -256,7 +257,7 @@ def now_kernel(
             *(bounds_ptr, keys_ptr, chosen_ptr, row, tl.load(between_ptr + b).to(tl.int32), n_chosen, softmax_scale),
             *(n_table, sink_pages, G, SOFTMAX, MAXIMUM, BLOCK_G, FEW, MANY),
         )
-        # Chosen pages are read by other threads than wrote them; slots below, too.
+        # Threads other than those that wrote the chosen pages read them; the same holds for slots below.
         tl.debug_barrier()
         plan_for_head(
             *(chosen_ptr + row * n_table, n_chosen.to(tl.int64), n_chosen, table_ptr + b * table_stride_b),

@@ -14,7 +14,7 @@ from trt_kv.runtime.backends.host.recall.prompt_attention import BLOCK_TOKENS
 
 
 class PromptStaging:
-    """Device pages for the pages that a chunk touches, and for a block of earlier ones. Used by one chunk at a time."""
+    """Staging area on the device: pages that a chunk writes, and a block of earlier ones. Used by one chunk at a time."""
 
     def __init__(self, sets: DeviceSets, *, largest_chunk: int, block_tokens: int = BLOCK_TOKENS) -> None:
         shape = sets.tensors.kv.shape[1:]
@@ -39,11 +39,11 @@ class PromptStaging:
         positions: Tensor,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """The last N of ``n_cached`` tokens attend to all up to themselves: (out [N, H, D], lse [N, H]).
+        """Causal attention of the last N of ``n_cached`` tokens: (out [N, H, D], lse [N, H]).
 
-        ``pages``: the sequence's host pages in order. Pages that the chunk fills go to the host, sinks and newest ones into the
-        block. Where all earlier pages fit into the staging area, the result is, bit for bit, that of attention over the whole
-        cache; else blocks are joined by their log-sum-exps. ``CapacityError`` for a chunk longer than planned.
+        ``pages``: the sequence's host pages in order. Pages that the chunk fills are copied to the host, sinks and newest pages
+        to the block. If all earlier pages fit into the staging area, the result is bit-identical to attention over the whole
+        cache; otherwise blocks are merged by their log-sum-exps. ``CapacityError`` for a chunk longer than planned.
         """
         if len(q) > self._largest_chunk:
             raise CapacityError(
@@ -74,7 +74,7 @@ class PromptStaging:
         return out.to(q.dtype), lse
 
     def _put_chunk(self, block: int, limits: PageLimits, n_cached: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """The open page and the chunk's tokens, behind the place of earlier pages."""
+        """Write the open page and the chunk's tokens to the staging area, after the pages for earlier ones."""
         size, n_before = limits.page_size, n_cached - len(k)
         first, n_open = divmod(n_before, size)
         if n_open:
@@ -84,12 +84,12 @@ class PromptStaging:
         append_tokens(self.kv, self._token_positions, slots_N, k, v, positions)
 
     def _bring(self, host_pages: Sequence[int], first: int) -> None:
-        """Full pages of a sequence, the first of them its page ``first``, to the beginning of the staging area."""
+        """Copy full pages of a sequence, starting with its page ``first``, to the beginning of the staging area."""
         self._copy(self._sets.tensors.host_kv, self.kv, [(page, at) for at, page in enumerate(host_pages)])
         self._number(0, len(host_pages), first)
 
     def _number(self, at: int, n_pages: int, first: int) -> None:
-        """Pages ``at`` and following hold the tokens of a sequence's page ``first`` and following."""
+        """Set the token positions of staged pages from ``at`` on to those of the sequence's pages from ``first`` on."""
         n_kv_heads, size = self._token_positions.shape[1:]
         numbers = torch.arange(first * size, (first + n_pages) * size, device=self.kv.device)
         self._token_positions[at : at + n_pages] = numbers.view(n_pages, 1, size).expand(n_pages, n_kv_heads, size)
@@ -97,7 +97,7 @@ class PromptStaging:
     def _over(
         self, staged: Sequence[int], n_tokens: int, q: Tensor, positions: Tensor, scale: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Attention over the first ``n_tokens`` of some pages of the staging area."""
+        """Attention over the first ``n_tokens`` tokens of the pages ``staged`` of the staging area."""
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         cu_tokens, table_BT, kv_len_B = (
@@ -107,12 +107,12 @@ class PromptStaging:
         return out, lse
 
     def _place(self, block: int, limits: PageLimits, number: int) -> int:
-        """The device page of a sink or one of the newest pages; ``moves_kernels.own_page`` says the same."""
+        """The device page of a sink or one of the newest pages; the same rule as ``moves_kernels.own_page``."""
         own = number if number < limits.n_sinks else limits.n_sinks + number % limits.n_newest
         return block * self._sets.sizes.n_pages + own
 
     def _copy(self, source: Tensor, target: Tensor, pages: Sequence[tuple[int, int]]) -> None:
-        """Copy whole pages: (in ``source``, in ``target``)."""
+        """Copy whole pages. ``pages``: (page in ``source``, page in ``target``)."""
         heads = range(self.kv.shape[2])
         moves = torch.tensor([(head, *pair) for pair in pages for head in heads], dtype=torch.int64).reshape(-1, 3)
         recall_pages(source, target, moves.to(self.kv.device))

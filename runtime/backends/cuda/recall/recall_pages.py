@@ -1,7 +1,8 @@
-"""Page-heads from pinned host memory to pages on the GPU, moved by the GPU itself from lists that lie there.
+"""Copies page-heads from pinned host memory to pages on the GPU, by a kernel that reads the list of copies on the GPU.
 
-A kernel reads pinned memory where it is (unified addressing), so whoever chose pages on the device need not tell the host, and
-a step that recalls can be recorded as a CUDA graph. Page-heads lie contiguously in both tiers; nothing is transposed.
+The kernel reads pinned memory directly (unified addressing), so the host need not know which pages were chosen, and a step that
+recalls can be captured as a CUDA graph. A page-head, which is the keys and values of one KV head in one page, is contiguous
+for keys and for values in both tiers; nothing is transposed.
 """
 
 import triton
@@ -11,9 +12,10 @@ from torch import Tensor
 from trt_kv.plugins.triton_launch import launch, power_of_2
 
 PROGRAMS = 64
-"""Each has 16 KiB on its way at a time: ten times what the bus needs to be full, and half of a large GPU left to the model."""
+"""Programs of the kernel. Each has 16 KiB in flight: together ten times what saturates the bus, and half of a large GPU is
+left to the model."""
 AHEAD_PROGRAMS = 16
-"""Where nothing waits for them. They fill the bus but for 1 to 3 percent, and leave more processors to what runs meanwhile."""
+"""Programs for copies that no step waits for. They reach 97 to 99 percent of the bus and leave more SMs to other kernels."""
 _TILE_BYTES = 8192
 _TILE_MOVES = 16
 
@@ -32,7 +34,7 @@ def recall_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Program p makes moves p, p + programs, ...; whether any is to be made it sees TILE moves at a time."""
+    """Program p makes moves p, p + programs, ...; it tests whether any is to be made for TILE moves at a time."""
     at = tl.arange(0, BLOCK)
     stride = tl.num_programs(0)
     for first in range(tl.program_id(0), n_moves, stride * TILE):
@@ -63,11 +65,11 @@ def recall_kernel(
 def recall_pages(
     host: Tensor, device: Tensor, moves_E3: Tensor, wanted_E: Tensor | None = None, *, programs: int = PROGRAMS
 ) -> None:
-    """Copy page-heads, keys and values, of ``host`` [M', 2, K, P, D] in pinned memory over some of ``device`` [M, 2, K, P, D].
+    """Copy page-heads, keys and values, from ``host`` [M', 2, K, P, D] in pinned memory to ``device`` [M, 2, K, P, D].
 
-    ``moves_E3`` [E, 3] int64 on the device: KV head, page in ``host``, page in ``device``; a row with anything negative moves
-    nothing, nor does one whose ``wanted_E`` [E] int64 is 0. Both are contiguous. No two rows may have one target. Launches on
-    the current stream and does not wait: neither tier's pages may change until it has run.
+    ``moves_E3`` [E, 3] int64 on the device: KV head, page in ``host``, page in ``device``. Rows with a negative number and rows
+    whose ``wanted_E`` [E] int64 is 0 are skipped. Both are contiguous. No two rows may have the same target. Launches on the
+    current stream and does not wait: neither tier's pages may change until it has run.
     """
     assert host.shape[1:] == device.shape[1:]
     assert host.dtype == device.dtype

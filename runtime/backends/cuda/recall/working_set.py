@@ -1,7 +1,7 @@
-"""What device-driven recall has in memory, planned before the first step: the two tiers, blocks of pages, their state.
+"""Memory of recall on a device, allocated before the first step: the two tiers, blocks of pages, and their state.
 
-M host pages, U blocks (one for each layer of each sequence that recalls, and one for nobody), K KV heads, H query heads, P page
-size, D head size.
+M host pages, U blocks (one per recalling layer and sequence, and a spare one), K KV heads, H query heads, P page size, D head
+size.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ NOBODY = -1
 
 
 class PinnedTier(PagePool):
-    """Pages on the host, [M, 2, K, P, D], in memory that the GPU reads and writes where it is."""
+    """Pages on the host, [M, 2, K, P, D], in memory that the GPU reads and writes directly."""
 
     name = "the host tier"
     how_to_enlarge = "plan for more host pages, or send shorter or fewer prompts at once"
 
     def __init__(self, n_pages: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        """``shape``: a page's. Pinned where ``device``, which recalls from here, is a GPU."""
+        """``shape``: of one page. Pinned if ``device``, which recalls from it, is a GPU."""
         super().__init__(n_pages=n_pages, page_size=shape[2])
         place = "cpu" if device.type == "cuda" else device
         self.kv = torch.empty((n_pages, *shape), dtype=dtype, device=place, pin_memory=device.type == "cuda")
@@ -42,7 +42,7 @@ class PinnedTier(PagePool):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """Pages of a block: ``own_pages`` sinks and newest ones, and slots for at most ``n_chosen`` pages and the staging."""
+    """Pages of a block: ``own_pages`` for sinks and newest pages, slots for at most ``n_chosen`` pages, and staging slots."""
 
     own_pages: int
     n_chosen: int
@@ -57,10 +57,10 @@ class BlockSizes:
 
     @classmethod
     def of(cls, program: Program, longest_prompt: int) -> "BlockSizes":
-        """What the largest budget of any layer needs. ``UsageError`` for budgets that are found from the input."""
+        """Sizes for the largest budget of any layer. ``UsageError`` for budgets that depend on the prompt."""
         if finds_budgets(program):
             raise UsageError(
-                "recall on a device needs budgets that are known before the prompt is",
+                "recall on a device needs budgets that do not depend on the prompt",
                 got="a policy with budget unimetric",
                 expected="budget constant, or a share",
                 fix="choose another budget, or load the engine with recall on the host",
@@ -78,7 +78,7 @@ class BlockSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldBlock:
-    """A block that somebody has. Nothing on the device fails by itself."""
+    """An allocated block. It never fails: copies on the device raise no errors of their own."""
 
     number: int
     n_held_tokens: int
@@ -86,7 +86,7 @@ class HeldBlock:
 
 
 class DeviceSets:
-    """Blocks and who has them. A layer of a sequence is known by its row, the number of its first host page."""
+    """Allocates blocks to layers of sequences, which are identified by their row, the number of their first host page."""
 
     def __init__(self, host: PinnedTier, sizes: BlockSizes, *, n_blocks: int, n_query_heads: int, device: torch.device) -> None:
         self.host = host
@@ -114,9 +114,9 @@ class DeviceSets:
             block_pages=sizes.n_pages,
         )
         self.block_of = integers(n_blocks, host.n_pages)
-        """[M] int64 on the device: the block of each row; the last one for pages that are no rows."""
+        """[M] int64 on the device: the block of each row; the spare one for pages that are no rows."""
         self._row_of = np.full(n_blocks, NOBODY, np.int64)
-        """Who has each block: written in one go, before the block is used."""
+        """The row that each block is allocated to: written in one operation, before the block is used."""
         self._nobody = n_blocks
 
     @property
@@ -125,7 +125,7 @@ class DeviceSets:
 
     @property
     def rows(self) -> list[int]:
-        """Who has a block."""
+        """The rows that have a block."""
         return [int(row) for row in self._row_of if row != NOBODY]
 
     def block(self, row: int) -> int:
@@ -133,13 +133,13 @@ class DeviceSets:
         return int(np.flatnonzero(self._row_of == row)[0])
 
     def get(self, row: int) -> HeldBlock | None:
-        """What is on the device of a row; None where it has no block."""
+        """The block of a row; None if it has none."""
         if row == NOBODY or row not in self._row_of:
             return None
         return HeldBlock(number=self.block(row), n_held_tokens=self.sizes.n_pages * self.host.page_size)
 
     def fork(self, row: int, twin_row: int) -> None:
-        """Copy a row's block to one of the new row's own."""
+        """Copy a row's block to a new block of ``twin_row``."""
         block, twin = self.block(row), self.allocate(twin_row)
         sets, size = self.tensors, self.sizes.n_pages
         for tensor in (sets.last_query, sets.held, sets.chosen, sets.slots, sets.chosen_for, sets.moved):
@@ -147,7 +147,7 @@ class DeviceSets:
         sets.kv[twin * size : (twin + 1) * size] = sets.kv[block * size : (block + 1) * size]
 
     def allocate(self, row: int) -> int:
-        """Give a row, whose cache begins now, an empty block; ``CapacityError`` where all are in use."""
+        """Allocate an empty block to a row whose cache begins now; ``CapacityError`` if all are in use."""
         self.release([row])
         free = np.flatnonzero(self._row_of == NOBODY)
         if not len(free):
@@ -165,7 +165,7 @@ class DeviceSets:
         return block
 
     def release(self, rows: Sequence[int]) -> None:
-        """Take blocks back; rows without one are left alone."""
+        """Free the blocks of ``rows``; rows without one are ignored."""
         for row in rows:
             if self.get(row) is not None:
                 self.block_of[row] = self._nobody

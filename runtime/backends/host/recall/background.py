@@ -1,7 +1,7 @@
-"""Copies that go on while the model computes: jobs that say what they wait for, and who runs them.
+"""Background copies that overlap with the model's computation: jobs, and what runs them.
 
-A job is a generator. It yields an event to wait for it, or None where it may be interrupted; so the same job runs on a thread,
-in place, or step by step under a test that chooses the worst order.
+A job is a generator that yields an event to wait for, or None at a point where it may be paused. So the same job can run on a
+thread, in place, or step by step in a test that chooses the worst order.
 """
 
 import threading
@@ -15,9 +15,9 @@ Work = Callable[[], Iterator[threading.Event | None]]
 
 
 class Job:
-    """One piece of background work on one layer of one sequence.
+    """Background work on one layer of one sequence.
 
-    ``after``: the job before it on the same layer and sequence; it begins when that one has ended, and fails where it failed.
+    ``after``: the previous job on the same layer and sequence. This job starts when that one has ended, and fails if it failed.
     """
 
     def __init__(self, what: str, work: Work, *, after: "Job | None") -> None:
@@ -29,7 +29,7 @@ class Job:
         self._claim = threading.Lock()
 
     def steps(self) -> Iterator[threading.Event | None]:
-        """The work, step by step. Whoever runs it calls ``finish`` in the end."""
+        """The work, step by step. The caller must call ``finish`` at the end."""
         if self.after is not None:
             yield self.after.done
             if self.after.error is not None:
@@ -38,12 +38,12 @@ class Job:
         yield from self._work()
 
     def finish(self, error: BaseException | None) -> None:
-        """The work has ended, well or not; nothing of it runs any more."""
+        """Mark the job as ended, with its error or None. None of its work may run afterwards."""
         self.error = error
         self.done.set()
 
     def run(self) -> None:
-        """Do the whole work on the current thread, waiting where it waits; nothing, where another thread has begun it."""
+        """Run the whole job on the current thread, blocking on its events. Does nothing if another thread has started it."""
         if not self._claim.acquire(blocking=False):
             return
         error: BaseException | None = None
@@ -51,7 +51,7 @@ class Job:
             for event in self.steps():
                 if event is not None:
                     event.wait()
-        except Exception as raised:  # noqa: BLE001  (handed to whoever joins the job, whatever it is)
+        except Exception as raised:  # noqa: BLE001  (``join`` raises it, whatever it is)
             error = raised
         except BaseException as raised:
             self.finish(raised)
@@ -60,28 +60,28 @@ class Job:
 
 
 class Copies(Protocol):
-    """Who runs jobs, and when."""
+    """Runs jobs; implementations decide when and on which thread."""
 
     def submit(self, job: Job) -> None:
-        """Take a job; it may begin at once, later, or only when somebody waits for it."""
+        """Queue a job. It may start immediately, later, or only when it is settled."""
         ...
 
     def settle(self, job: Job) -> None:
-        """Return when the job is done, and all before it. What it waits for has happened, or happens without the caller.
+        """Wait for the job and all jobs before it. The events they wait for must be set already, or be set by other threads.
 
-        A job that was never submitted is done here.
+        A job that was never submitted is run here.
         """
         ...
 
     def close(self) -> None:
-        """No job is taken any more."""
+        """Stop accepting jobs."""
         ...
 
 
 class ThreadedCopies:
-    """Jobs run on background threads, begun in the order in which they came; so no job waits for one that cannot begin.
+    """Runs jobs on background threads, started in submission order, so that no job waits for one that cannot start.
 
-    Who waits for a job that no thread has begun yet does it himself.
+    A thread that settles a job that has not started runs the job itself.
     """
 
     def __init__(self, n_threads: int = 2) -> None:
@@ -98,7 +98,7 @@ class ThreadedCopies:
 
 
 def settle_in_place(job: Job) -> None:
-    """Do a job and those before it on the current thread, or wait for the threads that have begun them."""
+    """Run a job and those before it on the current thread; wait for those that other threads have started."""
     if (before := job.after) is not None:
         settle_in_place(before)
     job.run()
@@ -106,7 +106,7 @@ def settle_in_place(job: Job) -> None:
 
 
 def join(copies: Copies, job: Job) -> None:
-    """Wait for a job; ``RecallError`` where it failed, from what it failed with."""
+    """Wait for a job. If it failed, raise ``RecallError`` from its error."""
     copies.settle(job)
     if job.error is not None:
         raise RecallError(

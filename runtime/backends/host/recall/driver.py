@@ -3,17 +3,17 @@
 Order of events in one layer of one decode step i of one sequence (``docs/decisions/0016-streamed-recall.md`` has the picture):
 
     main thread                                          background
-    join: all jobs of this layer have ended              ...
-    take over what prefetch i-1 brought
+    join: wait for all jobs of this layer                ...
+    apply the results of prefetch i-1
     append the token; test drift
-    recall at once for heads that drifted
+    recall synchronously for heads that drifted
     submit prefetch i (with this step's query) --------->  choose pages for step i+1
     attention over the working set                       fill slots that attention does not read
-    attention_done ----------------------------------->  fill the slots of pages that are not wanted any more
+    attention_done ----------------------------------->  fill slots that attention has read
     next layers, next step ...
 
-Every edge is an event or the order of one thread. A job fails by itself; its error is raised where its layer joins it, in the
-sequence it belongs to.
+Every edge is an event or program order within a thread. A failing job affects only its own sequence: its error is raised when
+its layer joins it.
 """
 
 import dataclasses
@@ -42,12 +42,14 @@ from trt_kv.runtime.trace import NO_TRACE, Trace
 
 
 class StreamedRecall:
-    """Kernels with a memory: one ``WorkingSet`` per layer and sequence, known by the number of its first host page."""
+    """Stateful kernels of RecallAttention and AdaptiveBudget: one ``WorkingSet`` per layer and sequence, identified by the
+    number of the layer's first host page.
+    """
 
     def __init__(
         self, host: HostTier, device: HostKvPool, copies: Copies, *, n_layers: int, finds_budgets: bool, trace: Trace = NO_TRACE
     ) -> None:
-        """``finds_budgets``: AdaptiveBudget follows with a prompt's last chunk, so the first recall waits for what it finds."""
+        """``finds_budgets``: AdaptiveBudget runs after a prompt's last chunk, so the first recall waits for its result."""
         self.host = host
         self.device = device
         self.statistics = RecallStatistics(
@@ -59,33 +61,33 @@ class StreamedRecall:
         self._trace = trace
         self._finds_budgets = finds_budgets
         self._first_choices: dict[int, Choice] = {}
-        """How the first step after a prompt chooses, but for a budget that has yet to be found."""
+        """Choice of the first step after a prompt, before AdaptiveBudget replaces its budget; by first host page."""
 
     @property
     def summaries(self) -> Floats:
-        """lo and hi of the keys of every full host page: [M, K, 2, D]."""
+        """Summaries (lo and hi) of the keys of every full host page: [M, K, 2, D]."""
         return self._streams.summaries
 
     @summaries.setter
     def summaries(self, summaries: Floats) -> None:
-        """Take over those of a host tier that was filled before."""
+        """Set the summaries of a host tier that was filled earlier."""
         self._streams.summaries = summaries
 
     @property
     def kernels(self) -> Mapping[str, Kernel]:
-        """What runs instead of the ops' own kernels."""
+        """Kernels that replace the ops' own, by op name."""
         own: dict[str, Implementation] = {"RecallAttention": self.attend, "AdaptiveBudget": self.find_budget}
         return {op: called_by_name(op, run) for op, run in own.items()}
 
     @property
     def used_bytes(self) -> dict[str, int]:
-        """Bytes in use, exactly: pages on the host, pages on the device, summaries of the pages on the host."""
+        """Exact bytes in use: pages on the host, pages on the device, summaries of the pages on the host."""
         summary_bytes = self.summaries.nbytes // max(1, len(self.summaries))
         n_host = self.host.n_pages - self.host.n_free
         return {"host": self.host.used_bytes, "device": self.device.used_bytes, "summaries": n_host * summary_bytes}
 
     def attend(self, args: RecallArguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
-        """RecallAttention as its spec says; the states that the spec keeps in the pool are kept here."""
+        """RecallAttention according to its spec. The states that the spec keeps in the pool are kept in working sets."""
         streams = self._streams
         out, lse = np.zeros(args.q.shape, np.float32), np.zeros(args.q.shape[:2], np.float32)
         corrected = np.zeros((args.kv_len.shape[1], args.k.shape[1]), np.int64)
@@ -135,7 +137,7 @@ class StreamedRecall:
         return out, lse, corrected
 
     def find_budget(self, args: BudgetArguments[NDArray[Any]]) -> tuple[Ints]:
-        """AdaptiveBudget for row "query" and newest first, over the cache on the host."""
+        """AdaptiveBudget over the cache on the host, with row 0 (attention of the last query) and ranking 1 (newest first)."""
         budget = args.kv_len[args.layer].copy()
         for b in np.flatnonzero((args.evict == 1) & (np.diff(args.cu_tokens) > 0)):
             n_cached, row = int(args.kv_len[args.layer, b]), int(args.page_table[args.layer, b, 0])
@@ -163,38 +165,38 @@ class StreamedRecall:
         return (budget,)
 
     def fork(self, pages: Ints, twin_pages: Ints) -> None:
-        """Copy one layer of a sequence, whose host pages are ``pages``, to the new host pages ``twin_pages``."""
+        """Copy one layer of a sequence from its host pages ``pages`` to the new host pages ``twin_pages`` of its fork."""
         original = self.sets[int(pages[0])]
         twin = self.sets[int(twin_pages[0])] = WorkingSet(self.device, original.limits)
         self._streams.fork(original, twin, pages, twin_pages)
 
     def _working_set(self, row: int, limits: PageLimits) -> WorkingSet:
-        """What is on the device of a layer of a sequence; recorded before it takes pages, so that ``release`` finds it."""
+        """The working set of a layer of a sequence. A new one is recorded before it allocates, so that ``release`` finds it."""
         if row not in self.sets:
             self.sets[row] = WorkingSet(self.device, limits)
             self.sets[row].open()
         return self.sets[row]
 
     def warm_up(self) -> None:
-        """Compile what is compiled at its first call and is not a kernel of an op."""
+        """Compile the functions that are compiled at their first call, other than kernels of ops."""
         nothing = np.empty((self.device.kv.shape[2], 0), np.int64)
         planned_moves(nothing, nothing, nothing, np.arange(0))
 
     def release(self, rows: Sequence[int]) -> None:
-        """Forget layers of sequences: wait for their jobs, whatever became of them, and free their device pages."""
+        """Drop layers of sequences: wait for their jobs, failed ones too, and free their device pages."""
         for row in rows:
             working_set = self.sets.get(row)
             self._first_choices.pop(row, None)
             if working_set is not None:
                 if working_set.prefetch is not None:
-                    working_set.prefetch.attention_done.set()  # a step that was interrupted may not have come to it
+                    working_set.prefetch.attention_done.set()  # an interrupted step may not have set it
                 if working_set.lane is not None:
                     self._copies.settle(working_set.lane)
                 working_set.release()
                 del self.sets[row]
 
     def close(self) -> None:
-        """Release everything and let go of the host tier."""
+        """Release all working sets and close the host tier."""
         self.release(list(self.sets))
         self._copies.close()
         self.host.close()

@@ -1,4 +1,4 @@
-"""What happens to one layer of one sequence whose cache lies on the host: reading, choosing, recalling, storing, joining."""
+"""Operations on one layer of one sequence whose cache is on the host: prompt attention, choosing, recalling, storing pages."""
 
 import time
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ from trt_kv.runtime.statistics import RecallStatistics
 from trt_kv.runtime.trace import Trace
 
 STAGING_SHARE = 0.25
-"""Slots beside those of the chosen pages, as a share of these: so many can be filled while attention reads the others."""
+"""Staging slots as a share of the slots of chosen pages. They can be filled while attention reads the others."""
 
 
 def staging_slots(n_chosen: int) -> int:
-    """Slots that a working set has beside those for ``n_chosen`` pages."""
+    """Number of slots of a working set in addition to those of its ``n_chosen`` pages."""
     return int(np.ceil(STAGING_SHARE * n_chosen))
 
 
@@ -41,7 +41,7 @@ class Choice:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a step may use pages that were chosen by the query before: a cosine is at most 1."""
+        """Whether a step may use pages chosen with the previous query: not with tau > 1, as a cosine is at most 1."""
         return self.tau <= 1.0
 
     def n_chosen(self, n_tokens: int) -> int:
@@ -49,7 +49,7 @@ class Choice:
 
 
 class LayerStreams:
-    """The two tiers, and the work on working sets. Holds nothing of any sequence but the summaries of its host pages."""
+    """The two tiers, and the operations on working sets. Its only state of sequences are the summaries of their host pages."""
 
     def __init__(self, host: HostTier, device: HostKvPool, copies: Copies, statistics: RecallStatistics, trace: Trace) -> None:
         self.host = host
@@ -60,7 +60,7 @@ class LayerStreams:
         self.summaries = np.empty((host.n_pages, device.kv.shape[2], 2, device.kv.shape[4]), np.float32)
 
     def fork(self, working_set: WorkingSet, twin: WorkingSet, pages: Ints, twin_pages: Ints) -> None:
-        """Copy one layer of a sequence, whose host pages are ``pages``, to ``twin`` and the new host pages ``twin_pages``."""
+        """Copy one layer of a sequence from its host pages ``pages`` to ``twin`` and the new host pages ``twin_pages``."""
         self.join(working_set)
         n_full = working_set.n_tokens // working_set.limits.page_size
         for page, twin_page in zip(pages[:n_full], twin_pages, strict=False):
@@ -71,7 +71,7 @@ class LayerStreams:
     def read_prompt(
         self, working_set: WorkingSet, choice: Choice, q: Floats, k: Floats, v: Floats, summary: int, scale: float
     ) -> tuple[Floats, Floats]:
-        """A chunk attends to everything before it, and its full pages go to the host behind it."""
+        """Causal attention of a prompt's chunk, (out, lse). Full pages are written to the host in the background."""
         self.join(working_set)
         size = choice.limits.page_size
         n_before = working_set.n_tokens
@@ -89,7 +89,9 @@ class LayerStreams:
     def before_attention(
         self, layer: int, working_set: WorkingSet, choice: Choice, q: Floats, k: Floats, v: Floats, summary: int
     ) -> np.ndarray:
-        """Everything that decides what a generated token attends to; which KV heads were corrected, [K] bool."""
+        """Append a generated token, test drift, and recall pages that are needed now. Returns which KV heads were corrected,
+        [K] bool.
+        """
         prefetch = self.join(working_set)
         size = choice.limits.page_size
         working_set.append(k, v)
@@ -115,7 +117,7 @@ class LayerStreams:
         return drifted_K
 
     def _recall_at_once(self, working_set: WorkingSet, choice: Choice, heads_K: np.ndarray) -> int:
-        """Choose pages with the working set's query for some heads, and bring them; how many were missing."""
+        """Choose pages with the working set's query for some heads, and copy those that are missing; returns their number."""
         with self.trace.span("recall at once"):
             n_chosen = choice.n_chosen(working_set.n_tokens)
             working_set.make_room(n_chosen + staging_slots(n_chosen))
@@ -134,10 +136,10 @@ class LayerStreams:
             return len(moves)
 
     def recall_ahead(self, working_set: WorkingSet, choice: Choice, prefetches: list[Prefetch]) -> None:
-        """Submit the prefetch for the next step, which will have one token more.
+        """Submit the prefetch for the next step, which has one token more.
 
-        Where a KV head was corrected, all have been ranked with this query, and they choose the same again unless the next
-        step has other pages to choose from.
+        If any KV head was corrected, pages have been ranked with this query for all heads. That choice is used again unless the
+        next step has other pages to choose from.
         """
         if not choice.looks_ahead:
             return
@@ -170,7 +172,7 @@ class LayerStreams:
         self._submit(working_set, "recalling pages", work)
 
     def _choose(self, query_HD: Floats, choice: Choice, n_tokens: int) -> Ints:
-        """The page numbers that each KV head wants for a query, in a step with ``n_tokens``: [K, C]."""
+        """The page numbers that each KV head chooses for a query, in a step with ``n_tokens`` tokens: [K, C]."""
         between = choice.limits.choosable(n_tokens)
         return between.start + best_pages(
             query_HD,
@@ -182,13 +184,13 @@ class LayerStreams:
         )
 
     def _bring(self, working_set: WorkingSet, pages: Ints, move: Move, held_KS: Ints) -> None:
-        """Copy one page-head into its slot; the slot holds nothing while that goes on."""
+        """Copy one page-head into its slot, which is marked as empty during the copy."""
         held_KS[move.head, move.slot] = NO_PAGE
         self.host.read_head(int(pages[move.page]), move.head, working_set.slot(move.slot, move.head))
         held_KS[move.head, move.slot] = move.page
 
     def _write_behind(self, working_set: WorkingSet, pages: Ints, block: Floats) -> None:
-        """Store full pages on the host; ``block`` is not overwritten before the layer is joined again."""
+        """Store full pages on the host in the background. ``block`` must not change before the layer is joined again."""
         if not len(pages):
             return
         self.statistics.pages_written += len(pages)
@@ -209,7 +211,7 @@ class LayerStreams:
         self.copies.submit(working_set.lane)
 
     def join(self, working_set: WorkingSet) -> Prefetch | None:
-        """Wait until every job of this layer and sequence has ended; take over and return what a prefetch brought."""
+        """Wait for all jobs of this layer and sequence. Applies and returns the prefetch, if there was one."""
         if working_set.failure is not None:
             raise working_set.failure
         if working_set.lane is None:
@@ -231,7 +233,7 @@ class LayerStreams:
             raise _lost(error) from error
 
     def read_pages(self, pages: Ints) -> Floats:
-        """Pages from the host, now; ``RecallError`` where they cannot be read."""
+        """Read pages from the host synchronously; ``RecallError`` if they cannot be read."""
         try:
             return self.host.read_pages([int(page) for page in pages])
         except OSError as error:

@@ -9,7 +9,7 @@ from trt_kv.plugins.attention_cpu import attend_chunk
 from trt_kv.plugins.paging import Floats, Ints, gather_kv
 
 BLOCK_TOKENS = 4096
-"""Tokens of the cache that are brought at a time."""
+"""Tokens of the cache that are read at a time."""
 
 ReadPages = Callable[[Ints], Floats]
 
@@ -17,11 +17,11 @@ ReadPages = Callable[[Ints], Floats]
 def attend_prompt(
     q_NHD: Floats, n_cached: int, earlier_pages: Ints, block: Floats, read_pages: ReadPages, scale: float
 ) -> tuple[Floats, Floats]:
-    """The last N of ``n_cached`` tokens attend to all up to themselves: (out [N, H, D], lse [N, H]), fp32.
+    """Causal attention of the last N of ``n_cached`` tokens: (out [N, H, D], lse [N, H]), fp32.
 
     ``earlier_pages`` are full and are read by ``read_pages``; ``block`` [n, 2, K, P, D] holds the pages after them. Blocks are
-    joined by their log-sum-exps (FlashAttention, arXiv 2205.14135, section 3.1). Where everything fits into one block the
-    result is, bit for bit, that of attention over the whole cache at once.
+    merged by their log-sum-exps (FlashAttention, arXiv 2205.14135, section 3.1). If everything fits into one block, the result
+    is bit-identical to attention over the whole cache.
     """
     page_size = block.shape[3]
     n_earlier = len(earlier_pages) * page_size
@@ -39,7 +39,7 @@ def attend_prompt(
 
 
 def joined(out: Floats, lse: Floats, more: Floats, more_lse: Floats) -> tuple[Floats, Floats]:
-    """Attention over two sets of tokens from the attention over each."""
+    """Merge the attention over two sets of tokens by their log-sum-exps."""
     both = np.logaddexp(lse, more_lse)
     return out * np.exp(lse - both)[..., None] + more * np.exp(more_lse - both)[..., None], both
 

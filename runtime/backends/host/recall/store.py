@@ -1,6 +1,7 @@
-"""Where every page of the cache lies: in memory, or in a file that may be larger than memory.
+"""The host tier of the KV cache: all of its pages, in memory or in a file that may be larger than memory.
 
-Pages are [2, K, P, D] in both tiers, so a page-head is two runs of P * D numbers wherever it is, and moving it changes nothing.
+Pages are [2, K, P, D] on the host and on the device. A page-head, which is the keys and values of one KV head in one page, is
+two contiguous runs of P * D numbers in both tiers and is copied without conversion.
 """
 
 import os
@@ -18,9 +19,9 @@ from trt_kv.runtime.cache.page_pool import PagePool
 
 
 class HostTier(PagePool):
-    """Pages of keys and values, fp32. Reading and writing may be called from any thread, for different page-heads at once.
+    """Pages of keys and values, fp32. Any thread may read and write, concurrently for different page-heads.
 
-    A failure is an ``OSError``; whoever joins the copy makes a ``RecallError`` of it.
+    Failures raise ``OSError``, which becomes a ``RecallError`` if the copy is joined.
     """
 
     name = "the host tier"
@@ -48,11 +49,11 @@ class HostTier(PagePool):
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give the storage back."""
+        """Free the storage."""
 
 
 class RamTier(HostTier):
-    """Pages in ordinary memory, reserved at once and committed as they are written."""
+    """Pages in ordinary memory, reserved when created and committed as they are written."""
 
     description = "ram"
 
@@ -71,15 +72,17 @@ class RamTier(HostTier):
 
 
 class FileTier(HostTier):
-    """Pages in a file, which has no name from the moment it is open: whatever ends the process also frees the disk.
+    """Pages in a file that is unlinked as soon as it is open, so that any end of the process frees the disk space.
 
-    The file is read and written by explicit calls instead of a mapping, because a mapping answers a full disk or a truncated
-    file by killing the process (docs/decisions/0017-files-without-mappings.md). What was used lately stays in the operating
-    system's page cache either way.
+    The file is read and written by explicit calls, not through a mapping: with a mapping, a full disk or a truncated file kills
+    the process (docs/decisions/0017-files-without-mappings.md). Recently used pages stay in the operating system's page cache
+    either way.
     """
 
     def __init__(self, path: Path, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
-        """``path``: a file that does not exist yet, or a folder. ``UsageError`` where none can be made there."""
+        """``path``: a file that does not exist yet, or a folder. ``UsageError`` if no file can be created there,
+        ``CapacityError`` if it cannot have the size of the tier.
+        """
         super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
         self.description = f"file:{path}"
         self.file_descriptor = _nameless_file(path)
@@ -114,13 +117,13 @@ class FileTier(HostTier):
         self._finalizer()
 
     def _check_whole(self) -> None:
-        """``OSError`` where somebody cut the file: a page written behind its end would make a hole that reads as zeros."""
+        """``OSError`` if the file was truncated: a page written beyond its end would leave a hole that reads as zeros."""
         n_bytes = os.fstat(self.file_descriptor).st_size
         if n_bytes < self.n_pages * self.page_bytes:
-            raise OSError(f"the host tier's file was cut to {n_bytes} bytes")
+            raise OSError(f"the host tier's file was truncated to {n_bytes} bytes")
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], array: Floats, offset: int) -> None:
-        """Read or write the whole of a contiguous ``array``; ``OSError`` where the file ends before it."""
+        """Read or write all of a contiguous ``array``; ``OSError`` if the file ends before it does."""
         rest = array.reshape(-1).view(np.uint8).data
         while rest:
             n_bytes = call(self.file_descriptor, [rest], offset)
@@ -130,7 +133,7 @@ class FileTier(HostTier):
 
 
 def host_tier_at(where: str, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> HostTier:
-    """The tier called ``ram`` or ``file:PATH``. ``UsageError`` for anything else, or where no file can be made."""
+    """The tier named ``ram`` or ``file:PATH``. ``UsageError`` for any other name, or if no file can be created."""
     path = _path_of(where)
     if path is None:
         return RamTier(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
@@ -138,7 +141,7 @@ def host_tier_at(where: str, *, n_pages: int, page_size: int, n_kv_heads: int, h
 
 
 def free_on_disk(where: str) -> int | None:
-    """Free bytes where the file of a tier called ``where`` would be; None for a tier in memory. Errors as ``host_tier_at``."""
+    """Free disk bytes for the file of a tier named ``where``; None for a tier in memory. Errors as for ``host_tier_at``."""
     path = _path_of(where)
     if path is None:
         return None
@@ -149,7 +152,7 @@ def free_on_disk(where: str) -> int | None:
 
 
 def _path_of(where: str) -> Path | None:
-    """The path in ``file:PATH``, or in ``mmap:PATH``, as it was called before; None for ``ram``."""
+    """The path in ``file:PATH``, or in its former name ``mmap:PATH``; None for ``ram``."""
     kind, _, path = where.partition(":")
     if where != "ram" and (kind not in ("file", "mmap") or not path):
         raise UsageError("unknown host tier", got=repr(where), expected="ram, or file:/path/of/a/new/file")
@@ -157,7 +160,7 @@ def _path_of(where: str) -> Path | None:
 
 
 def _nameless_file(path: Path) -> int:
-    """An open file that nobody can find: made at ``path``, or in it where it is a folder, and unlinked at once."""
+    """Descriptor of a new file, created at ``path``, or in it if it is a folder, and unlinked immediately."""
     try:
         if path.is_dir():
             descriptor, name = tempfile.mkstemp(dir=path, prefix=".trt-kv-")
@@ -171,7 +174,7 @@ def _nameless_file(path: Path) -> int:
 
 def _no_file(path: Path, error: OSError) -> UsageError:
     return UsageError(
-        "no file for the host tier can be made there",
+        "the file of the host tier cannot be created",
         got=f"{path}: {error.strerror}",
         expected="a folder, or the path of a file that does not exist yet",
         fix="nothing was overwritten; choose another path",

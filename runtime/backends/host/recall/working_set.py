@@ -1,7 +1,8 @@
 """One layer of one sequence on the device: sinks, the newest pages, and slots for pages that were recalled.
 
-K KV heads, P page size, D head size, S slots, C chosen pages. A page number counts a sequence's pages from 0; device pages and
-host pages are places in the two pools. A slot is a device page in which every KV head may hold another page's part.
+K KV heads, P page size, D head size, S slots, C chosen pages. A page number is the index of a page within its sequence; device
+pages and host pages are indices into the two pools. A slot is a device page in which each KV head may hold its part of a
+different page.
 """
 
 import threading
@@ -23,9 +24,9 @@ NO_PAGE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """One page-head to bring: page ``page`` of the sequence into slot ``slot`` of KV head ``head``.
+    """Copy of one page-head: page ``page`` of the sequence into slot ``slot`` of KV head ``head``.
 
-    ``waits``: the slot is read by the attention of the step that the move overlaps with.
+    ``waits``: the copy waits for the attention of the step that it overlaps with, which reads the slot.
     """
 
     head: int
@@ -36,9 +37,9 @@ class Move:
 
 @dataclass(kw_only=True)
 class Prefetch:
-    """One layer's recall for the next step: its own flags, its own page lists, and the job that moves its pages.
+    """One layer's recall for the next step: page lists of its own, and the event that ends the current step's attention.
 
-    The working set takes over ``held_KS`` and ``chosen_KC`` when the prefetch is joined, and not before.
+    The working set adopts ``held_KS`` and ``chosen_KC`` when the prefetch is joined, and not before.
     """
 
     attention_done: threading.Event = field(default_factory=threading.Event)
@@ -48,10 +49,10 @@ class Prefetch:
 
 
 class WorkingSet:
-    """What of one layer of one sequence is on the device.
+    """The part of one layer of one sequence that is on the device.
 
-    Pages ``j`` below ``limits.n_sinks`` have a device page of their own; any other page has, while it is one of the newest, the
-    device page ``j % n_newest``, which is free again when page ``j + n_newest`` begins, since no step attends to both.
+    Each page ``j`` below ``limits.n_sinks`` has a device page of its own. The newest pages form a ring: page ``j`` is in device
+    page ``j % n_newest`` until page ``j + n_newest`` begins, since no step attends to both.
     """
 
     def __init__(self, device: HostKvPool, limits: PageLimits) -> None:
@@ -69,7 +70,7 @@ class WorkingSet:
         self.chosen_KC: Ints = np.empty((n_kv_heads, 0), np.int64)
         """The page numbers chosen with ``query_HD``, ascending."""
         self.ranked_KC: Ints | None = None
-        """What every KV head would choose with ``query_HD`` in the step of its token; None where nobody asked."""
+        """The page numbers that every KV head would choose with ``query_HD`` in the step of its token; None: not computed."""
         self._device = device
         self._owner = device.new_owner()
         self._sinks: list[int] = []
@@ -77,7 +78,7 @@ class WorkingSet:
         self._slots: list[int] = []
 
     def open(self) -> None:
-        """Take device pages for sinks and newest pages; ``CapacityError`` where there are too few."""
+        """Allocate device pages for sinks and newest pages; ``CapacityError`` if too few are free."""
         own = self._device.allocate(self.limits.n_sinks + self.limits.n_newest, self._owner)
         self._sinks, self._newest = own[: self.limits.n_sinks], own[self.limits.n_sinks :]
 
@@ -88,7 +89,7 @@ class WorkingSet:
 
     @property
     def n_held_tokens(self) -> int:
-        """Tokens that the device pages have room for."""
+        """Capacity of the device pages, in tokens."""
         return len(self.pages) * self.limits.page_size
 
     def page_of(self, number: int) -> int:
@@ -96,7 +97,7 @@ class WorkingSet:
         return self._sinks[number] if number < self.limits.n_sinks else self._newest[number % self.limits.n_newest]
 
     def append(self, k_KD: Floats, v_KD: Floats) -> None:
-        """Put one token into the open page."""
+        """Write one token to the open page, the one that is not full yet."""
         number, offset = divmod(self.n_tokens, self.limits.page_size)
         page = self.page_of(number)
         self._device.kv[page, 0, :, offset] = k_KD
@@ -104,7 +105,7 @@ class WorkingSet:
         self.n_tokens += 1
 
     def block_with(self, k_NKD: Floats, v_NKD: Floats) -> Floats:
-        """The open page's tokens and then the new ones, as pages [n, 2, K, P, D]; what follows the last token is anything."""
+        """The open page's tokens and then the new ones, as pages [n, 2, K, P, D]; undefined after the last token."""
         size = self.limits.page_size
         n_open = self.n_tokens % size
         n_pages = -(-(n_open + len(k_NKD)) // size)
@@ -117,7 +118,7 @@ class WorkingSet:
         return block
 
     def place(self, block: Floats, n_tokens: int) -> None:
-        """Take over the sinks and the newest pages of a ``block`` that ends with token ``n_tokens``."""
+        """Copy the sinks and the newest pages of ``block``, which ends with token ``n_tokens``, to their device pages."""
         first = self.n_tokens // self.limits.page_size
         end = first + len(block)
         for number in range(first, end):
@@ -137,7 +138,7 @@ class WorkingSet:
         return pages_KT
 
     def make_room(self, n_slots: int) -> None:
-        """Have at least ``n_slots`` slots; ``CapacityError`` where the device has no page left."""
+        """Grow to at least ``n_slots`` slots; ``CapacityError`` if the device has too few free pages."""
         n_more = n_slots - len(self._slots)
         if n_more > 0:
             self._slots += self._device.allocate(n_more, self._owner)
@@ -145,7 +146,7 @@ class WorkingSet:
             self.held_KS = np.concatenate([self.held_KS, fresh_KS], axis=1)
 
     def slot(self, slot: int, head: int) -> Floats:
-        """Where a slot holds a KV head's part of a page: [2, P, D]."""
+        """View of the part of a slot that belongs to a KV head: [2, P, D]."""
         view: Floats = self._device.kv[self._slots[slot], :, head]
         return view
 
@@ -158,13 +159,13 @@ class WorkingSet:
         self._device.kv[self.pages] = self._device.kv[original.pages]
 
     def release(self) -> None:
-        """Give the device pages back. No job may run any more."""
+        """Free the device pages. No job may be running."""
         self._device.release_owner(self._owner)
         self._sinks, self._newest, self._slots = [], [], []
 
 
 def slots_of(held_KS: Ints, pages_KC: Ints) -> Ints:
-    """The slot in which each KV head holds each of its pages: [K, C]. All of them are held."""
+    """The slot in which each KV head holds each of its pages: [K, C]. Every page must be held."""
     order_KS = np.argsort(held_KS, axis=1)
     slots_KC = np.empty(pages_KC.shape, np.int64)
     for head, (held_S, order_S, pages_C) in enumerate(zip(held_KS, order_KS, pages_KC, strict=True)):
@@ -173,10 +174,10 @@ def slots_of(held_KS: Ints, pages_KC: Ints) -> Ints:
 
 
 def moves_to(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Iterable[int]) -> list[Move]:
-    """What has to be brought so that each of ``heads`` holds its wanted pages: only what is missing.
+    """The copies after which each of ``heads`` holds its wanted pages: only missing pages are copied.
 
-    Slots whose page nobody wants are filled: first those that the running step does not attend to, then the others. Wanted and
-    attended pages are in ascending order.
+    Slots whose page is not wanted are overwritten: first those that the running step does not attend to, then the others.
+    Wanted and attended pages are in ascending order.
     """
     found_M4 = planned_moves(wanted_KC, held_KS, attended_KC, np.fromiter(heads, np.int64))
     moves = [Move(head=head, page=page, slot=slot, waits=bool(waits)) for head, page, slot, waits in found_M4.tolist()]
@@ -185,7 +186,7 @@ def moves_to(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Iterable[
 
 @numba.njit(nogil=True, cache=True)
 def planned_moves(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Ints) -> Ints:
-    """Rows (head, page, slot, waits) of ``moves_to``, head by head. Without the interpreter's lock: the model computes."""
+    """Rows (head, page, slot, waits) of ``moves_to``, head by head. Releases the GIL, so that the model computes meanwhile."""
     n_wanted, n_slots, n_attended = wanted_KC.shape[1], held_KS.shape[1], attended_KC.shape[1]
     moves_M4 = np.empty((len(heads) * n_wanted, 4), np.int64)
     n_moves = 0
@@ -220,7 +221,7 @@ def planned_moves(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Ints
 
 
 def in_turn(moves: Iterable[Move], prefetch: Prefetch) -> Iterator[Move | threading.Event]:
-    """The moves of a prefetch; before the first that would overwrite what is being read, the event to wait for."""
+    """The moves of a prefetch; before the first one into a slot that attention reads, the event to wait for."""
     waited = False
     for move in moves:
         if move.waits and not waited:
