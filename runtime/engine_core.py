@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from trt_kv.errors import EngineError, TrtKvError, UsageError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.request import Request
+from trt_kv.runtime.request import FinishReason, Request
 from trt_kv.runtime.reservation import Reservation
 from trt_kv.runtime.scheduler import Scheduler, StepPlan
 from trt_kv.runtime.statistics import EngineStatistics
@@ -35,6 +35,8 @@ class EngineCore:
         self._live: list[Request] = []
         """Requests that may hold pages: from ``add`` until all of their pages have been freed."""
         self._is_closed = False
+        self._running: StepPlan[Request] | None = None
+        """The step in progress. If it is still set at the next sweep, handling its failure was interrupted."""
 
     @property
     def reservation(self) -> Reservation:
@@ -48,6 +50,8 @@ class EngineCore:
         for request in requests:
             self.reservation.check(request.size)
         self._inbox += requests
+        if self._is_closed:  # in the meantime, perhaps without seeing these
+            self._alone(self._sweep)
         self._notify()
 
     def cancel(self, request: Request) -> None:
@@ -64,9 +68,8 @@ class EngineCore:
         An interrupt of this thread in the middle of a step (Ctrl-C) ends the requests of that step and is raised here.
         """
         while not until():
+            self._check_outside_steps()
             if self._stepping.locked():
-                if self._stepping_thread == threading.get_ident():
-                    raise UsageError("an engine cannot be called from inside one of its steps", fix="call it after the step")
                 with self._changed:
                     self._changed.wait_for(lambda: until() or not self._stepping.locked(), NOTICE_S)
                 continue
@@ -84,16 +87,19 @@ class EngineCore:
 
     def close(self) -> None:
         """End all requests, stop background work and free a host tier. Nothing runs afterwards."""
+        self._check_outside_steps()
         self._is_closed = True
         self._alone(self._close)
         self._notify()
 
     def _close(self) -> None:
-        self._take_in()
-        for request in self._live:
-            request.end("error", EngineError("the engine was closed before the request had ended", fix="load it again"))
         self._sweep()
         self.runner.close()
+
+    def _check_outside_steps(self) -> None:
+        """``UsageError`` if this thread is running a step: waiting for that step would never end."""
+        if self._stepping.locked() and self._stepping_thread == threading.get_ident():
+            raise UsageError("an engine cannot be called from inside one of its steps", fix="call it after the step")
 
     def _alone(self, work: Callable[[], object]) -> None:
         """Run ``work`` while no other thread runs steps."""
@@ -126,6 +132,7 @@ class EngineCore:
             return False
         self.statistics.n_waiting, self.statistics.n_running = self._scheduler.n_waiting, self._scheduler.n_running
         planned = ran = time.perf_counter()
+        self._running = plan
         try:
             if plan.phase == "prefill" and plan.start == 0:
                 self._begin(plan.requests[0])
@@ -135,9 +142,10 @@ class EngineCore:
         except Exception as error:  # noqa: BLE001  (ends the step's requests, whatever it is)
             self._fail(plan, error)
         except BaseException as interrupt:
-            self._fail(plan, _interrupted(interrupt))
+            self._fail(plan, _interrupted(type(interrupt).__name__))
             self._sweep()
             raise
+        self._running = None
         delivered = time.perf_counter()
         self._sweep()
         counts = self.statistics
@@ -181,6 +189,8 @@ class EngineCore:
         sequence = request.sequence
         request.prompt_kv_tokens = tuple(int(n) for n in sequence.held_tokens)
         for fork in request.forks:
+            if fork.is_finished:
+                continue
             fork.prompt_kv_tokens, fork.n_prompt_read = request.prompt_kv_tokens, request.n_prompt_read
             fork.times.admitted = request.times.admitted
             try:
@@ -195,36 +205,43 @@ class EngineCore:
         if request.sequence.failure is not None:
             request.end("error", request.sequence.failure)
             return
+        times = request.times.tokens
+        n_before = len(times)
         try:
             request.accept(logits_V)
         except Exception as error:  # noqa: BLE001  (ends this request only, not the others of the step)
             request.end("error", error)
             return
-        times = request.times.tokens
-        if len(times) == 1:
+        if len(times) == n_before:
+            return
+        if n_before == 0:
             self.statistics.time_to_first_token.add(times[0] - request.times.arrived)
-        elif times:
+        else:
             self.statistics.time_between_tokens.add(times[-1] - times[-2])
 
     def _fail(self, plan: StepPlan[Request], error: Exception) -> None:
-        """End the requests of a failed step, and the forks that have no sequence yet."""
+        """End the requests of a failed step; with a prompt's, all of its forks, which have no token to continue from."""
         for request in plan.requests:
-            for one in (request, *(fork for fork in request.forks if fork.held_sequence is None)):
+            for one in (request, *(request.forks if plan.phase == "prefill" else ())):
                 one.end("error", error)
+        self._running = None
 
     def _sweep(self) -> None:
         """Take in new requests, end cancelled and timed out ones, and free what ended requests hold.
 
         After an interruption the next call completes it.
         """
+        if self._running is not None:
+            self._fail(self._running, _interrupted("two interruptions"))
         self._take_in()
         now = time.monotonic()
         for request in self._live:
-            if request.cancelled:
-                request.end("cancelled")
-            elif request.deadline is not None and now >= request.deadline and not request.is_finished:
-                for one in (request, *(fork for fork in request.forks if fork.held_sequence is None)):
-                    one.end("timeout")
+            if self._is_closed:
+                request.end("error", EngineError("the engine was closed before the request had ended", fix="load it again"))
+            elif request.cancelled:
+                _end_with_forks(request, "cancelled")
+            elif request.deadline is not None and now >= request.deadline:
+                _end_with_forks(request, "timeout")
         ended = [request for request in self._live if request.is_finished]
         for request in ended:
             request.close()
@@ -239,7 +256,12 @@ class EngineCore:
         self.statistics.n_waiting, self.statistics.n_running = self._scheduler.n_waiting, self._scheduler.n_running
 
 
-def _interrupted(interrupt: BaseException) -> EngineError:
-    return EngineError(
-        "a step was interrupted, and its requests cannot continue", got=type(interrupt).__name__, fix="send them again"
-    )
+def _end_with_forks(request: Request, reason: FinishReason) -> None:
+    """End a request that has not ended, and its forks that have no sequence yet."""
+    if not request.is_finished:
+        for one in (*(fork for fork in request.forks if fork.held_sequence is None), request):
+            one.end(reason)
+
+
+def _interrupted(by: str) -> EngineError:
+    return EngineError("a step was interrupted, and its requests cannot continue", got=by, fix="send them again")

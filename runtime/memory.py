@@ -51,9 +51,11 @@ def _left_under(root: Path, path: str, limit_file: str, usage_file: str, droppab
             return
         try:
             limit = (folder / limit_file).read_text().strip()
+            most = None if limit == "max" else int(limit)
             used = int((folder / usage_file).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            left_out = int(stat.get(droppable, 0))
         except (OSError, ValueError):
             continue
-        if limit != "max":
-            yield int(limit) - max(0, used - int(stat.get(droppable, 0)))
+        if most is not None:
+            yield most - max(0, used - left_out)

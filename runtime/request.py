@@ -141,21 +141,28 @@ class Request:
         else:
             token_id = self.forced[len(self.token_ids)]
             self.log_probabilities.append(log_probability(logits_V, token_id))
+        reason: FinishReason | None = None
         if token_id in self.eos_token_ids and self.forced is None:
-            self.finish_reason = "stop"
+            reason = "stop"
         else:
             self.token_ids.append(token_id)
             self.times.tokens.append(time.monotonic())
             self._text += "" if self._detokenizer is None else self._detokenizer.step(token_id)
             if len(self.token_ids) >= self.limit:
-                self.finish_reason = "length"
-        self._say()
+                reason = "length"
+        self._say(reason)
 
     def end(self, reason: FinishReason, error: Exception | None = None) -> None:
-        """End the request if it has not ended. The tokens generated so far are its result."""
+        """End the request if it has not ended. The tokens generated so far are its result.
+
+        Raises no error: if the tokenizer cannot decode the last tokens, the request ends with "error" and the tokenizer's.
+        """
         if not self.is_finished:
-            self.error, self.finish_reason = error, reason
-            self._say()
+            self.error = error
+            try:
+                self._say(reason)
+            except Exception as broken:  # noqa: BLE001  (ends this request only)
+                self.error, self.finish_reason = error or broken, "error"
 
     def close(self) -> None:
         """Free the sequence's pages, after recording how many tokens it held. May be called again."""
@@ -165,8 +172,10 @@ class Request:
             self.held_sequence = None
 
     def result(self) -> Generation:
-        """The result so far."""
-        held = self._held or (0, ()) if self.held_sequence is None else self._holding(self.held_sequence)
+        """The result so far. May be called from any thread."""
+        sequence = self.held_sequence
+        holding = (0, ()) if sequence is None else self._holding(sequence)
+        held = self._held or holding  # read last: it is set before pages are freed
         return Generation(
             text=self._text,
             token_ids=tuple(self.token_ids),
@@ -184,19 +193,21 @@ class Request:
         """(computed tokens, held tokens per layer) of a sequence."""
         return sequence.num_computed_tokens, tuple(int(n) for n in sequence.held_tokens)
 
-    def _say(self) -> None:
-        """Append the text that is final by now to ``pieces``."""
-        if self.is_finished and self._detokenizer is not None:
+    def _say(self, reason: FinishReason | None) -> None:
+        """Append the text that is final by now to ``pieces``. ``reason``: why the request ends here, if it does; set last,
+        because other threads read the result as soon as ``is_finished``.
+        """
+        if reason is not None and self._detokenizer is not None:
             self._text += self._detokenizer.finish()
         found = [at for at in (self._text.find(stop) for stop in self.params.stop_texts) if at >= 0]
         if found:
-            if self.error is None:
-                self.finish_reason = "stop"
+            reason = "stop" if self.error is None else reason
             self._text = self._text[: min(found)]
-        end = len(self._text) if self.is_finished else len(self._text) - self._n_held_back()
+        end = len(self._text) if reason is not None else len(self._text) - self._n_held_back()
         if end > self._n_emitted:
             self.pieces.append(self._text[self._n_emitted : end])
             self._n_emitted = end
+        self.finish_reason = reason
 
     def _n_held_back(self) -> int:
         """Length of the longest suffix of the text that is a proper prefix of a stop string."""

@@ -92,8 +92,9 @@ class Reservation:
 
     @property
     def used(self) -> list[int]:
-        """How much of each resource is reserved."""
-        return [sum(needed[at] for _, needed in self._reserved.values()) for at in range(len(self.resources))]
+        """How much of each resource is reserved. May be asked from any thread."""
+        reserved = list(self._reserved.values())
+        return [sum(needed[at] for _, needed in reserved) for at in range(len(self.resources))]
 
     @property
     def free(self) -> list[int]:

@@ -33,6 +33,11 @@ class Schedulable(Protocol):
         """Requests that continue from this one's prompt, with sequences of their own."""
         ...
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has ended. A fork may end before the prompt has been read."""
+        ...
+
 
 R = TypeVar("R", bound=Schedulable)
 
@@ -141,7 +146,7 @@ class Scheduler(Generic[R]):
         if plan.reads_last:
             self._reading = None
             self.reservation.finish_reading(id(request))
-            self._decoding += [request, *request.forks]
+            self._decoding += [request, *(fork for fork in request.forks if not fork.is_finished)]
 
     def remove(self, request: R) -> None:
         """Remove a request that has ended in any way. Its reservation is released when its forks have ended, too.
@@ -155,12 +160,18 @@ class Scheduler(Generic[R]):
         family = self._families.get(id(request), (request,))
         if not any(member is self._reading or member in self._decoding for member in family):
             self.reservation.release(id(family[0]))
-            for member in family:
+            for member in sorted(family, key=lambda member: member is request):
                 self._families.pop(id(member), None)
 
     def _admit(self) -> None:
-        """Admit the request that is next, if what it needs can be reserved now."""
-        self._waiting = [entry for entry in self._waiting if id(entry.request) not in self._families]
+        """Admit the request that is next, if what it needs can be reserved now.
+
+        If interrupted before ``_reading`` is set, none has been admitted.
+        """
+        admitted = {id(request) for request in self._decoding}
+        self._waiting = [entry for entry in self._waiting if id(entry.request) not in admitted]
+        for entry in self._waiting:
+            self.reservation.release(id(entry.request))  # of an interrupted admission
         if not self._waiting:
             return
         passed_by = [entry for entry in self._waiting if entry.n_overtaken >= self._max_overtaken]
@@ -168,10 +179,11 @@ class Scheduler(Generic[R]):
         request = first.request
         if not self.reservation.reserve(id(request), request.size):
             return
-        family = (request, *request.forks)
+        family = (request, *(fork for fork in request.forks if not fork.is_finished))
         for member in family:
             self._families[id(member)] = family
-        self._reading, self._n_read = request, 0
+        self._n_read = 0
+        self._reading = request
         self._waiting.remove(first)
         for entry in self._waiting:
             entry.n_overtaken += entry.arrival < first.arrival
