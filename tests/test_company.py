@@ -16,10 +16,11 @@ from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_names
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.cache.sequence import SequenceCache
-from trt_kv.runtime.engine import Engine, Stream
+from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
 from trt_kv.runtime.scheduler import StepPlan
+from trt_kv.runtime.stream import Stream
 
 QUICK = ("prefixkv", "refreekv", "h2o", "freekv")
 POLICIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in policy_names()]
