@@ -152,8 +152,7 @@ class EngineCore:
         counts.steps_s += ran - planned
         counts.sampling_s += delivered - ran
         for request in plan.requests:
-            if request.on_update is not None:
-                request.on_update()
+            _notify_client(request)
         counts.planning_s += planned - started + time.perf_counter() - delivered
         return True
 
@@ -250,10 +249,18 @@ class EngineCore:
             for request in ended:
                 reason = str(request.finish_reason)
                 self.statistics.n_finished[reason] = self.statistics.n_finished.get(reason, 0) + 1
-                if request.on_update is not None:
-                    request.on_update()
+                _notify_client(request)
             self._live = [request for request in self._live if not request.is_finished]
         self.statistics.n_waiting, self.statistics.n_running = self._scheduler.n_waiting, self._scheduler.n_running
+
+
+def _notify_client(request: Request) -> None:
+    """Call ``on_update``. A client that cannot be called is gone: its request is cancelled."""
+    if request.on_update is not None:
+        try:
+            request.on_update()
+        except Exception:  # noqa: BLE001  (the client's own; the other requests continue)
+            request.cancelled = True
 
 
 def _end_with_forks(request: Request, reason: FinishReason) -> None:

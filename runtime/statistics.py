@@ -71,7 +71,7 @@ class EngineStatistics:
         return (self.prompt_tokens + self.generated_tokens) / max(1, self.prefill_steps + self.decode_steps)
 
     def to_json(self) -> dict[str, Any]:
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"n_finished": dict(self.n_finished)}
         return {name: value.to_json() if isinstance(value, Histogram) else value for name, value in found.items()}
 
 

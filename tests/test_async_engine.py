@@ -133,3 +133,21 @@ def test_threads_and_tasks_share_an_engine(small_folder: Path, small_engine: Eng
         return list(await asyncio.gather(*in_threads, *(engine.generate(prompt, max_new_tokens=20) for _ in range(3))))
 
     assert run(small_folder, use)[1] == [alone] * 6
+
+
+def test_a_client_that_cannot_be_called_loses_its_request_and_nobody_elses(small_folder: Path, small_engine: Engine) -> None:
+    prompt = random_ids(small_engine, 30, seed=6)
+    alone = small_engine.generate(prompt, max_new_tokens=20)
+
+    def broken() -> None:
+        raise RuntimeError("the loop is closed")
+
+    async def use(engine: AsyncEngine) -> Any:
+        gone = engine.engine.submit(prompt, on_update=broken, max_new_tokens=60)
+        result = await engine.generate(prompt, max_new_tokens=20)
+        assert gone.finish_reason == "cancelled"
+        return result
+
+    engine, result = run(small_folder, use)
+    assert result == alone
+    assert_nothing_leaked(engine)
