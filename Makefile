@@ -1,4 +1,4 @@
-# Every target sets up $(VENV) by itself, once; `make` alone prints what there is.
+# Every target sets up $(VENV) by itself, once; `make` alone prints the list of targets.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -7,14 +7,14 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help engine generate evaluate test check bench report clean
 
-# The machine: these may come from the environment. PIP_ARGS goes to every pip install, e.g. an index with CPU builds.
+# Machine settings, which may come from the environment. PIP_ARGS is added to every pip install, e.g. an index with CPU builds.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell command -v $(name))) python3.11)
 VENV ?= .venv
 PIP_ARGS ?=
-# Processes that run the tests; 0: all of them in this one.
+# Number of test processes; 0 runs the tests in pytest's main process.
 JOBS ?= 2
 
-# The request: from make's command line only, so that a variable left in the environment changes nothing.
+# Request settings, read from make's command line only: environment variables of the same names have no effect.
 MODEL = llama3
 POLICY = prefixkv
 CHECKPOINT =
@@ -44,20 +44,20 @@ HOST_TIER =
 DEVICE =
 TRACE =
 ARGS =
-# Through the shell's environment a prompt may hold quotes and spaces.
+# Passed through the environment, so that a prompt may contain quotes and spaces.
 export PROMPT
 
-help: ## this list
+help: ## show this list
 	@echo 'make TARGET [NAME=value ...]'
 	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	echo
 	echo '  engine    MODEL=$(MODEL) POLICY=$(POLICY) [CHECKPOINT= BUDGET= SCORE= WINDOW= SET= RECIPE= PROMPTS= SAMPLES= SEED= OUT= FORCE=1]'
 	echo '            SET="score=window budget=pyramid" changes parts of the policy; .venv/bin/trt-kv policies lists them'
-	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] corrects each layer at the same rate'
-	echo '            [PAGE_SIZE=32] tokens per page, which is what freekv recalls at a time'
+	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] one drift threshold per layer, for this correction rate'
+	echo '            [PAGE_SIZE=32] tokens per page; freekv recalls whole pages'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json]; [DTYPE=float16|bfloat16] for GPUs'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
-	echo '            [HOST_TIER=ram|file:/path] where a cache on the host lies; [TRACE=FILE.json] what ran when'
+	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; [TRACE=FILE.json] timeline for Perfetto'
 	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=$(ENGINE) AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]; test also [JOBS=$(JOBS)]'
@@ -90,14 +90,14 @@ generate: $(VENV)/.ready-build ## engine + prompt -> text
 		$(on_device) \
 		$(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- '$(ENGINE)' $(if $(PROMPT),"$$PROMPT")
 
-evaluate: $(VENV)/.ready-build ## engine + tasks of one's own -> accuracy, perplexity, kept share
+evaluate: $(VENV)/.ready-build ## engine + your own tasks -> accuracy, perplexity, kept share
 	@$(VENV)/bin/trt-kv evaluate --tasks '$(TASKS)' \
 		$(if $(AGAINST),--against '$(AGAINST)') \
 		$(if $(RESULTS),--out '$(RESULTS)') \
 		$(on_device) \
 		$(ARGS) -- '$(ENGINE)'
 
-test: $(VENV)/.ready-dev ## the tests that need no GPU and no patience
+test: $(VENV)/.ready-dev ## run all tests except those marked slow
 	@$(VENV)/bin/python -m pytest --numprocesses '$(JOBS)' --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.ready-dev ## lint, format, types, import rules

@@ -1,1 +1,1 @@
-"""Recipes from prompts, and quality reports."""
+"""Calibration of recipes and drift thresholds on prompts, synthetic tasks, and statistics of answers to tasks."""

@@ -1,6 +1,6 @@
-"""The results file of an evaluation: every answer, and, once all are there, the statistics made from them.
+"""The results file of an evaluation: every answer, and, when all are present, their statistics.
 
-It is written while answers come in, so that an evaluation goes on where it was interrupted.
+It is written while the evaluation runs, so that an interrupted evaluation can continue.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ _DIGITS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was asked for, as far as answers and their judgement depend on it.
+    """The settings of an evaluation that its answers and their correctness depend on.
 
-    ``max_new_tokens``: None for as many as the longest accepted answer needs. ``separator`` stands between a prompt and an
-    answer where neither brings white space.
+    ``max_new_tokens``: None for as many as the longest accepted answer needs. ``separator`` is put between a prompt and an
+    answer if neither has white space there.
     """
 
     tasks_digest: str
@@ -37,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """An engine: its folder's name, the digest of its manifest (which has those of all files), its model and policy."""
+    """An engine: its folder's name, the digest of its manifest (which contains those of all files), its model and policy."""
 
     name: str
     digest: str
@@ -60,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation knows by now. ``n_tasks``: how many tasks of the file ``tasks`` are asked; ``machine``: where."""
+    """State of an evaluation. ``n_tasks``: number of tasks used of the file ``tasks``; ``machine``: what it ran on."""
 
     tasks: str
     n_tasks: int
@@ -85,24 +85,24 @@ class Evaluation:
         return all(len(run.answers) == self.n_tasks for run in self.runs)
 
     def with_answers(self, index: int, answers: Sequence[Answer]) -> "Evaluation":
-        """This evaluation after more answers of ``runs[index]``."""
+        """A copy of this evaluation with more answers of ``runs[index]``."""
         runs = self.runs
         runs[index] = dataclasses.replace(runs[index], answers=(*runs[index].answers, *answers))
         return dataclasses.replace(self, run=runs[0], against=None if len(runs) == 1 else runs[1])
 
     def save(self, path: Path) -> None:
-        """Write it to ``path``, whole or not at all; ``ReportError`` where that cannot be."""
+        """Write it to ``path``, whole or not at all; ``ReportError`` if that fails."""
         summary = {"summary": summary_of(self)} if self.is_finished else {}
         data = {"format": FORMAT, "version": VERSION, "finished": self.is_finished, **dataclasses.asdict(self), **summary}
         write_atomically(path, (_json_text(data) + "\n").encode(), kind="evaluation", error=ReportError)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
-        """Read what ``save`` wrote; ``ReportError`` for anything else, also where the summary is not what the answers give."""
+        """Read what ``save`` wrote; ``ReportError`` for anything else, also if the summary does not match the answers."""
         data = read_json(path, kind="evaluation", error=ReportError)
         if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             raise ReportError(
-                f"{path} is no evaluation that this version reads",
+                f"{path} is not an evaluation that this version can read",
                 expected=f"a file made by `trt-kv evaluate --out`, format {FORMAT!r} {VERSION}",
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version", "finished", "summary")}
@@ -114,7 +114,7 @@ class Evaluation:
 
 
 def summary_of(evaluation: Evaluation) -> dict[str, Any]:
-    """The statistics of a finished evaluation, overall and by group of tasks, as they stand in the file."""
+    """The statistics of a finished evaluation, overall and by group of tasks, as stored in the file."""
     answers = evaluation.run.answers
     summary = {"overall": _score(answers), "groups": _by_group(answers, lambda part: _score(_picked(answers, part)))}
     if evaluation.against is None:
@@ -155,7 +155,7 @@ def _rounded_value(value: Any) -> Any:
 
 
 def _json_text(value: Any, indent: str = "") -> str:
-    """JSON in which every answer stands on a line of its own, and every statistic."""
+    """JSON text with one line per answer and per statistic."""
     inner = indent + "  "
     if isinstance(value, dict) and value and len(indent) < 6 and "line" not in value:
         items = [f"{inner}{json.dumps(key)}: {_json_text(item, inner)}" for key, item in value.items()]

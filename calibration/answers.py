@@ -1,7 +1,7 @@
-"""What an engine answered to a file of tasks, and what that says: about the engine alone, and beside another one.
+"""Answers of an engine to a file of tasks, and their statistics: of one engine, and compared with another.
 
-L layers, T tokens of an answer, V vocabulary. Every statistic is made from the answers, so that a results file holds nothing
-that cannot be made again.
+L layers, T tokens of an answer, V vocabulary. Every statistic is computed from the answers alone, so that a results file
+can be verified.
 """
 
 import math
@@ -24,16 +24,16 @@ from trt_kv.errors import ReportError
 
 Floats = npt.NDArray[np.floating[Any]]
 UNNAMED = "(other)"
-"""The group of tasks without one, where others have one."""
+"""Name of the group of tasks that name none, if others do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What an engine made of one task.
+    """An engine's answer to one task.
 
     ``text`` and ``token_ids``: its greedy answer, ``right`` or not. ``loss``: summed negative log-likelihood in nats of the
-    ``n_expected_tokens`` of the first accepted answer. ``kept_tokens``: cached per layer after the prompt had been read and
-    evicted from. Seconds are of the prompt and of the greedy answer; tasks that are answered together share each step's time.
+    ``n_expected_tokens`` of the first accepted answer. ``kept_tokens``: cached tokens per layer after prefill
+    and eviction. Seconds are of the prompt and of the greedy answer; tasks in one batch share the time of each step.
     """
 
     line: int
@@ -52,16 +52,16 @@ class Answer:
     def __post_init__(self) -> None:
         if min(self.n_expected_tokens, self.n_prompt_tokens, len(self.kept_tokens)) < 1:
             raise ReportError(
-                f"the answer to {self.name} is about nothing", expected="at least one prompt token, expected token and layer"
+                f"the answer to {self.name} is empty", expected="at least one prompt token, expected token and layer"
             )
 
     @property
     def kept_share(self) -> float:
-        """Share of the prompt's tokens that are cached after it, mean over layers."""
+        """Share of the prompt's tokens that are still cached after prefill, mean over layers."""
         return self.kept_share_without(())
 
     def kept_share_without(self, exempt_layers: Collection[int]) -> float:
-        """The same over the layers that are not exempt, of which there must be one."""
+        """The same, mean over the layers that are not exempt, of which there must be at least one."""
         kept = [n for layer, n in enumerate(self.kept_tokens) if layer not in exempt_layers]
         return sum(kept) / len(kept) / self.n_prompt_tokens
 
@@ -72,7 +72,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Statistics of a group of tasks. ``perplexity`` is that of the expected answers; one task alone gives it no interval."""
+    """Statistics of a group of tasks. ``perplexity`` is that of the expected answers; with one task it has no interval."""
 
     n_tasks: int
     accuracy: Estimate
@@ -86,11 +86,11 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One engine beside another on the same tasks.
+    """Comparison of two engines on the same tasks.
 
-    ``difference`` of the accuracies, and McNemar's ``verdict`` on it: ``wins`` tasks are right here only, ``losses`` there
-    only. ``same_answers``: share of greedy answers that agree to the last token. ``agreement``: mean share of an answer that
-    comes before the first token on which the two differ. ``perplexity_ratio``: None for one task alone.
+    ``difference`` of the accuracies, and McNemar's ``verdict`` on it: ``wins`` tasks are right with the first engine only,
+    ``losses`` with the other only. ``same_answers``: share of greedy answers that agree to the last token. ``agreement``: mean
+    share of an answer before the first token in which the two differ. ``perplexity_ratio``: None with one task.
     """
 
     n_tasks: int
@@ -141,14 +141,14 @@ def comparison_of(answers: Sequence[Answer], others: Sequence[Answer]) -> Compar
 
 
 def agreement(tokens: Sequence[int], others: Sequence[int]) -> float:
-    """The share of the longer of two answers that comes before the first token on which they differ; 1 for two empty ones."""
+    """The share of the longer of two answers before the first token in which they differ; 1 for two empty ones."""
     n_same = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), min(len(tokens), len(others)))
     longest = max(len(tokens), len(others))
     return n_same / longest if longest else 1.0
 
 
 def groups_of(answers: Sequence[Answer]) -> dict[str, list[int]]:
-    """Indices of the answers of each group of tasks, in the order of first appearance; empty where no task names one."""
+    """Indices of the answers of each group of tasks, in the order of first appearance; empty if no task names one."""
     if all(answer.task is None for answer in answers):
         return {}
     groups: dict[str, list[int]] = {}

@@ -1,9 +1,9 @@
 """Each layer's drift threshold, from how much the queries of adjacent tokens differ while a model generates.
 
 For a KV head, C = the mean over its query heads of cos(q_i, q_(i-1)) (FreeKV, arXiv 2505.13109, section 4); it is corrected
-where C < tau. A layer's tau is the quantile of its C's at the wanted rate, so that this share of its (step, KV head) pairs is
-corrected, whatever the layer's queries are like. Prompts are continued with every head corrected in every step: then what is
-measured does not depend on the tau that is sought.
+where C < tau. A layer's tau is the quantile of its C's at the given rate, so that this share of its (step, KV head) pairs is
+corrected in every layer. Prompts are continued with every head corrected in every step, so that the measurement does not
+depend on the tau to be found.
 
 L layers, S steps, K KV heads, D head size.
 """
@@ -36,7 +36,7 @@ from trt_kv.recipe import CREATED_BY, RecipeModel
 
 Floats = npt.NDArray[np.float64]
 
-# Denser where a threshold is looked for: at the drifted end.
+# Denser at low cosines, where thresholds lie.
 SHARES = (0.0, 0.005, 0.01, 0.02, 0.03, *(round(0.05 * i, 2) for i in range(1, 20)), 0.98, 0.99, 1.0)
 _DECIMALS = 6
 
@@ -45,8 +45,8 @@ _DECIMALS = 6
 class LayerTrace:
     """One layer over the steps after one prompt.
 
-    Both [S, K] float64. ``cosine``: C of each step and KV head, not a number where a query is zero. ``overlap``: share of the
-    pages chosen with the step's own query that the query before would have chosen too; not a number where there was no choice.
+    Both [S, K] float64. ``cosine``: C of each step and KV head, NaN if a query is zero. ``overlap``: share of the
+    pages chosen with the step's own query that the query before would have chosen too; NaN if all pages fit into the budget.
     """
 
     cosine: Floats
@@ -54,13 +54,13 @@ class LayerTrace:
 
 
 Trace = Mapping[int, LayerTrace]
-"""What one prompt showed, by layer; layers that recall nothing are left out."""
+"""The measurement of one prompt, by layer; layers that recall nothing are left out."""
 TraceOf = Callable[[Sequence[int]], Trace]
-"""Continues a prompt and tells what it showed."""
+"""Continues a prompt and returns its measurement."""
 
 
 class DriftRecorder:
-    """RecallAttention that writes down what generated tokens of one sequence do, and then runs ``kernel``."""
+    """RecallAttention that records cosines and overlaps for the generated tokens of one sequence, and runs ``kernel``."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
@@ -68,9 +68,11 @@ class DriftRecorder:
         self._overlaps: dict[int, list[Floats]] = {}
 
     def __call__(self, **tensors: Any) -> tuple[Any, ...]:
-        """The kernel's results; its arguments by name, as the op's spec has them. ``UsageError`` for more than one sequence."""
+        """The kernel's results; takes the inputs and attributes of the op's spec by name. ``UsageError`` for more than one
+        sequence.
+        """
         if tensors["kv_len"].shape[1] != 1:
-            raise UsageError("drift is recorded for one sequence", got=tensors["kv_len"].shape[1], expected=1)
+            raise UsageError("drift can be recorded for one sequence only", got=tensors["kv_len"].shape[1], expected=1)
         if tensors["prompt_remaining"][-1] < 0:
             layer, n_kv_heads = tensors["layer"], tensors["kv"].shape[2]
             now_HD, before_HD = tensors["q"][-1], tensors["last_query"][tensors["query_rows"][layer, 0]]
@@ -79,7 +81,7 @@ class DriftRecorder:
         return self._kernel(**tensors)
 
     def taken(self) -> Trace:
-        """What has been recorded; it is forgotten here, for the next sequence."""
+        """Return what was recorded, and reset the recorder for the next sequence."""
         trace = {
             layer: LayerTrace(cosine=np.array(found), overlap=np.array(self._overlaps[layer]))
             for layer, found in self._cosines.items()
@@ -120,8 +122,8 @@ def calibrate_drift(
     if not any(sample.n_steps for sample in samples):
         raise UsageError(
             "nothing was generated after the prompts",
-            got=f"{len(samples)} prompts, of which the model ends each at once, or no layer that recalls",
-            expected="prompts that the model goes on with, and a layer that is not exempt",
+            got=f"{len(samples)} prompts, each followed by an end-of-text token at once, or no layer that recalls",
+            expected="prompts that the model continues, and a layer that is not exempt",
             fix="give other --prompts, or exempt fewer layers",
         )
     layers = []
@@ -142,14 +144,14 @@ def calibrate_drift(
 
 
 def threshold_at(cosine_N: Floats, rate: float) -> float:
-    """The largest tau, exact in fp32, with at most ``rate`` of the cosines below it; ``ALWAYS`` where that may be all of them.
+    """The largest tau, exact in fp32, with at most ``rate`` of the cosines below it; ``ALWAYS`` if that may be all of them.
 
-    The op takes tau in fp32 and corrects where not C >= tau: what is not a number is below every tau. Never falls when the
-    rate rises; at least ``NEVER``. ``UsageError`` for no cosines or a rate outside [0, 1].
+    The op takes tau in fp32 and corrects if not C >= tau, so NaN is below every tau. The result does not decrease with the
+    rate and is at least ``NEVER``. ``UsageError`` for no cosines or a rate outside [0, 1].
     """
     if not len(cosine_N) or not 0.0 <= rate <= 1.0:
         raise UsageError(
-            "a threshold is a quantile", got=f"rate {rate} of {len(cosine_N)}", expected="a rate in [0, 1] of some"
+            "invalid rate or no cosines", got=f"rate {rate} of {len(cosine_N)}", expected="a rate in [0, 1], some cosines"
         )
     ranked_N = np.sort(np.where(np.isnan(cosine_N), -np.inf, cosine_N).ravel())
     n_below = math.floor(rate * len(ranked_N) + 1e-9)
@@ -158,7 +160,7 @@ def threshold_at(cosine_N: Floats, rate: float) -> float:
     tau = np.float32(ranked_N[n_below])
     if float(tau) > ranked_N[n_below]:
         tau = np.nextafter(tau, np.float32(-np.inf))
-    # The shortest decimal of an fp32 number: what stands in the file and on the node is the same number.
+    # The shortest decimal of an fp32 number, so that the file and the node's attribute hold the same number.
     return min(ALWAYS, max(NEVER, float(str(tau))))
 
 
@@ -191,7 +193,7 @@ def _layer(layer: int, cosine_SK: Floats, overlap_SK: Floats, rate: float) -> Dr
 
 
 def _quantiles(cosine_N: Floats) -> tuple[float, ...]:
-    """The cosines at ``SHARES`` of their ranking, each one that was measured; what is not a number counts as -1."""
+    """The cosines at ``SHARES`` of their ranking, each a measured value; NaN counts as -1."""
     found = np.quantile(np.where(np.isnan(cosine_N), -1.0, cosine_N), SHARES, method="lower")
     return tuple(np.clip(found, -1.0, 1.0).round(_DECIMALS).tolist())
 

@@ -1,4 +1,4 @@
-"""The picture of drift thresholds: how alike adjacent queries and their pages are, and what each threshold corrects."""
+"""The plot of drift thresholds: similarity of adjacent queries and of their pages, and correction rates."""
 
 import io
 from pathlib import Path
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HEADS_WIDTH = 0.7
-"""Of the distance between two layers, what the marks of a layer's KV heads take."""
+"""Width of the marks of a layer's KV heads, as a share of the distance between two layers."""
 
 
 def picture_from_drift(drift: Drift, path: Path) -> None:
     """Write a PNG of ``drift`` to ``path``, whole or not at all.
 
     Above: the cosines of adjacent queries per layer and KV head (median, middle half, middle 90 %) with each layer's
-    threshold; each layer's correction rate against tau, a dot where its threshold is. Below: the share of pages that adjacent
-    queries both choose, per layer and KV head; what is corrected per layer, by KV head and by step. Layers are coloured by
+    threshold; each layer's correction rate against tau, a dot at its threshold. Below: the share of pages that adjacent
+    queries both choose, per layer and KV head; corrected share per layer, of KV heads and of steps. Layers are coloured by
     depth. ``MissingDependencyError`` without matplotlib.
     """
     png = io.BytesIO()
@@ -93,13 +93,13 @@ def _draw_rates(axis: "Axes", drift: Drift, colors: list[Any]) -> None:
     for layer, color in zip(drift.layers, colors, strict=True):
         axis.plot(layer.cosine, drift.shares, color=color, linewidth=1.6 if few else 0.9)
         axis.plot(layer.tau, layer.rate, "o", color=color, markersize=6 if few else 3, markeredgecolor="white", zorder=4)
-    label = f"asked for: {percent(drift.correction_rate)}"
+    label = f"target: {percent(drift.correction_rate)}"
     axis.axhline(drift.correction_rate, color=ACCENT, linewidth=1.4, linestyle="--", label=label)
     lowest = min(min(layer.tau, float(np.interp(0.02, drift.shares, layer.cosine))) for layer in drift.layers)
     axis.set_xlim(max(-1.05, lowest - 0.05), 1.02)
     axis.set_ylim(0.0, 1.02)
     axis.yaxis.set_major_formatter(lambda share, _position: percent(share))
-    axis.set_title("Corrected KV heads of each layer, if tau were", loc="left", fontsize=10, color=INK)
+    axis.set_title("Corrected KV heads of each layer, as a function of tau", loc="left", fontsize=10, color=INK)
     axis.set_xlabel("tau", color=INK)
     axis.set_ylabel("corrected KV heads", color=INK)
     axis.legend(frameon=False, fontsize=9, loc="upper left")
@@ -113,11 +113,11 @@ def _draw_overlap(axis: "Axes", drift: Drift, colors: list[Any]) -> None:
             if head.overlap is not None:
                 axis.plot(x, head.overlap, "o", color=color, markersize=min(5.0, 60 / drift.model.n_layers), zorder=4)
     if not shown:
-        said = "every page was attended to:\nno choice, no overlap (give longer prompts)"
+        said = "no overlap: every page was attended to\n(calibrate with longer prompts)"
         axis.text(0.5, 0.5, said, transform=axis.transAxes, ha="center", va="center", color=FAINT)
     axis.set_ylim(0.0, 1.02)
     axis.yaxis.set_major_formatter(lambda share, _position: percent(share))
-    axis.set_title("Chosen pages that the query before chooses too", loc="left", fontsize=10, color=INK)
+    axis.set_title("Chosen pages that the previous query chooses too", loc="left", fontsize=10, color=INK)
     axis.set_ylabel("mean over steps; dots: KV heads", color=INK)
 
 
@@ -134,5 +134,5 @@ def _draw_corrections(axis: "Axes", drift: Drift, colors: list[Any]) -> None:
 
 
 def _places(layer: int, n_heads: int) -> list[float]:
-    """Where the KV heads of a layer stand on the axis of layers."""
+    """Coordinates of a layer's KV heads on the axis of layers."""
     return [layer + _HEADS_WIDTH * ((head + 0.5) / n_heads - 0.5) for head in range(n_heads)]

@@ -1,12 +1,12 @@
-"""PrefixKV's calibration (arXiv 2412.03409): one share of cumulative importance, common to all layers, cuts each ranking.
+"""PrefixKV's calibration (arXiv 2412.03409): all layers keep the same share of cumulative importance.
 
     C_l(j) = share of layer l's importance held by its j most important tokens
     R_l(p) = smallest j with C_l(j) >= p, plus the protected tokens
     find p with sum_l R_l(p) = budget * L * N
 
 As in the released code, the curve runs over all N tokens, the sink and the last one included, and protected tokens are
-counted on top of the prefix. Unlike it, the bisection is capped and the total is met exactly: where one step of p passes
-the target, the tokens up to it are handed out one per layer and round, first layers first.
+counted on top of the prefix. Unlike it, the bisection is capped and the total is met exactly: if one step of p exceeds the
+target, the remaining tokens are distributed one per layer and round, first layers first.
 
 L layers, K KV heads, N tokens of a prompt.
 """
@@ -27,14 +27,14 @@ Importance = Callable[[Sequence[int]], npt.NDArray[np.floating[Any]]]
 SinkCurve = Literal["in", "out"]
 
 MAX_BISECTIONS = 50
-# Denser where the curves bend: the k-th of 41 points is (k / 40) squared.
+# Denser at small shares, where the curves are steep: the k-th of 41 points is (k / 40) squared.
 CURVE_GRID: Floats = (np.arange(41) / 40.0) ** 2
 _DEFAULT_PROTECTED = Protected()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBudgets:
-    """Tokens kept per layer, int64 [L], and the cumulative mass p that cut the layers there, in [0, 1]."""
+    """Tokens kept per layer, int64 [L], and the common cumulative mass p that gives them, in [0, 1]."""
 
     kept: Ints
     mass: float
@@ -84,12 +84,12 @@ def calibrate_prefixkv_budgets(
 ) -> list[Recipe]:
     """One recipe per mean kept share in ``budgets``, from one pass over the prompts.
 
-    ``importance`` scores a prompt's tokens per layer: token ids -> [L, K, N] floats >= 0, unnormalised, or [L, N]
-    where all KV heads share a ranking. Kept shares, masses and
-    curves are means over the prompts. ``source`` and ``seed`` say where the prompts came from. ``sinks_in_curve`` "out"
-    leaves the protected first tokens out of the curves, so that their importance does not count. ``on_sample(done, total)``
-    is called after each prompt. ``UsageError`` for no prompts, a prompt not longer than the protected tokens, scores of
-    another shape than [L, K, N], negative, not finite or all zero in a layer, and a budget outside (0, 1].
+    ``importance`` scores a prompt's tokens per layer: token ids -> [L, K, N] floats >= 0, unnormalised, or [L, N] if all KV
+    heads share a ranking. Kept shares, masses and curves are means over the prompts. ``source`` and ``seed`` describe the
+    origin of the prompts. ``sinks_in_curve`` "out" leaves the protected first tokens out of the curves, so that their
+    importance does not count. ``on_sample(done, total)`` is called after each prompt. ``UsageError`` for no prompts, a prompt
+    not longer than the protected tokens, scores of another shape than [L, K, N], negative, not finite or all zero in a layer,
+    and a budget outside (0, 1].
     """
     if not prompts_token_ids:
         raise UsageError("there are no prompts to calibrate with", expected="at least one prompt")
@@ -134,9 +134,9 @@ def online_budget(
     protected: Protected = _DEFAULT_PROTECTED,
     sinks_in_curve: SinkCurve = "in",
 ) -> Ints:
-    """Tokens to keep per layer, int64 [L], searched for this very input (the paper's "online" variant).
+    """Tokens to keep per layer, int64 [L], searched for this input (the paper's "online" variant).
 
-    Errors as in ``calibrate_prefixkv_budgets``, but a prompt may be as short as it likes: then all of it is kept.
+    Errors as in ``calibrate_prefixkv_budgets``, except that a prompt may be short: then all of it is kept.
     """
     curves_LN = cumulative_curves(importance_LKN, sinks_out=protected.sinks if sinks_in_curve == "out" else 0)
     return search_budgets(curves_LN, importance_LKN.shape[-1], budget, protected=protected).kept
@@ -145,7 +145,7 @@ def online_budget(
 def cumulative_curves(importance_LKN: npt.NDArray[np.floating[Any]], *, sinks_out: int = 0) -> Floats:
     """C_l: cumulative shares of importance, most important token first, float64 [L, N - sinks_out], each row ending in 1.
 
-    With a ranking for each KV head, C_l(j) is what the j most important tokens of every head hold together. The first
+    With a ranking for each KV head, C_l(j) is the share that the j most important tokens of every head hold together. The first
     ``sinks_out`` tokens are left out. ``UsageError`` for scores that are neither [L, K, N] nor [L, N], negative, not finite,
     or all zero in a layer.
     """
@@ -155,13 +155,13 @@ def cumulative_curves(importance_LKN: npt.NDArray[np.floating[Any]], *, sinks_ou
         expected = "[layers, tokens] or [layers, KV heads, tokens]"
         raise UsageError("importance has the wrong shape", got=importance_LKN.shape, expected=expected)
     if not np.isfinite(importance_LKN).all() or (importance_LKN < 0.0).any():
-        raise UsageError("importance holds values that rank nothing", got="negative or not finite", expected="numbers >= 0")
+        raise UsageError("importance holds invalid values", got="negative or not finite", expected="numbers >= 0")
     ranked_LN: Floats = np.sort(importance_LKN[:, :, sinks_out:].astype(np.float64), axis=2)[:, :, ::-1].sum(axis=1)
     if ranked_LN.shape[1] == 0:
         return ranked_LN
     empty = np.flatnonzero(ranked_LN[:, 0] == 0.0)
     if empty.size:
-        raise UsageError("a layer has no importance at all", got=f"only zeros in layer {empty[0]}", expected="a sum > 0")
+        raise UsageError("the importance of a layer is all zero", got=f"only zeros in layer {empty[0]}", expected="a sum > 0")
     sums_LN = np.cumsum(ranked_LN / ranked_LN[:, :1], axis=1)
     curves_LN: Floats = sums_LN / sums_LN[:, -1:]
     return curves_LN
@@ -170,14 +170,14 @@ def cumulative_curves(importance_LKN: npt.NDArray[np.floating[Any]], *, sinks_ou
 def search_budgets(
     curves_LN: Floats, n_tokens: int, budget: float, *, protected: Protected = _DEFAULT_PROTECTED
 ) -> LayerBudgets:
-    """The layers' budgets at the common mass where they add up to round(budget * L * n_tokens).
+    """The layers' budgets at the common mass at which they add up to round(budget * L * n_tokens).
 
     ``curves_LN``: from ``cumulative_curves``. Every layer keeps at least its protected tokens (and one token), at most
-    ``n_tokens``; the total is met exactly unless that floor alone is more. No layer's budget falls when ``budget`` rises.
+    ``n_tokens``; the total is met exactly unless these minima exceed it. No layer's budget decreases when ``budget`` increases.
     ``UsageError`` for a budget outside (0, 1].
     """
     if not 0.0 < budget <= 1.0:
-        raise UsageError("the budget is the share of tokens to keep", got=budget, expected="a number in (0, 1]")
+        raise UsageError("the budget (share of tokens to keep) is out of range", got=budget, expected="a number in (0, 1]")
     target = round(budget * len(curves_LN) * n_tokens)
 
     def kept_at(mass: float) -> Ints:
@@ -225,13 +225,13 @@ def _curves_of_prompt(
     sinks_in_curve: SinkCurve,
     name: str,
 ) -> Floats:
-    """The cumulative curves of one calibration prompt, its length and the scorer's answer checked."""
+    """The cumulative curves of one calibration prompt, after checks of its length and of the scorer's result."""
     if len(token_ids) <= protected.n_tokens:
         raise UsageError(
             f"calibration {name} is too short",
             got=f"{len(token_ids)} tokens",
             expected=f"more than the {protected.n_tokens} protected tokens",
-            fix="calibrate with prompts as long as those of the real use",
+            fix="calibrate with prompts as long as those in production",
         )
     scores_LKN = importance(token_ids)
     if scores_LKN.ndim not in (2, 3) or (scores_LKN.shape[0], scores_LKN.shape[-1]) != (n_layers, len(token_ids)):
@@ -244,7 +244,7 @@ def _curves_of_prompt(
 
 
 def _on_grid(curves_LN: Floats) -> Floats:
-    """The curves at the kept shares of ``CURVE_GRID``, float64 [L, 41], between tokens linearly, 0 at share 0."""
+    """The curves at the kept shares of ``CURVE_GRID``, float64 [L, 41], linear between tokens, 0 at share 0."""
     n_tokens = curves_LN.shape[1]
     shares = np.arange(n_tokens + 1) / n_tokens
     return np.stack([np.interp(CURVE_GRID, shares, np.concatenate(([0.0], curve_N))) for curve_N in curves_LN])

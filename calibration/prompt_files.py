@@ -1,4 +1,4 @@
-"""A user's own calibration prompts, read from a text file or a JSON-lines file."""
+"""Reads calibration prompts from a text file or a JSON-lines file."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,15 @@ from trt_kv.errors import UsageError
 
 
 def prompts_from_file(path: Path) -> list[str]:
-    """The prompts in ``path``, in order, each as it stands there.
+    """The prompts in ``path``, in order, unmodified.
 
     ``.txt``: one prompt per line. ``.jsonl``: one object per line with the prompt under ``prompt`` (other keys are
-    ignored), which is also the way to give prompts with line breaks. ``UsageError``, with the line number, for an empty
+    ignored), which also allows prompts with line breaks. ``UsageError``, with the line number, for an empty
     or malformed line; also for an unreadable or empty file and another file type.
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise UsageError(
-            "prompts come from a text or a JSON-lines file", got=path.name, expected="a name ending in .txt or .jsonl"
+            "the file with the prompts has an unsupported type", got=path.name, expected="a name ending in .txt or .jsonl"
         )
     lines = lines_of_file(path, kind="prompts")
     if not lines:
@@ -25,9 +25,9 @@ def prompts_from_file(path: Path) -> list[str]:
 
 
 def lines_of_file(path: Path, *, kind: str) -> list[str]:
-    """The lines of a UTF-8 file, without their ends; only line feeds (after CR or not) separate them, as in JSON lines.
+    """The lines of a UTF-8 file, without line ends; only LF and CR LF separate them, as in JSON lines.
 
-    ``UsageError`` for a file that cannot be read; ``kind`` names in it what the file holds.
+    ``UsageError`` for a file that cannot be read; ``kind`` describes the lines in its message.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""A recipe's picture: what each layer keeps, and the cumulative curves that decided it."""
+"""The plot of a recipe: the kept share of each layer, and the cumulative curves it was derived from."""
 
 import io
 from pathlib import Path
@@ -25,7 +25,7 @@ def picture_from_recipe(recipe: Recipe, path: Path) -> None:
     """Write a PNG of ``recipe`` to ``path``, whole or not at all.
 
     Left: kept share per layer, the mean budget as a line, the range over the calibration prompts as whiskers. Right: each
-    layer's cumulative importance against its kept share, a dot where the recipe cuts it, and the common mass as a line; left
+    layer's cumulative importance against its kept share, a dot at the recipe's share, and the common mass as a line; left
     out for recipes without curves. Layers are coloured by depth. ``MissingDependencyError`` without matplotlib.
     """
     png = io.BytesIO()
@@ -93,13 +93,13 @@ def _draw_curves(axis: "Axes", recipe: Recipe, curves: Curves, colors: list[Any]
     axis.yaxis.set_major_formatter(lambda share, _position: percent(share))
     axis.grid(color=FAINT, alpha=0.25, linewidth=0.6)
     sinks = "" if curves.sinks == "in" else ", sinks left out"
-    axis.set_title(f"Importance held by the best tokens{sinks}", loc="left", fontsize=10, color=INK)
+    axis.set_title(f"Importance held by the highest-ranked tokens{sinks}", loc="left", fontsize=10, color=INK)
     axis.set_xlabel("kept tokens, most important first (square-root scale)", color=INK)
     axis.set_ylabel("cumulative importance", color=INK)
 
 
 def add_depth_bar(figure: "Figure", axis: "Axes", colors: list[Any]) -> None:
-    """The key to the colours: one patch per layer, first layer at the bottom."""
+    """The colour legend: one patch per layer, first layer at the bottom."""
     n_layers = len(colors)
     matplotlib_colors = require("matplotlib.colors")
     scale = require("matplotlib.cm").ScalarMappable(
@@ -115,13 +115,15 @@ def add_depth_bar(figure: "Figure", axis: "Axes", colors: list[Any]) -> None:
 
 
 def depth_colors(n_layers: int) -> list[Any]:
-    """One colour per layer, from dark for the first to bright for the last; the palest yellows would vanish as thin lines."""
+    """One colour per layer, from dark for the first to bright for the last, without the palest yellows, which are invisible as
+    thin lines.
+    """
     colormap = require("matplotlib").colormaps["viridis"]
     return [colormap(0.12 + 0.78 * layer / max(1, n_layers - 1)) for layer in range(n_layers)]
 
 
 def _few(colors: list[Any]) -> bool:
-    """Whether the layers leave room for halos and wide lines."""
+    """Whether there are few enough layers for halos and wide lines."""
     return len(colors) <= 16
 
 

@@ -1,6 +1,6 @@
 """Estimates with 95 % intervals, and whether two variants differ on the same documents.
 
-D documents. They, not their tokens, are the sample: the tokens of one document are no independent evidence.
+D documents. The documents, not their tokens, are the sample: tokens of one document are not independent.
 """
 
 import math
@@ -15,7 +15,7 @@ from trt_kv.errors import UsageError
 Z_95 = 1.959963984540054
 SIGNIFICANCE = 0.05
 FEWEST_DOCUMENTS = 6
-"""On fewer, answers cannot differ clearly: 2 / 2^5 is above the level of significance."""
+"""With fewer, no difference can be significant: 2 / 2^5 is above the level of significance."""
 Verdict = Literal["better", "worse", "no clear difference"]
 
 
@@ -31,7 +31,7 @@ class Estimate:
 def wilson_interval(n_right: int, n: int) -> Estimate:
     """A share of ``n`` trials with Wilson's score interval (Wilson 1927). ``UsageError`` unless 0 <= n_right <= n, n >= 1."""
     if not 0 <= n_right <= n or n < 1:
-        raise UsageError("a share needs trials", got=f"{n_right} of {n}", expected="0 <= right <= n, n >= 1")
+        raise UsageError("invalid numbers for a share", got=f"{n_right} of {n}", expected="0 <= right <= n, n >= 1")
     share, z2 = n_right / n, Z_95**2
     center = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -48,7 +48,7 @@ def perplexity_interval(losses_D: Sequence[float], n_tokens_D: Sequence[int]) ->
 
 
 def perplexity_ratio(losses_D: Sequence[float], other_D: Sequence[float], n_tokens_D: Sequence[int]) -> Estimate:
-    """The first perplexity over the second on the same documents, whose difficulty cancels; otherwise as above."""
+    """The first perplexity divided by the second on the same documents, with a paired interval; otherwise as above."""
     mean, half = _mean_per_token(np.subtract(losses_D, other_D).tolist(), n_tokens_D)
     return Estimate(value=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half))
 
@@ -77,7 +77,7 @@ def compare_shares(right_D: Sequence[bool], other_D: Sequence[bool]) -> Verdict:
 
 
 def compare_losses(losses_D: Sequence[float], other_D: Sequence[float]) -> Verdict:
-    """Whether the first of two variants loses less on the same documents: two-sided test of the mean difference."""
+    """Whether the first of two variants has the lower loss on the same documents: two-sided test of the mean difference."""
     difference_D = np.asarray(losses_D, np.float64) - np.asarray(other_D, np.float64)
     _check_documents(len(difference_D))
     half = Z_95 * float(difference_D.std(ddof=1)) / math.sqrt(len(difference_D))
@@ -98,4 +98,4 @@ def _mean_per_token(losses_D: Sequence[float], n_tokens_D: Sequence[int]) -> tup
 
 def _check_documents(n: int) -> None:
     if n < 2:
-        raise UsageError("one document tells nothing about the others", got=n, expected="at least 2 documents")
+        raise UsageError("an interval needs several documents", got=n, expected="at least 2 documents")

@@ -1,4 +1,4 @@
-"""The synthetic English that the bundled checkpoint speaks: documents of filler sentences with facts, then a question.
+"""The synthetic English that the bundled checkpoint was trained on: documents of filler sentences with facts, then a question.
 
 Facts: ``code of alice is 4 8 2 .``, ``bob holds a red key .``, ``carol lives in the old harbor .``. A question restates
 the fact as its answer: ``question : what does bob hold ? answer : bob holds a red key .`` Words are separated by single
@@ -76,7 +76,7 @@ class Fact:
 
     @property
     def sentence(self) -> tuple[str, ...]:
-        """How a document tells it, and how an answer restates it."""
+        """The sentence that states the fact in a document and in an answer."""
         told: dict[FactKind, tuple[str, ...]] = {
             "code": ("code", "of", self.name, "is"),
             "object": (self.name, "holds", "a"),
@@ -86,7 +86,7 @@ class Fact:
 
     @property
     def question(self) -> tuple[str, ...]:
-        """What it is the answer to."""
+        """The question whose answer is the fact."""
         asked: dict[FactKind, tuple[str, ...]] = {
             "code": ("what", "is", "the", "code", "of", self.name),
             "object": ("what", "does", self.name, "hold"),
@@ -101,12 +101,12 @@ class Fact:
 
 
 def split_of(sentence: Iterable[str]) -> Split:
-    """The split of the fact that ``sentence`` tells, decided by its words alone: no fact can be told in both splits."""
+    """The split of the fact that ``sentence`` states, a function of its words alone: no fact can be in both splits."""
     return SPLITS[zlib.crc32(" ".join(sentence).encode()) % 2]
 
 
 def filler_sentence(rng: random.Random) -> list[str]:
-    """One sentence of 8 to 11 words that tells nothing."""
+    """One sentence of 8 to 11 words without a fact."""
     kind = rng.random()
     if kind < 0.4:
         where = ["the", rng.choice(ADJECTIVES), rng.choice(NOUNS), rng.choice(VERBS), rng.choice(PREPOSITIONS)]
@@ -118,7 +118,7 @@ def filler_sentence(rng: random.Random) -> list[str]:
 
 
 def filler_sentences(rng: random.Random, n_words: int) -> list[list[str]]:
-    """Filler sentences of at most ``n_words`` words in all, and less than one long sentence below that."""
+    """Filler sentences of at most ``n_words`` words in all, less by fewer than the words of one long sentence."""
     sentences = []
     while n_words > LONGEST_FILLER:
         sentence = filler_sentence(rng)
@@ -128,9 +128,9 @@ def filler_sentences(rng: random.Random, n_words: int) -> list[list[str]]:
 
 
 def draw_facts(rng: random.Random, count: int, split: Split) -> list[Fact]:
-    """``count`` facts of one split about different names; ``UsageError`` when there are not so many names."""
+    """``count`` facts of one split about different names; ``UsageError`` if there are not enough names."""
     if not 1 <= count <= len(NAMES):
-        raise UsageError("a document cannot tell so many facts", got=count, expected=f"1 to {len(NAMES)}, one per name")
+        raise UsageError("too many facts for a document", got=count, expected=f"1 to {len(NAMES)}, one per name")
     return [draw_fact(rng, name, rng.choice(FACT_KINDS), split) for name in rng.sample(NAMES, count)]
 
 
@@ -143,14 +143,14 @@ def draw_fact(rng: random.Random, name: str, kind: FactKind, split: Split) -> Fa
 
 
 def draw_similar_facts(rng: random.Random, fact: Fact, count: int) -> list[Fact]:
-    """``count`` facts of the same split that are easily taken for ``fact``.
+    """``count`` facts of the same split that are easily confused with ``fact``.
 
-    First those of the other kinds about the same name; then facts of the same kind about other names, all of whose words but
-    one are those of ``fact``. ``UsageError`` when there are not so many names.
+    First those of the other kinds about the same name; then facts of the same kind about other names, all of whose words except
+    one are those of ``fact``. ``UsageError`` if there are not enough names.
     """
     if not 0 <= count <= len(NAMES) + len(FACT_KINDS) - 2:
         expected = f"0 to {len(NAMES) + len(FACT_KINDS) - 2}"
-        raise UsageError("a document cannot tell so many similar facts", got=count, expected=expected)
+        raise UsageError("too many similar facts for a document", got=count, expected=expected)
     same_name = [draw_fact(rng, fact.name, kind, fact.split) for kind in FACT_KINDS if kind != fact.kind][:count]
     names = rng.sample([name for name in NAMES if name != fact.name], count - len(same_name))
     return same_name + [_same_but_one_word(rng, fact, name) for name in names]
@@ -168,7 +168,9 @@ def _same_but_one_word(rng: random.Random, fact: Fact, name: str) -> Fact:
 
 
 def place_sentence(sentences: list[list[str]], sentence: Iterable[str], distance: int) -> tuple[list[list[str]], int]:
-    """Insert ``sentence`` where the number of words after it comes closest to ``distance``: (sentences, words after it)."""
+    """Insert ``sentence`` at the place where the number of words after it is closest to ``distance``: (sentences, words after
+    it).
+    """
     words_after = [0]
     for other in reversed(sentences):
         words_after.append(words_after[-1] + len(other))

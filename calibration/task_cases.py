@@ -1,4 +1,4 @@
-"""Tasks of a file as token ids of one model, checked before any of them is run."""
+"""Tasks of a file as token ids of one model, validated before any of them is run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from trt_kv.calibration.task_files import FileTask, is_right
 from trt_kv.errors import UsageError
 
 SLACK = 1
-"""Tokens beyond the longest accepted answer, by which ``4`` is told from ``42``."""
+"""Tokens generated beyond the longest accepted answer, to distinguish ``4`` from ``42``."""
 SEARCHED = 64
-"""Tokens beyond the longest accepted answer in which match "contains" looks for it."""
+"""Tokens generated beyond the longest accepted answer with match "contains"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskCase:
     """One task as token ids. ``expected``: the first accepted answer. At most ``limit`` tokens are generated.
 
-    ``can_come_out``: whether some accepted answer survives the tokenizer, so that a model could give it.
+    ``can_come_out``: whether the tokenizer reproduces some accepted answer, so that a model could generate it.
     """
 
     task: FileTask
@@ -33,8 +33,8 @@ class TaskCase:
 class CaseRules:
     """How tasks become token ids for a model of ``max_positions`` positions and ``vocab_size`` tokens.
 
-    ``separator`` stands between prompt and answer where neither has white space. ``max_new_tokens``: None is as many as the
-    longest accepted answer has and one more, or some more where answers only have to contain it (``contains``).
+    ``separator`` is put between prompt and answer if neither has white space there. ``max_new_tokens``: None is as many as the
+    longest accepted answer has plus 1, or plus 64 if answers only have to contain it (``contains``).
     """
 
     separator: str
@@ -45,14 +45,14 @@ class CaseRules:
 
 
 def cases_from_tasks(tasks: Sequence[FileTask], tokenizer: Tokenizer, rules: CaseRules, *, source: Path) -> list[TaskCase]:
-    """One case per task. ``UsageError``, with the line of ``source``, for what the model or its tokenizer cannot hold."""
+    """One case per task. ``UsageError``, with the line of ``source``, for what the model or its tokenizer cannot process."""
     return [_case(task, tokenizer, rules, f"line {task.line} of {source}") for task in tasks]
 
 
 def continuation_ids(tokenizer: Tokenizer, prompt: str, text: str) -> list[int]:
     """The tokens of ``text`` after ``prompt``, without special ones.
 
-    They are what is new when both are encoded together, as long as the prompt's tokens stay the same in it.
+    They are the tokens after the prompt's when both are encoded together, if that leaves the prompt's tokens unchanged.
     """
     before, whole = tokenizer.encode(prompt).ids, tokenizer.encode(prompt + text).ids
     if len(whole) > len(before) and whole[: len(before)] == before:
@@ -64,7 +64,7 @@ def _case(task: FileTask, tokenizer: Tokenizer, rules: CaseRules, where: str) ->
     try:
         prompt = tokenizer.encode(task.prompt).ids
         answers = [continuation_ids(tokenizer, task.prompt, _joined(task.prompt, text, rules)) for text in task.accepted]
-    except Exception as cause:  # the package raises nothing more special
+    except Exception as cause:  # tokenizers raises no more specific class
         raise UsageError(f"the tokenizer cannot read {where}", got=str(cause)) from cause
     _check_tokens("prompt", task.prompt, prompt, rules, where)
     for text, ids in zip(task.accepted, answers, strict=True):
@@ -85,11 +85,13 @@ def _case(task: FileTask, tokenizer: Tokenizer, rules: CaseRules, where: str) ->
 def _check_tokens(key: str, text: str, ids: Sequence[int], rules: CaseRules, where: str) -> None:
     if not ids:
         raise UsageError(
-            f'"{key}" in {where} has no tokens', got=repr(text[:40]), expected="text that the model's tokenizer knows"
+            f'"{key}" in {where} has no tokens', got=repr(text[:40]), expected="text in the vocabulary of the model's tokenizer"
         )
     if max(ids) >= rules.vocab_size:
         raise UsageError(
-            f'"{key}" in {where} has tokens that the model does not know', got=max(ids), expected=f"below {rules.vocab_size}"
+            f'"{key}" in {where} has token ids outside the vocabulary of the model',
+            got=max(ids),
+            expected=f"below {rules.vocab_size}",
         )
 
 
@@ -103,14 +105,14 @@ def _check_lengths(n_prompt: int, longest: int, rules: CaseRules, where: str) ->
         )
     if rules.max_new_tokens is not None and rules.max_new_tokens < longest:
         raise UsageError(
-            f"the answer to {where} would be cut off",
+            f"the answer to {where} would be truncated",
             got=f"--max-new-tokens {rules.max_new_tokens}",
-            expected=f"at least {longest}, the tokens of what is expected",
+            expected=f"at least {longest}, the tokens of the expected answer",
         )
 
 
 def _room(n_prompt: int, rules: CaseRules) -> int:
-    """Tokens that can be generated: the last of them is never fed, so it needs no position."""
+    """Number of tokens that can be generated: the last one is never an input, so it needs no position."""
     return rules.max_positions - n_prompt + 1
 
 

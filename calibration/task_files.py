@@ -1,4 +1,4 @@
-"""Tasks of one's own to evaluate an engine with: a JSON-lines file of prompts and expected answers, and when one is right."""
+"""The tasks file of an evaluation: JSON lines with prompts and expected answers, and when an answer is right."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from trt_kv.errors import UsageError
 Match = Literal["exact", "contains"]
 MATCHES: Mapping[str, str] = {
     "exact": "the answer begins with an accepted text",
-    "contains": "an accepted text stands somewhere in the answer",
+    "contains": "the answer contains an accepted text",
 }
 FORM = '{"prompt": "...", "expected": "..."}'
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileTask:
-    """One line of a tasks file: a prompt and the ``accepted`` answers, the first of which is the one whose likelihood counts.
+    """One line of a tasks file: a prompt and the ``accepted`` answers, the first of which is used for perplexity.
 
-    ``name`` tells the line from all others; ``task`` is the group it is reported in, None for the one without a name.
+    ``name`` is unique; ``task`` is the group that the line is reported in, None if it has none.
     """
 
     line: int
@@ -33,7 +33,7 @@ class FileTask:
 def tasks_from_file(path: Path) -> list[FileTask]:
     """The tasks in a JSON-lines file, in order.
 
-    Each line is an object with ``prompt`` (a text) and ``expected`` (a text, or a list of texts that are all right); ``name``
+    Each line is an object with ``prompt`` (a text) and ``expected`` (a text, or a list of accepted texts); ``name``
     (default: "line N") and ``task`` are optional texts, other keys are ignored. ``UsageError``, with the line number, for
     anything else, for a name that an earlier line has and for a file without lines.
     """
@@ -53,15 +53,15 @@ def tasks_from_file(path: Path) -> list[FileTask]:
 
 
 def normalised(text: str) -> str:
-    """``text`` with single spaces where it has white space, and none at its ends."""
+    """``text`` with each run of white space replaced by one space, and none at its ends."""
     return " ".join(text.split())
 
 
 def is_right(text: str, accepted: Iterable[str], match: Match) -> bool:
-    """Whether ``text`` begins with (or contains) one of the ``accepted`` texts, whatever the white space.
+    """Whether ``text`` begins with (or contains) one of the ``accepted`` texts, ignoring differences of white space.
 
-    Words and numbers count as wholes: ``4`` is not found in ``42``, nor ``art`` in ``part``. Scripts without upper and lower
-    case, many of which put no spaces between words, have no such ends.
+    Words and numbers are matched whole: ``4`` is not found in ``42``, nor ``art`` in ``part``. Scripts without upper and lower
+    case, many of which have no spaces between words, are matched without this rule.
     """
     answer = normalised(text)
     return any(_stands_in(answer, normalised(wanted), match) for wanted in accepted)
@@ -106,15 +106,15 @@ def _task_of_line(line: str, number: int, where: str) -> FileTask:
 
 
 def _text(value: object, key: str, where: str) -> str:
-    """``value`` if it is a text that says something, or ``UsageError``."""
+    """``value`` if it is a non-empty text, or ``UsageError``."""
     if not isinstance(value, str):
         raise UsageError(f'"{key}" in {where} is not a text', got=_shortened(repr(value)), expected="a text in quotes")
     if not value.strip():
         raise UsageError(f'"{key}" in {where} is empty', got=repr(value), expected="a text")
     try:
         value.encode()
-    except UnicodeEncodeError as cause:  # JSON can spell half of a character outside the basic plane: "\ud83d"
-        raise UsageError(f'"{key}" in {where} holds half a character', got=_shortened(repr(value))) from cause
+    except UnicodeEncodeError as cause:  # JSON can contain half of a surrogate pair: "\ud83d"
+        raise UsageError(f'"{key}" in {where} holds a lone surrogate', got=_shortened(repr(value))) from cause
     return value
 
 

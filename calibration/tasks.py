@@ -1,7 +1,7 @@
 """Prompts to calibrate with and tasks to evaluate with, in the bundled model's synthetic English.
 
-Prompts are words separated by single spaces, without ``<bos>``: the tokenizer adds it. Facts belong to one split each, by
-their own words, so calibration and evaluation never share a document (``synthetic_english.Fact.split``).
+Prompts are words separated by single spaces, without ``<bos>``: the tokenizer adds it. Each fact belongs to one split, a
+function of its words, so calibration and evaluation never share a document (``synthetic_english.Fact.split``).
 """
 
 import random
@@ -31,14 +31,14 @@ FACT_COUNTS = (4, 8, 16, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A prompt and the continuation that is right.
+    """A prompt and its correct continuation.
 
-    ``kind`` "fact": the answer restates one fact of the document and must come out word for word. ``kind`` "copy": the same,
-    but what it restates is a stretch of random words. ``kind`` "text": the answer is just more text, for perplexity.
+    ``kind`` "fact": the answer restates one fact of the document and must match word for word. ``kind`` "copy": the same,
+    with a sequence of random words. ``kind`` "text": the answer is a continuation of the text, for perplexity.
 
-    ``n_facts``: facts in the document. ``fact_distance``: words between the end of what is asked for and the end of the
-    document, None for ``text``. ``n_question_words``: the last words of the prompt, which are not of the document but ask.
-    ``split``, ``seed`` and ``index`` tell how to draw the task again.
+    ``n_facts``: facts in the document. ``fact_distance``: words between the end of the fact or passage asked for and the
+    end of the document, None for ``text``. ``n_question_words``: length of the question at the end of the prompt, after the
+    document. ``split``, ``seed`` and ``index`` reproduce the task.
     """
 
     kind: Literal["fact", "copy", "text"]
@@ -67,8 +67,8 @@ def calibration_prompts(
 ) -> list[Task]:
     """``count`` documents of the calibration split that end in a late question about any of their facts.
 
-    ``context_length``: tokens at most, ``<bos>`` and the answer included. ``n_facts``: facts per document, taken in turn;
-    None takes those of 4, 8, 16, 32 that fit. ``UsageError`` for a count below 1 or a context too short for the facts.
+    ``context_length``: tokens at most, ``<bos>`` and the answer included. ``n_facts``: facts per document, used in turn;
+    None uses those of 4, 8, 16, 32 that fit. ``UsageError`` for a count below 1 or a context too short for the facts.
     """
     counts = tuple(n_facts) if n_facts is not None else _fact_counts_that_fit(context_length)
     return _fact_tasks("calibration", count, context_length=context_length, n_facts=counts, distance=None, seed=seed)
@@ -79,7 +79,7 @@ def evaluation_tasks(
 ) -> list[Task]:
     """``count`` documents of the evaluation split, one question at the end of each.
 
-    ``context_length``: tokens at most, ``<bos>``, question and answer included; at most one filler sentence less.
+    ``context_length``: maximum number of tokens, ``<bos>``, question and answer included; at most one filler sentence less.
     ``distance`` of the asked fact: words between it and the end of the document (met to within half a sentence), or its
     ``near``, ``middle`` or ``far`` third, or None for anywhere. ``UsageError`` for impossible values.
     """
@@ -89,7 +89,7 @@ def evaluation_tasks(
 def distractor_tasks(count: int, *, context_length: int, n_distractors: int, seed: int = 0) -> list[Task]:
     """``count`` documents of the evaluation split whose asked fact is followed by ``n_distractors`` that resemble it.
 
-    They are ``draw_similar_facts`` of the asked one, which stands in the first quarter of the document; the question follows
+    They are ``draw_similar_facts`` of the asked fact, which is in the first quarter of the document; the question follows
     them all. Lengths as in ``evaluation_tasks``. ``UsageError`` for impossible values.
     """
     _check_count(count)
@@ -97,10 +97,10 @@ def distractor_tasks(count: int, *, context_length: int, n_distractors: int, see
 
 
 def copy_tasks(count: int, *, context_length: int, cue_length: int = 16, answer_length: int = 32, seed: int = 0) -> list[Task]:
-    """``count`` documents of random words, of which ``cue_length`` are said again from anywhere on: the answer goes on.
+    """``count`` documents of random words, then ``cue_length`` consecutive words of them again: the answer continues them.
 
     The bundled model was trained on random word sequences that are repeated. ``context_length``: tokens, ``<bos>``, cue and
-    answer included. ``UsageError`` for a document that is shorter than twice what is repeated of it.
+    answer included. ``UsageError`` for a document shorter than twice cue and answer.
     """
     _check_count(count)
     repeated = cue_length + answer_length
@@ -117,7 +117,7 @@ def copy_tasks(count: int, *, context_length: int, cue_length: int = 16, answer_
 def plain_text_tasks(count: int, *, context_length: int, answer_length: int = 64, seed: int = 0) -> list[Task]:
     """``count`` filler texts of the evaluation split, without facts: the last ``answer_length`` words are the answer.
 
-    ``context_length``: tokens at most, ``<bos>`` and answer included. ``UsageError`` when no prompt would be left.
+    ``context_length``: tokens at most, ``<bos>`` and answer included. ``UsageError`` if no prompt would be left.
     """
     _check_count(count)
     if answer_length < 1 or context_length - 1 - answer_length < 2 * LONGEST_FILLER:
@@ -152,7 +152,7 @@ def _fact_tasks(
 ) -> list[Task]:
     _check_count(count)
     if not n_facts:
-        raise UsageError("no number of facts is given", got=list(n_facts), expected="at least one number")
+        raise UsageError("n_facts is empty", got=list(n_facts), expected="at least one number")
     return [
         _fact_task(
             split, index, context_length=context_length, n_facts=n_facts[index % len(n_facts)], distance=distance, seed=seed
@@ -222,7 +222,7 @@ def _copy_task(index: int, n_words: int, cue_length: int, answer_length: int, se
 def _asking(
     asked: Fact, sentences: Sequence[Sequence[str]], fact_distance: int, *, split: Split, seed: int, index: int, n_facts: int
 ) -> Task:
-    """The task of a document of ``sentences`` that ends with the question for ``asked``."""
+    """The task of a document of ``sentences`` followed by the question for ``asked``."""
     document = [word for sentence in sentences for word in sentence]
     return Task(
         kind="fact",
@@ -238,7 +238,7 @@ def _asking(
 
 
 def _distance_in_words(rng: random.Random, others: list[list[str]], distance: int | Region | None) -> int:
-    """The wanted number of words after the asked fact, in a document whose other sentences are ``others``."""
+    """The requested number of words after the asked fact, in a document whose other sentences are ``others``."""
     longest = sum(map(len, others))
     if distance is None:
         return sum(map(len, others[rng.randint(0, len(others)) :]))
@@ -255,16 +255,16 @@ def _distance_in_words(rng: random.Random, others: list[list[str]], distance: in
 
 
 def _fact_counts_that_fit(context_length: int) -> tuple[int, ...]:
-    """Those usual numbers of facts that a document of ``context_length`` tokens surely has room for, or the smallest."""
+    """The ``FACT_COUNTS`` that fit into ``context_length`` tokens with facts of any length, or the smallest count."""
     room = context_length - 1 - LONGEST_QUESTION - LONGEST_FACT
     return tuple(n for n in FACT_COUNTS if n * LONGEST_FACT <= room) or FACT_COUNTS[:1]
 
 
 def _check_count(count: int) -> None:
     if count < 1:
-        raise UsageError("no task is asked for", got=count, expected="a count of at least 1")
+        raise UsageError("the number of tasks is below 1", got=count, expected="a count of at least 1")
 
 
 def _rng(split: Split, kind: str, seed: int, index: int) -> random.Random:
-    """Each task has its own random numbers: task 7 is the same whether 10 or 100 are drawn."""
+    """A generator per task: task 7 is the same whether 10 or 100 are drawn."""
     return random.Random(f"{split}/{kind}/{seed}/{index}")

@@ -1,4 +1,4 @@
-"""Continue several prompts together and show what the KV cache held: python examples/several_prompts.py ENGINE FILE..."""
+"""Continue several prompts in one batch, print KV cache sizes: python examples/several_prompts.py ENGINE FILE..."""
 
 import sys
 from pathlib import Path

@@ -9,7 +9,7 @@ from trt_kv.export.checkpoints.base import Checkpoint
 def decoder_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Decoder:
     """The checkpoint's decoder in evaluation mode with weights of ``dtype`` on the CPU, without gradients.
 
-    Where the checkpoint already has ``dtype``, weights stay memory-mapped.
+    If the checkpoint already has ``dtype``, weights stay memory-mapped.
     """
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config)

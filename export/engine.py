@@ -29,15 +29,15 @@ DEFAULT_PAGE_SIZE = 32
 GRAPHS = "graphs"
 
 OnProgress = Callable[[str, int, int], None]
-"""Told (stage, done, total) while something long runs."""
+"""Called with (stage, done, total) during a long operation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
     """What to build. ``reproduce`` is the command that makes the same engine again.
 
-    With ``tensorrt`` the engine is compiled by it, else ONNX Runtime runs its graphs. ``dtype`` is what the graphs compute in;
-    ONNX Runtime takes another one than float32 on GPUs only.
+    With ``tensorrt`` the engine is compiled by TensorRT, otherwise its target is ONNX Runtime. ``dtype`` is the compute type of
+    the graphs; types other than float32 run on GPUs only.
     """
 
     checkpoint: Checkpoint
@@ -52,9 +52,9 @@ class EngineRequest:
 
     def __post_init__(self) -> None:
         if self.page_size < 1:
-            raise UsageError("a page holds tokens", got=self.page_size, expected="an integer >= 1")
+            raise UsageError("the page size is below 1", got=self.page_size, expected="an integer >= 1")
         if self.dtype not in DTYPES:
-            raise UsageError("graphs do not compute in this type", got=self.dtype, expected=" or ".join(DTYPES))
+            raise UsageError("unsupported compute type", got=self.dtype, expected=" or ".join(DTYPES))
         if self.policy.needs_recipe and self.recipe is None:
             raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
         if self.recipe is not None:
@@ -77,7 +77,7 @@ class EngineRequest:
         if policy.needs_drift != (self.drift is not None):
             raise RecipeError(
                 f"policy {policy.name!r} " + ("needs drift thresholds" if policy.needs_drift else "reads no drift thresholds"),
-                expected=f"drift thresholds exactly with drift 'calibrated', which is {policy.drift!r}",
+                expected=f"thresholds if and only if drift is 'calibrated'; it is {policy.drift!r}",
                 fix="calibrate them: trt-kv calibrate --policy freekv" if policy.needs_drift else "leave them out",
             )
         if self.drift is not None:
@@ -85,8 +85,8 @@ class EngineRequest:
             if self.drift.settings.exempt_layers != policy.exempt_layers:
                 raise RecipeError(
                     f"the drift thresholds are not for policy {policy.name!r}",
-                    got=f"thresholds without those of layers {list(self.drift.settings.exempt_layers)}",
-                    expected=f"one for each layer but {list(policy.exempt_layers)}",
+                    got=f"thresholds for all layers except {list(self.drift.settings.exempt_layers)}",
+                    expected=f"thresholds for all layers except {list(policy.exempt_layers)}",
                     fix="calibrate them for this policy: trt-kv calibrate --policy freekv",
                 )
 
@@ -100,7 +100,7 @@ class EngineRequest:
 
     @property
     def taus(self) -> list[float] | None:
-        """Each layer's drift threshold; exempt layers have the policy's, which nothing reads."""
+        """Each layer's drift threshold; exempt layers have the policy's tau, which is not read."""
         return None if self.drift is None else [self.policy.tau if tau is None else tau for tau in self.drift.taus]
 
 
@@ -134,10 +134,10 @@ def build_engine(
     on_progress: OnProgress | None = None,
     extra_files: Sequence[Path] = (),
 ) -> Manifest:
-    """Build the engine at ``destination``; ``extra_files`` (a picture of the recipe, say) are copied into it.
+    """Build the engine at ``destination``; ``extra_files`` (e.g. a plot of the recipe) are copied into it.
 
-    All or nothing: the folder is made under another name and renamed when complete. Raises ``UsageError`` where something
-    else stands at ``destination``, ``EngineError`` where the disk is full or cannot be written.
+    All or nothing: the folder is made under another name and renamed when complete. Raises ``UsageError`` if something
+    else is at ``destination``, ``EngineError`` if the disk is full or cannot be written.
     """
     _check_tokenizer(request.checkpoint)
     with new_folder(destination, replace=replace) as folder:
@@ -166,7 +166,7 @@ def build_engine(
 def _compile(
     request: EngineRequest, options: TensorRtOptions, programs: dict[str, Program], folder: Path, on_progress: OnProgress | None
 ) -> Plan:
-    """Compile the prefill graph, which also decodes: its eviction and scores are switched by inputs."""
+    """Compile the prefill graph, which also serves decode: its inputs switch eviction and scores on and off."""
     from trt_kv.export.targets.tensorrt_engine import PLAN_FILE, PlanRequest, build_plan, library_version
 
     plan = PlanRequest(

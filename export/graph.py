@@ -1,7 +1,7 @@
 """Decoder -> one token-flat ONNX graph per phase, KV ops as nodes, weights streamed from the checkpoint.
 
-The decoder is traced with weights that take no memory; the real ones are read, converted and written one tensor at a time,
-so that exporting needs memory for the largest tensor and not for the model.
+The decoder is traced with weights that take no memory. The real weights are read, converted and written one tensor at a
+time, so that export needs memory for the largest tensor only.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ def graph_from_checkpoint(
     checkpoint. Scores and log-sum-exps are fp32 whatever the ``dtype``.
 
     Inputs, by name: input_ids [N], positions [N], logit_rows [R], the step tensors the program's ops read, and each layer's
-    KV state ``<state>_<layer>``. Outputs: logits [R, V], ``<result>_<layer>`` for what the layer's ops tell the runtime (such
-    as ``kept`` [B] where it evicts), and ``<state>_<layer>_out``.
+    KV state ``<state>_<layer>``. Outputs: logits [R, V], ``<result>_<layer>`` for results of the layer's ops that the runtime
+    reads (such as ``kept`` [B] if it evicts), and ``<state>_<layer>_out``.
     """
     module = _TokenFlatModule(_traceable_decoder(checkpoint, dtype), program)
     sizes = _EXAMPLE_SIZES | _fixed_sizes(checkpoint.config, page_size)
@@ -82,7 +82,7 @@ def graph_from_checkpoint(
 
 
 def save_graphs(graphs: Mapping[str, ir.Model], folder: Path, on_weight: Callable[[int, int], None] | None = None) -> None:
-    """Write ``<name>.onnx`` for each graph and the weights they share once, as ``weights.data``, streaming tensor by tensor."""
+    """Write ``<name>.onnx`` for each graph and their shared weights once, as ``weights.data``, streaming tensor by tensor."""
     shared: dict[str, ir.ExternalTensor] = {}
     weights = {name: value for graph in graphs.values() for name, value in graph.graph.initializers.items()}
     big = [name for name, value in weights.items() if _is_big(value)]
@@ -130,7 +130,7 @@ class _TokenFlatModule(nn.Module):
 
 
 def _traceable_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:
-    """The decoder with one zero, repeated without memory, for every big weight, and the real values of the small ones."""
+    """The decoder with an expanded zero scalar (no memory) for every big weight, and the real values of small ones."""
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config)
     weights = {
@@ -144,7 +144,7 @@ def _traceable_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:
 
 
 def _use_checkpoint_weights(model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Name initializers as the checkpoint does, and let the big ones read from it when they are written."""
+    """Name initializers as in the checkpoint, and make the big ones lazy: they are read from it when they are written."""
     for value in list(model.graph.initializers.values()):
         name = (value.name or "").removeprefix("decoder.")
         value.name = name
@@ -185,7 +185,7 @@ def _fixed_sizes(config: ModelConfig, page_size: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """The exporter logs which optional packages it did without; nobody can act on that."""
+    """Suppress the exporter's log of missing optional packages, which users cannot act on."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

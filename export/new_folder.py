@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that are created atomically."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from trt_kv.manifest import FILE_NAME
 
 
 def check_destination(destination: Path, *, replace: bool = False) -> None:
-    """Raise ``UsageError`` where something stands at ``destination`` that may not be replaced."""
+    """Raise ``UsageError`` if something is at ``destination`` that may not be replaced."""
     if os.path.lexists(destination) and not (replace and (destination / FILE_NAME).is_file()):
         raise UsageError(
             f"{destination} exists already" + (" and is not an engine" if replace else ""),
@@ -24,11 +24,11 @@ def check_destination(destination: Path, *, replace: bool = False) -> None:
 
 @contextlib.contextmanager
 def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder that becomes ``destination`` when the block ends, and vanishes when it fails or is interrupted.
+    """A folder that becomes ``destination`` when the block ends, and is removed if the block fails or is interrupted.
 
-    With ``replace`` an older engine at ``destination`` is exchanged for the new one, and only at the end. Raises ``UsageError``
-    where something else stands there, ``EngineError`` where the disk is full or cannot be written. A process that is killed
-    leaves its hidden folder behind; the next one for the same destination removes it.
+    With ``replace`` an older engine at ``destination`` is replaced at the end of the block. Raises ``UsageError`` if something
+    else is there, ``EngineError`` if the disk is full or cannot be written. A killed process leaves its hidden folder behind;
+    the next process with the same destination removes it.
     """
     check_destination(destination, replace=replace)
     destination = destination.absolute()
@@ -37,7 +37,7 @@ def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
         _remove_leftovers(destination)
         folder.mkdir(parents=True)
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # not every file system has locks; then nothing is ever taken for a leftover
+            with contextlib.suppress(OSError):  # some file systems have no locks; then no folder counts as a leftover
                 held.enter_context(_locked(folder))
             yield folder
             check_destination(destination, replace=replace)
@@ -53,7 +53,9 @@ def _prefix(destination: Path) -> str:
 
 
 def _remove_leftovers(destination: Path) -> None:
-    """Remove what killed processes left; a folder whose maker is alive is locked, and one set aside may be the only copy."""
+    """Remove the folders of killed processes. Those of running processes are locked; one that was set aside may be the only
+    copy.
+    """
     if not destination.parent.is_dir():
         return
     for leftover in destination.parent.iterdir():
@@ -64,7 +66,7 @@ def _remove_leftovers(destination: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process; ``BlockingIOError`` where another process holds it."""
+    """Hold the folder's lock, which ends with the process; ``BlockingIOError`` if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,7 +76,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _move_into_place(folder: Path, destination: Path) -> None:
-    """Rename; what stands at ``destination`` is set aside meanwhile and comes back if anything goes wrong."""
+    """Rename ``folder``; what is at ``destination`` is moved aside meanwhile, and moved back on failure."""
     old = folder.with_name(f"{folder.name}.old")
     try:
         if os.path.lexists(destination):

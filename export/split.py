@@ -19,7 +19,7 @@ from trt_kv.program import OpNode, Program
 
 
 def program_from_graph(model: ModelProto) -> Program:
-    """The KV ops that stand in the graph, by layer, with the attributes on their nodes."""
+    """The KV ops of the graph, by layer, with the attributes of their nodes."""
     layers: dict[int, list[OpNode]] = {}
     for node in _kv_nodes(model.graph):
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name not in PLUGIN_ATTRIBUTES}
@@ -29,9 +29,9 @@ def program_from_graph(model: ModelProto) -> Program:
 
 
 def segments_from_graph(model: ModelProto) -> tuple[list[ModelProto], list[GraphSegment], list[AttentionPort]]:
-    """The L+1 graph segments, their descriptions, and the values each layer's attention reads and makes.
+    """The L+1 graph segments, their descriptions, and the values each layer's attention reads and writes.
 
-    Raises ``EngineError`` where a node would need values of two segments at once in the wrong order.
+    Raises ``EngineError`` if a segment would need values of a later one.
     """
     graph = model.graph
     attentions = [node for node in _kv_nodes(graph) if _attends(node)]
@@ -55,7 +55,7 @@ def segments_from_graph(model: ModelProto) -> tuple[list[ModelProto], list[Graph
 
 
 def save_segments(models: Iterable[ModelProto], segments: Iterable[GraphSegment], folder: Path) -> None:
-    """Write the segments beside the weights they refer to."""
+    """Write the segments into the folder of the weights they refer to."""
     for model, segment in zip(models, segments, strict=True):
         (folder / segment.file).write_bytes(model.SerializeToString(deterministic=True))
 
@@ -65,12 +65,12 @@ def _kv_nodes(graph: GraphProto) -> list[NodeProto]:
 
 
 def _attends(node: NodeProto) -> bool:
-    """Whether the node is a KV op that makes a layer's attention output."""
+    """Whether the node is a KV op that computes a layer's attention output."""
     return node.domain == DOMAIN and any(t.name == "out" for t in op_specs()[node.op_type].outputs)
 
 
 def _stages(graph: GraphProto, attentions: list[NodeProto]) -> dict[str, int]:
-    """For each node, by its first output, how many attentions stand before it (0 .. L); nodes are in topological order."""
+    """For each node, by its first output, how many attention ops precede it (0 .. L); nodes are in topological order."""
     after: dict[str, int] = {}
     stages = {}
     for node in graph.node:
@@ -97,7 +97,7 @@ def _readers(graph: GraphProto, stage_of: dict[str, int]) -> dict[str, set[int]]
 def _check_order(segment: GraphSegment, stage: int, made_in: dict[str, int]) -> None:
     late = [name for name in segment.inputs if made_in.get(name, -1) >= stage]
     if late:
-        raise EngineError(f"{segment.file} reads values that a later segment makes", got=late)
+        raise EngineError(f"{segment.file} reads values that a later segment computes", got=late)
 
 
 def _segment_model(
@@ -114,5 +114,5 @@ def _segment_model(
 def _infos(names: Iterable[str], infos: dict[str, ValueInfoProto]) -> list[ValueInfoProto]:
     missing = [name for name in names if name not in infos]
     if missing:
-        raise EngineError("the graph does not tell the types of values at a cut", got=missing)
+        raise EngineError("the graph has no types for values at a cut", got=missing)
     return [infos[name] for name in names]

@@ -71,7 +71,7 @@ def test_exempt_layers_are_counted_and_left_out() -> None:
     answers = (answer(1, kept_tokens=(10, 10, 4, 2)), answer(2, kept_tokens=(10, 10, 6, 2)))
     told = describe_evaluation(evaluation(answers, answers, n_tasks=2))
     assert told.count("67.5% (65.0–70.0)") == 2
-    assert told.count("counts the exempt layers 0, 1; of all others it is 35.0% (30.0–40.0)") == 2
+    assert told.count("includes the exempt layers 0, 1; without them it is 35.0% (30.0–40.0)") == 2
     assert "exempt" not in describe_evaluation(evaluation((answer(1),), None, n_tasks=1))
 
 
@@ -147,14 +147,14 @@ def test_answers_are_added_where_they_belong() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda data: data.update(format="trt-kv-report"), "no evaluation"),
-        (lambda data: data.update(version=2), "no evaluation"),
+        (lambda data: data.update(format="trt-kv-report"), "not an evaluation"),
+        (lambda data: data.update(version=2), "not an evaluation"),
         (lambda data: data.update(finished=False), "summary does not follow"),
         (lambda data: data["summary"]["overall"].update(perplexity=1.0), "summary does not follow"),
         (lambda data: data["run"]["answers"].pop(), "summary does not follow"),
         (lambda data: data["run"]["answers"][0].update(right=1), "right has the wrong type"),
         (lambda data: data["run"]["answers"][0].update(line=True), "line has the wrong type"),
-        (lambda data: data["run"]["answers"][0].update(kept_tokens=[]), "about nothing"),
+        (lambda data: data["run"]["answers"][0].update(kept_tokens=[]), "is empty"),
         (lambda data: data.update(n_tasks=1), "more answers than tasks"),
         (lambda data: data.pop("settings"), "lacks fields"),
     ],

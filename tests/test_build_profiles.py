@@ -47,7 +47,7 @@ def test_a_copied_preset_can_be_changed(tmp_path: Path) -> None:
         ({"decode_sequences": [[0, 1, 2]]}, "bad range"),
         ({"context_tokens": [1, 2]}, "bad range"),
         ({"cache_tokens": "many"}, "bad range"),
-        ({"workspace_mib": 0}, "MiB"),
+        ({"workspace_mib": 0}, "workspace_mib is out of range"),
         ({"optimization_level": 6}, r"0 \.\. 5"),
     ],
     ids=str,

@@ -62,7 +62,7 @@ def test_a_missing_base_package_fails_once_and_says_what_to_install(
     hide(monkeypatch, package)
     assert main(["doctor"]) == 1
     captured = capsys.readouterr()
-    assert captured.err == "1 missing: install what the lines above say\n"
+    assert captured.err == "1 missing: see the lines above for how to install\n"
     (line,) = [line for line in captured.out.splitlines() if line.startswith("  missing")]
     assert package in line
     assert "pip install trt-kv" in line
@@ -87,7 +87,7 @@ def test_a_base_package_that_does_not_load_is_missing(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("capability", "state", "text"),
-    [((9, 0), State.OK, "compute capability 9.0"), ((7, 5), State.OPTIONAL, "not tried on compute capability 7.5")],
+    [((9, 0), State.OK, "compute capability 9.0"), ((7, 5), State.OPTIONAL, "not tested on compute capability 7.5")],
     ids=str,
 )
 def test_a_gpu_is_named_and_judged(
@@ -139,7 +139,7 @@ def test_a_damaged_bundled_model_is_missing(damage: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(environment, "PRESETS", {"damaged": preset})
     found = finding(f"damaged ({folder})")
     assert found.state is State.MISSING
-    assert "install trt-kv again" in found.fix
+    assert "reinstall trt-kv" in found.fix
 
 
 def test_doctor_shows_which_tensorrt_was_found(tensorrt: ModuleType) -> None:

@@ -82,7 +82,7 @@ def test_what_has_no_direction_is_always_corrected() -> None:
 
 @pytest.mark.parametrize(("cosine", "rate"), [([], 0.5), ([0.5], -0.1), ([0.5], 1.1), ([0.5], math.nan)])
 def test_a_threshold_of_nothing_or_at_no_rate_is_refused(cosine: list[float], rate: float) -> None:
-    with pytest.raises(UsageError, match="quantile"):
+    with pytest.raises(UsageError, match="invalid rate or no cosines"):
         threshold_at(np.array(cosine), rate)
 
 
@@ -155,21 +155,21 @@ def _set(*path: str | int, to: Any) -> Callable[[Any], None]:
         (_set("format", to="trt-kv-recipe"), "not a file of trt-kv drift"),
         (_set("version", to=2), "version"),
         (_set("version", to=True), "version"),
-        (_set("tau", to=0.8), "does not know"),
+        (_set("tau", to=0.8), "unknown fields"),
         (_set("correction_rate", to=0.0), "correction rate"),
         (_set("correction_rate", to=math.nan), "not a number"),
-        (_set("model", "n_layers", to=4), "one per recalled layer"),
-        (_set("settings", "exempt_layers", to=[]), "one per recalled layer"),
+        (_set("model", "n_layers", to=4), "do not match the recalled layers"),
+        (_set("settings", "exempt_layers", to=[]), "do not match the recalled layers"),
         (_set("settings", "page_size", to=32.5), "wrong type"),
-        (_set("layers", to=[]), "one per recalled layer"),
-        (_set("layers", 0, "layer", to=2), "one per recalled layer"),
-        (_set("layers", 0, "tau", to=1.5), "no threshold"),
+        (_set("layers", to=[]), "do not match the recalled layers"),
+        (_set("layers", 0, "layer", to=2), "do not match the recalled layers"),
+        (_set("layers", 0, "tau", to=1.5), "tau is out of range"),
         (_set("layers", 0, "tau", to=None), r"layers\[0\].tau is not a number"),
         (_set("layers", 0, "rate", to=1.5), "not a share"),
         (_set("layers", 0, "heads", to=[]), "not measured"),
         (_set("layers", 0, "heads", 0, "overlap", to=-0.5), "not a share"),
-        (_set("layers", 0, "cosine", to=[0.1, 0.2]), "quantiles that are none"),
-        (_set("layers", 0, "lowest", 0, to=0.99), "quantiles that are none"),
+        (_set("layers", 0, "cosine", to=[0.1, 0.2]), "invalid quantiles"),
+        (_set("layers", 0, "lowest", 0, to=0.99), "invalid quantiles"),
         (_set("shares", 0, to=0.1), "do not rise from 0 to 1"),
         (_set("calibration", "samples", 0, "n_tokens", to=0), "no tokens"),
     ],

@@ -84,7 +84,7 @@ def test_thresholds_made_apart_are_in_the_engine(run: Run, measured: Path, small
     assert "made for another correction rate" in err
     code, _, err = run("build", *source, "exempt_layers=0", "--drift", measured, "--out", "other")
     assert code == 1
-    assert "one for each layer but [0]" in err
+    assert "thresholds for all layers except [0]" in err
     assert not Path("other").exists()
 
 
@@ -121,7 +121,7 @@ def test_other_settings_than_those_measured_are_told(
     words = ("build", "--checkpoint", small_checkpoint_folder, "--policy", "freekv", "--set", "drift=calibrated")
     code, _, err = run(*words, "tokens=512", "sinks=2", "recent=3", "--drift", measured)
     assert code == 0
-    assert err == "the thresholds were measured with tokens 128: rates of correction may be others here\n"
+    assert err == "the thresholds were measured with tokens 128: correction rates may differ here\n"
 
 
 def test_an_engine_request_has_thresholds_exactly_where_its_policy_reads_them(
@@ -155,10 +155,10 @@ def test_an_engine_request_has_thresholds_exactly_where_its_policy_reads_them(
         ("build --policy freekv --set drift=calibrated --new-tokens 9 --drift FILE", "one of the two"),
         ("build --policy freekv --set drift=calibrated tau=0.9", "would be ignored"),
         ("calibrate --correction-rate 0.1", "recalls no pages"),
-        ("calibrate --recipe FILE", "a recipe is what this finds"),
+        ("calibrate --recipe FILE", "this command produces a recipe"),
         ("calibrate --policy freekv --recipe FILE", "reads no recipe"),
         ("calibrate --policy freekv --to-published lists", "no published form"),
-        ("calibrate --policy freekv --set tau=0.7", "tau is what this finds"),
+        ("calibrate --policy freekv --set tau=0.7", "tau is the result of this calibration"),
         ("calibrate --policy freekv --out drift.png", "would overwrite"),
         ("calibrate --policy freekv --set budget=recipe --correction-rate 0.2", "add --set drift=calibrated"),
     ],

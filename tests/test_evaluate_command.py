@@ -98,7 +98,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run: Run, small_folder: 
     for _ in range(10):
         with interrupted_after(1):
             code, said, err = run(*words, "--out", out)
-        assert n_there == [0] or err.startswith(f"{out}: {n_there[-1]} of 10 answers are there\n")
+        assert n_there == [0] or err.startswith(f"{out}: {n_there[-1]} of 10 answers are already there\n")
         if code == 0:
             break
         assert (code, said) == (130, "")
@@ -146,7 +146,7 @@ def test_a_finished_evaluation_is_shown_again_without_its_engine(
         patch.setattr(Engine, "load", lambda *_, **__: pytest.fail("nothing is missing"))
         code, out, err = run(small_folder, "--tasks", tasks, "--out", "out.json")
     assert (code, out) == first[:2]
-    assert err == "out.json: 5 of 5 answers are there\n"
+    assert err == "out.json: 5 of 5 answers are already there\n"
     assert (tmp_path / "out.json").read_bytes() == content
 
 
@@ -174,7 +174,7 @@ def test_an_evaluation_goes_on_with_the_library_that_began_it(
     monkeypatch.setattr(onnxruntime, "__version__", "0.0")
     code, _, error = run(*words, "--limit", 2)
     assert code == 2
-    assert "about another engine" in error
+    assert "has another engine" in error
     assert "float32, onnxruntime 0.0" in error
 
 
@@ -189,8 +189,8 @@ def test_what_is_there_is_never_lost_by_asking_for_something_else(
         ((*words, "--match", "contains"), "match 'exact'"),
         ((*words, "--max-new-tokens", 9), "max_new_tokens None"),
         ((small_folder, "--tasks", "others.jsonl", "--out", "out.json"), "made from other tasks"),
-        ((*words, "--against", small_folder, "--limit", 2), "more answers than are asked for"),
-        (words, "about another engine to compare with"),
+        ((*words, "--against", small_folder, "--limit", 2), "more answers than requested"),
+        (words, "has another engine to compare with"),
     ):
         code, out, err = run(*changed)
         assert (code, out) == (2, "")
@@ -205,7 +205,7 @@ def test_a_file_that_is_no_evaluation_is_not_replaced(run: Run, small_folder: Pa
     content = tasks.read_bytes()
     code, _, err = run(small_folder, "--tasks", tasks, "--out", tasks, "--force")
     assert code == 2
-    assert "exists already and is no evaluation" in err
+    assert "exists already and is not an evaluation" in err
     assert tasks.read_bytes() == content
 
 
@@ -231,7 +231,7 @@ def test_results_to_compare_with_have_the_same_tasks_and_all_answers(run: Run, s
     assert run(small_folder, "--tasks", tasks, "--limit", 2, "--out", "two.json")[0] == 0
     code, _, err = run(small_folder, "--tasks", tasks, "--against", "two.json")
     assert code == 2
-    assert "has not all the answers" in err
+    assert "does not have all answers" in err
     code, _, err = run(small_folder, "--tasks", tasks, "--match", "contains", "--against", "two.json")
     assert code == 2
     assert "other tasks or with other options" in err
@@ -244,7 +244,7 @@ def test_results_to_compare_with_have_the_same_tasks_and_all_answers(run: Run, s
         ("not json", (), 2, "line 2 of mine.jsonl is not JSON"),
         ('{"prompt": "x"}', (), 2, "line 2 of mine.jsonl lacks expected"),
         (json.dumps({"prompt": "the " * 8192, "expected": "a b"}), (), 2, "line 2 of mine.jsonl is too long for the model"),
-        ('{"prompt": "x", "expected": "a b"}', ("--max-new-tokens", "1"), 2, "line 2 of mine.jsonl would be cut off"),
+        ('{"prompt": "x", "expected": "a b"}', ("--max-new-tokens", "1"), 2, "line 2 of mine.jsonl would be truncated"),
         ('{"name": "line 1", "prompt": "x", "expected": "y"}', (), 2, "the same name"),
         ('{"prompt": "x", "expected": "y"}', ("--limit", "0"), 2, "'--limit'"),
         ('{"prompt": "x", "expected": "y"}', ("--batch-size", "0"), 2, "'--batch-size'"),

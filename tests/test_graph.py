@@ -297,7 +297,7 @@ def test_a_graph_is_cut_at_its_attentions() -> None:
 def test_a_graph_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(EngineError, match="do not follow one another"):
         segments_from_graph(attention_graph(parallel=True, typed=True))
-    with pytest.raises(EngineError, match="does not tell the types"):
+    with pytest.raises(EngineError, match="has no types for values"):
         segments_from_graph(attention_graph(parallel=False, typed=False))
 
 
@@ -309,7 +309,7 @@ def test_a_recipe_for_another_policy_builds_nothing(bundled_checkpoint: Checkpoi
 
 
 def test_impossible_requests_build_nothing(bundled_checkpoint: Checkpoint) -> None:
-    with pytest.raises(UsageError, match="a page holds tokens"):
+    with pytest.raises(UsageError, match="the page size is below 1"):
         EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=0)
     with pytest.raises(RecipeError, match="needs a recipe"):
         EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("prefixkv"))

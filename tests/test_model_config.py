@@ -103,7 +103,7 @@ def test_every_spelling_of_rope_means_the_same(spelling: dict[str, Any]) -> None
 
 
 def test_two_spellings_of_rope_that_disagree_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="spells RoPE twice"):
+    with pytest.raises(CheckpointError, match="two different RoPE settings"):
         read(rope_parameters={"rope_theta": 10000.0, "rope_type": "default"})
 
 
@@ -172,15 +172,15 @@ def test_a_field_of_the_wrong_type_is_named(field: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 0}, "n_layers is a count"),
+        ({"num_hidden_layers": 0}, "n_layers must be at least 1"),
         ({"num_key_value_heads": 5}, "divide evenly"),
-        ({"head_dim": 7}, "pairs of channels"),
+        ({"head_dim": 7}, "an even number of channels"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be positive"),
         ({"eos_token_id": 128256}, "outside the vocabulary"),
         ({"rope_theta": -1.0}, "theta must be positive"),
-        ({"rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3", "low_freq_factor": 4.0}}, "between two frequencies"),
+        ({"rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3", "low_freq_factor": 4.0}}, "invalid frequency factors"),
         ({"rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3", "original_max_position_embeddings": 0}}, "original_max"),
-        ({"hidden_act": "gelu"}, "another activation"),
+        ({"hidden_act": "gelu"}, "unsupported activation"),
         ({"rope_scaling": [1.0]}, "not one flat object"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}, "rope_scaling": None}, "not one flat object"),
         ({"partial_rotary_factor": 0.5}, "over 0.5 of each head"),

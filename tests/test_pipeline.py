@@ -86,7 +86,7 @@ def test_an_engine_is_built_and_evaluated(
     assert heard.stages["evaluating engine"] == (n_read, n_read)
     assert heard.notes == []
     assert pipeline.evaluate(asked, **heard.callbacks) == evaluation
-    assert heard.notes == [f"{tmp_path / 'results.json'}: 3 of 3 answers are there"]
+    assert heard.notes == [f"{tmp_path / 'results.json'}: 3 of 3 answers are already there"]
     assert capfd.readouterr() == ("", "")
 
 

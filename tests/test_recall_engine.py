@@ -258,16 +258,16 @@ def test_the_command_line_from_build_to_trace(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"tau": 3.0}, "compared with a cosine"),
-        ({"softmax_scale": 0.0}, "a factor"),
+        ({"tau": 3.0}, "tau is out of range"),
+        ({"softmax_scale": 0.0}, "softmax_scale is out of range"),
         ({"recent": 0}, "newest token"),
-        ({"tokens": 100}, "counts sinks and the newest"),
-        ({"decode": "rank"}, "about eviction"),
-        ({"recent_share": 0.5}, "about eviction"),
-        ({"heads": "each"}, "made from attention"),
+        ({"tokens": 100}, "includes sinks and recent"),
+        ({"decode": "rank"}, "applies only to eviction"),
+        ({"recent_share": 0.5}, "applies only to eviction"),
+        ({"heads": "each"}, "computed from attention"),
         ({"group_pooling": "max_raw", "softmax_scale": 0.5}, "would be ignored"),
         ({"budget": "unimetric", "metric_row": "scores"}, "metric_row"),
-        ({"budget": "unimetric", "metric_order": "ranking"}, "follows the last query"),
+        ({"budget": "unimetric", "metric_order": "ranking"}, "accumulates the last query"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused_with_the_reason(settings: dict[str, Any], said: str) -> None:

@@ -123,7 +123,7 @@ def test_a_score_is_added_with_one_file(
 @pytest.mark.parametrize(
     ("preset", "settings", "said"),
     [
-        ("h2o", ["score=meanwindow"], "a mean over queries is no sum"),
+        ("h2o", ["score=meanwindow"], "a mean over queries is not a sum"),
         ("streamingllm", ["heads=each"], "meanwindow"),
         ("prefixkv", ["window=5"], "meanwindow"),
         ("prefixkv", ["score=luck"], "meanwindow"),

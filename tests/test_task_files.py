@@ -50,7 +50,7 @@ GOOD = b'{"prompt": "p", "expected": "e"}\n'
         (b'{"prompt": "p", "expected": []}\n', "line 1 of .*has no expected answer"),
         (b'{"prompt": "p", "expected": ["e", null]}\n', '"expected" in line 1 of .*is not a text'),
         (b'{"prompt": "p", "expected": "e", "task": 1}\n', '"task" in line 1 of .*is not a text'),
-        (b'{"prompt": "p", "expected": "\\ud83d"}\n', '"expected" in line 1 of .*half a character'),
+        (b'{"prompt": "p", "expected": "\\ud83d"}\n', '"expected" in line 1 of .*a lone surrogate'),
         (b'{"name": "line 2", "prompt": "p", "expected": "e"}\n' + GOOD, "same name"),
         (b"\xff\n", "byte 0 in line 1"),
     ],
@@ -127,9 +127,14 @@ def test_an_answer_that_the_tokenizer_cannot_spell_is_found_out() -> None:
     ("prompt", "expected", "rules", "words"),
     [
         ("a b c d a b", "c d a b", RULES, "line 3 of mine.jsonl is too long for the model"),
-        ("a b", "c d", dataclasses.replace(RULES, vocab_size=4), '"expected" in line 3 of mine.jsonl has tokens that'),
+        (
+            "a b",
+            "c d",
+            dataclasses.replace(RULES, vocab_size=4),
+            '"expected" in line 3 of mine.jsonl has token ids outside the vocabulary',
+        ),
         ("a b", "e", RULES, "the tokenizer cannot read line 3 of mine.jsonl"),
-        ("a b", "c d", dataclasses.replace(RULES, max_new_tokens=1), "line 3 of mine.jsonl would be cut off"),
+        ("a b", "c d", dataclasses.replace(RULES, max_new_tokens=1), "line 3 of mine.jsonl would be truncated"),
     ],
 )
 def test_what_the_model_cannot_hold_is_refused_with_its_line(prompt: str, expected: str, rules: CaseRules, words: str) -> None:

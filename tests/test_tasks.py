@@ -242,7 +242,7 @@ def test_impossible_tasks_are_refused() -> None:
         evaluation_tasks(1, context_length=200, n_facts=4, distance="further")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="count"):
         calibration_prompts(0)
-    with pytest.raises(UsageError, match="number of facts"):
+    with pytest.raises(UsageError, match="n_facts is empty"):
         calibration_prompts(1, n_facts=[])
     with pytest.raises(UsageError, match="distractors do not fit"):
         distractor_tasks(1, context_length=100, n_distractors=20)

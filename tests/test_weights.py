@@ -47,8 +47,8 @@ def changed(folder: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "another"}, "not about this model's weights"),
-        ({"shape": [269, 47]}, "not about this model's weights"),
+        ({"name": "another"}, "does not match the model's weights"),
+        ({"shape": [269, 47]}, "does not match the model's weights"),
         ({"file": "elsewhere.data"}, "does not hold model.embed_tokens.weight"),
         ({"offset": 10**9}, "does not hold model.embed_tokens.weight"),
         ({"offset": -4}, "does not hold model.embed_tokens.weight"),
@@ -71,5 +71,5 @@ def test_engines_without_a_list_say_what_to_do(small_folder: Path) -> None:
     with pytest.raises(EngineError, match="build the engine again, with --force"):
         load_weight_index(small_folder, manifest.config.tensor_shapes())
     other = dataclasses.replace(manifest.config, n_layers=2)
-    with pytest.raises(EngineError, match="not about this model's weights"):
+    with pytest.raises(EngineError, match="does not match the model's weights"):
         load_weight_index(small_folder / "graphs", other.tensor_shapes())

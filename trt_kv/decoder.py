@@ -1,7 +1,7 @@
-"""One decoder for every supported architecture, with attention left to the caller: what is exported, and what runs on devices.
+"""One decoder for every supported architecture; the caller provides attention. It is traced for export and runs on GPUs.
 
 Shapes: N tokens of a step over all sequences, H query heads, K KV heads, D head size, R rows that need logits, V vocabulary.
-Submodules are named as Hugging Face names them, so that a state dict is a checkpoint's tensors.
+Submodules have the names that Hugging Face gives them, so that the state dict has the names of a checkpoint's tensors.
 """
 
 import math
@@ -122,7 +122,7 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A token-flat decoder: the tokens of all sequences of a step stand one after the other along N.
+    """A token-flat decoder: the tokens of all sequences of a step are concatenated along N.
 
     Weights are uninitialised; under ``torch.device("meta")`` none are allocated. The state dict has exactly the names and
     shapes of ``config.tensor_shapes()``.

@@ -1,6 +1,6 @@
-"""Drift thresholds: the cosine below which a layer's KV heads recall pages anew, and the measurement that it was chosen from.
+"""Drift thresholds: the cosine below which a layer's KV heads select their pages again, and the measurement it is derived from.
 
-One JSON file, readable by people. FreeKV (arXiv 2505.13109) has one tau for all layers; how much adjacent queries differ
+One human-readable JSON file. FreeKV (arXiv 2505.13109) has one tau for all layers; how much adjacent queries differ
 depends on the layer, so the same tau corrects some layers in every step and others never.
 """
 
@@ -19,16 +19,16 @@ from trt_kv.recipe import RecipeModel
 FORMAT = "trt-kv-drift"
 VERSION = 1
 ALWAYS = 1.01
-"""A threshold above every cosine: each KV head chooses its pages anew in each step."""
+"""A threshold above every cosine: each KV head selects its pages again in every step."""
 NEVER = -1.01
 """A threshold below every cosine."""
 
 
 def check_correction_rate(rate: float, *, error: type[TrtKvError]) -> None:
-    """``error`` for a rate at which nothing would be chosen: none, all, more or not a number."""
+    """Raise ``error`` unless 0 < ``rate`` < 1."""
     if not 0.0 < rate < 1.0:
         raise error(
-            "the correction rate is the share of KV heads that choose their pages anew in a step",
+            "the correction rate is the share of KV heads that select their pages again in a step",
             got=rate,
             expected="a number between 0 and 1",
             fix=f"e.g. 0.1; for none --set drift=fixed tau={NEVER}, for all --set drift=fixed tau={ALWAYS}",
@@ -37,7 +37,7 @@ def check_correction_rate(rate: float, *, error: type[TrtKvError]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DriftSettings:
-    """What the model attended to while it was measured: the fields of ``Policy`` of the same names, and the page size."""
+    """What determines the attended pages in the measurement: fields of ``Policy`` of the same names, and the page size."""
 
     budget: str
     kept: float
@@ -64,7 +64,8 @@ class DriftHead:
 
     ``cosine``: quantiles of the mean cosine between its query heads' queries and those of the token before; ``mean`` of the
     same. ``rate``: share of steps in which its layer's tau corrects it. ``overlap``: share of the pages chosen with a step's
-    own query that the query before would have chosen too, mean over steps in which there was a choice; None: in none.
+    own query that the query before would have chosen too, mean over the steps with more pages than the budget; None: no such
+    step.
     """
 
     cosine: tuple[float, ...]
@@ -98,7 +99,7 @@ class DriftLayer:
         if self.layer < 0 or not self.heads:
             raise RecipeError("a layer was not measured", got=f"layer {self.layer}, {len(self.heads)} KV heads")
         if not NEVER <= self.tau <= ALWAYS:
-            raise RecipeError(f"layer {self.layer}'s tau is no threshold", got=self.tau, expected=f"{NEVER} to {ALWAYS}")
+            raise RecipeError(f"layer {self.layer}'s tau is out of range", got=self.tau, expected=f"{NEVER} to {ALWAYS}")
         for name, rate in (("rate", self.rate), ("step_rate", self.step_rate)):
             _check_share(f"layer {self.layer}'s {name}", rate)
 
@@ -114,7 +115,7 @@ class DriftLayer:
 
     @property
     def overlap(self) -> float | None:
-        """Mean over KV heads; None where there was no choice."""
+        """Mean over KV heads; None if there was never a choice of pages."""
         overlaps = [head.overlap for head in self.heads if head.overlap is not None]
         return sum(overlaps) / len(overlaps) if overlaps else None
 
@@ -133,7 +134,7 @@ class DriftSample:
 
 @dataclass(frozen=True, kw_only=True)
 class DriftRecord:
-    """Where the prompts came from (``seed`` None: not drawn), and how many tokens were generated after each at most."""
+    """Source of the prompts (``seed`` None: not drawn at random), and the maximum number of tokens generated after each."""
 
     source: str
     seed: int | None
@@ -145,8 +146,8 @@ class DriftRecord:
 class Drift:
     """Thresholds per layer for one model and correction rate; raises ``RecipeError`` on any inconsistent value.
 
-    ``correction_rate``: share of KV heads that was asked for, in (0, 1). ``shares``: which quantiles the lists of cosines in
-    ``layers`` hold, rising from 0 to 1. ``layers``: those that are recalled, in order.
+    ``correction_rate``: the requested share of KV heads, in (0, 1). ``shares``: which quantiles the lists of cosines in
+    ``layers`` hold, ascending from 0 to 1. ``layers``: those that are recalled, in order.
     """
 
     correction_rate: float
@@ -162,21 +163,21 @@ class Drift:
         numbers = [layer.layer for layer in self.layers]
         recalled = [layer for layer in range(self.model.n_layers) if layer not in self.settings.exempt_layers]
         if numbers != recalled:
-            raise RecipeError("the thresholds are not one per recalled layer", got=numbers, expected=recalled)
+            raise RecipeError("the thresholds do not match the recalled layers", got=numbers, expected=recalled)
         if len(self.shares) < 2 or not _rises(self.shares) or (self.shares[0], self.shares[-1]) != (0.0, 1.0):
             raise RecipeError("the quantiles' shares do not rise from 0 to 1", got=list(self.shares))
         for layer in self.layers:
             for curve in layer.curves:
                 if len(curve) != len(self.shares) or not _rises(curve):
                     raise RecipeError(
-                        f"layer {layer.layer} has quantiles that are none",
+                        f"layer {layer.layer} has invalid quantiles",
                         got=list(curve),
-                        expected=f"{len(self.shares)} cosines that never fall",
+                        expected=f"{len(self.shares)} cosines in ascending order",
                     )
 
     @property
     def taus(self) -> list[float | None]:
-        """Each layer's threshold; None where the layer is exempt."""
+        """Each layer's threshold; None if the layer is exempt."""
         found = {layer.layer: layer.tau for layer in self.layers}
         return [found.get(layer) for layer in range(self.model.n_layers)]
 

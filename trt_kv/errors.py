@@ -2,13 +2,13 @@
 
 TrtKvError                 exit code 1
 ├── UsageError             exit code 2: the caller asked for something impossible
-│   └── UnknownNameError   a policy, model, score ... that nobody has registered
+│   └── UnknownNameError   a policy, model, score ... that is not registered
 ├── CheckpointError        a checkpoint that is missing, broken or not supported
 ├── RecipeError            a recipe that is malformed or belongs to another model
 ├── EngineError            an engine folder that is half-built, tampered with or of another format
 ├── CapacityError          a request that does not fit into the KV pool
-├── LogitsError            logits that are not numbers
-├── RecallError            KV pages that could not be brought to or from the host's memory
+├── LogitsError            logits that are NaN or infinite
+├── RecallError            KV pages that could not be written to or read from the host tier
 ├── ReportError            a results file that cannot be read or lacks what a report needs
 └── MissingDependencyError an optional package that is not installed
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class TrtKvError(Exception):
-    """One problem, told in four parts: what happened, what was found, what was expected, how to fix it."""
+    """An error with a message in four parts: what happened, what was found, what was expected, how to fix it."""
 
     exit_code = 1
 
@@ -69,11 +69,11 @@ class CapacityError(TrtKvError):
 
 
 class LogitsError(TrtKvError):
-    """Logits that are NaN or infinite, from which no token can be chosen; the request they belong to cannot go on."""
+    """Logits that are NaN or infinite, from which no token can be sampled; the request they belong to ends."""
 
 
 class RecallError(TrtKvError):
-    """KV pages that could not be written to the host tier or read from it; the request they belong to cannot go on."""
+    """KV pages that could not be written to the host tier or read from it; the request they belong to ends."""
 
 
 class ReportError(TrtKvError):

@@ -1,4 +1,4 @@
-"""Hugging Face ``config.json`` to ``ModelConfig``: what each architecture decides, what is required, what is refused."""
+"""Hugging Face ``config.json`` to ``ModelConfig``: defaults of each architecture, required fields, unsupported features."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from trt_kv.model_config import ROPE_KINDS, ModelConfig, RopeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What the architecture itself decides, where ``config.json`` is silent.
+    """What follows from the architecture alone, if ``config.json`` does not contain it.
 
     ``lenient``: old Llama configs leave out ``num_key_value_heads`` (then as many as query heads) and ``rope_theta`` (10000).
-    ``bias_field``: ``attention_bias`` in ``config.json`` decides about biases of q, k, v and o. ``window_field``: when the
-    attention slides by default (``sliding_window``) or only when ``use_sliding_window`` says so.
+    ``bias_field``: ``attention_bias`` in ``config.json`` switches the biases of q, k, v and o. ``window_field``: whether
+    attention slides by default (``sliding_window``) or only if ``use_sliding_window`` is true.
     """
 
     class_name: str
@@ -48,7 +48,7 @@ _LARGEST_NUMBER = 2**53
 
 
 class _Fields:
-    """Typed reads from one JSON object; every complaint names the field and the file it stands in."""
+    """Typed reads from one JSON object; every error names the field and its file."""
 
     def __init__(self, data: Mapping[str, Any], source: str) -> None:
         self.data = data
@@ -153,7 +153,7 @@ def _architecture(data: Mapping[str, Any], source: str) -> tuple[str, Architectu
         if data.get("model_type") == name and class_names in ([], [architecture.class_name]):
             return name, architecture
     raise CheckpointError(
-        f"{source} describes an architecture that trt-kv does not know",
+        f"{source} has an architecture that trt-kv does not support",
         got=f"model_type {data.get('model_type')!r}, architectures {class_names}",
         expected="model_type " + ", ".join(f"{name!r} ({known.class_name})" for name, known in ARCHITECTURES.items()),
     )
@@ -171,14 +171,14 @@ def _refuse_quantised(data: Mapping[str, Any], source: str) -> None:
             f"{source} describes quantised weights",
             got=f"quantization_config with method {method!r}",
             expected="weights in float32, float16 or bfloat16",
-            fix="pass the original checkpoint; trt-kv quantises while it builds",
+            fix="pass the original, unquantised checkpoint",
         )
 
 
 def _refuse_other_activation(data: Mapping[str, Any], source: str) -> None:
     if data.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(
-            f"{source} asks for another activation", got=repr(data["hidden_act"]), expected="hidden_act 'silu'"
+            f"{source} has an unsupported activation", got=repr(data["hidden_act"]), expected="hidden_act 'silu'"
         )
 
 
@@ -187,15 +187,15 @@ def _refuse_sliding_window(fields: _Fields, architecture: Architecture, *, n_lay
     window = _sliding_window(fields, architecture, n_layers)
     if window is not None and window < max_positions:
         raise CheckpointError(
-            f"{fields.source} asks for sliding-window attention, which trt-kv does not do",
+            f"{fields.source} uses sliding-window attention, which trt-kv does not support",
             got=f"a window of {window} tokens in a context of {max_positions}",
             expected="full attention: a window at least as long as the context, or none",
-            fix=f'set "max_position_embeddings": {window} in config.json: up to there the window changes nothing',
+            fix=f'set "max_position_embeddings": {window} in config.json: in such a context the window has no effect',
         )
 
 
 def _sliding_window(fields: _Fields, architecture: Architecture, n_layers: int) -> int | None:
-    """Tokens in the window of the layers that slide, None where none does; absent fields have transformers' defaults."""
+    """Window size in tokens of the sliding layers, None if there are none; absent fields have transformers' defaults."""
     if architecture.window_field == "none" or fields.data.get("sliding_window", _DEFAULT_WINDOW) is None:
         return None
     if architecture.window_field == "use_sliding_window":
@@ -208,12 +208,12 @@ def _sliding_window(fields: _Fields, architecture: Architecture, n_layers: int) 
 
 
 def _rope_config(fields: _Fields, default_theta: float | None) -> RopeConfig:
-    """Both spellings: ``rope_parameters`` (with theta inside), and ``rope_theta`` beside ``rope_scaling``."""
+    """Reads both forms: ``rope_parameters`` (with theta inside), and ``rope_theta`` beside ``rope_scaling``."""
     spellings = [name for name in ("rope_parameters", "rope_scaling") if fields.data.get(name) is not None]
     configs = [_rope_from(fields, name, default_theta) for name in spellings] or [_rope_from(fields, None, default_theta)]
     if configs[0] != configs[-1]:
         raise CheckpointError(
-            f"{fields.source} spells RoPE twice, differently",
+            f"{fields.source} has two different RoPE settings",
             got=f"rope_parameters {fields.data['rope_parameters']}, rope_scaling {fields.data['rope_scaling']}",
             expected="one of the two",
         )
@@ -230,7 +230,7 @@ def _rope_from(fields: _Fields, name: str | None, default_theta: float | None) -
     partial = settings.get("partial_rotary_factor", fields.data.get("partial_rotary_factor"))
     if kind not in ROPE_KINDS or partial not in (None, 1.0):
         raise CheckpointError(
-            f"{fields.source} asks for a RoPE that trt-kv does not know",
+            f"{fields.source} uses a type of RoPE that trt-kv does not support",
             got=f"type {kind!r}" + ("" if partial in (None, 1.0) else f" over {partial} of each head"),
             expected="type " + ", ".join(repr(known) for known in ROPE_KINDS) + " over whole heads",
         )

@@ -34,7 +34,7 @@ def read_json(path: Path, *, kind: str, error: ErrorType) -> Any:
 def write_atomically(path: Path, content: bytes, *, kind: str, error: ErrorType) -> None:
     """Write ``content`` to a temporary file beside ``path`` and rename it into place.
 
-    Whatever happens (full disk, Ctrl-C), ``path`` holds its old content or all of the new one, and no temporary file stays.
+    After any failure (full disk, Ctrl-C) ``path`` holds its old content or all of the new one, and no temporary file remains.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -51,7 +51,7 @@ def write_atomically(path: Path, content: bytes, *, kind: str, error: ErrorType)
 
 
 def document_text(value: Any, indent: str = "") -> str:
-    """JSON in which only containers of containers are broken into lines: short values stay on one."""
+    """JSON text in which only containers that hold containers are broken into several lines."""
     inner = indent + "  "
     if isinstance(value, dict) and (not indent or any(_is_nested(item) for item in value.values())):
         items = [f"{inner}{json.dumps(key)}: {document_text(item, inner)}" for key, item in value.items()]
@@ -69,8 +69,8 @@ def _is_nested(value: Any) -> bool:
 def dataclass_from_json(cls: type[T], data: object, *, where: str, error: ErrorType) -> T:
     """An instance of the dataclass ``cls`` from a parsed JSON object that has exactly its fields, each of its type.
 
-    Knows str, int, float, bool, ``X | None``, ``tuple[X, ...]`` and nested dataclasses; numbers are finite, and no bool
-    is a number. ``where`` names the object in errors, e.g. ``recipe.calibration``. Ranges are for ``__post_init__`` to check.
+    Supports str, int, float, bool, ``X | None``, ``tuple[X, ...]`` and nested dataclasses; numbers must be finite, and bool is
+    not accepted as a number. ``where`` names the object in errors, e.g. ``recipe.calibration``. Ranges are not checked here.
     """
     if not isinstance(data, Mapping):
         raise error(f"{where} is not a JSON object", got=_shown(data), expected="an object in braces")
@@ -80,9 +80,7 @@ def dataclass_from_json(cls: type[T], data: object, *, where: str, error: ErrorT
     if missing:
         raise error(f"{where} lacks fields", got=f"missing {missing}", expected=sorted(hints), fix="make the file again")
     if unknown:
-        raise error(
-            f"{where} has fields that this version does not know", got=unknown, expected=sorted(hints), fix="update trt-kv"
-        )
+        raise error(f"{where} has unknown fields", got=unknown, expected=sorted(hints), fix="update trt-kv")
     return cls(**{name: _value(hint, data[name], f"{where}.{name}", error) for name, hint in hints.items()})
 
 
@@ -117,6 +115,6 @@ def _number(value: object, where: str, error: ErrorType) -> float:
 
 
 def _shown(value: object) -> str:
-    """A value for an error message: short, however long it is."""
+    """A value for an error message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

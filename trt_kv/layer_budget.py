@@ -1,4 +1,4 @@
-"""How many tokens each layer keeps, where that follows from the policy (and its recipe) and the prompt's length alone."""
+"""How many tokens each layer keeps, if it follows from the policy (and its recipe) and the prompt's length alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class LayerBudget:
     tokens: int = 0
 
     def of(self, n_cached: int) -> int:
-        """Tokens kept of ``n_cached``, protected ones not considered."""
+        """Tokens kept of ``n_cached``, without regard to protected ones."""
         return kept_tokens(n_cached, self.share, self.tokens)
 
     def of_prompt(self, n_prompt: int) -> int:
-        """Tokens that a step may attend to where the cache stays on the host: may be more than the prompt had."""
+        """Tokens that a step may attend to with a host-resident cache; may exceed the length of the prompt."""
         return kept_tokens(n_prompt, self.share) + self.tokens
 
 
@@ -29,7 +29,7 @@ ALL = LayerBudget(share=1.0)
 def layer_budgets(policy: Policy, n_layers: int, kept_shares: Sequence[float] | None = None) -> list[LayerBudget]:
     """One budget per layer. ``kept_shares``: a recipe's share of each layer; None: every layer keeps ``policy.kept``.
 
-    Exempt layers keep everything, and so do all of them before a budget that is found from the input is known ("unimetric").
+    Exempt layers keep everything. With budget "unimetric" all layers do, until the budget is computed from the input.
     ``UsageError`` for an exempt layer that the model does not have.
     """
     missing = [layer for layer in policy.exempt_layers if layer >= n_layers]
@@ -38,7 +38,7 @@ def layer_budgets(policy: Policy, n_layers: int, kept_shares: Sequence[float] | 
             "the policy exempts layers that the model does not have",
             got=missing,
             expected=f"layers 0 .. {n_layers - 1}",
-            fix="say which with --set exempt_layers=..., or exempt none with --set exempt_layers=none",
+            fix="name existing layers with --set exempt_layers=..., or exempt none with --set exempt_layers=none",
         )
     match policy.budget:
         case "constant":

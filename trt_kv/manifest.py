@@ -1,4 +1,4 @@
-"""manifest.json: what an engine is, so that loading can verify it and ``inspect`` can explain it."""
+"""manifest.json: the description of an engine, which loading verifies and ``inspect`` prints."""
 
 import dataclasses
 import hashlib
@@ -19,16 +19,16 @@ from trt_kv.program import PHASES, OpNode, Program, budgets_of, recall_nodes
 FORMAT = "trt-kv-engine"
 VERSION = 2
 READ_VERSIONS = (1, 2)
-"""In version 1 ``segments`` were called ``pieces``, and plans have another name for a tensor."""
+"""In version 1, ``segments`` is called ``pieces``, and a tensor of plans has another name."""
 FILE_NAME = "manifest.json"
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = tuple(ITEM_BYTES)
-"""What an engine's graphs may compute in; hosts run float32 alone."""
+"""Compute types of an engine's graphs; CPUs run float32 only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSegment:
-    """A dense part of the graph between two attentions: a file under ``graphs/`` and its values by name."""
+    """The dense part of the graph between the attention of two layers: a file under ``graphs/`` and its values by name."""
 
     file: str
     inputs: tuple[str, ...]
@@ -66,10 +66,10 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything the runtime needs to know before it opens a graph.
+    """Everything the runtime needs before it opens a graph.
 
     An engine for ONNX Runtime has ``segments`` and their ``attention_ports``, one for TensorRT has a ``plan``. ``programs`` are
-    the KV ops per phase as they stand in the graphs; ``files`` covers every file but the manifest.
+    the KV ops of the graphs, per phase; ``files`` covers every file except the manifest.
     """
 
     model_name: str
@@ -91,17 +91,17 @@ class Manifest:
 
     @property
     def budgets(self) -> list[LayerBudget | None]:
-        """Each layer's budget, as the prefill graph's ops have it; None where it is found from the input."""
+        """Each layer's budget, as the prefill graph's ops have it; None if it is computed from the input."""
         return budgets_of(self.programs["prefill"])
 
     @property
     def kept_shares(self) -> list[float]:
-        """The share in each layer's budget; 1 where nothing is evicted, or as much as the input asks for."""
+        """The share in each layer's budget; 1 if nothing is evicted or if the budget is computed from the input."""
         return [1.0 if budget is None else budget.share for budget in self.budgets]
 
     @property
     def taus(self) -> list[float | None]:
-        """Each layer's drift threshold, as the decode graph's ops have it; None where nothing is recalled."""
+        """Each layer's drift threshold, as the decode graph's ops have it; None if nothing is recalled."""
         recalls = recall_nodes(self.programs["decode"])
         return [None if recall is None else float(recall.attributes["tau"]) for recall in recalls]
 
@@ -157,14 +157,14 @@ class Manifest:
 
 
 def how_to_rebuild(folder: Path, reproduce: object) -> str:
-    """The command that builds ``folder`` again; ``reproduce``: what its manifest says of that, if anything."""
+    """The command that builds ``folder`` again; ``reproduce``: the command in its manifest, if any."""
     if not isinstance(reproduce, str) or not reproduce:
         return "build the engine again with this version of trt-kv"
     return f"build the engine again: {reproduce} --out {shlex.quote(str(folder))} --force"
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of an engine folder; ``EngineError`` where there is none or it cannot be read."""
+    """The manifest of an engine folder; ``EngineError`` if there is none or it cannot be read."""
     path = folder / FILE_NAME
     if not path.is_file():
         raise EngineError(
@@ -180,7 +180,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def digest_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """sha256 of a file as "sha256:<hex>"; ``on_bytes`` is told the size of each block read."""
+    """sha256 of a file as "sha256:<hex>"; ``on_bytes`` is called with the size of each block read."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -191,7 +191,7 @@ def digest_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Records of every file under ``folder`` but the manifest, by path relative to it."""
+    """Records of every file under ``folder`` except the manifest, by path relative to it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE_NAME)
     return {
         path.relative_to(folder).as_posix(): FileRecord(digest=digest_of(path), n_bytes=path.stat().st_size) for path in paths
@@ -199,7 +199,7 @@ def file_records(folder: Path) -> dict[str, FileRecord]:
 
 
 def verify_files(folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] | None = None) -> None:
-    """Raise ``EngineError`` for a file that is missing or not what was built; sizes are compared before any digest."""
+    """Raise ``EngineError`` for a file that is missing or was changed after the build; sizes are compared before any digest."""
     for name, record in manifest.files.items():
         path = folder / name
         if not path.is_file():

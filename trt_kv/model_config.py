@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is, as data: one ``ModelConfig`` for every supported architecture.
+"""The configuration of a decoder-only transformer: one ``ModelConfig`` for every supported architecture.
 
 Read from a Hugging Face ``config.json`` by ``trt_kv.hf_config``; kept in engine manifests as JSON.
 """
@@ -36,7 +36,7 @@ class RopeConfig:
                 raise CheckpointError(f"RoPE {field} must be positive", got=getattr(self, field), expected="a number > 0")
         if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0.0:
             raise CheckpointError(
-                "RoPE type llama3 blends between two frequencies",
+                "RoPE type llama3 has invalid frequency factors",
                 got=f"low_freq_factor {self.low_freq_factor}, high_freq_factor {self.high_freq_factor}",
                 expected="0 < low_freq_factor < high_freq_factor",
             )
@@ -50,7 +50,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that decides a decoder's shapes and arithmetic. Sizes are counts of elements, ``max_positions`` of tokens.
+    """Everything that determines a decoder's shapes and arithmetic. Sizes are counts of elements, ``max_positions`` of tokens.
 
     ``qkv_bias``/``output_bias``: biases of the q, k, v and of the output projection; ``qk_norm``: RMSNorm over each query and
     key head before RoPE (Qwen3). ``tie_embeddings``: the output matrix is the embedding matrix.
@@ -78,7 +78,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.type is int and getattr(self, field.name) < 1:
-                raise CheckpointError(f"{field.name} is a count", got=getattr(self, field.name), expected="an integer >= 1")
+                raise CheckpointError(
+                    f"{field.name} must be at least 1", got=getattr(self, field.name), expected="an integer >= 1"
+                )
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(
                 "query heads must divide evenly over KV heads",
@@ -89,7 +91,7 @@ class ModelConfig:
             raise CheckpointError("rms_norm_eps must be positive", got=self.rms_norm_eps, expected="a number > 0")
         if self.head_dim % 2:
             raise CheckpointError(
-                "RoPE rotates pairs of channels", got=f"head size {self.head_dim}", expected="an even head size"
+                "RoPE needs an even number of channels per head", got=f"head size {self.head_dim}", expected="an even head size"
             )
         stray = [
             token
@@ -107,7 +109,7 @@ class ModelConfig:
         return self.n_heads // self.n_kv_heads
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight, named as Hugging Face names them; a tied output matrix is not listed."""
+        """Name and shape of every weight, under Hugging Face's names; a tied output matrix is not listed."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
         for layer in range(self.n_layers):
             shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in self._layer_shapes().items()}

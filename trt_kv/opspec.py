@@ -1,7 +1,7 @@
 """OpSpec: everything about a custom op that is data. Schemas, docs, cases and tolerances are derived from it.
 
 Axis letters: N tokens of this step over all sequences, B sequences, H query heads, K KV heads, D head size, P page size,
-M pages in the pool, T pages a page table can name, L layers, U queries that the runtime remembers. ``B+1`` is one more than B.
+M pages in the pool, T pages a page table can name, L layers, U queries that the runtime stores. ``B+1`` is one more than B.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ DOMAIN = "trt_kv"
 OP_VERSION = 1
 
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)}
-"""On every node beside the spec's attributes: TensorRT looks its plugin up by these. They mean nothing to anybody else."""
+"""On every node beside the spec's attributes: TensorRT looks its plugin up by these. Other runtimes ignore them."""
 
 DType = Literal["float", "float32", "int64"]
 AttributeType = Literal["int", "float", "string"]
@@ -42,10 +42,10 @@ class AttributeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One situation an op must handle: ``cached`` tokens and ``new`` tokens of each sequence, and the dims that are free.
+    """One test case of an op: ``cached`` tokens and ``new`` tokens of each sequence, and the sizes of the free dimensions.
 
-    ``values`` fixes inputs that the case is about; every other input is drawn at random. ``own_tokens``: each KV head holds
-    its own cached tokens, in its own order, as after an eviction that ranks per head; else all heads hold the same ones.
+    ``values`` sets the inputs that the case tests; all others are drawn at random. ``own_tokens``: each KV head holds
+    its own cached tokens, in its own order, as after an eviction that ranks per head; otherwise all heads hold the same ones.
     ``in_order``: nothing has ever been evicted, and a sequence's tokens lie in its pages in order of position.
     """
 
@@ -70,7 +70,7 @@ class Tolerance:
 
 @dataclass(frozen=True, kw_only=True)
 class OpSpec:
-    """The meaning of one op in domain ``trt_kv``. State tensors come out under their input name plus ``_out``."""
+    """The specification of one op in domain ``trt_kv``. Updated state tensors are outputs named as the input plus ``_out``."""
 
     name: str
     summary: str

@@ -1,12 +1,12 @@
 """A policy is score x budget x residency, and what it does while decoding.
 
-* **score** ranks the cached tokens of a layer, for all KV heads together or for each on its own; each stands in its own file in
+* **score** ranks the cached tokens of a layer, for all KV heads together or for each on its own; each score has its own file in
   ``trt_kv/scores``;
 * **budget** says how many of them a layer keeps (always the KEPT part);
-* **residency** says what happens to the others: ``dropped``, or kept on the ``host`` and recalled page by page (FreeKV);
-* **decode** says what happens once more tokens are generated.
+* **residency** says what happens to the other tokens: ``dropped``, or kept on the ``host`` and recalled page by page (FreeKV);
+* **decode** says what happens while more tokens are generated.
 
-Named policies are presets of these; each stands in its own file in ``trt_kv/policies``.
+Named policies are presets of these, each in its own file in ``trt_kv/policies``.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ BUDGETS = {
     "constant": "every layer keeps `tokens` tokens, however long the prompt is",
     "pyramid": "shares fall linearly from the first layer to the last (PyramidKV); their mean is the kept share",
     "recipe": "each layer keeps the share that a calibrated recipe gives it (PrefixKV)",
-    "unimetric": "each layer keeps what holds 1 - `threshold` of the attention's norm, found for each input (ReFreeKV)",
+    "unimetric": "each layer keeps tokens that hold 1 - `threshold` of the attention norm, computed per input (ReFreeKV)",
 }
 RESIDENCIES = {
-    "dropped": "tokens outside the budget are dropped and their memory returns to the pool",
+    "dropped": "tokens outside the budget are evicted, and their pages return to the pool",
     "host": "every token stays in host memory; a step attends to sinks, the newest tokens and the pages recalled for it",
 }
 HEADS = {
@@ -38,16 +38,16 @@ HEADS = {
 }
 DECODES = {
     "keep": "every generated token is kept",
-    "row": "at the kept share, the row `decode_distance` before the end of the kept prompt makes room (published PrefixKV)",
-    "rank": "generated tokens join the ranking, and for each of them the last in the ranking leaves",
+    "row": "at the kept share, evict the token `decode_distance` before the end of the kept prompt (published PrefixKV)",
+    "rank": "generated tokens join the ranking, and each of them evicts the lowest-ranked token",
 }
 METRIC_ROWS = {
     "query": "the attention of the last prompt query, per query head (published ReFreeKV)",
     "scores": "the scores themselves, per KV head: with score window the attention of the last `window` queries",
 }
 METRIC_ORDERS = {
-    "ranking": "the norm is summed up along the policy's own ranking (published ReFreeKV, whose ranking is position)",
-    "position": "the norm is summed up from the newest token back, whatever ranks the tokens that are kept",
+    "ranking": "the norm is accumulated along the policy's own ranking (published ReFreeKV, whose ranking is position)",
+    "position": "the norm is accumulated from the newest token back, whatever the ranking of tokens is",
 }
 NORMS = {
     "sinks_out": "protected tokens do not count in the norm (ReFreeKV's released code)",
@@ -59,13 +59,13 @@ PAGE_SUMMARIES = {
 }
 GROUP_POOLINGS = {
     "mean_softmax": "mean over a KV head's query heads of the softmax over pages (MeanS, FreeKV)",
-    "max_softmax": "largest of these (MaxS)",
+    "max_softmax": "maximum over a KV head's query heads of the softmax over pages (MaxS)",
     "mean_raw": "mean over a KV head's query heads of the bounds themselves (MeanQK, ArkVale)",
-    "max_raw": "largest of these (MaxQK, Quest)",
+    "max_raw": "maximum over a KV head's query heads of the bounds themselves (MaxQK, Quest)",
 }
 DRIFTS = {
     "fixed": "`tau` in every layer",
-    "calibrated": "a `tau` for each layer, measured on prompts so that heads are corrected at a wanted rate",
+    "calibrated": "a `tau` for each layer, measured on prompts so that heads are corrected at a given rate",
 }
 
 NAMES = {
@@ -80,24 +80,26 @@ NAMES = {
     "group_pooling": GROUP_POOLINGS,
     "drift": DRIFTS,
 }
-"""The fields of a policy that are names, with what each name means; but ``score``, whose names are ``score_names()``."""
+"""The fields of a policy whose values are names, and what each name means; except ``score``, whose names are ``score_names()``.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Which tokens each layer keeps; ``UsageError`` for a combination that means nothing.
+    """Which tokens each layer keeps; ``UsageError`` for an invalid combination.
 
-    ``kept``: mean kept share over the layers that are not exempt, in (0, 1]; 1 where the budget does not read it. ``tokens``:
+    ``kept``: mean kept share over the layers that are not exempt, in (0, 1]; 1 if the budget does not read it. ``tokens``:
     budget "constant" only. ``window``: observation window in queries, for scores that read it. ``pooling``: width of the mean
     that smooths scores over neighbours, odd, 1 for none. ``sinks`` first and ``recent`` last prompt tokens are never evicted,
     nor is the newest ``recent_share`` of a budget. ``decode_distance``: decode "row" only. ``exempt_layers`` keep everything.
-    ``threshold``, ``metric_row``, ``metric_order``, ``norm``: budget "unimetric" only. ``beta``: budget "pyramid" only, how
-    much steeper than flat. ``seed`` of the lots: score "random" only. Defaults are published PrefixKV's and ReFreeKV's.
+    ``threshold``, ``metric_row``, ``metric_order``, ``norm``: budget "unimetric" only. ``beta``: budget "pyramid" only, the
+    steepness (1: flat). ``seed``: score "random" only. Defaults are published PrefixKV's and ReFreeKV's.
 
     Residency "host" only: budgets count what one step attends to, ``sinks`` and ``recent`` included, in whole pages. A KV head
-    whose query is less like the one before than ``tau`` (cosine) chooses its pages anew before it attends; above 1 every head
-    does in every step, below -1 none ever. ``page_summary`` and ``group_pooling`` say how pages are ranked, ``softmax_scale``
-    is the factor on bounds before a softmax over pages (1, as published; head_size ** -0.5 would be attention's own).
+    whose query is less like the one before than ``tau`` (cosine) selects its pages again before it attends; above 1 every head
+    does in every step, below -1 no head ever does. ``page_summary`` and ``group_pooling`` say how pages are ranked,
+    ``softmax_scale`` is the factor on bounds before a softmax over pages (1, as published; head_size ** -0.5 would be
+    attention's own).
     """
 
     name: str
@@ -169,14 +171,14 @@ class Policy:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise UsageError("a policy has fields this version does not know", got=unknown, expected=sorted(known))
+            raise UsageError("a policy has unknown fields", got=unknown, expected=sorted(known))
         return cls(**(dict(data) | {"exempt_layers": tuple(data.get("exempt_layers", ()))}))
 
 
 def kept_tokens(n_cached: int, kept_share: float, tokens: int = 0) -> int:
     """How many of ``n_cached`` tokens a budget keeps: n - round((1 - share) * n) + ``tokens``, at least 0 and at most n.
 
-    Halves go to the even neighbour. The share is taken in fp32, as it stands on a node of the graph, so that a recipe and its
+    Halves are rounded to even. The share is taken in fp32, as in the graph's attributes, so that a recipe and its
     engine never differ by a token.
     """
     share_on_node: float = struct.unpack("f", struct.pack("f", kept_share))[0]

@@ -1,4 +1,4 @@
-"""What a policy may not be: values out of range, and combinations in which one part would be ignored by another."""
+"""Checks of a policy: values out of range, and combinations in which one part would be ignored by another."""
 
 import math
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 LARGEST_COUNT = 2**31 - 1
 """More than any context has; graphs hold such numbers in 64 bits."""
 LARGEST_POOLING = 9999
-"""Time and memory of pooling grow with it."""
+"""Bounds the time and memory of pooling."""
 
 
 def check_policy(policy: "Policy", names: Mapping[str, Mapping[str, str]]) -> None:
     """``UnknownNameError`` or ``UsageError`` with the reason and what to do instead.
 
-    ``names``: for each other field than ``score`` that is a name, the known ones.
+    ``names``: the known names of each field that is a name, except ``score``.
     """
     for field, known in {"score": score_names(), **names}.items():
         if getattr(policy, field) not in known:
@@ -33,7 +33,7 @@ def check_policy(policy: "Policy", names: Mapping[str, Mapping[str, str]]) -> No
 def _check_values(policy: "Policy") -> None:
     if not 0.0 < policy.kept <= 1.0:
         raise UsageError(
-            "the budget is the share of tokens to keep",
+            "the budget (share of tokens to keep) is out of range",
             got=policy.kept,
             expected="a number in (0, 1]",
             fix="e.g. --budget 0.5",
@@ -42,19 +42,22 @@ def _check_values(policy: "Policy") -> None:
     for field, smallest in counts.items():
         value, largest = getattr(policy, field), LARGEST_POOLING if field == "pooling" else LARGEST_COUNT
         if not _is_int(value) or not smallest <= value <= largest:
-            raise UsageError(f"{field} is a count", got=value, expected=f"an integer >= {smallest} and <= {largest}")
+            raise UsageError(f"{field} is out of range", got=value, expected=f"an integer >= {smallest} and <= {largest}")
     if policy.pooling % 2 == 0:
-        raise UsageError("pooling has a middle", got=policy.pooling, expected="an odd number", fix="e.g. pooling=5")
+        raise UsageError("pooling must be odd", got=policy.pooling, expected="an odd number", fix="e.g. pooling=5")
     if not 0.0 <= policy.recent_share <= 1.0:
-        raise UsageError("recent_share is a share of the budget", got=policy.recent_share, expected="a number in [0, 1]")
+        raise UsageError("recent_share is out of range", got=policy.recent_share, expected="a number in [0, 1]")
     if not 0.0 < policy.threshold < 1.0:
-        raise UsageError("threshold is a share of the norm", got=policy.threshold, expected="a number in (0, 1)")
+        raise UsageError("threshold is out of range", got=policy.threshold, expected="a number in (0, 1)")
     if not 1.0 <= policy.beta < math.inf:
-        raise UsageError("beta tells how steep the pyramid is", got=policy.beta, expected="a number >= 1 (1: flat)")
+        raise UsageError("beta is out of range", got=policy.beta, expected="a number >= 1 (1: flat)")
     exempt = policy.exempt_layers
     if not all(_is_int(layer) and layer >= 0 for layer in exempt) or sorted(set(exempt)) != list(exempt):
         raise UsageError(
-            "exempt_layers are layer numbers", got=exempt, expected="different numbers from 0 on, in order", fix="e.g. 0,1"
+            "exempt_layers is not a list of layer numbers",
+            got=exempt,
+            expected="distinct numbers >= 0 in ascending order",
+            fix="e.g. 0,1",
         )
 
 
@@ -75,7 +78,7 @@ def _check_budget(policy: "Policy") -> None:
             f"budget {policy.budget!r} reads no kept share",
             got=policy.kept,
             expected="no --budget",
-            fix=f"say how much to keep with --set {instead}=..., or choose --set budget=uniform",
+            fix=f"set {instead} with --set {instead}=..., or choose --set budget=uniform",
         )
     if (policy.budget == "constant") != (policy.tokens > 0):
         raise UsageError(
@@ -92,7 +95,7 @@ def _check_score(policy: "Policy") -> None:
     made_from_attention = f"score {_one_of(attention_scores())}"
     if policy.budget == "unimetric" and policy.metric_row == "scores":
         raise UsageError(
-            "metric_row 'scores' needs scores made from attention",
+            "metric_row 'scores' needs a score computed from attention",
             got=f"score {policy.score!r}",
             expected=made_from_attention,
             fix="add e.g. --set score=window, or --set metric_row=query",
@@ -100,7 +103,7 @@ def _check_score(policy: "Policy") -> None:
     for field, neutral in (("pooling", 1), ("heads", "shared")):
         if getattr(policy, field) != neutral:
             raise UsageError(
-                f"{field} is about scores made from attention",
+                f"{field} applies only to scores computed from attention",
                 got=f"{field} {getattr(policy, field)!r} with score {policy.score!r}",
                 expected=made_from_attention,
                 fix=f"--set {field}={neutral}",
@@ -117,31 +120,38 @@ def _check_residency(policy: "Policy") -> None:
     if policy.residency != "host":
         return
     if not -2.0 <= policy.tau <= 2.0:
-        raise UsageError("tau is compared with a cosine", got=policy.tau, expected="a number in [-2, 2]", fix="e.g. tau=0.8")
+        raise UsageError("tau is out of range", got=policy.tau, expected="a number in [-2, 2]", fix="e.g. tau=0.8")
     if not 1e-6 <= policy.softmax_scale <= 1e6:
         raise UsageError(
-            "softmax_scale is a factor", got=policy.softmax_scale, expected="a number in [1e-6, 1e6]", fix="1 is as published"
+            "softmax_scale is out of range",
+            got=policy.softmax_scale,
+            expected="a number in [1e-6, 1e6]",
+            fix="1 is as published",
         )
     for field, neutral, reason in (
-        ("decode", "keep", "on the host every generated token is kept"),
-        ("recent_share", 0.0, "the newest tokens in the working set are counted: --set recent=..."),
+        ("decode", "keep", "with residency 'host' every generated token is kept"),
+        ("recent_share", 0.0, "the newest tokens are given as a number: --set recent=..."),
     ):
         if getattr(policy, field) != neutral:
             raise UsageError(
-                f"{field} is about eviction", got=f"{field} {getattr(policy, field)!r} with residency 'host'", expected=reason
+                f"{field} applies only to eviction",
+                got=f"{field} {getattr(policy, field)!r} with residency 'host'",
+                expected=reason,
             )
     if policy.recent < 1:
-        raise UsageError("the newest token is always attended to", got=f"recent {policy.recent}", expected="recent >= 1")
+        raise UsageError(
+            "recent is too small: the newest token is always attended to", got=f"recent {policy.recent}", expected="recent >= 1"
+        )
     if policy.budget == "constant" and policy.tokens < policy.sinks + policy.recent:
         raise UsageError(
-            "the budget counts sinks and the newest tokens",
+            "tokens is too small: it includes sinks and recent",
             got=f"tokens {policy.tokens}, sinks {policy.sinks}, recent {policy.recent}",
             expected="tokens >= sinks + recent, and more to recall",
             fix="raise tokens, or lower sinks and recent",
         )
     if policy.budget == "unimetric" and (policy.metric_order, policy.metric_row) != ("position", "query"):
         raise UsageError(
-            "on the host the Uni-Metric follows the last query's attention back from the newest token",
+            "with residency 'host' the Uni-Metric accumulates the last query's attention from the newest token back",
             got=f"metric_order {policy.metric_order!r}, metric_row {policy.metric_row!r}",
             expected="metric_order 'position', metric_row 'query'",
             fix="--set metric_order=position",

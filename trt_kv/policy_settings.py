@@ -1,4 +1,4 @@
-"""A preset with some of its parts replaced, as users ask for it: ``score=window budget=unimetric exempt_layers=none``."""
+"""Presets with some parts replaced by user settings: ``score=window budget=unimetric exempt_layers=none``."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -56,9 +56,9 @@ def settings_from_text(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
-    """``policy`` with the fields in ``settings`` replaced, and what they make meaningless put back to its neutral value.
+    """``policy`` with the fields in ``settings`` replaced, and the fields that are then not read reset to their neutral values.
 
-    A budget that reads a kept share gets one half where the policy had none. ``UsageError`` where a setting would be ignored.
+    A budget that reads a kept share gets 0.5 if the policy had none. ``UsageError`` if a setting would be ignored.
     """
     score, budget = score_from_name(settings.get("score", policy.score)), settings.get("budget", policy.budget)
     neutral: dict[str, Any] = {}
@@ -89,27 +89,27 @@ def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
 
 
 def differences(policy: Policy, preset: Policy) -> dict[str, Any]:
-    """The settings that make ``policy`` from ``preset``: ``policy_with`` takes them back."""
+    """The settings that make ``policy`` from ``preset``, as ``policy_with`` takes them."""
     differing = (name for name in SETTABLE if getattr(policy, name) != getattr(preset, name))
     return {name: getattr(policy, name) for name in differing if _is_read(name, policy)}
 
 
 def setting_as_text(name: str, value: Any) -> str:
-    """``settings_from_text`` reads it back."""
+    """The setting as NAME=VALUE, which ``settings_from_text`` reads back."""
     if isinstance(value, tuple):
         value = ",".join(map(str, value)) or "none"
     return f"{name}={value}"
 
 
 def _is_read(name: str, policy: Policy) -> bool:
-    """Whether the setting means anything in ``policy``: always where it is not said who reads it."""
+    """Whether ``policy`` reads the setting; True for settings without a listed reader."""
     if name in _READ_BY and _READ_BY[name][1](policy):
         return True
     return name in policy.scoring.settings or not _readers(name)
 
 
 def _readers(name: str) -> str:
-    """Who reads the setting, e.g. "score window"; "" where it is not said."""
+    """The parts that read the setting, e.g. "score window"; "" if none are listed."""
     scores = scores_that_read(name)
     readers = [f"score {', '.join(scores)}"] if scores else []
     readers += [_READ_BY[name][0]] if name in _READ_BY else []

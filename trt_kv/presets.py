@@ -1,4 +1,4 @@
-"""Named models: what ``MODEL=`` may say, and what is used where no checkpoint is given."""
+"""Named models: the values of ``MODEL=``, and the checkpoint that each uses by default."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ class Preset:
 
     @property
     def bundled_folder(self) -> Path:
-        """Where the bundled checkpoint lies in this installation."""
+        """Path of the bundled checkpoint in this installation."""
         return _MODELS_FOLDER / self.bundled
 
 
@@ -31,7 +31,7 @@ PRESETS = {
     for preset in (
         Preset(
             name="llama3",
-            summary="Llama 3 architecture; bundled: 4.5 M parameters, trained on a small synthetic English",
+            summary="Llama 3 architecture; bundled: 4.5 M parameters, trained on synthetic English",
             bundled="llama3-tiny",
             hub_id="meta-llama/Llama-3.1-8B-Instruct",
         ),

@@ -1,7 +1,7 @@
-"""What stands between the graph segments of each layer: the KV ops and their attributes, per phase.
+"""Programs: the KV ops of each layer between its graph segments, with their attributes, per phase.
 
-The graph is made from a program and a program is read back from the graph; an engine's manifest carries it so that the
-runtime applies exactly what was built.
+The graph is made from a program and a program is read back from the graph; an engine's manifest contains it, so
+that the runtime applies exactly what was built.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,10 +56,10 @@ def program_of(
     """The KV ops that ``policy`` puts into each layer in ``phase`` ("prefill" or "decode").
 
     ``kept_shares`` gives each layer's kept share in (0, 1], for policies that need a recipe; without it every layer keeps
-    ``policy.kept``. ``taus`` gives each layer's drift threshold, where drift is calibrated; without it every layer has
-    ``policy.tau``. Prefill scores and evicts once, with the prompt's last token. Decode only attends, but for policies that go
-    on ranking (decode "rank"); decode "row" is the runtime's choice of slots. Where the cache stays on the host, one op
-    attends, recalls and remembers the query in both phases, and nothing is evicted.
+    ``policy.kept``. ``taus`` gives each layer's drift threshold, if drift is calibrated; without it every layer has
+    ``policy.tau``. Prefill scores and evicts once, with the prompt's last token. Decode only attends, except for policies that
+    continue to rank (decode "rank"); decode "row" only affects which slot the runtime writes to. With a host-resident cache,
+    one op attends, recalls pages and stores the query in both phases, and nothing is evicted.
     """
     budgets = layer_budgets(policy, n_layers, kept_shares)
     build = _Nodes(policy, scale=scale, page_size=page_size)
@@ -74,27 +74,27 @@ def program_of(
 
 
 def recall_nodes(program: Program) -> list[OpNode | None]:
-    """Each layer's RecallAttention; None where the cache does not stay on the host."""
+    """Each layer's RecallAttention; None if its cache is not host-resident."""
     return [next((node for node in nodes if node.op == "RecallAttention"), None) for nodes in program]
 
 
 def recalling_layers(program: Program) -> list[int]:
-    """The layers whose cache stays on the host."""
+    """The layers whose cache is host-resident."""
     return [layer for layer, node in enumerate(recall_nodes(program)) if node is not None]
 
 
 def finds_budgets(program: Program) -> bool:
-    """Whether any layer's budget is found from the input."""
+    """Whether any layer's budget is computed from the input."""
     return any(node.op == "AdaptiveBudget" for nodes in program for node in nodes)
 
 
 def eviction_nodes(program: Program) -> list[OpNode | None]:
-    """Each layer's EvictTokens; None where nothing is evicted."""
+    """Each layer's EvictTokens; None if nothing is evicted."""
     return [next((node for node in nodes if node.op == "EvictTokens"), None) for nodes in program]
 
 
 def budgets_of(program: Program) -> list[LayerBudget | None]:
-    """Each layer's budget as its ops have it; None where it is found from the input."""
+    """Each layer's budget, read from its ops; None if it is computed from the input."""
     budgets: list[LayerBudget | None] = []
     for nodes, evict, recall in zip(program, eviction_nodes(program), recall_nodes(program), strict=True):
         limits = evict or recall
@@ -156,7 +156,7 @@ class _Nodes:
         return OpNode(op="CachedAttention", attributes={**self._common(layer), "scale": self._scale})
 
     def _token_scores(self, layer: int) -> list[OpNode]:
-        """One node, or none where no attention is read."""
+        """One node, or none if the score does not read attention."""
         if self._score.token_scores is None:
             return []
         policy = self._policy

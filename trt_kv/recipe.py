@@ -1,7 +1,7 @@
-"""A recipe: which share of its tokens each layer keeps, and how that was found.
+"""A recipe: the share of tokens that each layer keeps, and how it was found.
 
-One JSON file, readable by people. Shares are always the KEPT part; only the published list format, read and written at the end
-of this file, holds forgotten fractions.
+One human-readable JSON file. Shares are always the KEPT part; only the published list format, read and written at the end
+of this file, holds forgotten (evicted) fractions.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class RecipeScore:
                 expected=f"a window >= 1 with score {', '.join(windowed)}, else null",
             )
         if self.pooling < 1 or self.pooling % 2 == 0:
-            raise RecipeError("the recipe's pooling has no middle", got=self.pooling, expected="an odd number >= 1")
+            raise RecipeError("the recipe's pooling is not odd", got=self.pooling, expected="an odd number >= 1")
 
     @property
     def described(self) -> str:
@@ -58,7 +58,7 @@ class RecipeScore:
 
 
 def recipe_score(policy: Policy) -> RecipeScore:
-    """The ranking whose curves set the budgets of ``policy``: its own, or published PrefixKV's where it reads no attention."""
+    """The ranking whose curves set the budgets of ``policy``: its own, or published PrefixKV's if it reads no attention."""
     if not policy.reads_attention:
         return RecipeScore(name="mass")
     window = policy.window if "window" in policy.scoring.settings else None
@@ -74,7 +74,9 @@ class Protected:
 
     def __post_init__(self) -> None:
         if self.sinks < 0 or self.recent < 0:
-            raise RecipeError("protected tokens are counted", got=f"{self.sinks}, {self.recent}", expected="integers >= 0")
+            raise RecipeError(
+                "the numbers of protected tokens are out of range", got=f"{self.sinks}, {self.recent}", expected="integers >= 0"
+            )
 
     @property
     def n_tokens(self) -> int:
@@ -93,7 +95,7 @@ class RecipeModel:
     def __post_init__(self) -> None:
         if not self.name or not self.digest or self.n_layers < 1:
             raise RecipeError(
-                "the recipe does not say which model it is for",
+                "the recipe does not identify its model",
                 got=f"name {self.name!r}, digest {self.digest!r}, {self.n_layers} layers",
                 expected="a name, a digest and at least 1 layer",
             )
@@ -127,8 +129,8 @@ class CalibrationRecord:
 class Curves:
     """Cumulative importance of each layer's tokens, most important first, averaged over samples.
 
-    ``layers[l][i]`` is the share of layer l's importance that its best ``kept_share[i]`` of tokens hold. ``sinks`` "in": over
-    all tokens, as published; "out": the protected first tokens are left out of tokens and importance.
+    ``layers[l][i]`` is the share of layer l's importance that its highest-ranked ``kept_share[i]`` of tokens hold. ``sinks``
+    "in": over all tokens, as published; "out": the protected first tokens are left out of tokens and importance.
     """
 
     sinks: str
@@ -143,7 +145,7 @@ class Curves:
             if len(values) != len(self.kept_share):
                 raise RecipeError(f"{name} has the wrong length", got=len(values), expected=len(self.kept_share))
             if not all(0.0 <= value <= 1.0 for value in values) or list(values) != sorted(values):
-                raise RecipeError(f"{name} is not a cumulative curve", expected="numbers from 0 to 1 that never fall")
+                raise RecipeError(f"{name} is not a cumulative curve", expected="numbers from 0 to 1 in ascending order")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +179,17 @@ class Recipe:
         lists += [("curves.layers", len(self.curves.layers))] if self.curves is not None else []
         for name, length in lists:
             if length != self.model.n_layers:
-                raise RecipeError(f"the recipe's {name} has not one value per layer", got=length, expected=self.model.n_layers)
+                raise RecipeError(
+                    f"the recipe's {name} does not have one value per layer", got=length, expected=self.model.n_layers
+                )
 
     def kept_tokens(self, n_tokens: int) -> list[int]:
         """Tokens that each layer keeps of a prompt of ``n_tokens``: L counts, at least the protected tokens each.
 
-        The rule is EvictTokens': n - round((1 - share) * n), halves to the even neighbour.
+        The rule is that of EvictTokens: n - round((1 - share) * n), halves rounded to even.
         """
         if n_tokens < 0:
-            raise UsageError("a prompt has no negative length", got=n_tokens, expected="an integer >= 0")
+            raise UsageError("the length of a prompt is negative", got=n_tokens, expected="an integer >= 0")
         return [max(kept_tokens(n_tokens, share), min(n_tokens, self.protected.n_tokens)) for share in self.kept]
 
     def check_model(self, *, digest: str, n_layers: int) -> None:
@@ -223,7 +227,7 @@ class Recipe:
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
         if isinstance(fields.get("score"), dict):
-            fields["score"] = {"heads": "shared", "pooling": 1, **fields["score"]}  # recipes of 0.1 do not say
+            fields["score"] = {"heads": "shared", "pooling": 1, **fields["score"]}  # missing in recipes of version 0.1
         return dataclass_from_json(cls, fields, where="recipe", error=RecipeError)
 
     def to_text(self) -> str:
@@ -260,12 +264,12 @@ def published_name(model_name: str, budget: float) -> str:
 def recipe_from_published(path: Path, *, model: RecipeModel, score: RecipeScore | None = None) -> Recipe:
     """Read a published PrefixKV list (L FORGOTTEN fractions) whose file name ends in ``_{forgotten ratio}.json``.
 
-    The list does not say for which weights it was made: it is bound to ``model``. ``score`` None: the published "mass".
+    The list does not identify its checkpoint, so the recipe is bound to ``model``. ``score`` None: the published "mass".
     """
     data = read_json(path, kind="published recipe", error=RecipeError)
     named = re.search(r"_(\d(?:\.\d+)?)\.json$", path.name)
     if named is None:
-        raise RecipeError("the file name does not tell the ratio", got=path.name, expected="prefixkv_{model}_{ratio}.json")
+        raise RecipeError("the file name does not contain the ratio", got=path.name, expected="prefixkv_{model}_{ratio}.json")
     if not isinstance(data, list) or not data or not all(type(x) in (int, float) and 0.0 <= x < 1.0 for x in data):
         raise RecipeError(f"{path} is not a published recipe", expected="a JSON list of forgotten fractions in [0, 1)")
     forgotten = float(named.group(1))

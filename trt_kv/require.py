@@ -1,19 +1,19 @@
-"""Which package belongs to which extra, lazy imports of them, and the error that says what to install."""
+"""Which package belongs to which extra, their lazy import, and the error with the command that installs them."""
 
 import importlib
 from types import ModuleType
 
 from trt_kv.errors import MissingDependencyError
 
-# By import name, as pyproject.toml has them; a test compares the two.
+# By import name, as in pyproject.toml; a test compares the two.
 BASE = ("click", "numba", "numpy", "onnxruntime", "rich", "tokenizers", "torch")
 EXTRAS = {"build": ("huggingface_hub", "matplotlib", "onnx", "onnxscript", "safetensors"), "gpu": ("triton",)}
-# Packages that no extra installs, because they are of use on some machines only.
+# Packages that no extra installs, because only some machines can use them.
 SEPARATE = ("tensorrt", "tensorrt_rtx")
 
 
 def install_command(package: str) -> str | None:
-    """The command that installs ``package`` (a top-level import name), or None for a package we know nothing about."""
+    """The command that installs ``package`` (a top-level import name), or None for an unknown package."""
     for extra, packages in EXTRAS.items():
         if package in packages:
             return f"pip install 'trt-kv[{extra}]'"
@@ -25,7 +25,7 @@ def install_command(package: str) -> str | None:
 
 
 def require(module: str) -> ModuleType:
-    """Import ``module`` (top-level or dotted, ours or another's) or raise ``MissingDependencyError`` naming the extra.
+    """Import ``module`` (top-level or dotted, of trt-kv or third-party) or raise ``MissingDependencyError`` naming the extra.
 
     The package that is reported is the one whose import failed, however deep: ``require("trt_kv.export.graph")`` without
     onnx reports onnx. Any other failure, a missing module of trt-kv itself included, is raised as it is.
@@ -40,7 +40,7 @@ def require(module: str) -> ModuleType:
 
 
 def missing_dependency(error: ModuleNotFoundError) -> MissingDependencyError | None:
-    """What ``error`` means to a user, or None where it is no missing package that we know how to install."""
+    """The error for the user, or None if ``error`` is not about a package of this list."""
     package = (error.name or "").partition(".")[0]
     command = install_command(package)
     if command is None:
@@ -49,9 +49,9 @@ def missing_dependency(error: ModuleNotFoundError) -> MissingDependencyError | N
 
 
 def require_tensorrt() -> ModuleType:
-    """The package ``tensorrt``, or ``tensorrt_rtx`` where only that one is installed: both have the same Python API.
+    """The package ``tensorrt``, or ``tensorrt_rtx`` if only that one is installed: both have the same Python API.
 
-    Raises ``MissingDependencyError`` that says what to install where neither can be imported.
+    Raises ``MissingDependencyError`` with the command to install one if neither can be imported.
     """
     for package in ("tensorrt", "tensorrt_rtx"):
         try:

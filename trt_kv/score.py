@@ -1,4 +1,4 @@
-"""What a score is: how the tokens or pages of a layer are ranked. Each score stands in its own file in ``trt_kv/scores``."""
+"""A score: how the tokens or pages of a layer are ranked. Each score has its own file in ``trt_kv/scores``."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,19 +15,20 @@ Ranked = Literal["nothing", "tokens", "pages"]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One score; ``UsageError`` for one that ranks tokens by nothing, or by two things at once.
+    """One score; ``UsageError`` unless exactly one of ``token_scores`` and ``ranking`` is set for tokens, and neither
+    otherwise.
 
-    ``ranks``: cached tokens, for eviction; pages, for recall, whose bounds a policy's ``page_summary`` and ``group_pooling``
-    choose; or nothing, for policies that keep everything. A score of tokens is either accumulated attention or an order:
+    ``ranks``: cached tokens, for eviction; pages, for recall, by the bounds of a policy's ``page_summary`` and
+    ``group_pooling``; or nothing, for policies that keep everything. A score of tokens is either accumulated attention or an
+    order:
 
-    * ``token_scores`` makes the attributes of TokenScores that this score sets, of those that ``heads``, ``pooling`` and
-      ``decode`` of the policy do not set: ``window`` and ``average``, 0 where it leaves them out. None: it reads no attention.
-    * ``ranking`` is that attribute of EvictTokens, and of AdaptiveBudget where the policy's ``metric_order`` is "ranking": 0 by
-      the result of TokenScores, 1 newest first, 2 by lots.
+    * ``token_scores`` returns the attributes of TokenScores that this score sets: ``window`` and ``average``, 0 if left out;
+      the policy's ``heads``, ``pooling`` and ``decode`` set the others. None: the score reads no attention.
+    * ``ranking`` is the attribute of that name of EvictTokens, and of AdaptiveBudget if the policy's ``metric_order`` is
+      "ranking": 0 by the result of TokenScores, 1 newest first, 2 random.
 
-    ``settings`` names the fields of a policy that are read by this score and not by every one. ``check`` raises ``UsageError``
-    for a policy with this score that would mean nothing; its own values, and what its budget and residency ask of any score,
-    are checked without it.
+    ``settings`` names the fields of a policy that this score reads and others do not. ``check`` raises ``UsageError`` for an
+    invalid policy with this score; ranges, and what budget and residency require of any score, are checked elsewhere.
     """
 
     name: str
@@ -40,15 +41,15 @@ class Score:
 
     def __post_init__(self) -> None:
         if self.ranks not in get_args(Ranked):
-            raise UsageError(f"score {self.name!r} ranks something unknown", got=self.ranks, expected=get_args(Ranked))
+            raise UsageError(f"score {self.name!r} has an unknown value of ranks", got=self.ranks, expected=get_args(Ranked))
         if self.reads_attention + (self.ranking != 0) != (self.ranks == "tokens"):
             raise UsageError(
-                f"score {self.name!r} does not say what it ranks by",
+                f"score {self.name!r} has no unique ranking",
                 got=f"ranks {self.ranks!r}, ranking {self.ranking}, {'' if self.reads_attention else 'no '}token_scores",
-                expected="either token_scores or a ranking other than 0 where tokens are ranked, else neither",
+                expected="either token_scores or a ranking other than 0 if tokens are ranked, else neither",
             )
 
     @property
     def reads_attention(self) -> bool:
-        """Whether the ranking is made from attention weights."""
+        """Whether the ranking is computed from attention weights."""
         return self.token_scores is not None

@@ -1,4 +1,4 @@
-"""weights.json: where each tensor of the decoder stands among an engine's graphs, for who runs the decoder without them."""
+"""weights.json: file and offset of each tensor of the decoder, for backends that run the decoder without the graphs."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ FILE_NAME = "weights.json"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredWeight:
-    """One tensor, C-contiguous and little-endian: from byte ``offset`` of ``file``, which stands beside the index."""
+    """One tensor, C-contiguous and little-endian: from byte ``offset`` of ``file``, in the folder of the index."""
 
     name: str
     file: str
@@ -25,7 +25,7 @@ class StoredWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightIndex:
-    """The tensors of a decoder, all of ``dtype``, named as checkpoints name them."""
+    """The tensors of a decoder, all of ``dtype``, under their names in checkpoints."""
 
     dtype: str
     weights: tuple[StoredWeight, ...]
@@ -38,13 +38,13 @@ class WeightIndex:
 
 
 def load_weight_index(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> WeightIndex:
-    """The index in ``folder``. ``EngineError`` where there is none, or where it tells of others than the tensors ``shapes`` or
-    of places that its files do not have.
+    """The index in ``folder``. ``EngineError`` if there is none, if its tensors are not those of ``shapes``, or if one lies
+    beyond the end of its file.
     """
     path = folder / FILE_NAME
     if not path.is_file():
         raise EngineError(
-            f"{folder} does not say where each weight is",
+            f"{folder} has no index of its weights",
             got=f"no {FILE_NAME}",
             expected="an engine of this version of trt-kv",
             fix="build the engine again, with --force (make: FORCE=1)",
@@ -52,7 +52,7 @@ def load_weight_index(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> We
     data = read_json(path, kind="list of weights", error=EngineError)
     index = dataclass_from_json(WeightIndex, data, where=str(path), error=EngineError)
     if index.dtype not in ITEM_BYTES or {weight.name: weight.shape for weight in index.weights} != dict(shapes):
-        raise EngineError(f"{path} is not about this model's weights", fix="build the engine again")
+        raise EngineError(f"{path} does not match the model's weights", fix="build the engine again")
     for weight in index.weights:
         stored = folder / weight.file
         n_bytes = stored.stat().st_size if stored.is_file() else 0

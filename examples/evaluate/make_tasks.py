@@ -1,4 +1,4 @@
-"""Write the tasks of this folder again: python examples/evaluate/make_tasks.py > examples/evaluate/tasks.jsonl."""
+"""Generate the tasks file of this folder: python examples/evaluate/make_tasks.py > examples/evaluate/tasks.jsonl."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is, whatever its format."""
+"""The interface of checkpoints of any format."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -10,22 +10,22 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(Protocol):
-    """A validated checkpoint: every tensor that ``config`` asks for is there, whole, and of the right shape."""
+    """A validated checkpoint: every tensor that ``config`` requires is present, complete and of the right shape."""
 
     @property
     def location(self) -> Path:
-        """Where it lies, for messages."""
+        """Its path, for messages."""
 
     @property
     def name(self) -> str:
-        """What people call the model."""
+        """The model's name, for messages and manifests."""
 
     @property
     def config(self) -> "ModelConfig": ...
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text: those of ``config``, and those of generation settings beside it."""
+        """The tokens that end a text: those of ``config`` and of the generation settings."""
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -37,14 +37,14 @@ class Checkpoint(Protocol):
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        """The files that an engine takes along, as far as they exist, ``tokenizer_file`` among them."""
+        """The existing files that are copied into an engine, ``tokenizer_file`` among them."""
 
     @property
     def digest(self) -> str:
         """``sha256:<hex>`` over the arithmetic of the config and the names, dtypes, shapes and bytes of all weights."""
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """One weight in its stored dtype, on the CPU; its bytes are read when they are used.
+        """One weight in its stored dtype, on the CPU; its bytes are read on use.
 
-        Raises ``CheckpointError`` where what is stored has changed since the checkpoint was opened.
+        Raises ``CheckpointError`` if the file has changed since the checkpoint was opened.
         """

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, a hub repository, or the one that comes with the package."""
+"""Locates a checkpoint: a folder, a hub repository, or the one bundled with the package."""
 
 import re
 from pathlib import Path
@@ -17,18 +17,18 @@ HUB_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-"""What is fetched of a repository: never pickles, and not the second copy of the weights that some repositories carry."""
+"""Files downloaded from a repository: no pickles, and not the second copy of the weights that some repositories contain."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_checkpoint(model: str | None, checkpoint: str | None) -> Path:
-    """The checkpoint's folder: ``checkpoint`` (a folder, or a hub id ``owner/name``), else what is bundled for
+    """The checkpoint's folder: ``checkpoint`` (a folder, or a hub id ``owner/name``), else the one bundled for
     preset ``model``. An empty string counts as not given.
 
-    A hub id is looked up, and downloaded where needed, by huggingface_hub with its cache, token, endpoint and offline mode.
-    Raises ``UnknownNameError`` for an unknown model, ``UsageError`` where neither is given, and ``CheckpointError`` where there
-    is no such folder or the hub cannot give the repository.
+    A hub id is looked up, and downloaded if needed, by huggingface_hub with its cache, token, endpoint and offline mode.
+    Raises ``UnknownNameError`` for an unknown model, ``UsageError`` if neither is given, and ``CheckpointError`` if there is
+    no such folder or the repository cannot be downloaded.
     """
     bundled = preset(model).bundled_folder if model else None
     if checkpoint:
@@ -44,13 +44,13 @@ def _folder_or_snapshot(checkpoint: str) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{checkpoint} is a file", expected="the folder that holds config.json and the weights")
-    # `models/mine` is a path and not a hub id where a folder `models` is at hand; so are `./mine` and `../mine`.
+    # `models/mine` is a path and not a hub id if a folder `models` exists; so are `./mine` and `../mine`.
     if not _HUB_ID.fullmatch(checkpoint) or folder.parent.is_dir():
         raise CheckpointError(
             f"no such folder: {checkpoint!r}",
             got="a path that does not exist",
             expected="a checkpoint's folder, or a hub id such as meta-llama/Llama-3.1-8B-Instruct",
-            fix="check the spelling; owner/name is read as a path where there is a folder called owner",
+            fix="check the spelling; owner/name is read as a path if there is a folder called owner",
         )
     return _snapshot(checkpoint)
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder in Hugging Face layout, opened only if everything in it fits together."""
+"""A checkpoint folder in Hugging Face layout, opened only if its files are consistent."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ _N_SHOWN = 4
 class HuggingFaceCheckpoint:
     """A validated folder in Hugging Face layout, which ``location`` names: a ``Checkpoint``.
 
-    ``eos_token_ids`` joins ``config.json`` and ``generation_config.json``.
+    ``eos_token_ids`` are those of ``config.json`` and of ``generation_config.json``.
     """
 
     location: Path
@@ -61,12 +61,12 @@ class HuggingFaceCheckpoint:
 
     @property
     def tokenizer_file(self) -> Path:
-        """``tokenizer.json``, which a folder need not have."""
+        """``tokenizer.json``, which may be missing."""
         return self.location / "tokenizer.json"
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        """The files beside the weights that an engine takes along, as far as they exist, ``config.json`` among them."""
+        """The existing files that are copied into an engine, ``config.json`` among them; no weights."""
         return [path for path in (self.location / name for name in TOKENIZER_FILES) if path.is_file()]
 
     @cached_property
@@ -84,9 +84,9 @@ class HuggingFaceCheckpoint:
         return f"sha256:{digest.hexdigest()}"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One weight in its stored dtype, memory-mapped: bytes are read when they are used.
+        """One weight in its stored dtype, memory-mapped: bytes are read on use.
 
-        Raises ``CheckpointError`` where the file has changed since the checkpoint was opened.
+        Raises ``CheckpointError`` if the file has changed since the checkpoint was opened.
         """
         safetensors = require("safetensors")
         path = self.stored[name].path
@@ -101,7 +101,7 @@ class HuggingFaceCheckpoint:
 
 
 def open_huggingface(folder: Path) -> HuggingFaceCheckpoint:
-    """Open and check the checkpoint in ``folder``; raises ``CheckpointError`` naming the first file that does not fit.
+    """Open and check the checkpoint in ``folder``; raises ``CheckpointError`` naming the first inconsistent file.
 
     Weights are not read, only their headers.
     """
@@ -179,7 +179,7 @@ def _sharded_tensors(folder: Path) -> dict[str, StoredTensor]:
     absent = [shard for shard in shards if not (folder / shard).exists()]
     if absent:
         raise CheckpointError(
-            f"{index_path} names shards that are not there",
+            f"{index_path} lists shards that are missing",
             got=f"missing {_some(absent)}",
             expected=f"{len(shards)} shards",
             fix="finish the download, or copy the missing shards into the folder",
@@ -200,7 +200,7 @@ def _sharded_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _matched(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors the decoder needs, in its order; anything missing, left over or of another shape is an error."""
+    """The tensors the decoder needs, in its order; missing, unexpected or differently shaped tensors are an error."""
     shapes = config.tensor_shapes()
     missing = [name for name in shapes if name not in stored]
     extra = [name for name in stored if name not in shapes and not _is_redundant(folder, config, stored, name)]
@@ -223,7 +223,7 @@ def _matched(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTenso
 
 
 def _is_redundant(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor], name: str) -> bool:
-    """Whether a tensor that the decoder does not use may lie there: an old RoPE buffer, or a copy of the tied embedding."""
+    """Whether a tensor that the decoder does not use is harmless: an old RoPE buffer, or a copy of the tied embedding."""
     if name == _OUTPUT and config.tie_embeddings and _EMBEDDING in stored:
         if _bytes_digest(stored[_OUTPUT]) == _bytes_digest(stored[_EMBEDDING]):
             return True
@@ -244,7 +244,7 @@ def _bytes_digest(tensor: StoredTensor) -> bytes:
 
 
 def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
-    """Refuse a tokenizer that can emit ids the model has no embedding for; unused embedding rows are common and fine."""
+    """Refuse a tokenizer with ids that the model has no embedding for; unused embedding rows are common and allowed."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return

@@ -1,4 +1,4 @@
-"""Where the format of a checkpoint is decided."""
+"""Opens a checkpoint in the class of its format."""
 
 from pathlib import Path
 
@@ -9,6 +9,6 @@ from trt_kv.export.checkpoints.huggingface import open_huggingface
 def open_checkpoint(location: Path) -> Checkpoint:
     """Open and check the checkpoint at ``location``, a folder in Hugging Face layout. Weights are not read, only their headers.
 
-    Raises ``CheckpointError`` naming the first file that does not fit.
+    Raises ``CheckpointError`` naming the first inconsistent file.
     """
     return open_huggingface(location)

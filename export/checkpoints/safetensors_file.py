@@ -1,4 +1,4 @@
-"""Safetensors headers, read and checked before any weight is touched.
+"""Safetensors headers, read and checked before any weight is read.
 
 Layout (huggingface/safetensors, "Format"): 8 bytes little-endian header length, a JSON header naming each tensor's dtype, shape
 and byte range, then the bytes.
@@ -25,7 +25,7 @@ _AGAIN = "download or copy the file again"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor lies: ``start`` and ``n_bytes`` are byte counts from the beginning of the file ``path``."""
+    """Location of one tensor: ``start`` and ``n_bytes`` are byte counts from the beginning of the file ``path``."""
 
     path: Path
     dtype: str
@@ -34,7 +34,7 @@ class StoredTensor:
     n_bytes: int
 
     def chunks(self) -> Iterator[bytes]:
-        """The tensor's bytes in pieces of a few MiB."""
+        """The tensor's bytes in chunks of a few MiB."""
         with self.path.open("rb") as file:
             file.seek(self.start)
             left = self.n_bytes
@@ -47,7 +47,7 @@ class StoredTensor:
 
 
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file by name. Raises ``CheckpointError`` unless the file is whole and its header is consistent."""
+    """The tensors of one file by name. Raises ``CheckpointError`` unless the file is complete and its header is consistent."""
     try:
         with path.open("rb") as file:
             prefix = file.read(_PREFIX_BYTES)
@@ -56,7 +56,7 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
             file_bytes = path.stat().st_size
             if not 0 < header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - _PREFIX_BYTES):
                 raise _broken(
-                    path, f"a header of {header_bytes} bytes in a file of {file_bytes} bytes", "a whole safetensors header"
+                    path, f"a header of {header_bytes} bytes in a file of {file_bytes} bytes", "a complete safetensors header"
                 )
             header = json.loads(file.read(header_bytes))
     except OSError as error:
@@ -71,7 +71,7 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
             raise _broken(path, f"tensors that overlap or leave a gap at byte {end}", "tensors one after the other")
         end += tensor.n_bytes
     if end != file_bytes:
-        raise _broken(path, f"{file_bytes} bytes", f"{end} bytes, as the header says")
+        raise _broken(path, f"{file_bytes} bytes", f"{end} bytes according to the header")
     return tensors
 
 
@@ -91,7 +91,7 @@ def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: 
         raise _broken(path, f"header entry {name!r}: {entry!r}", "a dtype's name")
     if dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"tensor {name!r} in {path} has a dtype that trt-kv does not read",
+            f"tensor {name!r} in {path} has a dtype that trt-kv does not support",
             got=dtype,
             expected="one of " + ", ".join(ITEM_BYTES),
             fix="pass the original, unquantised checkpoint",
@@ -100,9 +100,7 @@ def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: 
         raise _broken(path, f"header entry {name!r}: {entry!r}", "a shape and two byte offsets")
     n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != n_bytes:
-        raise _broken(
-            path, f"{offsets[1] - offsets[0]} bytes for tensor {name!r}", f"{n_bytes} bytes, as its shape {shape} says"
-        )
+        raise _broken(path, f"{offsets[1] - offsets[0]} bytes for tensor {name!r}", f"{n_bytes} bytes for its shape {shape}")
     return StoredTensor(path=path, dtype=dtype, shape=tuple(shape), start=data_start + offsets[0], n_bytes=n_bytes)
 
 

@@ -1,1 +1,1 @@
-"""What an engine needs beside its graphs, for each target that runs it."""
+"""The parts of an engine other than its graphs, for each target."""

@@ -1,6 +1,6 @@
-"""What an engine for ONNX Runtime has beside its graphs: the graph segments, and a list of where each weight stands.
+"""The parts of an engine for ONNX Runtime other than its graphs: the graph segments, and the index of its weights.
 
-Big weights stand where the graphs read them, the others in a file of their own, because graphs hold those inside.
+The index refers to big weights in the graphs' external data. Small weights, which graphs hold inside, are copied to a file.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ SMALL_WEIGHTS_FILE = "small_weights.data"
 
 
 def save_onnxruntime_parts(checkpoint: Checkpoint, graph: onnx.ModelProto, folder: Path, *, dtype: str) -> Parts:
-    """Write the segments of ``graph``, the decode graph in ``folder``, and the list of weights beside it."""
+    """Write the segments of ``graph``, the decode graph in ``folder``, and the index of weights."""
     models, segments, ports = segments_from_graph(graph)
     save_segments(models, segments, folder)
     save_weight_index(checkpoint, graph, folder, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What the runtime of a target executes."""
+"""The parts of an engine that the runtime of its target executes."""
 
 from dataclasses import dataclass
 

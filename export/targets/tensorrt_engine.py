@@ -1,4 +1,4 @@
-"""Graph -> TensorRT plan: optimization profiles, limits, timing cache, progress, and what the plan looks like afterwards.
+"""Graph -> TensorRT plan: optimization profiles, limits, timing cache, progress, and a description of the plan.
 
 TensorRT builds for the GPU of this machine; TensorRT-RTX builds without one. One plan serves prefill and decode:
 docs/decisions/0011-one-tensorrt-plan.md.
@@ -32,7 +32,7 @@ PLAN_FILE = "model.plan"
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What to build from one graph. ``timing_cache`` is read where it exists and written afterwards."""
+    """What to build from one graph. ``timing_cache`` is read if it exists, and written afterwards."""
 
     graph: Path
     program: Program
@@ -43,17 +43,17 @@ class PlanRequest:
 
     @property
     def ranges(self) -> list[dict[str, Range]]:
-        """What each optimization profile of the plan admits, for the axes that the graph has."""
+        """The ranges of the graph's axes in each optimization profile of the plan."""
         axes = {axis for tensor in graph_inputs(self.program).values() for axis in tensor.axes}
         profiles = self.options.profile.axis_ranges(n_layers=self.config.n_layers, page_size=self.page_size)
         return [{axis: sizes for axis, sizes in ranges.items() if axis in axes} for ranges in profiles]
 
 
 def build_plan(request: PlanRequest, folder: Path, on_progress: OnProgress | None = None) -> None:
-    """Write ``model.plan`` into ``folder``, ``network.json`` (tensors, plugins and their fields) and, where a driver lets the
-    plan be loaded, ``layers.json`` (TensorRT's engine inspector).
+    """Write ``model.plan`` into ``folder``, ``network.json`` (tensors, plugins and their fields) and, if the driver can load
+    the plan, ``layers.json`` (TensorRT's engine inspector).
 
-    Raises ``EngineError`` with TensorRT's own words where it refuses the graph or the build.
+    Raises ``EngineError`` with TensorRT's messages if it rejects the graph or the build fails.
     """
     parsed = network_from_onnx(request.graph)
     check_network(parsed, request.program, request.config, page_size=request.page_size, dtype=request.dtype)
@@ -76,7 +76,7 @@ def build_plan(request: PlanRequest, folder: Path, on_progress: OnProgress | Non
 
 
 class BuildProgress(trt.IProgressMonitor):  # type: ignore[misc]
-    """Tells ``on_progress`` how far TensorRT's outermost phase is; called from TensorRT's threads."""
+    """Calls ``on_progress`` with the progress of TensorRT's outermost phase, from TensorRT's threads."""
 
     def __init__(self, stage: str, on_progress: OnProgress | None) -> None:
         trt.IProgressMonitor.__init__(self)
@@ -90,7 +90,7 @@ class BuildProgress(trt.IProgressMonitor):  # type: ignore[misc]
             self._tell(phase_name, 0)
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        """Always True: go on building."""
+        """Always True: continue the build."""
         if phase_name in self._totals:
             self._tell(phase_name, min(step + 1, self._totals[phase_name]))
         return True
@@ -105,7 +105,7 @@ class BuildProgress(trt.IProgressMonitor):  # type: ignore[misc]
 
 
 def inspected_layers(plan: Any) -> Any:
-    """The engine inspector's account of a plan's layers, or None where no driver lets the plan be loaded."""
+    """The engine inspector's description of a plan's layers, or None if no driver can load the plan."""
     runtime = trt.Runtime(CollectingLogger())
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
@@ -127,7 +127,7 @@ def _builder_config(parsed: ParsedNetwork, request: PlanRequest, progress: Build
         known = timing_cache.read_bytes() if timing_cache.is_file() else b""
         if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
             raise EngineError(
-                f"TensorRT refuses the timing cache {timing_cache}",
+                f"TensorRT rejects the timing cache {timing_cache}",
                 got="; ".join(parsed.logger.errors),
                 fix="remove the file; it was made by another version or on another GPU",
             )
@@ -148,7 +148,7 @@ def _add_optimization_profile(parsed: ParsedNetwork, config: Any, program: Progr
         )
         shapes.set_shape(name, low, usual, high)
     if config.add_optimization_profile(shapes) < 0:
-        raise EngineError("TensorRT refuses an optimization profile", got=ranges, fix="change the sizes in the PROFILE")
+        raise EngineError("TensorRT rejects an optimization profile", got=ranges, fix="change the sizes in the PROFILE")
 
 
 def _save_json(path: Path, data: Any) -> None:

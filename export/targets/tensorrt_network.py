@@ -1,4 +1,4 @@
-"""An ONNX graph as TensorRT's parser reads it: checked against what the manifest says stands in it."""
+"""An ONNX graph as TensorRT's parser reads it, checked against the program of the manifest."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class CollectingLogger(trt.ILogger):  # type: ignore[misc]
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedNetwork:
-    """A network and what keeps it alive: TensorRT's objects hold bare pointers to one another."""
+    """A network and the objects it depends on: TensorRT's objects hold raw pointers to one another."""
 
     network: Any
     builder: Any
@@ -54,9 +54,9 @@ class ParsedNetwork:
 
 
 def network_from_onnx(path: Path, *, plugins: bool = True) -> ParsedNetwork:
-    """Parse a graph, with weights beside it. Without ``plugins`` nothing is registered: the ops' functions are taken.
+    """Parse a graph, with weights beside it. Without ``plugins`` none are registered: the ops' ONNX functions are used.
 
-    Raises ``EngineError`` with what the parser and its plugins said.
+    Raises ``EngineError`` with the messages of the parser and its plugins.
     """
     creators = register_plugins() if plugins else {}
     for creator in creators.values():

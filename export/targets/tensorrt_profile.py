@@ -8,7 +8,7 @@ from trt_kv.profiles import BuildProfile
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRtOptions:
-    """How to compile an engine for TensorRT. ``timing_cache`` is read where the file exists, and written afterwards."""
+    """How to compile an engine for TensorRT. ``timing_cache`` is read if the file exists, and written afterwards."""
 
     profile: BuildProfile
     timing_cache: Path | None = None

@@ -19,14 +19,14 @@ COMMANDS = ("doctor", "policies", "build", "generate", "evaluate", "inspect", "c
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are asked for: module ``trt_kv.cli.NAME`` holds ``command``."""
+    """A group whose commands are imported on demand: module ``trt_kv.cli.NAME`` holds ``command``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names in the order of ``COMMANDS``."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command; None for a name that is not one of ours."""
+        """Import the command; None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
         command = importlib.import_module(f"trt_kv.cli.{cmd_name}").command
@@ -54,14 +54,14 @@ def group() -> None:
       trt-kv inspect engines/first
       trt-kv generate engines/first --prompt-file prompt.txt
 
-    Exit codes: 0 done, 1 failed, 2 the request was wrong, 130 interrupted. Every command takes --debug.
+    Exit codes: 0 success, 1 failure, 2 invalid request, 130 interrupted. Every command takes --debug.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``trt-kv`` with ``arguments`` (default: the process's) and return the exit code; messages go to stderr."""
     invocation = Invocation()
-    # Read when torch is loaded: OpenMP threads that spin between kernels take the cores of whatever runs then.
+    # Read by OpenMP when torch is loaded. Threads that spin between kernels take CPU time from other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         result = group.main(
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(error: BaseException) -> int:
-    """Print what ``error`` means to the user and return the exit code it stands for."""
+    """Print the message for ``error`` and return its exit code."""
     if isinstance(error, click.Abort) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, ModuleNotFoundError):
@@ -93,7 +93,7 @@ def _report(error: BaseException) -> int:
         where = f": {error.filename}" if error.filename is not None else ""
         return _say(f"error: {error.strerror}{where}", 1)
     kind = type(error).__name__
-    return _say(f"internal error ({kind}: {_first_line(error)}); run again with --debug to see where", 1)
+    return _say(f"internal error ({kind}: {_first_line(error)}); run again with --debug for the traceback", 1)
 
 
 def _say(message: str, exit_code: int) -> int:

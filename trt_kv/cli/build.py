@@ -1,4 +1,4 @@
-"""``trt-kv build``: a checkpoint becomes an engine."""
+"""``trt-kv build``: build an engine from a checkpoint."""
 
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from trt_kv.policy import Policy
 @drift_options(with_file=True)
 @calibration_options
 @target_options
-@click.option("--out", type=any_path, metavar="FOLDER", help="The engine. Default: engines/MODEL-POLICY.")
-@click.option("--force", is_flag=True, help="Replace an engine that is already there.")
+@click.option("--out", type=any_path, metavar="FOLDER", help="Engine folder. Default: engines/MODEL-POLICY.")
+@click.option("--force", is_flag=True, help="Replace an existing engine.")
 @debug_option
 def command(
     *,
@@ -43,15 +43,15 @@ def command(
 ) -> None:
     """Build an engine from a checkpoint.
 
-    A policy with calibrated budgets is calibrated on the way, unless --recipe brings a recipe; so is one with calibrated
-    drift thresholds, unless --drift brings them. The engine folder appears whole or not at all.
+    If the policy needs a recipe or drift thresholds and --recipe or --drift does not provide them, they are calibrated
+    first. The engine folder appears complete or not at all.
 
     \b
     Examples:
       trt-kv build
       trt-kv build --policy prefixkv --budget 0.3 --score window --out engines/small
       trt-kv build --policy freekv --set tokens=512 drift=calibrated --correction-rate 0.05
-      trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/yardstick
+      trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/full
       trt-kv build --checkpoint ~/models/Llama-3.1-8B --target tensorrt --profile datacenter --dtype bfloat16
     """
     request = BuildRequest(

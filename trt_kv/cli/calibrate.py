@@ -1,4 +1,4 @@
-"""``trt-kv calibrate``: prompts become a recipe, or drift thresholds."""
+"""``trt-kv calibrate``: calibrate a recipe or drift thresholds on prompts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ from trt_kv.policy_settings import differences, setting_as_text
     "--recipe",
     type=existing_file,
     metavar="FILE",
-    help="Budgets under which drift is measured, for a policy with budget=recipe. Default: calibrated on the way.",
+    help="Recipe that is applied while drift is measured, for a policy with budget=recipe. Default: calibrate one first.",
 )
 @click.option(
     "--out",
@@ -73,15 +73,16 @@ def command(
     recipe: Path | None,
     out: Path | None,
 ) -> None:
-    """Find how much each layer must keep, and write it as a recipe; or, for a policy that recalls pages, how far a query
-    may drift before its KV head chooses pages anew.
+    """Calibrate the kept share of each layer (a recipe); or, for a policy that recalls pages, the drift threshold of each
+    layer: the cosine of adjacent queries below which a KV head selects its pages again.
 
-    A recipe is a JSON file for people to read: kept shares per layer, and how they were found. It belongs to one
-    model. A picture of the shares and of the cumulative curves is written beside it.
+    A recipe is a readable JSON file with the kept share of each layer and how it was found. It is valid for one
+    checkpoint. A plot of the shares and of the cumulative curves is written beside it.
 
-    Drift thresholds (policies freekv, quest, arkvale) are such a file too: a tau per layer, at which --correction-rate of
-    its KV heads are corrected, and how alike adjacent queries and their pages are, per layer and head. With
-    --set budget=recipe a recipe is written, with drift=calibrated as well the thresholds under that recipe.
+    Drift thresholds (policies freekv, quest, arkvale) are a JSON file too. It has a tau for each layer, chosen so that
+    --correction-rate of its KV heads are corrected, and the similarity of adjacent queries and of the pages they select,
+    per layer and KV head. With --set budget=recipe the command writes a recipe; with --set budget=recipe
+    drift=calibrated it writes the thresholds under that recipe.
 
     \b
     Examples:
@@ -97,7 +98,7 @@ def command(
         return
     check_reads_recipe(policy)
     check_drift_is_read(policy, drift)
-    _refuse({"--recipe": recipe}, "a recipe is what this finds")
+    _refuse({"--recipe": recipe}, "this command produces a recipe")
     request = RecipeRequest(
         source=source,
         policy=policy,
@@ -134,13 +135,15 @@ def _calibrate_drift(
 
 
 def _with_thresholds(policy: Policy) -> Policy:
-    """``policy`` with a calibrated tau; ``UsageError`` where a fixed one is asked for."""
+    """``policy`` with a calibrated tau; ``UsageError`` if the user set a fixed one."""
     if policy.drift == "fixed" and policy.tau != policy_from_name(policy.name).tau:
-        raise UsageError("tau is what this finds", got=f"--set tau={policy.tau}", fix="leave tau out")
+        raise UsageError("tau is the result of this calibration", got=f"--set tau={policy.tau}", fix="leave tau out")
     return dataclasses.replace(policy, drift="calibrated")
 
 
 def _refuse(options: Mapping[str, Path | None], reason: str) -> None:
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"{name} is not for this calibration: {reason}", got=f"{name} {value}", fix=f"leave {name} out")
+            raise UsageError(
+                f"{name} does not apply to this calibration: {reason}", got=f"{name} {value}", fix=f"leave {name} out"
+            )

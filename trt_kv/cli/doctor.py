@@ -1,4 +1,4 @@
-"""``trt-kv doctor``: what this machine has, and what to install."""
+"""``trt-kv doctor``: check this machine and list what to install."""
 
 import click
 
@@ -14,7 +14,7 @@ COLOURS = {State.OK: "green", State.OPTIONAL: "yellow", State.MISSING: "red"}
 def command(ctx: click.Context) -> None:
     """Check Python, memory, packages, accelerators and the bundled model.
 
-    Each line says ok, optional (not there, and only some commands need it) or missing (nothing works without it).
+    Each line is marked ok, optional (not installed, and needed by some commands only) or missing (required by all).
     The exit code is 1 when something is missing.
 
     \b
@@ -31,7 +31,7 @@ def command(ctx: click.Context) -> None:
         click.echo(line_of(finding, width))
     n_missing = sum(finding.state is State.MISSING for finding in findings)
     if n_missing:
-        click.echo(f"{n_missing} missing: install what the lines above say", err=True)
+        click.echo(f"{n_missing} missing: see the lines above for how to install", err=True)
         ctx.exit(1)
 
 

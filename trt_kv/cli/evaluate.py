@@ -1,4 +1,4 @@
-"""``trt-kv evaluate``: how well an engine answers one's own tasks."""
+"""``trt-kv evaluate``: measure an engine on the user's own tasks."""
 
 from pathlib import Path
 
@@ -14,39 +14,37 @@ from trt_kv.pipeline import DeviceChoice, EvaluationRequest, evaluate
 
 @click.command("evaluate", short_help="Measure how well an engine answers tasks.")
 @click.argument("engine", type=any_path)
-@click.option("--tasks", type=existing_file, required=True, metavar="FILE", help="The tasks, as JSON lines.")
+@click.option("--tasks", type=existing_file, required=True, metavar="FILE", help="Tasks file (JSON lines).")
 @click.option(
     "--against",
     type=any_path,
     metavar="ENGINE|FILE",
-    help="Compare with another engine of this checkpoint, e.g. one with --policy full, or with its results (a file of --out).",
+    help="Compare with another engine of the same checkpoint, e.g. one with --policy full, or with its results file (--out).",
 )
-@click.option(
-    "--out", type=any_path, metavar="FILE", help="Keep every answer in FILE (JSON). An interrupted evaluation continues."
-)
-@click.option("--force", is_flag=True, help="Evaluate again even if FILE has answers.")
+@click.option("--out", type=any_path, metavar="FILE", help="Store every answer in FILE (JSON). Run again to continue.")
+@click.option("--force", is_flag=True, help="Start over even if FILE has answers.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use the first N tasks only.")
 @click.option(
     "--match",
     type=click.Choice(list(MATCHES)),
     default="exact",
     show_default=True,
-    help="What is right: " + "; ".join(f"{name}: {meaning}" for name, meaning in MATCHES.items()) + ".",
+    help="When an answer is right: " + "; ".join(f"{name}: {meaning}" for name, meaning in MATCHES.items()) + ".",
 )
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Generate N tokens per task. Default: as many as its longest accepted answer needs; for contains, 64 more.",
+    help="Generate at most N tokens per task. Default: as many as the longest accepted answer needs; for contains, 64 more.",
 )
 @click.option(
     "--separator",
     default=" ",
     metavar="TEXT",
-    help="Stands between prompt and expected answer where neither has white space there. Default: one space.",
+    help="Text between prompt and expected answer if neither has white space at that point. Default: one space.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Tasks that decode together."
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Tasks decoded together."
 )
 @device_options
 @debug_option
@@ -64,10 +62,11 @@ def command(
     batch_size: int,
     on: DeviceChoice,
 ) -> None:
-    """Let ENGINE answer tasks, and show accuracy, perplexity of the expected answers, kept share of the cache and time.
+    """Run ENGINE on tasks and report accuracy, perplexity of the expected answers, kept share of the cache and time.
 
-    Each line of the tasks file is {"prompt": "...", "expected": "..."}; "expected" may be a list of accepted answers, whose
-    first one is measured for perplexity. "task" groups lines, "name" names one. Answers are greedy.
+    Each line of the tasks file is {"prompt": "...", "expected": "..."}; "expected" may be a list of accepted
+    answers, and perplexity is that of the first. Optional: "task", the group that the line is reported in, and "name", a
+    unique name. Decoding is greedy.
 
     \b
     Examples:

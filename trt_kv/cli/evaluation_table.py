@@ -15,7 +15,7 @@ COMPARISON_HEADER = ("", "difference", "right only here/there", "verdict", "same
 
 
 def describe_evaluation(evaluation: "Evaluation") -> str:
-    """Many lines: what was evaluated, a row per group of tasks and one for all, and how it compares with another engine."""
+    """Multi-line text: what was evaluated, a row per group of tasks and one for all, and the comparison with another engine."""
     from trt_kv.calibration.answer_files import summary_of
 
     summary = summary_of(evaluation)
@@ -43,14 +43,14 @@ def _engine(facts: "EngineFacts") -> str:
 
 
 def _exempt(run: "Run") -> list[str]:
-    """What the layers keep that the policy does not exempt, where it exempts some and not all."""
+    """The kept share over the layers that are not exempt, if the policy exempts some but not all."""
     exempt = run.engine.policy.exempt_layers
     n_others = len(run.answers[0].kept_tokens) - len(exempt)
     if not exempt or n_others == 0:
         return []
     shares = [answer.kept_share_without(exempt) for answer in run.answers]
     told = f"{sum(shares) / len(shares):.1%} ({_share(min(shares), 1)}–{_share(max(shares), 1)})"
-    return ["", f"kept of prompt counts the exempt layers {', '.join(map(str, exempt))}; of all others it is {told}"]
+    return ["", f"kept of prompt includes the exempt layers {', '.join(map(str, exempt))}; without them it is {told}"]
 
 
 def _score_cells(score: Mapping[str, Any]) -> list[str]:
@@ -78,7 +78,7 @@ def _comparison_cells(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def _share(value: float, digits: int = 0) -> str:
-    """A share as a percentage without its sign."""
+    """A share as a percentage, without the percent sign."""
     return f"{100 * value:.{digits}f}"
 
 

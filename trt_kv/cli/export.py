@@ -1,4 +1,4 @@
-"""``trt-kv export``: a checkpoint becomes ONNX graphs, without an engine around them."""
+"""``trt-kv export``: export a checkpoint as ONNX graphs, without building an engine."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from trt_kv.pipeline import DriftPlan, ExportRequest, ModelSource, export_graphs
 from trt_kv.policy import Policy
 
 
-@click.command("export", short_help="Write the model as one ONNX graph.")
+@click.command("export", short_help="Export the model as monolithic ONNX graphs.")
 @model_options
 @policy_options
 @click.option("--recipe", type=existing_file, metavar="FILE", help="Budgets per layer, for a policy that reads a recipe.")
 @drift_file_option
-@click.option("--out", type=any_path, required=True, metavar="FOLDER", help="Folder for the graph and its weights.")
+@click.option("--out", type=any_path, required=True, metavar="FOLDER", help="Folder for the graphs and their weights.")
 @debug_option
 def command(*, source: ModelSource, policy: Policy, recipe: Path | None, drift: Path | None, out: Path) -> None:
-    """Write the whole model as one ONNX graph, with trt-kv's ops as nodes and the weights beside it.
+    """Export the whole model as ONNX, one graph for prefill and one for decode, with trt-kv's ops as nodes and shared weights.
 
-    For reading the graph, or for another tool; an engine is made by trt-kv build.
+    Use this to inspect the graphs or to pass them to another tool. To make an engine, use trt-kv build.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""``trt-kv generate``: an engine continues a prompt."""
+"""``trt-kv generate``: continue a prompt with an engine."""
 
 from pathlib import Path
 
@@ -20,20 +20,27 @@ from trt_kv.pipeline.plans import DeviceChoice
     help="Read the prompt from FILE.",
 )
 @click.option("--max-new-tokens", type=int, default=128, show_default=True, metavar="N", help="Stop after N tokens.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="Sampling temperature; 0: greedy.")
 @click.option(
-    "--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Sample from the likeliest tokens of mass P."
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="P",
+    help="Sample from the most likely tokens of total mass P.",
 )
 @click.option(
-    "--top-k", type=int, default=0, show_default=True, metavar="K", help="Sample from the K likeliest tokens; 0: all."
+    "--top-k", type=int, default=0, show_default=True, metavar="K", help="Sample from the K most likely tokens; 0: all."
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the sampling.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Sampling seed.")
 @click.option(
     "--host-tier",
     metavar="ram|file:PATH",
-    help="Where an engine whose cache stays on the host keeps it: in memory, or in a new file. Default: ram.",
+    help="Where a host-resident cache is stored: in memory, or in a new file. Default: ram.",
 )
-@click.option("--trace", type=any_path, metavar="FILE", help="Write what ran when, as JSON for chrome://tracing or Perfetto.")
+@click.option(
+    "--trace", type=any_path, metavar="FILE", help="Write a timeline of the run, as JSON for chrome://tracing or Perfetto."
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times.")
 @device_options
 @debug_option
@@ -52,7 +59,7 @@ def command(
     stop: tuple[str, ...],
     on: DeviceChoice,
 ) -> None:
-    """Continue PROMPT with ENGINE, printing the text as it comes. PROMPT - reads the prompt from standard input.
+    """Continue PROMPT with ENGINE and stream the text. If PROMPT is -, it is read from standard input.
 
     \b
     Examples:
@@ -84,7 +91,7 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     """The prompt from the argument, from a file or from standard input (``-``); ``UsageError`` unless exactly one is given."""
     if (prompt is None) == (prompt_file is None):
         raise UsageError(
-            "generate continues one prompt",
+            "generate needs exactly one prompt",
             got="no prompt" if prompt is None else "a prompt and --prompt-file",
             expected="PROMPT, PROMPT - for standard input, or --prompt-file FILE",
         )

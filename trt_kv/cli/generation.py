@@ -1,4 +1,4 @@
-"""Text as it is generated, and lines that say what it took."""
+"""Streaming of generated text, followed by lines of statistics."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """One prompt and how to continue it; the values are checked by the runtime, for its Python callers as well."""
+    """One prompt and how to continue it; the runtime checks the values."""
 
     prompt: str
     max_new_tokens: int
@@ -29,8 +29,8 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How an engine is run, ``on`` what. ``host_tier``: where a cache that stays on the host lies; None: the default, or the
-    engine has none. ``trace``: the file that says afterwards what ran when.
+    """How an engine is run, and where (``on``). ``host_tier``: where a host-resident cache is stored; None: the default, or the
+    engine has no such cache. ``trace``: the file that the timeline of the run is written to.
     """
 
     on: DeviceChoice = field(default_factory=DeviceChoice)
@@ -40,14 +40,14 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.trace is not None and not self.trace.parent.is_dir():
             raise UsageError(
-                "the trace cannot be written there", got=f"--trace {self.trace}", expected="a file in a folder that exists"
+                "the trace file cannot be written", got=f"--trace {self.trace}", expected="a file in a folder that exists"
             )
 
 
 def stream_text(
     *, engine: Path, request: GenerationRequest, running: RunOptions, on_end: Callable[[str], None]
 ) -> Iterator[str]:
-    """Pieces of generated text; ``on_end`` is given lines that say what it took."""
+    """Chunks of generated text; afterwards ``on_end`` is called with each line of statistics."""
     from trt_kv.runtime.engine import Engine
     from trt_kv.runtime.trace import NO_TRACE, Trace
 
@@ -65,7 +65,7 @@ def stream_text(
     held, seen = _mean(result.kv_tokens), result.num_computed_tokens
     exempt = loaded.manifest.policy.exempt_layers
     others = [n for layer, n in enumerate(result.kv_tokens) if layer not in exempt]
-    told = f", {_mean(others) / seen:.0%} in layers that are not exempt" if exempt and others else ""
+    told = f", {_mean(others) / seen:.0%} without exempt layers" if exempt and others else ""
     on_end(
         f"[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
         f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%}{told})]"
@@ -84,8 +84,8 @@ def stream_text(
 def _told_recall(counts: "RecallStatistics", n_generated: int) -> str:
     moved = counts.moved_bytes / max(1, n_generated) / 2**10
     return (
-        f"[recalled {moved:.0f} KiB per token from the host; {counts.head_rate:.0%} of KV heads drifted and were corrected, in "
-        f"{counts.layer_step_rate:.0%} of layer-steps; waited {counts.waited_ms:.0f} ms for copies]"
+        f"[recalled {moved:.0f} KiB per token from the host; {counts.head_rate:.0%} of KV heads were corrected, in "
+        f"{counts.layer_step_rate:.0%} of all (layer, step) pairs; waited {counts.waited_ms:.0f} ms for copies]"
     )
 
 

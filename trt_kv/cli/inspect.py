@@ -1,4 +1,4 @@
-"""``trt-kv inspect``: what is in an engine."""
+"""``trt-kv inspect``: show what is in an engine."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An engine told in text: what it is, what each layer keeps, how large it is, and where each number came from."""
+"""A text report on an engine: what it is, what each layer keeps, how large it is, and where each number came from."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def describe_engine(folder: Path) -> str:
-    """Many lines of text. Raises ``EngineError`` for anything that is not a complete, untouched engine."""
+    """Multi-line text. Raises ``EngineError`` for anything that is not a complete, unmodified engine."""
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
     recipe = Recipe.load(folder / "recipe.json") if manifest.policy.needs_recipe else None
@@ -72,7 +72,7 @@ def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
         lines += [
             f"score     {policy.score}{_details(policy)}: {policy.scoring.summary}",
             f"budget    {policy.budget}: {_budget(policy)}",
-            f"always    {_protected(policy)}",
+            f"protected {_protected(policy)}",
             f"decoding  {policy.decode}: {DECODES[policy.decode]}",
         ]
     if policy.recalls:
@@ -81,7 +81,7 @@ def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
             f"pages     {policy.page_summary}: {PAGE_SUMMARIES[policy.page_summary]}",
             f"          {policy.group_pooling}: {GROUP_POOLINGS[policy.group_pooling]}{_softmax(policy)}",
             f"budget    {policy.budget}: {_budget(policy)}, for what one step attends to",
-            f"always    first {policy.sinks} and last {policy.recent} tokens, in whole pages",
+            f"protected first {policy.sinks} and last {policy.recent} tokens, in whole pages",
         ]
     if recipe is not None and recipe.mass is not None:
         lines.append(f"mass      each layer keeps {recipe.mass:.1%} of its importance ({recipe.score.described})")
@@ -96,14 +96,14 @@ def _details(policy: Policy) -> str:
 
 
 def _softmax(policy: Policy) -> str:
-    """The factor on bounds where it is not as published."""
-    return f", of bounds times {policy.softmax_scale:g}" if policy.softmax_scale != 1.0 else ""
+    """The softmax scale, if it is not the published one."""
+    return f", bounds scaled by {policy.softmax_scale:g}" if policy.softmax_scale != 1.0 else ""
 
 
 def _budget(policy: Policy) -> str:
     told = {
         "constant": f"{policy.tokens} tokens in every layer",
-        "unimetric": f"found for each input, threshold {policy.threshold:.2%} of the norm of {METRIC_ROWS[policy.metric_row]}",
+        "unimetric": f"computed per input, threshold {policy.threshold:.2%} of the norm of {METRIC_ROWS[policy.metric_row]}",
     }
     exempt = ", ".join(map(str, policy.exempt_layers))
     told_exempt = f"; layers {exempt} keep everything" if exempt else ""
@@ -124,14 +124,14 @@ def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
     lines = [f"{what} per layer (from {origin}{at})"]
     shares = _shares(manifest)
     for layer, (budget, share) in enumerate(zip(manifest.budgets, shares, strict=True)):
-        lines.append(f"  {layer:>3} found for each input" if budget is None else f"  {layer:>3} {bar(share)} {share:6.1%}")
+        lines.append(f"  {layer:>3} computed for each input" if budget is None else f"  {layer:>3} {bar(share)} {share:6.1%}")
     if None in manifest.budgets:
         return lines
     return [*lines, f" mean {' ' * BAR_WIDTH}{sum(shares) / len(shares):6.1%}"]
 
 
 def _taus(manifest: Manifest, drift: Drift | None) -> list[str]:
-    """Each layer's drift threshold, with what was measured where it was calibrated; nothing where nothing is recalled."""
+    """Each layer's drift threshold, with the measurements if it was calibrated; empty if no layer recalls pages."""
     if not manifest.policy.recalls:
         return []
     if drift is None:
@@ -153,7 +153,7 @@ def _taus(manifest: Manifest, drift: Drift | None) -> list[str]:
 
 
 def _shares(manifest: Manifest) -> list[float]:
-    """Kept share of each layer of a prompt that fills the model's positions; 1 where only the input tells."""
+    """Kept share of each layer for a prompt that fills the model's positions; 1 if it depends on the input."""
     length = manifest.config.max_positions
     budgets = [budget or ALL for budget in manifest.budgets]
     return [budget.of(length) / length if budget.tokens else budget.share for budget in budgets]
@@ -192,7 +192,7 @@ def _origins(manifest: Manifest, recipe: Recipe | None, drift: Drift | None) -> 
     return [
         *lines,
         f"made by   {manifest.created_by}",
-        f"again     {manifest.reproduce}",
+        f"rebuild   {manifest.reproduce}",
         f"verified  {len(manifest.files)} files against their digests",
     ]
 

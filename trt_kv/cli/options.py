@@ -90,7 +90,8 @@ def policy_options(command: CommandFunction) -> CommandFunction:
         "--window",
         type=int,
         metavar="QUERIES",
-        help=f"Last prompt queries that count; with --score {', '.join(scores_that_read('window'))}. Default: the policy's.",
+        help=f"Number of last prompt queries that are scored; with --score {', '.join(scores_that_read('window'))}. "
+        "Default: the policy's.",
     )
     @click.option(
         "--set",
@@ -121,10 +122,10 @@ def policy_options(command: CommandFunction) -> CommandFunction:
 
 
 def _policy_from_options(name: str, short: Mapping[str, Any], settings: Mapping[str, Any]) -> Policy:
-    """The preset ``name`` with parts replaced; raises ``UsageError`` for a combination that means nothing."""
+    """The preset ``name`` with parts replaced; raises ``UsageError`` for an invalid combination."""
     twice = sorted(set(short) & set(settings))
     if twice:
-        raise UsageError(f"{twice[0]} is given twice", got=f"{short[twice[0]]} and {settings[twice[0]]}", fix="say it once")
+        raise UsageError(f"{twice[0]} is given twice", got=f"{short[twice[0]]} and {settings[twice[0]]}", fix="give it once")
     return policy_with(policy_from_name(name), {**short, **settings})
 
 
@@ -134,7 +135,7 @@ page_size_option = click.option(
     default=DEFAULT_PAGE_SIZE,
     show_default=True,
     metavar="TOKENS",
-    help="Tokens per page of the KV cache; what freekv recalls at a time.",
+    help="Tokens per page of the KV cache. Policies such as freekv recall whole pages.",
 )
 
 
@@ -142,15 +143,21 @@ def target_options(command: CommandFunction) -> CommandFunction:
     """Add --target and the options of TensorRT; ``command`` receives ``target``, a ``TargetPlan``."""
 
     @click.option(
-        "--target", default="onnxruntime", show_default=True, metavar="NAME", help=f"What runs it: {' or '.join(TARGETS)}."
+        "--target",
+        default="onnxruntime",
+        show_default=True,
+        metavar="NAME",
+        help=f"What runs the engine: {' or '.join(TARGETS)}.",
     )
     @click.option(
         "--profile",
         metavar="NAME|FILE",
-        help="Sizes to compile for, with --target tensorrt: edge, datacenter, or a .json file like theirs. Default: edge.",
+        help="Sizes to compile for, with --target tensorrt: edge, datacenter, or a .json file of this format. Default: edge.",
     )
-    @click.option("--dtype", metavar="NAME", help="What it computes in: float32 (the default); float16 or bfloat16, for GPUs.")
-    @click.option("--timing-cache", type=any_path, metavar="FILE", help="TensorRT's measurements, read and written.")
+    @click.option("--dtype", metavar="NAME", help="Compute type: float32 (the default); float16 or bfloat16, for GPUs.")
+    @click.option(
+        "--timing-cache", type=any_path, metavar="FILE", help="TensorRT timing cache, read if it exists, then updated."
+    )
     @page_size_option
     @functools.wraps(command)
     def collected(
@@ -170,20 +177,20 @@ def device_options(command: CommandFunction) -> CommandFunction:
         default="cpu",
         show_default=True,
         metavar="cpu|cuda[:N]",
-        help="cuda: an NVIDIA GPU, for an engine built for onnxruntime. cpu: what the engine was built for.",
+        help="cuda: run an engine of target onnxruntime on an NVIDIA GPU. cpu: run the engine on its own target.",
     )
     @click.option(
-        "--dtype", metavar="NAME", help="Convert weights while they are loaded, with --device cuda. Default: the engine's type."
+        "--dtype", metavar="NAME", help="Convert weights to this type on loading, with --device cuda. Default: the engine's."
     )
     @click.option(
         "--dense",
         metavar="NAME",
-        help="What runs the dense parts with --device cuda: torch (the default), or onnxruntime (needs onnxruntime-gpu).",
+        help="What runs the dense layers with --device cuda: torch (the default), or onnxruntime (needs onnxruntime-gpu).",
     )
     @click.option(
         "--profile",
         metavar="NAME|FILE",
-        help="Sizes to plan memory for with --device cuda, as for building. Default: the model's, as far as they fit.",
+        help="Sizes to reserve memory for with --device cuda, as in build. Default: the model's limits, reduced to fit.",
     )
     @functools.wraps(command)
     def collected(*, device: str, dense: str | None, dtype: str | None, profile: str | None, **others: Any) -> None:
@@ -199,10 +206,10 @@ def calibration_options(command: CommandFunction) -> CommandFunction:
         "--prompts",
         type=existing_file,
         metavar="FILE",
-        help="Calibration prompts: .txt with one per line, or .jsonl. Default: prompts of the bundled task.",
+        help="Calibration prompts: .txt with one per line, or .jsonl. Default: trt-kv's synthetic English.",
     )
-    @click.option("--samples", type=int, default=10, show_default=True, metavar="N", help="Calibration prompts to use.")
-    @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of their choice.")
+    @click.option("--samples", type=int, default=10, show_default=True, metavar="N", help="Number of calibration prompts.")
+    @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed for drawing the prompts.")
     @functools.wraps(command)
     def collected(*, prompts: Path | None, samples: int, seed: int, **others: Any) -> None:
         command(calibration=CalibrationPlan(prompts=prompts, samples=samples, seed=seed), **others)
@@ -220,7 +227,7 @@ def drift_options(*, with_file: bool) -> Callable[[CommandFunction], CommandFunc
             "--correction-rate",
             type=float,
             metavar="SHARE",
-            help="Share of KV heads that choose their pages anew in a step, in each layer; with drift=calibrated. "
+            help="Share of each layer's KV heads that select their pages again in a step; with drift=calibrated. "
             f"Default: {DEFAULT_CORRECTION_RATE}.",
         )
         @click.option(
@@ -245,5 +252,5 @@ drift_file_option = click.option(
     "--drift",
     type=existing_file,
     metavar="FILE",
-    help="Thresholds per layer, for a policy with drift=calibrated, instead of measuring them.",
+    help="Drift thresholds per layer to use instead of measuring them, for a policy with drift=calibrated.",
 )

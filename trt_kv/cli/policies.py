@@ -1,4 +1,4 @@
-"""``trt-kv policies``: the named policies, and the parts that any of them can be changed in."""
+"""``trt-kv policies``: list the policies and the parts that --set can change."""
 
 import click
 
@@ -41,5 +41,5 @@ def command(*, name: str | None) -> None:
             for value, meaning in values.items():
                 click.echo(f"  {value:<14}{meaning}")
     others = [part for part in SETTABLE if part not in names]
-    click.echo(f"\nnumbers (--set PART=NUMBER): {', '.join(others)}")
+    click.echo(f"\nother values (--set PART=VALUE): {', '.join(others)}")
     click.echo("`trt-kv policies NAME` shows the values of one policy.")

@@ -1,4 +1,4 @@
-"""Progress and notes on the terminal's error stream. A bar per stage, gone when it is done; none where nobody watches."""
+"""Progress bars and notes on standard error. One bar per stage, removed at the end; none if it is not a terminal."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from trt_kv.pipeline.callbacks import OnProgress
 
 
 def say_note(text: str) -> None:
-    """One line on the error stream."""
+    """Print one line on standard error."""
     click.echo(text, err=True)
 
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[OnProgress]:
-    """A callback that draws one bar per stage it is told of."""
+    """A callback that draws one bar per stage."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP, for commands that leave nothing half-made."""
+"""Handlers of SIGTERM and SIGHUP, so that a terminated command cleans up."""
 
 import contextlib
 import signal
@@ -11,9 +11,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def termination_unwinds() -> Iterator[None]:
-    """Inside, a process that is told to end unwinds as after Ctrl-C; its exit code is 128 + the signal's number.
+    """Inside the block, SIGTERM and SIGHUP unwind the stack as Ctrl-C does; the exit code is 128 + the signal's number.
 
-    A signal that is ignored (``nohup``) stays so. Outside the main thread nothing changes.
+    A signal that is ignored (``nohup``) stays ignored. Outside the main thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""From a checkpoint to a measured engine, for Python callers and for the command line alike.
+"""From a checkpoint to an evaluated engine, for Python callers and the command line.
 
 Each function takes one request and two callbacks: ``on_progress(stage, done, total)`` and ``on_note(text)``. It prints nothing,
 installs no signal handlers and raises the errors of ``trt_kv.errors``. Importing this package loads nothing heavy.

@@ -1,7 +1,7 @@
-"""An engine answers tasks: greedily, and along the expected answer.
+"""Runs an engine on tasks: greedy answers, and the likelihood of the expected answers.
 
-Each prompt is read once. Of the sequence it leaves, as evicted from as the policy has it, the request goes on with the engine's
-own tokens, and its fork with the expected tokens.
+Each prompt is prefilled once. After the policy's eviction the sequence is forked: the request continues greedily, its fork is
+fed the expected tokens.
 """
 
 import math
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def answers_to(
     engine: "Engine", cases: Sequence["TaskCase"], *, match: Match, batch_size: int, on_tokens: Callable[[int], None]
 ) -> Iterator[list["Answer"]]:
-    """The answers to ``cases`` in order, as they are complete; ``on_tokens`` is told how many prompt tokens have been read.
+    """The answers to ``cases`` in order, as they complete; ``on_tokens`` is called with the number of prompt tokens read.
 
-    At most ``batch_size`` tasks are on their way at once, and fewer where there is no room for more. Raises ``CapacityError``
-    for a task that does not fit even alone, ``EngineError`` where the model computes nonsense.
+    At most ``batch_size`` tasks run at once, fewer if the KV pool has no room for more. Raises ``CapacityError`` for a task
+    that does not fit even alone, ``EngineError`` for logits that are not finite.
     """
     waiting, running = deque(cases), deque[tuple["TaskCase", "Request"]]()
     n_answered = 0
@@ -40,7 +40,7 @@ def answers_to(
                 running.append((case, _request(engine, case)))
                 _add(engine, *running[-1])
             told = n_read()
-            engine.core.wait(lambda: _is_over(running[0][1]) or n_read() > told)  # noqa: B023  (called before the next turn)
+            engine.core.wait(lambda: _is_over(running[0][1]) or n_read() > told)  # noqa: B023  (called before the next iteration)
             on_tokens(n_read())
             answers = []
             while running and _is_over(running[0][1]):

@@ -1,4 +1,4 @@
-"""Checkpoint + policy -> engine folder, calibrating first what the policy needs and is not given."""
+"""Checkpoint + policy -> engine folder, after calibrating what the policy needs and the request does not provide."""
 
 import contextlib
 import dataclasses
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> Path:
     """Build the engine at ``request.out`` and return that path; the folder appears whole or not at all.
 
-    A recipe or drift thresholds that the policy needs and the request does not bring are calibrated on the way, and a picture
-    of each lies in the engine. An engine that stands there already and was made by the same request from the same weights is
-    left as it is. Raises ``UsageError`` where something else stands there, ``CheckpointError``, ``RecipeError`` and
-    ``EngineError`` for what cannot be read, does not fit together or cannot be written.
+    A recipe or drift thresholds that the policy needs and the request does not provide are calibrated first; a plot of each is
+    added to the engine. An existing engine at ``out`` that was built by the same request from the same weights is kept. Raises
+    ``UsageError`` if something else is there, ``CheckpointError``, ``RecipeError`` and ``EngineError`` for what cannot be
+    read, does not fit together or cannot be written.
 
     Example::
 
@@ -84,7 +84,7 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
 
 @contextlib.contextmanager
 def _pictures(recipe: Recipe | None, drift: Drift | None) -> Iterator[list[Path]]:
-    """Files with a picture of each, as long as the block lasts."""
+    """Temporary files with a plot of each, removed at the end of the block."""
     from trt_kv.calibration.drift_plot import picture_from_drift
     from trt_kv.calibration.recipe_plot import picture_from_recipe
 
@@ -100,7 +100,7 @@ def _pictures(recipe: Recipe | None, drift: Drift | None) -> Iterator[list[Path]
 
 
 def _tensorrt_options(target: TargetPlan) -> "TensorRtOptions | None":
-    """How to compile for TensorRT; raises before anything is read where TensorRT is not installed or the profile is none."""
+    """How to compile for TensorRT; raises if TensorRT is not installed or the profile is invalid, before anything is read."""
     from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 
     if target.target != "tensorrt":

@@ -1,4 +1,4 @@
-"""Prompts -> a recipe or drift thresholds in a file, with a picture beside it."""
+"""Prompts -> a file with a recipe or drift thresholds, and its plot."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from trt_kv.recipe import Recipe, recipe_from_published, recipe_score
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFiles:
-    """What a calibration wrote; ``published`` only where that form was asked for."""
+    """The files that a calibration wrote; ``published`` is None unless that format was requested."""
 
     recipe: Path
     picture: Path
@@ -22,7 +22,7 @@ class RecipeFiles:
 
 
 def calibrate_recipe(request: RecipeRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> RecipeFiles:
-    """Write a recipe to ``request.out`` and its picture beside it; optionally also in the published form.
+    """Write a recipe to ``request.out`` and its plot beside it; optionally also in the published format.
 
     Raises ``CheckpointError`` and ``UsageError`` for what cannot be read or does not fit the policy.
 
@@ -60,7 +60,7 @@ def calibrate_recipe(request: RecipeRequest, *, on_progress: OnProgress = ignore
 
 
 def calibrate_drift(request: DriftRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> Path:
-    """Write drift thresholds to ``request.out`` and their picture beside it, measured under the recipe that the policy needs.
+    """Write drift thresholds to ``request.out`` and their plot beside it, measured with the recipe if the policy needs one.
 
     Returns ``request.out``. Raises ``CheckpointError``, ``RecipeError`` and ``UsageError`` for what cannot be read or does not
     fit together.

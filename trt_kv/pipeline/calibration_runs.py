@@ -59,7 +59,7 @@ def drift_from_prompts(
 ) -> Drift:
     """Thresholds at the rate of ``drift``, measured while the model continues the prompts of ``plan`` under ``policy``.
 
-    Where trt-kv makes the prompts itself, they are twice as long as what a step attends to, so that pages are chosen.
+    Synthetic prompts are twice as long as the tokens that a step attends to, so that there are pages to choose from.
     """
     from trt_kv.calibration.drift import calibrate_drift
 
@@ -83,9 +83,9 @@ def drift_from_prompts(
 def importance_of(
     checkpoint: "Checkpoint", policy: Policy, max_tokens: int, page_size: int = DEFAULT_PAGE_SIZE
 ) -> "Importance":
-    """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the ops that score at run time.
+    """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the same scoring ops as at run time.
 
-    It ranks as the recipe for ``policy`` does (``recipe_score``), in every layer.
+    It computes the score of the recipe for ``policy`` (``recipe_score``) in every layer.
     """
     from trt_kv.runtime.backends.host.runner import host_runner
     from trt_kv.runtime.backends.host.store import HostKvPool
@@ -117,9 +117,10 @@ def drift_trace_of(
     page_size: int,
     kept_shares: Sequence[float] | None = None,
 ) -> "TraceOf":
-    """Continues prompts of up to ``max_tokens`` by ``new_tokens`` of the likeliest tokens, or to the end of the text.
+    """A function that continues prompts of up to ``max_tokens`` greedily by ``new_tokens``, or to the end of the text.
 
-    The pages of ``policy``, each chosen with the step's own query; the torch decoder, and the whole cache in one pool.
+    It runs the torch decoder with the whole cache in one pool, and selects pages as ``policy`` does, with each step's own
+    query.
     """
     from trt_kv.calibration.drift import DriftRecorder
     from trt_kv.plugins.registry import kernel
@@ -152,13 +153,15 @@ def drift_trace_of(
 
 
 def recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
-    """What a recipe or thresholds say of the model that they are for."""
+    """The description of the model in a recipe or a file of thresholds."""
     return RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
 
 
 def _tell_what_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, on_note: OnNote) -> None:
     if plan.prompts is None and not is_bundled(checkpoint.location):
-        on_note("no PROMPTS given: calibrating on trt-kv's synthetic English; prompts like your users' are better")
+        on_note(
+            "no PROMPTS given: calibrating on trt-kv's synthetic English; prompts like those in production give better results"
+        )
 
 
 def _programs(
@@ -185,7 +188,7 @@ def _decoder(checkpoint: "Checkpoint") -> "torch.nn.Module":
 
 
 def _calibration_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
-    """fp32 where the weights then fit into half of the free memory; else the checkpoint's own type, mapped from its files."""
+    """fp32 if the weights then fit into half of the free memory; else the checkpoint's own type, memory-mapped."""
     import torch
 
     from trt_kv.runtime.memory import available_bytes
@@ -195,7 +198,7 @@ def _calibration_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
 
 
 def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundled_tokens: int) -> tuple[list[list[int]], str]:
-    """Token ids of the calibration prompts, and where they come from; the bundled ones are made ``bundled_tokens`` long."""
+    """Token ids of the calibration prompts, and their source; synthetic ones have ``bundled_tokens`` tokens."""
     from trt_kv.calibration.prompt_files import prompts_from_file
     from trt_kv.calibration.tasks import calibration_prompts
     from trt_kv.runtime.text.tokenizer import load_tokenizer

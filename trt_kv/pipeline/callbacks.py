@@ -1,13 +1,13 @@
-"""What a long call tells while it runs: how far it is, and what a user should know."""
+"""Callbacks of long calls: progress, and notes for the user."""
 
 from collections.abc import Callable
 
 OnProgress = Callable[[str, int, int], None]
-"""Told (stage, done, total) while something long runs."""
+"""Called with (stage, done, total) during a long operation."""
 
 OnNote = Callable[[str], None]
-"""Told one line of text that is neither an error nor a result, e.g. which prompts are used where none were named."""
+"""Called with one line of text that is neither an error nor a result, e.g. which prompts are used if none were given."""
 
 
 def ignore(*_: object) -> None:
-    """Takes what a callback is told, and does nothing."""
+    """A callback that does nothing."""

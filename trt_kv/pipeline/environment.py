@@ -1,4 +1,4 @@
-"""What ``trt-kv doctor`` finds out. Nothing here installs, changes or downloads anything."""
+"""The checks of ``trt-kv doctor``. They do not install, change or download anything."""
 
 import enum
 import importlib.metadata
@@ -21,11 +21,11 @@ from trt_kv.require import BASE, EXTRAS, SEPARATE, install_command, require
 
 GIB = 1024**3
 OLDEST_MAJOR = 8
-"""The oldest compute capability that the kernels are compiled for in tests: that of A100."""
+"""The oldest major compute capability that tests compile the kernels for: that of A100."""
 
 
 class State(enum.Enum):
-    """How a finding counts: only ``MISSING`` makes doctor fail."""
+    """The state of a finding: only ``MISSING`` makes doctor fail."""
 
     OK = "ok"
     OPTIONAL = "optional"
@@ -34,7 +34,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the report; ``fix`` is a command or an instruction, empty where there is nothing to do."""
+    """One line of the report; ``fix`` is a command or an instruction, empty if there is nothing to do."""
 
     section: str
     name: str
@@ -44,7 +44,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at this machine and this installation; takes seconds, because torch and onnxruntime are really imported."""
+    """Look at this machine and this installation; takes seconds, because torch and onnxruntime are imported."""
     return [*_machine(), *_packages(), *_backends(), *map(_bundled_model, PRESETS.values())]
 
 
@@ -69,7 +69,7 @@ def _memory() -> str:
 
 def _packages() -> Iterator[Finding]:
     for package in BASE:
-        yield _package("packages that everything needs", package, State.MISSING)
+        yield _package("packages that every command needs", package, State.MISSING)
     for extra, packages in EXTRAS.items():
         for package in packages:
             yield _package(f"packages of the extra '{extra}'", package, State.OPTIONAL)
@@ -85,7 +85,7 @@ def _package(section: str, package: str, absent: State) -> Finding:
 
 def _backends() -> Iterator[Finding]:
     section = "what can run an engine"
-    # An absent package stands among the packages already; here it is asked whether it works.
+    # A missing package is reported among the packages already; this checks whether it works.
     if importlib.util.find_spec("onnxruntime") is not None:
         yield _onnxruntime(section)
     if importlib.util.find_spec("torch") is not None:
@@ -96,7 +96,7 @@ def _backends() -> Iterator[Finding]:
                 section=section,
                 name=package,
                 state=State.OPTIONAL,
-                text="not found; of use with an NVIDIA GPU only",
+                text="not found; only useful with an NVIDIA GPU",
                 fix=install_command(package) or "",
             )
         else:
@@ -136,7 +136,7 @@ def _torch(section: str) -> Iterator[Finding]:
         devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         yield Finding(section=section, name="torch CUDA", state=State.OK, text=f"CUDA {torch.version.cuda}: {devices}")
     else:
-        yield Finding(section=section, name="torch CUDA", state=State.OPTIONAL, text="no usable GPU; the CPU does the work")
+        yield Finding(section=section, name="torch CUDA", state=State.OPTIONAL, text="no usable GPU; engines run on the CPU")
     yield _device(section, torch)
 
 
@@ -153,7 +153,7 @@ def _device(section: str, torch: ModuleType) -> Finding:
         return Finding(section=section, name=name, state=State.OPTIONAL, text=text, fix=fix)
     major, minor = torch.cuda.get_device_capability(0)
     if major < OLDEST_MAJOR:
-        text = f"not tried on compute capability {major}.{minor}; kernels are made for {OLDEST_MAJOR}.0 and newer"
+        text = f"not tested on compute capability {major}.{minor}; kernels are compiled for {OLDEST_MAJOR}.0 and newer"
         return Finding(section=section, name=name, state=State.OPTIONAL, text=text)
     text = f"runs engines built for onnxruntime: Triton {triton}, compute capability {major}.{minor}"
     return Finding(section=section, name=name, state=State.OK, text=text)
@@ -170,14 +170,14 @@ def _bundled_model(preset: Preset) -> Finding:
             json.loads((folder / file).read_text(encoding="utf-8"))
         tensors = read_safetensors_header(folder / "model.safetensors")
     except (OSError, ValueError, CheckpointError) as error:
-        fix = "install trt-kv again; its files are damaged"
+        fix = "reinstall trt-kv; its files are damaged"
         return Finding(section=section, name=name, state=State.MISSING, text=_first_line(error), fix=fix)
     n_parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     return Finding(section=section, name=name, state=State.OK, text=f"{n_parameters / 1e6:.1f} M parameters in {folder}")
 
 
 def _unusable(section: str, name: str, package: str, error: Exception) -> Finding:
-    """A base package that is installed and does not load, e.g. for want of a shared library."""
+    """A base package that is installed but does not load, e.g. because a shared library is missing."""
     fix = install_command(package) or ""
     return Finding(section=section, name=name, state=State.MISSING, text=_first_line(error), fix=fix)
 

@@ -1,4 +1,4 @@
-"""An engine, or two, answer a file of tasks; the results file grows with every batch."""
+"""Evaluates one or two engines on a file of tasks; the results file is updated as answers complete."""
 
 import contextlib
 import time
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
     from trt_kv.runtime.engine import Engine
 
 SAVE_EVERY_S = 5.0
-"""Seconds of work that a killed process loses at most, beside the batch it was in."""
+"""Seconds between writes of the results file: a killed process loses at most these and the batch in progress."""
 
 
 def evaluate(request: EvaluationRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> "Evaluation":
-    """Run what is missing of ``request`` and return the finished evaluation, which then also stands in ``request.out``.
+    """Run the missing tasks of ``request`` and return the finished evaluation, which is also written to ``request.out``.
 
-    Everything that can be refused is refused before an engine is opened. However it ends, ``request.out`` keeps the answers
-    that were there. Raises ``UsageError`` and ``EngineError`` with what is wrong, ``ReportError`` for results that cannot be
-    used.
+    Invalid requests are refused before an engine is opened. If it is interrupted, ``request.out`` keeps the answers so far.
+    Raises ``UsageError`` and ``EngineError`` with what is wrong, ``ReportError`` for results that cannot be used.
 
     Example::
 
@@ -45,7 +44,7 @@ def evaluate(request: EvaluationRequest, *, on_progress: OnProgress = ignore, on
     if earlier is not None:
         evaluation = joined(evaluation, earlier)
         n_there = sum(len(run.answers) for run in evaluation.runs)
-        on_note(f"{request.out}: {n_there} of {len(evaluation.runs) * len(cases)} answers are there")
+        on_note(f"{request.out}: {n_there} of {len(evaluation.runs) * len(cases)} answers are already there")
     _say_what_tells_little(cases, on_note)
     with _saved(request.out, evaluation, earlier, on_note) as keep:
         for index, folder in enumerate((request.engine, request.against)[: len(evaluation.runs)]):
@@ -58,7 +57,7 @@ def evaluate(request: EvaluationRequest, *, on_progress: OnProgress = ignore, on
             for answers in _missing_answers(engine, run, cases, request, on_progress):
                 evaluation = evaluation.with_answers(index, answers)
                 keep(evaluation)
-            del engine  # before the other one is opened: both may not fit into the memory
+            del engine  # before the other one is opened: memory may not suffice for both
     return evaluation
 
 
@@ -66,13 +65,13 @@ def _say_what_tells_little(cases: list["TaskCase"], on_note: OnNote) -> None:
     lost = [case.task for case in cases if not case.can_come_out]
     if lost:
         on_note(
-            f"note: the tokenizer does not spell what {len(lost)} of {len(cases)} tasks expect, so they cannot be right "
+            f"note: the tokenizer cannot represent what {len(lost)} of {len(cases)} tasks expect, so they cannot be right "
             f"(the first: {lost[0].name})"
         )
     if all(len(case.expected) == 1 for case in cases):
         on_note(
             "note: every expected answer is one token, which is predicted before anything is evicted: perplexity and "
-            "accuracy say nothing about the policy"
+            "accuracy do not depend on the policy"
         )
 
 
@@ -80,9 +79,10 @@ def _say_what_tells_little(cases: list["TaskCase"], on_note: OnNote) -> None:
 def _saved(
     out: Path | None, evaluation: "Evaluation", there: "Evaluation | None", on_note: OnNote
 ) -> Iterator[Callable[..., None]]:
-    """A function that keeps an evaluation in ``out``: at once, some seconds later, or when the block ends, however it does.
+    """A function that saves an evaluation to ``out``: at once, some seconds later, or when the block ends, also on an
+    exception.
 
-    ``there`` is what stands in ``out``. Without an answer or a wish to write at once nothing is written.
+    ``there`` is the evaluation in ``out``. Nothing is written before the first answer unless ``at_once`` is set.
     """
     newest, last = evaluation, time.monotonic()
 

@@ -1,4 +1,4 @@
-"""The evaluation that a request asks for, before its first new answer: everything that can be refused is refused here."""
+"""The state of an evaluation before its first new answer: all checks of the request are made here."""
 
 import dataclasses
 import os
@@ -59,7 +59,7 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
 
 
 def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "EngineFacts":
-    """Raises ``EngineError`` where loading the engine would, files' digests aside."""
+    """Raises ``EngineError`` if loading the engine would, except for changed files."""
     from trt_kv.calibration.answer_files import EngineFacts
     from trt_kv.runtime.compatibility import check_compatible
 
@@ -82,7 +82,9 @@ def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "Engine
 
 
 def _other_run(request: EvaluationRequest, facts: "EngineFacts", settings: "Settings", n_tasks: int) -> "Run | None":
-    """The run to compare with: of an engine, still without answers, or the first run of a finished results file; or none."""
+    """The run to compare with: of an engine, without answers yet, or the first run of a finished results file; None without
+    one.
+    """
     from trt_kv.calibration.answer_files import Run
 
     path = request.against
@@ -113,7 +115,7 @@ def _run_of_file(path: Path, settings: "Settings", n_tasks: int) -> "Run":
     _check_same_settings(path, found.settings, settings)
     if len(found.run.answers) < n_tasks:
         raise UsageError(
-            f"{path} has not all the answers to compare with",
+            f"{path} does not have all answers that are to be compared with",
             got=len(found.run.answers),
             expected=n_tasks,
             fix="finish it first, or name its engine instead",
@@ -122,7 +124,7 @@ def _run_of_file(path: Path, settings: "Settings", n_tasks: int) -> "Run":
 
 
 def earlier_of(request: EvaluationRequest, evaluation: "Evaluation") -> "Evaluation | None":
-    """What stands at ``request.out`` and is to be continued; ``UsageError`` where it is something else."""
+    """The evaluation at ``request.out`` to continue, if any; ``UsageError`` if something else is there."""
     from trt_kv.calibration.answer_files import Evaluation
 
     if request.out is None or not os.path.lexists(request.out):
@@ -131,7 +133,7 @@ def earlier_of(request: EvaluationRequest, evaluation: "Evaluation") -> "Evaluat
         earlier = Evaluation.load(request.out)
     except ReportError as cause:
         raise UsageError(
-            f"{request.out} exists already and is no evaluation", got=cause.what, fix="choose another --out"
+            f"{request.out} exists already and is not an evaluation", got=cause.what, fix="choose another --out"
         ) from cause
     if request.force:
         return None
@@ -143,10 +145,10 @@ def earlier_of(request: EvaluationRequest, evaluation: "Evaluation") -> "Evaluat
     ):
         got, asked = ("none" if run is None else _told(run.engine) for run in (before, now))
         if before is not None and got != asked:
-            raise UsageError(f"{request.out} is about another {name}", got=got, expected=asked, fix=fix)
+            raise UsageError(f"{request.out} has another {name}", got=got, expected=asked, fix=fix)
     if max(len(run.answers) for run in earlier.runs) > evaluation.n_tasks:
         raise UsageError(
-            f"{request.out} has more answers than are asked for",
+            f"{request.out} has more answers than requested",
             got=f"{earlier.n_tasks} tasks",
             expected=f"at most {evaluation.n_tasks}",
             fix=fix,
@@ -155,7 +157,7 @@ def earlier_of(request: EvaluationRequest, evaluation: "Evaluation") -> "Evaluat
 
 
 def _told(facts: "EngineFacts") -> str:
-    """An engine, as far as answers depend on it."""
+    """The properties of an engine that answers depend on."""
     return f"{facts.digest}, {facts.dtype}, {facts.runs_on}"
 
 
@@ -174,7 +176,7 @@ def _check_same_settings(
 
 
 def joined(evaluation: "Evaluation", earlier: "Evaluation") -> "Evaluation":
-    """``evaluation`` with the answers that are there."""
+    """``evaluation`` with the answers of ``earlier``."""
     against = evaluation.against
     if against is not None and earlier.against is not None and len(earlier.against.answers) > len(against.answers):
         against = earlier.against

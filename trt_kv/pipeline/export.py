@@ -1,4 +1,4 @@
-"""Checkpoint + policy -> monolithic ONNX graphs, without an engine around them."""
+"""Checkpoint + policy -> monolithic ONNX graphs, without building an engine."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from trt_kv.recipe import Recipe
 def export_graphs(request: ExportRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> list[Path]:
     """Write the monolithic graphs into the new folder ``request.out`` and return their paths.
 
-    Raises ``UsageError`` where something stands there, ``CheckpointError`` and ``RecipeError`` for what does not fit together.
+    Raises ``UsageError`` if something is there, ``CheckpointError`` and ``RecipeError`` for what does not fit together.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Recipes and drift thresholds that are given as files: whether they are what the request asks for."""
+"""Checks that recipes and drift thresholds from files match the request."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from trt_kv.recipe import Recipe, recipe_score
 
 
 def drift_of_plan(policy: Policy, plan: DriftPlan, on_note: OnNote) -> Drift | None:
-    """The thresholds in the file of ``plan``, if it names one. Raises ``UsageError`` where another rate is asked for."""
+    """The thresholds in the file of ``plan``, if it names one. Raises ``UsageError`` if the request has another rate."""
     if plan.file is None:
         return None
     loaded = Drift.load(plan.file)
@@ -28,12 +28,12 @@ def drift_of_plan(policy: Policy, plan: DriftPlan, on_note: OnNote) -> Drift | N
     changed = [name for name in wanted if measured[name] != wanted[name]]
     if changed:
         told = ", ".join(f"{name} {measured[name]}" for name in changed)
-        on_note(f"the thresholds were measured with {told}: rates of correction may be others here")
+        on_note(f"the thresholds were measured with {told}: correction rates may differ here")
     return loaded
 
 
 def policy_of_recipe(policy: Policy, recipe: Recipe, on_note: OnNote) -> Policy:
-    """``policy`` with the recipe's budget. Raises ``UsageError`` where ``policy`` asks for another one."""
+    """``policy`` with the recipe's budget. Raises ``UsageError`` if ``policy`` has another one."""
     preset = policy_from_name(policy.name) if policy.name in policy_names() else None
     default = preset.kept if preset is not None and preset.budget in SHARED_BUDGETS else DEFAULT_KEPT
     if (preset is None or policy.kept != default) and abs(policy.kept - recipe.budget) > 1e-6:

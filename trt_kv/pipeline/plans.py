@@ -1,4 +1,4 @@
-"""The parts of a request: which model, how it is calibrated, what runs the engine and where. Each refuses what means nothing.
+"""The parts of a request: model, calibration, target and device. Each refuses invalid values.
 
 Messages name the options of the command line that fill the fields.
 """
@@ -32,9 +32,9 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPlan:
-    """How a recipe or thresholds are found: ``samples`` prompts drawn with ``seed`` from ``prompts``.
+    """How a recipe or thresholds are found: ``samples`` prompts drawn with ``seed`` from the file ``prompts``.
 
-    A file of them; None: the bundled task.
+    ``prompts`` None: synthetic English.
     """
 
     prompts: Path | None = None
@@ -45,7 +45,7 @@ class CalibrationPlan:
         if self.samples < 1:
             raise UsageError("a calibration needs at least one prompt", got=self.samples, expected="--samples >= 1")
         if self.seed < 0:
-            raise UsageError("a seed counts from zero", got=self.seed, expected="--seed >= 0")
+            raise UsageError("the seed is negative", got=self.seed, expected="--seed >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +63,10 @@ class DriftPlan:
         check_page_size(self.page_size)
         check_correction_rate(self.correction_rate, error=UsageError)
         if self.new_tokens < 1:
-            raise UsageError("drift is measured on generated tokens", got=self.tokens, expected="--new-tokens >= 1")
+            raise UsageError("the number of generated tokens is below 1", got=self.tokens, expected="--new-tokens >= 1")
         if self.file is not None and self.tokens is not None:
             raise UsageError(
-                "thresholds are read or measured",
+                "thresholds are either read from a file or measured",
                 got="--drift and --new-tokens",
                 expected="one of the two",
                 fix="leave one out",
@@ -88,15 +88,15 @@ class DriftPlan:
 
 
 def check_page_size(page_size: int) -> None:
-    """``UsageError`` unless a page holds tokens."""
+    """``UsageError`` unless ``page_size`` is at least 1."""
     if page_size < 1:
-        raise UsageError("a page holds tokens", got=page_size, expected="--page-size >= 1")
+        raise UsageError("the page size is below 1", got=page_size, expected="--page-size >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetPlan:
-    """What runs the engine, and how it is compiled. ``page_size``: tokens per page of the KV cache. ``dtype``: what it computes
-    in. ``profile`` (a preset or a .json file) and ``timing_cache`` are TensorRT's; None: the default.
+    """What runs the engine, and how it is compiled. ``page_size``: tokens per page of the KV cache. ``dtype``: compute
+    type. ``profile`` (a preset or a .json file) and ``timing_cache`` are TensorRT's; None: the default.
     """
 
     target: str = "onnxruntime"
@@ -115,7 +115,7 @@ class TargetPlan:
         needless = [name for name, value in given.items() if value is not None]
         if self.target != "tensorrt" and needless:
             raise UsageError(
-                f"{needless[0]} is for TensorRT",
+                f"{needless[0]} applies to TensorRT only",
                 got=f"--target {self.target}",
                 fix=f"add --target tensorrt, or leave {needless[0]} out",
             )
@@ -123,7 +123,7 @@ class TargetPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceChoice:
-    """Where an engine runs, and how it is made to fit there; None: the default. Whether there is such a GPU is not asked."""
+    """Where an engine runs, with which types and sizes; None: the default. Whether there is such a GPU is not checked."""
 
     device: str = HOST
     dense: str | None = None
@@ -136,7 +136,7 @@ class DeviceChoice:
         needless = [name for name, value in given.items() if value is not None]
         if self.on_host and needless:
             raise UsageError(
-                f"{needless[0]} is for devices",
+                f"{needless[0]} applies to devices only",
                 got=f"--device {self.device}",
                 fix=f"add --device cuda, or leave {needless[0]} out",
             )

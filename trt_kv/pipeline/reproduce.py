@@ -45,7 +45,7 @@ def command_line_of(request: BuildRequest) -> str:
 
 
 def is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool:
-    """Whether ``folder`` holds a whole engine made by this version, by this command, from these weights and settings."""
+    """Whether ``folder`` holds a complete engine made by this version, by this command, from these weights and settings."""
     try:
         manifest = load_manifest(folder)
         verify_files(folder, manifest)

@@ -1,4 +1,4 @@
-"""What each function of the pipeline is asked for. A request that contradicts itself raises ``UsageError`` when it is made."""
+"""The request of each function of the pipeline. A contradictory request raises ``UsageError`` in its constructor."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +11,10 @@ from trt_kv.policy import Policy
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """An engine of ``source`` with ``policy``, for the new folder ``out``; with ``replace`` an engine there is exchanged.
+    """An engine of ``source`` with ``policy`` in the new folder ``out``; with ``replace``, an existing engine is replaced.
 
-    ``recipe``: a file of budgets per layer; None, where the policy needs one: found as ``calibration`` says. Thresholds alike,
-    as ``drift`` says.
+    ``recipe``: a file of budgets per layer; None: if the policy needs one, it is calibrated as ``calibration`` specifies. Drift
+    thresholds likewise, as ``drift`` specifies.
     """
 
     source: ModelSource
@@ -32,15 +32,15 @@ class BuildRequest:
 
     @property
     def reads_files(self) -> bool:
-        """Whether files beside the checkpoint decide what is built, which may have changed since."""
+        """Whether the build depends on files other than the checkpoint, which may have changed since an earlier build."""
         return any(path is not None for path in (self.recipe, self.drift.file, self.calibration.prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeRequest:
-    """A recipe for ``policy``, for the file ``out`` (.json): calibrated, or the published list ``from_published``.
+    """A recipe for ``policy`` in the file ``out`` (.json): calibrated, or the published list ``from_published``.
 
-    ``to_published``: a folder for the same budgets in the published form.
+    ``to_published``: a folder for the same budgets in the published format.
     """
 
     source: ModelSource
@@ -54,7 +54,7 @@ class RecipeRequest:
         check_reads_recipe(self.policy)
         if self.from_published is not None and self.calibration.prompts is not None:
             raise UsageError(
-                "a published list is taken as it is, without prompts",
+                "a published list is not calibrated, so it takes no prompts",
                 got="--from-published and --prompts",
                 expected="one of the two",
             )
@@ -62,9 +62,9 @@ class RecipeRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class DriftRequest:
-    """Drift thresholds for ``policy``, for the file ``out`` (.json), measured as ``drift`` says.
+    """Drift thresholds for ``policy`` in the file ``out`` (.json), measured as ``drift`` specifies.
 
-    ``recipe``: the budgets to measure under, where the policy has them from one; None: calibrated on the way.
+    ``recipe``: the budgets to measure with, if the policy reads a recipe; None: calibrated first.
     """
 
     source: ModelSource
@@ -82,15 +82,15 @@ class DriftRequest:
                 fix="take a policy that recalls pages, such as freekv, with --set drift=calibrated",
             )
         if self.drift.file is not None:
-            raise UsageError("thresholds are what this finds", got=f"--drift {self.drift.file}", fix="leave --drift out")
+            raise UsageError("this command produces thresholds", got=f"--drift {self.drift.file}", fix="leave --drift out")
         check_recipe_is_read(self.policy, self.recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """The monolithic graphs of ``source`` with ``policy``, for the new folder ``out``.
+    """The monolithic graphs of ``source`` with ``policy`` in the new folder ``out``.
 
-    ``recipe`` and ``drift``: files with budgets and thresholds per layer, where the policy needs them.
+    ``recipe`` and ``drift``: files with budgets and thresholds per layer, if the policy needs them.
     """
 
     source: ModelSource
@@ -109,8 +109,8 @@ class EvaluationRequest:
     """Answers of ``engine`` to ``tasks`` (JSON lines). ``against``: another engine, or the results file of one.
 
     ``limit``: first tasks only. ``max_new_tokens``: generated per task; None: as many as its longest accepted answer needs.
-    ``separator`` stands between prompt and expected answer where neither has white space there. ``out``: the results file,
-    which is continued where it has answers; with ``force`` made again.
+    ``separator`` is put between prompt and expected answer if neither has white space there. ``out``: the results file,
+    which is continued if it has answers; with ``force`` it is replaced.
     """
 
     engine: Path
@@ -129,11 +129,11 @@ class EvaluationRequest:
         counts = {"--max-new-tokens": self.max_new_tokens, "--batch-size": self.batch_size, "--limit": self.limit}
         for name, count in counts.items():
             if count is not None and count < 1:
-                raise UsageError("an evaluation counts from one", got=f"{name} {count}", expected=f"{name} >= 1")
+                raise UsageError(f"{name} is below 1", got=f"{name} {count}", expected=f"{name} >= 1")
 
 
 def check_reads_recipe(policy: Policy) -> None:
-    """Raise ``UsageError`` for a policy that has no use for a recipe."""
+    """Raise ``UsageError`` for a policy that does not read a recipe."""
     if not policy.needs_recipe:
         raise UsageError(
             f"policy {policy.name!r} reads no recipe", fix="calibrate a policy that does, e.g. --policy prefixkv, or freekv"

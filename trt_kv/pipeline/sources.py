@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def open_source(source: ModelSource, on_note: OnNote) -> "Checkpoint":
-    """The checkpoint of ``source``, checked; fetched from the hub where it is named by an id.
+    """The checkpoint of ``source``, checked; downloaded from the hub if it is named by an id.
 
-    Raises ``CheckpointError`` where there is none, or its files do not fit together.
+    Raises ``CheckpointError`` if there is none or its files do not fit together.
     """
     from trt_kv.export.checkpoints.hub import resolve_checkpoint
     from trt_kv.export.checkpoints.opening import open_checkpoint

@@ -8,7 +8,7 @@ from trt_kv.policy import Policy
 
 
 def policy_names() -> list[str]:
-    """Every name that ``policy_from_name`` knows."""
+    """Every name that ``policy_from_name`` accepts."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 

@@ -1,6 +1,6 @@
 """FreeKV as published (arXiv 2505.13109), with its settings for long inputs: the whole cache on the host, pages recalled ahead
-of time for the query before, and again for heads whose query drifted. No layer is exempt, as in the released system; the
-released accuracy harness leaves layer 0 out (``--set exempt_layers=0``). For long generation the paper takes sinks and window
+of time with the previous step's query, and again for heads whose query drifted. No layer is exempt, as in the released system;
+the released accuracy harness exempts layer 0 (``--set exempt_layers=0``). For long generation the paper takes sinks and window
 of 512 and tau 0.9.
 """
 
@@ -8,7 +8,7 @@ from trt_kv.policy import Policy
 
 POLICY = Policy(
     name="freekv",
-    summary="the cache on the host; pages for a step are recalled during the one before, and corrected where the query drifted",
+    summary="the cache on the host; pages are recalled one step ahead, and corrected for KV heads whose query drifted",
     score="pages",
     residency="host",
     budget="constant",

@@ -1,4 +1,4 @@
-"""The whole cache: the yardstick every other policy is measured against."""
+"""The whole cache: the baseline that other policies are compared with."""
 
 from trt_kv.policy import Policy
 

@@ -1,4 +1,4 @@
-"""H2O (arXiv 2306.14048): heavy hitters by accumulated attention per head, and as many of the newest tokens."""
+"""H2O (arXiv 2306.14048): heavy hitters by accumulated attention per head, and an equal number of the newest tokens."""
 
 from trt_kv.policy import Policy
 

@@ -1,6 +1,6 @@
-"""Our own: SnapKV's ranking with a shorter window and a wider pool, and PrefixKV's allocation of that very score over layers.
+"""Our own: SnapKV's ranking with a shorter window and a wider pool, and PrefixKV's layer budgets calibrated on the same score.
 
-For answers that are looked up. docs/decisions/0015-reach.md has what was tried.
+For questions whose answer is in the prompt. docs/decisions/0015-reach.md has what was tried.
 """
 
 from trt_kv.policy import Policy

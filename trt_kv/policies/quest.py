@@ -1,13 +1,13 @@
-"""Quest (arXiv 2406.10774), as the FreeKV paper compares with it: every step chooses its pages by its own query, before it
-attends. The original leaves the first two layers out, takes pages of 16 tokens, keeps no sinks or window apart and moves
-nothing.
+"""Quest (arXiv 2406.10774), as the FreeKV paper compares with it: every step selects its pages with its own query before it
+attends. The original exempts the first two layers, has pages of 16 tokens and no separate sinks or window, and keeps the
+cache on the GPU.
 """
 
 from trt_kv.policy import Policy
 
 POLICY = Policy(
     name="quest",
-    summary="the cache on the host; every step recalls the pages that its own query asks for, and waits for them",
+    summary="the cache on the host; every step recalls the pages that its own query selects, and waits for them",
     score="pages",
     residency="host",
     budget="constant",

@@ -1,10 +1,10 @@
-"""Tokens by lot, each KV head its own: what any ranking has to beat."""
+"""Random tokens, drawn for each KV head: the baseline of every ranking."""
 
 from trt_kv.policy import Policy
 
 POLICY = Policy(
     name="random",
-    summary="tokens by lot, the same share for every layer",
+    summary="random tokens, the same share for every layer",
     score="random",
     budget="uniform",
     kept=0.5,

@@ -1,14 +1,14 @@
-"""Our own: no budget is asked for. The window's attention, followed back from the newest token, says how many tokens a layer
-keeps (ReFreeKV's Uni-Metric on the rows of an observation window); the same attention, pooled, says which.
+"""Our own, without a budget to set. The window's attention, accumulated from the newest token back, determines how many tokens
+a layer keeps (ReFreeKV's Uni-Metric on the rows of an observation window); the same attention, pooled, determines which.
 
-ReFreeKV reads both off the last query's row and keeps the newest tokens. docs/decisions/0015-reach.md has what was tried.
+ReFreeKV uses the last query's row for the number and keeps the newest tokens. docs/decisions/0015-reach.md has what was tried.
 """
 
 from trt_kv.policy import Policy
 
 POLICY = Policy(
     name="reach",
-    summary="as many tokens as the window's attention reaches back, chosen by that attention; no budget, no calibration",
+    summary="as many tokens as the window's attention reaches back, ranked by that attention; no budget to set, no calibration",
     score="window",
     budget="unimetric",
     heads="each",

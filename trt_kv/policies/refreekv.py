@@ -1,4 +1,4 @@
-"""ReFreeKV as released (arXiv 2502.16886): no budget is asked for, each layer's is found from the input itself."""
+"""ReFreeKV as released (arXiv 2502.16886): no budget to set, each layer's is computed from the input."""
 
 from trt_kv.policy import Policy
 

@@ -1,4 +1,4 @@
-"""PrefixKV without its allocation: the same ranking, the same share for every layer."""
+"""PrefixKV without its layer budgets: the same ranking, the same share for every layer."""
 
 from trt_kv.policy import Policy
 

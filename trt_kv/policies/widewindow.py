@@ -1,4 +1,4 @@
-"""Our own: pooledwindow with a pool of 63 neighbours, which keeps whole passages: for text that is copied or continued."""
+"""Our own: pooledwindow with a pool of 63 neighbours. It keeps whole passages, for text that is copied or continued."""
 
 import dataclasses
 

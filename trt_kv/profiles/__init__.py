@@ -1,5 +1,5 @@
-"""Sizes that TensorRT engines are built for, and that memory on devices is planned for: copy one of the JSON files beside this
-one, change it, and give its path as PROFILE.
+"""Profiles: the sizes that TensorRT engines are built for and that GPU memory is reserved for. For your own sizes, copy one of
+the JSON files in this folder, change it, and pass its path as PROFILE.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ FOLDER = Path(__file__).parent
 DEFAULT = "edge"
 
 Range = tuple[int, int, int]
-"""Smallest, most usual and largest size of an axis."""
+"""Smallest, usual and largest size of an axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildProfile:
-    """Sizes as their users think of them; each entry of a list of ranges becomes one optimization profile of TensorRT.
+    """Sizes in tokens and sequences; each entry of a list of ranges becomes one optimization profile of TensorRT.
 
     ``prefill_tokens``: prompt tokens of one prefill step. ``decode_sequences``: sequences of one decode step.
     ``context_tokens``: cached tokens of one sequence in one layer. ``cache_tokens``: tokens that the KV pool holds in every
@@ -44,14 +44,14 @@ class BuildProfile:
         _check_range("context_tokens", self.context_tokens)
         _check_range("cache_tokens", self.cache_tokens)
         if self.workspace_mib < 1:
-            raise UsageError("workspace_mib counts MiB", got=self.workspace_mib, expected="an integer >= 1")
+            raise UsageError("workspace_mib is out of range", got=self.workspace_mib, expected="an integer >= 1")
         if not 0 <= self.optimization_level <= 5:
-            raise UsageError("optimization_level is TensorRT's", got=self.optimization_level, expected="0 .. 5")
+            raise UsageError("optimization_level is out of range", got=self.optimization_level, expected="0 .. 5")
 
     def axis_ranges(self, *, n_layers: int, page_size: int) -> list[dict[str, Range]]:
         """Ranges of the graph's dynamic axes (N, R, B, T, M, U), one dictionary per optimization profile; prefill first.
 
-        The pool remembers one query per page, the most that it can need: each sequence has a page in each layer.
+        U, the number of stored queries, is M: each sequence has at least one page in each layer, so more is never needed.
         """
         _, *pages = (-(-tokens // page_size) for tokens in self.context_tokens)
         low, usual, high = (n_layers * -(-tokens // page_size) for tokens in self.cache_tokens)
@@ -62,12 +62,12 @@ class BuildProfile:
 
 
 def profile_names() -> list[str]:
-    """The presets."""
+    """Names of the bundled profiles."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def build_profile(name: str) -> BuildProfile:
-    """The preset ``name``, or the profile in the file ``name`` where it ends in ".json".
+    """The preset ``name``, or the profile in the file ``name`` if it ends in ".json".
 
     Raises ``UnknownNameError`` for another name, ``UsageError`` naming the file for one that is not a profile.
     """

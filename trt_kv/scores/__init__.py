@@ -8,7 +8,7 @@ from trt_kv.score import Score
 
 
 def score_names() -> list[str]:
-    """Every name that ``score_from_name`` knows."""
+    """Every name that ``score_from_name`` accepts."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
@@ -26,10 +26,10 @@ def all_scores() -> list[Score]:
 
 
 def attention_scores() -> list[str]:
-    """The names of the scores that are made from attention weights."""
+    """The names of the scores that are computed from attention weights."""
     return [score.name for score in all_scores() if score.reads_attention]
 
 
 def scores_that_read(setting: str) -> list[str]:
-    """The names of the scores among whose ``settings`` this field of a policy is."""
+    """The names of the scores whose ``settings`` contain this field of a policy."""
     return [score.name for score in all_scores() if setting in score.settings]

@@ -6,10 +6,10 @@ from trt_kv.score import Score
 
 
 def check(policy: Policy) -> None:
-    """``UsageError`` where sums would go on behind a mean."""
+    """``UsageError`` if decoding would add to a mean as if it were a sum."""
     if policy.decode == "rank":
         raise UsageError(
-            "decode 'rank' adds each new query's attention to the scores, and a mean over queries is no sum",
+            "decode 'rank' adds each new query's attention to the scores, and a mean over queries is not a sum",
             got=f"score {policy.score!r}",
             expected="a score that is a sum, such as mass or window, with decode 'rank'",
             fix="--set score=mass, or --set decode=keep",

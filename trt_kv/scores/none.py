@@ -1,4 +1,4 @@
-"""Nothing is ranked, because nothing leaves."""
+"""No ranking, because nothing is evicted."""
 
 from trt_kv.score import Score
 

@@ -4,6 +4,6 @@ from trt_kv.score import Score
 
 SCORE = Score(
     name="pages",
-    summary="an upper bound of what a page may get from this query, read off a summary of its keys (Quest, FreeKV)",
+    summary="pages, by an upper bound of q.k computed from a summary of the page's keys (Quest, FreeKV)",
     ranks="pages",
 )
