@@ -1,1 +1,1 @@
-"""Many requests at once: what the scheduler and the core that runs its steps are worth, and what they cost."""
+"""Many requests at once: gain and cost of continuous batching (the scheduler and the engine core)."""

@@ -1,4 +1,4 @@
-"""Poisson arrivals: throughput and latencies of the engine's core beside static groups."""
+"""Poisson arrivals: throughput and latencies of the engine core compared with static batching."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,16 +11,16 @@ from benchmarks.serving.sides import GROUP, ServedModel, serve_continuously, ser
 from benchmarks.serving.traffic import Arrival, Mix, Served, poisson
 
 SATURATING = 4.0
-"""Arrivals per request that static groups finish when they are never idle: far more than any side serves."""
+"""Saturating arrival rate, relative to the throughput of static groups that are never idle: more than any side can serve."""
 STATIC = f"static groups of {GROUP}"
 WANTED = 2.0
-"""How many times the throughput of static groups is promised, at a 95th percentile between tokens that is not longer."""
+"""Target throughput relative to static groups, at a 95th percentile between tokens that is not longer."""
 Serve = Callable[[Sequence[Arrival]], Served]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Sequences that a core runs at once, and tokens of a prompt that it reads between two decode steps."""
+    """Sequences that a core runs concurrently, and prompt tokens that it reads between two decode steps."""
 
     max_sequences: int
     chunk: int
@@ -32,7 +32,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What is served: ``n`` requests of a mix for each seed, at each load, by static groups and by a core of each setting."""
+    """The workload: ``n`` requests of a mix for each seed and load, served by static groups and by a core of each setting."""
 
     mix: Mix
     n: int
@@ -42,7 +42,7 @@ class Traffic:
 
 
 def check_same_tokens(name: str, model: ServedModel, setting: Setting, mix: Mix) -> Check:
-    """Both sides generate the same tokens for the same requests, where they read prompts in the same chunks."""
+    """Check that both sides generate the same tokens for the same requests with the same prompt chunks."""
     arrivals = poisson(mix, 2 * GROUP, per_second=np.inf, vocab_size=model.config.vocab_size, seed=99)
     core = model.core(max_sequences=setting.max_sequences, chunk=setting.chunk)
     sides = (serve_in_groups(model.runner(setting.chunk), arrivals), serve_continuously(core, arrivals))
@@ -80,7 +80,7 @@ def _capacity(model: ServedModel, traffic: Traffic, sides: Mapping[str, Serve]) 
 def _at_load(
     model: ServedModel, traffic: Traffic, sides: Mapping[str, Serve], per_second: float
 ) -> Mapping[str, list[Mapping[str, float]]]:
-    """What each side measured, by seed."""
+    """The measurements of each side, by seed."""
     names = list(sides)
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
     for turn, seed in enumerate(traffic.seeds):
@@ -110,8 +110,8 @@ def _range(values: Sequence[float]) -> str:
 
 
 def targets(name: str, rows: Sequence[Row]) -> list[Target]:
-    """The promise under a saturating load, for the setting that comes closest: of those whose 95th percentile between tokens is
-    at most the static side's, the one of the highest throughput; where there is none, the one of the lowest percentile.
+    """The target under a saturating load, for the best setting: of those whose 95th percentile between tokens is at most the
+    static side's, the one with the highest throughput; if there is none, the one with the lowest percentile.
     """
     found = []
     for mix in dict.fromkeys(row["mix"] for row in rows):

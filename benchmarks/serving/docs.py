@@ -12,7 +12,7 @@ BEGIN, END = "<!-- serving: begin -->\n", "<!-- serving: end -->\n"
 
 
 def measured_section() -> str:
-    """What stands between the two marks, marks included."""
+    """The text between the two markers, markers included."""
     document = load(RESULTS)
     machine = document["machine"]
     intro = (

@@ -1,4 +1,4 @@
-"""A long prompt arrives while others decode: the time between their tokens, before, while and after it is read."""
+"""A long prompt arrives while other sequences decode: the time between their tokens before, during and after its prefill."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from trt_kv.runtime.request import Request
 
 N_DECODING = 8
 N_OTHERS = 48
-"""Tokens of the others' prompts."""
+"""Prompt tokens of the other sequences."""
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7c3aed", "#8a9199")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gaps:
-    """Times between tokens of a sequence that decodes: when each ended, in seconds since the long prompt arrived, and how long
-    it was; whether a chunk was read meanwhile; and ms of one chunk, here and with nobody else.
+    """Times between tokens of a decoding sequence: end in seconds since the long prompt arrived, duration, and whether a chunk
+    was read meanwhile; and ms of one chunk, here and with no other sequences.
     """
 
     at_s: Floats

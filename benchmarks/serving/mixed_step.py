@@ -1,4 +1,4 @@
-"""A chunk of a prompt and a decode batch in one token-flat step, beside one after the other: time and bits."""
+"""A prompt chunk and a decode batch in one token-flat step, compared with two steps: time and bit-equality."""
 
 import functools
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ CONTEXT = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Tokens of a step, their positions, and those whose logits are wanted."""
+    """Tokens of a step, their positions, and those whose logits are needed."""
 
     ids: Ints
     positions: Ints
@@ -76,7 +76,7 @@ def measure(
 
 
 class _Keys:
-    """``out = q`` in place of attention; keeps the keys of each layer where it is told to."""
+    """``out = q`` in place of attention; optionally keeps the keys of each layer."""
 
     def __init__(self, *, keep: bool) -> None:
         self.of_layers: list[Floats] = []
@@ -105,6 +105,6 @@ def _run_in_turn(executor: DenseExecutor, chunk: Rows, batch: Rows) -> None:
 
 
 def _same_percent(ours: Floats, theirs: Floats) -> float:
-    """Share of rows that are the same bit for bit."""
+    """Share of rows that are equal bit for bit."""
     same = (ours.view(np.uint32) == theirs.view(np.uint32)).reshape(len(ours), -1).all(axis=1)
     return round(100 * float(same.mean()), 1)

@@ -1,4 +1,4 @@
-"""What deciding on steps costs: the share of a decode step that is neither the model nor the choice of tokens."""
+"""Cost of planning: the share of a decode step that is neither the model nor sampling."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ N_PROMPT = 32
 
 
 def measure(model: ServedModel, *, n_steps: int, rounds: int) -> Row:
-    """Medians over ``rounds`` of ``n_steps`` decode steps of 32 sequences, nobody coming or going."""
+    """Medians over ``rounds`` of ``n_steps`` decode steps of 32 sequences, without arrivals or ends."""
     core = model.core(max_sequences=N_SEQUENCES, chunk=N_PROMPT)
     requests = [
         request_of(random_tokens(N_PROMPT, model.config.vocab_size, seed=seed), N_SEQUENCES + (rounds + 1) * n_steps)

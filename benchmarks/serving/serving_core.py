@@ -1,5 +1,5 @@
-"""The core that runs all steps, beside static groups: throughput and latencies, what planning costs, what a long prompt does to
-those who decode, and whether a chunk and a decode batch belong into one step.
+"""The engine core (continuous batching) compared with static batching: throughput and latencies, cost of planning, effect of a
+long prompt on decoding sequences, and whether a chunk and a decode batch should be one step.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ WIDE_MIX = Mix(
     prompt=Lengths(median=48, sigma=0.7, least=16, most=160),
     answer=Lengths(median=24, sigma=0.9, least=4, most=96),
 )
-"""Shorter, since a token of this shape takes thirty times as long."""
+"""Shorter requests, since a token of this shape takes thirty times as long."""
 CAREFUL, SMALL, USUAL_SETTING, EAGER = (
     Setting(max_sequences=8, chunk=16),
     Setting(max_sequences=8, chunk=64),
@@ -37,14 +37,14 @@ CAREFUL, SMALL, USUAL_SETTING, EAGER = (
 )
 PLANNING_PERCENT = 2.0
 CHUNK_SHARE = 1.1
-"""While a prompt is read, a step of those who decode waits for one chunk, and a tenth of it is left to noise."""
+"""Limit: during a prefill a decode step waits for one chunk, plus a tenth for noise."""
 WIDE = Shape(n_layers=2, hidden_size=2048, n_heads=32, n_kv_heads=8, head_dim=64, intermediate_size=8192)
 """As wide as Llama 3.2 1B, with fewer layers: sixteen of them would take eight times as long."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much is measured; ``light`` beside a saturating load."""
+    """Amount of measurements; ``light`` is a load measured in addition to a saturating one."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     wide_seeds: tuple[int, ...] = (0, 1)
@@ -170,7 +170,7 @@ def _arrivals(models: Mapping[str, ServedModel], effort: Effort) -> tuple[list[C
 
 
 def _bundled_traffics(effort: Effort, policy: Policy) -> list[Traffic]:
-    """Short answers only for the whole cache: they are mostly reading, which evicting does not shorten."""
+    """Short answers only with the whole cache: they are mostly prefill, which eviction does not shorten."""
     settings = (CAREFUL, SMALL, USUAL_SETTING, EAGER)
     many, few = effort.n_requests, effort.n_light_requests
     return [

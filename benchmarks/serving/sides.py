@@ -1,4 +1,4 @@
-"""Two ways to serve the same requests on the same runner: the engine's core, and static groups."""
+"""Two ways to serve the same requests on the same runner: the engine core, and static batching in groups."""
 
 import math
 import time
@@ -23,7 +23,7 @@ GROUP = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A model under a policy; ``kept_shares`` as a recipe gives them. Caches have room for ``cache_tokens`` in every layer."""
+    """A model under a policy; ``kept_shares`` from a recipe. Caches have room for ``cache_tokens`` in every layer."""
 
     executor: DenseExecutor
     config: ModelConfig
@@ -32,7 +32,7 @@ class ServedModel:
     cache_tokens: int = 16384
 
     def runner(self, chunk: int = DEFAULT_CHUNK) -> ModelRunner:
-        """A runner with a pool of its own, its kernels compiled."""
+        """A runner with its own pool and compiled kernels."""
         runner = model_runner(
             self.executor,
             self.config,
@@ -45,7 +45,7 @@ class ServedModel:
         return runner
 
     def core(self, *, max_sequences: int, chunk: int) -> EngineCore:
-        """A core as an engine has it."""
+        """A core configured as in an engine."""
         runner = self.runner(chunk)
         budgets = budgets_of(programs_of(self.policy, self.config, kept_shares=self.kept_shares)["prefill"])
         pages = CachePages(runner.pool, budgets=budgets, n_protected=self.policy.sinks + self.policy.recent)
@@ -53,7 +53,7 @@ class ServedModel:
 
 
 def serve_continuously(core: EngineCore, arrivals: Sequence[Arrival]) -> Served:
-    """Hand each request to the core when it has arrived; steps run in this thread."""
+    """Pass each request to the core when it arrives; steps run in this thread."""
     start, steps_before = time.monotonic(), core.statistics.decode_steps
     due, requests, live = deque(arrivals), list[Request](), list[Request]()
     while due or live:
@@ -76,8 +76,8 @@ def _run_until(core: EngineCore, live: Sequence[Request], moment: float) -> None
 
 
 def serve_in_groups(runner: ModelRunner, arrivals: Sequence[Arrival]) -> Served:
-    """Static groups: up to ``GROUP`` requests that wait start together. Their prompts are read one after the other, they decode
-    together, without those that have ended, and the next group starts when all have ended.
+    """Static batching: up to ``GROUP`` waiting requests start together. Their prompts are prefilled one after the other, they
+    decode together, without those that have ended, and the next group starts when all have ended.
     """
     start, steps = time.monotonic(), 0
     due, requests = deque(arrivals), list[Request]()
@@ -91,7 +91,7 @@ def serve_in_groups(runner: ModelRunner, arrivals: Sequence[Arrival]) -> Served:
 
 
 def _run_group(runner: ModelRunner, group: Sequence[Request]) -> int:
-    """Run a group to its end; how many decode steps that took."""
+    """Run a group to its end; returns the number of decode steps."""
     for request in group:
         request.held_sequence = runner.new_sequence()
         request.accept(runner.prefill(request.sequence, request.prompt_ids))

@@ -1,4 +1,4 @@
-"""Requests as they come in, and what those who sent them saw."""
+"""Request arrivals, and the latencies that clients observe."""
 
 import math
 import time
@@ -28,7 +28,7 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """How long prompts and answers are."""
+    """Length distributions of prompts and answers."""
 
     name: str
     prompt: Lengths
@@ -37,14 +37,14 @@ class Mix:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """A request that comes ``at_s`` seconds after the first one could, and asks for exactly ``n_new`` tokens."""
+    """A request that arrives ``at_s`` seconds after the start, for exactly ``n_new`` tokens."""
 
     at_s: float
     prompt_ids: Sequence[int]
     n_new: int
 
     def request(self, start: float) -> Request:
-        """It, as it arrived in a run that began at ``start`` of ``time.monotonic``: greedy, and nothing ends it early."""
+        """The request in a run that began at ``start`` of ``time.monotonic``: greedy, without early end."""
         made = request_of(self.prompt_ids, self.n_new)
         made.times.arrived = start + self.at_s
         return made
@@ -57,7 +57,7 @@ def request_of(prompt_ids: Sequence[int], n_new: int) -> Request:
 
 
 def poisson(mix: Mix, n: int, *, per_second: float, vocab_size: int, seed: int) -> list[Arrival]:
-    """``n`` arrivals of a Poisson process, or all at once where ``per_second`` is infinite."""
+    """``n`` arrivals of a Poisson process, or all at once if ``per_second`` is infinite."""
     rng = np.random.default_rng(seed)
     at = np.cumsum(rng.exponential(1.0, size=n) / per_second)
     lengths = zip(mix.prompt.draw(rng, n), mix.answer.draw(rng, n), strict=True)
@@ -69,19 +69,19 @@ def poisson(mix: Mix, n: int, *, per_second: float, vocab_size: int, seed: int) 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """Requests that have all ended, and in how many steps they were decoded."""
+    """Requests that have all ended, and the number of steps in which they were decoded."""
 
     requests: Sequence[Request]
     decode_steps: int
 
     @property
     def makespan_s(self) -> float:
-        """From the first arrival to the last token."""
+        """Seconds from the first arrival to the last token."""
         return max(r.times.tokens[-1] for r in self.requests) - min(r.times.arrived for r in self.requests)
 
     def measures(self) -> Mapping[str, float]:
-        """Throughput; of the pooled times between two tokens of a request, of each request's mean time per token after its
-        first, and of the times to first tokens: medians and 95th percentiles.
+        """Throughput, and medians and 95th percentiles of pooled times between tokens (ITL), of each request's mean time per
+        token after the first (TPOT), and of the times to first token (TTFT).
         """
         tokens = [np.array(request.times.tokens) for request in self.requests]
         between_ms = np.concatenate([np.diff(times) for times in tokens]) * 1e3
@@ -100,5 +100,5 @@ class Served:
 
 
 def sleep_until(moment: float) -> None:
-    """Until ``moment`` of ``time.monotonic``."""
+    """Sleep until ``moment`` of ``time.monotonic``."""
     time.sleep(max(0.0, moment - time.monotonic()))
