@@ -123,17 +123,14 @@ class Scheduler(Generic[R]):
 
     def schedule(self) -> StepPlan[R] | None:
         """The next step; None if there is nothing to do. After it the caller calls ``complete``, or ``remove`` if it failed."""
-        if self._reading is None:
-            self._admit()
-        if self._reading is not None:
-            n_prompt = self._reading.size.n_prompt
-            end = min(self._n_read + self._chunk, n_prompt)
-            n_tokens = end - self._n_read
-            if not self._decoding or self._budget_left == self._token_budget or self._budget_left >= n_tokens:
-                self._budget_left -= n_tokens
-                return StepPlan(
-                    phase="prefill", requests=(self._reading,), start=self._n_read, end=end, reads_last=end == n_prompt
-                )
+        first = self._first_waiting() if self._reading is None else None
+        request = self._reading if first is None else first.request
+        if request is not None:
+            start, n_prompt = (self._n_read if first is None else 0), request.size.n_prompt
+            end = min(start + self._chunk, n_prompt)
+            if self._has_budget_for(end - start) and (first is None or self._admit(first)):
+                self._budget_left -= end - start
+                return StepPlan(phase="prefill", requests=(request,), start=start, end=end, reads_last=end == n_prompt)
         self._budget_left = self._token_budget
         return StepPlan(phase="decode", requests=tuple(self._decoding)) if self._decoding else None
 
@@ -163,22 +160,27 @@ class Scheduler(Generic[R]):
             for member in sorted(family, key=lambda member: member is request):
                 self._families.pop(id(member), None)
 
-    def _admit(self) -> None:
-        """Admit the request that is next, if what it needs can be reserved now.
+    def _has_budget_for(self, n_tokens: int) -> bool:
+        """Whether prompt tokens may be read before the next decode step. One chunk may, however long it is."""
+        return not self._decoding or self._budget_left == self._token_budget or self._budget_left >= n_tokens
 
-        If interrupted before ``_reading`` is set, none has been admitted.
-        """
-        admitted = {id(request) for request in self._decoding}
-        self._waiting = [entry for entry in self._waiting if id(entry.request) not in admitted]
+    def _first_waiting(self) -> _Waiting[R] | None:
+        """The request that is next to be admitted, once an interrupted admission has been undone."""
+        decoding = {id(request) for request in self._decoding}
+        self._waiting = [entry for entry in self._waiting if id(entry.request) not in decoding]
         for entry in self._waiting:
-            self.reservation.release(id(entry.request))  # of an interrupted admission
-        if not self._waiting:
-            return
+            self.reservation.release(id(entry.request))
         passed_by = [entry for entry in self._waiting if entry.n_overtaken >= self._max_overtaken]
-        first = min(passed_by or self._waiting, key=lambda e: (0 if passed_by else e.request.priority, e.arrival))
+        return min(passed_by or self._waiting, key=lambda e: (0 if passed_by else e.request.priority, e.arrival), default=None)
+
+    def _admit(self, first: _Waiting[R]) -> bool:
+        """Reserve what a request needs and start to read its prompt; False, without effect, if that is not free now.
+
+        If interrupted before ``_reading`` is set, the request has not been admitted.
+        """
         request = first.request
         if not self.reservation.reserve(id(request), request.size):
-            return
+            return False
         family = (request, *(fork for fork in request.forks if not fork.is_finished))
         for member in family:
             self._families[id(member)] = family
@@ -187,3 +189,4 @@ class Scheduler(Generic[R]):
         self._waiting.remove(first)
         for entry in self._waiting:
             entry.n_overtaken += entry.arrival < first.arrival
+        return True

@@ -93,7 +93,7 @@ def test_contexts_are_bounded_by_the_profile(folder_of: Callable[[str], Path], t
     engine.core.reservation.check(RequestSize(n_prompt=31, max_new_tokens=10))
     with pytest.raises(CapacityError, match="longer than this engine was loaded for") as caught:
         engine.generate([5] * 32, max_new_tokens=10)
-    assert "at most 40 together" in str(caught.value)
+    assert "at most 40 kept and generated ones together" in str(caught.value)
     # Of 38 prompt tokens half are kept.
     evicting = load_on(folder_of("h2o"), CPU, DeviceOptions(profile=str(profile)))
     evicting.core.reservation.check(RequestSize(n_prompt=38, max_new_tokens=22))

@@ -377,3 +377,24 @@ def test_a_turn_reads_as_many_whole_chunks_as_its_budget_allows(budget: int, chu
         elif plan.requests != (decoding,):
             turn.append(plan.n_tokens)
             assert chunks.pop(0) == plan.n_tokens
+
+
+def test_a_request_is_admitted_when_its_first_chunk_is_read_and_not_before() -> None:
+    """While decoding has its turn, one of a higher priority may still come first, and nothing is reserved."""
+    reservation = Reservation([Places(3), Tokens(60)])
+    scheduler: Scheduler[Fake] = Scheduler(reservation, chunk=1)
+    first, second, urgent = request(1, 5), request(1, 5, priority=1), request(1, 5)
+    scheduler.add(first)
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.complete(plan)
+    reserved = reservation.used
+    scheduler.add(second)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert (plan.phase, reservation.used, scheduler.waiting) == ("decode", reserved, [second])
+    scheduler.complete(plan)
+    scheduler.add(urgent)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.requests == (urgent,)

@@ -34,7 +34,7 @@ class LargestStep:
             raise CapacityError(
                 "the request is longer than this engine was loaded for",
                 got=f"{size.n_prompt} prompt tokens, {size.max_new_tokens} to generate",
-                expected=f"at most {self._longest} tokens: both of the prompt, and of its kept tokens and the generated ones",
+                expected=f"at most {self._longest} prompt tokens, and at most {self._longest} kept and generated ones together",
                 fix="shorten it, or load the engine with a profile for a longer context",
             )
         if self._longest_prompt is not None and size.n_prompt > self._longest_prompt:
