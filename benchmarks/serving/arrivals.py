@@ -10,7 +10,7 @@ from benchmarks.harness import Check, Row, Target, check_close, rounded
 from benchmarks.serving.sides import GROUP, ServedModel, serve_continuously, serve_in_groups
 from benchmarks.serving.traffic import Arrival, Mix, Served, poisson
 
-SATURATING = 4.0
+SATURATING = 16.0
 """Saturating arrival rate, relative to the throughput of static groups that are never idle: more than any side can serve."""
 STATIC = f"static groups of {GROUP}"
 WANTED = 2.0
