@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from trt_kv.errors import EngineError, TrtKvError, UsageError
 from trt_kv.plugins.paging import Floats
@@ -11,6 +12,8 @@ from trt_kv.runtime.request import FinishReason, Request
 from trt_kv.runtime.reservation import Reservation
 from trt_kv.runtime.scheduler import Scheduler, StepPlan
 from trt_kv.runtime.statistics import EngineStatistics
+
+Result = TypeVar("Result")
 
 NOTICE_S = 0.05
 """Polling interval of waiting threads, in seconds: an interrupted thread may not have notified the others."""
@@ -73,8 +76,11 @@ class EngineCore:
                 with self._changed:
                     self._changed.wait_for(lambda: until() or not self._stepping.locked(), NOTICE_S)
                 continue
-            self._alone(lambda: until() or self._step())
+            has_run = self._alone(lambda: until() or self._step())
             self._notify()
+            if not has_run:
+                with self._changed:
+                    self._changed.wait(NOTICE_S)
 
     def run_until_idle(self) -> None:
         """Run steps until every request has ended."""
@@ -101,12 +107,12 @@ class EngineCore:
         if self._stepping.locked() and self._stepping_thread == threading.get_ident():
             raise UsageError("an engine cannot be called from inside one of its steps", fix="call it after the step")
 
-    def _alone(self, work: Callable[[], object]) -> None:
-        """Run ``work`` while no other thread runs steps."""
+    def _alone(self, work: Callable[[], Result]) -> Result:
+        """Return ``work()``, run while no other thread runs steps."""
         with self._stepping:
             self._stepping_thread = threading.get_ident()
             try:
-                work()
+                return work()
             finally:
                 self._stepping_thread = None
 

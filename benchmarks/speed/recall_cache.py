@@ -240,6 +240,7 @@ def place_prompt(
     for layer in range(sequence.n_layers):
         pages = sequence.page_table[layer, :n_pages]
         working_set = WorkingSet(recall.device, limits)
+        working_set.open()
         for first, end in ((0, limits.n_sinks), (n_pages - limits.n_newest, n_pages)):
             working_set.n_tokens = first * limits.page_size
             working_set.place(recall.host.read_pages([int(page) for page in pages[first:end]]), end * limits.page_size)
