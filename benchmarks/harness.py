@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,6 +203,11 @@ def show(document: Mapping[str, Any], console: Console) -> None:
     for target in document["targets"]:
         verdict = "[green]met[/]" if target["is_met"] else "[red]missed[/]"
         console.print(f"{verdict}: {target['what']}: {target['measured']} (at most {target['limit']})")
+
+
+def replace_section(path: Path, begin: str, end: str, section: str) -> None:
+    """Replace what stands in a file from the marker ``begin`` to the marker ``end``, both included, by ``section``."""
+    path.write_text(re.sub(f"{begin}.*{end}", lambda _: section, path.read_text(), flags=re.DOTALL))
 
 
 def markdown_tables(document: Mapping[str, Any]) -> list[str]:

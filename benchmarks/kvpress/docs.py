@@ -1,9 +1,8 @@
 """The measured part of docs/kvpress.md, from the results file: ``python -m benchmarks.kvpress.docs`` updates it."""
 
-import re
 from pathlib import Path
 
-from benchmarks.harness import load, markdown_tables
+from benchmarks.harness import load, markdown_tables, replace_section
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "kvpress.md"
@@ -25,9 +24,7 @@ def measured_section() -> str:
 
 def main() -> None:
     """Replace the section in the file."""
-    text = DOCS.read_text()
-    section = measured_section()
-    DOCS.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: section, text, flags=re.DOTALL))
+    replace_section(DOCS, BEGIN, END, measured_section())
 
 
 if __name__ == "__main__":

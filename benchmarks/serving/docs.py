@@ -1,9 +1,8 @@
 """The measured part on serving in benchmarks/README.md: ``python -m benchmarks.serving.docs`` makes it from the results."""
 
-import re
 from pathlib import Path
 
-from benchmarks.harness import load, markdown_tables
+from benchmarks.harness import load, markdown_tables, replace_section
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "benchmarks" / "README.md"
@@ -28,9 +27,7 @@ def measured_section() -> str:
 
 def main() -> None:
     """Replace the section in the file."""
-    text = README.read_text()
-    section = measured_section()
-    README.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: section, text, flags=re.DOTALL))
+    replace_section(README, BEGIN, END, measured_section())
 
 
 if __name__ == "__main__":

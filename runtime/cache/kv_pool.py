@@ -5,13 +5,11 @@ All layers share one pool because budgets differ per layer: a page freed by one 
 """
 
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 from trt_kv.model_config import ModelConfig
+from trt_kv.plugins.tensors import Array
 from trt_kv.runtime.cache.page_pool import PagePool
-
-Array = TypeVar("Array")
-"""Tensor type of a backend: numpy array or torch tensor."""
 
 
 def token_bytes(config: ModelConfig, *, element_bytes: int) -> int:

@@ -76,10 +76,6 @@ class PagePool:
         """Free all pages of ``owner``, if it has any."""
         self.release(np.flatnonzero(self._owner_M == owner))
 
-    def pages_of(self, owner: int) -> list[int]:
-        """The pages of ``owner``, lowest first."""
-        return [int(page) for page in np.flatnonzero(self._owner_M == owner)]
-
     def check_integrity(self, used: Iterable[int]) -> None:
         """Raise ``CapacityError`` unless exactly the pages ``used`` have an owner, and each is used once."""
         counts = Counter(used)
