@@ -93,11 +93,19 @@ def _check_taus(folder: Path, manifest: Manifest) -> None:
 
 
 def _same_nodes(nodes: Sequence[OpNode], others: Sequence[OpNode]) -> bool:
-    return [node.op for node in nodes] == [other.op for other in others] and all(
-        node.attributes.keys() == other.attributes.keys()
-        and all(_same_value(value, other.attributes[name]) for name, value in node.attributes.items())
-        for node, other in zip(nodes, others, strict=True)
+    if [node.op for node in nodes] != [other.op for other in others]:
+        return False
+    pairs = zip(map(_all_attributes, nodes), map(_all_attributes, others), strict=True)
+    return all(
+        found.keys() == expected.keys() and all(_same_value(found[name], expected[name]) for name in found)
+        for found, expected in pairs
     )
+
+
+def _all_attributes(node: OpNode) -> dict[str, AttributeValue]:
+    """The node's attributes, and the defaults of those that older versions did not write."""
+    defaults = {a.name: a.default for a in op_specs()[node.op].attributes if a.default is not None}
+    return {**defaults, **node.attributes}
 
 
 def _same_value(value: AttributeValue | None, expected: AttributeValue | None) -> bool:

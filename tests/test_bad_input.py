@@ -50,7 +50,12 @@ def checkpoint(small_checkpoint_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-KNOWN_NAMES = {"--policy": "full, h2o, pooledwindow", "--model": "llama3", "--score": "mass", "--target": "onnxruntime"}
+KNOWN_NAMES = {
+    "--policy": "h2o, prefixkv, prefixkv_paper",
+    "--model": "llama3",
+    "--score": "mass",
+    "--target": "onnxruntime",
+}
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,7 @@ def with_other_node(manifest: Manifest, **attributes: Any) -> dict[str, Any]:
         (lambda m: {"policy": dataclasses.replace(m.policy, score="window")}, "layer 0 of the prefill graph .* does not apply"),
         (lambda m: {"programs": with_other_node(m, recent=0)}, "layer 2 of the prefill graph .* does not apply"),
         (lambda m: {"programs": with_other_node(m, kept_share=0.1)}, "does not apply its recipe"),
-        (lambda m: {"programs": {**m.programs, "prefill": m.programs["decode"]}}, "does not apply the policy 'prefixkv'"),
+        (lambda m: {"programs": {**m.programs, "prefill": m.programs["decode"]}}, "does not apply the policy 'prefixkv_paper'"),
         (lambda m: {"programs": {**m.programs, "decode": m.programs["decode"][:2]}}, "layer 2 of the decode graph"),
     ],
     ids=["target", "type", "newer op", "unknown op", "sinks", "score", "recent", "share", "no eviction", "fewer layers"],

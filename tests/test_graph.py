@@ -52,7 +52,7 @@ def load_graph(folder: Path, phase: str) -> onnx.ModelProto:
 
 def test_the_graphs_hold_the_ops_of_their_policy(half_folder: Path, full_folder: Path) -> None:
     """Read back from the files, attribute by attribute; fp32 attributes are the decimal ones rounded."""
-    for folder, name, shares in ((half_folder, "prefixkv", SHARES), (full_folder, "full", None)):
+    for folder, name, shares in ((half_folder, "prefixkv_paper", SHARES), (full_folder, "full", None)):
         for phase in PHASES:
             found = program_from_graph(load_graph(folder, phase))
             expected = program_of(
@@ -304,7 +304,7 @@ def test_a_graph_that_cannot_be_cut_is_refused() -> None:
 @pytest.mark.parametrize("changes", [{"kept": 0.4}, {"budget": "uniform"}], ids=str)
 def test_a_recipe_for_another_policy_builds_nothing(bundled_checkpoint: Checkpoint, changes: dict[str, Any]) -> None:
     request = prefixkv_request(bundled_checkpoint, SHARES, budget=0.5)
-    with pytest.raises(RecipeError, match="the recipe is not for policy 'prefixkv'"):
+    with pytest.raises(RecipeError, match="the recipe is not for policy 'prefixkv_paper'"):
         dataclasses.replace(request, policy=dataclasses.replace(request.policy, **changes))
 
 
@@ -312,7 +312,7 @@ def test_impossible_requests_build_nothing(bundled_checkpoint: Checkpoint) -> No
     with pytest.raises(UsageError, match="the page size is below 1"):
         EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=0)
     with pytest.raises(RecipeError, match="needs a recipe"):
-        EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("prefixkv"))
+        EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("prefixkv_paper"))
 
 
 def test_a_checkpoint_without_tokenizer_makes_no_engine(tmp_path: Path) -> None:
