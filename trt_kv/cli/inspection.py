@@ -112,7 +112,8 @@ def _budget(policy: Policy) -> str:
 
 def _protected(policy: Policy) -> str:
     newest = f", newest {policy.recent_share:.0%} of the budget" if policy.recent_share else ""
-    return f"first {policy.sinks} and last {policy.recent} prompt tokens{newest}"
+    floor = f"; nothing while a layer holds at most {policy.eviction_floor} tokens" if policy.eviction_floor else ""
+    return f"first {policy.sinks} and last {policy.recent} prompt tokens{newest}{floor}"
 
 
 def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
