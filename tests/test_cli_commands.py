@@ -51,7 +51,7 @@ def test_from_a_checkpoint_to_text(run: Run, small_checkpoint_folder: Path, prom
     shown = [line.split()[-1] for line in out.splitlines() if "█" in line]
     assert shown == [*(f"{share:.1%}" for share in manifest.kept_shares)]
     assert "40% of the tokens" in out
-    assert f"--budget 0.4 --score mass --samples 3 --seed 5 --prompts {prompts}" in out
+    assert f"--budget 0.4 --score window --window 32 --samples 3 --seed 5 --prompts {prompts}" in out
 
     code, out, err = run("generate", "engines/first", "the old storm", "--max-new-tokens", "6")
     engine = Engine.load(tmp_path / "engines" / "first", n_threads=1)
