@@ -11,6 +11,7 @@ import onnx
 import torch
 
 from trt_kv.drift import Drift
+from trt_kv.engine_files import file_records
 from trt_kv.errors import CheckpointError, RecipeError, UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
@@ -19,14 +20,13 @@ from trt_kv.export.split import program_from_graph
 from trt_kv.export.targets.onnxruntime import save_onnxruntime_parts
 from trt_kv.export.targets.parts import Parts
 from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
-from trt_kv.manifest import DTYPES, Manifest, Plan, file_records
+from trt_kv.manifest import DTYPES, GRAPHS, Manifest, Plan
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
 from trt_kv.recipe import CREATED_BY, Recipe
 
 DEFAULT_PAGE_SIZE = 32
-GRAPHS = "graphs"
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (stage, done, total) during a long operation."""

@@ -7,19 +7,20 @@ from typing import Any, Unpack
 import torch
 from tokenizers import Tokenizer
 
-from trt_kv.errors import EngineError, TrtKvError, UsageError
-from trt_kv.manifest import Manifest, load_manifest, verify_files
+from trt_kv.engine_files import check_files, verify_files
+from trt_kv.errors import TrtKvError, UsageError
+from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.require import require
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions, device_from_name
 from trt_kv.runtime.backends.host.load import load as load_on_host
-from trt_kv.runtime.compatibility import check_compatible, check_recipe
+from trt_kv.runtime.compatibility import check_compatible, check_recipe, check_weights
 from trt_kv.runtime.engine_core import EngineCore
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.stream import Stream
-from trt_kv.runtime.text.tokenizer import load_tokenizer
+from trt_kv.runtime.text.tokenizer import tokenizer_of_engine
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 Prompt = str | Sequence[int]
@@ -52,6 +53,7 @@ class Engine:
         path: str | Path,
         *,
         verify: bool = True,
+        digest: str | None = None,
         device: str = HOST,
         dense: str | None = None,
         dtype: str | None = None,
@@ -71,11 +73,12 @@ class Engine:
     ) -> "Engine":
         """Open an engine folder.
 
-        ``verify`` checks every file's digest. ``cache_tokens`` sizes the KV pool: it holds that many tokens in every layer; by
-        default twice the model's positions, or what fits into half of the free memory. ``chunk`` is the number of prompt
-        tokens per prefill step; ``token_budget`` limits the prompt tokens between two decode steps (None: one chunk). At most
-        ``max_sequences`` run at once (None: 256, or what the device was planned for); others wait. ``n_threads`` 0: one per
-        core. ``trace`` records timing spans.
+        ``verify`` checks every file's digest; without it, only names and sizes. ``digest`` ("sha256:...", from ``trt-kv
+        inspect``) is that of the only engine to accept; digests alone do not tell who made an engine. ``cache_tokens`` sizes
+        the KV pool: it holds that many tokens in every layer; by default twice the model's positions, or what fits into half
+        of the free memory. ``chunk`` is the number of prompt tokens per prefill step; ``token_budget`` limits the prompt
+        tokens between two decode steps (None: one chunk). At most ``max_sequences`` run at once (None: 256, or what the
+        device was planned for); others wait. ``n_threads`` 0: one per core. ``trace`` records timing spans.
 
         For engines whose cache is on the host: ``host_tier`` is "ram" (the default) or "file:PATH", a file that need not fit
         into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
@@ -108,7 +111,7 @@ class Engine:
         place = device_from_name(device)
         if place is None:
             on.check_host()
-        return cls._open(Path(path), options, on, place, verify=verify, tell=on_progress or _tell_nobody)
+        return cls._open(Path(path), options, on, place, verify=verify, digest=digest, tell=on_progress or _tell_nobody)
 
     @classmethod
     def _open(
@@ -119,15 +122,19 @@ class Engine:
         device: torch.device | None,
         *,
         verify: bool,
+        digest: str | None = None,
         tell: OnProgress,
     ) -> "Engine":
         """``device`` None: the target that the engine was built for. On "cpu", Triton's interpreter runs the device kernels."""
-        manifest = load_manifest(folder)
+        manifest = load_manifest(folder, digest=digest)
         check_compatible(folder, manifest)
         if verify:
             _verify_with_progress(folder, manifest, tell)
+        else:
+            check_files(folder, manifest)
+        check_weights(folder, manifest)
         check_recipe(folder, manifest)
-        tokenizer = load_tokenizer(folder / "tokenizer.json", error=EngineError)
+        tokenizer = tokenizer_of_engine(folder, manifest)
         if device is not None:
             loaded = require("trt_kv.runtime.backends.cuda.load").load(folder, manifest, options, on, device, tell)
         elif manifest.plan is not None:

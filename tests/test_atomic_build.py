@@ -16,13 +16,14 @@ import pytest
 
 from tests.engines import interrupted_at_line, prefixkv_request, traced_once
 from trt_kv.cli.app import main
+from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError, RecipeError, UsageError
 from trt_kv.export import engine as engine_module
 from trt_kv.export import new_folder as new_folder_module
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.new_folder import new_folder
-from trt_kv.manifest import load_manifest, verify_files
+from trt_kv.manifest import load_manifest
 
 OnProgress = Callable[[str, int, int], None]
 

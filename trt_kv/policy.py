@@ -11,11 +11,11 @@ Named policies are presets of these, each in its own file in ``trt_kv/policies``
 
 import dataclasses
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from trt_kv.errors import UsageError
+from trt_kv.json_file import dataclass_from_json
 from trt_kv.policy_checks import check_policy
 from trt_kv.score import Score
 from trt_kv.scores import score_from_name
@@ -175,13 +175,9 @@ class Policy:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Policy":
+    def from_json(cls, data: object) -> "Policy":
         """Read what ``to_json`` wrote; an unknown field is an error, because ignoring it would change what is kept."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise UsageError("a policy has unknown fields", got=unknown, expected=sorted(known))
-        return cls(**(dict(data) | {"exempt_layers": tuple(data.get("exempt_layers", ()))}))
+        return dataclass_from_json(cls, data, where="the policy", error=UsageError, with_defaults=True)
 
 
 def kept_tokens(n_cached: int, kept_share: float, tokens: int = 0, floor: int = 0) -> int:

@@ -4,13 +4,18 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from trt_kv.errors import TrtKvError
+from trt_kv.errors import EngineError, TrtKvError
+from trt_kv.manifest import TOKENIZER_FILE, Manifest
+from trt_kv.safe_path import check_size, safe_join
+
+MAX_TOKENIZER_BYTES = 128 * 2**20
+"""Four times the largest that are published."""
 
 
 def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
     """The tokenizer in ``path``, without the truncation and padding that some files configure.
 
-    Raises ``error`` if it is missing or cannot be read.
+    Raises ``error`` if it is missing, too large or cannot be read.
     """
     if not path.is_file():
         raise error(
@@ -18,10 +23,26 @@ def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
             expected="the tokenizer as one tokenizer.json",
             fix="save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
+    check_size(path, MAX_TOKENIZER_BYTES, error=error)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as cause:  # the package raises no more specific class
         raise error(f"cannot read the tokenizer {path}", got=str(cause), expected="a tokenizers file") from cause
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_of_engine(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of an engine; ``EngineError`` if it cannot be read, or has tokens that the model does not have."""
+    path = safe_join(folder, TOKENIZER_FILE, error=EngineError)
+    tokenizer = load_tokenizer(path, error=EngineError)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= manifest.config.vocab_size:
+        raise EngineError(
+            f"{path} belongs to another model",
+            got=f"token ids up to {largest}",
+            expected=f"ids below {manifest.config.vocab_size}",
+            fix="build the engine again",
+        )
     return tokenizer

@@ -6,7 +6,7 @@ import click
 
 from trt_kv.calibration.task_files import MATCHES, Match
 from trt_kv.cli.evaluation_table import describe_evaluation
-from trt_kv.cli.options import any_path, debug_option, device_options, existing_file
+from trt_kv.cli.options import any_path, debug_option, device_options, digest_option, existing_file
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.pipeline import DeviceChoice, EvaluationRequest, evaluate
@@ -47,6 +47,7 @@ from trt_kv.pipeline import DeviceChoice, EvaluationRequest, evaluate
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Tasks decoded together."
 )
 @device_options
+@digest_option
 @debug_option
 def command(
     *,
@@ -61,6 +62,7 @@ def command(
     separator: str,
     batch_size: int,
     on: DeviceChoice,
+    digest: str | None,
 ) -> None:
     """Run ENGINE on tasks and report accuracy, perplexity of the expected answers, kept share of the cache and time.
 
@@ -86,6 +88,7 @@ def command(
         out=out,
         force=force,
         on=on,
+        digest=digest,
     )
     with termination_unwinds(), progress_bars() as on_progress:
         evaluation = evaluate(request, on_progress=on_progress, on_note=say_note)

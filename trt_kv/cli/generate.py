@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from trt_kv.cli.generation import GenerationRequest, RunOptions, stream_text
-from trt_kv.cli.options import any_path, debug_option, device_options
+from trt_kv.cli.options import any_path, debug_option, device_options, digest_option
 from trt_kv.errors import UsageError
 from trt_kv.pipeline.plans import DeviceChoice
 
@@ -43,6 +43,7 @@ from trt_kv.pipeline.plans import DeviceChoice
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times.")
 @device_options
+@digest_option
 @debug_option
 def command(
     *,
@@ -58,6 +59,7 @@ def command(
     trace: Path | None,
     stop: tuple[str, ...],
     on: DeviceChoice,
+    digest: str | None,
 ) -> None:
     """Continue PROMPT with ENGINE and stream the text. If PROMPT is -, it is read from standard input.
 
@@ -79,7 +81,7 @@ def command(
         stop=stop,
     )
     notes: list[str] = []
-    running = RunOptions(on=on, host_tier=host_tier, trace=trace)
+    running = RunOptions(on=on, digest=digest, host_tier=host_tier, trace=trace)
     for piece in stream_text(engine=engine, request=request, running=running, on_end=notes.append):
         click.echo(piece, nl=False)
     click.echo()

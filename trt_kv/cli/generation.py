@@ -29,11 +29,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How an engine is run, and where (``on``). ``host_tier``: where a host-resident cache is stored; None: the default, or the
-    engine has no such cache. ``trace``: the file that the timeline of the run is written to.
+    """How an engine is run, and where (``on``). ``digest``: of the only engine to accept. ``host_tier``: where a host-resident
+    cache is stored; None: the default, or the engine has no such cache. ``trace``: the file that the timeline of the run is
+    written to.
     """
 
     on: DeviceChoice = field(default_factory=DeviceChoice)
+    digest: str | None = None
     host_tier: str | None = None
     trace: Path | None = None
 
@@ -55,7 +57,14 @@ def stream_text(
     options = dataclasses.asdict(request)
     prompt = options.pop("prompt")
     with progress_bars() as on_progress:
-        loaded = Engine.load(engine, host_tier=running.host_tier, trace=trace, on_progress=on_progress, **running.on.options)
+        loaded = Engine.load(
+            engine,
+            digest=running.digest,
+            host_tier=running.host_tier,
+            trace=trace,
+            on_progress=on_progress,
+            **running.on.options,
+        )
         n_prompt = len(loaded.encode(prompt))
         stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **options)
         first = next(stream, "")

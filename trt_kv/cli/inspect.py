@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
-from trt_kv.cli.options import any_path, debug_option
+from trt_kv.cli.options import any_path, debug_option, digest_option
 
 
 @click.command("inspect", short_help="Show what is in an engine.")
 @click.argument("engine", type=any_path)
+@digest_option
 @debug_option
-def command(*, engine: Path) -> None:
+def command(*, engine: Path, digest: str | None) -> None:
     """Show an engine's model, policy, budgets per layer and sizes, and where each number came from.
 
     \b
@@ -19,4 +20,4 @@ def command(*, engine: Path) -> None:
     """
     from trt_kv.cli.inspection import describe_engine
 
-    click.echo(describe_engine(engine))
+    click.echo(describe_engine(engine, digest=digest))

@@ -52,7 +52,8 @@ def evaluate(request: EvaluationRequest, *, on_progress: OnProgress = ignore, on
             if folder is None or len(run.answers) == len(cases):
                 continue
             batch = None if request.on.on_host else request.batch_size
-            engine = Engine.load(folder, on_progress=on_progress, batch=batch, **request.on.options)
+            digest = request.digest if index == 0 else None
+            engine = Engine.load(folder, digest=digest, on_progress=on_progress, batch=batch, **request.on.options)
             keep(evaluation, at_once=True)
             for answers in _missing_answers(engine, run, cases, request, on_progress):
                 evaluation = evaluation.with_answers(index, answers)
