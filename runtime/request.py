@@ -94,7 +94,7 @@ class Request:
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
         self._rng = np.random.default_rng(self.seed)
-        self._detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
+        self._detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, self.prompt_ids)
         self._text = ""
         self._n_emitted = 0
         self._held: tuple[int, tuple[int, ...]] | None = None

@@ -44,7 +44,7 @@ def test_reach_answers_the_example_with_less_than_the_published_policy_that_does
         capsys.readouterr()
         assert main(["generate", str(folder), "--prompt-file", str(EXAMPLE), "--max-new-tokens", "8"]) == 0
         said = capsys.readouterr()
-        answers.append(said.out.startswith("code of trent is 5 3 7"))
+        answers.append(said.out.startswith(" code of trent is 5 3 7"))
         told.append(re.findall(r"\((\d+%)", said.err))
     assert answers == [True, False]
     (share,), (published,) = told
