@@ -57,6 +57,14 @@ def metaspace_tokenizer() -> Tokenizer:
     return _finished(tokenizer)
 
 
+def unigram_tokenizer() -> Tokenizer:
+    """As T5's: the vocabulary of the model itself has the special tokens."""
+    pieces = [(piece, -1.0) for piece in SPECIAL] + [(letter, -3.0) for letter in " aehlo<>/|stuxrknw_"]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.decoder = decoders.Fuse()
+    return _finished(tokenizer)
+
+
 TOKENIZERS = {
     "byte-level": byte_level_tokenizer(),
     "byte-fallback": byte_fallback_tokenizer(),
