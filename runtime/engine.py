@@ -20,11 +20,9 @@ from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.stream import Stream
+from trt_kv.runtime.text.prompts import Prompt, PromptEncoder, prompt_name
 from trt_kv.runtime.text.tokenizer import tokenizer_of_engine
 from trt_kv.runtime.trace import NO_TRACE, Trace
-
-Prompt = str | Sequence[int]
-"""Text, or token ids that are used as they are."""
 
 
 class Engine:
@@ -40,6 +38,8 @@ class Engine:
         self.manifest = manifest
         self.loaded = loaded
         self.tokenizer = tokenizer
+        config = manifest.config
+        self._prompts = PromptEncoder(tokenizer, max_positions=config.max_positions, vocab_size=config.vocab_size)
         self.core = EngineCore(loaded.runner, loaded.reservation, token_budget=loaded.token_budget)
 
     @property
@@ -167,8 +167,10 @@ class Engine:
         Prompts for which there is too little memory now wait. A request that fails ends with the tokens it has,
         ``finish_reason`` "error" and its ``error``; the others are not affected.
         """
-        if isinstance(prompts, str):
-            raise UsageError("a batch is a list of prompts", got="one text", expected="a list", fix="call generate()")
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+            raise UsageError(
+                "a batch is a list of prompts", got=f"one {type(prompts).__name__}", expected="a list", fix="call generate()"
+            )
         requests = self._requests(prompts, _params_of_each(len(prompts), params, sampling))
         try:
             self.core.add(requests)
@@ -210,9 +212,16 @@ class Engine:
         self.core.add([request])
         return request
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, special tokens as the tokenizer adds them."""
-        return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else [int(token) for token in prompt]
+    def encode(self, prompt: Prompt, *, parse_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer puts in front, unless a text begins with them.
+
+        ``parse_special_tokens``: see ``SamplingParams``.
+        """
+        return self._prompts.encode(prompt, parse_special_tokens=parse_special_tokens)
+
+    def encode_part(self, text: str, *, parse_special_tokens: bool = True) -> list[int]:
+        """Token ids of a part of a prompt: without the special tokens that the tokenizer puts in front of a whole one."""
+        return self._prompts.encode(text, parse_special_tokens=parse_special_tokens, is_whole=False)
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -243,8 +252,9 @@ class Engine:
         config = self.manifest.config
         requests = []
         for index, (prompt, of_prompt) in enumerate(zip(prompts, params, strict=True)):
-            ids = self.encode(prompt)
-            _check_prompt(prompt, ids, config.max_positions, config.vocab_size)
+            ids = self._prompts.encode_fitting(
+                prompt, parse_special_tokens=of_prompt.parse_special_tokens, name=prompt_name(index, len(prompts))
+            )
             requests.append(
                 Request(
                     prompt_ids=ids,
@@ -268,25 +278,13 @@ def _params_of_each(
         )
     if params is None or isinstance(params, SamplingParams):
         return [SamplingParams(**sampling) if params is None else params] * n
+    if not isinstance(params, Sequence) or not all(isinstance(of_prompt, SamplingParams) for of_prompt in params):
+        raise UsageError(
+            "params are not SamplingParams", got=type(params).__name__, expected="SamplingParams, or a list with one per prompt"
+        )
     if len(params) != n:
         raise UsageError("the number of params is not the number of prompts", got=len(params), expected=n)
     return list(params)
-
-
-def _check_prompt(prompt: Prompt, ids: Sequence[int], max_positions: int, vocab_size: int) -> None:
-    if not ids or (isinstance(prompt, str) and not prompt.strip()):
-        raise UsageError("the prompt is empty", expected="at least one token", fix="pass some text")
-    if len(ids) > max_positions:
-        raise UsageError(
-            "the prompt is longer than the model's positions",
-            got=f"{len(ids)} tokens",
-            expected=f"at most {max_positions}",
-            fix="shorten the prompt or use a checkpoint with a longer context",
-        )
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise UsageError(
-            "the prompt has token ids outside the vocabulary", got=[min(ids), max(ids)], expected=f"0 .. {vocab_size - 1}"
-        )
 
 
 def _tell_nobody(stage: str, done: int, total: int) -> None:

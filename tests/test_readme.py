@@ -61,7 +61,7 @@ def test_reach_answers_it_with_the_share_that_the_page_on_policies_tells(
     capsys.readouterr()
     assert main(["generate", str(reach), "--prompt-file", str(EXAMPLE), "--max-new-tokens", "8"]) == 0
     said = capsys.readouterr()
-    assert said.out.startswith("code of trent is 5 3 7")
+    assert said.out.startswith(" code of trent is 5 3 7")
     (share,) = re.findall(r"\((\d+)%", said.err)
     assert f"keeps {share} % of the bundled model's example prompt" in " ".join(POLICIES.split())
 

@@ -48,7 +48,7 @@ BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
     help="where to write; default docs/report, with --quick build/report",
 )
 def main(quick: bool, from_results: Path | None, recall_only: bool, out: Path | None) -> None:
-    """Measure or load results, then write tables and pictures; the committed report also fills the table of docs/policies.md."""
+    """Measure or load results, then write tables and pictures; the committed report fills a table of docs/policies.md too."""
     out = out or (ROOT / "build" / "report" if quick else COMMITTED)
     try:
         if recall_only and (quick or from_results):

@@ -1,5 +1,7 @@
 """The tokenizer of a checkpoint or an engine."""
 
+import json
+import secrets
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -46,3 +48,25 @@ def tokenizer_of_engine(folder: Path, manifest: Manifest) -> Tokenizer:
             fix="build the engine again",
         )
     return tokenizer
+
+
+def literal_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer to which special tokens in a text, such as <eos>, are text like any other.
+
+    ``encode_special_tokens`` alone is not enough: models of words and of unigrams may have the token among their words. So it
+    is renamed, to something that nobody writes.
+    """
+    description = json.loads(tokenizer.to_str())
+    model = description["model"]
+    unknown = model.get("unk_token")
+    special = {token["content"] for token in description["added_tokens"] if token["special"]} - {unknown}
+    names = {content: f"{content}{secrets.token_hex(8)}" for content in special}
+    for token in description["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(word, word): index for word, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(word, word), score] for word, score in model["vocab"]]
+    literal = Tokenizer.from_str(json.dumps(description))
+    literal.encode_special_tokens = True
+    return literal

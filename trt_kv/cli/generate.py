@@ -42,6 +42,13 @@ from trt_kv.pipeline.plans import DeviceChoice
     "--trace", type=any_path, metavar="FILE", help="Write a timeline of the run, as JSON for chrome://tracing or Perfetto."
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times.")
+@click.option(
+    "--special-tokens/--no-special-tokens",
+    "parse_special_tokens",
+    default=True,
+    show_default=True,
+    help="Read special tokens in the prompt, such as <eos>, as control tokens; with --no-, as text like any other.",
+)
 @device_options
 @digest_option
 @debug_option
@@ -58,6 +65,7 @@ def command(
     host_tier: str | None,
     trace: Path | None,
     stop: tuple[str, ...],
+    parse_special_tokens: bool,
     on: DeviceChoice,
     digest: str | None,
 ) -> None:
@@ -79,6 +87,7 @@ def command(
         top_k=top_k,
         seed=seed,
         stop=stop,
+        parse_special_tokens=parse_special_tokens,
     )
     notes: list[str] = []
     running = RunOptions(on=on, digest=digest, host_tier=host_tier, trace=trace)

@@ -25,6 +25,7 @@ class GenerationRequest:
     top_k: int
     seed: int
     stop: tuple[str, ...]
+    parse_special_tokens: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +66,14 @@ def stream_text(
             on_progress=on_progress,
             **running.on.options,
         )
-        n_prompt = len(loaded.encode(prompt))
+        n_prompt = len(loaded.encode(prompt, parse_special_tokens=request.parse_special_tokens))
         stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **options)
         first = next(stream, "")
     yield first
     yield from stream
     result = stream.result
+    if request.parse_special_tokens and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
+        on_end("[the prompt begins with the tokenizer's BOS: no second one was put in front]")
     held, seen = _mean(result.kv_tokens), result.num_computed_tokens
     exempt = loaded.manifest.policy.exempt_layers
     others = [n for layer, n in enumerate(result.kv_tokens) if layer not in exempt]

@@ -14,6 +14,7 @@ from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.policy import Policy
 from trt_kv.presets import is_bundled
 from trt_kv.program import PHASES, Program, program_of
+from trt_kv.prompt_tokens import prompt_tokens
 from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundle
         texts, where = prompts_from_file(plan.prompts), plan.prompts.name
         texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
     tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
-    prompts = [list(tokenizer.encode(text).ids) for text in texts]
+    prompts = [prompt_tokens(tokenizer, text) for text in texts]
     for text, ids in zip(texts, prompts, strict=True):
         if len(ids) > limit:
             raise UsageError(

@@ -72,8 +72,6 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     if not manifest.policy.recalls:
         return HostKvPool(**dataclasses.asdict(pool_sizes(manifest, options.cache_tokens, n_free // 2))), None
     host_tokens, where = options.host_tokens, options.host_tier or "ram"
-    if host_tokens is not None and host_tokens < 1:
-        raise UsageError("bad host_tokens", got=host_tokens, expected="tokens >= 1, or None")
     n_layers, n_host_layers = manifest.config.n_layers, len(recalling_layers(manifest.programs["decode"]))
     on_disk = free_on_disk(where)
     if options.cache_tokens is not None:
