@@ -7,6 +7,7 @@ from typing import Literal
 
 from trt_kv.calibration.prompt_files import json_of_line, lines_of_file
 from trt_kv.errors import UsageError
+from trt_kv.text_file import check_encodable, shortened
 
 Match = Literal["exact", "contains"]
 MATCHES: Mapping[str, str] = {
@@ -35,12 +36,12 @@ def tasks_from_file(path: Path) -> list[FileTask]:
 
     Each line is an object with ``prompt`` (a text) and ``expected`` (a text, or a list of accepted texts); ``name``
     (default: "line N") and ``task`` are optional texts, other keys are ignored. ``UsageError``, with the line number, for
-    anything else, for a name that an earlier line has and for a file without lines.
+    anything else, for a name that an earlier line has and for a file without lines. Blank lines are ignored.
     """
     lines = lines_of_file(path, kind="tasks")
     if not lines:
         raise UsageError("the file with the tasks is empty", got=str(path), expected=f"one task per line: {FORM}")
-    tasks = [_task_of_line(line, number, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
+    tasks = [_task_of_line(line, number, f"line {number} of {path}") for number, line in lines.items()]
     seen: dict[str, int] = {}
     for task in tasks:
         if (earlier := seen.setdefault(task.name, task.line)) != task.line:
@@ -88,10 +89,10 @@ def _is_of_a_word(character: str) -> bool:
 def _task_of_line(line: str, number: int, where: str) -> FileTask:
     data = json_of_line(line, where, expected=FORM)
     if not isinstance(data, dict):
-        raise UsageError(f"{where} is not a task", got=_shortened(line), expected=FORM)
+        raise UsageError(f"{where} is not a task", got=shortened(line), expected=FORM)
     missing = [key for key in ("prompt", "expected") if key not in data]
     if missing:
-        raise UsageError(f"{where} lacks {' and '.join(missing)}", got=_shortened(line), expected=FORM)
+        raise UsageError(f"{where} lacks {' and '.join(missing)}", got=shortened(line), expected=FORM)
     expected = data["expected"]
     if expected == []:
         raise UsageError(f"{where} has no expected answer", got="an empty list", expected="a text, or a list of texts")
@@ -108,15 +109,8 @@ def _task_of_line(line: str, number: int, where: str) -> FileTask:
 def _text(value: object, key: str, where: str) -> str:
     """``value`` if it is a non-empty text, or ``UsageError``."""
     if not isinstance(value, str):
-        raise UsageError(f'"{key}" in {where} is not a text', got=_shortened(repr(value)), expected="a text in quotes")
+        raise UsageError(f'"{key}" in {where} is not a text', got=shortened(repr(value)), expected="a text in quotes")
     if not value.strip():
         raise UsageError(f'"{key}" in {where} is empty', got=repr(value), expected="a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as cause:  # JSON can contain half of a surrogate pair: "\ud83d"
-        raise UsageError(f'"{key}" in {where} holds a lone surrogate', got=_shortened(repr(value))) from cause
+    check_encodable(value, what=f'"{key}" in {where}')
     return value
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
