@@ -1,11 +1,13 @@
 """The tasks file of an evaluation: JSON lines with prompts and expected answers, and when an answer is right."""
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from trt_kv.calibration.prompt_files import json_of_line, lines_of_file
+from trt_kv.calibration.whole_words import inner_places
 from trt_kv.errors import UsageError
 from trt_kv.text_file import check_encodable, shortened
 
@@ -14,6 +16,8 @@ MATCHES: Mapping[str, str] = {
     "exact": "the answer begins with an accepted text",
     "contains": "the answer contains an accepted text",
 }
+_PLAIN = str.maketrans({"’": "'", "ʼ": "'", "‐": "-", "‑": "-", "−": "-"})
+"""Typographic apostrophes, hyphens and the minus sign, as they are typed."""
 FORM = '{"prompt": "...", "expected": "..."}'
 
 
@@ -53,37 +57,30 @@ def tasks_from_file(path: Path) -> list[FileTask]:
     return tasks
 
 
-def normalised(text: str) -> str:
-    """``text`` with each run of white space replaced by one space, and none at its ends."""
-    return " ".join(text.split())
-
-
 def is_right(text: str, accepted: Iterable[str], match: Match) -> bool:
     """Whether ``text`` begins with (or contains) one of the ``accepted`` texts, ignoring differences of white space.
 
-    Words and numbers are matched whole: ``4`` is not found in ``42``, nor ``art`` in ``part``. Scripts without upper and lower
-    case, many of which have no spaces between words, are matched without this rule.
+    Words and numbers are matched whole: ``4`` is not found in ``42``, ``-4``, ``4.5`` or ``4%``, nor ``can`` in ``can't``.
+    Scripts without upper and lower case, many of which have no spaces between words, are matched without this rule. The forms
+    of one Unicode character are the same, and so are typographic and plain apostrophes, hyphens and minus signs.
     """
-    answer = normalised(text)
-    return any(_stands_in(answer, normalised(wanted), match) for wanted in accepted)
+    answer = _normalised(text)
+    inner = inner_places(answer)
+    return any(_stands_in(answer, _normalised(wanted), match, inner) for wanted in accepted)
 
 
-def _stands_in(answer: str, wanted: str, match: Match) -> bool:
+def _normalised(text: str) -> str:
+    """``text`` in Unicode's composed form, with one space for each run of white space, and none at its ends."""
+    return " ".join(unicodedata.normalize("NFC", text).translate(_PLAIN).split())
+
+
+def _stands_in(answer: str, wanted: str, match: Match, inner: set[int]) -> bool:
     start = answer.find(wanted)
     while start >= 0 and (match == "contains" or start == 0):
-        if not _inside_a_word(answer, start) and not _inside_a_word(answer, start + len(wanted)):
+        if start not in inner and start + len(wanted) not in inner:
             return True
         start = answer.find(wanted, start + 1)
     return False
-
-
-def _inside_a_word(text: str, place: int) -> bool:
-    """Whether the characters before and after ``place`` belong to one word or number."""
-    return 0 < place < len(text) and all(map(_is_of_a_word, text[place - 1 : place + 1]))
-
-
-def _is_of_a_word(character: str) -> bool:
-    return character.isdigit() or character.lower() != character.upper()
 
 
 def _task_of_line(line: str, number: int, where: str) -> FileTask:
