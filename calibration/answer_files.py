@@ -16,7 +16,7 @@ from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
 from trt_kv.policy import Policy
 
 FORMAT = "trt-kv-evaluation"
-VERSION = 1
+VERSION = 2
 _DIGITS = 4
 
 

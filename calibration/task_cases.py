@@ -10,8 +10,10 @@ from trt_kv.calibration.task_files import FileTask, is_right
 from trt_kv.errors import UsageError
 from trt_kv.prompt_tokens import prompt_tokens
 
-SLACK = 1
-"""Tokens generated beyond the longest accepted answer, to distinguish ``4`` from ``42``."""
+SLACK = 4
+"""Tokens generated beyond the longest accepted answer, to distinguish ``4`` from ``42`` and ``4.5``, and ``can`` from
+``can’t``, whose apostrophe may be three tokens of a byte each.
+"""
 SEARCHED = 64
 """Tokens generated beyond the longest accepted answer with match "contains"."""
 
@@ -35,7 +37,7 @@ class CaseRules:
     """How tasks become token ids for a model of ``max_positions`` positions and ``vocab_size`` tokens.
 
     ``separator`` is put between prompt and answer if neither has white space there. ``max_new_tokens``: None is as many as the
-    longest accepted answer has plus 1, or plus 64 if answers only have to contain it (``contains``).
+    longest accepted answer has plus 4, or plus 64 if answers only have to contain it (``contains``).
     """
 
     separator: str

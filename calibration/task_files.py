@@ -1,18 +1,23 @@
 """The tasks file of an evaluation: JSON lines with prompts and expected answers, and when an answer is right."""
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from trt_kv.calibration.prompt_files import json_of_line, lines_of_file
+from trt_kv.calibration.whole_words import inner_places
 from trt_kv.errors import UsageError
+from trt_kv.text_file import check_encodable, shortened
 
 Match = Literal["exact", "contains"]
 MATCHES: Mapping[str, str] = {
     "exact": "the answer begins with an accepted text",
     "contains": "the answer contains an accepted text",
 }
+_PLAIN = str.maketrans({"’": "'", "ʼ": "'", "‐": "-", "‑": "-", "−": "-"})
+"""Typographic apostrophes, hyphens and the minus sign, as they are typed."""
 FORM = '{"prompt": "...", "expected": "..."}'
 
 
@@ -35,12 +40,12 @@ def tasks_from_file(path: Path) -> list[FileTask]:
 
     Each line is an object with ``prompt`` (a text) and ``expected`` (a text, or a list of accepted texts); ``name``
     (default: "line N") and ``task`` are optional texts, other keys are ignored. ``UsageError``, with the line number, for
-    anything else, for a name that an earlier line has and for a file without lines.
+    anything else, for a name that an earlier line has and for a file without lines. Blank lines are ignored.
     """
     lines = lines_of_file(path, kind="tasks")
     if not lines:
         raise UsageError("the file with the tasks is empty", got=str(path), expected=f"one task per line: {FORM}")
-    tasks = [_task_of_line(line, number, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
+    tasks = [_task_of_line(line, number, f"line {number} of {path}") for number, line in lines.items()]
     seen: dict[str, int] = {}
     for task in tasks:
         if (earlier := seen.setdefault(task.name, task.line)) != task.line:
@@ -52,46 +57,39 @@ def tasks_from_file(path: Path) -> list[FileTask]:
     return tasks
 
 
-def normalised(text: str) -> str:
-    """``text`` with each run of white space replaced by one space, and none at its ends."""
-    return " ".join(text.split())
-
-
 def is_right(text: str, accepted: Iterable[str], match: Match) -> bool:
     """Whether ``text`` begins with (or contains) one of the ``accepted`` texts, ignoring differences of white space.
 
-    Words and numbers are matched whole: ``4`` is not found in ``42``, nor ``art`` in ``part``. Scripts without upper and lower
-    case, many of which have no spaces between words, are matched without this rule.
+    Words and numbers are matched whole: ``4`` is not found in ``42``, ``-4``, ``4.5`` or ``4%``, nor ``can`` in ``can't``.
+    Scripts without upper and lower case, many of which have no spaces between words, are matched without this rule. The forms
+    of one Unicode character are the same, and so are typographic and plain apostrophes, hyphens and minus signs.
     """
-    answer = normalised(text)
-    return any(_stands_in(answer, normalised(wanted), match) for wanted in accepted)
+    answer = _normalised(text)
+    inner = inner_places(answer)
+    return any(_stands_in(answer, _normalised(wanted), match, inner) for wanted in accepted)
 
 
-def _stands_in(answer: str, wanted: str, match: Match) -> bool:
+def _normalised(text: str) -> str:
+    """``text`` in Unicode's composed form, with one space for each run of white space, and none at its ends."""
+    return " ".join(unicodedata.normalize("NFC", text).translate(_PLAIN).split())
+
+
+def _stands_in(answer: str, wanted: str, match: Match, inner: set[int]) -> bool:
     start = answer.find(wanted)
     while start >= 0 and (match == "contains" or start == 0):
-        if not _inside_a_word(answer, start) and not _inside_a_word(answer, start + len(wanted)):
+        if start not in inner and start + len(wanted) not in inner:
             return True
         start = answer.find(wanted, start + 1)
     return False
 
 
-def _inside_a_word(text: str, place: int) -> bool:
-    """Whether the characters before and after ``place`` belong to one word or number."""
-    return 0 < place < len(text) and all(map(_is_of_a_word, text[place - 1 : place + 1]))
-
-
-def _is_of_a_word(character: str) -> bool:
-    return character.isdigit() or character.lower() != character.upper()
-
-
 def _task_of_line(line: str, number: int, where: str) -> FileTask:
     data = json_of_line(line, where, expected=FORM)
     if not isinstance(data, dict):
-        raise UsageError(f"{where} is not a task", got=_shortened(line), expected=FORM)
+        raise UsageError(f"{where} is not a task", got=shortened(line), expected=FORM)
     missing = [key for key in ("prompt", "expected") if key not in data]
     if missing:
-        raise UsageError(f"{where} lacks {' and '.join(missing)}", got=_shortened(line), expected=FORM)
+        raise UsageError(f"{where} lacks {' and '.join(missing)}", got=shortened(line), expected=FORM)
     expected = data["expected"]
     if expected == []:
         raise UsageError(f"{where} has no expected answer", got="an empty list", expected="a text, or a list of texts")
@@ -108,15 +106,8 @@ def _task_of_line(line: str, number: int, where: str) -> FileTask:
 def _text(value: object, key: str, where: str) -> str:
     """``value`` if it is a non-empty text, or ``UsageError``."""
     if not isinstance(value, str):
-        raise UsageError(f'"{key}" in {where} is not a text', got=_shortened(repr(value)), expected="a text in quotes")
+        raise UsageError(f'"{key}" in {where} is not a text', got=shortened(repr(value)), expected="a text in quotes")
     if not value.strip():
         raise UsageError(f'"{key}" in {where} is empty', got=repr(value), expected="a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as cause:  # JSON can contain half of a surrogate pair: "\ud83d"
-        raise UsageError(f'"{key}" in {where} holds a lone surrogate', got=_shortened(repr(value))) from cause
+    check_encodable(value, what=f'"{key}" in {where}')
     return value
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -111,7 +111,7 @@ def test_a_batch_is_no_larger_than_the_pool(small_folder: Path, tasks: list[File
 
 
 def test_a_task_that_does_not_fit_alone_is_named_and_leaves_nothing(small_folder: Path, tasks: list[FileTask]) -> None:
-    engine = Engine.load(small_folder, cache_tokens=30, n_threads=1)
+    engine = Engine.load(small_folder, cache_tokens=40, n_threads=1)
     cases = cases_for(engine, tasks)
     with pytest.raises(CapacityError, match="'task 2' does not fit"):
         all_answers(engine, cases, 8)

@@ -91,9 +91,12 @@ def test_a_recipe_made_apart_builds_the_same_engine(
     words = ("--budget", "0.7", "--score", "window", "--window", "8", "--prompts", prompts, "--samples", "2")
     code, out, err = run("calibrate", *source, *words, "--out", "recipes/mine.json", "--to-published", "lists")
     assert (code, err) == (0, "")
+    next_build = (
+        f"--checkpoint {small_checkpoint_folder} --policy prefixkv --score window --window 8 --recipe recipes/mine.json"
+    )
     assert out.splitlines()[1:] == [
         "recipe: recipes/mine.json",
-        "next:   trt-kv build --policy prefixkv --recipe recipes/mine.json",
+        f"next:   trt-kv build --model llama3 {next_build}",
     ]
     assert (tmp_path / "recipes" / "mine.png").read_bytes().startswith(b"\x89PNG")
     (published,) = (tmp_path / "lists").iterdir()

@@ -1,5 +1,6 @@
 """The shell of the command line: what it costs to start, what it says, and the exit code of every kind of failure."""
 
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from trt_kv import __version__
 from trt_kv.cli import build, generate
 from trt_kv.cli.app import COMMANDS, main
 from trt_kv.cli.generate import read_prompt
+from trt_kv.cli.hints import command_line
 from trt_kv.errors import CapacityError, EngineError, MissingDependencyError, TrtKvError, UnknownNameError, UsageError
 from trt_kv.pipeline import BuildRequest, CalibrationPlan, TargetPlan
 from trt_kv.require import missing_dependency, require
@@ -217,8 +219,9 @@ def test_generate_prints_segments_as_they_come(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_prompt_comes_from_a_file_without_its_last_line_break(tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
-    file.write_bytes("zwei\nZeilen ü\n".encode())
-    assert read_prompt(None, str(file)) == "zwei\nZeilen ü"
+    for text in ("zwei\nZeilen ü\n", "\ufeffzwei\r\nZeilen ü\r\n"):
+        file.write_bytes(text.encode())
+        assert read_prompt(None, str(file)) == "zwei\nZeilen ü"
 
 
 def test_a_prompt_that_is_not_text_is_refused(tmp_path: Path) -> None:
@@ -230,8 +233,60 @@ def test_a_prompt_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_prompt_comes_from_standard_input() -> None:
     code = "from trt_kv.cli.generate import read_prompt; print(repr(read_prompt('-', None)))"
-    answer = subprocess.run([sys.executable, "-c", code], input="piped\n", capture_output=True, text=True, check=True)
-    assert answer.stdout == "'piped'\n"
+    answer = subprocess.run([sys.executable, "-c", code], input=b"\xef\xbb\xbfpiped\r\n", capture_output=True, check=True)
+    assert answer.stdout == b"'piped'\n"
+
+
+def test_a_prompt_from_a_closed_standard_input_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["generate", "engine", "-"]) == 2
+    assert "got: a closed standard input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "engine", "a \udcff b"], "PROMPT is not UTF-8 text\n  got: a lone surrogate at byte 2"),
+        (["generate", "engine", "text", "--stop", "\udcff"], "--stop is not UTF-8 text"),
+        (["evaluate", "engine", "--tasks", "TASKS", "--separator", "\udcff"], "--separator is not UTF-8 text"),
+    ],
+    ids=lambda value: value[-2] if isinstance(value, list) else "",
+)
+def test_bytes_of_the_command_line_that_are_not_utf_8_are_refused(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python decodes such a byte to a lone surrogate."""
+    (tmp_path / "tasks.jsonl").touch()
+    assert main([str(tmp_path / "tasks.jsonl") if word == "TASKS" else word for word in words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["engines/two words", "-engine", "it's"])
+def test_the_command_after_a_build_works_as_printed(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell reads back the engine's path, and finds the program that ran."""
+    program = tmp_path / "trt-kv"
+    program.touch()
+    monkeypatch.setattr(sys, "argv", [str(program), "build"])
+    assert run_with_pipeline(monkeypatch, lambda request, **_: request.out, "build", "--out", folder) == 0
+    (hint,) = (line.removeprefix("next:") for line in capsys.readouterr().out.splitlines() if line.startswith("next:"))
+    said, command, engine, prompt = shlex.split(hint)
+    assert (said, command, prompt) == (str(program), "generate", "a prompt")
+    assert Path(engine) == Path(folder)
+    assert not engine.startswith("-")
+
+
+def test_the_program_is_named_shortly_where_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "trt-kv"
+    program.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command_line(["inspect"]) == "trt-kv inspect"
+    monkeypatch.setattr(sys, "argv", ["/site-packages/trt_kv/__main__.py"])
+    assert command_line(["inspect"]) == f"{sys.executable} -m trt_kv inspect"
 
 
 def test_unknown_target_lists_the_known_ones() -> None:

@@ -40,9 +40,10 @@ def measured(run: Run, small_checkpoint_folder: Path, prompts: Path, tmp_path: P
     words = ("calibrate", "--checkpoint", small_checkpoint_folder, "--policy", "freekv", *SETTINGS, "--prompts", prompts)
     code, out, err = run(*words, "--correction-rate", "0.25", "--new-tokens", "12", "--out", "measured/mine.json")
     assert (code, err) == (0, "")
+    source = f"--model llama3 --checkpoint {small_checkpoint_folder} --policy freekv"
     assert out.splitlines()[-2:] == [
         "drift:  measured/mine.json",
-        "next:   trt-kv build --policy freekv --set tokens=128 sinks=2 recent=3 drift=calibrated --drift measured/mine.json",
+        f"next:   trt-kv build {source} {' '.join(SETTINGS)} drift=calibrated --drift measured/mine.json",
     ]
     return tmp_path / "measured" / "mine.json"
 

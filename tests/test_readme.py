@@ -84,6 +84,8 @@ def test_the_example_script_runs(engine: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == second
+    usage = subprocess.run(command[:2], capture_output=True, text=True, check=False)
+    assert (usage.returncode, usage.stderr) == (1, "usage: python examples/several_prompts.py ENGINE FILE...\n")
 
 
 def test_every_command_and_target_in_the_readme_exists() -> None:

@@ -1,4 +1,4 @@
-"""Tasks of one's own: what a file may hold, when an answer is right, and how tasks become a model's tokens."""
+"""Tasks of one's own: what a file may hold, and how tasks become a model's tokens."""
 
 import dataclasses
 from pathlib import Path
@@ -9,8 +9,8 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from trt_kv.calibration.task_cases import CaseRules, cases_from_tasks, continuation_ids
-from trt_kv.calibration.task_files import FileTask, is_right, tasks_from_file
+from trt_kv.calibration.task_cases import SLACK, CaseRules, cases_from_tasks, continuation_ids
+from trt_kv.calibration.task_files import FileTask, tasks_from_file
 from trt_kv.errors import UsageError
 
 RULES = CaseRules(separator=" ", contains=False, max_new_tokens=None, max_positions=9, vocab_size=6)
@@ -36,9 +36,9 @@ GOOD = b'{"prompt": "p", "expected": "e"}\n'
     ("content", "words"),
     [
         (b"", "file with the tasks is empty"),
-        (GOOD + b"\n", "line 2 of .*is empty"),
+        (b" \r\n\n", "file with the tasks is empty"),
         (GOOD + b"prompt: p\n", "line 2 of .*is not JSON"),
-        (GOOD + b'{"prompt": "p", "expected": \n', "line 2 of .*is not JSON"),
+        (GOOD + b'\n{"prompt": "p", "expected": \n', "line 3 of .*is not JSON"),
         (b'["p", "e"]\n', "line 1 of .*is not a task"),
         (GOOD + b'{"prompt": "p"}\n', "line 2 of .*lacks expected"),
         (b'{"expected": "e"}\n', "line 1 of .*lacks prompt"),
@@ -50,7 +50,7 @@ GOOD = b'{"prompt": "p", "expected": "e"}\n'
         (b'{"prompt": "p", "expected": []}\n', "line 1 of .*has no expected answer"),
         (b'{"prompt": "p", "expected": ["e", null]}\n', '"expected" in line 1 of .*is not a text'),
         (b'{"prompt": "p", "expected": "e", "task": 1}\n', '"task" in line 1 of .*is not a text'),
-        (b'{"prompt": "p", "expected": "\\ud83d"}\n', '"expected" in line 1 of .*a lone surrogate'),
+        (b'{"prompt": "p", "expected": "\\ud83d"}\n', '"expected" in line 1 of (?s:.*)a lone surrogate'),
         (b'{"name": "line 2", "prompt": "p", "expected": "e"}\n' + GOOD, "same name"),
         (b"\xff\n", "byte 0 in line 1"),
     ],
@@ -69,29 +69,6 @@ def test_equal_names_are_told_with_both_lines(tmp_path: Path) -> None:
         tasks_from_file(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "accepted", "begins", "contains"),
-    [
-        ("  4 8\n2 . then", ["4 8 2 ."], True, True),
-        ("it is 4 8 2 .", ["4 8 2 ."], False, True),
-        ("4", ["4 8"], False, False),
-        ("42", ["4"], False, False),
-        ("4.2", ["4"], True, True),
-        ("part of art", ["art"], False, True),
-        ("Parisian", ["Paris"], False, False),
-        ("Éclairs", ["Éclair"], False, False),
-        ("巴黎是首都", ["巴黎"], True, True),
-        ("ja", ["yes", "ja"], True, True),
-        ("", ["x"], False, False),
-    ],
-)
-def test_whole_words_are_compared_whatever_the_white_space(
-    text: str, accepted: list[str], begins: bool, contains: bool
-) -> None:
-    assert is_right(text, accepted, "exact") is begins
-    assert is_right(text, accepted, "contains") is contains
-
-
 def word_tokenizer(words: str, unknown: str | None) -> Tokenizer:
     """<bos>, then a token per word that is one of ``words``; others become ``unknown`` or, without one, nothing."""
     vocabulary = {word: i for i, word in enumerate(["<bos>", *([unknown] if unknown else []), *words.split()])}
@@ -108,7 +85,7 @@ def test_a_case_has_the_first_answers_tokens_and_room_for_the_longest() -> None:
     (case,) = cases_from_tasks([task], tokenizer, RULES, source=SOURCE)
     assert case.prompt == (0, 2, 3)
     assert case.expected == (4,)
-    assert case.limit == 3 + 1
+    assert case.limit == 3 + SLACK
     assert case.can_come_out
     limits = [
         cases_from_tasks([task], tokenizer, rules, source=SOURCE)[0].limit

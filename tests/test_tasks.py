@@ -258,8 +258,8 @@ def test_impossible_tasks_are_refused() -> None:
 
 def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffthe first\r\n  the second, as it stands \nthe third".encode())
-    assert prompts_from_file(path) == ["the first", "  the second, as it stands ", "the third"]
+    path.write_bytes("\ufeffthe first\r\n\r\n  the second, as it stands \n\t\nthe\rthird".encode())
+    assert prompts_from_file(path) == ["the first", "  the second, as it stands ", "the\rthird"]
 
 
 def test_json_lines_may_hold_line_breaks_and_other_keys(tmp_path: Path) -> None:
@@ -271,13 +271,14 @@ def test_json_lines_may_hold_line_breaks_and_other_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.txt", b"one\n\ntwo\n", "line 2 of .*is empty"),
-        ("p.txt", b"one\n  \n", "line 2 of .*is empty"),
+        ("p.txt", b"\xef\xbb\xbf\n\r\n  \n", "file with the prompts is empty"),
         ("p.txt", b"", "file with the prompts is empty"),
-        ("p.txt", b"one\ntw\xffo\n", "line 2"),
+        ("p.txt", b"one\ntw\xffo\n", "byte 6 in line 2"),
+        ("p.txt", b"\xef\xbb\xbfone\xff\n", "byte 6 in line 1"),
+        ("p.txt", "one".encode("utf-16"), "is not UTF-8 text"),
         ("p.jsonl", b"", "file with the prompts is empty"),
-        ("p.jsonl", b'{"prompt": "x"}\n\n', "line 2 of .*is empty"),
-        ("p.jsonl", b'{"prompt": "x"}\n{"prompt": ', "line 2 of .*is not JSON"),
+        ("p.jsonl", b'{"prompt": "x"}\n\n{"prompt": ', "line 3 of .*is not JSON"),
+        ("p.jsonl", b'{"prompt": "a \\ud83d"}\n', '"prompt" in line 1 of (?s:.*)a lone surrogate at byte 2'),
         ("p.jsonl", b'{"text": "x"}\n', "line 1 of .*holds no prompt"),
         ("p.jsonl", b'["x"]\n', "line 1 of .*holds no prompt"),
         ("p.jsonl", b'{"prompt": 3}\n', "line 1 of .*holds no prompt"),

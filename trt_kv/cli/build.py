@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from trt_kv.cli.hints import as_argument, command_line
 from trt_kv.cli.options import (
     any_path,
     calibration_options,
@@ -67,4 +68,4 @@ def command(
     with termination_unwinds(), progress_bars() as on_progress:
         engine = build_engine(request, on_progress=on_progress, on_note=say_note)
     click.echo(f"engine: {engine}")
-    click.echo(f"next:   trt-kv generate {engine} 'a prompt'")
+    click.echo(f"next:   {command_line(['generate', as_argument(engine), 'a prompt'])}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from trt_kv.cli.hints import command_line
 from trt_kv.cli.options import (
     any_path,
     calibration_options,
@@ -18,18 +19,20 @@ from trt_kv.cli.options import (
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.errors import UsageError
 from trt_kv.pipeline import (
+    BuildRequest,
     CalibrationPlan,
     DriftPlan,
     DriftRequest,
     ModelSource,
     RecipeRequest,
+    TargetPlan,
     calibrate_drift,
     calibrate_recipe,
 )
+from trt_kv.pipeline.reproduce import build_words
 from trt_kv.pipeline.requests import check_drift_is_read, check_reads_recipe
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
-from trt_kv.policy_settings import differences, setting_as_text
 
 
 @click.command("calibrate", short_help="Find the kept share, or the drift threshold, of each layer.")
@@ -112,7 +115,7 @@ def command(
     if written.published is not None:
         click.echo(f"published form: {written.published}")
     click.echo(f"recipe: {written.recipe}")
-    click.echo(f"next:   trt-kv build --policy {policy.name} --recipe {written.recipe}")
+    click.echo(f"next:   {_build_with(source, policy, recipe=written.recipe)}")
 
 
 def _calibrate_drift(
@@ -128,10 +131,17 @@ def _calibrate_drift(
     )
     with progress_bars() as on_progress:
         written = calibrate_drift(request, on_progress=on_progress, on_note=say_note)
-    settings = [setting_as_text(name, value) for name, value in differences(policy, policy_from_name(policy.name)).items()]
-    using = f" --recipe {recipe}" if recipe is not None else ""
     click.echo(f"drift:  {written}")
-    click.echo(f"next:   trt-kv build --policy {policy.name} --set {' '.join(settings)}{using} --drift {written}")
+    thresholds = DriftPlan(file=written, page_size=drift.page_size)
+    click.echo(f"next:   {_build_with(source, policy, recipe=recipe, drift=thresholds)}")
+
+
+def _build_with(source: ModelSource, policy: Policy, *, recipe: Path | None, drift: DriftPlan | None = None) -> str:
+    """The command that builds an engine with what was calibrated."""
+    drift = drift or DriftPlan()
+    target = TargetPlan(page_size=drift.page_size)
+    request = BuildRequest(source=source, policy=policy, recipe=recipe, drift=drift, target=target, out=Path())
+    return command_line(build_words(request))
 
 
 def _with_thresholds(policy: Policy) -> Policy:

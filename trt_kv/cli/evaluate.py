@@ -6,7 +6,7 @@ import click
 
 from trt_kv.calibration.task_files import MATCHES, Match
 from trt_kv.cli.evaluation_table import describe_evaluation
-from trt_kv.cli.options import any_path, debug_option, device_options, digest_option, existing_file
+from trt_kv.cli.options import any_path, debug_option, device_options, digest_option, existing_file, utf8_text
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.pipeline import DeviceChoice, EvaluationRequest, evaluate
@@ -39,6 +39,7 @@ from trt_kv.pipeline import DeviceChoice, EvaluationRequest, evaluate
 )
 @click.option(
     "--separator",
+    type=utf8_text,
     default=" ",
     metavar="TEXT",
     help="Text between prompt and expected answer if neither has white space at that point. Default: one space.",

@@ -1,18 +1,20 @@
 """``trt-kv generate``: continue a prompt with an engine."""
 
+import sys
 from pathlib import Path
 
 import click
 
 from trt_kv.cli.generation import GenerationRequest, RunOptions, stream_text
-from trt_kv.cli.options import any_path, debug_option, device_options, digest_option
+from trt_kv.cli.options import any_path, debug_option, device_options, digest_option, utf8_text
 from trt_kv.errors import UsageError
 from trt_kv.pipeline.plans import DeviceChoice
+from trt_kv.text_file import read_text, text_from_bytes
 
 
 @click.command("generate", short_help="Continue a prompt with an engine.")
 @click.argument("engine", type=any_path)
-@click.argument("prompt", required=False)
+@click.argument("prompt", type=utf8_text, required=False)
 @click.option(
     "--prompt-file",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True),
@@ -41,7 +43,9 @@ from trt_kv.pipeline.plans import DeviceChoice
 @click.option(
     "--trace", type=any_path, metavar="FILE", help="Write a timeline of the run, as JSON for chrome://tracing or Perfetto."
 )
-@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times.")
+@click.option(
+    "--stop", type=utf8_text, multiple=True, metavar="TEXT", help="Stop before this text; may be given several times."
+)
 @click.option(
     "--special-tokens/--no-special-tokens",
     "parse_special_tokens",
@@ -108,12 +112,10 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
         )
     if prompt is not None and prompt != "-":
         return prompt
-    name = prompt_file or "-"
-    with click.open_file(name, "rb") as file:
-        content: bytes = file.read()
-    try:
-        return content.decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            "the prompt is not UTF-8 text", got=f"byte {error.start} of {name!r}", fix="convert the file to UTF-8"
-        ) from error
+    if prompt_file is not None and prompt_file != "-":
+        text = read_text(Path(prompt_file), what="the file with the prompt")
+    elif sys.stdin is None:
+        raise UsageError("the prompt cannot be read", got="a closed standard input", fix="pass PROMPT, or --prompt-file FILE")
+    else:
+        text = text_from_bytes(sys.stdin.buffer.read(), what="the prompt", where="standard input")
+    return text.removesuffix("\n")

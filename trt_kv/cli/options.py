@@ -25,11 +25,27 @@ from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with, settings_from_text
 from trt_kv.presets import PRESETS
 from trt_kv.scores import score_names, scores_that_read
+from trt_kv.text_file import check_encodable
 
 CommandFunction = Callable[..., None]
 
 existing_file = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 any_path = click.Path(path_type=Path)
+
+
+class Utf8Text(click.ParamType):
+    """A text that the model is to read or write; bytes that are not UTF-8 are a ``UsageError``."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """``value`` itself."""
+        name = param.human_readable_name if isinstance(param, click.Argument) else param.opts[0] if param else "the text"
+        check_encodable(value, what=name)
+        return value
+
+
+utf8_text = Utf8Text()
 
 
 @dataclass

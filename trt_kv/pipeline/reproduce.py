@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 
 def command_line_of(request: BuildRequest) -> str:
     """The command that builds the same engine again."""
+    return shlex.join(["trt-kv", *build_words(request)])
+
+
+def build_words(request: BuildRequest) -> list[str]:
+    """The words of that command after the program's name."""
     source, policy, recipe = request.source, request.policy, request.recipe
     drift, plan, target = request.drift, request.calibration, request.target
-    words: list[str | Path | int | float] = ["trt-kv", "build", "--model", source.model]
+    words: list[str | Path | int | float] = ["build", "--model", source.model]
     words += ["--checkpoint", source.checkpoint] if source.checkpoint else []
     words += ["--policy", policy.name]
     words += ["--budget", policy.kept] if policy.budget in SHARED_BUDGETS and recipe is None else []
@@ -42,7 +47,7 @@ def command_line_of(request: BuildRequest) -> str:
     words += ["--profile", target.profile] if target.profile else []
     words += ["--dtype", target.dtype] if target.dtype else []
     words += ["--page-size", target.page_size] if target.page_size != DEFAULT_PAGE_SIZE else []
-    return shlex.join(str(word) for word in words)
+    return [str(word) for word in words]
 
 
 def is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool:
