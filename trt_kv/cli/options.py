@@ -33,7 +33,7 @@ existing_file = click.Path(exists=True, dir_okay=False, readable=True, path_type
 any_path = click.Path(path_type=Path)
 
 
-class Utf8Text(click.ParamType):
+class Utf8Text(click.ParamType[str]):
     """A text that the model is to read or write; bytes that are not UTF-8 are a ``UsageError``."""
 
     name = "text"
