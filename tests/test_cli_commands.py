@@ -111,7 +111,7 @@ def test_a_recipe_made_apart_builds_the_same_engine(
     assert load_manifest(tmp_path / "engine").policy.kept == 0.7
 
     code, _, err = run(
-        "build", *source, "--recipe", "recipes/mine.json", "--score", "window", "--window", "8", "--budget", "0.2"
+        "build", *source, "--recipe", "recipes/mine.json", "--score", "window", "--window", "8", "--budget", "0.3"
     )
     assert code == 2
     assert "made for another budget" in err
@@ -119,7 +119,7 @@ def test_a_recipe_made_apart_builds_the_same_engine(
         "build", *source, "--policy", "h2o", "--set", "budget=recipe", "--recipe", "recipes/mine.json", "--out", "other"
     )
     assert code == 0
-    assert "add --set score=window window=8 heads=shared pooling=1" in err
+    assert "add --set score=window window=8 heads=each pooling=15" in err
     other = load_manifest(tmp_path / "other")
     assert (other.policy.score, other.policy.heads) == ("mass", "each")
     assert other.kept_shares == pytest.approx(recipe.kept)
