@@ -18,6 +18,11 @@ LONGEST_WAIT_S = 60.0
 
 def check_destination(destination: Path, *, replace: bool = False) -> None:
     """Raise ``UsageError`` if something is at ``destination`` that may not be replaced."""
+    with _alone_in(destination.parent):  # while an engine is replaced, there is none for a moment
+        _check_destination(destination, replace=replace)
+
+
+def _check_destination(destination: Path, *, replace: bool) -> None:
     if os.path.lexists(destination) and not (replace and (destination / FILE_NAME).is_file()):
         raise UsageError(
             f"{destination} exists already" + (" and is not an engine" if replace else ""),
@@ -47,7 +52,7 @@ def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
                     held.enter_context(_locked(folder))
             yield folder
             with _alone_in(destination.parent):
-                check_destination(destination, replace=replace)
+                _check_destination(destination, replace=replace)
                 _move_into_place(folder, destination)
     except OSError as error:
         raise _disk_error(destination, error) from error
