@@ -51,8 +51,7 @@ class EngineRequest:
     reproduce: str = ""
 
     def __post_init__(self) -> None:
-        if self.page_size < 1:
-            raise UsageError("the page size is below 1", got=self.page_size, expected="an integer >= 1")
+        self.checkpoint.config.check_page_size(self.page_size)
         if self.dtype not in DTYPES:
             raise UsageError("unsupported compute type", got=self.dtype, expected=" or ".join(DTYPES))
         if self.policy.needs_recipe and self.recipe is None:
@@ -150,7 +149,9 @@ def build_engine(
         else:
             parts = Parts(plan=_compile(request, request.tensorrt, programs, folder, on_progress))
             shutil.rmtree(graphs)
-        for path in (*request.checkpoint.tokenizer_files, *extra_files):
+        for path in request.checkpoint.tokenizer_files:
+            (folder / path.name).write_bytes(_content(path))
+        for path in extra_files:
             shutil.copyfile(path, folder / path.name)
         if request.recipe is not None:
             request.recipe.save(folder / "recipe.json")
@@ -189,6 +190,14 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
             expected="the tokenizer as one tokenizer.json",
             fix="save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
+
+
+def _content(path: Path) -> bytes:
+    """A file of the checkpoint. That it cannot be read must not be told as a destination that cannot be written."""
+    try:
+        return path.read_bytes()
+    except OSError as cause:
+        raise CheckpointError(f"cannot read {path}", got=cause.strerror, expected="a readable file") from cause
 
 
 def _load_graph(folder: Path, name: str) -> onnx.ModelProto:

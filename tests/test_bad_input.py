@@ -85,6 +85,25 @@ def test_a_budget_that_is_no_number_is_refused(budget: str, refused: Refused) ->
     assert "'--budget'" in refused("build", "--budget", budget, exit_code=2)
 
 
+@pytest.mark.parametrize("page_size", [0, -1, 129, 200_000, 10**6, 10**30])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("build", "--policy", "full"),
+        ("build", "--policy", "freekv", "--set", "drift=calibrated"),
+        ("calibrate", "--policy", "freekv", "--correction-rate", "0.1"),
+    ],
+    ids=["build", "build with drift", "calibrate"],
+)
+def test_pages_longer_than_the_context_are_refused(
+    words: tuple[str, ...], page_size: int, small_checkpoint_folder: Path, refused: Refused
+) -> None:
+    """Before anything is measured or made."""
+    error = refused(*words, "--checkpoint", small_checkpoint_folder, "--page-size", page_size, exit_code=2)
+    assert f"got: {page_size}" in error
+    assert "--page-size" in error
+
+
 def overwrite_middle(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(8)

@@ -309,10 +309,28 @@ def test_a_recipe_for_another_policy_builds_nothing(bundled_checkpoint: Checkpoi
 
 
 def test_impossible_requests_build_nothing(bundled_checkpoint: Checkpoint) -> None:
-    with pytest.raises(UsageError, match="the page size is below 1"):
-        EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=0)
+    for page_size in (0, bundled_checkpoint.config.max_positions + 1):
+        with pytest.raises(UsageError, match="the page size is out of range"):
+            EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=page_size)
+    EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=1)
+    EngineRequest(
+        checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=bundled_checkpoint.config.max_positions
+    )
     with pytest.raises(RecipeError, match="needs a recipe"):
         EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("prefixkv_paper"))
+
+
+def test_examples_do_not_grow_with_the_pages(small_checkpoint_folder: Path) -> None:
+    """The tensors of a page of a billion tokens would not fit into any memory."""
+    checkpoint, page_size = open_checkpoint(small_checkpoint_folder), 10**9
+    config = checkpoint.config
+    program = program_of(
+        policy_from_name("h2o"), phase="prefill", n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=page_size
+    )
+    graph = graph_from_checkpoint(checkpoint, program, page_size=page_size)
+    (kv,) = [value for value in graph.graph.inputs if value.name == "kv_0"]
+    assert kv.shape is not None
+    assert page_size in list(kv.shape)
 
 
 def test_a_checkpoint_without_tokenizer_makes_no_engine(tmp_path: Path) -> None:

@@ -104,10 +104,7 @@ class Manifest:
     created_by: str
 
     def __post_init__(self) -> None:
-        if not 1 <= self.page_size <= self.config.max_positions:
-            raise EngineError(
-                "the page size is out of range", got=self.page_size, expected=f"1 .. {self.config.max_positions} positions"
-            )
+        self.config.check_page_size(self.page_size)
         if self.plan is None and not len(self.segments) - 1 == len(self.attention_ports) == self.config.n_layers:
             raise EngineError(
                 "the segments are not those of the model's layers",

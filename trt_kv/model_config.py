@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trt_kv.errors import CheckpointError
+from trt_kv.errors import CheckpointError, UsageError
 from trt_kv.json_file import dataclass_from_json
 
 RopeKind = Literal["default", "linear", "llama3"]
@@ -112,6 +112,15 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads per KV head (G = H / K)."""
         return self.n_heads // self.n_kv_heads
+
+    def check_page_size(self, page_size: int) -> None:
+        """``UsageError`` unless a page of the KV cache has at least one token and at most as many as the model's context."""
+        if not 1 <= page_size <= self.max_positions:
+            raise UsageError(
+                "the page size is out of range",
+                got=page_size,
+                expected=f"--page-size from 1 to {self.max_positions}, the model's positions",
+            )
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight, under Hugging Face's names; a tied output matrix is not listed."""

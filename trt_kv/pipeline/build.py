@@ -52,6 +52,7 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
     if not (out / MANIFEST_FILE).is_file():
         check_destination(out, replace=request.replace)
     checkpoint = open_source(request.source, on_note)
+    checkpoint.config.check_page_size(target.page_size)
     command_line = command_line_of(request)
     if not request.replace and not request.reads_files and is_built(out, command_line, checkpoint):
         on_note(f"{out} is up to date")
