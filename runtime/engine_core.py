@@ -169,7 +169,8 @@ class EngineCore:
         return True
 
     def _begin(self, request: Request) -> None:
-        """Start a request's prefill."""
+        """Start a request's prefill. ``CapacityError`` if what it has reserved cannot be had."""
+        self.reservation.secure()
         request.held_sequence = self.runner.new_sequence()
         request.times.admitted = time.monotonic()
         self.statistics.time_in_queue.add(request.times.admitted - request.times.arrived)

@@ -245,7 +245,7 @@ def test_the_command_line_from_build_to_trace(tmp_path: Path, capsys: pytest.Cap
     words = ["generate", str(out), "--prompt-file", str(question), "--max-new-tokens", "8"]
     assert main([*words, "--host-tier", f"file:{tmp_path}", "--trace", str(trace)]) == 0
     spoken = capsys.readouterr()
-    assert spoken.out.startswith("code of trent is 5 3 7")
+    assert spoken.out.startswith(" code of trent is 5 3 7")
     assert "recalled" in spoken.err
     assert json.loads(trace.read_text())["traceEvents"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["freekv", "trace.json"]
