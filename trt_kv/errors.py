@@ -82,3 +82,9 @@ class ReportError(TrtKvError):
 
 class MissingDependencyError(TrtKvError):
     """An optional package that is not installed."""
+
+
+def load_option(name: str, value: object = None) -> str:
+    """An option of ``Engine.load`` for a message, as it is given in Python and on the command line."""
+    flag = "--" + name.removeprefix("n_").replace("_", "-")
+    return f"{name} ({flag})" if value is None else f"{name}={value} ({flag} {value})"

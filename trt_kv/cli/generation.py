@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_kv.cli.progress import progress_bars
-from trt_kv.errors import UsageError
-from trt_kv.pipeline.plans import DeviceChoice
+from trt_kv.pipeline.destinations import check_new_file
+from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
 
 if TYPE_CHECKING:
     from trt_kv.runtime.statistics import RecallStatistics
@@ -29,19 +29,15 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How an engine is run, and where (``on``). ``host_tier``: where a host-resident cache is stored; None: the default, or the
-    engine has no such cache. ``trace``: the file that the timeline of the run is written to.
-    """
+    """How an engine is run, and where (``on``). ``trace``: the file that the timeline of the run is written to."""
 
     on: DeviceChoice = field(default_factory=DeviceChoice)
-    host_tier: str | None = None
+    resources: ResourceChoice = field(default_factory=ResourceChoice)
     trace: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.trace is not None and not self.trace.parent.is_dir():
-            raise UsageError(
-                "the trace file cannot be written", got=f"--trace {self.trace}", expected="a file in a folder that exists"
-            )
+        if self.trace is not None:
+            check_new_file(self.trace, "--trace", in_place=True)
 
 
 def stream_text(
@@ -55,7 +51,7 @@ def stream_text(
     options = dataclasses.asdict(request)
     prompt = options.pop("prompt")
     with progress_bars() as on_progress:
-        loaded = Engine.load(engine, host_tier=running.host_tier, trace=trace, on_progress=on_progress, **running.on.options)
+        loaded = Engine.load(engine, trace=trace, on_progress=on_progress, **running.on.options, **running.resources.options())
         n_prompt = len(loaded.encode(prompt))
         stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **options)
         first = next(stream, "")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from trt_kv.cli.output import printable
 from trt_kv.drift import Drift
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest, load_manifest, verify_files
@@ -29,7 +30,7 @@ def describe_engine(folder: Path) -> str:
         _sizes(manifest),
         _origins(manifest, recipe, drift),
     ]
-    return "\n\n".join("\n".join(section) for section in sections if section)
+    return "\n\n".join("\n".join(map(printable, section)) for section in sections if section)
 
 
 def bar(share: float, width: int = BAR_WIDTH) -> str:
