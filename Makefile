@@ -31,7 +31,8 @@ SEED =
 TARGET =
 PROFILE =
 DTYPE =
-OUT = engines/$(MODEL)-$(POLICY)
+# Empty: engines/NAME, the model or checkpoint, the policy and what else is set; `trt-kv build --where` prints it.
+OUT =
 FORCE =
 ENGINE = $(OUT)
 PROMPT =
@@ -56,14 +57,17 @@ help: ## show this list
 	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] one drift threshold per layer, for this correction rate'
 	echo '            [PAGE_SIZE=32] tokens per page; freekv recalls whole pages'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json]; [DTYPE=float16|bfloat16] for GPUs'
-	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=$(ENGINE) ARGS="--temperature 0.8"]'
-	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; [TRACE=FILE.json] timeline for Perfetto'
+	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=FOLDER ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
+	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; evaluate too; [TRACE=FILE.json] timeline for Perfetto'
 	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
-	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=$(ENGINE) AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
+	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=FOLDER AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]; test also [JOBS=$(JOBS)]'
 
 engine: $(VENV)/.ready-build ## checkpoint -> engine folder
-	@$(VENV)/bin/trt-kv build --model '$(MODEL)' --policy '$(POLICY)' --out '$(OUT)' \
+	@$(VENV)/bin/trt-kv build $(build_options) $(if $(DTYPE),--dtype '$(DTYPE)') $(if $(PROFILE),--profile '$(PROFILE)') \
+		$(if $(OUT),--out '$(OUT)') $(if $(FORCE),--force)
+
+build_options = --model '$(MODEL)' --policy '$(POLICY)' \
 		$(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') \
 		$(if $(BUDGET),--budget '$(BUDGET)') \
 		$(if $(SCORE),--score '$(SCORE)') \
@@ -76,26 +80,35 @@ engine: $(VENV)/.ready-build ## checkpoint -> engine folder
 		$(if $(SAMPLES),--samples '$(SAMPLES)') \
 		$(if $(SEED),--seed '$(SEED)') \
 		$(if $(TARGET),--target '$(TARGET)') \
-		$(if $(PROFILE),--profile '$(PROFILE)') \
-		$(if $(DTYPE),--dtype '$(DTYPE)') \
-		$(if $(PAGE_SIZE),--page-size '$(PAGE_SIZE)') \
-		$(if $(FORCE),--force)
+		$(if $(PAGE_SIZE),--page-size '$(PAGE_SIZE)')
+
+# $$engine in the recipe: ENGINE or OUT, or the folder in which `make engine` puts it with the same variables. With DEVICE, PROFILE and DTYPE
+# apply to loading, and DTYPE to building too if there is such an engine.
+where = $(VENV)/bin/trt-kv build --where $(build_options)
+define find_engine
+	engine='$(ENGINE)'
+	$(if $(ENGINE),,engine="$$($(where) $(if $(DTYPE),--dtype '$(DTYPE)') $(if $(DEVICE),,$(if $(PROFILE),--profile '$(PROFILE)')))")
+	$(if $(ENGINE),,$(if $(DEVICE),test -e "$$engine" || engine="$$($(where))"))
+endef
 
 on_device = $(if $(DEVICE),--device '$(DEVICE)' $(if $(DTYPE),--dtype '$(DTYPE)') $(if $(PROFILE),--profile '$(PROFILE)'))
 
 generate: $(VENV)/.ready-build ## engine + prompt -> text
-	@$(VENV)/bin/trt-kv generate $(ARGS) \
+	@$(find_engine)
+	$(VENV)/bin/trt-kv generate $(ARGS) \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
 		$(if $(TRACE),--trace '$(TRACE)') \
 		$(on_device) \
-		$(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- '$(ENGINE)' $(if $(PROMPT),"$$PROMPT")
+		$(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- "$$engine" $(if $(PROMPT),"$$PROMPT")
 
 evaluate: $(VENV)/.ready-build ## engine + your own tasks -> accuracy, perplexity, kept share
-	@$(VENV)/bin/trt-kv evaluate --tasks '$(TASKS)' \
+	@$(find_engine)
+	$(VENV)/bin/trt-kv evaluate --tasks '$(TASKS)' \
 		$(if $(AGAINST),--against '$(AGAINST)') \
 		$(if $(RESULTS),--out '$(RESULTS)') \
+		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
 		$(on_device) \
-		$(ARGS) -- '$(ENGINE)'
+		$(ARGS) -- "$$engine"
 
 test: $(VENV)/.ready-dev ## run all tests except those marked slow
 	@$(VENV)/bin/python -m pytest --numprocesses '$(JOBS)' --dist loadfile --no-loadscope-reorder $(ARGS)

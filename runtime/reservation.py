@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from trt_kv.errors import CapacityError
+from trt_kv.errors import CapacityError, load_option
 from trt_kv.layer_budget import LayerBudget
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.backends.host.recall.layer import staging_slots
@@ -160,7 +160,7 @@ class _Pages:
             f"{self.pool.name} is too small for this request",
             got=f"room for {self._tokens(self.pool.n_pages)} tokens per layer",
             expected=f"room for {self._tokens(needed)}",
-            fix=f"load the engine with {self.option}={self._tokens(needed)} or more, or send a shorter prompt",
+            fix=f"load the engine with {load_option(self.option, self._tokens(needed))} or more, or send a shorter prompt",
         )
 
     def secure(self, reserved: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -235,7 +236,9 @@ def test_a_prompt_that_does_not_fit_into_memory_is_refused(
     monkeypatch.setattr("trt_kv.runtime.backends.host.load.free_for_cache", lambda _: 0)
     error = refused("generate", small_folder, "storm " * 50, exit_code=1)
     assert "the KV pool is too small for this request" in error
-    assert "cache_tokens=" in error
+    tokens = re.search(r"cache_tokens=(\d+) \(--cache-tokens (\d+)\)", error)
+    assert tokens is not None
+    assert tokens.group(1) == tokens.group(2)
 
 
 COMMANDS_ON_ENGINES = (("inspect",), ("generate", "the old storm"))

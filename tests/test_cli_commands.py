@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -81,6 +82,31 @@ def test_a_build_that_has_nothing_to_do_says_so(run: Run, small_checkpoint_folde
     assert run(*build)[0] == 2
     assert run(*build, "--force")[0] == 0
     assert run("inspect", "engine")[0] == 0
+
+
+def test_a_build_from_files_has_nothing_to_do_while_they_are_the_same(
+    run: Run, small_checkpoint_folder: Path, small_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Calibration prompts, and a recipe."""
+    source = ("build", "--checkpoint", small_checkpoint_folder)
+    shutil.copyfile(prompts, tmp_path / "prompts.txt")
+    calibrated = (*source, "--prompts", "prompts.txt", "--samples", "2")
+    assert run(*calibrated)[0] == 0
+    (folder,) = (tmp_path / "engines").iterdir()
+    assert folder.name == f"{small_checkpoint_folder.name}-prefixkv-prompts=prompts-samples=2"
+    assert run(*calibrated)[::2] == (0, f"engines/{folder.name} is up to date\n")
+    with (tmp_path / "prompts.txt").open("a") as file:
+        file.write("the old storm\n")
+    code, _, err = run(*calibrated)
+    assert code == 2
+    assert f"{folder.name} exists already" in err
+
+    shutil.copyfile(small_folder / "recipe.json", tmp_path / "recipe.json")
+    given = (*source, "--recipe", "recipe.json", "--out", "given")
+    assert run(*given)[0] == 0
+    assert run(*given)[::2] == (0, "given is up to date\n")
+    shutil.copyfile(folder / "recipe.json", tmp_path / "recipe.json")
+    assert run(*given)[0] == 2
 
 
 def test_a_recipe_made_apart_builds_the_same_engine(
@@ -165,7 +191,7 @@ def test_a_published_list_becomes_a_recipe(run: Run, small_checkpoint_folder: Pa
     (tmp_path / "theirs_0.4.json").write_text("[0.1, 0.5, 0.6]")
     words = ("--checkpoint", small_checkpoint_folder, "--from-published", "theirs_0.4.json", "--budget", "0.6")
     assert run("calibrate", *words)[0] == 0
-    recipe = Recipe.load(tmp_path / "recipes" / "llama3-prefixkv.json")
+    recipe = Recipe.load(tmp_path / "recipes" / f"{small_checkpoint_folder.name}-prefixkv-budget=0.6.json")
     assert recipe.kept == pytest.approx([0.9, 0.5, 0.4])
     assert recipe.budget == 0.6
 
@@ -210,6 +236,31 @@ def test_sampling_options_reach_the_runtime(run: Run, small_folder: Path, small_
         "the old storm", max_new_tokens=12, temperature=1.5, top_p=0.9, top_k=50, seed=4, stop=("old", "narrow")
     )
     assert run("generate", small_folder, "the old storm", *words)[1] == expected.text + "\n"
+
+
+def test_the_cache_and_the_threads_are_sized_from_the_command_line(
+    run: Run, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an error advises can be done, with generate and with evaluate."""
+    loaded: list[dict[str, object]] = []
+    load = Engine.load
+
+    def remember(path: Path, **options: Any) -> Engine:
+        loaded.append({name: options.get(name) for name in ("cache_tokens", "chunk", "n_threads")})
+        return load(path, **options)
+
+    monkeypatch.setattr(Engine, "load", remember)
+    code, _, err = run("generate", small_folder, "the old storm " * 9, "--cache-tokens", "5")
+    advised = err.split("(--cache-tokens ")[1].split(")")[0]
+    assert code == 1
+    sizes = ("--cache-tokens", advised, "--chunk", "7", "--threads", "1")
+    assert run("generate", small_folder, "the old storm " * 9, *sizes)[0] == 0
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"prompt": "the old storm", "expected": "marched toward"}\n')
+    assert run("evaluate", small_folder, "--tasks", tasks, *sizes)[0] == 0
+    assert loaded[1:] == [{"cache_tokens": int(advised), "chunk": 7, "n_threads": 1}] * 2
+    assert run("generate", small_folder, "the", "--host-tokens", "9")[0] == 2
+    assert run("generate", small_folder, "the", "--threads", "0")[0] == 2
 
 
 def test_text_comes_while_it_is_made(full_folder: Path) -> None:

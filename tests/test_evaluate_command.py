@@ -215,8 +215,8 @@ def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
     (tmp_path / "file").write_text("")
     with interrupted_after(0):
         code, out, err = run(small_folder, "--tasks", tasks, "--out", "file/out.json")
-    assert (code, out) == (1, "")
-    assert "error: " in err
+    assert (code, out) == (2, "")
+    assert "--out cannot be written" in err
 
 
 def test_only_engines_of_one_model_are_compared(run: Run, small_folder: Path, full_folder: Path, tasks: Path) -> None:

@@ -1,5 +1,6 @@
 """A copy that fails, a full disk, a truncated file: one request ends with a clear error, and the others are not affected."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.speed.synchronous_copies import SynchronousCopies
 from tests.recall_rig import RandomModel, StepwiseCopies, check_integrity, freekv, generate, prompt_of, runner_of
 from trt_kv.errors import CapacityError, RecallError, TrtKvError, UsageError
-from trt_kv.runtime.backends.host.recall.background import Copies, ThreadedCopies
+from trt_kv.runtime.backends.host.recall.background import Copies, ThreadedCopies, lost_pages
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import FileTier, HostTier, host_tier_at
 from trt_kv.runtime.cache.sequence import SequenceCache
@@ -229,3 +230,14 @@ def test_both_tiers_give_back_what_was_stored(tmp_path: Path) -> None:
         tier.read_head(8, 1, device[2, :, 1])
         np.testing.assert_array_equal(device[2, :, 1], pages[8][:, 1])
         assert device.sum() == pytest.approx(pages[8][:, 1].sum(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "free space on the disk"), (errno.EDQUOT, "free space"), (errno.EIO, "check the host")],
+)
+def test_the_advice_after_a_full_disk_is_about_the_disk(number: int, advice: str) -> None:
+    fix = str(lost_pages("lost", OSError(number, os.strerror(number))).fix)
+    assert advice in fix
+    assert "--host-tier file:PATH" in fix
+    assert "memory" not in fix

@@ -35,7 +35,7 @@ class TrtKvError(Exception):
         lines += [f"  got: {self.got}"] if self.got is not None else []
         lines += [f"  expected: {self.expected}"] if self.expected is not None else []
         lines += [f"  fix: {self.fix}"] if self.fix is not None else []
-        return "\n".join(printable(line) for part in lines for line in part.split("\n"))
+        return printable("\n".join(lines), lines=True)
 
 
 class UsageError(TrtKvError):
@@ -84,3 +84,9 @@ class ReportError(TrtKvError):
 
 class MissingDependencyError(TrtKvError):
     """An optional package that is not installed."""
+
+
+def load_option(name: str, value: object = None) -> str:
+    """An option of ``Engine.load`` for a message, as it is given in Python and on the command line."""
+    flag = "--" + name.removeprefix("n_").replace("_", "-")
+    return f"{name} ({flag})" if value is None else f"{name}={value} ({flag} {value})"

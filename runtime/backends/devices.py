@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trt_kv.errors import CapacityError, UnknownNameError, UsageError
+from trt_kv.errors import CapacityError, UnknownNameError, UsageError, load_option
 from trt_kv.manifest import DTYPES
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class DeviceOptions:
             raise UsageError(
                 f"{given[0].split('=')[0]} is for devices",
                 got=f"{', '.join(given)} on the device {HOST}",
-                fix="add device=cuda, or leave it out",
+                fix=f"add {load_option('device', 'cuda')}, or leave it out",
             )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from trt_kv.errors import CapacityError
+from trt_kv.errors import CapacityError, load_option
 from trt_kv.runtime.backends.step import Ints
 
 NOBODY = 0
@@ -21,7 +21,7 @@ class PagePool:
     """
 
     name = "the KV pool"
-    how_to_enlarge = "raise cache_tokens when loading the engine, send fewer sequences at once, or build with a smaller budget"
+    how_to_enlarge = f"raise {load_option('cache_tokens')}, send fewer sequences at once, or build with a smaller budget"
 
     def __init__(self, *, n_pages: int, page_size: int) -> None:
         self.n_pages = n_pages

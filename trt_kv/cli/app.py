@@ -9,6 +9,7 @@ import click
 
 from trt_kv import __version__
 from trt_kv.cli.options import Invocation, debug_option
+from trt_kv.cli.output import lenient_output, say
 from trt_kv.errors import TrtKvError
 from trt_kv.require import missing_dependency
 
@@ -64,9 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read by OpenMP when torch is loaded. Threads that spin between kernels take CPU time from other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        result = group.main(
-            list(arguments) if arguments is not None else None, prog_name="trt-kv", obj=invocation, standalone_mode=False
-        )
+        with lenient_output():
+            result = group.main(
+                list(arguments) if arguments is not None else None, prog_name="trt-kv", obj=invocation, standalone_mode=False
+            )
         return result if isinstance(result, int) else 0
     except SystemExit:
         raise
@@ -97,7 +99,7 @@ def _report(error: BaseException) -> int:
 
 
 def _say(message: str, exit_code: int) -> int:
-    click.echo(message, err=True)
+    say(message, err=True)
     return exit_code
 
 

@@ -1,5 +1,6 @@
 """``trt-kv build``: build an engine from a checkpoint."""
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -15,9 +16,11 @@ from trt_kv.cli.options import (
     policy_options,
     target_options,
 )
+from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.pipeline import BuildRequest, CalibrationPlan, DriftPlan, ModelSource, TargetPlan, build_engine
+from trt_kv.pipeline.names import default_name
 from trt_kv.policy import Policy
 
 
@@ -28,7 +31,13 @@ from trt_kv.policy import Policy
 @drift_options(with_file=True)
 @calibration_options
 @target_options
-@click.option("--out", type=any_path, metavar="FOLDER", help="Engine folder. Default: engines/MODEL-POLICY.")
+@click.option(
+    "--out",
+    type=any_path,
+    metavar="FOLDER",
+    help="Engine folder. Default: engines/NAME, the model or checkpoint, the policy, and each option not at its default.",
+)
+@click.option("--where", is_flag=True, help="Print the engine folder of this command, and build nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing engine.")
 @debug_option
 def command(
@@ -40,6 +49,7 @@ def command(
     calibration: CalibrationPlan,
     target: TargetPlan,
     out: Path | None,
+    where: bool,
     force: bool,
 ) -> None:
     """Build an engine from a checkpoint.
@@ -62,10 +72,15 @@ def command(
         drift=drift,
         calibration=calibration,
         target=target,
-        out=out or Path("engines") / f"{source.model}-{policy.name}",
+        out=out or Path(),
         replace=force,
     )
+    if out is None:
+        request = dataclasses.replace(request, out=Path("engines") / default_name(request))
+    if where:
+        click.echo(request.out)
+        return
     with termination_unwinds(), progress_bars() as on_progress:
         engine = build_engine(request, on_progress=on_progress, on_note=say_note)
-    click.echo(f"engine: {engine}")
-    click.echo(f"next:   {command_line(['generate', as_argument(engine), 'a prompt'])}")
+    say(f"engine: {engine}")
+    say(f"next:   {command_line(['generate', as_argument(engine), 'a prompt'])}")

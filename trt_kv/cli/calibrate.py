@@ -16,6 +16,7 @@ from trt_kv.cli.options import (
     model_options,
     policy_options,
 )
+from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.errors import UsageError
 from trt_kv.pipeline import (
@@ -29,6 +30,7 @@ from trt_kv.pipeline import (
     calibrate_drift,
     calibrate_recipe,
 )
+from trt_kv.pipeline.names import default_name
 from trt_kv.pipeline.reproduce import build_words
 from trt_kv.pipeline.requests import check_drift_is_read, check_reads_recipe
 from trt_kv.policies import policy_from_name
@@ -62,7 +64,8 @@ from trt_kv.policy import Policy
     "--out",
     type=any_path,
     metavar="FILE",
-    help="Default: recipes/MODEL-POLICY.json, for drift recipes/MODEL-POLICY-drift.json.",
+    help="Default: recipes/NAME.json, for drift recipes/NAME-drift.json: the model or checkpoint, the policy, and each "
+    "option not at its default.",
 )
 @debug_option
 def command(
@@ -108,14 +111,14 @@ def command(
         calibration=calibration,
         from_published=from_published,
         to_published=to_published,
-        out=out or Path("recipes") / f"{source.model}-{policy.name}.json",
+        out=out or _default_out(source, policy, calibration, drift, ".json"),
     )
     with progress_bars() as on_progress:
         written = calibrate_recipe(request, on_progress=on_progress, on_note=say_note)
     if written.published is not None:
-        click.echo(f"published form: {written.published}")
-    click.echo(f"recipe: {written.recipe}")
-    click.echo(f"next:   {_build_with(source, policy, recipe=written.recipe)}")
+        say(f"published form: {written.published}")
+    say(f"recipe: {written.recipe}")
+    say(f"next:   {_build_with(source, policy, recipe=written.recipe)}")
 
 
 def _calibrate_drift(
@@ -127,13 +130,19 @@ def _calibrate_drift(
         calibration=calibration,
         drift=drift,
         recipe=recipe,
-        out=out or Path("recipes") / f"{source.model}-{policy.name}-drift.json",
+        out=out or _default_out(source, policy, calibration, drift, "-drift.json"),
     )
     with progress_bars() as on_progress:
         written = calibrate_drift(request, on_progress=on_progress, on_note=say_note)
-    click.echo(f"drift:  {written}")
+    say(f"drift:  {written}")
     thresholds = DriftPlan(file=written, page_size=drift.page_size)
-    click.echo(f"next:   {_build_with(source, policy, recipe=recipe, drift=thresholds)}")
+    say(f"next:   {_build_with(source, policy, recipe=recipe, drift=thresholds)}")
+
+
+def _default_out(source: ModelSource, policy: Policy, calibration: CalibrationPlan, drift: DriftPlan, suffix: str) -> Path:
+    target = TargetPlan(page_size=drift.page_size)
+    build = BuildRequest(source=source, policy=policy, calibration=calibration, drift=drift, target=target, out=Path())
+    return Path("recipes") / f"{default_name(build)}{suffix}"
 
 
 def _build_with(source: ModelSource, policy: Policy, *, recipe: Path | None, drift: DriftPlan | None = None) -> str:

@@ -4,6 +4,7 @@ import click
 
 from trt_kv.cli.options import debug_option
 from trt_kv.pipeline.environment import Finding, State, examine
+from trt_kv.printable import printable
 
 COLOURS = {State.OK: "green", State.OPTIONAL: "yellow", State.MISSING: "red"}
 
@@ -39,4 +40,4 @@ def line_of(finding: Finding, width: int) -> str:
     """One finding as a line of the report, its name padded to ``width`` characters."""
     state = click.style(f"{finding.state.value:<8}", fg=COLOURS[finding.state])
     fix = f"  -> {finding.fix}" if finding.fix else ""
-    return f"  {state}  {finding.name:<{width}}  {finding.text}{fix}"
+    return f"  {state}  {finding.name:<{width}}  {printable(finding.text)}{printable(fix)}"

@@ -6,10 +6,12 @@ import click
 
 from trt_kv.calibration.task_files import MATCHES, Match
 from trt_kv.cli.evaluation_table import describe_evaluation
-from trt_kv.cli.options import any_path, debug_option, device_options, digest_option, existing_file, utf8_text
+from trt_kv.cli.options import any_path, debug_option, digest_option, existing_file, utf8_text
+from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars, say_note
+from trt_kv.cli.run_options import device_options, resource_options
 from trt_kv.cli.termination import termination_unwinds
-from trt_kv.pipeline import DeviceChoice, EvaluationRequest, evaluate
+from trt_kv.pipeline import DeviceChoice, EvaluationRequest, ResourceChoice, evaluate
 
 
 @click.command("evaluate", short_help="Measure how well an engine answers tasks.")
@@ -39,7 +41,7 @@ from trt_kv.pipeline import DeviceChoice, EvaluationRequest, evaluate
 )
 @click.option(
     "--separator",
-    type=utf8_text,
+    callback=utf8_text,
     default=" ",
     metavar="TEXT",
     help="Text between prompt and expected answer if neither has white space at that point. Default: one space.",
@@ -47,6 +49,7 @@ from trt_kv.pipeline import DeviceChoice, EvaluationRequest, evaluate
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Tasks decoded together."
 )
+@resource_options
 @device_options
 @digest_option
 @debug_option
@@ -62,6 +65,7 @@ def command(
     max_new_tokens: int | None,
     separator: str,
     batch_size: int,
+    resources: ResourceChoice,
     on: DeviceChoice,
     digest: str | None,
 ) -> None:
@@ -88,11 +92,12 @@ def command(
         limit=limit,
         out=out,
         force=force,
+        resources=resources,
         on=on,
         digest=digest,
     )
     with termination_unwinds(), progress_bars() as on_progress:
         evaluation = evaluate(request, on_progress=on_progress, on_note=say_note)
-    click.echo(describe_evaluation(evaluation))
+    say(describe_evaluation(evaluation))
     if out is not None:
-        click.echo(f"\nresults  {out}")
+        say(f"\nresults  {out}")

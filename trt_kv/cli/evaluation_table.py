@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from trt_kv.calibration.task_files import MATCHES
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy_settings import differences, setting_as_text
+from trt_kv.printable import printable
 
 if TYPE_CHECKING:
     from trt_kv.calibration.answer_files import EngineFacts, Evaluation, Run
@@ -32,7 +33,7 @@ def describe_evaluation(evaluation: "Evaluation") -> str:
         lines += _table(SCORE_HEADER, summary["against"], _score_cells)
         lines += _exempt(evaluation.against)
         lines += ["", *_table(COMPARISON_HEADER, summary["comparison"], _comparison_cells)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _engine(facts: "EngineFacts") -> str:
@@ -84,6 +85,10 @@ def _share(value: float, digits: int = 0) -> str:
 
 def _table(header: Sequence[str], part: Mapping[str, Any], cells: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
     """Rows of aligned cells: each group's, then the row of all tasks."""
-    rows = [list(header), *([name, *cells(group)] for name, group in part["groups"].items()), ["all", *cells(part["overall"])]]
+    rows = [
+        list(header),
+        *([printable(name), *cells(group)] for name, group in part["groups"].items()),
+        ["all", *cells(part["overall"])],
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from trt_kv.cli.options import any_path, debug_option, drift_file_option, existing_file, model_options, policy_options
+from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.cli.termination import termination_unwinds
 from trt_kv.pipeline import DriftPlan, ExportRequest, ModelSource, export_graphs
@@ -31,4 +32,4 @@ def command(*, source: ModelSource, policy: Policy, recipe: Path | None, drift: 
     with termination_unwinds(), progress_bars() as on_progress:
         graphs = export_graphs(request, on_progress=on_progress, on_note=say_note)
     for graph in graphs:
-        click.echo(f"graph: {graph}")
+        say(f"graph: {graph}")

@@ -6,15 +6,17 @@ from pathlib import Path
 import click
 
 from trt_kv.cli.generation import GenerationRequest, RunOptions, stream_text
-from trt_kv.cli.options import any_path, debug_option, device_options, digest_option, utf8_text
+from trt_kv.cli.options import any_path, debug_option, digest_option, utf8_text
+from trt_kv.cli.output import say
+from trt_kv.cli.run_options import device_options, resource_options
 from trt_kv.errors import UsageError
-from trt_kv.pipeline.plans import DeviceChoice
+from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
 from trt_kv.text_file import read_text, text_from_bytes
 
 
 @click.command("generate", short_help="Continue a prompt with an engine.")
 @click.argument("engine", type=any_path)
-@click.argument("prompt", type=utf8_text, required=False)
+@click.argument("prompt", callback=utf8_text, required=False)
 @click.option(
     "--prompt-file",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True),
@@ -36,15 +38,10 @@ from trt_kv.text_file import read_text, text_from_bytes
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Sampling seed.")
 @click.option(
-    "--host-tier",
-    metavar="ram|file:PATH",
-    help="Where a host-resident cache is stored: in memory, or in a new file. Default: ram.",
-)
-@click.option(
     "--trace", type=any_path, metavar="FILE", help="Write a timeline of the run, as JSON for chrome://tracing or Perfetto."
 )
 @click.option(
-    "--stop", type=utf8_text, multiple=True, metavar="TEXT", help="Stop before this text; may be given several times."
+    "--stop", callback=utf8_text, multiple=True, metavar="TEXT", help="Stop before this text; may be given several times."
 )
 @click.option(
     "--special-tokens/--no-special-tokens",
@@ -53,6 +50,7 @@ from trt_kv.text_file import read_text, text_from_bytes
     show_default=True,
     help="Read special tokens in the prompt, such as <eos>, as control tokens; with --no-, as text like any other.",
 )
+@resource_options
 @device_options
 @digest_option
 @debug_option
@@ -66,10 +64,10 @@ def command(
     top_p: float,
     top_k: int,
     seed: int,
-    host_tier: str | None,
     trace: Path | None,
     stop: tuple[str, ...],
     parse_special_tokens: bool,
+    resources: ResourceChoice,
     on: DeviceChoice,
     digest: str | None,
 ) -> None:
@@ -94,12 +92,17 @@ def command(
         parse_special_tokens=parse_special_tokens,
     )
     notes: list[str] = []
-    running = RunOptions(on=on, digest=digest, host_tier=host_tier, trace=trace)
-    for piece in stream_text(engine=engine, request=request, running=running, on_end=notes.append):
-        click.echo(piece, nl=False)
-    click.echo()
+    running = RunOptions(on=on, digest=digest, resources=resources, trace=trace)
+    begun = False
+    try:
+        for piece in stream_text(engine=engine, request=request, running=running, on_end=notes.append):
+            begun = True
+            click.echo(piece, nl=False)
+    finally:
+        if begun:  # an error is told on a line of its own
+            click.echo()
     for note in notes:
-        click.echo(note, err=True)
+        say(note, err=True)
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:

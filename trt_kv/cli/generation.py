@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_kv.cli.progress import progress_bars
-from trt_kv.errors import UsageError
-from trt_kv.pipeline.plans import DeviceChoice
+from trt_kv.pipeline.destinations import check_new_file
+from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
 
 if TYPE_CHECKING:
     from trt_kv.runtime.statistics import RecallStatistics
@@ -30,21 +30,18 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How an engine is run, and where (``on``). ``digest``: of the only engine to accept. ``host_tier``: where a host-resident
-    cache is stored; None: the default, or the engine has no such cache. ``trace``: the file that the timeline of the run is
-    written to.
+    """How an engine is run, and where (``on``). ``digest``: of the only engine to accept. ``trace``: the file that the
+    timeline is written to.
     """
 
     on: DeviceChoice = field(default_factory=DeviceChoice)
     digest: str | None = None
-    host_tier: str | None = None
+    resources: ResourceChoice = field(default_factory=ResourceChoice)
     trace: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.trace is not None and not self.trace.parent.is_dir():
-            raise UsageError(
-                "the trace file cannot be written", got=f"--trace {self.trace}", expected="a file in a folder that exists"
-            )
+        if self.trace is not None:
+            check_new_file(self.trace, "--trace", in_place=True)
 
 
 def stream_text(
@@ -58,14 +55,8 @@ def stream_text(
     options = dataclasses.asdict(request)
     prompt = options.pop("prompt")
     with progress_bars() as on_progress:
-        loaded = Engine.load(
-            engine,
-            digest=running.digest,
-            host_tier=running.host_tier,
-            trace=trace,
-            on_progress=on_progress,
-            **running.on.options,
-        )
+        options_of_load = {**running.on.options, **running.resources.options()}
+        loaded = Engine.load(engine, digest=running.digest, trace=trace, on_progress=on_progress, **options_of_load)
         n_prompt = len(loaded.encode(prompt, parse_special_tokens=request.parse_special_tokens))
         stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **options)
         first = next(stream, "")

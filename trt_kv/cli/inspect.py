@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from trt_kv.cli.options import any_path, debug_option, digest_option
+from trt_kv.cli.output import say
 
 
 @click.command("inspect", short_help="Show what is in an engine.")
@@ -20,4 +21,4 @@ def command(*, engine: Path, digest: str | None) -> None:
     """
     from trt_kv.cli.inspection import describe_engine
 
-    click.echo(describe_engine(engine, digest=digest))
+    say(describe_engine(engine, digest=digest))

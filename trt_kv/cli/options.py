@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -15,7 +15,6 @@ from trt_kv.pipeline.plans import (
     DEFAULT_PAGE_SIZE,
     TARGETS,
     CalibrationPlan,
-    DeviceChoice,
     DriftPlan,
     ModelSource,
     TargetPlan,
@@ -33,19 +32,15 @@ existing_file = click.Path(exists=True, dir_okay=False, readable=True, path_type
 any_path = click.Path(path_type=Path)
 
 
-class Utf8Text(click.ParamType[str]):
-    """A text that the model is to read or write; bytes that are not UTF-8 are a ``UsageError``."""
-
-    name = "text"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """``value`` itself."""
-        name = param.human_readable_name if isinstance(param, click.Argument) else param.opts[0] if param else "the text"
-        check_encodable(value, what=name)
-        return value
+Texts = TypeVar("Texts", str | None, tuple[str, ...])
 
 
-utf8_text = Utf8Text()
+def utf8_text(_ctx: click.Context, parameter: click.Parameter, value: Texts) -> Texts:
+    """Callback of a text, or several, that the model is to read or write: bytes that are not UTF-8 are a ``UsageError``."""
+    name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+    for text in (value,) if isinstance(value, str) else value or ():
+        check_encodable(text, what=name)
+    return value
 
 
 @dataclass
@@ -181,36 +176,6 @@ def target_options(command: CommandFunction) -> CommandFunction:
     ) -> None:
         plan = TargetPlan(target=target, profile=profile, dtype=dtype, timing_cache=timing_cache, page_size=page_size)
         command(target=plan, **others)
-
-    return collected
-
-
-def device_options(command: CommandFunction) -> CommandFunction:
-    """Add --device, --dtype, --dense and --profile; ``command`` receives ``on``, a ``DeviceChoice``."""
-
-    @click.option(
-        "--device",
-        default="cpu",
-        show_default=True,
-        metavar="cpu|cuda[:N]",
-        help="cuda: run an engine of target onnxruntime on an NVIDIA GPU. cpu: run the engine on its own target.",
-    )
-    @click.option(
-        "--dtype", metavar="NAME", help="Convert weights to this type on loading, with --device cuda. Default: the engine's."
-    )
-    @click.option(
-        "--dense",
-        metavar="NAME",
-        help="What runs the dense layers with --device cuda: torch (the default), or onnxruntime (needs onnxruntime-gpu).",
-    )
-    @click.option(
-        "--profile",
-        metavar="NAME|FILE",
-        help="Sizes to reserve memory for with --device cuda, as in build. Default: the model's limits, reduced to fit.",
-    )
-    @functools.wraps(command)
-    def collected(*, device: str, dense: str | None, dtype: str | None, profile: str | None, **others: Any) -> None:
-        command(on=DeviceChoice(device=device, dense=dense, dtype=dtype, profile=profile), **others)
 
     return collected
 

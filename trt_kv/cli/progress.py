@@ -3,14 +3,14 @@
 import contextlib
 from collections.abc import Iterator
 
-import click
-
+from trt_kv.cli.output import say
 from trt_kv.pipeline.callbacks import OnProgress
+from trt_kv.printable import printable
 
 
 def say_note(text: str) -> None:
     """Print one line on standard error."""
-    click.echo(text, err=True)
+    say(text, err=True)
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def progress_bars() -> Iterator[OnProgress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
@@ -32,7 +32,7 @@ def progress_bars() -> Iterator[OnProgress]:
 
         def on_progress(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
+                tasks[stage] = progress.add_task(printable(stage), total=total)
             progress.update(tasks[stage], completed=done, total=total)
 
         yield on_progress

@@ -21,7 +21,7 @@ from trt_kv.pipeline.callbacks import OnNote, OnProgress
 from trt_kv.pipeline.environment import Finding, State, examine
 from trt_kv.pipeline.evaluation import evaluate
 from trt_kv.pipeline.export import export_graphs
-from trt_kv.pipeline.plans import CalibrationPlan, DeviceChoice, DriftPlan, ModelSource, TargetPlan
+from trt_kv.pipeline.plans import CalibrationPlan, DeviceChoice, DriftPlan, ModelSource, ResourceChoice, TargetPlan
 from trt_kv.pipeline.requests import BuildRequest, DriftRequest, EvaluationRequest, ExportRequest, RecipeRequest
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "OnProgress",
     "RecipeFiles",
     "RecipeRequest",
+    "ResourceChoice",
     "State",
     "TargetPlan",
     "build_engine",

@@ -11,6 +11,7 @@ from trt_kv.drift import Drift
 from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
 from trt_kv.pipeline.calibration_runs import drift_from_prompts, recipe_from_prompts
 from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
+from trt_kv.pipeline.destinations import check_new_file, check_new_folder
 from trt_kv.pipeline.given_files import drift_of_plan, policy_of_recipe
 from trt_kv.pipeline.plans import TargetPlan
 from trt_kv.pipeline.reproduce import command_line_of, is_built
@@ -51,10 +52,10 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
     out, target = request.out, request.target
     if not (out / MANIFEST_FILE).is_file():
         check_destination(out, replace=request.replace)
+    check_new_folder(out.parent, "--out")
     checkpoint = open_source(request.source, on_note)
     checkpoint.config.check_page_size(target.page_size)
-    command_line = command_line_of(request)
-    if not request.replace and not request.reads_files and is_built(out, command_line, checkpoint):
+    if not request.replace and is_built(out, request, checkpoint):
         on_note(f"{out} is up to date")
         return out
     check_destination(out, replace=request.replace)
@@ -76,7 +77,7 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
         page_size=target.page_size,
         tensorrt=options,
         model_source=request.source.checkpoint or f"bundled {request.source.model}",
-        reproduce=command_line,
+        reproduce=command_line_of(request),
     )
     with _pictures(recipe, drift) as pictures:
         engine.build_engine(engine_request, out, replace=request.replace, on_progress=on_progress, extra_files=pictures)
@@ -108,4 +109,6 @@ def _tensorrt_options(target: TargetPlan) -> "TensorRtOptions | None":
         return None
     profile = build_profile(target.profile or DEFAULT_PROFILE)
     require_tensorrt()
+    if target.timing_cache is not None:
+        check_new_file(target.timing_cache, "--timing-cache", in_place=True)
     return TensorRtOptions(profile=profile, timing_cache=target.timing_cache)

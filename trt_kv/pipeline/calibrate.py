@@ -6,6 +6,7 @@ from pathlib import Path
 from trt_kv.errors import UsageError
 from trt_kv.pipeline.calibration_runs import drift_from_prompts, recipe_from_prompts, recipe_model
 from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
+from trt_kv.pipeline.destinations import check_new_file, check_new_folder
 from trt_kv.pipeline.given_files import policy_of_recipe
 from trt_kv.pipeline.requests import DriftRequest, RecipeRequest
 from trt_kv.pipeline.sources import open_source
@@ -44,7 +45,10 @@ def calibrate_recipe(request: RecipeRequest, *, on_progress: OnProgress = ignore
     from trt_kv.calibration.recipe_plot import picture_from_recipe
 
     out, policy = request.out, request.policy
+    check_new_file(out, "--out")
     picture = _picture_beside(out, "recipe")
+    if request.to_published is not None:
+        check_new_folder(request.to_published, "--to-published")
     for folder in {out.parent, request.to_published or out.parent}:
         folder.mkdir(parents=True, exist_ok=True)
     checkpoint = open_source(request.source, on_note)
@@ -80,6 +84,7 @@ def calibrate_drift(request: DriftRequest, *, on_progress: OnProgress = ignore, 
     from trt_kv.calibration.drift_plot import picture_from_drift
 
     out, policy = request.out, request.policy
+    check_new_file(out, "--out")
     picture = _picture_beside(out, "thresholds")
     checkpoint = open_source(request.source, on_note)
     checkpoint.config.check_page_size(request.drift.page_size)

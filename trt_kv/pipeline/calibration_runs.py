@@ -34,14 +34,14 @@ def recipe_from_prompts(
     from trt_kv.calibration.prefixkv import calibrate_prefixkv
 
     _tell_what_prompts(checkpoint, plan, on_note)
-    prompts, where = _calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS)
+    prompts = _calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS)
     return calibrate_prefixkv(
         prompts,
         importance_of(checkpoint, policy, max(len(ids) for ids in prompts)),
         budget=policy.kept,
         score=recipe_score(policy),
         model=recipe_model(checkpoint),
-        source=where,
+        source=plan.source,
         seed=plan.seed,
         protected=Protected(sinks=policy.sinks, recent=policy.recent),
         on_sample=lambda done, total: on_progress("calibrating", done, total),
@@ -65,7 +65,7 @@ def drift_from_prompts(
     from trt_kv.calibration.drift import calibrate_drift
 
     _tell_what_prompts(checkpoint, plan, on_note)
-    prompts, where = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens))
+    prompts = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens))
     kept_shares = recipe.kept if recipe is not None else None
     longest = max(len(ids) for ids in prompts)
     return calibrate_drift(
@@ -74,7 +74,7 @@ def drift_from_prompts(
         correction_rate=drift.correction_rate,
         model=recipe_model(checkpoint),
         settings=drift_settings(policy, drift.page_size),
-        source=where,
+        source=plan.source,
         seed=plan.seed,
         max_new_tokens=drift.new_tokens,
         on_sample=lambda done, total: on_progress("measuring queries", done, total),
@@ -198,8 +198,8 @@ def _calibration_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
     return torch.float32 if 4 * n_weights < available_bytes() // 2 else checkpoint.tensor(checkpoint.tensor_names[0]).dtype
 
 
-def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundled_tokens: int) -> tuple[list[list[int]], str]:
-    """Token ids of the calibration prompts, and their source; synthetic ones have ``bundled_tokens`` tokens."""
+def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundled_tokens: int) -> list[list[int]]:
+    """Token ids of the calibration prompts; synthetic ones have ``bundled_tokens`` tokens."""
     from trt_kv.calibration.prompt_files import prompts_from_file
     from trt_kv.calibration.tasks import calibration_prompts
     from trt_kv.runtime.text.tokenizer import load_tokenizer
@@ -207,9 +207,9 @@ def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundle
     limit = checkpoint.config.max_positions
     if plan.prompts is None:
         tasks = calibration_prompts(plan.samples, context_length=min(bundled_tokens, limit), seed=plan.seed)
-        texts, where = [task.prompt for task in tasks], "bundled synthetic English, calibration split"
+        texts = [task.prompt for task in tasks]
     else:
-        texts, where = prompts_from_file(plan.prompts), plan.prompts.name
+        texts = prompts_from_file(plan.prompts)
         texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
     tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
     prompts = [prompt_tokens(tokenizer, text) for text in texts]
@@ -220,4 +220,4 @@ def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundle
                 got=f"{len(ids)} tokens: {text[:40]!r}...",
                 expected=f"at most {limit}",
             )
-    return prompts, where
+    return prompts

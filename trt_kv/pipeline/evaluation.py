@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from trt_kv.pipeline.answering import answers_to
 from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
+from trt_kv.pipeline.destinations import check_new_file
 from trt_kv.pipeline.evaluation_start import begin, earlier_of, joined
 from trt_kv.pipeline.requests import EvaluationRequest
 
@@ -39,6 +40,8 @@ def evaluate(request: EvaluationRequest, *, on_progress: OnProgress = ignore, on
     """
     from trt_kv.runtime.engine import Engine
 
+    if request.out is not None:
+        check_new_file(request.out, "--out")
     evaluation, cases = begin(request)
     earlier = earlier_of(request, evaluation)
     if earlier is not None:
@@ -46,14 +49,16 @@ def evaluate(request: EvaluationRequest, *, on_progress: OnProgress = ignore, on
         n_there = sum(len(run.answers) for run in evaluation.runs)
         on_note(f"{request.out}: {n_there} of {len(evaluation.runs) * len(cases)} answers are already there")
     _say_what_tells_little(cases, on_note)
+    any_recalls = any(run.engine.policy.recalls for run in evaluation.runs)
     with _saved(request.out, evaluation, earlier, on_note) as keep:
         for index, folder in enumerate((request.engine, request.against)[: len(evaluation.runs)]):
             run = evaluation.runs[index]
             if folder is None or len(run.answers) == len(cases):
                 continue
             batch = None if request.on.on_host else request.batch_size
+            resources = request.resources.options(has_host_tier=run.engine.policy.recalls or not any_recalls)
             digest = request.digest if index == 0 else None
-            engine = Engine.load(folder, digest=digest, on_progress=on_progress, batch=batch, **request.on.options)
+            engine = Engine.load(folder, digest=digest, on_progress=on_progress, batch=batch, **request.on.options, **resources)
             keep(evaluation, at_once=True)
             for answers in _missing_answers(engine, run, cases, request, on_progress):
                 evaluation = evaluation.with_answers(index, answers)

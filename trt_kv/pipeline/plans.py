@@ -9,13 +9,14 @@ from typing import Any
 
 from trt_kv.drift import check_correction_rate
 from trt_kv.errors import UnknownNameError, UsageError
-from trt_kv.manifest import DTYPES
+from trt_kv.manifest import DTYPES, digest_of
 from trt_kv.presets import preset
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions
 
 DEFAULT_CORRECTION_RATE = 0.1
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_PAGE_SIZE = 32
+_DIGEST_CHARACTERS = len("sha256:") + 12
 TARGETS = ("onnxruntime", "tensorrt")
 
 
@@ -46,6 +47,13 @@ class CalibrationPlan:
             raise UsageError("a calibration needs at least one prompt", got=self.samples, expected="--samples >= 1")
         if self.seed < 0:
             raise UsageError("the seed is negative", got=self.seed, expected="--seed >= 0")
+
+    @property
+    def source(self) -> str:
+        """Where the prompts come from, as recipes and thresholds record it; of a file, which version of it."""
+        if self.prompts is None:
+            return "bundled synthetic English, calibration split"
+        return f"{self.prompts.name}, {digest_of(self.prompts)[:_DIGEST_CHARACTERS]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,3 +157,22 @@ class DeviceChoice:
     def options(self) -> dict[str, Any]:
         """Options of ``Engine.load``."""
         return dict(vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceChoice:
+    """How much memory and how many threads an engine may use: options of ``Engine.load``; None: its default."""
+
+    cache_tokens: int | None = None
+    host_tier: str | None = None
+    host_tokens: int | None = None
+    chunk: int | None = None
+    n_threads: int | None = None
+
+    def options(self, *, has_host_tier: bool = True) -> dict[str, Any]:
+        """Options of ``Engine.load``; without those of a host tier if the engine has none."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if value is not None and (has_host_tier or not name.startswith("host_"))
+        }

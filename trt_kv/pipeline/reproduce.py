@@ -4,14 +4,15 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trt_kv.drift import Drift
 from trt_kv.engine_files import verify_files
-from trt_kv.errors import EngineError
+from trt_kv.errors import EngineError, RecipeError
 from trt_kv.manifest import digest_of, load_manifest
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy_settings import SHARED_BUDGETS, differences, setting_as_text
-from trt_kv.recipe import CREATED_BY
+from trt_kv.recipe import CREATED_BY, Recipe
 
 if TYPE_CHECKING:
     from trt_kv.export.checkpoints.base import Checkpoint
@@ -40,7 +41,7 @@ def build_words(request: BuildRequest) -> list[str]:
         words += ["--drift", drift.file]
     elif policy.needs_drift:
         words += ["--correction-rate", drift.correction_rate, "--new-tokens", drift.new_tokens]
-    if (policy.needs_recipe and recipe is None) or (policy.needs_drift and drift.file is None):
+    if request.calibrates:
         words += ["--samples", plan.samples, "--seed", plan.seed]
         words += ["--prompts", plan.prompts] if plan.prompts else []
     words += ["--target", target.target] if target.target != "onnxruntime" else []
@@ -50,8 +51,8 @@ def build_words(request: BuildRequest) -> list[str]:
     return [str(word) for word in words]
 
 
-def is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool:
-    """Whether ``folder`` holds a complete engine made by this version, by this command, from these weights and settings."""
+def is_built(folder: Path, request: BuildRequest, checkpoint: "Checkpoint") -> bool:
+    """Whether ``folder`` holds a complete engine made by this version, by this request, from these weights and files."""
     try:
         manifest = load_manifest(folder)
         verify_files(folder, manifest)
@@ -60,4 +61,23 @@ def is_built(folder: Path, command_line: str, checkpoint: "Checkpoint") -> bool:
     made = (manifest.reproduce, manifest.created_by, manifest.model_digest)
     copied = {path.name: digest_of(path) for path in checkpoint.tokenizer_files}
     recorded = {name: manifest.files[name].digest for name in copied if name in manifest.files}
-    return made == (command_line, CREATED_BY, checkpoint.digest) and recorded == copied
+    wanted = (command_line_of(request), CREATED_BY, checkpoint.digest)
+    return made == wanted and recorded == copied and _files_are_those_of(folder, request)
+
+
+def _files_are_those_of(folder: Path, request: BuildRequest) -> bool:
+    """Whether the files that ``request`` names hold what the engine in ``folder`` was built from."""
+    try:
+        recipe = Recipe.load(folder / "recipe.json") if request.policy.needs_recipe else None
+        drift = Drift.load(folder / "drift.json") if request.policy.needs_drift else None
+    except RecipeError:
+        return False
+    source = request.calibration.source
+    return all(
+        (
+            request.recipe is None or Recipe.load(request.recipe) == recipe,
+            request.drift.file is None or Drift.load(request.drift.file) == drift,
+            not request.calibrates_recipe or (recipe is not None and recipe.calibration.source == source),
+            not request.calibrates_drift or (drift is not None and drift.calibration.source == source),
+        )
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trt_kv.calibration.task_files import Match
 from trt_kv.errors import UsageError
-from trt_kv.pipeline.plans import CalibrationPlan, DeviceChoice, DriftPlan, ModelSource, TargetPlan
+from trt_kv.pipeline.plans import CalibrationPlan, DeviceChoice, DriftPlan, ModelSource, ResourceChoice, TargetPlan
 from trt_kv.policy import Policy
 
 
@@ -31,9 +31,17 @@ class BuildRequest:
         check_drift_is_read(self.policy, self.drift)
 
     @property
-    def reads_files(self) -> bool:
-        """Whether the build depends on files other than the checkpoint, which may have changed since an earlier build."""
-        return any(path is not None for path in (self.recipe, self.drift.file, self.calibration.prompts))
+    def calibrates(self) -> bool:
+        """Whether the build calibrates a recipe or drift thresholds."""
+        return self.calibrates_recipe or self.calibrates_drift
+
+    @property
+    def calibrates_recipe(self) -> bool:
+        return self.policy.needs_recipe and self.recipe is None
+
+    @property
+    def calibrates_drift(self) -> bool:
+        return self.policy.needs_drift and self.drift.file is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +133,7 @@ class EvaluationRequest:
     force: bool = False
     on: DeviceChoice = field(default_factory=DeviceChoice)
     digest: str | None = None
+    resources: ResourceChoice = field(default_factory=ResourceChoice)
 
     def __post_init__(self) -> None:
         counts = {"--max-new-tokens": self.max_new_tokens, "--batch-size": self.batch_size, "--limit": self.limit}

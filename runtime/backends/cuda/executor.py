@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trt_kv.errors import EngineError, UsageError
+from trt_kv.errors import EngineError, UsageError, load_option
 from trt_kv.plugins.graph_io import makers_of, step_inputs_of
 from trt_kv.plugins.registry import Kernel, device_kernel
 from trt_kv.program import Program
@@ -162,7 +162,7 @@ class TorchDeviceExecutor:
         with (
             told_out_of_memory(
                 f"too little memory is left on {self._pool.device} for this step",
-                fix="load the engine with less cache_tokens or a smaller chunk, batch or profile, or free memory",
+                fix=f"lower {load_option('cache_tokens')}, {load_option('chunk')}, batch or the profile, or free memory",
             ),
             nullcontext() if self._stream is None else torch.cuda.stream(self._stream),
         ):

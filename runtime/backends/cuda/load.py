@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from trt_kv.errors import UsageError
+from trt_kv.errors import UsageError, load_option
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import GRAPHS, Manifest
 from trt_kv.profiles import build_profile
@@ -40,7 +40,8 @@ def load(
     _check(folder, manifest, options, on, device)
     with told_out_of_memory(
         f"too little free memory for this engine on {device}",
-        fix="lower cache_tokens or host_tokens, use dtype=bfloat16, or free memory",
+        fix=f"lower {load_option('cache_tokens')} or {load_option('host_tokens')}, use {load_option('dtype', 'bfloat16')}, "
+        "or free memory",
     ):
         decoder = _decoder(folder / GRAPHS, manifest, on.dense or DENSE[0], dtype, device, tell)
         plan = device_plan(

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trt_kv.errors import CapacityError, UsageError
+from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.manifest import Manifest
 from trt_kv.program import recalling_layers
 from trt_kv.runtime.arguments import is_integer
@@ -109,7 +109,7 @@ def _fitting(manifest: Manifest, capacity: RecallCapacity, n_pages: int) -> Reca
             "the device has too little memory for one working set",
             got=f"room for {n_pages * manifest.page_size} tokens per layer",
             expected=f"room for {block_pages(1) * manifest.page_size}",
-            fix="raise cache_tokens, free memory of the device, or build with a smaller budget",
+            fix=f"raise {load_option('cache_tokens')}, free memory of the device, or build with a smaller budget",
         )
     longest = _largest(capacity.longest_prompt, lambda prompt: block_pages(prompt) <= n_pages)
     sequences = min(capacity.sequences, n_pages // block_pages(longest))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from trt_kv.errors import CapacityError
+from trt_kv.errors import CapacityError, load_option
 from trt_kv.runtime.backends.cuda.plan import COPIES
 from trt_kv.runtime.backends.cuda.recall.working_set import DeviceSets
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
@@ -42,7 +42,7 @@ class LargestStep:
                 "the prompt is longer than working sets on the device were planned for",
                 got=f"{size.n_prompt} tokens",
                 expected=f"at most {self._longest_prompt}",
-                fix="shorten it, or load the engine with more cache_tokens and host_tokens",
+                fix=f"shorten it, or raise {load_option('cache_tokens')} and {load_option('host_tokens')}",
             )
 
 
@@ -70,10 +70,10 @@ class WorkingSetBlocks:
     def refusal(self, needed: int) -> CapacityError:
         n_layers = len(self._layers)
         enough = -(-needed // n_layers)
-        block_tokens = self._block_pages * self._sets.host.page_size
+        option = load_option("cache_tokens", enough * self._block_pages * self._sets.host.page_size)
         return CapacityError(
             "the device has too few working sets for this request",
             got=f"room for {self.total // n_layers} sequences",
             expected=f"room for {enough}",
-            fix=f"load the engine with cache_tokens={enough * block_tokens} and batch={-(-enough // COPIES)} or more",
+            fix=f"load the engine with {option} and batch={-(-enough // COPIES)} or more",
         )

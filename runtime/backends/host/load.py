@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from trt_kv.errors import UsageError
+from trt_kv.errors import UsageError, load_option
 from trt_kv.manifest import GRAPHS, ITEM_BYTES, Manifest
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import budgets_of, finds_budgets, recalling_layers
@@ -33,7 +33,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
             f"{folder} was built for GPUs",
             got=f"graphs in {manifest.dtype}",
             expected="float32 on a host",
-            fix="load it with device=cuda, or build it again without --dtype",
+            fix=f"load it with {load_option('device', 'cuda')}, or build it again without --dtype",
         )
     executor = OnnxRuntimeExecutor(
         folder / GRAPHS,

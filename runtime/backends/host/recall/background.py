@@ -4,12 +4,13 @@ A job is a generator that yields an event to wait for, or None at a point where 
 thread, in place, or step by step in a test that chooses the worst order.
 """
 
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from trt_kv.errors import RecallError
+from trt_kv.errors import RecallError, load_option
 
 Work = Callable[[], Iterator[threading.Event | None]]
 
@@ -109,8 +110,12 @@ def join(copies: Copies, job: Job) -> None:
     """Wait for a job. If it failed, raise ``RecallError`` from its error."""
     copies.settle(job)
     if job.error is not None:
-        raise RecallError(
-            f"the KV cache on the host: {job.what} failed",
-            got=f"{type(job.error).__name__}: {job.error}",
-            fix="this request is lost, others are not; check the disk and the memory of the host tier, then send it again",
-        ) from job.error
+        raise lost_pages(f"the KV cache on the host: {job.what} failed", job.error) from job.error
+
+
+def lost_pages(what: str, error: BaseException) -> RecallError:
+    """The error of a request whose pages could not be copied because of ``error``."""
+    disk_is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    place = f"choose another disk with {load_option('host_tier', 'file:PATH')}"
+    fix = f"free space on the disk of the host tier, or {place}" if disk_is_full else f"check the host tier's disk, or {place}"
+    return RecallError(what, got=f"{type(error).__name__}: {error}", fix=f"this request is lost, others are not; {fix}")

@@ -7,11 +7,10 @@ from threading import Event
 
 import numpy as np
 
-from trt_kv.errors import RecallError
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.choice import best_pages, drifted_heads, summaries_of
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.runtime.backends.host.recall.background import Copies, Job, Work, join
+from trt_kv.runtime.backends.host.recall.background import Copies, Job, Work, join, lost_pages
 from trt_kv.runtime.backends.host.recall.prompt_attention import attend_prompt
 from trt_kv.runtime.backends.host.recall.store import HostTier
 from trt_kv.runtime.backends.host.recall.working_set import NO_PAGE, Move, Prefetch, WorkingSet, in_turn, moves_to
@@ -132,7 +131,7 @@ class LayerStreams:
                 for move in moves:
                     self._bring(working_set, choice.pages, move, working_set.held_KS)
             except OSError as error:
-                raise _lost(error) from error
+                raise lost_pages("the KV cache on the host cannot be read or written", error) from error
             return len(moves)
 
     def recall_ahead(self, working_set: WorkingSet, choice: Choice, prefetches: list[Prefetch]) -> None:
@@ -230,19 +229,11 @@ class LayerStreams:
         try:
             self.host.write(page, kv_2KPD)
         except OSError as error:
-            raise _lost(error) from error
+            raise lost_pages("the KV cache on the host cannot be read or written", error) from error
 
     def read_pages(self, pages: Ints) -> Floats:
         """Read pages from the host synchronously; ``RecallError`` if they cannot be read."""
         try:
             return self.host.read_pages([int(page) for page in pages])
         except OSError as error:
-            raise _lost(error) from error
-
-
-def _lost(error: OSError) -> RecallError:
-    return RecallError(
-        "the KV cache on the host cannot be read or written",
-        got=str(error),
-        fix="this request is lost, others are not; check the disk and the memory of the host tier, then send it again",
-    )
+            raise lost_pages("the KV cache on the host cannot be read or written", error) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trt_kv.errors import CapacityError, UsageError
+from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.cache.page_pool import PagePool
 
@@ -27,7 +27,7 @@ class HostTier(PagePool):
     """
 
     name = "the host tier"
-    how_to_enlarge = "raise host_tokens when loading the engine, or send shorter or fewer prompts at once"
+    how_to_enlarge = f"raise {load_option('host_tokens')}, or send shorter or fewer prompts at once"
     description = ""
 
     def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
@@ -99,7 +99,7 @@ class FileTier(HostTier):
             raise CapacityError(
                 f"{path} cannot hold the host tier",
                 got=f"{error.strerror} for {n_pages * self.page_bytes} bytes",
-                fix="choose another place, or lower host_tokens",
+                fix=f"choose another place with {load_option('host_tier')}, or lower {load_option('host_tokens')}",
             ) from error
 
     def secure(self, n_pages: int) -> None:

@@ -1,0 +1,79 @@
+"""Options of the commands that run an engine: where, and with how much memory and how many threads."""
+
+import functools
+from typing import Any
+
+import click
+
+from trt_kv.cli.options import CommandFunction
+from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
+
+
+def device_options(command: CommandFunction) -> CommandFunction:
+    """Add --device, --dtype, --dense and --profile; ``command`` receives ``on``, a ``DeviceChoice``."""
+
+    @click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="cpu|cuda[:N]",
+        help="cuda: run an engine of target onnxruntime on an NVIDIA GPU. cpu: run the engine on its own target.",
+    )
+    @click.option(
+        "--dtype", metavar="NAME", help="Convert weights to this type on loading, with --device cuda. Default: the engine's."
+    )
+    @click.option(
+        "--dense",
+        metavar="NAME",
+        help="What runs the dense layers with --device cuda: torch (the default), or onnxruntime (needs onnxruntime-gpu).",
+    )
+    @click.option(
+        "--profile",
+        metavar="NAME|FILE",
+        help="Sizes to reserve memory for with --device cuda, as in build. Default: the model's limits, reduced to fit.",
+    )
+    @functools.wraps(command)
+    def collected(*, device: str, dense: str | None, dtype: str | None, profile: str | None, **others: Any) -> None:
+        command(on=DeviceChoice(device=device, dense=dense, dtype=dtype, profile=profile), **others)
+
+    return collected
+
+
+def resource_options(command: CommandFunction) -> CommandFunction:
+    """Add --cache-tokens, --host-tier, --host-tokens, --chunk and --threads; ``command`` receives ``resources``, a
+    ``ResourceChoice``.
+    """
+    count = click.IntRange(min=1)
+
+    @click.option(
+        "--cache-tokens",
+        type=count,
+        metavar="N",
+        help="Size of the KV pool: tokens in every layer. Default: twice the model's positions, or what fits into memory.",
+    )
+    @click.option(
+        "--host-tier",
+        metavar="ram|file:PATH",
+        help="Where a host-resident cache is stored: in memory, or in a new file. Default: ram.",
+    )
+    @click.option(
+        "--host-tokens", type=count, metavar="N", help="Size of a host-resident cache in tokens. Default: as --cache-tokens."
+    )
+    @click.option("--chunk", type=count, metavar="N", help="Prompt tokens per step; fewer take less memory. Default: 512.")
+    @click.option("--threads", type=count, metavar="N", help="CPU threads that compute. Default: one per core.")
+    @functools.wraps(command)
+    def collected(
+        *,
+        cache_tokens: int | None,
+        host_tier: str | None,
+        host_tokens: int | None,
+        chunk: int | None,
+        threads: int | None,
+        **others: Any,
+    ) -> None:
+        resources = ResourceChoice(
+            cache_tokens=cache_tokens, host_tier=host_tier, host_tokens=host_tokens, chunk=chunk, n_threads=threads
+        )
+        command(resources=resources, **others)
+
+    return collected

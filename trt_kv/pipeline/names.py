@@ -1,0 +1,77 @@
+"""The default name of what a request makes: the model, the policy, and every option that is not at its default."""
+
+import hashlib
+import re
+from pathlib import Path
+
+from trt_kv.pipeline.plans import CalibrationPlan, DriftPlan, TargetPlan
+from trt_kv.pipeline.requests import BuildRequest
+from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policy_settings import differences, setting_as_text
+
+LONGEST = 120
+"""Characters of a name before the rest of it becomes a digest; file systems allow 255 bytes."""
+
+
+def default_name(request: BuildRequest) -> str:
+    """E.g. ``llama3-prefixkv``, ``llama3-freekv-tokens=256-page-size=8``, ``Llama-3.2-1B-snapkv-budget=0.2``.
+
+    A checkpoint is named by its last folder, a file by its name without the suffix. Requests for different engines have
+    different names, unless they differ only in folders further up. ``request.out`` is not read.
+    """
+    source, policy = request.source, request.policy
+    model = Path(source.checkpoint).resolve().name if source.checkpoint else source.model
+    preset = policy_from_name(policy.name) if policy.name in policy_names() else policy
+    changed = differences(policy, preset)
+    settings = [setting_as_text("budget" if name == "kept" else name, value) for name, value in changed.items()]
+    options = {
+        "recipe": _stem(request.recipe),
+        **(_drift_options(request.drift) if policy.needs_drift else {}),
+        **(_calibration_options(request.calibration) if request.calibrates else {}),
+        **_target_options(request.target),
+    }
+    settings += [f"{name}={value}" for name, value in options.items() if value is not None]
+    return _as_file_name("-".join([model, policy.name, *settings]))
+
+
+def _drift_options(drift: DriftPlan) -> dict[str, object]:
+    default = DriftPlan()
+    return {
+        "drift": _stem(drift.file),
+        "correction-rate": _unless(drift.correction_rate, default.correction_rate),
+        "new-tokens": _unless(drift.new_tokens, default.new_tokens),
+    }
+
+
+def _calibration_options(plan: CalibrationPlan) -> dict[str, object]:
+    default = CalibrationPlan()
+    return {
+        "prompts": _stem(plan.prompts),
+        "samples": _unless(plan.samples, default.samples),
+        "seed": _unless(plan.seed, default.seed),
+    }
+
+
+def _target_options(target: TargetPlan) -> dict[str, object]:
+    default = TargetPlan()
+    return {
+        "target": _unless(target.target, default.target),
+        "profile": None if target.profile is None else _stem(Path(target.profile)),
+        "dtype": target.dtype,
+        "page-size": _unless(target.page_size, default.page_size),
+    }
+
+
+def _unless(value: object, default: object) -> object:
+    return None if value == default else value
+
+
+def _stem(path: Path | None) -> str | None:
+    return None if path is None else path.stem
+
+
+def _as_file_name(name: str) -> str:
+    name = re.sub(r"[^\w.,=+-]+", "_", name)
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
