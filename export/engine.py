@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from trt_kv.errors import CheckpointError, RecipeError, UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.new_folder import new_folder
+from trt_kv.export.shared_weights import link_weights
 from trt_kv.export.split import program_from_graph
 from trt_kv.export.targets.onnxruntime import save_onnxruntime_parts
 from trt_kv.export.targets.parts import Parts
@@ -103,8 +104,17 @@ class EngineRequest:
         return None if self.drift is None else [self.policy.tau if tau is None else tau for tau in self.drift.taus]
 
 
-def export_graphs(request: EngineRequest, folder: Path, on_progress: OnProgress | None = None) -> None:
-    """Write the monolithic graphs ``prefill.onnx`` and ``decode.onnx`` and the ``weights.data`` they share into ``folder``."""
+def export_graphs(
+    request: EngineRequest,
+    folder: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    offsets: Mapping[str, int] | None = None,
+) -> None:
+    """Write the monolithic graphs ``prefill.onnx`` and ``decode.onnx`` and the ``weights.data`` they share into ``folder``.
+
+    ``offsets``: of the weights in ``weights.data``, if it is there already.
+    """
     config = request.checkpoint.config
     graphs = {}
     for done, phase in enumerate(PHASES):
@@ -122,7 +132,7 @@ def export_graphs(request: EngineRequest, folder: Path, on_progress: OnProgress 
             request.checkpoint, program, page_size=request.page_size, dtype=getattr(torch, request.dtype)
         )
     _tell(on_progress, "tracing graphs", len(PHASES), len(PHASES))
-    save_graphs(graphs, folder, lambda done, total: _tell(on_progress, "writing weights", done, total))
+    save_graphs(graphs, folder, lambda done, total: _tell(on_progress, "writing weights", done, total), offsets=offsets)
 
 
 def build_engine(
@@ -135,14 +145,22 @@ def build_engine(
 ) -> Manifest:
     """Build the engine at ``destination``; ``extra_files`` (e.g. a plot of the recipe) are copied into it.
 
-    All or nothing: the folder is made under another name and renamed when complete. Raises ``UsageError`` if something
-    else is at ``destination``, ``EngineError`` if the disk is full or cannot be written.
+    All or nothing: the folder is made under another name and renamed when complete. With an engine beside it that has the same
+    weights it shares their file. Raises ``UsageError`` if something else is at ``destination``, ``EngineError`` if the disk is
+    full or cannot be written.
     """
     _check_tokenizer(request.checkpoint)
     with new_folder(destination, replace=replace) as folder:
         graphs = folder / GRAPHS
         graphs.mkdir()
-        export_graphs(request, graphs, on_progress)
+        offsets = link_weights(
+            request.checkpoint,
+            destination,
+            graphs,
+            dtype=request.dtype,
+            on_weight=lambda done, total: _tell(on_progress, "comparing weights", done, total),
+        )
+        export_graphs(request, graphs, on_progress, offsets=offsets)
         programs = {phase: program_from_graph(_load_graph(graphs, phase)) for phase in PHASES}
         if request.tensorrt is None:
             parts = save_onnxruntime_parts(request.checkpoint, _load_graph(graphs, "decode"), graphs, dtype=request.dtype)

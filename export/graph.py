@@ -81,16 +81,30 @@ def graph_from_checkpoint(
     return exported.model
 
 
-def save_graphs(graphs: Mapping[str, ir.Model], folder: Path, on_weight: Callable[[int, int], None] | None = None) -> None:
-    """Write ``<name>.onnx`` for each graph and their shared weights once, as ``weights.data``, streaming tensor by tensor."""
+def save_graphs(
+    graphs: Mapping[str, ir.Model],
+    folder: Path,
+    on_weight: Callable[[int, int], None] | None = None,
+    *,
+    offsets: Mapping[str, int] | None = None,
+) -> None:
+    """Write ``<name>.onnx`` for each graph and their shared weights once, as ``weights.data``, streaming tensor by tensor.
+
+    ``offsets``: of each big weight in the file ``weights.data`` that is in ``folder`` already; None: write it. The file is
+    read-only, because engines of one checkpoint share it.
+    """
     shared: dict[str, ir.ExternalTensor] = {}
     weights = {name: value for graph in graphs.values() for name, value in graph.graph.initializers.items()}
     big = [name for name, value in weights.items() if _is_big(value)]
-    with (folder / WEIGHTS_FILE).open("wb") as file:
-        for done, name in enumerate(big, start=1):
-            shared[name] = _append_tensor(file, name, weights[name].const_value, folder)
-            if on_weight is not None:
-                on_weight(done, len(big))
+    if offsets is not None:
+        shared = {name: _external(name, weights[name].const_value, offsets[name], folder) for name in big}
+    else:
+        with (folder / WEIGHTS_FILE).open("wb") as file:
+            for done, name in enumerate(big, start=1):
+                shared[name] = _append_tensor(file, name, weights[name].const_value, folder)
+                if on_weight is not None:
+                    on_weight(done, len(big))
+        (folder / WEIGHTS_FILE).chmod(0o444)
     for graph_name, model in graphs.items():
         for name, tensor in shared.items():
             if name in model.graph.initializers:
@@ -140,7 +154,7 @@ def _traceable_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:
         decoder = Decoder(checkpoint.config)
     weights = {
         name: checkpoint.tensor(name).to(dtype)
-        if value.numel() <= TRACED_EXACTLY
+        if is_traced_exactly(tuple(value.shape))
         else torch.zeros((), dtype=dtype).expand(value.shape)
         for name, value in decoder.state_dict().items()
     }
@@ -167,9 +181,14 @@ def _lazy_weight(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> ir.La
     )
 
 
+def is_traced_exactly(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape is in the graphs themselves; the others are in ``weights.data``."""
+    return math.prod(shape) <= TRACED_EXACTLY
+
+
 def _is_big(value: ir.Value) -> bool:
     assert value.shape is not None
-    return math.prod(value.shape.numpy()) > TRACED_EXACTLY
+    return not is_traced_exactly(value.shape.numpy())
 
 
 def _append_tensor(file: BinaryIO, name: str, tensor: ir.TensorProtocol | None, folder: Path) -> ir.ExternalTensor:
@@ -177,10 +196,15 @@ def _append_tensor(file: BinaryIO, name: str, tensor: ir.TensorProtocol | None, 
     assert tensor is not None
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
     offset = file.tell()
-    array = tensor.numpy()
-    file.write(array.reshape(-1).view(np.uint8).data)
+    file.write(tensor.numpy().reshape(-1).view(np.uint8).data)
+    return _external(name, tensor, offset, folder)
+
+
+def _external(name: str, tensor: ir.TensorProtocol | None, offset: int, folder: Path) -> ir.ExternalTensor:
+    """The tensor as the graphs refer to it."""
+    assert tensor is not None
     return ir.ExternalTensor(
-        WEIGHTS_FILE, offset, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name, base_dir=folder
+        WEIGHTS_FILE, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=folder
     )
 
 

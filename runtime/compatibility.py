@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trt_kv.drift import Drift
-from trt_kv.errors import EngineError
+from trt_kv.errors import EngineError, RecipeError
 from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest, how_to_rebuild
 from trt_kv.opspec import OP_VERSION
 from trt_kv.plugins.registry import op_specs
@@ -75,13 +75,14 @@ def check_recipe(folder: Path, manifest: Manifest) -> None:
 
 def _check_shares(folder: Path, manifest: Manifest) -> None:
     policy = manifest.policy
-    recipe = Recipe.load(safe_join(folder, RECIPE_FILE, error=EngineError))
-    recipe.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
+    path = safe_join(folder, RECIPE_FILE, error=EngineError)
+    recipe = Recipe.load(path)
+    _check_model(path, recipe, manifest)
     exempt = policy.exempt_layers
     wanted = [1.0 if layer in exempt else share for layer, share in enumerate(recipe.kept)]
     if not _same_numbers(wanted, manifest.kept_shares) or not _same_numbers([recipe.budget], [policy.kept]):
         raise EngineError(
-            f"{folder} does not apply its recipe",
+            f"{folder} does not apply its {RECIPE_FILE}",
             got=f"graphs: budget {policy.kept}, {manifest.kept_shares}",
             expected=f"recipe: budget {recipe.budget}, {wanted}",
             fix=how_to_rebuild(folder, manifest.reproduce),
@@ -89,16 +90,24 @@ def _check_shares(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_taus(folder: Path, manifest: Manifest) -> None:
-    drift = Drift.load(safe_join(folder, DRIFT_FILE, error=EngineError))
-    drift.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
+    path = safe_join(folder, DRIFT_FILE, error=EngineError)
+    drift = Drift.load(path)
+    _check_model(path, drift, manifest)
     same = len(drift.taus) == len(manifest.taus) and all(map(_same_value, manifest.taus, drift.taus))
     if not same:
         raise EngineError(
-            f"{folder} does not apply its drift thresholds",
+            f"{folder} does not apply its drift thresholds, {DRIFT_FILE}",
             got=f"graphs: tau {manifest.taus}",
             expected=f"drift.json: tau {drift.taus}",
             fix=how_to_rebuild(folder, manifest.reproduce),
         )
+
+
+def _check_model(path: Path, found: Recipe | Drift, manifest: Manifest) -> None:
+    try:
+        found.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
+    except RecipeError as cause:
+        raise RecipeError(f"{path}: {cause.what}", got=cause.got, expected=cause.expected, fix=cause.fix) from cause
 
 
 def _same_nodes(nodes: Sequence[OpNode], others: Sequence[OpNode]) -> bool:

@@ -53,10 +53,10 @@ def traced_once(checkpoint: Checkpoint, program: Program, *, page_size: int, dty
     return _TRACED[key].clone()
 
 
-def build_for_test(request: EngineRequest, folder: Path) -> Path:
+def build_for_test(request: EngineRequest, folder: Path, *, replace: bool = False) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "graph_from_checkpoint", traced_once)
-        build_engine(request, folder)
+        build_engine(request, folder, replace=replace)
     return folder
 
 
@@ -256,4 +256,5 @@ def broken(small_folder: Path, tmp_path: Path) -> Path:
     """A copy of the small engine that a test may break."""
     folder = tmp_path / "engine"
     shutil.copytree(small_folder, folder)
+    (folder / "graphs" / "weights.data").chmod(0o644)
     return folder

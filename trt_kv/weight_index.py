@@ -55,7 +55,10 @@ def load_weight_index(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> We
     if index.dtype not in ITEM_BYTES or {weight.name: weight.shape for weight in index.weights} != dict(shapes):
         raise EngineError(f"{path} does not match the model's weights", fix="build the engine again")
     for weight in index.weights:
-        stored = safe_join(folder, weight.file, error=EngineError)
+        try:
+            stored = safe_join(folder, weight.file, error=EngineError)
+        except EngineError as cause:
+            raise EngineError(f"{path}: {cause.what}", got=cause.got, expected=cause.expected, fix=cause.fix) from cause
         n_bytes = stored.stat().st_size
         if weight.offset < 0 or weight.offset % ITEM_BYTES[index.dtype] or weight.offset + index.n_bytes(weight) > n_bytes:
             raise EngineError(

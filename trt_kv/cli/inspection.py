@@ -32,7 +32,7 @@ def describe_engine(folder: Path, *, digest: str | None = None) -> str:
         _policy(manifest, recipe),
         _budgets(manifest, recipe),
         _taus(manifest, drift),
-        _sizes(manifest),
+        [*_sizes(manifest), *_shared(folder, manifest)],
         [*_origins(manifest, recipe, drift), f"digest    {recorded_digest(folder)}"],
     ]
     return "\n\n".join("\n".join(map(printable, section)) for section in sections if section)
@@ -184,6 +184,16 @@ def _sizes(manifest: Manifest) -> list[str]:
         summaries = _megabytes(host / manifest.page_size)
         lines.append(f"on host   {_megabytes(host)} at {config.max_positions} tokens, and {summaries} of summaries")
     return lines
+
+
+def _shared(folder: Path, manifest: Manifest) -> list[str]:
+    """What other folders have too, as hard links."""
+    links = {name: (folder / name).stat().st_nlink for name in manifest.files}
+    return [
+        f"shared    {name}, {_megabytes(manifest.files[name].n_bytes)}: one file on the disk with {n - 1} more of other engines"
+        for name, n in links.items()
+        if n > 1
+    ]
 
 
 def _origins(manifest: Manifest, recipe: Recipe | None, drift: Drift | None) -> list[str]:
