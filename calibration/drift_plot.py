@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trt_kv.calibration.figure import new_figure
 from trt_kv.calibration.recipe_plot import ACCENT, FAINT, INK, add_depth_bar, depth_colors, percent
 from trt_kv.drift import Drift
 from trt_kv.errors import TrtKvError
@@ -34,9 +35,7 @@ def picture_from_drift(drift: Drift, path: Path) -> None:
 
 
 def _figure(drift: Drift) -> "Figure":
-    """The figure, on the Agg canvas: no display, no global pyplot state."""
-    figure: Figure = require("matplotlib.figure").Figure(figsize=(11.0, 8.0), layout="constrained")
-    require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure = new_figure(11.0, 8.0)
     depths = depth_colors(drift.model.n_layers)
     colors = [depths[layer.layer] for layer in drift.layers]
     axes = figure.subplots(2, 2)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trt_kv.calibration.figure import new_figure
 from trt_kv.errors import TrtKvError
 from trt_kv.json_file import write_atomically
 from trt_kv.recipe import Curves, Recipe
@@ -34,9 +35,7 @@ def picture_from_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def _figure(recipe: Recipe) -> "Figure":
-    """The figure, on the Agg canvas: no display, no global pyplot state."""
-    figure: Figure = require("matplotlib.figure").Figure(figsize=(11.0 if recipe.curves else 6.0, 4.4), layout="constrained")
-    require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure = new_figure(11.0 if recipe.curves else 6.0, 4.4)
     colors = depth_colors(len(recipe.kept))
     axes = figure.subplots(1, 2 if recipe.curves else 1, squeeze=False)[0]
     _draw_shares(axes[0], recipe, colors)

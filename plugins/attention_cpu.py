@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from trt_kv.plugins.fast_math import exp_nonpositive
+from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, head_groups
 
 
@@ -74,7 +75,7 @@ def attend_tables(
     attend_one(q_NHD, rows_B, table_BKT, n_tokens_B, kv, np.float32(scale), out_NHD, lse_NH)
 
 
-@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+@njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
 def attend_one(
     q_NHD: Floats,
     rows_B: Ints,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 
@@ -24,6 +23,7 @@ from trt_kv.runtime.backends.cuda.onnxruntime_segments import CUDA
 from trt_kv.runtime.backends.cuda.plan import DevicePlan, Wanted, device_plan
 from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall
 from trt_kv.runtime.backends.devices import DeviceOptions, device_from_name
+from trt_kv.runtime.backends.onnx_runtime import ort
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import LoadOptions
 from trt_kv.runtime.model_runner import ModelRunner
@@ -263,7 +263,7 @@ def test_on_the_gpu_an_engine_says_what_it_says_on_the_host(name: str, folder_of
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu")
+@pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="needs onnxruntime-gpu")
 @pytest.mark.parametrize("name", ["prefixkv_paper", "freekv"])
 def test_on_the_gpu_onnxruntime_runs_the_dense_parts(name: str, folder_of: Callable[[str], Path]) -> None:
     check(folder_of(name), torch.device("cuda", 0), DeviceOptions(dense="onnxruntime"))

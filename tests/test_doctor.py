@@ -101,7 +101,11 @@ def test_a_gpu_is_named_and_judged(
     )
     fake = SimpleNamespace(get_num_threads=lambda: 2, cuda=cuda, version=SimpleNamespace(cuda="12.9"))
     providers = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
-    known: dict[str, Any] = {"torch": fake, "onnxruntime": providers, "triton": SimpleNamespace(__version__="3.7.1")}
+    known: dict[str, Any] = {
+        "torch": fake,
+        "trt_kv.runtime.backends.onnx_runtime": SimpleNamespace(ort=providers),
+        "triton": SimpleNamespace(__version__="3.7.1"),
+    }
     monkeypatch.setattr(environment, "require", lambda package: known.get(package) or require(package))
     assert finding("torch CUDA").text == "CUDA 12.9: GPU 0"
     found = finding("--device cuda")

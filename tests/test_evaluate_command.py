@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 
 from tests.evaluation_tasks import timeless, write_tasks
@@ -17,6 +16,7 @@ from trt_kv.calibration.answer_files import Evaluation
 from trt_kv.calibration.answers import Answer
 from trt_kv.cli.app import main
 from trt_kv.pipeline import answering, evaluation
+from trt_kv.runtime.backends.onnx_runtime import ort
 from trt_kv.runtime.engine import Engine
 
 Run = Callable[..., tuple[int, str, str]]
@@ -171,7 +171,7 @@ def test_an_evaluation_goes_on_with_the_library_that_began_it(
 ) -> None:
     words = (small_folder, "--tasks", tasks, "--out", "out.json")
     assert run(*words, "--limit", 1)[0] == 0
-    monkeypatch.setattr(onnxruntime, "__version__", "0.0")
+    monkeypatch.setattr(ort, "__version__", "0.0")
     code, _, error = run(*words, "--limit", 2)
     assert code == 2
     assert "has another engine" in error

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import DTypeLike
@@ -25,6 +24,7 @@ from trt_kv.program import PHASES
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 from trt_kv.runtime.backends.host.store import HostKvPool
+from trt_kv.runtime.backends.onnx_runtime import ort
 from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner

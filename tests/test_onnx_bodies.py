@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from trt_kv.opspec import DOMAIN, OP_VERSION, PLUGIN_ATTRIBUTES, Case, OpSpec, T
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.onnx_function import OPSET, onnx_function
 from trt_kv.policy import kept_tokens
+from trt_kv.runtime.backends.onnx_runtime import ort
 
 Run = Callable[[onnx.ModelProto, dict[str, np.ndarray]], Sequence[np.ndarray]]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES
 from trt_kv.runtime.backends.host.onnxruntime_segments import open_segment
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+from trt_kv.runtime.backends.onnx_runtime import ort
 from trt_kv.runtime.engine import Engine
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -209,8 +209,9 @@ def is_recorded(
 
 def runs_in_onnxruntime(_plans: Path) -> str:
     """The same library without Python bindings, as the ONNX Runtime plug-in that it is distributed as."""
-    import onnxruntime as ort
     import torch
+
+    from trt_kv.runtime.backends.onnx_runtime import ort
 
     torch.cuda.init()  # brings CUDA's libraries, which the plug-in links to
     provider = importlib.import_module("onnxruntime_ep_nv_tensorrt_rtx")

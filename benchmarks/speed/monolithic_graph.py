@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from benchmarks.models import ExportedModel
 from trt_kv.opspec import DOMAIN
 from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.backends.onnx_runtime import ort
 
 STEP_INPUTS = ("input_ids", "positions", "logit_rows")
 MICROSOFT = "com.microsoft"

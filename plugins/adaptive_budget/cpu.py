@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from trt_kv.plugins.adaptive_budget.arguments import Arguments
 from trt_kv.plugins.adaptive_budget.spec import NO_WEIGHT
+from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints, gather_slots, head_groups, pages_of
 
 
@@ -79,7 +80,7 @@ def smallest_cut(squares_RC: Floats, threshold: float) -> int:
     return bisect.bisect_left(range(n_candidates), (1.0 - threshold) * mean_norm(n_candidates), key=mean_norm)
 
 
-@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+@njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
 def attention_row(q_HD: Floats, lse_H: Floats, pages_T: Ints, n_cached: int, kv: Floats, scale: np.float32) -> Floats:
     """exp(scale * q.k - lse) of one query for the tokens in its pages: [H, S] fp64.
 
@@ -102,7 +103,7 @@ def attention_row(q_HD: Floats, lse_H: Floats, pages_T: Ints, n_cached: int, kv:
     return weights_HS
 
 
-@numba.njit(cache=True)
+@njit()
 def running_squares(weights_RS: Floats, protected_KP: Ints, candidates_KC: Ints) -> Floats:
     """Column c of [R, C + 1]: each row's sum of squares over its protected slots and its first c candidates."""
     n_rows = len(weights_RS)

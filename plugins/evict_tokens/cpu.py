@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from trt_kv.plugins import lots
 from trt_kv.plugins.evict_tokens.arguments import Arguments
+from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints, gather_slots, pages_of
 from trt_kv.policy import kept_tokens as tokens_of_budget
 
@@ -111,7 +112,7 @@ def sources_of(chosen_KS: Bools, order_KS: Ints | None, n_kept: int, *, stay: bo
     return sources_KC
 
 
-@numba.njit(parallel=True, cache=True)
+@njit(parallel=True)
 def move_tokens(kv: Floats, token_positions: Ints, scores: Floats, pages_T: Ints, sources_KC: Ints) -> None:
     """Move the content of slot ``sources_KC[k, i]`` of the sequence to its slot i, for each KV head k.
 
@@ -141,7 +142,7 @@ def move_tokens(kv: Floats, token_positions: Ints, scores: Floats, pages_T: Ints
                 _move(kv, token_positions, scores, pages_T, head, sources_KC[head, i], i)
 
 
-@numba.njit(cache=True)
+@njit()
 def _move(kv: Floats, token_positions: Ints, scores: Floats, pages_T: Ints, head: int, source: int, target: int) -> None:
     page_size, head_size = kv.shape[3:]
     from_page, from_offset = pages_T[source // page_size], source % page_size
@@ -153,7 +154,7 @@ def _move(kv: Floats, token_positions: Ints, scores: Floats, pages_T: Ints, head
     scores[page, head, offset] = scores[from_page, head, from_offset]
 
 
-@numba.njit(parallel=True, cache=True)
+@njit(parallel=True)
 def drop_one(
     kv: Floats,
     token_positions: Ints,
@@ -194,7 +195,7 @@ def drop_one(
             _move(kv, token_positions, scores, page_table_BT[b], head, n_cached - 1, worst)
 
 
-@numba.njit(cache=True)
+@njit()
 def _lowest_not_among(positions_S: Ints, n_lowest: int) -> int:
     """The lowest position except the ``n_lowest`` lowest ones, found without sorting if those are 0, 1, ..."""
     n_below = 0
@@ -205,7 +206,7 @@ def _lowest_not_among(positions_S: Ints, n_lowest: int) -> int:
     return int(np.partition(positions_S, n_lowest)[n_lowest])
 
 
-@numba.njit(cache=True)
+@njit()
 def _highest_not_among(positions_S: Ints, n_highest: int) -> int:
     """The highest position except the ``n_highest`` highest ones, found without sorting if those are consecutive."""
     end = int(positions_S.max()) - n_highest
@@ -218,7 +219,7 @@ def _highest_not_among(positions_S: Ints, n_highest: int) -> int:
     return int(np.partition(positions_S, index)[index])
 
 
-@numba.njit(cache=True)
+@njit()
 def lots_of(keys_K: Ints, positions_KS: Ints) -> Ints:
     """The random ranks of all positions, [K, S]; compiled because numpy's integer division is slow."""
     lots_KS = np.empty_like(positions_KS)
@@ -228,7 +229,7 @@ def lots_of(keys_K: Ints, positions_KS: Ints) -> Ints:
     return lots_KS
 
 
-@numba.njit(cache=True)
+@njit()
 def _lot(key: int, position: int) -> int:
     """``lots.lot_of``, compiled."""
     once = _scrambled(key + position, _ROUNDS[3])

@@ -3,10 +3,10 @@
 Single-threaded and without the GIL, so that it can run in the background, and deterministic.
 """
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints
 
 MAXIMUM = (1, 3)
@@ -53,7 +53,7 @@ def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Floats, n_chosen: int
     return _best(values_KJ, n_chosen)
 
 
-@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+@njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
 def page_values(
     probe_HD: Floats, pages_J: Ints, summaries: Floats, softmax: bool, maximum: bool, softmax_scale: np.float32
 ) -> Floats:
@@ -91,7 +91,7 @@ def page_values(
     return values_KJ
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _best(values_KJ: Floats, n_chosen: int) -> Ints:
     """Indices of each row's ``n_chosen`` largest values, ascending; among equal ones the lower index is chosen.
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trt_kv.plugins.fast_math import exp_nonpositive
+from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, head_groups, pages_of, scatter_slots
 from trt_kv.plugins.token_scores.arguments import Arguments
 
@@ -117,7 +118,7 @@ def _denominators(k_KTC: Tensor, q_KGNC: Tensor, mask_TN: Tensor | None = None) 
     return sums_KT
 
 
-@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+@njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
 def sum_exps(exponents_TM: Floats, sums_T: Floats) -> None:
     """The sum of exp over each row; exponents are at most 0."""
     for t in numba.prange(len(exponents_TM)):
@@ -144,7 +145,7 @@ def pool_neighbours(positions_KS: Ints, scores_KS: Floats, *, end: int, pooling:
     np.copyto(scores_KS, pooled_KS, where=is_pooled_KS)
 
 
-@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+@njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
 def receive_one(
     q_NHD: Floats,
     lse_NH: Floats,

@@ -90,6 +90,8 @@ def _backends() -> Iterator[Finding]:
         yield _onnxruntime(section)
     if importlib.util.find_spec("torch") is not None:
         yield from _torch(section)
+    if importlib.util.find_spec("numba") is not None:
+        yield _kernel_cache(section)
     for package in SEPARATE:
         if importlib.util.find_spec(package) is None:
             yield Finding(
@@ -116,10 +118,23 @@ def _accelerator(section: str, package: str) -> Finding:
     return Finding(section=section, name=package, state=State.OK, text=f"{version}; {runs}")
 
 
+def _kernel_cache(section: str) -> Finding:
+    """Whether compiled CPU kernels are kept from one run to the next."""
+    name = "cache of kernels"
+    try:
+        folder = require("trt_kv.plugins.jit").cache_folder()
+    except (ImportError, OSError) as error:
+        return _unusable(section, name, "numba", error)
+    if folder is None:
+        text, fix = "none: each run compiles its kernels, some seconds", "set NUMBA_CACHE_DIR to a folder that can be written"
+        return Finding(section=section, name=name, state=State.OPTIONAL, text=text, fix=fix)
+    return Finding(section=section, name=name, state=State.OK, text=folder)
+
+
 def _onnxruntime(section: str) -> Finding:
     name = "onnxruntime providers"
     try:
-        providers = require("onnxruntime").get_available_providers()
+        providers = require("trt_kv.runtime.backends.onnx_runtime").ort.get_available_providers()
     except (ImportError, OSError) as error:
         return _unusable(section, name, "onnxruntime", error)
     return Finding(section=section, name=name, state=State.OK, text=", ".join(providers))

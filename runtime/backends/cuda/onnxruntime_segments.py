@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 import torch
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from trt_kv.errors import EngineError, MissingDependencyError, UsageError
 from trt_kv.manifest import AttentionPort, GraphSegment
 from trt_kv.runtime.backends.cuda.decoder import DeviceAttend
 from trt_kv.runtime.backends.host.onnxruntime_segments import SESSION_OPTIONS, open_segment, shapes_of
+from trt_kv.runtime.backends.onnx_runtime import ort
 from trt_kv.safe_path import safe_join
 
 CUDA = "CUDAExecutionProvider"

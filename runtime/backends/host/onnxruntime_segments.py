@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from trt_kv.errors import EngineError
 from trt_kv.manifest import AttentionPort, GraphSegment
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.base import Attend
+from trt_kv.runtime.backends.onnx_runtime import ort
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.safe_path import safe_join
 

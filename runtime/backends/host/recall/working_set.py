@@ -9,10 +9,10 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import numba
 import numpy as np
 
 from trt_kv.errors import TrtKvError
+from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.cpu import attended_pages
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
@@ -184,7 +184,7 @@ def moves_to(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Iterable[
     return sorted(moves, key=lambda move: move.waits)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True)
 def planned_moves(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Ints) -> Ints:
     """Rows (head, page, slot, waits) of ``moves_to``, head by head. Releases the GIL, so that the model computes meanwhile."""
     n_wanted, n_slots, n_attended = wanted_KC.shape[1], held_KS.shape[1], attended_KC.shape[1]
