@@ -150,8 +150,9 @@ def build_engine(
         else:
             parts = Parts(plan=_compile(request, request.tensorrt, programs, folder, on_progress))
             shutil.rmtree(graphs)
-        for path in (*request.checkpoint.tokenizer_files, *extra_files):
-            shutil.copyfile(path, folder / path.name)
+        for name, path in {**request.checkpoint.tokenizer_files, **{path.name: path for path in extra_files}}.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
         if request.recipe is not None:
             request.recipe.save(folder / "recipe.json")
         if request.drift is not None:
@@ -185,7 +186,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     if not checkpoint.tokenizer_file.is_file():
         raise CheckpointError(
             f"{checkpoint.location} has no tokenizer.json",
-            got=", ".join(path.name for path in checkpoint.tokenizer_files),
+            got=", ".join(checkpoint.tokenizer_files),
             expected="the tokenizer as one tokenizer.json",
             fix="save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
