@@ -36,7 +36,7 @@ from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 
 PAGE_SIZE = 32
 FULL = policy_from_name("full")
-PREFIXKV = policy_from_name("prefixkv")
+PREFIXKV = policy_from_name("prefixkv_paper")
 MASS = dataclasses.replace(PREFIXKV, budget="uniform", kept=1.0)
 """Scores every prompt query and keeps everything, so that only scoring is measured."""
 WINDOW = dataclasses.replace(MASS, score="window", window=32)

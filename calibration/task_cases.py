@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from trt_kv.calibration.task_files import FileTask, is_right
 from trt_kv.errors import UsageError
+from trt_kv.prompt_tokens import prompt_tokens
 
 SLACK = 4
 """Tokens generated beyond the longest accepted answer, to distinguish ``4`` from ``42`` and ``4.5``, and ``can`` from
@@ -56,15 +57,15 @@ def continuation_ids(tokenizer: Tokenizer, prompt: str, text: str) -> list[int]:
 
     They are the tokens after the prompt's when both are encoded together, if that leaves the prompt's tokens unchanged.
     """
-    before, whole = tokenizer.encode(prompt).ids, tokenizer.encode(prompt + text).ids
+    before, whole = prompt_tokens(tokenizer, prompt), prompt_tokens(tokenizer, prompt + text)
     if len(whole) > len(before) and whole[: len(before)] == before:
-        return list(whole[len(before) :])
+        return whole[len(before) :]
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _case(task: FileTask, tokenizer: Tokenizer, rules: CaseRules, where: str) -> TaskCase:
     try:
-        prompt = tokenizer.encode(task.prompt).ids
+        prompt = prompt_tokens(tokenizer, task.prompt)
         answers = [continuation_ids(tokenizer, task.prompt, _joined(task.prompt, text, rules)) for text in task.accepted]
     except Exception as cause:  # tokenizers raises no more specific class
         raise UsageError(f"the tokenizer cannot read {where}", got=str(cause)) from cause

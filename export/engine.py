@@ -11,6 +11,7 @@ import onnx
 import torch
 
 from trt_kv.drift import Drift
+from trt_kv.engine_files import file_records
 from trt_kv.errors import CheckpointError, RecipeError, UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
@@ -19,14 +20,13 @@ from trt_kv.export.split import program_from_graph
 from trt_kv.export.targets.onnxruntime import save_onnxruntime_parts
 from trt_kv.export.targets.parts import Parts
 from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
-from trt_kv.manifest import DTYPES, Manifest, Plan, file_records
+from trt_kv.manifest import DTYPES, GRAPHS, Manifest, Plan
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
 from trt_kv.recipe import CREATED_BY, Recipe
 
 DEFAULT_PAGE_SIZE = 32
-GRAPHS = "graphs"
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (stage, done, total) during a long operation."""
@@ -51,8 +51,7 @@ class EngineRequest:
     reproduce: str = ""
 
     def __post_init__(self) -> None:
-        if self.page_size < 1:
-            raise UsageError("the page size is below 1", got=self.page_size, expected="an integer >= 1")
+        self.checkpoint.config.check_page_size(self.page_size)
         if self.dtype not in DTYPES:
             raise UsageError("unsupported compute type", got=self.dtype, expected=" or ".join(DTYPES))
         if self.policy.needs_recipe and self.recipe is None:
@@ -150,9 +149,11 @@ def build_engine(
         else:
             parts = Parts(plan=_compile(request, request.tensorrt, programs, folder, on_progress))
             shutil.rmtree(graphs)
-        for name, path in {**request.checkpoint.tokenizer_files, **{path.name: path for path in extra_files}}.items():
+        for name, path in request.checkpoint.tokenizer_files.items():
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / name)
+            (folder / name).write_bytes(_content(path))
+        for path in extra_files:
+            shutil.copyfile(path, folder / path.name)
         if request.recipe is not None:
             request.recipe.save(folder / "recipe.json")
         if request.drift is not None:
@@ -190,6 +191,14 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
             expected="the tokenizer as one tokenizer.json",
             fix="save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
+
+
+def _content(path: Path) -> bytes:
+    """A file of the checkpoint. That it cannot be read must not be told as a destination that cannot be written."""
+    try:
+        return path.read_bytes()
+    except OSError as cause:
+        raise CheckpointError(f"cannot read {path}", got=cause.strerror, expected="a readable file") from cause
 
 
 def _load_graph(folder: Path, name: str) -> onnx.ModelProto:

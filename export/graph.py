@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,7 +57,7 @@ def graph_from_checkpoint(
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
             module,
-            tuple(torch.zeros([sizes[axis] for axis in t.axes], dtype=dtypes[t.dtype]) for t in inputs.values()),
+            tuple(_example([sizes[axis] for axis in t.axes], dtypes[t.dtype]) for t in inputs.values()),
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
@@ -127,6 +127,11 @@ class _TokenFlatModule(nn.Module):
             for end in ("", "_out")
         }
         return [logits, *(made[name] for name in graph_outputs(self._program) if name != "logits")]
+
+
+def _example(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory; pages may be as long as the model's context."""
+    return torch.zeros((), dtype=dtype).expand(tuple(shape))
 
 
 def _traceable_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:

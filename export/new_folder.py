@@ -6,15 +6,23 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from trt_kv.errors import EngineError, TrtKvError, UsageError
 from trt_kv.manifest import FILE_NAME
 
+LONGEST_WAIT_S = 60.0
+
 
 def check_destination(destination: Path, *, replace: bool = False) -> None:
     """Raise ``UsageError`` if something is at ``destination`` that may not be replaced."""
+    with _alone_in(destination.parent):  # while an engine is replaced, there is none for a moment
+        _check_destination(destination, replace=replace)
+
+
+def _check_destination(destination: Path, *, replace: bool) -> None:
     if os.path.lexists(destination) and not (replace and (destination / FILE_NAME).is_file()):
         raise UsageError(
             f"{destination} exists already" + (" and is not an engine" if replace else ""),
@@ -28,20 +36,24 @@ def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
 
     With ``replace`` an older engine at ``destination`` is replaced at the end of the block. Raises ``UsageError`` if something
     else is there, ``EngineError`` if the disk is full or cannot be written. A killed process leaves its hidden folder behind;
-    the next process with the same destination removes it.
+    the next process with the same destination removes it. Of several at once with the same destination, the first to end has
+    it, or with ``replace`` the last.
     """
     check_destination(destination, replace=replace)
     destination = destination.absolute()
     folder = destination.with_name(f"{_prefix(destination)}{secrets.token_hex(4)}")
     try:
-        _remove_leftovers(destination)
-        folder.mkdir(parents=True)
+        destination.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # some file systems have no locks; then no folder counts as a leftover
-                held.enter_context(_locked(folder))
+            with _alone_in(destination.parent):  # else another process could take the folder for a leftover before it is locked
+                _remove_leftovers(destination)
+                folder.mkdir()
+                with contextlib.suppress(OSError):  # some file systems have no locks; then no folder counts as a leftover
+                    held.enter_context(_locked(folder))
             yield folder
-            check_destination(destination, replace=replace)
-            _move_into_place(folder, destination)
+            with _alone_in(destination.parent):
+                _check_destination(destination, replace=replace)
+                _move_into_place(folder, destination)
     except OSError as error:
         raise _disk_error(destination, error) from error
     finally:
@@ -56,8 +68,6 @@ def _remove_leftovers(destination: Path) -> None:
     """Remove the folders of killed processes. Those of running processes are locked; one that was set aside may be the only
     copy.
     """
-    if not destination.parent.is_dir():
-        return
     for leftover in destination.parent.iterdir():
         if leftover.name.startswith(_prefix(destination)) and (leftover.suffix != ".old" or destination.exists()):
             with contextlib.suppress(OSError), _locked(leftover):
@@ -73,6 +83,24 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for ``folder``, at most ``LONGEST_WAIT_S``: one may have been stopped in
+    the middle. On file systems without locks, do not wait.
+    """
+    deadline = time.monotonic() + LONGEST_WAIT_S
+    with contextlib.ExitStack() as held:
+        while time.monotonic() < deadline:
+            try:
+                held.enter_context(_locked(folder))
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield
 
 
 def _move_into_place(folder: Path, destination: Path) -> None:
@@ -103,6 +131,9 @@ def _disk_error(destination: Path, error: OSError) -> TrtKvError:
             got=f"{free / 2**20:.0f} MiB free",
             fix="free some space or choose --out on another disk",
         )
+    file = destination if error.filename is None else Path(os.fsdecode(error.filename)).absolute()
+    if not (file.is_relative_to(destination.parent) or destination.is_relative_to(file)):
+        return EngineError(f"cannot make {destination}", got=str(error), fix="check the file that it names")
     return EngineError(f"cannot write {destination}", got=str(error), fix="check the folder, or choose another --out")
 
 

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Unpack
 
-from trt_kv.runtime.engine import Engine, Prompt
+from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
+from trt_kv.runtime.text.prompts import Prompt
 
 IDLE_S = 1.0
 """Longest wait of the idle thread, in seconds, before it checks again for requests and for ``close``."""

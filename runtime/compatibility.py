@@ -5,11 +5,14 @@ from pathlib import Path
 
 from trt_kv.drift import Drift
 from trt_kv.errors import EngineError
-from trt_kv.manifest import DTYPES, Manifest, how_to_rebuild
+from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest, how_to_rebuild
 from trt_kv.opspec import OP_VERSION
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import AttributeValue, OpNode, Program, program_of
 from trt_kv.recipe import Recipe
+from trt_kv.safe_path import safe_join
+from trt_kv.weight_index import FILE_NAME as WEIGHT_INDEX
+from trt_kv.weight_index import load_weight_index
 
 FLOAT32_ROUNDING = 1e-6
 """Tolerance of comparisons: ONNX attributes are fp32, recipes and policies are written in decimal."""
@@ -56,6 +59,12 @@ def check_compatible(folder: Path, manifest: Manifest) -> None:
             )
 
 
+def check_weights(folder: Path, manifest: Manifest) -> None:
+    """``EngineError`` unless the index of weights, which engines of earlier versions lack, is of this model."""
+    if f"{GRAPHS}/{WEIGHT_INDEX}" in manifest.files:
+        load_weight_index(folder / GRAPHS, manifest.config.tensor_shapes())
+
+
 def check_recipe(folder: Path, manifest: Manifest) -> None:
     """``TrtKvError`` unless the recipe and drift files beside the graphs are for this model and hold the graphs' numbers."""
     if manifest.policy.needs_recipe:
@@ -66,7 +75,7 @@ def check_recipe(folder: Path, manifest: Manifest) -> None:
 
 def _check_shares(folder: Path, manifest: Manifest) -> None:
     policy = manifest.policy
-    recipe = Recipe.load(folder / "recipe.json")
+    recipe = Recipe.load(safe_join(folder, RECIPE_FILE, error=EngineError))
     recipe.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
     exempt = policy.exempt_layers
     wanted = [1.0 if layer in exempt else share for layer, share in enumerate(recipe.kept)]
@@ -80,7 +89,7 @@ def _check_shares(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_taus(folder: Path, manifest: Manifest) -> None:
-    drift = Drift.load(folder / "drift.json")
+    drift = Drift.load(safe_join(folder, DRIFT_FILE, error=EngineError))
     drift.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
     same = len(drift.taus) == len(manifest.taus) and all(map(_same_value, manifest.taus, drift.taus))
     if not same:
@@ -93,11 +102,19 @@ def _check_taus(folder: Path, manifest: Manifest) -> None:
 
 
 def _same_nodes(nodes: Sequence[OpNode], others: Sequence[OpNode]) -> bool:
-    return [node.op for node in nodes] == [other.op for other in others] and all(
-        node.attributes.keys() == other.attributes.keys()
-        and all(_same_value(value, other.attributes[name]) for name, value in node.attributes.items())
-        for node, other in zip(nodes, others, strict=True)
+    if [node.op for node in nodes] != [other.op for other in others]:
+        return False
+    pairs = zip(map(_all_attributes, nodes), map(_all_attributes, others), strict=True)
+    return all(
+        found.keys() == expected.keys() and all(_same_value(found[name], expected[name]) for name in found)
+        for found, expected in pairs
     )
+
+
+def _all_attributes(node: OpNode) -> dict[str, AttributeValue]:
+    """The node's attributes, and the defaults of those that older versions did not write."""
+    defaults = {a.name: a.default for a in op_specs()[node.op].attributes if a.default is not None}
+    return {**defaults, **node.attributes}
 
 
 def _same_value(value: AttributeValue | None, expected: AttributeValue | None) -> bool:

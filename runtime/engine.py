@@ -7,23 +7,22 @@ from typing import Any, Unpack
 import torch
 from tokenizers import Tokenizer
 
-from trt_kv.errors import EngineError, TrtKvError, UsageError
-from trt_kv.manifest import Manifest, load_manifest, verify_files
+from trt_kv.engine_files import check_files, verify_files
+from trt_kv.errors import TrtKvError, UsageError
+from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.require import require
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions, device_from_name
 from trt_kv.runtime.backends.host.load import load as load_on_host
-from trt_kv.runtime.compatibility import check_compatible, check_recipe
+from trt_kv.runtime.compatibility import check_compatible, check_recipe, check_weights
 from trt_kv.runtime.engine_core import EngineCore
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.stream import Stream
-from trt_kv.runtime.text.tokenizer import load_tokenizer
+from trt_kv.runtime.text.prompts import Prompt, PromptEncoder, prompt_name
+from trt_kv.runtime.text.tokenizer import tokenizer_of_engine
 from trt_kv.runtime.trace import NO_TRACE, Trace
-
-Prompt = str | Sequence[int]
-"""Text, or token ids that are used as they are."""
 
 
 class Engine:
@@ -39,6 +38,8 @@ class Engine:
         self.manifest = manifest
         self.loaded = loaded
         self.tokenizer = tokenizer
+        config = manifest.config
+        self._prompts = PromptEncoder(tokenizer, max_positions=config.max_positions, vocab_size=config.vocab_size)
         self.core = EngineCore(loaded.runner, loaded.reservation, token_budget=loaded.token_budget)
 
     @property
@@ -52,6 +53,7 @@ class Engine:
         path: str | Path,
         *,
         verify: bool = True,
+        digest: str | None = None,
         device: str = HOST,
         dense: str | None = None,
         dtype: str | None = None,
@@ -71,11 +73,12 @@ class Engine:
     ) -> "Engine":
         """Open an engine folder.
 
-        ``verify`` checks every file's digest. ``cache_tokens`` sizes the KV pool: it holds that many tokens in every layer; by
-        default twice the model's positions, or what fits into half of the free memory. ``chunk`` is the number of prompt
-        tokens per prefill step; ``token_budget`` limits the prompt tokens between two decode steps (None: one chunk). At most
-        ``max_sequences`` run at once (None: 256, or what the device was planned for); others wait. ``n_threads`` 0: one per
-        core. ``trace`` records timing spans.
+        ``verify`` checks every file's digest; without it, only names and sizes. ``digest`` ("sha256:...", from ``trt-kv
+        inspect``) is that of the only engine to accept; digests alone do not tell who made an engine. ``cache_tokens`` sizes
+        the KV pool: it holds that many tokens in every layer; by default twice the model's positions, or what fits into half
+        of the free memory. ``chunk`` is the number of prompt tokens per prefill step; ``token_budget`` limits the prompt
+        tokens between two decode steps (None: one chunk). At most ``max_sequences`` run at once (None: 256, or what the
+        device was planned for); others wait. ``n_threads`` 0: one per core. ``trace`` records timing spans.
 
         For engines whose cache is on the host: ``host_tier`` is "ram" (the default) or "file:PATH", a file that need not fit
         into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
@@ -108,7 +111,7 @@ class Engine:
         place = device_from_name(device)
         if place is None:
             on.check_host()
-        return cls._open(Path(path), options, on, place, verify=verify, tell=on_progress or _tell_nobody)
+        return cls._open(Path(path), options, on, place, verify=verify, digest=digest, tell=on_progress or _tell_nobody)
 
     @classmethod
     def _open(
@@ -119,15 +122,19 @@ class Engine:
         device: torch.device | None,
         *,
         verify: bool,
+        digest: str | None = None,
         tell: OnProgress,
     ) -> "Engine":
         """``device`` None: the target that the engine was built for. On "cpu", Triton's interpreter runs the device kernels."""
-        manifest = load_manifest(folder)
+        manifest = load_manifest(folder, digest=digest)
         check_compatible(folder, manifest)
         if verify:
             _verify_with_progress(folder, manifest, tell)
+        else:
+            check_files(folder, manifest)
+        check_weights(folder, manifest)
         check_recipe(folder, manifest)
-        tokenizer = load_tokenizer(folder / "tokenizer.json", error=EngineError)
+        tokenizer = tokenizer_of_engine(folder, manifest)
         if device is not None:
             loaded = require("trt_kv.runtime.backends.cuda.load").load(folder, manifest, options, on, device, tell)
         elif manifest.plan is not None:
@@ -160,8 +167,10 @@ class Engine:
         Prompts for which there is too little memory now wait. A request that fails ends with the tokens it has,
         ``finish_reason`` "error" and its ``error``; the others are not affected.
         """
-        if isinstance(prompts, str):
-            raise UsageError("a batch is a list of prompts", got="one text", expected="a list", fix="call generate()")
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+            raise UsageError(
+                "a batch is a list of prompts", got=f"one {type(prompts).__name__}", expected="a list", fix="call generate()"
+            )
         requests = self._requests(prompts, _params_of_each(len(prompts), params, sampling))
         try:
             self.core.add(requests)
@@ -203,9 +212,16 @@ class Engine:
         self.core.add([request])
         return request
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, special tokens as the tokenizer adds them."""
-        return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else [int(token) for token in prompt]
+    def encode(self, prompt: Prompt, *, parse_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer puts in front, unless a text begins with them.
+
+        ``parse_special_tokens``: see ``SamplingParams``.
+        """
+        return self._prompts.encode(prompt, parse_special_tokens=parse_special_tokens)
+
+    def encode_part(self, text: str, *, parse_special_tokens: bool = True) -> list[int]:
+        """Token ids of a part of a prompt: without the special tokens that the tokenizer puts in front of a whole one."""
+        return self._prompts.encode(text, parse_special_tokens=parse_special_tokens, is_whole=False)
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -236,8 +252,9 @@ class Engine:
         config = self.manifest.config
         requests = []
         for index, (prompt, of_prompt) in enumerate(zip(prompts, params, strict=True)):
-            ids = self.encode(prompt)
-            _check_prompt(prompt, ids, config.max_positions, config.vocab_size)
+            ids = self._prompts.encode_fitting(
+                prompt, parse_special_tokens=of_prompt.parse_special_tokens, name=prompt_name(index, len(prompts))
+            )
             requests.append(
                 Request(
                     prompt_ids=ids,
@@ -261,25 +278,13 @@ def _params_of_each(
         )
     if params is None or isinstance(params, SamplingParams):
         return [SamplingParams(**sampling) if params is None else params] * n
+    if not isinstance(params, Sequence) or not all(isinstance(of_prompt, SamplingParams) for of_prompt in params):
+        raise UsageError(
+            "params are not SamplingParams", got=type(params).__name__, expected="SamplingParams, or a list with one per prompt"
+        )
     if len(params) != n:
         raise UsageError("the number of params is not the number of prompts", got=len(params), expected=n)
     return list(params)
-
-
-def _check_prompt(prompt: Prompt, ids: Sequence[int], max_positions: int, vocab_size: int) -> None:
-    if not ids or (isinstance(prompt, str) and not prompt.strip()):
-        raise UsageError("the prompt is empty", expected="at least one token", fix="pass some text")
-    if len(ids) > max_positions:
-        raise UsageError(
-            "the prompt is longer than the model's positions",
-            got=f"{len(ids)} tokens",
-            expected=f"at most {max_positions}",
-            fix="shorten the prompt or use a checkpoint with a longer context",
-        )
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise UsageError(
-            "the prompt has token ids outside the vocabulary", got=[min(ids), max(ids)], expected=f"0 .. {vocab_size - 1}"
-        )
 
 
 def _tell_nobody(stage: str, done: int, total: int) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from trt_kv.errors import EngineError, TrtKvError, UsageError
+from trt_kv.errors import CapacityError, EngineError, TrtKvError, UsageError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.request import FinishReason, Request
@@ -51,7 +51,13 @@ class EngineCore:
         if self._is_closed:
             raise UsageError("the engine has been closed", expected="an open engine", fix="load it again")
         for request in requests:
-            self.reservation.check(request.size)
+            try:
+                self.reservation.check(request.size)
+            except CapacityError as error:
+                if len(requests) == 1:
+                    raise
+                what = f"{request.name}: {error.what}"
+                raise CapacityError(what, got=error.got, expected=error.expected, fix=error.fix) from error
         self._inbox += requests
         if self._is_closed:  # in the meantime, perhaps without seeing these
             self._alone(self._sweep)
@@ -163,7 +169,8 @@ class EngineCore:
         return True
 
     def _begin(self, request: Request) -> None:
-        """Start a request's prefill."""
+        """Start a request's prefill. ``CapacityError`` if what it has reserved cannot be had."""
+        self.reservation.secure()
         request.held_sequence = self.runner.new_sequence()
         request.times.admitted = time.monotonic()
         self.statistics.time_in_queue.add(request.times.admitted - request.times.arrived)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trt_kv.errors import UsageError
 from trt_kv.manifest import ITEM_BYTES, Manifest
+from trt_kv.runtime.arguments import is_integer
 from trt_kv.runtime.cache.kv_pool import PoolSizes, token_bytes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.reservation import Reservation
@@ -32,15 +33,19 @@ class LoadOptions:
     trace: Trace = NO_TRACE
 
     def __post_init__(self) -> None:
-        for name, valid, got, expected in (
-            ("cache_tokens", self.cache_tokens is None or self.cache_tokens >= 1, self.cache_tokens, "tokens >= 1, or None"),
-            ("chunk", self.chunk >= 1, self.chunk, "tokens >= 1"),
-            ("token_budget", self.token_budget is None or self.token_budget >= 1, self.token_budget, "tokens >= 1, or None"),
-            ("max_sequences", self.max_sequences is None or self.max_sequences >= 1, self.max_sequences, "at least 1, or None"),
-            ("n_threads", self.n_threads >= 0, self.n_threads, "threads >= 1, or 0: one per core"),
+        for name, expected in (
+            ("cache_tokens", "tokens >= 1, or None"),
+            ("host_tokens", "tokens >= 1, or None"),
+            ("chunk", "tokens >= 1"),
+            ("token_budget", "tokens >= 1, or None"),
+            ("max_sequences", "an integer >= 1, or None"),
+            ("n_threads", "threads >= 1, or 0: one per core"),
         ):
-            if not valid:
-                raise UsageError(f"bad {name}", got=got, expected=expected)
+            got = getattr(self, name)
+            if not ((got is None and expected.endswith("or None")) or is_integer(got, 0 if name == "n_threads" else 1)):
+                raise UsageError(f"bad {name}", got=repr(got), expected=expected)
+        if not isinstance(self.host_tier, str | None):
+            raise UsageError("bad host_tier", got=repr(self.host_tier), expected="ram, or file:/path/of/a/new/file")
 
 
 @dataclass(frozen=True, kw_only=True)

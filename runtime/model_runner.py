@@ -53,7 +53,9 @@ class ModelRunner:
         self._decode = decode
         self._decode_distance = decode_distance
         self._budgets = budgets_of(programs["prefill"])
-        self._evicts = any(eviction_nodes(programs["prefill"]))
+        evictions = [node for node in eviction_nodes(programs["prefill"]) if node is not None]
+        self._evicts = bool(evictions)
+        self._floor = max((int(node.attributes.get("floor", 0)) for node in evictions), default=0)
         self._ends_prompts = self._evicts or finds_budgets(programs["prefill"])
 
     @property
@@ -75,7 +77,7 @@ class ModelRunner:
     def new_sequence(self) -> SequenceCache:
         if self.tiers is not None:
             return TieredSequence(self.tiers, n_layers=len(self._budgets), host_layers=self._host_layers)
-        return SequenceCache(self.pool, n_layers=len(self._budgets), decode_distance=self._decode_distance)
+        return SequenceCache(self.pool, n_layers=len(self._budgets), decode_distance=self._decode_distance, floor=self._floor)
 
     def run(self, plan: StepPlan[Request]) -> Floats:
         """Run one step of a schedule: logits [R, V], a row for each request. After a chunk that is not its prompt's last, they

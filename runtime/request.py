@@ -16,6 +16,7 @@ from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.reservation import RequestSize
 from trt_kv.runtime.sampling import SamplingParams, log_probability, next_token
 from trt_kv.runtime.text.detokenizer import Detokenizer
+from trt_kv.runtime.text.stops import Stops
 
 FinishReason = Literal["stop", "length", "error", "timeout", "cancelled"]
 
@@ -94,8 +95,10 @@ class Request:
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
         self._rng = np.random.default_rng(self.seed)
-        self._detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
+        self._stops = Stops(self.params.stop_texts, self.tokenizer)
+        self._detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, self.prompt_ids)
         self._text = ""
+        """All text, with the stand-ins of special tokens that are searched for."""
         self._n_emitted = 0
         self._held: tuple[int, tuple[int, ...]] | None = None
 
@@ -147,7 +150,7 @@ class Request:
         else:
             self.token_ids.append(token_id)
             self.times.tokens.append(time.monotonic())
-            self._text += "" if self._detokenizer is None else self._detokenizer.step(token_id)
+            self._text += self._text_of(token_id)
             if len(self.token_ids) >= self.limit:
                 reason = "length"
         self._say(reason)
@@ -177,7 +180,7 @@ class Request:
         holding = (0, ()) if sequence is None else self._holding(sequence)
         held = self._held or holding  # read last: it is set before pages are freed
         return Generation(
-            text=self._text,
+            text=self._stops.shown(self._text),
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason or "length",
             n_prompt_tokens=len(self.prompt_ids),
@@ -187,6 +190,13 @@ class Request:
             seed=self.seed,
             times=self.times,
         )
+
+    def _text_of(self, token_id: int) -> str:
+        """The text that becomes final with a token, or the stand-in of a special token that a stop text names."""
+        if self._detokenizer is None:
+            return ""
+        stand_in = self._stops.stand_ins.get(token_id)
+        return self._detokenizer.step(token_id) if stand_in is None else self._detokenizer.finish() + stand_in
 
     @staticmethod
     def _holding(sequence: SequenceCache) -> tuple[int, tuple[int, ...]]:
@@ -199,18 +209,13 @@ class Request:
         """
         if reason is not None and self._detokenizer is not None:
             self._text += self._detokenizer.finish()
-        found = [at for at in (self._text.find(stop) for stop in self.params.stop_texts) if at >= 0]
-        if found:
+        found = self._stops.first_in(self._text)
+        if found is not None:
             reason = "stop" if self.error is None else reason
-            self._text = self._text[: min(found)]
-        end = len(self._text) if reason is not None else len(self._text) - self._n_held_back()
+            self._text = self._text[:found]
+        end = len(self._text) if reason is not None else len(self._text) - self._stops.n_begun(self._text)
         if end > self._n_emitted:
-            self.pieces.append(self._text[self._n_emitted : end])
+            if shown := self._stops.shown(self._text[self._n_emitted : end]):
+                self.pieces.append(shown)
             self._n_emitted = end
         self.finish_reason = reason
-
-    def _n_held_back(self) -> int:
-        """Length of the longest suffix of the text that is a proper prefix of a stop string."""
-        return max(
-            (n for stop in self.params.stop_texts for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0
-        )

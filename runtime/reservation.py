@@ -47,6 +47,10 @@ class Resource(Protocol):
         """The error for a request that needs more than ``total``."""
         ...
 
+    def secure(self, reserved: int) -> None:
+        """Obtain what is reserved, if it is not there from the start. ``CapacityError`` if that is impossible."""
+        ...
+
 
 class Limit(Protocol):
     """A limit that a single request must not exceed, however much is free."""
@@ -80,6 +84,11 @@ class Reservation:
             return False
         self._reserved[key] = size, needed
         return True
+
+    def secure(self) -> None:
+        """Obtain what has been reserved. ``CapacityError`` if there is less than was thought, as on a disk that others fill."""
+        for resource, reserved in zip(self.resources, self.used, strict=True):
+            resource.secure(reserved)
 
     def finish_reading(self, key: Hashable) -> None:
         """Release what a request needed for its prefill only."""
@@ -125,6 +134,9 @@ class Places:
             fix=self._how_to_enlarge,
         )
 
+    def secure(self, reserved: int) -> None:
+        """Places need nothing."""
+
 
 class _Pages:
     """Pages of one pool, used by ``n_layers`` layers; ``option`` of ``Engine.load`` sizes it, in tokens per layer."""
@@ -150,6 +162,9 @@ class _Pages:
             expected=f"room for {self._tokens(needed)}",
             fix=f"load the engine with {load_option(self.option, self._tokens(needed))} or more, or send a shorter prompt",
         )
+
+    def secure(self, reserved: int) -> None:
+        self.pool.secure(reserved)
 
     def _tokens(self, n_pages: int) -> int:
         """Tokens per layer for which ``n_pages`` suffice."""

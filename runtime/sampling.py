@@ -8,6 +8,7 @@ import numpy as np
 
 from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.arguments import is_integer, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,9 @@ class SamplingParams:
     ``stop``: one or several strings that end the output and are not part of it. Random numbers depend on ``seed`` alone, not on
     other requests; None: a random seed. Requests with a lower ``priority`` start first. ``timeout_s``: seconds from arrival,
     time in the queue included, after which the request ends with the tokens it has; None: never.
+
+    ``parse_special_tokens``: special tokens that are written in a prompt's text, as chat templates write them, become control
+    tokens. False, for text of users: ``<eos>`` in it is text like any other, and ends or begins nothing.
     """
 
     max_new_tokens: int = 128
@@ -27,19 +31,30 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     priority: int = 0
     timeout_s: float | None = None
+    parse_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "an integer >= 1"),
-            ("temperature", 0.0 <= self.temperature < float("inf"), "a number >= 0; 0 is greedy"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
-            ("top_k", self.top_k >= 0, "an integer >= 0; 0 is no limit"),
-            ("seed", self.seed is None or self.seed >= 0, "an integer >= 0, or None"),
-            ("stop", all(self.stop_texts), "texts that are not empty"),
-            ("timeout_s", self.timeout_s is None or self.timeout_s > 0, "seconds > 0, or None"),
+            ("max_new_tokens", is_integer(self.max_new_tokens, 1), "an integer >= 1"),
+            (
+                "temperature",
+                is_number(self.temperature) and 0.0 <= self.temperature < float("inf"),
+                "a number >= 0; 0 is greedy",
+            ),
+            ("top_p", is_number(self.top_p) and 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
+            ("top_k", is_integer(self.top_k, 0), "an integer >= 0; 0 is no limit"),
+            ("seed", self.seed is None or is_integer(self.seed, 0), "an integer >= 0, or None"),
+            ("stop", _is_stop(self.stop), "a text that is not empty, or a list of such texts"),
+            ("priority", is_integer(self.priority), "an integer; lower ones start first"),
+            (
+                "timeout_s",
+                self.timeout_s is None or (is_number(self.timeout_s) and self.timeout_s > 0),
+                "seconds > 0, or None",
+            ),
+            ("parse_special_tokens", isinstance(self.parse_special_tokens, bool), "True or False"),
         ):
             if not valid:
-                raise UsageError(f"bad {name}", got=getattr(self, name), expected=expected)
+                raise UsageError(f"bad {name}", got=repr(getattr(self, name)), expected=expected)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -57,6 +72,12 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     priority: int
     timeout_s: float | None
+    parse_special_tokens: bool
+
+
+def _is_stop(stop: object) -> bool:
+    texts = [stop] if isinstance(stop, str) else stop
+    return (isinstance(texts, list | tuple)) and all(isinstance(text, str) and text for text in texts)
 
 
 def next_token(logits_V: Floats, params: SamplingParams, rng: np.random.Generator) -> int:

@@ -17,7 +17,7 @@ from tests.engines import build_for_test, recipe_for
 from tests.interpreted import prepare
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.engine import EngineRequest
-from trt_kv.policies import policy_from_name
+from trt_kv.policies import policy_without_floor
 from trt_kv.runtime.backends.devices import DeviceOptions
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import LoadOptions
@@ -35,7 +35,7 @@ COMPOSED: dict[str, dict[str, Any]] = {
 def build(name: str, checkpoint: Checkpoint, folder: Path, *, dtype: str = "float32") -> Path:
     """The engine of a preset whose prompts of some tens of tokens have something to lose, or of a composed policy."""
     changes = COMPOSED.get(name, CHANGES.get(name, {}))
-    policy = dataclasses.replace(policy_from_name(name.partition("-")[0]), **changes)
+    policy = dataclasses.replace(policy_without_floor(name.partition("-")[0]), **changes)
     recipe = recipe_for(checkpoint, SHARES, budget=policy.kept) if policy.needs_recipe else None
     request = EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe, page_size=PAGE_SIZE, dtype=dtype)
     return build_for_test(request, folder / f"{name}-{dtype}")

@@ -17,7 +17,7 @@ from trt_kv.decoder import Decoder
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
-from trt_kv.policies import policy_from_name
+from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
 from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
@@ -33,7 +33,7 @@ PROMPTS = (7, 37, 18)
 N_DECODED = 3
 SHARES = (0.6, 0.3, 0.9)
 CHANGES: dict[str, dict[str, Any]] = {
-    "prefixkv": {"kept": 0.6},
+    "prefixkv_paper": {"kept": 0.6},
     "snapkv": {"kept": 0.5, "window": 8, "pooling": 3, "recent": 8},
     "h2o": {"kept": 0.5},
     "refreekv": {"exempt_layers": (0,), "threshold": 0.05},
@@ -64,7 +64,7 @@ class Side:
 
 
 def changed_policy(name: str) -> Policy:
-    return dataclasses.replace(policy_from_name(name), **CHANGES.get(name, {}))
+    return dataclasses.replace(policy_without_floor(name), **CHANGES.get(name, {}))
 
 
 def programs_of(policy: Policy, decoder: Decoder) -> dict[str, Program]:

@@ -25,7 +25,7 @@ from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.graph import graph_from_checkpoint
-from trt_kv.policies import policy_from_name
+from trt_kv.policies import policy_from_name, policy_without_floor
 from trt_kv.presets import PRESETS
 from trt_kv.program import Program
 from trt_kv.recipe import CREATED_BY, CalibrationRecord, Protected, Recipe, RecipeModel, RecipeScore
@@ -121,7 +121,7 @@ def recipe_for(checkpoint: Checkpoint, kept: Sequence[float], *, budget: float, 
 
 
 def prefixkv_request(checkpoint: Checkpoint, kept: Sequence[float], *, budget: float) -> EngineRequest:
-    policy = dataclasses.replace(policy_from_name("prefixkv"), kept=budget)
+    policy = dataclasses.replace(policy_from_name("prefixkv_paper"), kept=budget)
     return EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe_for(checkpoint, kept, budget=budget))
 
 
@@ -227,7 +227,7 @@ def small_h2o_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_
 
 
 def _small_preset(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, name: str) -> Path:
-    request = EngineRequest(checkpoint=open_checkpoint(checkpoint), policy=policy_from_name(name), page_size=5)
+    request = EngineRequest(checkpoint=open_checkpoint(checkpoint), policy=policy_without_floor(name), page_size=5)
     return shared(tmp_path_factory, f"small-{name}", partial(build_for_test, request))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.engines import random_ids
 from trt_kv.plugins.paging import Floats
-from trt_kv.policies import policy_from_name
+from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with
 from trt_kv.program import PHASES, program_of
@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def small_policy(name: str) -> Policy:
-    return policy_with(policy_from_name(name), SETTINGS.get(name, {}))
+    return policy_with(policy_without_floor(name), SETTINGS.get(name, {}))
 
 
 def engine_under(dense: Engine, policy: Policy, **options: Any) -> Engine:

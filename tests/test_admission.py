@@ -27,7 +27,7 @@ from trt_kv.runtime.reservation import CachePages, HostPages, Places, RequestSiz
 from trt_kv.runtime.scheduler import Scheduler, StepPlan
 
 PAGE_SIZE = 4
-QUICK = ("full", "prefixkv", "refreekv", "h2o", "freekv")
+QUICK = ("full", "prefixkv_paper", "refreekv", "h2o", "freekv")
 POLICIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in policy_names()]
 
 budgets = st.none() | st.builds(LayerBudget, share=st.floats(0.0, 1.0), tokens=st.integers(-9, 20))
@@ -362,11 +362,11 @@ def runner_tokens(engine: Engine, prompts: Sequence[list[int]]) -> list[np.ndarr
 
 def test_a_fork_reserves_what_it_needs_and_a_family_that_is_too_large_is_refused(small_engine: Engine) -> None:
     size = RequestSize(n_prompt=50, max_new_tokens=20, n_sequences=4)
-    with engine_under(small_engine, small_policy("prefixkv"), cache_tokens=120) as engine:
+    with engine_under(small_engine, small_policy("prefixkv_paper"), cache_tokens=120) as engine:
         alone = dataclasses.replace(size, n_sequences=1)
         engine.core.reservation.check(alone)
         with pytest.raises(CapacityError, match="too small for this request"):
             engine.core.reservation.check(size)
-    few = engine_under(small_engine, small_policy("prefixkv"), max_sequences=3)
+    few = engine_under(small_engine, small_policy("prefixkv_paper"), max_sequences=3)
     with few as engine, pytest.raises(CapacityError, match="more sequences of one request than run at once"):
         engine.core.reservation.check(size)

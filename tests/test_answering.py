@@ -16,7 +16,7 @@ from trt_kv.errors import CapacityError, EngineError
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.pipeline.answering import answers_to
-from trt_kv.policies import policy_from_name
+from trt_kv.policies import policy_without_floor
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.model_runner import ModelRunner
 
@@ -28,14 +28,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[FileTask]:
     return tasks_from_file(write_tasks(tmp_path_factory.mktemp("tasks") / "tasks.jsonl"))
 
 
-@pytest.fixture(scope="module", params=["prefixkv", "h2o"])
+@pytest.fixture(scope="module", params=["prefixkv_paper", "h2o"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Engine:
     """An engine whose layers grow at their shares, and one whose KV heads keep their own tokens and go on ranking."""
-    if request.param == "prefixkv":
+    if request.param == "prefixkv_paper":
         small: Engine = request.getfixturevalue("small_engine")
         return small
     checkpoint = open_checkpoint(small_checkpoint_folder)
-    wanted = EngineRequest(checkpoint=checkpoint, policy=policy_from_name(request.param), page_size=5)
+    wanted = EngineRequest(checkpoint=checkpoint, policy=policy_without_floor(request.param), page_size=5)
     return load_for_test(build_for_test(wanted, tmp_path_factory.mktemp("engines") / request.param))
 
 

@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,13 +17,15 @@ import pytest
 
 from tests.engines import interrupted_at_line, prefixkv_request, traced_once
 from trt_kv.cli.app import main
-from trt_kv.errors import EngineError, RecipeError, UsageError
+from trt_kv.engine_files import verify_files
+from trt_kv.errors import CheckpointError, EngineError, RecipeError, UsageError
 from trt_kv.export import engine as engine_module
 from trt_kv.export import new_folder as new_folder_module
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.new_folder import new_folder
-from trt_kv.manifest import load_manifest, verify_files
+from trt_kv.manifest import load_manifest
+from trt_kv.policies import policy_from_name
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -158,7 +161,7 @@ def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("owner", "function"), [(Path, "mkdir"), (Path, "rename"), (shutil, "copyfile"), (os, "fsync")])
+@pytest.mark.parametrize(("owner", "function"), [(Path, "mkdir"), (Path, "rename"), (Path, "write_bytes"), (os, "fsync")])
 def test_a_disk_that_fills_up_at_any_call_leaves_nothing(
     owner: Any, function: str, build: Callable[..., None], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +188,35 @@ def test_a_folder_that_cannot_be_written_is_told(build: Callable[..., None], hom
     with pytest.raises(EngineError, match=r"cannot write .*file/engine"):
         build(home / "file" / "engine")
     assert contents(home) == ["file"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_told_as_that(
+    small_checkpoint_folder: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as a destination that cannot be written: the error has the errno of a bad disk, but no name of a file."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(small_checkpoint_folder, folder)
+    monkeypatch.setattr(engine_module, "graph_from_checkpoint", traced_once)
+    original = Path.open
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        request = EngineRequest(checkpoint=open_checkpoint(folder), policy=policy_from_name("full"))
+
+        def broken_disk(path: Path, *args: Any, name: str = name, **options: Any) -> Any:
+            if path == folder / name:
+                raise OSError(errno.EIO, "Input/output error")
+            return original(path, *args, **options)
+
+        monkeypatch.setattr(Path, "open", broken_disk)
+        with pytest.raises(CheckpointError, match=re.escape(f"cannot read {folder / name}")):
+            build_engine(request, home / "engine")
+        monkeypatch.setattr(Path, "open", original)
+        assert contents(home) == []
+
+
+def test_what_a_build_cannot_read_is_not_told_as_written(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"cannot make .*engine") as caught, new_folder(home / "engine"):
+        (tmp_path / "elsewhere" / "none").read_bytes()
+    assert "elsewhere/none" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
@@ -219,8 +251,9 @@ def write_generation(destination: Path, generation: str) -> None:
         (folder / "manifest.json").write_text(generation)
 
 
-def test_ctrl_c_at_any_line_never_costs_the_old_engine(home: Path) -> None:
+def test_ctrl_c_at_any_line_never_costs_the_old_engine(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever line is interrupted, a whole engine stands there, old or new, and the next build cleans up."""
+    monkeypatch.setattr(new_folder_module, "LONGEST_WAIT_S", 0.005)  # this process lives on with locks that it did not release
     destination = home / "engine"
     number = 0
     while True:
@@ -263,6 +296,72 @@ def test_of_two_builds_for_one_destination_the_later_is_refused(home: Path) -> N
         slow.__exit__(None, None, None)
     assert (home / "engine" / "graph").read_text() == "fast"
     assert contents(home) == ["engine"]
+
+
+WRITER = """
+import random, sys, time
+from pathlib import Path
+from trt_kv.errors import UsageError
+from trt_kv.export.new_folder import new_folder
+
+destination, name, replace, n_times = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "replace", int(sys.argv[4])
+random.seed(name)
+print("up", flush=True)
+sys.stdin.readline()
+for number in range(n_times):
+    try:
+        with new_folder(destination, replace=replace) as folder:
+            for file in ("graph", "manifest.json"):
+                (folder / file).write_text(f"{name} {number}")
+                time.sleep(random.random() / 1000)
+        print(f"{name} {number}")
+    except UsageError as error:
+        print(error.what)
+"""
+
+
+def written_at_once(destination: Path, *, replace: bool, n_times: int) -> list[list[str]]:
+    """What four processes say that write engines there at the same time, each ``n_times``; none may fail otherwise."""
+    words = ["replace" if replace else "new", str(n_times)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(destination), str(number), *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    ends = [(process.communicate(timeout=60), process.returncode) for process in processes]
+    assert all(code == 0 for _, code in ends), ends
+    return [out.splitlines() for (out, _), _ in ends]
+
+
+def test_processes_that_replace_one_engine_do_not_lose_it(home: Path) -> None:
+    said = written_at_once(home / "engine", replace=True, n_times=50)
+    assert [len(lines) for lines in said] == [50] * 4
+    assert not any("exists" in line for lines in said for line in lines)
+    (generation,) = {path.read_text() for path in (home / "engine").iterdir()}
+    assert generation in {lines[-1] for lines in said}
+    assert contents(home) == ["engine"]
+
+
+def test_of_processes_that_make_one_engine_one_wins(home: Path) -> None:
+    for number in range(5):
+        destination = home / str(number)
+        said = sorted(line for lines in written_at_once(destination, replace=False, n_times=1) for line in lines)
+        (*others, winner) = said
+        assert others == [f"{destination} exists already"] * 3
+        assert {path.read_text() for path in destination.iterdir()} == {winner}
+    assert contents(home) == sorted(map(str, range(5)))
 
 
 @pytest.fixture

@@ -51,7 +51,12 @@ def checkpoint(small_checkpoint_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-KNOWN_NAMES = {"--policy": "full, h2o, pooledwindow", "--model": "llama3", "--score": "mass", "--target": "onnxruntime"}
+KNOWN_NAMES = {
+    "--policy": "h2o, prefixkv, prefixkv_paper",
+    "--model": "llama3",
+    "--score": "mass",
+    "--target": "onnxruntime",
+}
 
 
 @pytest.mark.parametrize(
@@ -79,6 +84,25 @@ def test_a_budget_outside_0_to_1_is_refused(command: str, budget: str, refused: 
 @pytest.mark.parametrize("budget", ["", "half", "50%", "0,5"])
 def test_a_budget_that_is_no_number_is_refused(budget: str, refused: Refused) -> None:
     assert "'--budget'" in refused("build", "--budget", budget, exit_code=2)
+
+
+@pytest.mark.parametrize("page_size", [0, -1, 129, 200_000, 10**6, 10**30])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("build", "--policy", "full"),
+        ("build", "--policy", "freekv", "--set", "drift=calibrated"),
+        ("calibrate", "--policy", "freekv", "--correction-rate", "0.1"),
+    ],
+    ids=["build", "build with drift", "calibrate"],
+)
+def test_pages_longer_than_the_context_are_refused(
+    words: tuple[str, ...], page_size: int, small_checkpoint_folder: Path, refused: Refused
+) -> None:
+    """Before anything is measured or made."""
+    error = refused(*words, "--checkpoint", small_checkpoint_folder, "--page-size", page_size, exit_code=2)
+    assert f"got: {page_size}" in error
+    assert "--page-size" in error
 
 
 def overwrite_middle(path: Path) -> None:

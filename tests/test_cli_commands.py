@@ -52,7 +52,7 @@ def test_from_a_checkpoint_to_text(run: Run, small_checkpoint_folder: Path, prom
     shown = [line.split()[-1] for line in out.splitlines() if "█" in line]
     assert shown == [*(f"{share:.1%}" for share in manifest.kept_shares)]
     assert "40% of the tokens" in out
-    assert f"--budget 0.4 --score mass --samples 3 --seed 5 --prompts {prompts}" in out
+    assert f"--budget 0.4 --score window --window 32 --samples 3 --seed 5 --prompts {prompts}" in out
 
     code, out, err = run("generate", "engines/first", "the old storm", "--max-new-tokens", "6")
     engine = Engine.load(tmp_path / "engines" / "first", n_threads=1)
@@ -141,7 +141,7 @@ def test_a_recipe_made_apart_builds_the_same_engine(
     assert load_manifest(tmp_path / "engine").policy.kept == 0.7
 
     code, _, err = run(
-        "build", *source, "--recipe", "recipes/mine.json", "--score", "window", "--window", "8", "--budget", "0.2"
+        "build", *source, "--recipe", "recipes/mine.json", "--score", "window", "--window", "8", "--budget", "0.3"
     )
     assert code == 2
     assert "made for another budget" in err
@@ -149,7 +149,7 @@ def test_a_recipe_made_apart_builds_the_same_engine(
         "build", *source, "--policy", "h2o", "--set", "budget=recipe", "--recipe", "recipes/mine.json", "--out", "other"
     )
     assert code == 0
-    assert "add --set score=window window=8 heads=shared pooling=1" in err
+    assert "add --set score=window window=8 heads=each pooling=15" in err
     other = load_manifest(tmp_path / "other")
     assert (other.policy.score, other.policy.heads) == ("mass", "each")
     assert other.kept_shares == pytest.approx(recipe.kept)

@@ -104,7 +104,7 @@ def test_a_misspelt_command_line_exits_with_2(arguments: list[str], capsys: pyte
         (["build", "--budget", "1.01"], "(0, 1]"),
         (["build", "--budget", "nan"], "(0, 1]"),
         (["build", "--policy", "full", "--budget", "0.5"], "keeps everything"),
-        (["build", "--window", "8"], "choose score "),
+        (["build", "--policy", "h2o", "--window", "8"], "choose score "),
         (["build", "--score", "window", "--window", "0"], "window is out of range"),
         (["build", "--samples", "0"], "--samples >= 1"),
         (["build", "--target", "abacus"], "unknown target"),

@@ -22,7 +22,7 @@ from trt_kv.runtime.sampling import SamplingParams
 from trt_kv.runtime.scheduler import StepPlan
 from trt_kv.runtime.stream import Stream
 
-QUICK = ("prefixkv", "refreekv", "h2o", "freekv")
+QUICK = ("prefixkv_paper", "refreekv", "h2o", "freekv")
 POLICIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in policy_names()]
 LENGTHS = (37, 5, 61, 16, 1, 50)
 PARAMS: list[dict[str, Any]] = [

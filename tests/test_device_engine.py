@@ -29,7 +29,7 @@ from trt_kv.runtime.loading import LoadOptions
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import RequestSize
 
-POLICIES = ("full", "prefixkv", "refreekv", "freekv", "freekv-recipe")
+POLICIES = ("full", "prefixkv_paper", "refreekv", "freekv", "freekv-recipe")
 CPU = torch.device("cpu")
 POSITIONS = 128
 """Of the small checkpoint."""
@@ -153,7 +153,7 @@ def test_memory_that_runs_out_is_told(folder_of: Callable[[str], Path], monkeypa
 
 @pytest.mark.usefixtures("idle")
 def test_scores_are_read_on_hosts_only(folder_of: Callable[[str], Path]) -> None:
-    runner = load_on(folder_of("prefixkv"), CPU).runner
+    runner = load_on(folder_of("prefixkv_paper"), CPU).runner
     with pytest.raises(UsageError, match="need a KV pool on the host") as caught:
         runner.scores(runner.new_sequence())
     assert "load it on the device cpu" in str(caught.value)
@@ -264,7 +264,7 @@ def test_on_the_gpu_an_engine_says_what_it_says_on_the_host(name: str, folder_of
 
 @pytest.mark.gpu
 @pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu")
-@pytest.mark.parametrize("name", ["prefixkv", "freekv"])
+@pytest.mark.parametrize("name", ["prefixkv_paper", "freekv"])
 def test_on_the_gpu_onnxruntime_runs_the_dense_parts(name: str, folder_of: Callable[[str], Path]) -> None:
     check(folder_of(name), torch.device("cuda", 0), DeviceOptions(dense="onnxruntime"))
 
@@ -272,7 +272,7 @@ def test_on_the_gpu_onnxruntime_runs_the_dense_parts(name: str, folder_of: Calla
 @pytest.mark.gpu
 def test_on_the_gpu_half_precision_and_the_default_sizes_serve_requests(folder_of: Callable[[str], Path]) -> None:
     """Memory that is planned by what is free; weights that are converted; CUDA graphs where they are the default."""
-    for name in ("prefixkv", "freekv"):
+    for name in ("prefixkv_paper", "freekv"):
         with Engine.load(folder_of(name), device="cuda", dtype="bfloat16", chunk=CHUNK) as engine:
             results = engine.generate_batch(prompts(), max_new_tokens=N_NEW)
             assert all(one.error is None and len(one.token_ids) <= N_NEW for one in results)
@@ -280,7 +280,7 @@ def test_on_the_gpu_half_precision_and_the_default_sizes_serve_requests(folder_o
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["prefixkv", "freekv"])
+@pytest.mark.parametrize("name", ["prefixkv_paper", "freekv"])
 def test_on_the_gpu_the_command_line_generates_and_evaluates(
     name: str, folder_of: Callable[[str], Path], run: Run, tmp_path: Path
 ) -> None:

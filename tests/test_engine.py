@@ -96,7 +96,7 @@ def test_generation_stops_at_the_last_position(small_engine: Engine) -> None:
 
 
 def test_a_batch_is_refused_as_a_whole(small_engine: Engine) -> None:
-    with pytest.raises(UsageError, match="the prompt is empty"):
+    with pytest.raises(UsageError, match=r"prompts\[1\] is empty"):
         small_engine.generate_batch(["the old storm", ""])
     with pytest.raises(UsageError, match="a batch is a list of prompts"):
         small_engine.generate_batch("the old storm")
@@ -276,13 +276,17 @@ def test_swapped_files_are_found(broken: Path) -> None:
 
 def test_without_verification_sizes_are_not_trusted_blindly(broken: Path) -> None:
     """What cannot be opened is still told as an engine's error."""
-    (broken / "graphs" / "segment_01.onnx").write_bytes(b"nonsense")
+    segment, tokenizer = broken / "graphs" / "segment_01.onnx", broken / "tokenizer.json"
+    segment.write_bytes(b"nonsense")
+    with pytest.raises(EngineError, match=r"segment_01\.onnx is not the file that was built"):
+        load(broken, verify=False)
+    rewrite_manifest(broken, files={**load_manifest(broken).files, "graphs/segment_01.onnx": record(segment)})
     with pytest.raises(EngineError, match="ONNX Runtime cannot load"):
         load(broken, verify=False)
-    (broken / "tokenizer.json").write_text("{}")
+    tokenizer.write_text("{}".ljust(tokenizer.stat().st_size))
     with pytest.raises(EngineError, match=r"cannot read the tokenizer .*tokenizer\.json"):
         load(broken, verify=False)
-    (broken / "tokenizer.json").unlink()
+    tokenizer.unlink()
     with pytest.raises(EngineError, match=r"tokenizer\.json is missing"):
         load(broken, verify=False)
 
@@ -336,8 +340,11 @@ def with_other_node(manifest: Manifest, **attributes: Any) -> dict[str, Any]:
         (lambda m: {"policy": dataclasses.replace(m.policy, score="window")}, "layer 0 of the prefill graph .* does not apply"),
         (lambda m: {"programs": with_other_node(m, recent=0)}, "layer 2 of the prefill graph .* does not apply"),
         (lambda m: {"programs": with_other_node(m, kept_share=0.1)}, "does not apply its recipe"),
-        (lambda m: {"programs": {**m.programs, "prefill": m.programs["decode"]}}, "does not apply the policy 'prefixkv'"),
-        (lambda m: {"programs": {**m.programs, "decode": m.programs["decode"][:2]}}, "layer 2 of the decode graph"),
+        (lambda m: {"programs": {**m.programs, "prefill": m.programs["decode"]}}, "does not apply the policy 'prefixkv_paper'"),
+        (
+            lambda m: {"programs": {**m.programs, "decode": m.programs["decode"][:2]}},
+            "the programs are not of the model's layers",
+        ),
     ],
     ids=["target", "type", "newer op", "unknown op", "sinks", "score", "recent", "share", "no eviction", "fewer layers"],
 )

@@ -229,7 +229,7 @@ def test_importance_is_transformers_attention(window: int, full_engine: Engine, 
     """Of all queries (window 0), or of the last ``window`` ones, wherever the chunks of the prompt end."""
     ids, weights_LNN = attended
     fields: dict[str, Any] = {"score": "window", "window": window} if window else {}
-    policy = dataclasses.replace(policy_from_name("prefixkv"), **fields)
+    policy = dataclasses.replace(policy_from_name("prefixkv_paper"), **fields)
     programs = {phase: program_of(policy, phase=phase, n_layers=len(SHARES), scale=32**-0.5, page_size=32) for phase in PHASES}
     steps = full_engine.runner._executor
     assert isinstance(steps, SplitStepExecutor)
@@ -319,7 +319,7 @@ def test_kernels_and_references_decode_alike(
 ) -> None:
     """The same dense parts with either implementation of the KV ops, on uninitialised memory that is poisoned."""
     config = small_engine.manifest.config
-    policy = dataclasses.replace(policy_from_name("prefixkv"), **fields)
+    policy = dataclasses.replace(policy_from_name("prefixkv_paper"), **fields)
     programs = {
         phase: program_of(policy, phase=phase, n_layers=3, scale=config.head_dim**-0.5, page_size=page_size, kept_shares=shares)
         for phase in PHASES

@@ -49,7 +49,7 @@ def test_an_evaluation_shows_its_groups_and_keeps_every_answer(
 ) -> None:
     code, out, err = run(small_folder, "--tasks", tasks, "--out", "results/small.json", "--batch-size", 2)
     assert (code, err) == (0, "")
-    assert "policy prefixkv kept=0.6" in out
+    assert "policy prefixkv_paper kept=0.6" in out
     rows = {line[:5].strip(): line.split() for line in out.splitlines() if line[:5].strip() in ("short", "long", "all")}
     assert [rows[name][1] for name in ("short", "long", "all")] == ["2", "3", "5"]
     assert out.endswith("results  results/small.json\n")

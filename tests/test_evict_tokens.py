@@ -210,7 +210,7 @@ def test_the_recent_share_is_of_the_kept_tokens_without_sinks(n: int, sinks: int
     """The newest tokens have the lowest scores: those of them that stay are there for being recent."""
     inputs = sequence(n, kept_share=0.0, kept_tokens=kept, sinks=sinks, recent_share=share)
     inputs["scores"] = -inputs["token_positions"].astype(np.float32)
-    target = min(n, kept)
+    target = min(n, max(1, kept))
     n_recent = int(share * max(0, target - sinks))
     positions = np.sort(held(inputs)[0])
     n_kept = min(n, max(target, sinks + n_recent))

@@ -52,7 +52,7 @@ def load_graph(folder: Path, phase: str) -> onnx.ModelProto:
 
 def test_the_graphs_hold_the_ops_of_their_policy(half_folder: Path, full_folder: Path) -> None:
     """Read back from the files, attribute by attribute; fp32 attributes are the decimal ones rounded."""
-    for folder, name, shares in ((half_folder, "prefixkv", SHARES), (full_folder, "full", None)):
+    for folder, name, shares in ((half_folder, "prefixkv_paper", SHARES), (full_folder, "full", None)):
         for phase in PHASES:
             found = program_from_graph(load_graph(folder, phase))
             expected = program_of(
@@ -304,15 +304,33 @@ def test_a_graph_that_cannot_be_cut_is_refused() -> None:
 @pytest.mark.parametrize("changes", [{"kept": 0.4}, {"budget": "uniform"}], ids=str)
 def test_a_recipe_for_another_policy_builds_nothing(bundled_checkpoint: Checkpoint, changes: dict[str, Any]) -> None:
     request = prefixkv_request(bundled_checkpoint, SHARES, budget=0.5)
-    with pytest.raises(RecipeError, match="the recipe is not for policy 'prefixkv'"):
+    with pytest.raises(RecipeError, match="the recipe is not for policy 'prefixkv_paper'"):
         dataclasses.replace(request, policy=dataclasses.replace(request.policy, **changes))
 
 
 def test_impossible_requests_build_nothing(bundled_checkpoint: Checkpoint) -> None:
-    with pytest.raises(UsageError, match="the page size is below 1"):
-        EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=0)
+    for page_size in (0, bundled_checkpoint.config.max_positions + 1):
+        with pytest.raises(UsageError, match="the page size is out of range"):
+            EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=page_size)
+    EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=1)
+    EngineRequest(
+        checkpoint=bundled_checkpoint, policy=policy_from_name("full"), page_size=bundled_checkpoint.config.max_positions
+    )
     with pytest.raises(RecipeError, match="needs a recipe"):
-        EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("prefixkv"))
+        EngineRequest(checkpoint=bundled_checkpoint, policy=policy_from_name("prefixkv_paper"))
+
+
+def test_examples_do_not_grow_with_the_pages(small_checkpoint_folder: Path) -> None:
+    """The tensors of a page of a billion tokens would not fit into any memory."""
+    checkpoint, page_size = open_checkpoint(small_checkpoint_folder), 10**9
+    config = checkpoint.config
+    program = program_of(
+        policy_from_name("h2o"), phase="prefill", n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=page_size
+    )
+    graph = graph_from_checkpoint(checkpoint, program, page_size=page_size)
+    (kv,) = [value for value in graph.graph.inputs if value.name == "kv_0"]
+    assert kv.shape is not None
+    assert page_size in list(kv.shape)
 
 
 def test_a_checkpoint_without_tokenizer_makes_no_engine(tmp_path: Path) -> None:

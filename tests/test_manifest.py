@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trt_kv import manifest as manifest_module
+from trt_kv.engine_files import file_records, verify_files
 from trt_kv.errors import EngineError
-from trt_kv.manifest import FILE_NAME, Manifest, digest_of, file_records, load_manifest, verify_files
+from trt_kv.manifest import FILE_NAME, Manifest, digest_of, load_manifest
 
 Path_ = tuple[str | int, ...]
 

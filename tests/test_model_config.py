@@ -327,7 +327,18 @@ def test_json_round_trip(kv_heads: int, group: int, half_head: int, biases: tupl
     assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-@pytest.mark.parametrize("damage", [{"rope": None}, {"more": 1}, {"rope": {"theta": 1.0}}])
-def test_json_with_missing_or_unknown_fields_is_refused(damage: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="exactly its own fields"):
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"rope": None}, r"model config\.rope is not a JSON object"),
+        ({"more": 1}, "unknown fields"),
+        ({"rope": {"theta": 1.0}}, "lacks fields"),
+        ({"n_layers": 3.0}, r"n_layers has the wrong type"),
+        ({"n_layers": 10**9}, "n_layers is too large"),
+        ({"tie_embeddings": 0}, "tie_embeddings has the wrong type"),
+    ],
+    ids=str,
+)
+def test_json_with_missing_unknown_or_impossible_fields_is_refused(damage: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
         ModelConfig.from_json({**read().to_json(), **damage})

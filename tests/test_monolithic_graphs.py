@@ -38,8 +38,8 @@ ATOL = 1e-4
 """Whole-model logits, as in test_decoder_parity. The specs' 2e-5 holds for one op; measured over 8 layers: 4e-5."""
 
 EVICTING_LAYERS = {
-    ("prefixkv", "prefill"): slice(None),
-    ("prefixkv", "decode"): slice(0),
+    ("prefixkv_paper", "prefill"): slice(None),
+    ("prefixkv_paper", "decode"): slice(0),
     ("refreekv", "prefill"): slice(2, None),
     ("refreekv", "decode"): slice(0),
     ("h2o", "prefill"): slice(None),

@@ -10,8 +10,8 @@ import pytest
 
 from tests.engines import Run
 from trt_kv.cli.app import main
-from trt_kv.cli.output import printable
 from trt_kv.cli.progress import progress_bars
+from trt_kv.printable import printable
 
 HOSTILE = "\x1b[31mred\x1b[0m [bold]x"
 

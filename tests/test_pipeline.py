@@ -95,7 +95,7 @@ def test_what_an_engine_needs_is_calibrated_on_the_way_and_callbacks_may_be_left
 ) -> None:
     request = pipeline.BuildRequest(
         source=pipeline.ModelSource(model="llama3", checkpoint=str(small_checkpoint_folder)),
-        policy=dataclasses.replace(policy_from_name("prefixkv"), kept=0.5),
+        policy=dataclasses.replace(policy_from_name("prefixkv_paper"), kept=0.5),
         calibration=pipeline.CalibrationPlan(prompts=prompts, samples=2),
         target=pipeline.TargetPlan(page_size=8),
         out=tmp_path / "engine",
@@ -122,7 +122,7 @@ def test_a_recipe_is_calibrated(pipeline: Any, small_checkpoint_folder: Path, pr
     heard = Heard()
     request = pipeline.RecipeRequest(
         source=pipeline.ModelSource(model="llama3", checkpoint=str(small_checkpoint_folder)),
-        policy=dataclasses.replace(policy_from_name("prefixkv"), kept=0.5),
+        policy=dataclasses.replace(policy_from_name("prefixkv_paper"), kept=0.5),
         calibration=pipeline.CalibrationPlan(prompts=prompts, samples=3),
         to_published=tmp_path / "published",
         out=tmp_path / "recipe.json",
@@ -166,7 +166,7 @@ def test_what_contradicts_itself_is_refused_when_it_is_asked_for(pipeline: Any, 
         (
             pipeline.RecipeRequest,
             {
-                "policy": policy_from_name("prefixkv"),
+                "policy": policy_from_name("prefixkv_paper"),
                 "from_published": given,
                 "calibration": pipeline.CalibrationPlan(prompts=given),
             },

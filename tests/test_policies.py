@@ -10,14 +10,25 @@ from hypothesis import strategies as st
 from trt_kv.cli.app import main
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.layer_budget import ALL, LayerBudget, layer_budgets, pyramid_budgets
-from trt_kv.policies import policy_from_name, policy_names
-from trt_kv.policy import BUDGETS, Policy, kept_tokens
+from trt_kv.policies import ALIASES, policy_from_name, policy_names
+from trt_kv.policy import BUDGETS, DEFAULT_FLOOR, Policy, kept_tokens
 from trt_kv.policy_settings import differences, policy_with, setting_as_text, settings_from_text
 from trt_kv.program import budgets_of, eviction_nodes, program_of
 from trt_kv.score import Score
 from trt_kv.scores import score_from_name, score_names
 
-PUBLISHED = ("full", "h2o", "prefixkv", "pyramidkv", "random", "refreekv", "snapkv", "streamingllm", "uniform")
+PUBLISHED = (
+    "full",
+    "h2o",
+    "prefixkv",
+    "prefixkv_paper",
+    "pyramidkv",
+    "random",
+    "refreekv",
+    "snapkv",
+    "streamingllm",
+    "uniform",
+)
 
 
 def ops_of(policy: Policy, phase: str, *, layer: int = 2) -> list[str]:
@@ -33,6 +44,13 @@ def test_a_preset_is_called_as_its_file_and_survives_json(name: str) -> None:
     policy = policy_from_name(name)
     assert policy.name == name
     assert Policy.from_json(policy.to_json()) == policy
+    assert (policy.floor == DEFAULT_FLOOR) == (policy.evicts and name != "prefixkv_paper")
+
+
+def test_an_alias_is_another_name_of_a_preset() -> None:
+    assert policy_from_name("pooledwindow") is policy_from_name("prefixkv")
+    assert not set(ALIASES) & set(policy_names())
+    assert set(ALIASES.values()) <= set(policy_names())
 
 
 def test_the_programs_of_the_published_policies() -> None:
@@ -73,15 +91,15 @@ def test_any_score_goes_with_any_budget_or_is_refused_with_a_reason(score: str, 
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
-        ("prefixkv", ["score=luck"], "unknown score"),
-        ("prefixkv", ["luck=1"], "unknown setting"),
-        ("prefixkv", ["score"], "NAME=VALUE"),
-        ("prefixkv", ["score=mass", "score=window"], "given twice"),
-        ("prefixkv", ["window=many"], "bad value"),
-        ("prefixkv", ["window=8"], "choose score "),
-        ("prefixkv", ["threshold=0.1"], "choose budget unimetric"),
-        ("prefixkv", ["budget=constant"], "tokens=512"),
-        ("prefixkv", ["score=none"], "needs a ranking"),
+        ("prefixkv_paper", ["score=luck"], "unknown score"),
+        ("prefixkv_paper", ["luck=1"], "unknown setting"),
+        ("prefixkv_paper", ["score"], "NAME=VALUE"),
+        ("prefixkv_paper", ["score=mass", "score=window"], "given twice"),
+        ("prefixkv_paper", ["window=many"], "bad value"),
+        ("prefixkv_paper", ["window=8"], "choose score "),
+        ("prefixkv_paper", ["threshold=0.1"], "choose budget unimetric"),
+        ("prefixkv_paper", ["budget=constant"], "tokens=512"),
+        ("prefixkv_paper", ["score=none"], "needs a ranking"),
         ("full", ["score=mass"], "ignores it"),
         ("full", ["budget=uniform"], "needs a ranking"),
         ("refreekv", ["kept=0.5"], "reads no kept share"),
@@ -120,20 +138,35 @@ def test_settings_replace_only_what_they_name() -> None:
 
 
 def test_a_budget_that_reads_no_share_puts_the_share_back() -> None:
-    adaptive = policy_with(policy_from_name("prefixkv"), settings_from_text(["budget=unimetric"]))
+    adaptive = policy_with(policy_from_name("prefixkv_paper"), settings_from_text(["budget=unimetric"]))
     assert adaptive.kept == 1.0
     assert policy_with(adaptive, {"budget": "uniform"}).kept == 0.5
     constant = policy_with(policy_from_name("snapkv"), settings_from_text(["budget=constant", "tokens=256"]))
-    assert layer_budgets(constant, 3) == [LayerBudget(share=0.0, tokens=256)] * 3
+    assert layer_budgets(constant, 3) == [LayerBudget(share=0.0, tokens=256, floor=256)] * 3
     assert layer_budgets(constant, 3)[0].of(200) == 200
     assert layer_budgets(constant, 3)[0].of(9000) == 256
 
 
 @pytest.mark.parametrize("name", policy_names())
 def test_settings_as_text_are_read_back(name: str) -> None:
-    other = policy_from_name("prefixkv" if name != "prefixkv" else "snapkv")
+    other = policy_from_name("prefixkv_paper" if name != "prefixkv_paper" else "snapkv")
     changed = differences(policy_from_name(name), other)
     assert settings_from_text(setting_as_text(part, value) for part, value in changed.items()) == changed
+
+
+def test_the_floor_belongs_to_eviction() -> None:
+    def floor_of(name: str, *settings: str) -> int:
+        return policy_with(policy_from_name(name), settings_from_text(settings)).floor
+
+    assert floor_of("snapkv", "floor=100") == 100
+    assert floor_of("full", "score=window", "budget=uniform") == DEFAULT_FLOOR
+    assert floor_of("freekv", "score=window", "budget=recipe") == DEFAULT_FLOOR
+    assert floor_of("prefixkv", "score=pages", "budget=recipe") == 0
+    assert floor_of("snapkv", "budget=constant", "tokens=64") == 0
+    assert floor_of("prefixkv_paper", "kept=0.3") == 0
+    for name, *settings in (("freekv", "floor=9"), ("full", "floor=9"), ("snapkv", "budget=constant", "tokens=64", "floor=65")):
+        with pytest.raises(UsageError, match=r"floor"):
+            floor_of(name, *settings)
 
 
 def test_exempt_layers_must_exist() -> None:

@@ -10,7 +10,7 @@ from tests.engines import CHUNK, SHARES, assert_nothing_leaked, build_for_test, 
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.layer_budget import layer_budgets
-from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policies import policy_names, policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, program_of
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
@@ -19,8 +19,8 @@ from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.model_runner import ModelRunner
 
 N_LAYERS = len(SHARES)
-EVICTING = [name for name in policy_names() if policy_from_name(name).evicts]
-ADAPTIVE = [name for name in EVICTING if policy_from_name(name).budget == "unimetric"]
+EVICTING = [name for name in policy_names() if policy_without_floor(name).evicts]
+ADAPTIVE = [name for name in EVICTING if policy_without_floor(name).budget == "unimetric"]
 N_PROMPT, N_DECODED = 200, 12
 
 
@@ -48,7 +48,7 @@ def kept_after(runner: ModelRunner, ids: list[int]) -> list[list[list[int]]]:
 
 @pytest.mark.parametrize("name", EVICTING)
 def test_a_preset_keeps_its_budgets_and_decodes_as_it_says(name: str, full_engine: Engine) -> None:
-    policy = policy_from_name(name)
+    policy = policy_without_floor(name)
     runner = runner_of(full_engine, policy)
     sequence = runner.new_sequence()
     ids = random_ids(full_engine, N_PROMPT, seed=5)
@@ -78,7 +78,7 @@ def test_a_preset_keeps_its_budgets_and_decodes_as_it_says(name: str, full_engin
 
 @pytest.mark.parametrize("name", EVICTING)
 def test_a_batch_decodes_each_sequence_as_if_it_were_alone(name: str, full_engine: Engine) -> None:
-    runner = runner_of(full_engine, policy_from_name(name))
+    runner = runner_of(full_engine, policy_without_floor(name))
     prompts = [random_ids(full_engine, n, seed=n) for n in (70, 131)]
     generated = random_ids(full_engine, 6, seed=9)
 
@@ -96,7 +96,7 @@ def test_a_batch_decodes_each_sequence_as_if_it_were_alone(name: str, full_engin
 
 @pytest.mark.parametrize("name", EVICTING)
 def test_kernels_keep_what_the_references_keep(name: str, full_engine: Engine) -> None:
-    policy = policy_from_name(name)
+    policy = policy_without_floor(name)
     ids = random_ids(full_engine, 90, seed=4)
     fast, plain = (kept_after(runner_of(full_engine, policy, implementation=i), ids) for i in ("cpu", "reference"))
     for layer in range(N_LAYERS):
@@ -109,7 +109,7 @@ def test_kernels_keep_what_the_references_keep(name: str, full_engine: Engine) -
 def test_a_budget_found_from_the_input_does_not_hang_on_chunks(name: str, full_engine: Engine) -> None:
     ids = random_ids(full_engine, 150, seed=8)
     lengths = [
-        [len(heads[0]) for heads in kept_after(runner_of(full_engine, policy_from_name(name), chunk=chunk), ids)]
+        [len(heads[0]) for heads in kept_after(runner_of(full_engine, policy_without_floor(name), chunk=chunk), ids)]
         for chunk in (37, 64, 512)
     ]
     assert lengths[0] == lengths[1] == lengths[2]
@@ -120,7 +120,7 @@ def test_a_looser_threshold_keeps_less(name: str, full_engine: Engine) -> None:
     ids = random_ids(full_engine, 180, seed=3)
     totals = []
     for threshold in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3):
-        policy = dataclasses.replace(policy_from_name(name), threshold=threshold)
+        policy = dataclasses.replace(policy_without_floor(name), threshold=threshold)
         totals.append(sum(len(heads[0]) for heads in kept_after(runner_of(full_engine, policy), ids)))
     assert totals == sorted(totals, reverse=True)
     assert totals[0] > totals[-1]
@@ -128,7 +128,7 @@ def test_a_looser_threshold_keeps_less(name: str, full_engine: Engine) -> None:
 
 def test_random_tokens_are_drawn_again_alike(full_engine: Engine) -> None:
     ids = random_ids(full_engine, 120, seed=2)
-    policy = policy_from_name("random")
+    policy = policy_without_floor("random")
     first, again = (kept_after(runner_of(full_engine, policy), ids) for _ in range(2))
     other = kept_after(runner_of(full_engine, dataclasses.replace(policy, seed=1)), ids)
     assert first == again
@@ -143,7 +143,7 @@ def test_an_added_policy_becomes_an_engine(policy_folder: Path, small_checkpoint
         'POLICY = Policy(name="lastwords", summary="24 tokens", score="window", budget="constant", tokens=24,'
         ' window=16, decode="rank")\n'
     )
-    request = EngineRequest(checkpoint=open_checkpoint(small_checkpoint_folder), policy=policy_from_name("lastwords"))
+    request = EngineRequest(checkpoint=open_checkpoint(small_checkpoint_folder), policy=policy_without_floor("lastwords"))
     engine = load_for_test(build_for_test(request, tmp_path / "engine"))
     generation = engine.generate(random_ids(engine, 60, seed=1), max_new_tokens=10, temperature=1.0)
     assert generation.kv_tokens == (24, 24, 24)

@@ -134,7 +134,7 @@ def test_a_policy_keeps_what_an_engine_built_with_it_keeps(
 
 def test_a_calibrated_policy_answers_as_its_engine_does(harness: Harness, half_folder: Path) -> None:
     engine = Engine.load(half_folder, cache_tokens=2500)
-    plans = [Plan(policy=BY_NAME["full"]), Plan(policy=policy_from_name("prefixkv"), kept_shares=SHARES)]
+    plans = [Plan(policy=BY_NAME["full"]), Plan(policy=policy_from_name("prefixkv_paper"), kept_shares=SHARES)]
     seen = set()
     for case in _cases(half_folder):
         made = engine.generate(case.prompt, max_new_tokens=40).token_ids

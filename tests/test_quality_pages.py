@@ -56,12 +56,12 @@ def test_settings_that_measure_nothing_are_refused() -> None:
         )
 
 
-def test_the_readme_takes_the_summary_between_its_markers() -> None:
+def test_the_page_takes_the_summary_between_its_markers() -> None:
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter"
-    assert report.readme_with_summary(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter"
+    assert report.page_with_summary(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter"
     for broken in ("none", f"{report.END}\n{report.BEGIN}", f"{text}\n{report.BEGIN}"):
         with pytest.raises(ReportError, match="no place"):
-            report.readme_with_summary(broken, "new")
+            report.page_with_summary(broken, "new")
 
 
 def test_the_committed_report_is_what_its_results_give() -> None:
@@ -73,6 +73,6 @@ def test_the_committed_report_is_what_its_results_give() -> None:
     assert (report.COMMITTED / "recall.md").read_text() == recall_markdown(recall, results)
     summary = summary_markdown(results, recall)
     assert (report.COMMITTED / "summary.md").read_text() == summary + "\n"
-    assert report.README.read_text() == report.readme_with_summary(report.README.read_text(), summary)
+    assert report.PAGE.read_text() == report.page_with_summary(report.PAGE.read_text(), summary)
     pictures = {*PICTURES, *RECALL_PICTURES}
     assert {path.name for path in report.COMMITTED.glob("*.png")} == pictures

@@ -57,13 +57,13 @@ def test_what_is_certain_about_scores_shows(quick: Results) -> None:
     assert late is not None
     assert len(late.documents) == 20
     for budget in (0.2, 0.5):
-        window, mass = late.row("window", budget), late.row("prefixkv", budget)
+        window, mass = late.row("window", budget), late.row("prefixkv_paper", budget)
         assert window.accuracy.value > mass.accuracy.value + 0.3
         assert late.perplexity(window).value < late.perplexity(mass).value
         assert late.agreement(window).value > late.agreement(mass).value
-        assert late.row("pooledwindow", budget).accuracy.value > late.row("snapkv", budget).accuracy.value - 0.05
-    assert late.row("pooledwindow", 0.2).accuracy.value > 0.8 > 0.3 > late.row("random", 0.2).accuracy.value
-    mass = late.row("prefixkv", 0.5)
+        assert late.row("prefixkv", budget).accuracy.value > late.row("snapkv", budget).accuracy.value - 0.05
+    assert late.row("prefixkv", 0.2).accuracy.value > 0.8 > 0.3 > late.row("random", 0.2).accuracy.value
+    mass = late.row("prefixkv_paper", 0.5)
     assert mass.question_kept is not None
     assert mass.question_kept < 0.5
     assert mass.kept_place < late.row("window", 0.5).kept_place
@@ -162,11 +162,11 @@ def test_ours_are_compared_with_the_best_published_policy_of_their_share(quick: 
     rivals = [policy.name for policy in quick.in_groups("published") if not policy.adaptive]
     for cell in quick.cells:
         for budget in QUICK_SETTINGS.budgets:
-            best = best_published(quick)(cell, cell.row("pooledwindow", budget))
+            best = best_published(quick)(cell, cell.row("prefixkv", budget))
             assert best is not None
             assert best.budget == budget
             assert best.right.count("1") == max(cell.row(name, budget).right.count("1") for name in rivals)
-            assert best_published(quick, keeps_more=True)(cell, cell.row("pooledwindow", budget)) is None
+            assert best_published(quick, keeps_more=True)(cell, cell.row("prefixkv", budget)) is None
         reach = cell.row("reach")
         smaller, larger = (best_published(quick, keeps_more=more)(cell, reach) for more in (False, True))
         assert smaller is None or smaller.budget == max(b for b in QUICK_SETTINGS.budgets if b <= reach.mean_kept)
@@ -248,7 +248,7 @@ def test_a_number_that_does_not_follow_from_the_documents_is_refused(quick: Resu
     data = json.loads(path.read_text())
     data["cells"][0]["rows"][1]["summary"]["accuracy"]["value"] = 0.99
     path.write_text(json.dumps(data))
-    with pytest.raises(ReportError, match=r"needle_near at 384 tokens, prefixkv at 0.2 does not follow"):
+    with pytest.raises(ReportError, match=r"needle_near at 384 tokens, prefixkv_paper at 0.2 does not follow"):
         Results.load(path)
 
 

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.early
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+POLICIES = (ROOT / "docs" / "policies.md").read_text()
 EXAMPLE = ROOT / "examples" / "late_question.txt"
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -34,22 +36,34 @@ def test_inspect_shows_the_bars_of_the_readme(engine: Path, capsys: pytest.Captu
     assert set(bars) <= set(shown)
 
 
-def test_reach_answers_the_example_with_less_than_the_published_policy_that_does_not(
-    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_example_is_answered_as_the_readme_shows(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["generate", str(engine), "--prompt-file", str(EXAMPLE), "--max-new-tokens", "7"]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == "code of trent is 5 3 7"
+    for line in (said.out.strip(), said.err.strip()):
+        assert f"    {line}\n" in README
+
+
+def test_the_published_ranking_does_not_answer_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "published"
+    assert main(["build", "--policy", "prefixkv_paper", "--out", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(folder), "--prompt-file", str(EXAMPLE), "--max-new-tokens", "8"]) == 0
+    assert "5 3 7" not in capsys.readouterr().out
+
+
+def test_reach_answers_it_with_the_share_that_the_page_on_policies_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reach = tmp_path / "reach"
-    assert main(["build", "--policy", "reach", "--out", str(reach)]) == 0
-    answers, told = [], []
-    for folder in (reach, engine):
-        capsys.readouterr()
-        assert main(["generate", str(folder), "--prompt-file", str(EXAMPLE), "--max-new-tokens", "8"]) == 0
-        said = capsys.readouterr()
-        answers.append(said.out.startswith("code of trent is 5 3 7"))
-        told.append(re.findall(r"\((\d+%)", said.err))
-    assert answers == [True, False]
-    (share,), (published,) = told
-    assert f"with a cache of {share.replace('%', ' %')}; " in README
-    assert f"does not with {published.replace('%', ' %')}, " in README
+    assert main(["build", "--policy", "reach", "--set", "floor=0", "--out", str(reach)]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(reach), "--prompt-file", str(EXAMPLE), "--max-new-tokens", "8"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(" code of trent is 5 3 7")
+    (share,) = re.findall(r"\((\d+)%", said.err)
+    assert f"keeps {share} % of the bundled model's example prompt" in " ".join(POLICIES.split())
 
 
 def python_blocks(text: str) -> list[str]:
@@ -82,12 +96,7 @@ def test_every_command_and_target_in_the_readme_exists() -> None:
     assert commands <= set(COMMANDS)
 
 
-def test_every_link_in_the_readme_leads_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
-
-
-def test_the_summary_in_the_readme_is_the_reports() -> None:
-    shown = re.search(r"<!-- report summary: begin -->\n(.*?)<!-- report summary: end -->", README, flags=re.DOTALL)
-    assert shown is not None
-    assert shown.group(1).strip() == (ROOT / "docs" / "report" / "summary.md").read_text().strip(), "make report"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target

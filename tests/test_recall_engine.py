@@ -245,7 +245,7 @@ def test_the_command_line_from_build_to_trace(tmp_path: Path, capsys: pytest.Cap
     words = ["generate", str(out), "--prompt-file", str(question), "--max-new-tokens", "8"]
     assert main([*words, "--host-tier", f"file:{tmp_path}", "--trace", str(trace)]) == 0
     spoken = capsys.readouterr()
-    assert spoken.out.startswith("code of trent is 5 3 7")
+    assert spoken.out.startswith(" code of trent is 5 3 7")
     assert "recalled" in spoken.err
     assert json.loads(trace.read_text())["traceEvents"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["freekv", "trace.json"]
@@ -274,11 +274,11 @@ def test_combinations_that_mean_nothing_are_refused_with_the_reason(settings: di
     with pytest.raises(UsageError, match=said):
         policy_with(policy_from_name("freekv"), settings)
     with pytest.raises(UsageError, match=r"would be ignored"):
-        policy_with(policy_from_name("prefixkv"), {"tau": 0.5})
+        policy_with(policy_from_name("prefixkv_paper"), {"tau": 0.5})
 
 
 def test_pages_are_ranked_exactly_where_the_cache_is_on_the_host() -> None:
-    for name, residency in (("prefixkv", "host"), ("freekv", "dropped")):
+    for name, residency in (("prefixkv_paper", "host"), ("freekv", "dropped")):
         with pytest.raises(UsageError, match="combines score"):
             dataclasses.replace(policy_from_name(name), residency=residency)
 

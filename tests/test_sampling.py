@@ -14,6 +14,7 @@ from trt_kv.runtime.sampling import SamplingParams, next_token
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+NUMBERS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "priority", "timeout_s")
 logits_lists = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40)
 
 
@@ -101,13 +102,34 @@ def test_top_k_of_1_is_greedy_in_an_engine(full_engine: Engine) -> None:
         ("seed", -1),
         ("stop", ""),
         ("stop", ("a", "")),
+        ("stop", None),
+        ("stop", 3),
+        ("stop", b"."),
+        ("stop", [b"."]),
+        ("stop", {".": 1}),
+        ("stop", iter(["."])),
+        *((name, value) for name in NUMBERS for value in ("4", [1], b"1", 1j, True)),
+        *((name, None) for name in NUMBERS if name not in ("seed", "timeout_s")),
+        *((name, 2.5) for name in ("max_new_tokens", "top_k", "seed", "priority")),
+        ("max_new_tokens", float("inf")),
+        ("priority", float("nan")),
+        ("timeout_s", float("nan")),
+        ("parse_special_tokens", None),
+        ("parse_special_tokens", "no"),
     ],
 )
 def test_impossible_values_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"bad {name}") as caught:
         SamplingParams(**{name: value})
-    assert caught.value.got == value or value != value
+    assert caught.value.got == repr(value)
     assert caught.value.expected
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    numbers: Any = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.uint32(7), "top_k": np.int8(2)}
+    params = SamplingParams(**numbers)
+    assert params == SamplingParams(max_new_tokens=3, temperature=0.5, seed=7, top_k=2)
+    assert draw([1.0, 2.0, 3.0], temperature=np.float32(0.5), top_k=np.int8(1)) == [2]
 
 
 def test_stop_may_be_one_text_or_several() -> None:

@@ -47,6 +47,9 @@ class Tokens:
     def refusal(self, needed: int) -> CapacityError:
         return CapacityError("too few tokens", got=self.total, expected=needed)
 
+    def secure(self, reserved: int) -> None:
+        """Tokens are there from the start."""
+
 
 def request(n_prompt: int, max_new_tokens: int = 3, *, priority: int = 0, n_forks: int = 0) -> Fake:
     size = RequestSize(n_prompt=n_prompt, max_new_tokens=max_new_tokens, n_sequences=1 + n_forks)

@@ -112,7 +112,7 @@ def test_a_score_is_added_with_one_file(
     assert "averaged over the last `window` prompt queries" in capsys.readouterr().out
     for policy in (
         policy_from_name("lately"),
-        policy_with(policy_from_name("prefixkv"), settings_from_text(["score=meanwindow", "window=5"])),
+        policy_with(policy_from_name("prefixkv_paper"), settings_from_text(["score=meanwindow", "window=5"])),
     ):
         attributes = nodes_of(policy)["TokenScores"].attributes
         assert (attributes["window"], attributes["average"]) == (5, 1)
@@ -125,8 +125,8 @@ def test_a_score_is_added_with_one_file(
     [
         ("h2o", ["score=meanwindow"], "a mean over queries is not a sum"),
         ("streamingllm", ["heads=each"], "meanwindow"),
-        ("prefixkv", ["window=5"], "meanwindow"),
-        ("prefixkv", ["score=luck"], "meanwindow"),
+        ("prefixkv_paper", ["window=5"], "meanwindow"),
+        ("prefixkv_paper", ["score=luck"], "meanwindow"),
     ],
 )
 def test_an_added_score_refuses_and_is_offered(preset: str, settings: list[str], said: str, score_folder: Path) -> None:

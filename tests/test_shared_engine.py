@@ -28,7 +28,7 @@ ENDING = "_fail _sweep end _say close remove"
 LENGTHS = (37, 5, 61, 16, 50, 28)
 
 
-@pytest.fixture(params=["prefixkv", "freekv"])
+@pytest.fixture(params=["prefixkv_paper", "freekv"])
 def engine(request: pytest.FixtureRequest, small_engine: Engine) -> Iterator[Engine]:
     with engine_under(small_engine, small_policy(request.param)) as engine:
         yield engine
@@ -36,7 +36,7 @@ def engine(request: pytest.FixtureRequest, small_engine: Engine) -> Iterator[Eng
 
 @pytest.fixture
 def one_engine(small_engine: Engine) -> Iterator[Engine]:
-    with engine_under(small_engine, small_policy("prefixkv")) as engine:
+    with engine_under(small_engine, small_policy("prefixkv_paper")) as engine:
         yield engine
 
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from tests.engines import CHUNK, assert_nothing_leaked, interrupted_at_line, random_ids
-from trt_kv.errors import EngineError
-from trt_kv.presets import PRESETS
+from tests.sample_tokenizers import EOS, TOKENIZERS
 from trt_kv.runtime import engine_core, model_runner, scheduler
 from trt_kv.runtime import request as request_module
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
@@ -21,46 +20,9 @@ from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
 from trt_kv.runtime.text.detokenizer import Detokenizer
-from trt_kv.runtime.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EOS = 2
-
-
-def byte_level_tokenizer() -> Tokenizer:
-    """As Llama-3's: BPE over bytes; other scripts and emoji fall apart into several tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<unk>", "<s>", "</s>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["hello world, hello there; Grüße, 日本語 🎉🎊 família"] * 3, trainer)
-    return tokenizer
-
-
-def byte_fallback_tokenizer() -> Tokenizer:
-    """As Llama-2's and Mistral's: words begin with a lower one eighth block, unknown characters become byte tokens."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁aehlo", "▁a", "é", "日"]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    return tokenizer
-
-
-TOKENIZERS = {
-    "byte-level": byte_level_tokenizer(),
-    "byte-fallback": byte_fallback_tokenizer(),
-    "words": load_tokenizer(PRESETS["llama3"].bundled_folder / "tokenizer.json", error=EngineError),
-}
 texts = st.text("aehlo ,é日本🎉ü\n", max_size=24) | st.text(max_size=12)
 
 
@@ -111,7 +73,7 @@ def test_a_character_that_is_cut_off_is_not_shown(kind: str, text: str, n_tokens
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     request = request_of(tokenizer, limit=n_tokens)
     shown = "".join(pieces_of(request, ids))
-    if "\ufffd" not in text and kind != "byte-fallback":
+    if "\ufffd" not in text and kind in ("byte-level", "words"):  # a byte that is cut off makes the others of a run undecodable
         assert shown == tokenizer.decode(ids[:n_tokens]).rstrip("\ufffd")
     assert request.result().text == shown
     assert tokenizer.decode(ids).startswith(shown)

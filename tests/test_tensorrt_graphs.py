@@ -30,7 +30,7 @@ from trt_kv.runtime.engine import Engine
 pytestmark = pytest.mark.early
 
 PAGE_SIZE = 32
-ENGINES = {"full": "full_folder", "prefixkv": "half_folder"}
+ENGINES = {"full": "full_folder", "prefixkv_paper": "half_folder"}
 TINY = BuildProfile(
     summary="for tests",
     prefill_tokens=((1, 16, 32), (33, 64, 128)),
@@ -242,7 +242,7 @@ def shaped_request(build: Any, config: ModelConfig, folder: Path) -> tuple[Any, 
     The policy is PrefixKV with its budgets found from the input, so that the ranking and the budget both read attention.
     """
     shares = [0.2 + 0.5 * layer / config.n_layers for layer in range(config.n_layers)]
-    policy = dataclasses.replace(policy_from_name("prefixkv"), budget="unimetric", kept=1.0)
+    policy = dataclasses.replace(policy_from_name("prefixkv_paper"), budget="unimetric", kept=1.0)
     ops = tuple(
         tuple(with_share(node, share) if node.op == "EvictTokens" else node for node in nodes)
         for nodes, share in zip(program(policy, config, "prefill"), shares, strict=True)

@@ -49,7 +49,9 @@ def changed(folder: Path, **fields: Any) -> None:
     [
         ({"name": "another"}, "does not match the model's weights"),
         ({"shape": [269, 47]}, "does not match the model's weights"),
-        ({"file": "elsewhere.data"}, "does not hold model.embed_tokens.weight"),
+        ({"file": "elsewhere.data"}, "elsewhere.data is missing"),
+        ({"file": "../graphs/weights.data"}, "by a name that is not allowed"),
+        ({"offset": 2}, "does not hold model.embed_tokens.weight"),
         ({"offset": 10**9}, "does not hold model.embed_tokens.weight"),
         ({"offset": -4}, "does not hold model.embed_tokens.weight"),
     ],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_kv.errors import RecipeError, TrtKvError
-from trt_kv.json_file import dataclass_from_json, document_text, read_json, write_atomically
+from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, document_text, read_json, write_atomically
 from trt_kv.policy import Policy
 from trt_kv.recipe import RecipeModel
 
@@ -239,7 +239,7 @@ class Drift:
     @classmethod
     def load(cls, path: Path) -> "Drift":
         """Read a file; ``RecipeError`` names it and what is wrong with it."""
-        data = read_json(path, kind="file of drift thresholds", error=RecipeError)
+        data = read_json(path, kind="file of drift thresholds", error=RecipeError, max_bytes=MAX_DOCUMENT_BYTES)
         try:
             return cls.from_json(data)
         except RecipeError as cause:

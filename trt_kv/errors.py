@@ -15,6 +15,8 @@ TrtKvError                 exit code 1
 
 from collections.abc import Iterable
 
+from trt_kv.printable import printable
+
 
 class TrtKvError(Exception):
     """An error with a message in four parts: what happened, what was found, what was expected, how to fix it."""
@@ -33,7 +35,7 @@ class TrtKvError(Exception):
         lines += [f"  got: {self.got}"] if self.got is not None else []
         lines += [f"  expected: {self.expected}"] if self.expected is not None else []
         lines += [f"  fix: {self.fix}"] if self.fix is not None else []
-        return "\n".join(lines)
+        return printable("\n".join(lines), lines=True)
 
 
 class UsageError(TrtKvError):

@@ -16,11 +16,21 @@ from trt_kv.errors import TrtKvError
 T = TypeVar("T")
 ErrorType = type[TrtKvError]
 
+MAX_DOCUMENT_BYTES = 16 * 2**20
+"""Of each document that describes an engine. Parsed, it takes up to about twenty times as much memory."""
 
-def read_json(path: Path, *, kind: str, error: ErrorType) -> Any:
-    """The parsed document at ``path``; ``error`` when it is missing, unreadable or not JSON. ``kind``: what it should be."""
+
+def read_json(path: Path, *, kind: str, error: ErrorType, max_bytes: int | None = None) -> Any:
+    """The parsed document at ``path``; ``error`` when it is missing, unreadable, larger than ``max_bytes`` or not JSON.
+
+    ``kind``: what it should be.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(-1 if max_bytes is None else max_bytes + 1)
+        if max_bytes is not None and len(content) > max_bytes:
+            raise error(f"the {kind} {path} is too large", got=f"more than {max_bytes} bytes", expected="a smaller file")
+        return json.loads(content.decode())
     except FileNotFoundError as cause:
         raise error(f"there is no {kind} at this path", got=str(path), expected=f"a {kind} file") from cause
     except OSError as cause:
@@ -66,22 +76,24 @@ def _is_nested(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value)
 
 
-def dataclass_from_json(cls: type[T], data: object, *, where: str, error: ErrorType) -> T:
+def dataclass_from_json(cls: type[T], data: object, *, where: str, error: ErrorType, with_defaults: bool = False) -> T:
     """An instance of the dataclass ``cls`` from a parsed JSON object that has exactly its fields, each of its type.
 
-    Supports str, int, float, bool, ``X | None``, ``tuple[X, ...]`` and nested dataclasses; numbers must be finite, and bool is
-    not accepted as a number. ``where`` names the object in errors, e.g. ``recipe.calibration``. Ranges are not checked here.
+    Supports str, int, float, bool, ``X | None``, ``tuple[X, ...]``, ``Literal`` and nested dataclasses; numbers must be finite,
+    and bool is not accepted as a number. ``with_defaults``: fields that have a default may be missing. ``where`` names the
+    object in errors, e.g. ``recipe.calibration``. Ranges are not checked here.
     """
     if not isinstance(data, Mapping):
         raise error(f"{where} is not a JSON object", got=_shown(data), expected="an object in braces")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(hints))
-    missing = sorted(set(hints) - set(data))
+    optional = {field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.default is not dataclasses.MISSING}
+    missing = sorted(set(hints) - set(data) - (optional if with_defaults else set()))
     if missing:
         raise error(f"{where} lacks fields", got=f"missing {missing}", expected=sorted(hints), fix="make the file again")
     if unknown:
         raise error(f"{where} has unknown fields", got=unknown, expected=sorted(hints), fix="update trt-kv")
-    return cls(**{name: _value(hint, data[name], f"{where}.{name}", error) for name, hint in hints.items()})
+    return cls(**{name: _value(hint, data[name], f"{where}.{name}", error) for name, hint in hints.items() if name in data})
 
 
 def _value(hint: Any, value: object, where: str, error: ErrorType) -> Any:
@@ -90,11 +102,15 @@ def _value(hint: Any, value: object, where: str, error: ErrorType) -> Any:
         (inner,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
         return None if value is None else _value(inner, value, where, error)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):
             raise error(f"{where} is not a list", got=_shown(value), expected="a list in brackets")
         return tuple(_value(typing.get_args(hint)[0], item, f"{where}[{index}]", error) for index, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return dataclass_from_json(typing.cast(type[Any], hint), value, where=where, error=error)
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise error(f"{where} is unknown", got=_shown(value), expected=f"one of {', '.join(typing.get_args(hint))}")
+        return value
     if hint is float:
         return _number(value, where, error)
     if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):

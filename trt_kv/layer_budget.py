@@ -1,5 +1,6 @@
 """How many tokens each layer keeps, if it follows from the policy (and its recipe) and the prompt's length alone."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,14 +10,15 @@ from trt_kv.policy import Policy, kept_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBudget:
-    """A layer keeps ``share`` (in [0, 1]) of its tokens, plus ``tokens`` (which may be negative)."""
+    """A layer keeps ``share`` (in [0, 1]) of its tokens, plus ``tokens`` (which may be negative), but at least ``floor``."""
 
     share: float
     tokens: int = 0
+    floor: int = 0
 
     def of(self, n_cached: int) -> int:
-        """Tokens kept of ``n_cached``, without regard to protected ones."""
-        return kept_tokens(n_cached, self.share, self.tokens)
+        """Tokens kept of ``n_cached``, at least one, without regard to protected ones."""
+        return kept_tokens(n_cached, self.share, self.tokens, max(1, self.floor))
 
     def of_prompt(self, n_prompt: int) -> int:
         """Tokens that a step may attend to with a host-resident cache; may exceed the length of the prompt."""
@@ -27,9 +29,10 @@ ALL = LayerBudget(share=1.0)
 
 
 def layer_budgets(policy: Policy, n_layers: int, kept_shares: Sequence[float] | None = None) -> list[LayerBudget]:
-    """One budget per layer. ``kept_shares``: a recipe's share of each layer; None: every layer keeps ``policy.kept``.
+    """One budget per layer, with the policy's floor.
 
-    Exempt layers keep everything. With budget "unimetric" all layers do, until the budget is computed from the input.
+    ``kept_shares``: a recipe's share of each layer; None: every layer keeps ``policy.kept``. Exempt layers keep everything.
+    With budget "unimetric" all layers do, until the budget is computed from the input.
     ``UsageError`` for an exempt layer that the model does not have.
     """
     missing = [layer for layer in policy.exempt_layers if layer >= n_layers]
@@ -49,6 +52,7 @@ def layer_budgets(policy: Policy, n_layers: int, kept_shares: Sequence[float] | 
             budgets = [ALL] * n_layers
         case _:
             budgets = [LayerBudget(share=share) for share in kept_shares or [policy.kept] * n_layers]
+    budgets = [dataclasses.replace(budget, floor=policy.eviction_floor) for budget in budgets]
     return [ALL if layer in policy.exempt_layers else budget for layer, budget in enumerate(budgets)]
 
 

@@ -3,24 +3,33 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from trt_kv.errors import EngineError, TrtKvError
-from trt_kv.json_file import read_json
+from trt_kv.errors import EngineError, TrtKvError, UsageError
+from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, read_json
 from trt_kv.layer_budget import LayerBudget
 from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, OpNode, Program, budgets_of, recall_nodes
+from trt_kv.safe_path import safe_join
+
+T = TypeVar("T")
 
 FORMAT = "trt-kv-engine"
 VERSION = 2
 READ_VERSIONS = (1, 2)
 """In version 1, ``segments`` is called ``pieces``, and a tensor of plans has another name."""
 FILE_NAME = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+RECIPE_FILE = "recipe.json"
+DRIFT_FILE = "drift.json"
+GRAPHS = "graphs"
+"""The folder of an engine's graphs and weights."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = tuple(ITEM_BYTES)
 """Compute types of an engine's graphs; CPUs run float32 only."""
@@ -63,6 +72,11 @@ class FileRecord:
     digest: str
     n_bytes: int
 
+    def __post_init__(self) -> None:
+        check_digest(self.digest, error=EngineError)
+        if self.n_bytes < 0:
+            raise EngineError("a file has a negative size", got=self.n_bytes, expected="bytes >= 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -88,6 +102,26 @@ class Manifest:
     files: Mapping[str, FileRecord]
     reproduce: str
     created_by: str
+
+    def __post_init__(self) -> None:
+        self.config.check_page_size(self.page_size)
+        if self.plan is None and not len(self.segments) - 1 == len(self.attention_ports) == self.config.n_layers:
+            raise EngineError(
+                "the segments are not those of the model's layers",
+                got=f"{len(self.segments)} segments, {len(self.attention_ports)} attention ports",
+                expected=f"{self.config.n_layers + 1} and {self.config.n_layers}",
+            )
+        unlisted = sorted(self.loaded_files - set(self.files))
+        if unlisted:
+            raise EngineError("files of the engine have no digest", got=unlisted, expected="every file that is loaded")
+
+    @property
+    def loaded_files(self) -> set[str]:
+        """What loading opens by name, by path in the folder; weights are named by the graphs and their index."""
+        names = {TOKENIZER_FILE, *(f"{GRAPHS}/{segment.file}" for segment in self.segments)}
+        names |= {self.plan.file} if self.plan is not None else set()
+        names |= {RECIPE_FILE} if self.policy.needs_recipe else set()
+        return names | ({DRIFT_FILE} if self.policy.needs_drift else set())
 
     @property
     def budgets(self) -> list[LayerBudget | None]:
@@ -146,11 +180,14 @@ class Manifest:
                 f"{source} was changed after the build", got=found, expected=data.get("digest"), fix="build the engine again"
             )
         try:
-            return cls(**(fields | _parsed(fields)))
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            manifest = cls(**(fields | _parsed(fields)))
+            _check_programs(manifest)
+            return manifest
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
             raise EngineError(f"{source} is malformed", got=repr(error), fix="build the engine again") from error
         except TrtKvError as error:
-            raise EngineError(f"{source}: {error.what}", got=error.got, expected=error.expected, fix=error.fix) from error
+            fix = error.fix or "build the engine again"
+            raise EngineError(f"{source}: {error.what}", got=error.got, expected=error.expected, fix=fix) from error
 
     def save(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")
@@ -163,20 +200,44 @@ def how_to_rebuild(folder: Path, reproduce: object) -> str:
     return f"build the engine again: {reproduce} --out {shlex.quote(str(folder))} --force"
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """The manifest of an engine folder; ``EngineError`` if there is none or it cannot be read."""
-    path = folder / FILE_NAME
-    if not path.is_file():
+def load_manifest(folder: Path, *, digest: str | None = None) -> Manifest:
+    """The manifest of an engine folder; ``EngineError`` if there is none, if it cannot be read, or if ``digest`` is given
+    and is not the manifest's.
+    """
+    data = _document(folder)
+    manifest = Manifest.from_json(data, source=folder / FILE_NAME)
+    if digest is not None:
+        check_digest(digest, error=UsageError)
+        if data["digest"] != digest:
+            raise EngineError(f"{folder} is another engine than was asked for", got=data["digest"], expected=digest)
+    return manifest
+
+
+def recorded_digest(folder: Path) -> str:
+    """The digest of an engine's manifest as its file has it; ``Manifest.from_json`` checks that it is right."""
+    return str(_document(folder).get("digest"))
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    """The file's content, unchecked."""
+    if not (folder / FILE_NAME).is_file():
         raise EngineError(
             f"{folder} is not an engine",
             got="no such folder" if not folder.is_dir() else f"a folder without {FILE_NAME}",
             expected="a folder made by `trt-kv build`",
             fix="make engine MODEL=llama3 POLICY=prefixkv",
         )
-    data = read_json(path, kind="manifest", error=EngineError)
+    path = safe_join(folder, FILE_NAME, error=EngineError)
+    data = read_json(path, kind="manifest", error=EngineError, max_bytes=MAX_DOCUMENT_BYTES)
     if not isinstance(data, dict):
         raise EngineError(f"{path} is not an engine manifest", got=type(data).__name__, expected="a JSON object")
-    return Manifest.from_json(data, source=path)
+    return data
+
+
+def check_digest(digest: str, *, error: type[TrtKvError]) -> None:
+    """Raise ``error`` unless ``digest`` has the form of a digest."""
+    if not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+        raise error("this is not a digest", got=repr(digest), expected="sha256: and 64 hexadecimal digits, as inspect shows it")
 
 
 def digest_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
@@ -190,37 +251,6 @@ def digest_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     return f"sha256:{sha.hexdigest()}"
 
 
-def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Records of every file under ``folder`` except the manifest, by path relative to it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE_NAME)
-    return {
-        path.relative_to(folder).as_posix(): FileRecord(digest=digest_of(path), n_bytes=path.stat().st_size) for path in paths
-    }
-
-
-def verify_files(folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] | None = None) -> None:
-    """Raise ``EngineError`` for a file that is missing or was changed after the build; sizes are compared before any digest."""
-    for name, record in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise EngineError(f"the engine {folder} is incomplete", got=f"{name} is missing", fix="build the engine again")
-        if path.stat().st_size != record.n_bytes:
-            raise EngineError(
-                f"{path} is not the file that was built",
-                got=f"{path.stat().st_size} bytes",
-                expected=f"{record.n_bytes} bytes",
-                fix="build the engine again",
-            )
-    for name, record in manifest.files.items():
-        if (found := digest_of(folder / name, on_bytes)) != record.digest:
-            raise EngineError(
-                f"{folder / name} is not the file that was built",
-                got=found,
-                expected=record.digest,
-                fix="build the engine again",
-            )
-
-
 def _document_digest(document: Mapping[str, Any]) -> str:
     """Digest of a JSON document, independent of white space and key order."""
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
@@ -229,20 +259,55 @@ def _document_digest(document: Mapping[str, Any]) -> str:
 
 def _plan(data: Mapping[str, Any]) -> Plan:
     profiles = [{axis: (low, usual, high) for axis, (low, usual, high) in ranges.items()} for ranges in data["profiles"]]
-    return Plan(file=data["file"], built_by=data["built_by"], profiles=tuple(profiles))
+    for ranges in profiles:
+        counts = all(type(size) is int for sizes in ranges.values() for size in sizes)
+        if not counts or not set("NBTM") <= set(ranges) or not all(1 <= low <= high for low, _, high in ranges.values()):
+            raise EngineError("a profile of the plan is malformed", got=ranges, expected="three sizes of each axis")
+    texts = {name: data[name] for name in ("file", "built_by")}
+    return Plan(**_texts(texts), profiles=tuple(profiles))
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise EngineError(f"{name} is not a text", got=repr(value), expected="a text")
+    return dict(values)
+
+
+def _listed(cls: type[T], values: list[Any], where: str) -> tuple[T, ...]:
+    return tuple(
+        dataclass_from_json(cls, value, where=f"{where}[{index}]", error=EngineError) for index, value in enumerate(values)
+    )
 
 
 def _parsed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are not plain JSON, read; and those that are, checked."""
+    names = ("model_name", "model_digest", "model_source", "target", "dtype", "reproduce", "created_by")
+    if type(fields["page_size"]) is not int or not all(type(version) is int for version in fields["op_versions"].values()):
+        raise EngineError("page_size or op_versions are not integers")
     return {
+        **_texts({name: fields[name] for name in names}),
         "config": ModelConfig.from_json(fields["config"]),
         "policy": Policy.from_json(fields["policy"]),
         "programs": {
             phase: tuple(tuple(OpNode.from_json(n) for n in nodes) for nodes in fields["programs"][phase]) for phase in PHASES
         },
-        "segments": tuple(
-            GraphSegment(file=p["file"], inputs=tuple(p["inputs"]), outputs=tuple(p["outputs"])) for p in fields["segments"]
-        ),
-        "attention_ports": tuple(AttentionPort(**port) for port in fields["attention_ports"]),
+        "segments": _listed(GraphSegment, fields["segments"], "segments"),
+        "attention_ports": _listed(AttentionPort, fields["attention_ports"], "attention_ports"),
         "plan": None if fields["plan"] is None else _plan(fields["plan"]),
-        "files": {name: FileRecord(**record) for name, record in fields["files"].items()},
+        "files": {
+            name: dataclass_from_json(FileRecord, record, where=f"files[{name!r}]", error=EngineError)
+            for name, record in fields["files"].items()
+        },
     }
+
+
+def _check_programs(manifest: Manifest) -> None:
+    """Raise ``EngineError``, or what reading them raises, for programs that are not of the model's layers."""
+    depths = {phase: len(program) for phase, program in manifest.programs.items()}
+    if set(depths.values()) != {manifest.config.n_layers}:
+        raise EngineError("the programs are not of the model's layers", got=depths, expected=manifest.config.n_layers)
+    ops = {node.op for program in manifest.programs.values() for nodes in program for node in nodes}
+    if not ops <= set(manifest.op_versions):
+        raise EngineError("ops have no version", got=dict(manifest.op_versions), expected=f"versions of {sorted(ops)}")
+    assert len(manifest.budgets) == len(manifest.taus) == manifest.config.n_layers

@@ -4,14 +4,16 @@ Read from a Hugging Face ``config.json`` by ``trt_kv.hf_config``; kept in engine
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trt_kv.errors import CheckpointError
+from trt_kv.errors import CheckpointError, UsageError
+from trt_kv.json_file import dataclass_from_json
 
 RopeKind = Literal["default", "linear", "llama3"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3")
+LARGEST_SIZE = 2**24
+"""Of anything that a config counts: several times what any model has, so that no file makes a program of a billion layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,11 @@ class RopeConfig:
                 got=f"low_freq_factor {self.low_freq_factor}, high_freq_factor {self.high_freq_factor}",
                 expected="0 < low_freq_factor < high_freq_factor",
             )
-        if self.kind == "llama3" and self.original_max_positions < 1:
+        if self.kind == "llama3" and not 1 <= self.original_max_positions <= LARGEST_SIZE:
             raise CheckpointError(
                 "RoPE type llama3 needs original_max_position_embeddings",
                 got=self.original_max_positions,
-                expected="an integer >= 1",
+                expected=f"an integer >= 1 and <= {LARGEST_SIZE}",
             )
 
 
@@ -77,10 +79,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.type is int and getattr(self, field.name) < 1:
-                raise CheckpointError(
-                    f"{field.name} must be at least 1", got=getattr(self, field.name), expected="an integer >= 1"
-                )
+            if field.type is not int:
+                continue
+            size = getattr(self, field.name)
+            if size < 1:
+                raise CheckpointError(f"{field.name} must be at least 1", got=size, expected="an integer >= 1")
+            if size > LARGEST_SIZE:
+                raise CheckpointError(f"{field.name} is too large", got=size, expected=f"at most {LARGEST_SIZE}")
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(
                 "query heads must divide evenly over KV heads",
@@ -107,6 +112,15 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads per KV head (G = H / K)."""
         return self.n_heads // self.n_kv_heads
+
+    def check_page_size(self, page_size: int) -> None:
+        """``UsageError`` unless a page of the KV cache has at least one token and at most as many as the model's context."""
+        if not 1 <= page_size <= self.max_positions:
+            raise UsageError(
+                "the page size is out of range",
+                got=page_size,
+                expected=f"--page-size from 1 to {self.max_positions}, the model's positions",
+            )
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight, under Hugging Face's names; a tied output matrix is not listed."""
@@ -143,16 +157,6 @@ class ModelConfig:
         return {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "ModelConfig":
-        """Read what ``to_json`` wrote. Raises ``CheckpointError`` on a missing or unknown field."""
-        fields = _known_fields(cls, data, "model config")
-        rope = RopeConfig(**_known_fields(RopeConfig, fields["rope"], "model config's rope"))
-        return cls(**{**fields, "rope": rope, "eos_token_ids": tuple(fields["eos_token_ids"])})
-
-
-def _known_fields(cls: type, data: Any, what: str) -> dict[str, Any]:
-    expected = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(data, Mapping) or set(data) != expected:
-        got = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
-        raise CheckpointError(f"a {what} must have exactly its own fields", got=got, expected=sorted(expected))
-    return dict(data)
+    def from_json(cls, data: object) -> "ModelConfig":
+        """Read what ``to_json`` wrote. Raises ``CheckpointError`` on a missing, unknown or mistyped field."""
+        return dataclass_from_json(cls, data, where="the model config", error=CheckpointError)

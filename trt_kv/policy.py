@@ -11,11 +11,11 @@ Named policies are presets of these, each in its own file in ``trt_kv/policies``
 
 import dataclasses
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from trt_kv.errors import UsageError
+from trt_kv.json_file import dataclass_from_json
 from trt_kv.policy_checks import check_policy
 from trt_kv.score import Score
 from trt_kv.scores import score_from_name
@@ -28,6 +28,8 @@ BUDGETS = {
     "recipe": "each layer keeps the share that a calibrated recipe gives it (PrefixKV)",
     "unimetric": "each layer keeps tokens that hold 1 - `threshold` of the attention norm, computed per input (ReFreeKV)",
 }
+DEFAULT_FLOOR = 256
+"""``floor`` of the presets that evict, except ``prefixkv_paper``."""
 RESIDENCIES = {
     "dropped": "tokens outside the budget are evicted, and their pages return to the pool",
     "host": "every token stays in host memory; a step attends to sinks, the newest tokens and the pages recalled for it",
@@ -89,7 +91,8 @@ class Policy:
     """Which tokens each layer keeps; ``UsageError`` for an invalid combination.
 
     ``kept``: mean kept share over the layers that are not exempt, in (0, 1]; 1 if the budget does not read it. ``tokens``:
-    budget "constant" only. ``window``: observation window in queries, for scores that read it. ``pooling``: width of the mean
+    budget "constant" only. ``floor``: a layer that holds at most so many tokens evicts none of them, whatever its budget (0: as
+    in the papers). ``window``: observation window in queries, for scores that read it. ``pooling``: width of the mean
     that smooths scores over neighbours, odd, 1 for none. ``sinks`` first and ``recent`` last prompt tokens are never evicted,
     nor is the newest ``recent_share`` of a budget. ``decode_distance``: decode "row" only. ``exempt_layers`` keep everything.
     ``threshold``, ``metric_row``, ``metric_order``, ``norm``: budget "unimetric" only. ``beta``: budget "pyramid" only, the
@@ -109,6 +112,7 @@ class Policy:
     residency: str = "dropped"
     kept: float = 1.0
     tokens: int = 0
+    floor: int = 0
     heads: str = "shared"
     window: int = 32
     pooling: int = 1
@@ -139,6 +143,11 @@ class Policy:
         return self.budget != "full" and not self.recalls
 
     @property
+    def eviction_floor(self) -> int:
+        """As many tokens as a layer may hold without any being evicted: ``floor``, or a constant budget that exceeds it."""
+        return max(self.floor, self.tokens) if self.evicts else 0
+
+    @property
     def recalls(self) -> bool:
         """Whether the cache stays on the host and pages of it are recalled."""
         return self.residency == "host"
@@ -166,20 +175,16 @@ class Policy:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Policy":
+    def from_json(cls, data: object) -> "Policy":
         """Read what ``to_json`` wrote; an unknown field is an error, because ignoring it would change what is kept."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise UsageError("a policy has unknown fields", got=unknown, expected=sorted(known))
-        return cls(**(dict(data) | {"exempt_layers": tuple(data.get("exempt_layers", ()))}))
+        return dataclass_from_json(cls, data, where="the policy", error=UsageError, with_defaults=True)
 
 
-def kept_tokens(n_cached: int, kept_share: float, tokens: int = 0) -> int:
-    """How many of ``n_cached`` tokens a budget keeps: n - round((1 - share) * n) + ``tokens``, at least 0 and at most n.
+def kept_tokens(n_cached: int, kept_share: float, tokens: int = 0, floor: int = 0) -> int:
+    """How many of ``n_cached`` tokens a budget keeps: n - round((1 - share) * n) + ``tokens``, at least ``floor``, at most n.
 
     Halves are rounded to even. The share is taken in fp32, as in the graph's attributes, so that a recipe and its
     engine never differ by a token.
     """
     share_on_node: float = struct.unpack("f", struct.pack("f", kept_share))[0]
-    return min(n_cached, max(0, tokens + n_cached - round((1.0 - share_on_node) * n_cached)))
+    return min(n_cached, max(floor, tokens + n_cached - round((1.0 - share_on_node) * n_cached)))

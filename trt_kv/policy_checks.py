@@ -38,7 +38,7 @@ def _check_values(policy: "Policy") -> None:
             expected="a number in (0, 1]",
             fix="e.g. --budget 0.5",
         )
-    counts = {"window": 1, "pooling": 1, "decode_distance": 1, "tokens": 0, "sinks": 0, "recent": 0, "seed": 0}
+    counts = {"window": 1, "pooling": 1, "decode_distance": 1, "tokens": 0, "floor": 0, "sinks": 0, "recent": 0, "seed": 0}
     for field, smallest in counts.items():
         value, largest = getattr(policy, field), LARGEST_POOLING if field == "pooling" else LARGEST_COUNT
         if not _is_int(value) or not smallest <= value <= largest:
@@ -86,6 +86,15 @@ def _check_budget(policy: "Policy") -> None:
             expected="tokens >= 1 exactly with budget 'constant'",
             fix="e.g. --set budget=constant tokens=512",
         )
+    if policy.budget == "full" and policy.floor:
+        raise UsageError("budget 'full' evicts nothing", got=f"floor {policy.floor}", expected="floor 0")
+    if policy.budget == "constant" and policy.floor > policy.tokens:
+        raise UsageError(
+            "tokens would be ignored: no layer evicts below the floor",
+            got=f"tokens {policy.tokens}, floor {policy.floor}",
+            expected="floor <= tokens",
+            fix="leave floor out",
+        )
 
 
 def _check_score(policy: "Policy") -> None:
@@ -131,6 +140,7 @@ def _check_residency(policy: "Policy") -> None:
     for field, neutral, reason in (
         ("decode", "keep", "with residency 'host' every generated token is kept"),
         ("recent_share", 0.0, "the newest tokens are given as a number: --set recent=..."),
+        ("floor", 0, "with residency 'host' nothing is evicted"),
     ):
         if getattr(policy, field) != neutral:
             raise UsageError(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from trt_kv.errors import UnknownNameError, UsageError
-from trt_kv.policy import NAMES, Policy
+from trt_kv.policy import DEFAULT_FLOOR, NAMES, Policy
 from trt_kv.scores import score_from_name, scores_that_read
 
 SHARED_BUDGETS = ("uniform", "pyramid", "recipe")
@@ -28,6 +28,7 @@ _READ_BY: Mapping[str, tuple[str, Callable[[Policy], bool]]] = {
     "recent": _EVICTION,
     "recent_share": _EVICTION,
     "exempt_layers": _EVICTION,
+    "floor": ("a score of tokens, which are evicted", lambda policy: policy.evicts),
     "decode_distance": ("decode row", lambda policy: policy.decode == "row"),
     "tau": ("score pages and drift fixed", lambda policy: policy.recalls and policy.drift == "fixed"),
     "drift": ("score pages", lambda policy: policy.recalls),
@@ -69,6 +70,11 @@ def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
     if residency != policy.residency:
         neutral |= {"residency": residency}
         neutral |= {"decode": "keep", "recent_share": 0.0, "recent": max(1, policy.recent)} if residency == "host" else {}
+    evicts = residency == "dropped" and budget != "full"
+    if not evicts or budget == "constant":
+        neutral["floor"] = 0
+    elif not policy.evicts:
+        neutral["floor"] = DEFAULT_FLOOR
     if score.ranks == "pages" and budget == "unimetric":
         neutral |= {"metric_order": "position", "metric_row": "query"}
     if not score.reads_attention:

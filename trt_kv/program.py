@@ -104,7 +104,10 @@ def budgets_of(program: Program) -> list[LayerBudget | None]:
             budgets.append(LayerBudget(share=1.0))
         else:
             attributes = limits.attributes
-            budgets.append(LayerBudget(share=float(attributes["kept_share"]), tokens=int(attributes["kept_tokens"])))
+            floor = int(attributes.get("floor", 0))
+            budgets.append(
+                LayerBudget(share=float(attributes["kept_share"]), tokens=int(attributes["kept_tokens"]), floor=floor)
+            )
     return budgets
 
 
@@ -187,6 +190,7 @@ class _Nodes:
         what: dict[str, AttributeValue] = {
             "kept_share": budget.share,
             "kept_tokens": budget.tokens,
+            "floor": policy.eviction_floor,
             "drop": 1,
             "sinks": policy.sinks,
             "recent": policy.recent,

@@ -13,7 +13,7 @@ from typing import Any
 
 from trt_kv import __version__
 from trt_kv.errors import RecipeError, UsageError
-from trt_kv.json_file import dataclass_from_json, document_text, read_json, write_atomically
+from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, document_text, read_json, write_atomically
 from trt_kv.policy import HEADS, Policy, kept_tokens
 from trt_kv.scores import attention_scores, scores_that_read
 
@@ -241,7 +241,7 @@ class Recipe:
     @classmethod
     def load(cls, path: Path) -> "Recipe":
         """Read a recipe file; ``RecipeError`` names the file and what is wrong with it."""
-        data = read_json(path, kind="recipe", error=RecipeError)
+        data = read_json(path, kind="recipe", error=RecipeError, max_bytes=MAX_DOCUMENT_BYTES)
         try:
             return cls.from_json(data)
         except RecipeError as cause:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trt_kv.errors import EngineError
-from trt_kv.json_file import dataclass_from_json, document_text, read_json
+from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, document_text, read_json
 from trt_kv.manifest import ITEM_BYTES
+from trt_kv.safe_path import safe_join
 
 FILE_NAME = "weights.json"
 
@@ -38,25 +39,25 @@ class WeightIndex:
 
 
 def load_weight_index(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> WeightIndex:
-    """The index in ``folder``. ``EngineError`` if there is none, if its tensors are not those of ``shapes``, or if one lies
-    beyond the end of its file.
+    """The index in ``folder``. ``EngineError`` if there is none, if its tensors are not those of ``shapes``, or if one is
+    not within a file of ``folder``.
     """
-    path = folder / FILE_NAME
-    if not path.is_file():
+    if not (folder / FILE_NAME).is_file():
         raise EngineError(
             f"{folder} has no index of its weights",
             got=f"no {FILE_NAME}",
             expected="an engine of this version of trt-kv",
             fix="build the engine again, with --force (make: FORCE=1)",
         )
-    data = read_json(path, kind="list of weights", error=EngineError)
+    path = safe_join(folder, FILE_NAME, error=EngineError)
+    data = read_json(path, kind="list of weights", error=EngineError, max_bytes=MAX_DOCUMENT_BYTES)
     index = dataclass_from_json(WeightIndex, data, where=str(path), error=EngineError)
     if index.dtype not in ITEM_BYTES or {weight.name: weight.shape for weight in index.weights} != dict(shapes):
         raise EngineError(f"{path} does not match the model's weights", fix="build the engine again")
     for weight in index.weights:
-        stored = folder / weight.file
-        n_bytes = stored.stat().st_size if stored.is_file() else 0
-        if weight.offset < 0 or weight.offset + index.n_bytes(weight) > n_bytes:
+        stored = safe_join(folder, weight.file, error=EngineError)
+        n_bytes = stored.stat().st_size
+        if weight.offset < 0 or weight.offset % ITEM_BYTES[index.dtype] or weight.offset + index.n_bytes(weight) > n_bytes:
             raise EngineError(
                 f"{stored} does not hold {weight.name}",
                 got=f"{n_bytes} bytes",

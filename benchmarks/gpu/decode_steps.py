@@ -31,7 +31,7 @@ LLAMA_1B = Shape(
     n_layers=16, hidden_size=2048, n_heads=32, n_kv_heads=8, head_dim=64, intermediate_size=8192, vocab_size=128256
 )
 SMALL = Shape(n_layers=3, hidden_size=48, n_heads=6, n_kv_heads=2, head_dim=16, intermediate_size=40, vocab_size=90)
-PREFIXKV = policy_from_name("prefixkv")
+PREFIXKV = policy_from_name("prefixkv_paper")
 KEPT = 0.3
 HEADROOM = 256
 """Tokens that a sequence may grow by."""
@@ -81,7 +81,7 @@ def run(*, quick: bool) -> Report:
     config = model_config_from_hf((SMALL if quick else LLAMA_1B).hf_config, source="benchmark")
     dtype = "float32" if quick else "bfloat16"
     decoder = _random_decoder(config, TORCH_TYPES[dtype])
-    policies = {"full": FULL, f"prefixkv {KEPT:.0%}": PREFIXKV}
+    policies = {"full": FULL, f"prefixkv_paper {KEPT:.0%}": PREFIXKV}
     rows: list[Row] = []
     checks = [_check_against_host(policy, name) for name, policy in policies.items()]
     for n_tokens in (20,) if quick else (8192, 32768):

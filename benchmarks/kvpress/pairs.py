@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.kvpress.set_up import press_class
-from trt_kv.policies import policy_from_name
+from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
 
 
@@ -34,16 +34,16 @@ class Pair:
         return dataclasses.replace(self.policy, kept=share)
 
 
-SNAPKV = policy_from_name("snapkv")
-OBSERVED = dataclasses.replace(policy_from_name("h2o"), score="mean_mass", recent_share=0.0, decode="keep")
+SNAPKV = policy_without_floor("snapkv")
+OBSERVED = dataclasses.replace(policy_without_floor("h2o"), score="mean_mass", recent_share=0.0, decode="keep")
 """H2O as in kvpress: means instead of sums, and no protected tokens."""
-LOTS = dataclasses.replace(policy_from_name("random"), sinks=0, recent=0)
+LOTS = dataclasses.replace(policy_without_floor("random"), sinks=0, recent=0)
 """Random tokens, none protected."""
 
 STREAMING_PAIR = Pair(
     press="StreamingLLMPress",
     module="streaming_llm_press",
-    policy=policy_from_name("streamingllm"),
+    policy=policy_without_floor("streamingllm"),
     named="streamingllm",
     same=True,
 )
@@ -62,11 +62,11 @@ OBSERVED_PAIR = Pair(
     named="h2o with mean_mass, nothing protected",
     same=True,
 )
-H2O_PAIR = dataclasses.replace(OBSERVED_PAIR, policy=policy_from_name("h2o"), named="h2o", same=False)
+H2O_PAIR = dataclasses.replace(OBSERVED_PAIR, policy=policy_without_floor("h2o"), named="h2o", same=False)
 PYRAMID_PAIR = Pair(
     press="PyramidKVPress",
     module="pyramidkv_press",
-    policy=policy_from_name("pyramidkv"),
+    policy=policy_without_floor("pyramidkv"),
     named="pyramidkv",
     same=False,
 )

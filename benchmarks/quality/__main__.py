@@ -30,7 +30,7 @@ from trt_kv.presets import preset
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ROOT / "build" / "report-parts"
 COMMITTED = ROOT / "docs" / "report"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "policies.md"
 BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
 
 
@@ -48,7 +48,7 @@ BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
     help="where to write; default docs/report, with --quick build/report",
 )
 def main(quick: bool, from_results: Path | None, recall_only: bool, out: Path | None) -> None:
-    """Measure or load results, then write tables and pictures; the committed report also fills the README's table."""
+    """Measure or load results, then write tables and pictures; the committed report fills a table of docs/policies.md too."""
     out = out or (ROOT / "build" / "report" if quick else COMMITTED)
     try:
         if recall_only and (quick or from_results):
@@ -60,8 +60,8 @@ def main(quick: bool, from_results: Path | None, recall_only: bool, out: Path | 
         write_report(results, recall, out)
         if out.resolve() == COMMITTED:
             summary = summary_markdown(results, recall)
-            content = readme_with_summary(README.read_text(encoding="utf-8"), summary)
-            write_atomically(README, content.encode(), kind="README", error=ReportError)
+            content = page_with_summary(PAGE.read_text(encoding="utf-8"), summary)
+            write_atomically(PAGE, content.encode(), kind="page", error=ReportError)
     except TrtKvError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -112,14 +112,12 @@ def write_report(results: Results, recall: RecallResults, out: Path) -> None:
         write_atomically(out / name, content, kind="report", error=ReportError)
 
 
-def readme_with_summary(text: str, summary: str) -> str:
+def page_with_summary(text: str, summary: str) -> str:
     """``text`` with ``summary`` between its markers. ``ReportError`` unless each marker occurs once, in order."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in after:
-        raise ReportError(
-            "the README has no place for the report's summary", expected=f"{BEGIN} and {END}, once each, in order"
-        )
+        raise ReportError("the page has no place for the report's summary", expected=f"{BEGIN} and {END}, once each, in order")
     return f"{before}{BEGIN}\n{summary}\n{END}{after}"
 
 

@@ -23,21 +23,25 @@ class Comparison:
 
 
 COMPARISONS = (
-    Comparison(choice="score: window instead of mass, each with its recipe", policy="window", other="prefixkv"),
+    Comparison(choice="score: window instead of mass, each with its recipe", policy="window", other="prefixkv_paper"),
     Comparison(choice="score: mean instead of sum of the attention, uniform layers", policy="mean-uniform", other="uniform"),
-    Comparison(choice="layers: recipe instead of uniform, mass score", policy="prefixkv", other="uniform"),
+    Comparison(choice="layers: recipe instead of uniform, mass score", policy="prefixkv_paper", other="uniform"),
     Comparison(choice="layers: recipe instead of uniform, window score", policy="window", other="window-uniform"),
     Comparison(choice="layers: pyramid instead of uniform, SnapKV's ranking", policy="pyramidkv", other="snapkv"),
-    Comparison(choice="search: offline recipe instead of per input, mass score", policy="prefixkv", other="mass-online"),
+    Comparison(choice="search: offline recipe instead of per input, mass score", policy="prefixkv_paper", other="mass-online"),
     Comparison(choice="search: offline recipe instead of per input, window score", policy="window", other="window-online"),
     Comparison(choice="heads: a ranking per KV head instead of one per layer", policy="window-heads", other="window"),
     Comparison(choice="pooling: over 15 neighbours instead of none", policy="window-pooled", other="window-heads"),
-    Comparison(choice="ranking: mass score instead of random tokens, same budgets", policy="prefixkv", other="random-recipe"),
+    Comparison(
+        choice="ranking: mass score instead of random tokens, same budgets", policy="prefixkv_paper", other="random-recipe"
+    ),
     Comparison(choice="ranking: mass score instead of recency, uniform layers", policy="uniform", other="streamingllm"),
     Comparison(
         choice="ranking: window score instead of recency, uniform layers", policy="window-uniform", other="streamingllm"
     ),
-    Comparison(choice="protection: last 32 tokens instead of the last one, mass score", policy="mass-recent", other="prefixkv"),
+    Comparison(
+        choice="protection: last 32 tokens instead of the last one, mass score", policy="mass-recent", other="prefixkv_paper"
+    ),
 )
 
 

@@ -105,7 +105,7 @@ def recall_markdown(recall: RecallResults, results: Results) -> str:
 
 
 def summary_markdown(results: Results, recall: RecallResults) -> str:
-    """The table for the README: every policy on every kind of task at one kept share, or at its adaptive budget."""
+    """The table of docs/policies.md: every policy on every kind of task at one kept share, or at its adaptive budget."""
     budget = results.settings.summary_budget
     return _filled(
         "summary",

@@ -1,4 +1,5 @@
-"""The policies that the report compares: every preset, and presets with one part replaced.
+"""The policies that the report compares: every preset, and presets with one part replaced. None has a floor,
+as in the papers.
 
 A new preset in ``trt_kv/policies`` is included automatically, in the group "ours"; those that keep the cache on the host are in
 ``recall.policies``.
@@ -8,12 +9,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from benchmarks.quality.results import PolicyFacts
-from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.policies import policy_names, policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import SHARED_BUDGETS, differences, setting_as_text
 from trt_kv.recipe import recipe_score
 
-PUBLISHED = ("prefixkv", "uniform", "streamingllm", "h2o", "snapkv", "pyramidkv", "random", "refreekv")
+PUBLISHED = ("prefixkv_paper", "uniform", "streamingllm", "h2o", "snapkv", "pyramidkv", "random", "refreekv")
 THRESHOLDS = (0.001, 0.003, 0.03, 0.1)
 """ReFreeKV's thresholds besides its own 1 %."""
 
@@ -58,12 +59,12 @@ class Contender:
 
 def contenders() -> list[Contender]:
     """Every policy of the report, the full cache first."""
-    presets = {name: policy_from_name(name) for name in policy_names()}
+    presets = {name: policy_without_floor(name) for name in policy_names()}
     ours = [name for name, policy in presets.items() if name not in (*PUBLISHED, "full") and not policy.recalls]
     return [
-        Contender(name="full", label="full cache", group="reference", policy=policy_from_name("full")),
-        *(Contender(name=name, label=name, group="published", policy=policy_from_name(name)) for name in PUBLISHED),
-        *(Contender(name=name, label=name, group="ours", policy=policy_from_name(name)) for name in ours),
+        Contender(name="full", label="full cache", group="reference", policy=policy_without_floor("full")),
+        *(Contender(name=name, label=name, group="published", policy=policy_without_floor(name)) for name in PUBLISHED),
+        *(Contender(name=name, label=name, group="ours", policy=policy_without_floor(name)) for name in ours),
         *_choices(),
         *_thresholds(),
         *_ablations(),
@@ -72,7 +73,7 @@ def contenders() -> list[Contender]:
 
 def _choices() -> list[Contender]:
     """PrefixKV and its uniform variant with another score, another protection, a ranking per head, or shares per input."""
-    prefixkv, uniform = policy_from_name("prefixkv"), policy_from_name("uniform")
+    prefixkv, uniform = policy_without_floor("prefixkv_paper"), policy_without_floor("uniform")
     window = dataclasses.replace(prefixkv, score="window", window=32)
     each = dataclasses.replace(window, heads="each")
     policies = {
@@ -81,11 +82,11 @@ def _choices() -> list[Contender]:
         "window-heads": ("window score per KV head, its recipe", each),
         "window-pooled": ("window score per KV head, pooled, its recipe", dataclasses.replace(each, pooling=15)),
         "mean-uniform": ("mean mass score, uniform layers", dataclasses.replace(uniform, score="mean_mass")),
-        "mass-recent": ("prefixkv, last 32 tokens protected", dataclasses.replace(prefixkv, recent=32)),
-        "random-recipe": ("random tokens, prefixkv's recipe", dataclasses.replace(prefixkv, score="random")),
+        "mass-recent": ("prefixkv_paper, last 32 tokens protected", dataclasses.replace(prefixkv, recent=32)),
+        "random-recipe": ("random tokens, prefixkv_paper's recipe", dataclasses.replace(prefixkv, score="random")),
     }
     searched = {
-        "mass-online": ("prefixkv, searched per input", prefixkv),
+        "mass-online": ("prefixkv_paper, searched per input", prefixkv),
         "window-online": ("window, searched per input", window),
     }
     return [
@@ -98,7 +99,7 @@ def _choices() -> list[Contender]:
 
 
 def _thresholds() -> list[Contender]:
-    refreekv = policy_from_name("refreekv")
+    refreekv = policy_without_floor("refreekv")
     return [
         Contender(
             name=f"refreekv-{threshold}",
@@ -112,7 +113,7 @@ def _thresholds() -> list[Contender]:
 
 def _ablations() -> list[Contender]:
     """Ablations of ReFreeKV, each with one part replaced."""
-    refreekv = policy_from_name("refreekv")
+    refreekv = policy_without_floor("refreekv")
     parts: dict[str, tuple[str, dict[str, object]]] = {
         "refreekv-attention": (
             "ranked by the last query's attention instead of position",

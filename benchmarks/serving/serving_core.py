@@ -150,7 +150,7 @@ def _models(folder: Path, effort: Effort) -> dict[str, ServedModel]:
     shares = calibrated_shares(checkpoint, bundled, of_bundled["executor"], budgets=[KEPT])[KEPT]
     return {
         "bundled, full": ServedModel(**of_bundled, policy=FULL),
-        f"bundled, prefixkv {KEPT:.0%}": ServedModel(**of_bundled, policy=PREFIXKV, kept_shares=shares),
+        f"bundled, prefixkv_paper {KEPT:.0%}": ServedModel(**of_bundled, policy=PREFIXKV, kept_shares=shares),
         _wide_name(effort): ServedModel(executor=wide.executor(), config=wide.config, policy=FULL),
     }
 

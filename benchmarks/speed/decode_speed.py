@@ -88,7 +88,7 @@ def _bundled(checkpoint: Checkpoint, folder: Path, *, contexts: Sequence[int], r
 def _recipes(checkpoint: Checkpoint, model: ExportedModel, executor: DenseExecutor) -> dict[str, list[float] | None]:
     """Kept shares per layer of each side; None for the whole cache."""
     shares = calibrated_shares(checkpoint, model, executor, budgets=BUDGETS)
-    return {"full": None} | {f"prefixkv {budget:.0%}": kept for budget, kept in shares.items()}
+    return {"full": None} | {f"prefixkv_paper {budget:.0%}": kept for budget, kept in shares.items()}
 
 
 def _wide(model: ExportedModel, *, contexts: Sequence[int], rounds: int) -> tuple[list[Row], list[Check]]:
@@ -102,7 +102,7 @@ def _wide(model: ExportedModel, *, contexts: Sequence[int], rounds: int) -> tupl
     for context in contexts:
         sides = {}
         for share in (*BUDGETS, 1.0):
-            name = "full" if share == 1.0 else f"prefixkv {share:.0%}"
+            name = "full" if share == 1.0 else f"prefixkv_paper {share:.0%}"
             sides[name] = Side(runner=runner, sequence=_filled_sequence(runner, context, share))
         sides = dict(reversed(sides.items()))
         checks += _checks(model, executor, sides, context)

@@ -26,7 +26,7 @@ from benchmarks.models import (
     random_checkpoint,
     random_tokens,
 )
-from trt_kv.policies import policy_from_name
+from trt_kv.policies import policy_without_floor
 from trt_kv.runtime.model_runner import ModelRunner
 
 MIB = 2**20
@@ -35,7 +35,7 @@ SIDES = {
     "without scores": FULL,
     "window of 32 queries": WINDOW,
     "mass of all queries": MASS,
-    **{name: policy_from_name(name) for name in ("snapkv", "refreekv", "reach")},
+    **{name: policy_without_floor(name) for name in ("snapkv", "refreekv", "reach")},
 }
 EAGER = "transformers, output_attentions"
 RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}

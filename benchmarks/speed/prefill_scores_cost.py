@@ -8,7 +8,7 @@ from benchmarks.harness import Check, Report, Row, Target, check_close, take_tur
 from benchmarks.models import FULL, MASS, WINDOW, Shape, exported_model, model_runner, random_checkpoint, random_tokens
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
-from trt_kv.policies import policy_from_name
+from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.model_runner import ModelRunner
@@ -17,8 +17,8 @@ POLICIES: dict[str, Policy] = {
     "without scores": FULL,
     "window of 32 queries": WINDOW,
     "mass of all queries": MASS,
-    **{name: policy_from_name(name) for name in ("h2o", "snapkv", "reach")},
-    "refreekv, no layer exempt": dataclasses.replace(policy_from_name("refreekv"), exempt_layers=()),
+    **{name: policy_without_floor(name) for name in ("h2o", "snapkv", "reach")},
+    "refreekv, no layer exempt": dataclasses.replace(policy_without_floor("refreekv"), exempt_layers=()),
 }
 LIMIT = 1.5
 """Limit for every policy at the longest context. Scoring costs about as much as attention, and nothing else changes."""

@@ -37,16 +37,19 @@ class StoredTensor:
     n_bytes: int
 
     def chunks(self) -> Iterator[bytes]:
-        """The tensor's bytes in chunks of a few MiB."""
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            left = self.n_bytes
-            while left:
-                piece = file.read(min(left, _CHUNK_BYTES))
-                if not piece:
-                    raise CheckpointError(f"{self.path} became shorter while it was read", fix=_AGAIN)
-                left -= len(piece)
-                yield piece
+        """The tensor's bytes in chunks of a few MiB. Raises ``CheckpointError`` if they cannot be read."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                left = self.n_bytes
+                while left:
+                    piece = file.read(min(left, _CHUNK_BYTES))
+                    if not piece:
+                        raise CheckpointError(f"{self.path} became shorter while it was read", fix=_AGAIN)
+                    left -= len(piece)
+                    yield piece
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}", got=error.strerror, fix=_AGAIN) from error
 
 
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:

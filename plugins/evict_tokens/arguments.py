@@ -21,6 +21,7 @@ class Arguments(Generic[Array]):
     page_size: int
     kept_share: float
     kept_tokens: int = 0
+    floor: int = 0
     drop: int = 1
     sinks: int = 1
     recent: int = 1

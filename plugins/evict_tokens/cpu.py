@@ -31,7 +31,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
     for b in np.flatnonzero(args.evict):
         n = int(n_cached[b])
         target = tokens_of_budget(n, args.kept_share, args.kept_tokens) if args.budget is None else int(args.budget[b])
-        target = min(n, max(0, n - args.drop if args.evict[b] == DROP else target))
+        target = min(n, max(1, args.floor, n - args.drop if args.evict[b] == DROP else target))
         recents[b] = max(args.recent, int(float(np.float32(args.recent_share)) * max(0, target - args.sinks)))
         kept[b] = min(n, max(target, args.sinks + int(recents[b])))
 

@@ -62,7 +62,7 @@ def _counts(f: FunctionBody, n_B1: ir.Value, drops_B1: ir.Value, budget: ir.Valu
     drop, sinks = f.attribute("drop"), f.attribute("sinks")
     by_budget_B1 = f.Add(kept_share_of(f, n_B1), f.attribute("kept_tokens")) if budget is None else f.Unsqueeze(budget, [1])
     target_B1 = f.Where(drops_B1, f.Sub(n_B1, drop), by_budget_B1)
-    target_B1 = f.Min(f.Max(target_B1, 0), n_B1)
+    target_B1 = f.Min(f.Max(target_B1, f.attribute("floor"), 1), n_B1)
     of_recent = f.Mul(fixed_point(f, "recent_share"), f.Max(f.Sub(target_B1, sinks), 0))
     recents_B1 = f.Max(f.Div(of_recent, SHARE_UNIT), f.attribute("recent"))
     return f.Min(f.Max(target_B1, f.Add(recents_B1, sinks)), n_B1), recents_B1

@@ -24,7 +24,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
         drops = args.evict[b] == 2
         if drops:
             target = n - args.drop
-        target = min(n, max(0, target))
+        target = min(n, max(1, args.floor, target))
         recents = max(args.recent, int(float(np.float32(args.recent_share)) * max(0, target - args.sinks)))
         kept[b] = min(n, max(target, args.sinks + recents))
         for head in range(args.kv.shape[2]):

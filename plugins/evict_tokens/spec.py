@@ -10,15 +10,16 @@ DIMS = {"H": 4, "K": 2, "D": 6, "P": 5, "L": 2}
 SPEC = OpSpec(
     name="EvictTokens",
     summary=(
-        "For every sequence whose evict flag is not 0, with n cached tokens: all KV heads keep the same number of tokens, each "
-        "its own. target = n - drop if the flag is 2; else budget[b] if that input is given; else kept_tokens + n - round((1 - "
-        "kept_share) * n); not below 0 nor above n. recents = max(recent, floor(recent_share * max(0, target - sinks))). "
-        "kept = max(target, sinks + recents), at most n. The `sinks` lowest and `recents` highest positions always stay; of "
-        "the others the first by ranking, ties by lower position. Ranking 0: higher scores first. 1: newest first. 2: random, "
-        "a hash of (seed, layer, KV head, position), see plugins/lots.py. Rankings 1 and 2 never read the scores. With flag "
-        "1 the kept tokens move to the front of the sequence's pages in order of position. With flag 2, which is for "
-        "decoding, kept tokens in the first `kept` slots stay there, and kept tokens in later slots move into the freed "
-        "slots, both in slot order. Shares are fp32, their products fp64; round() takes halves to the even neighbour."
+        "For every sequence whose evict flag is not 0, with n cached tokens: all KV heads keep the same number of tokens, "
+        "each its own. target = n - drop if the flag is 2; else budget[b] if that input is given; else kept_tokens + n - "
+        "round((1 - kept_share) * n); at least max(1, floor), at most n. recents = max(recent, floor(recent_share * max(0, "
+        "target - sinks))). kept = max(target, sinks + recents), at most n. The `sinks` lowest and `recents` highest "
+        "positions always stay; of the others the first by ranking, ties by lower position. Ranking 0: higher scores first. "
+        "1: newest first. 2: random, a hash of (seed, layer, KV head, position), see plugins/lots.py. Rankings 1 and 2 never "
+        "read the scores. With flag 1 the kept tokens move to the front of the sequence's pages in order of position. With "
+        "flag 2, which is for decoding, kept tokens in the first `kept` slots stay there, and kept tokens in later slots move"
+        " into the freed slots, both in slot order. Shares are fp32, their products fp64; round() takes halves to the even "
+        "neighbour."
     ),
     source=(
         "PrefixKV (arXiv 2412.03409), eviction once after prefill, protected tokens as in the released code (1 and 1); drop: "
@@ -50,6 +51,7 @@ SPEC = OpSpec(
         t.PAGE_SIZE,
         AttributeSpec(name="kept_share", type="float", doc="share of the cached tokens to keep, in [0, 1]"),
         AttributeSpec(name="kept_tokens", type="int", doc="tokens to keep on top of the share; may be negative", default=0),
+        AttributeSpec(name="floor", type="int", doc="tokens that a sequence may hold without eviction", default=0),
         AttributeSpec(name="drop", type="int", doc="tokens that flag 2 evicts", default=1),
         AttributeSpec(name="sinks", type="int", doc="first tokens that are never evicted", default=1),
         AttributeSpec(name="recent", type="int", doc="last tokens that are never evicted", default=1),
@@ -138,6 +140,37 @@ SPEC = OpSpec(
             new=(0, 0, 0),
             dims=DIMS,
             attributes={"kept_share": 0.5, "kept_tokens": -4, "sinks": 0, "recent": 0},
+        ),
+        Case(
+            name="floor",
+            cached=(31, 4, 17),
+            new=(0, 0, 0),
+            dims={**DIMS, "P": 4},
+            attributes={"kept_share": 0.2, "floor": 17, "sinks": 0, "recent": 0, "recent_share": 0.5},
+        ),
+        Case(
+            name="one_stays",
+            cached=(9, 1, 6),
+            new=(0, 0, 0),
+            dims={**DIMS, "H": 5, "K": 5},
+            attributes={"kept_share": 0.01, "drop": 6, "sinks": 0, "recent": 0},
+            values={"evict": (1, 1, 2)},
+        ),
+        Case(
+            name="drop_to_the_floor",
+            cached=(13, 8, 14),
+            new=(0, 0, 0),
+            dims={**DIMS, "D": 10},
+            attributes={"kept_share": 0.1, "floor": 12, "drop": 3, "sinks": 2, "recent": 0},
+            values={"evict": (2, 2, 2)},
+        ),
+        Case(
+            name="budget_below_the_floor",
+            cached=(13, 21),
+            new=(0, 0),
+            dims={**DIMS, "P": 6},
+            attributes={"kept_share": 0.4, "floor": 9, "sinks": 1},
+            values={"budget": (4, 15)},
         ),
         Case(
             name="half_recent",

@@ -110,7 +110,7 @@ def nth_largest(
 
 
 @triton.jit(
-    do_not_specialize=["table_stride_b", "kept_tokens", "drop", "sinks", "recent", "lot_base"],
+    do_not_specialize=["table_stride_b", "kept_tokens", "floor", "drop", "sinks", "recent", "lot_base"],
     do_not_specialize_on_alignment=["evict_ptr", "budget_ptr", "table_ptr", "len_ptr"],
 )
 def threshold_kernel(
@@ -126,6 +126,7 @@ def threshold_kernel(
     recent_share: tl.tensor,
     table_stride_b: tl.tensor,
     kept_tokens: tl.tensor,
+    floor: tl.tensor,
     drop: tl.tensor,
     sinks: tl.tensor,
     recent: tl.tensor,
@@ -149,7 +150,7 @@ def threshold_kernel(
     else:
         target = kept_of_share(n_cached, kept_share) + kept_tokens
     target = tl.where(flag == 2, n_cached - drop, target)
-    target = tl.minimum(tl.maximum(target, 0), n_cached)
+    target = tl.minimum(tl.maximum(target, tl.maximum(floor, 1)), n_cached)
     recents = tl.maximum(whole_part_of_share(tl.maximum(target - sinks, 0), recent_share), recent)
     kept = tl.minimum(tl.maximum(target, sinks + recents), n_cached)
     tl.store(kept_ptr + b, kept, mask=head == 0)
@@ -459,6 +460,7 @@ def run(args: Arguments[Tensor]) -> tuple[Tensor]:
         kept_share=float(args.kept_share),
         recent_share=float(args.recent_share),
         kept_tokens=args.kept_tokens,
+        floor=args.floor,
         drop=args.drop,
         sinks=args.sinks,
         recent=args.recent,

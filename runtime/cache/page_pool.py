@@ -44,6 +44,12 @@ class PagePool:
     def used_bytes(self) -> int:
         return (self.n_pages - self.n_free) * self.page_bytes
 
+    def secure(self, n_pages: int) -> None:
+        """Make sure that the first ``n_pages`` can be written, before a request relies on it. ``CapacityError`` if they cannot.
+
+        As the lowest free pages are allocated first, these are all that are used while no more have been reserved.
+        """
+
     def new_owner(self) -> int:
         """A new owner number."""
         return next(self._owners)

@@ -16,7 +16,10 @@ from trt_kv.runtime.cache.page_pool import PagePool
 class SequenceCache:
     """Pages, lengths and decode-time eviction of one sequence over L layers."""
 
-    def __init__(self, pool: KvPool[Any], *, n_layers: int, decode_distance: int = Policy.decode_distance) -> None:
+    def __init__(
+        self, pool: KvPool[Any], *, n_layers: int, decode_distance: int = Policy.decode_distance, floor: int = 0
+    ) -> None:
+        """``floor``: a layer that holds fewer tokens evicts none while decoding."""
         self.pool = pool
         self.num_computed_tokens = 0
         """Prompt and generated tokens so far; also the position of the next token."""
@@ -24,6 +27,7 @@ class SequenceCache:
         self.page_table: Ints = np.full((n_layers, 8), -1, np.int64)
         self._n_pages: Ints = np.zeros(n_layers, np.int64)
         self._decode_distance = decode_distance
+        self._floor = floor
         self._growth: list[float] | None = None
         self._reuse_order: list[deque[int]] = []
         self.is_evicted = False
@@ -145,7 +149,7 @@ class SequenceCache:
         return twin
 
     def _empty_twin(self) -> Self:
-        return type(self)(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance)
+        return type(self)(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance, floor=self._floor)
 
     def release(self) -> None:
         """Free all pages; the sequence is empty afterwards. May be called again, also after an interrupted call."""
@@ -166,10 +170,13 @@ class SequenceCache:
         return list(dict.fromkeys(self._pool_of(layer) for layer in range(self.n_layers)))
 
     def _evicts_for_next(self, layer: int) -> bool:
-        """Whether the layer is over its share of the computed tokens by one or more (papers: int(len - T * kept) > 0)."""
+        """Whether the layer is over its share of the computed tokens by one or more (papers: int(len - T * kept) > 0), and not
+        below the floor.
+        """
         assert self._growth is not None
-        over = int(self.kv_len[layer] - self.num_computed_tokens * self._growth[layer]) > 0
-        return over and bool(self._reuse_order[layer])
+        n_held = self.kv_len[layer]
+        over = int(n_held - self.num_computed_tokens * self._growth[layer]) > 0
+        return over and n_held >= self._floor and bool(self._reuse_order[layer])
 
     def _slots(self, layer: int, indices: range) -> Ints:
         """Pool slots of the sequence's cached tokens ``indices``."""

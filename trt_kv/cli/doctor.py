@@ -3,8 +3,8 @@
 import click
 
 from trt_kv.cli.options import debug_option
-from trt_kv.cli.output import printable
 from trt_kv.pipeline.environment import Finding, State, examine
+from trt_kv.printable import printable
 
 COLOURS = {State.OK: "green", State.OPTIONAL: "yellow", State.MISSING: "red"}
 

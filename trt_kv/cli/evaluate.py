@@ -6,7 +6,7 @@ import click
 
 from trt_kv.calibration.task_files import MATCHES, Match
 from trt_kv.cli.evaluation_table import describe_evaluation
-from trt_kv.cli.options import any_path, debug_option, existing_file, utf8_text
+from trt_kv.cli.options import any_path, debug_option, digest_option, existing_file, utf8_text
 from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.cli.run_options import device_options, resource_options
@@ -51,6 +51,7 @@ from trt_kv.pipeline import DeviceChoice, EvaluationRequest, ResourceChoice, eva
 )
 @resource_options
 @device_options
+@digest_option
 @debug_option
 def command(
     *,
@@ -66,6 +67,7 @@ def command(
     batch_size: int,
     resources: ResourceChoice,
     on: DeviceChoice,
+    digest: str | None,
 ) -> None:
     """Run ENGINE on tasks and report accuracy, perplexity of the expected answers, kept share of the cache and time.
 
@@ -92,6 +94,7 @@ def command(
         force=force,
         resources=resources,
         on=on,
+        digest=digest,
     )
     with termination_unwinds(), progress_bars() as on_progress:
         evaluation = evaluate(request, on_progress=on_progress, on_note=say_note)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trt_kv.calibration.task_files import MATCHES
-from trt_kv.cli.output import printable
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy_settings import differences, setting_as_text
+from trt_kv.printable import printable
 
 if TYPE_CHECKING:
     from trt_kv.calibration.answer_files import EngineFacts, Evaluation, Run

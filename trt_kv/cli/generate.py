@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from trt_kv.cli.generation import GenerationRequest, RunOptions, stream_text
-from trt_kv.cli.options import any_path, debug_option, utf8_text
+from trt_kv.cli.options import any_path, debug_option, digest_option, utf8_text
 from trt_kv.cli.output import say
 from trt_kv.cli.run_options import device_options, resource_options
 from trt_kv.errors import UsageError
@@ -43,8 +43,16 @@ from trt_kv.text_file import read_text, text_from_bytes
 @click.option(
     "--stop", callback=utf8_text, multiple=True, metavar="TEXT", help="Stop before this text; may be given several times."
 )
+@click.option(
+    "--special-tokens/--no-special-tokens",
+    "parse_special_tokens",
+    default=True,
+    show_default=True,
+    help="Read special tokens in the prompt, such as <eos>, as control tokens; with --no-, as text like any other.",
+)
 @resource_options
 @device_options
+@digest_option
 @debug_option
 def command(
     *,
@@ -58,8 +66,10 @@ def command(
     seed: int,
     trace: Path | None,
     stop: tuple[str, ...],
+    parse_special_tokens: bool,
     resources: ResourceChoice,
     on: DeviceChoice,
+    digest: str | None,
 ) -> None:
     """Continue PROMPT with ENGINE and stream the text. If PROMPT is -, it is read from standard input.
 
@@ -79,9 +89,10 @@ def command(
         top_k=top_k,
         seed=seed,
         stop=stop,
+        parse_special_tokens=parse_special_tokens,
     )
     notes: list[str] = []
-    running = RunOptions(on=on, resources=resources, trace=trace)
+    running = RunOptions(on=on, digest=digest, resources=resources, trace=trace)
     begun = False
     try:
         for piece in stream_text(engine=engine, request=request, running=running, on_end=notes.append):

@@ -25,13 +25,17 @@ class GenerationRequest:
     top_k: int
     seed: int
     stop: tuple[str, ...]
+    parse_special_tokens: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How an engine is run, and where (``on``). ``trace``: the file that the timeline of the run is written to."""
+    """How an engine is run, and where (``on``). ``digest``: of the only engine to accept. ``trace``: the file that the
+    timeline is written to.
+    """
 
     on: DeviceChoice = field(default_factory=DeviceChoice)
+    digest: str | None = None
     resources: ResourceChoice = field(default_factory=ResourceChoice)
     trace: Path | None = None
 
@@ -51,13 +55,16 @@ def stream_text(
     options = dataclasses.asdict(request)
     prompt = options.pop("prompt")
     with progress_bars() as on_progress:
-        loaded = Engine.load(engine, trace=trace, on_progress=on_progress, **running.on.options, **running.resources.options())
-        n_prompt = len(loaded.encode(prompt))
+        options_of_load = {**running.on.options, **running.resources.options()}
+        loaded = Engine.load(engine, digest=running.digest, trace=trace, on_progress=on_progress, **options_of_load)
+        n_prompt = len(loaded.encode(prompt, parse_special_tokens=request.parse_special_tokens))
         stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **options)
         first = next(stream, "")
     yield first
     yield from stream
     result = stream.result
+    if request.parse_special_tokens and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
+        on_end("[the prompt begins with the tokenizer's BOS: no second one was put in front]")
     held, seen = _mean(result.kv_tokens), result.num_computed_tokens
     exempt = loaded.manifest.policy.exempt_layers
     others = [n for layer, n in enumerate(result.kv_tokens) if layer not in exempt]

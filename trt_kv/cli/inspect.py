@@ -4,14 +4,15 @@ from pathlib import Path
 
 import click
 
-from trt_kv.cli.options import any_path, debug_option
+from trt_kv.cli.options import any_path, debug_option, digest_option
 from trt_kv.cli.output import say
 
 
 @click.command("inspect", short_help="Show what is in an engine.")
 @click.argument("engine", type=any_path)
+@digest_option
 @debug_option
-def command(*, engine: Path) -> None:
+def command(*, engine: Path, digest: str | None) -> None:
     """Show an engine's model, policy, budgets per layer and sizes, and where each number came from.
 
     \b
@@ -20,4 +21,4 @@ def command(*, engine: Path) -> None:
     """
     from trt_kv.cli.inspection import describe_engine
 
-    say(describe_engine(engine))
+    say(describe_engine(engine, digest=digest))

@@ -3,32 +3,37 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from trt_kv.cli.output import printable
 from trt_kv.drift import Drift
+from trt_kv.engine_files import verify_files
+from trt_kv.errors import EngineError
 from trt_kv.layer_budget import ALL
-from trt_kv.manifest import Manifest, load_manifest, verify_files
+from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, load_manifest, recorded_digest
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import DECODES, GROUP_POOLINGS, METRIC_ROWS, PAGE_SUMMARIES, RESIDENCIES, Policy
 from trt_kv.policy_settings import differences, setting_as_text
+from trt_kv.printable import printable
 from trt_kv.recipe import Recipe
+from trt_kv.safe_path import safe_join
 
 BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def describe_engine(folder: Path) -> str:
-    """Multi-line text. Raises ``EngineError`` for anything that is not a complete, unmodified engine."""
-    manifest = load_manifest(folder)
+def describe_engine(folder: Path, *, digest: str | None = None) -> str:
+    """Multi-line text. Raises ``EngineError`` for anything that is not a complete, unmodified engine, or not that of
+    ``digest``.
+    """
+    manifest = load_manifest(folder, digest=digest)
     verify_files(folder, manifest)
-    recipe = Recipe.load(folder / "recipe.json") if manifest.policy.needs_recipe else None
-    drift = Drift.load(folder / "drift.json") if manifest.policy.needs_drift else None
+    recipe = Recipe.load(safe_join(folder, RECIPE_FILE, error=EngineError)) if manifest.policy.needs_recipe else None
+    drift = Drift.load(safe_join(folder, DRIFT_FILE, error=EngineError)) if manifest.policy.needs_drift else None
     sections = [
         _model(folder, manifest),
         _policy(manifest, recipe),
         _budgets(manifest, recipe),
         _taus(manifest, drift),
         _sizes(manifest),
-        _origins(manifest, recipe, drift),
+        [*_origins(manifest, recipe, drift), f"digest    {recorded_digest(folder)}"],
     ]
     return "\n\n".join("\n".join(map(printable, section)) for section in sections if section)
 
@@ -113,7 +118,8 @@ def _budget(policy: Policy) -> str:
 
 def _protected(policy: Policy) -> str:
     newest = f", newest {policy.recent_share:.0%} of the budget" if policy.recent_share else ""
-    return f"first {policy.sinks} and last {policy.recent} prompt tokens{newest}"
+    floor = f"; nothing while a layer holds at most {policy.eviction_floor} tokens" if policy.eviction_floor else ""
+    return f"first {policy.sinks} and last {policy.recent} prompt tokens{newest}{floor}"
 
 
 def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:

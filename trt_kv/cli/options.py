@@ -235,3 +235,9 @@ drift_file_option = click.option(
     metavar="FILE",
     help="Drift thresholds per layer to use instead of measuring them, for a policy with drift=calibrated.",
 )
+
+digest_option = click.option(
+    "--digest",
+    metavar="sha256:...",
+    help="Refuse any engine but the one with this digest, which `trt-kv inspect` shows. Default: any.",
+)

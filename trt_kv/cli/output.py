@@ -1,22 +1,13 @@
-"""What is printed, so that any terminal can show it: control characters of names and files are shown as escapes."""
+"""What is printed, so that any terminal can show it."""
 
 import contextlib
 import io
 import sys
-import unicodedata
 from collections.abc import Iterator
 
 import click
 
-_BIDIRECTIONAL = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that reorder the text around them."""
-
-
-def printable(text: str, *, lines: bool = False) -> str:
-    """``text`` with control characters as escapes such as \\x1b; with ``lines`` except line ends."""
-    return "".join(
-        _shown(character) if _controls(character) and not (lines and character == "\n") else character for character in text
-    )
+from trt_kv.printable import printable
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -37,11 +28,3 @@ def lenient_output() -> Iterator[None]:
         yield
     finally:
         stream.reconfigure(errors=errors)
-
-
-def _controls(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _BIDIRECTIONAL
-
-
-def _shown(character: str) -> str:
-    return character.encode("unicode_escape").decode()

@@ -3,8 +3,8 @@
 import click
 
 from trt_kv.cli.options import debug_option
-from trt_kv.policies import policy_from_name, policy_names
-from trt_kv.policy import NAMES
+from trt_kv.policies import ALIASES, policy_from_name, policy_names
+from trt_kv.policy import DEFAULT_FLOOR, NAMES
 from trt_kv.policy_settings import SETTABLE, setting_as_text
 from trt_kv.scores import all_scores
 
@@ -20,7 +20,7 @@ def command(*, name: str | None) -> None:
       trt-kv policies
       trt-kv policies snapkv
       trt-kv build --policy snapkv --budget 0.2
-      trt-kv build --policy prefixkv --set score=window window=64 heads=each
+      trt-kv build --policy prefixkv --set window=64 pooling=5
       trt-kv build --policy refreekv --set threshold=0.003 exempt_layers=none
     """
     names = {"score": {score.name: score.summary for score in all_scores()}, **NAMES}
@@ -34,7 +34,13 @@ def command(*, name: str | None) -> None:
         return
     click.echo("policies (--policy NAME)")
     for known in policy_names():
-        click.echo(f"  {known:<14}{policy_from_name(known).summary}")
+        also = [alias for alias, meant in ALIASES.items() if meant == known]
+        click.echo(f"  {known:<15}{policy_from_name(known).summary}" + (f" (also: {', '.join(also)})" if also else ""))
+    click.echo(
+        f"\nNo layer that holds at most `floor` tokens evicts any: {DEFAULT_FLOOR} by default, 0 in prefixkv_paper.\n"
+        "--set floor=0 is as in the papers. Policies that evict hold the whole prompt until it has been read; only\n"
+        "freekv, whose cache is on the host, reads prompts that are longer than the cache."
+    )
     for part, values in names.items():
         if part in SETTABLE:
             click.echo(f"\n{part} (--set {part}=NAME)")

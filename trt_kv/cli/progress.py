@@ -3,8 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
-from trt_kv.cli.output import printable, say
+from trt_kv.cli.output import say
 from trt_kv.pipeline.callbacks import OnProgress
+from trt_kv.printable import printable
 
 
 def say_note(text: str) -> None:

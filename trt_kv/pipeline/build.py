@@ -54,6 +54,7 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
         check_destination(out, replace=request.replace)
     check_new_folder(out.parent, "--out")
     checkpoint = open_source(request.source, on_note)
+    checkpoint.config.check_page_size(target.page_size)
     if not request.replace and is_built(out, request, checkpoint):
         on_note(f"{out} is up to date")
         return out

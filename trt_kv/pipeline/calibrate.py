@@ -86,8 +86,9 @@ def calibrate_drift(request: DriftRequest, *, on_progress: OnProgress = ignore, 
     out, policy = request.out, request.policy
     check_new_file(out, "--out")
     picture = _picture_beside(out, "thresholds")
-    out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = open_source(request.source, on_note)
+    checkpoint.config.check_page_size(request.drift.page_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.load(request.recipe) if request.recipe is not None else None
     if recipe is not None:
         recipe.check_model(digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)

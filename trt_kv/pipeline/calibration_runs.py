@@ -14,6 +14,7 @@ from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.policy import Policy
 from trt_kv.presets import is_bundled
 from trt_kv.program import PHASES, Program, program_of
+from trt_kv.prompt_tokens import prompt_tokens
 from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _calibration_prompts(
         return _synthetic_prompts(tokenizer, plan, bundled_tokens, limit - min(new_tokens, limit // 2))
     texts = prompts_from_file(plan.prompts)
     texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
-    prompts = [list(tokenizer.encode(text).ids) for text in texts]
+    prompts = [prompt_tokens(tokenizer, text) for text in texts]
     for text, ids in zip(texts, prompts, strict=True):
         if len(ids) > limit:
             raise UsageError(
@@ -239,7 +240,7 @@ def _synthetic_prompts(tokenizer: "Tokenizer", plan: CalibrationPlan, n_words: i
                 got=f"{limit} tokens, room for {n_words} words",
                 fix="calibrate on prompts of your own: --prompts FILE (make: PROMPTS=FILE)",
             ) from cause
-        prompts = [list(tokenizer.encode(task.prompt).ids) for task in tasks]
+        prompts = [prompt_tokens(tokenizer, task.prompt) for task in tasks]
         longest = max(map(len, prompts))
         if longest <= limit:
             return prompts

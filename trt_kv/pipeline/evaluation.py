@@ -57,7 +57,8 @@ def evaluate(request: EvaluationRequest, *, on_progress: OnProgress = ignore, on
                 continue
             batch = None if request.on.on_host else request.batch_size
             resources = request.resources.options(has_host_tier=run.engine.policy.recalls or not any_recalls)
-            engine = Engine.load(folder, on_progress=on_progress, batch=batch, **request.on.options, **resources)
+            digest = request.digest if index == 0 else None
+            engine = Engine.load(folder, digest=digest, on_progress=on_progress, batch=batch, **request.on.options, **resources)
             keep(evaluation, at_once=True)
             for answers in _missing_answers(engine, run, cases, request, on_progress):
                 evaluation = evaluation.with_answers(index, answers)

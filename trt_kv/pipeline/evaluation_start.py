@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import trt_kv
 from trt_kv.calibration.task_files import tasks_from_file
-from trt_kv.errors import EngineError, ReportError, UsageError
-from trt_kv.manifest import Manifest, digest_of, load_manifest
+from trt_kv.errors import ReportError, UsageError
+from trt_kv.manifest import TOKENIZER_FILE, Manifest, digest_of, load_manifest
 from trt_kv.pipeline.plans import DeviceChoice
 from trt_kv.pipeline.requests import EvaluationRequest
 from trt_kv.require import require
@@ -19,17 +19,15 @@ if TYPE_CHECKING:
     from trt_kv.calibration.answer_files import EngineFacts, Evaluation, Run, Settings
     from trt_kv.calibration.task_cases import TaskCase
 
-TOKENIZER_FILE = "tokenizer.json"
-
 
 def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
     """The evaluation before its first answer, and its cases."""
     from trt_kv.calibration.answer_files import Evaluation, Run, Settings
     from trt_kv.calibration.task_cases import CaseRules, cases_from_tasks
-    from trt_kv.runtime.text.tokenizer import load_tokenizer
+    from trt_kv.runtime.text.tokenizer import tokenizer_of_engine
 
     device_from_name(request.on.device)
-    manifest = load_manifest(request.engine)
+    manifest = load_manifest(request.engine, digest=request.digest)
     settings = Settings(
         tasks_digest=digest_of(request.tasks),
         match=request.match,
@@ -47,7 +45,7 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
         run=Run(engine=facts),
         against=_other_run(request, facts, settings, len(tasks)),
     )
-    tokenizer = load_tokenizer(request.engine / TOKENIZER_FILE, error=EngineError)
+    tokenizer = tokenizer_of_engine(request.engine, manifest)
     rules = CaseRules(
         separator=request.separator,
         contains=request.match == "contains",
@@ -64,8 +62,6 @@ def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "Engine
     from trt_kv.runtime.compatibility import check_compatible
 
     check_compatible(folder, manifest)
-    if TOKENIZER_FILE not in manifest.files:
-        raise EngineError(f"the engine {folder} has no tokenizer", expected=TOKENIZER_FILE, fix="build the engine again")
     library = "onnxruntime" if on.on_host else on.dense or DENSE[0]
     runs_on = manifest.plan.built_by if manifest.plan is not None else f"{library} {require(library).__version__}"
     return EngineFacts(

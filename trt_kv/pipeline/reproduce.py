@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_kv.drift import Drift
+from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError, RecipeError
-from trt_kv.manifest import digest_of, load_manifest, verify_files
+from trt_kv.manifest import digest_of, load_manifest
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.policies import policy_from_name, policy_names

@@ -118,7 +118,7 @@ class EvaluationRequest:
 
     ``limit``: first tasks only. ``max_new_tokens``: generated per task; None: as many as its longest accepted answer needs.
     ``separator`` is put between prompt and expected answer if neither has white space there. ``out``: the results file,
-    which is continued if it has answers; with ``force`` it is replaced.
+    which is continued if it has answers; with ``force`` it is replaced. ``digest``: of the only ``engine`` to accept.
     """
 
     engine: Path
@@ -132,6 +132,7 @@ class EvaluationRequest:
     out: Path | None = None
     force: bool = False
     on: DeviceChoice = field(default_factory=DeviceChoice)
+    digest: str | None = None
     resources: ResourceChoice = field(default_factory=ResourceChoice)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """H2O (arXiv 2306.14048): heavy hitters by accumulated attention per head, and an equal number of the newest tokens."""
 
-from trt_kv.policy import Policy
+from trt_kv.policy import DEFAULT_FLOOR, Policy
 
 POLICY = Policy(
     name="h2o",
@@ -13,4 +13,5 @@ POLICY = Policy(
     recent=0,
     recent_share=0.5,
     decode="rank",
+    floor=DEFAULT_FLOOR,
 )

@@ -1,6 +1,6 @@
 """Random tokens, drawn for each KV head: the baseline of every ranking."""
 
-from trt_kv.policy import Policy
+from trt_kv.policy import DEFAULT_FLOOR, Policy
 
 POLICY = Policy(
     name="random",
@@ -9,4 +9,5 @@ POLICY = Policy(
     budget="uniform",
     kept=0.5,
     decode="rank",
+    floor=DEFAULT_FLOOR,
 )

@@ -4,7 +4,7 @@ a layer keeps (ReFreeKV's Uni-Metric on the rows of an observation window); the 
 ReFreeKV uses the last query's row for the number and keeps the newest tokens. docs/decisions/0015-reach.md has what was tried.
 """
 
-from trt_kv.policy import Policy
+from trt_kv.policy import DEFAULT_FLOOR, Policy
 
 POLICY = Policy(
     name="reach",
@@ -21,4 +21,5 @@ POLICY = Policy(
     metric_row="scores",
     metric_order="position",
     decode="keep",
+    floor=DEFAULT_FLOOR,
 )

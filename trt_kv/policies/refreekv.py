@@ -1,6 +1,6 @@
 """ReFreeKV as released (arXiv 2502.16886): no budget to set, each layer's is computed from the input."""
 
-from trt_kv.policy import Policy
+from trt_kv.policy import DEFAULT_FLOOR, Policy
 
 POLICY = Policy(
     name="refreekv",
@@ -12,4 +12,5 @@ POLICY = Policy(
     recent=0,
     decode="keep",
     exempt_layers=(0, 1),
+    floor=DEFAULT_FLOOR,
 )

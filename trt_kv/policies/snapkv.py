@@ -1,6 +1,6 @@
 """SnapKV (arXiv 2404.14469): what the last 64 queries attend to, smoothed, per KV head; the window itself is kept."""
 
-from trt_kv.policy import Policy
+from trt_kv.policy import DEFAULT_FLOOR, Policy
 
 POLICY = Policy(
     name="snapkv",
@@ -14,4 +14,5 @@ POLICY = Policy(
     sinks=0,
     recent=64,
     decode="keep",
+    floor=DEFAULT_FLOOR,
 )

@@ -1,6 +1,6 @@
 """StreamingLLM (arXiv 2309.17453): attention sinks and a sliding window. Keys keep their true positions."""
 
-from trt_kv.policy import Policy
+from trt_kv.policy import DEFAULT_FLOOR, Policy
 
 POLICY = Policy(
     name="streamingllm",
@@ -11,4 +11,5 @@ POLICY = Policy(
     sinks=4,
     recent=0,
     decode="rank",
+    floor=DEFAULT_FLOOR,
 )

@@ -1,6 +1,6 @@
-"""PrefixKV without its layer budgets: the same ranking, the same share for every layer."""
+"""Published PrefixKV without its layer budgets: the same ranking, the same share for every layer."""
 
-from trt_kv.policy import Policy
+from trt_kv.policy import DEFAULT_FLOOR, Policy
 
 POLICY = Policy(
     name="uniform",
@@ -8,4 +8,5 @@ POLICY = Policy(
     score="mass",
     budget="uniform",
     kept=0.5,
+    floor=DEFAULT_FLOOR,
 )

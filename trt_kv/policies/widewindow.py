@@ -1,11 +1,11 @@
-"""Our own: pooledwindow with a pool of 63 neighbours. It keeps whole passages, for text that is copied or continued."""
+"""Our own: prefixkv with a pool of 63 neighbours. It keeps whole passages, for text that is copied or continued."""
 
 import dataclasses
 
-from trt_kv.policies.pooledwindow import POLICY as POOLEDWINDOW
+from trt_kv.policies.prefixkv import POLICY as PREFIXKV
 
 POLICY = dataclasses.replace(
-    POOLEDWINDOW,
+    PREFIXKV,
     name="widewindow",
     summary="passages that the last 16 queries attend to, pooled over 63 neighbours, per KV head; calibrated per-layer budgets",
     window=16,

@@ -30,7 +30,7 @@ class Style:
 
 
 _PUBLISHED = {
-    "prefixkv": Style(color="#c2410c"),
+    "prefixkv_paper": Style(color="#c2410c"),
     "uniform": Style(color="#c2410c", marker="s", dash=(0, (4, 2))),
     "streamingllm": Style(color="#15803d", marker="v"),
     "h2o": Style(color="#7c3aed", marker="^"),

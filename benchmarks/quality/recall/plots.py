@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Draw = Callable[[RecallResults, Results], "Figure"]
 Measure = Callable[[Row], Estimate]
-DROPPING = ("streamingllm", "snapkv", "prefixkv", "pooledwindow", "reach")
+DROPPING = ("streamingllm", "snapkv", "prefixkv_paper", "prefixkv", "reach")
 HOST_STYLES = {
     "freekv": Style(color="#dc2626", marker="o", width=2.6),
     "freekv-uncorrected": Style(color="#f97316", marker="v", dash=(0, (4, 2))),

@@ -47,13 +47,13 @@ def host_contenders() -> list[HostContender]:
         _contender("freekv-synchronous", "freekv, no speculation (tau 1.01)", dataclasses.replace(freekv, tau=SYNCHRONOUS)),
         _contender("quest", "quest", quest),
         _contender("arkvale", "arkvale", arkvale),
-        HostContender(name="freekv-recipe", label="freekv, prefixkv's recipe", group="mixture", policy=recipe),
+        HostContender(name="freekv-recipe", label="freekv, prefixkv_paper's recipe", group="mixture", policy=recipe),
         HostContender(
             name="freekv-windowrecipe",
-            label="freekv, pooledwindow's recipe",
+            label="freekv, prefixkv's recipe",
             group="mixture",
             policy=recipe,
-            recipe_of=policy_from_name("pooledwindow"),
+            recipe_of=policy_from_name("prefixkv"),
         ),
         _contender("freekv-unimetric", "freekv, unimetric", adaptive, group="mixture"),
     ]
@@ -62,10 +62,10 @@ def host_contenders() -> list[HostContender]:
         _contender("freekv-arkvale", "freekv, arkvale's ranking", raw, group="combined"),
         HostContender(
             name="freekv-arkvale-windowrecipe",
-            label="freekv, arkvale's ranking, pooledwindow's recipe",
+            label="freekv, arkvale's ranking, prefixkv's recipe",
             group="combined",
             policy=dataclasses.replace(raw, budget="recipe"),
-            recipe_of=policy_from_name("pooledwindow"),
+            recipe_of=policy_from_name("prefixkv"),
         ),
     ]
     choosing = {

@@ -6,7 +6,7 @@ import torch
 
 from trt_kv.errors import UsageError, load_option
 from trt_kv.layer_budget import ALL
-from trt_kv.manifest import Manifest
+from trt_kv.manifest import GRAPHS, Manifest
 from trt_kv.profiles import build_profile
 from trt_kv.program import budgets_of, finds_budgets, recalling_layers
 from trt_kv.require import require
@@ -19,6 +19,7 @@ from trt_kv.runtime.backends.cuda.reservation import LargestStep, WorkingSetBloc
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
 from trt_kv.runtime.backends.cuda.weights import decoder_from_engine
 from trt_kv.runtime.backends.devices import DENSE, DeviceOptions, free_device_bytes, told_out_of_memory
+from trt_kv.runtime.backends.host.onnxruntime_segments import check_shapes
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier
 from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import ModelRunner
@@ -42,7 +43,7 @@ def load(
         fix=f"lower {load_option('cache_tokens')} or {load_option('host_tokens')}, use {load_option('dtype', 'bfloat16')}, "
         "or free memory",
     ):
-        decoder = _decoder(folder / "graphs", manifest, on.dense or DENSE[0], dtype, device, tell)
+        decoder = _decoder(folder / GRAPHS, manifest, on.dense or DENSE[0], dtype, device, tell)
         plan = device_plan(
             manifest,
             wanted,
@@ -157,14 +158,16 @@ def _decoder(graphs: Path, manifest: Manifest, dense: str, dtype: str, device: t
         )
         return ModuleDecoder(module, device)
     onnxruntime_device = require("trt_kv.runtime.backends.cuda.onnxruntime_segments")
-    decoder: DeviceDecoder = onnxruntime_device.OnnxRuntimeDeviceDecoder(
+    decoder = onnxruntime_device.OnnxRuntimeDeviceDecoder(
         graphs,
         manifest.segments,
         manifest.attention_ports,
         device=device,
         on_segment=lambda done, total: tell("opening graphs", done, total),
     )
-    return decoder
+    check_shapes(graphs, decoder.shapes, manifest.attention_ports, manifest.config)
+    checked: DeviceDecoder = decoder
+    return checked
 
 
 def _reservation(

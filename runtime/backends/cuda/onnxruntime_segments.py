@@ -8,10 +8,11 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from trt_kv.errors import MissingDependencyError, UsageError
+from trt_kv.errors import EngineError, MissingDependencyError, UsageError
 from trt_kv.manifest import AttentionPort, GraphSegment
 from trt_kv.runtime.backends.cuda.decoder import DeviceAttend
-from trt_kv.runtime.backends.host.onnxruntime_segments import SESSION_OPTIONS, open_segment
+from trt_kv.runtime.backends.host.onnxruntime_segments import SESSION_OPTIONS, open_segment, shapes_of
+from trt_kv.safe_path import safe_join
 
 CUDA = "CUDAExecutionProvider"
 GPU_OPTIONS = {
@@ -69,12 +70,15 @@ class OnnxRuntimeDeviceDecoder:
         self._ports = ports
         # Sessions read shared weights for as long as they live.
         self._weights = {name: ort.OrtValue.from_dlpack(tensor.detach()) for name, tensor in (weights or {}).items()}
-        self._segments: list[_BoundSegment] = []
+        sessions = []
         for done, segment in enumerate(segments, start=1):
-            session = self._open(folder / segment.file, n_threads)
-            self._segments.append(_BoundSegment(session, segment, self.device))
+            sessions.append(self._open(safe_join(folder, segment.file, error=EngineError), n_threads))
             if on_segment is not None:
                 on_segment(done, len(segments))
+        self.shapes = shapes_of(folder, segments, ports, sessions)
+        self._segments = [
+            _BoundSegment(session, segment, self.device) for session, segment in zip(sessions, segments, strict=True)
+        ]
         self.dtype = self._segments[0].types[ports[0].q]
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.manifest import Manifest
 from trt_kv.program import recalling_layers
+from trt_kv.runtime.arguments import is_integer
 from trt_kv.runtime.backends.cuda.recall.driver import RecallCapacity
 from trt_kv.runtime.backends.cuda.recall.working_set import BlockSizes
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
@@ -37,8 +38,8 @@ class Wanted:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise UsageError(f"bad {name}", got=value, expected="an integer >= 1")
+            if value is not None and not is_integer(value, 1):
+                raise UsageError(f"bad {name}", got=repr(value), expected="an integer >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

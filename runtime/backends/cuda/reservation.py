@@ -64,6 +64,9 @@ class WorkingSetBlocks:
     def after_reading(self, size: RequestSize) -> int:
         return size.n_sequences * len(self._layers)
 
+    def secure(self, reserved: int) -> None:
+        """Blocks are on the device from the start."""
+
     def refusal(self, needed: int) -> CapacityError:
         n_layers = len(self._layers)
         enough = -(-needed // n_layers)

@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 
 from trt_kv.errors import UsageError, load_option
-from trt_kv.manifest import ITEM_BYTES, Manifest
+from trt_kv.manifest import GRAPHS, ITEM_BYTES, Manifest
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import budgets_of, finds_budgets, recalling_layers
-from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor, check_shapes
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
@@ -36,12 +36,13 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
             fix=f"load it with {load_option('device', 'cuda')}, or build it again without --dtype",
         )
     executor = OnnxRuntimeExecutor(
-        folder / "graphs",
+        folder / GRAPHS,
         manifest.segments,
         manifest.attention_ports,
         n_threads=options.n_threads,
         on_segment=lambda done, total: tell("opening graphs", done, total),
     )
+    check_shapes(folder / GRAPHS, executor.shapes, manifest.attention_ports, manifest.config)
     mapped = sum(record.n_bytes for name, record in manifest.files.items() if name.endswith(".data"))
     pool, recall = _memory(manifest, options, free_for_cache(mapped))
     runner = host_runner(
@@ -71,8 +72,6 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     if not manifest.policy.recalls:
         return HostKvPool(**dataclasses.asdict(pool_sizes(manifest, options.cache_tokens, n_free // 2))), None
     host_tokens, where = options.host_tokens, options.host_tier or "ram"
-    if host_tokens is not None and host_tokens < 1:
-        raise UsageError("bad host_tokens", got=host_tokens, expected="tokens >= 1, or None")
     n_layers, n_host_layers = manifest.config.n_layers, len(recalling_layers(manifest.programs["decode"]))
     on_disk = free_on_disk(where)
     if options.cache_tokens is not None:

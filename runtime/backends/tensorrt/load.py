@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from trt_kv.errors import EngineError
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest
 from trt_kv.program import budgets_of
@@ -10,6 +11,7 @@ from trt_kv.runtime.backends.tensorrt.executor import TensorRtExecutor, free_dev
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import CachePages, Places, Reservation
+from trt_kv.safe_path import safe_join
 
 
 def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgress) -> Loaded:
@@ -22,7 +24,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     assert plan is not None
     tell("loading the plan", 0, 1)
     executor = TensorRtExecutor(
-        folder / plan.file,
+        safe_join(folder, plan.file, error=EngineError),
         plan,
         manifest.programs["prefill"],
         vocab_size=manifest.config.vocab_size,

@@ -4,9 +4,11 @@ Pages are [2, K, P, D] on the host and on the device. A page-head, which is the 
 two contiguous runs of P * D numbers in both tiers and is copied without conversion.
 """
 
+import errno
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,6 +88,9 @@ class FileTier(HostTier):
         super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
         self.description = f"file:{path}"
         self.file_descriptor = _nameless_file(path)
+        self._n_secured = 0
+        """Pages from the first on whose disk space has been obtained."""
+        self._size = threading.Lock()
         self._finalizer = weakref.finalize(self, os.close, self.file_descriptor)
         try:
             os.ftruncate(self.file_descriptor, n_pages * self.page_bytes)
@@ -96,6 +101,26 @@ class FileTier(HostTier):
                 got=f"{error.strerror} for {n_pages * self.page_bytes} bytes",
                 fix=f"choose another place with {load_option('host_tier')}, or lower {load_option('host_tokens')}",
             ) from error
+
+    def secure(self, n_pages: int) -> None:
+        """Obtain the disk space of the first ``n_pages``: others may fill the disk before they are written."""
+        if n_pages <= self._n_secured or not hasattr(os, "posix_fallocate"):
+            return
+        first, end = self._n_secured * self.page_bytes, n_pages * self.page_bytes
+        try:
+            os.posix_fallocate(self.file_descriptor, first, end - first)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return  # the file system cannot promise space: a page that cannot be written loses its own request
+            with self._size:  # give back what has been obtained of it
+                os.ftruncate(self.file_descriptor, first)
+                os.ftruncate(self.file_descriptor, self.n_pages * self.page_bytes)
+            raise CapacityError(
+                "the disk of the host tier is full",
+                got=f"{error.strerror} for {end - first} more bytes in {self.description}",
+                fix="free space on that disk, load the engine with host_tier on another one, or send shorter or fewer prompts",
+            ) from error
+        self._n_secured = n_pages
 
     def write(self, page: int, kv_2KPD: Floats) -> None:
         self._check_whole()
@@ -118,7 +143,8 @@ class FileTier(HostTier):
 
     def _check_whole(self) -> None:
         """``OSError`` if the file was truncated: a page written beyond its end would leave a hole that reads as zeros."""
-        n_bytes = os.fstat(self.file_descriptor).st_size
+        with self._size:
+            n_bytes = os.fstat(self.file_descriptor).st_size
         if n_bytes < self.n_pages * self.page_bytes:
             raise OSError(f"the host tier's file was truncated to {n_bytes} bytes")
 

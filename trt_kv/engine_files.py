@@ -1,0 +1,49 @@
+"""The files of an engine folder, compared with the manifest. The folder may come from anybody.
+
+Digests show that files are those that the manifest lists, not who made them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from trt_kv.errors import EngineError
+from trt_kv.manifest import FILE_NAME, GRAPHS, FileRecord, Manifest, digest_of
+from trt_kv.safe_path import safe_join
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Records of every file under ``folder`` except the manifest, by path relative to it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE_NAME)
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(digest=digest_of(path), n_bytes=path.stat().st_size) for path in paths
+    }
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raise ``EngineError`` for a file that is missing, has another size than was built or is not a regular file of the folder,
+    and for one beside the graphs that is not listed: graphs name files of weights that the manifest does not name.
+    """
+    for name, record in manifest.files.items():
+        path = safe_join(folder, name, error=EngineError)
+        if path.stat().st_size != record.n_bytes:
+            raise EngineError(
+                f"{path} is not the file that was built",
+                got=f"{path.stat().st_size} bytes",
+                expected=f"{record.n_bytes} bytes",
+                fix="build the engine again",
+            )
+    for path in (folder / GRAPHS).rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name not in manifest.files and not any(listed.startswith(f"{name}/") for listed in manifest.files):
+            raise EngineError(f"{path} is not a file that was built", got="no digest of it", fix="remove it, or build again")
+
+
+def verify_files(folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] | None = None) -> None:
+    """``check_files``, then compare the digest of every file."""
+    check_files(folder, manifest)
+    for name, record in manifest.files.items():
+        path = safe_join(folder, name, error=EngineError)
+        if (found := digest_of(path, on_bytes)) != record.digest:
+            raise EngineError(
+                f"{path} is not the file that was built", got=found, expected=record.digest, fix="build the engine again"
+            )
