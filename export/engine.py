@@ -167,8 +167,9 @@ def build_engine(
         else:
             parts = Parts(plan=_compile(request, request.tensorrt, programs, folder, on_progress))
             shutil.rmtree(graphs)
-        for path in request.checkpoint.tokenizer_files:
-            (folder / path.name).write_bytes(_content(path))
+        for name, path in request.checkpoint.tokenizer_files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(_content(path))
         for path in extra_files:
             shutil.copyfile(path, folder / path.name)
         if request.recipe is not None:
@@ -204,7 +205,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     if not checkpoint.tokenizer_file.is_file():
         raise CheckpointError(
             f"{checkpoint.location} has no tokenizer.json",
-            got=", ".join(path.name for path in checkpoint.tokenizer_files),
+            got=", ".join(checkpoint.tokenizer_files),
             expected="the tokenizer as one tokenizer.json",
             fix="save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import SAMPLES, edit_config, read_config, write_checkpoint
@@ -16,6 +17,8 @@ from tests.engines import build_for_test
 from trt_kv.errors import CheckpointError
 from trt_kv.export.checkpoints.huggingface import INDEX_FILE, SINGLE_FILE, open_huggingface
 from trt_kv.export.checkpoints.opening import open_checkpoint
+from trt_kv.export.checkpoints.tensor_matching import EMBEDDING, OUTPUT
+from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.manifest import load_manifest
 from trt_kv.model_config import ModelConfig
@@ -106,8 +109,12 @@ def test_end_tokens_of_both_configs_are_joined(single: Path) -> None:
 
 
 def test_tokenizer_files_are_listed_as_far_as_they_exist(single: Path) -> None:
-    names = {path.name for path in open_huggingface(single).tokenizer_files}
-    assert names == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    (single / "additional_chat_templates").mkdir()
+    templates = {"chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"}
+    for name in templates:
+        (single / name).touch()
+    names = set(open_huggingface(single).tokenizer_files)
+    assert names == templates | {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_hub_snapshot_is_named_after_its_repository(single: Path, tmp_path: Path) -> None:
@@ -116,17 +123,80 @@ def test_a_hub_snapshot_is_named_after_its_repository(single: Path, tmp_path: Pa
     assert open_huggingface(snapshot).name == "some-org/some--model"
 
 
-def test_a_copy_of_the_tied_embedding_and_old_rope_buffers_are_ignored(tied: Path) -> None:
-    digest = open_huggingface(tied).digest
+BUFFERS = {
+    "model.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float64),
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    "model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 8, 4),
+    "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+    "model.layers.0.attn.masked_bias": torch.tensor(-1e9),
+    "model.layers.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+}
 
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_old_buffers_are_ignored_whatever_their_type(name: str, tied: Path) -> None:
+    digest = open_huggingface(tied).digest
+    edit_tensors(tied, lambda tensors: tensors.update({name: BUFFERS[name]}))
+    assert open_huggingface(tied).digest == digest
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+)
+def test_a_copy_of_the_tied_embedding_may_have_another_type(embedding: torch.dtype, head: torch.dtype, tied: Path) -> None:
     def add(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors[EMBEDDING] = tensors[EMBEDDING].to(embedding)
+        tensors[OUTPUT] = tensors[EMBEDDING].to(head, copy=True)
 
     edit_tensors(tied, add)
-    assert open_huggingface(tied).digest == digest
-    edit_tensors(tied, lambda tensors: tensors["lm_head.weight"].add_(1.0))
-    assert "also has another output matrix" in refusal(tied).what
+    assert OUTPUT not in open_huggingface(tied).tensor_names
+    edit_tensors(tied, lambda tensors: tensors[OUTPUT].view(-1)[-1].add_(1.0))
+    error = refusal(tied)
+    assert "also has another output matrix" in error.what
+    assert f"{OUTPUT} with other values than {EMBEDDING}" in str(error.got)
+    edit_tensors(tied, lambda tensors: tensors.update({OUTPUT: torch.ones(3, 48)}))
+    assert "another shape ([3, 48], not [269, 48])" in str(refusal(tied).got)
+
+
+def test_weights_in_float64_are_read(single: Path) -> None:
+    edit_tensors(single, lambda tensors: tensors.update({name: tensor.double() for name, tensor in tensors.items()}))
+    checkpoint = open_huggingface(single)
+    assert decoder_from_checkpoint(checkpoint).state_dict()[Q_PROJ].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_of_other_types_are_refused(dtype: torch.dtype, single: Path) -> None:
+    edit_tensors(single, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(dtype)}))
+    error = refusal(single)
+    assert f"{Q_PROJ!r}" in error.what
+    assert "unquantised" in str(error.fix)
+
+
+def test_a_tied_model_saved_without_its_head_is_read(tied: Path) -> None:
+    """Its names lack a prefix; transformers adds it."""
+    digest = open_huggingface(tied).digest
+    saved = load_file(tied / SINGLE_FILE)
+    edit_config(tied, architectures=["LlamaModel"])
+    save_file({name.removeprefix("model."): tensor for name, tensor in saved.items()}, tied / SINGLE_FILE)
+    checkpoint = open_huggingface(tied)
+    assert checkpoint.digest == digest
+    torch.testing.assert_close(checkpoint.tensor(Q_PROJ), saved[Q_PROJ], atol=0.0, rtol=0.0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tied)
+    torch.testing.assert_close(theirs.state_dict()[Q_PROJ], saved[Q_PROJ], atol=0.0, rtol=0.0)
+    edit_config(tied, tie_word_embeddings=False)
+    assert '"tie_word_embeddings": true' in str(refusal(tied).fix)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_the_names_of_a_wrapped_model_are_refused_with_their_prefix(prefix: str, single: Path) -> None:
+    saved = load_file(single / SINGLE_FILE)
+    save_file({prefix + name: tensor for name, tensor in saved.items()}, single / SINGLE_FILE)
+    assert f"the names begin with {prefix!r}" in str(refusal(single).fix)
+
+
+def test_weights_under_another_name_are_told(single: Path) -> None:
+    (single / SINGLE_FILE).rename(single / "consolidated.safetensors")
+    assert "consolidated.safetensors" in str(refusal(single).got)
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -257,9 +327,20 @@ def test_an_index_that_lists_a_tensor_its_shard_does_not_hold_is_refused(sharded
     assert "model.more not in the file" in str(refusal(sharded).got)
 
 
-def test_an_index_that_forgets_a_tensor_is_refused(sharded: Path) -> None:
+def test_an_index_may_leave_out_tensors_of_its_shards(sharded: Path) -> None:
+    """As in transformers, which reads whole shards: a weight is found, anything else does not matter."""
+    digest = open_huggingface(sharded).digest
     edit_index(sharded, lambda shard_of: shard_of.pop(Q_PROJ))
-    assert f"{Q_PROJ} not listed" in str(refusal(sharded).got)
+    shard = shards_of(sharded)[0]
+    save_file({**load_file(shard), "model.more": torch.ones(1)}, shard)
+    assert open_huggingface(sharded).digest == digest
+
+
+def test_of_two_copies_the_index_decides(sharded: Path) -> None:
+    digest = open_huggingface(sharded).digest
+    shard = next(path for path in shards_of(sharded) if Q_PROJ not in load_file(path))
+    save_file({**load_file(shard), Q_PROJ: torch.zeros(96, 48)}, shard)
+    assert open_huggingface(sharded).digest == digest
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", 3, ".."])
@@ -297,7 +378,7 @@ class CheckpointInMemory:
     config: ModelConfig
     eos_token_ids: tuple[int, ...]
     tokenizer_file: Path
-    tokenizer_files: list[Path]
+    tokenizer_files: Mapping[str, Path]
     digest: str
     tensors: Mapping[str, torch.Tensor]
 

@@ -64,8 +64,12 @@ def test_from_a_checkpoint_to_text(run: Run, small_checkpoint_folder: Path, prom
 def test_a_build_that_has_nothing_to_do_says_so(run: Run, small_checkpoint_folder: Path, tmp_path: Path) -> None:
     """The same command from the same files; after any change it is refused, and with --force built again."""
     shutil.copytree(small_checkpoint_folder, tmp_path / "model")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (tmp_path / "model" / name).write_text("{{ bos_token }}")
     build = ("build", "--checkpoint", "model", "--policy", "full", "--out", "engine")
     assert run(*build)[0] == 0
+    assert {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"} <= set(load_manifest(tmp_path / "engine").files)
     before = (tmp_path / "engine" / "manifest.json").stat().st_mtime_ns
     assert run(*build) == (0, "engine: engine\nnext:   trt-kv generate engine 'a prompt'\n", "engine is up to date\n")
     assert (tmp_path / "engine" / "manifest.json").stat().st_mtime_ns == before

@@ -4,9 +4,11 @@ import json
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from trt_kv.errors import CheckpointError
 from trt_kv.hf_config import ARCHITECTURES, model_config_from_hf
@@ -110,6 +112,36 @@ def test_two_spellings_of_rope_that_disagree_are_refused() -> None:
 def test_old_llama_configs_may_leave_out_what_the_first_llama_did_not_have() -> None:
     config = read(num_key_value_heads=..., rope_theta=..., rope_scaling=...)
     assert (config.n_kv_heads, config.rope) == (32, RopeConfig(theta=10000.0))
+    oldest = read(max_position_embeddings=..., architectures=["LLaMAForCausalLM"])
+    assert oldest.max_positions == transformers.LlamaConfig().max_position_embeddings
+    assert oldest.architecture == "llama"
+
+
+def test_a_model_saved_without_its_head_is_read_as_its_architecture() -> None:
+    assert read(architectures=["LlamaModel"]) == read()
+
+
+def test_numbers_may_be_integers_written_as_floats() -> None:
+    assert read(hidden_size=4096.0, eos_token_id=[128001.0, 2.0], bos_token_id=1.0) == read(
+        hidden_size=4096, eos_token_id=[128001, 2], bos_token_id=1
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_null_kv_heads_are_as_many_as_query_heads(name: str) -> None:
+    theirs = transformers.AutoConfig.for_model(name, num_key_value_heads=None)
+    data = {**json.loads(theirs.to_json_string(use_diff=False)), "architectures": None, "num_key_value_heads": None}
+    assert model_config_from_hf(data, source="config.json").n_kv_heads == theirs.num_attention_heads
+
+
+def test_dynamic_rope_is_plain_rope_within_the_context() -> None:
+    config = transformers.LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0})
+    plain = transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    dynamic, default = (LlamaRotaryEmbedding(c) for c in (config, plain))
+    x, positions = torch.zeros(1, 1, 1), torch.arange(config.max_position_embeddings)[None]
+    for ours, theirs in zip(dynamic(x, positions), default(x, positions), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert read(rope_scaling={"rope_type": "dynamic", "factor": 4.0}).rope == read(rope_scaling=None).rope
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -132,7 +164,6 @@ def test_defaults_of_every_architecture_are_those_of_transformers(name: str) -> 
         "intermediate_size",
         "vocab_size",
         "rms_norm_eps",
-        "max_position_embeddings",
     ],
 )
 def test_a_needed_field_that_is_missing_is_named(field: str) -> None:
@@ -140,7 +171,7 @@ def test_a_needed_field_that_is_missing_is_named(field: str) -> None:
         read(**{field: ...})
 
 
-@pytest.mark.parametrize("field", ["num_key_value_heads", "rope_theta"])
+@pytest.mark.parametrize("field", ["num_key_value_heads", "rope_theta", "max_position_embeddings"])
 def test_only_old_llamas_may_leave_out_fields(field: str) -> None:
     with pytest.raises(CheckpointError, match=f"no field '{field}'"):
         read_qwen(**{field: ...})
@@ -191,7 +222,7 @@ def test_impossible_values_are_refused(changes: dict[str, Any], message: str) ->
         read(**changes)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "longrope", "dynamic", "mrope", None])
+@pytest.mark.parametrize("kind", ["yarn", "longrope", "mrope", None])
 def test_unknown_rope_types_are_refused_and_the_known_ones_listed(kind: str | None) -> None:
     with pytest.raises(CheckpointError, match=rf"type {kind!r}\n.*'default', 'linear', 'llama3'"):
         read(rope_scaling={"rope_type": kind, "factor": 4.0})

@@ -12,12 +12,14 @@ from trt_kv.model_config import ROPE_KINDS, ModelConfig, RopeConfig
 class Architecture:
     """What follows from the architecture alone, if ``config.json`` does not contain it.
 
-    ``lenient``: old Llama configs leave out ``num_key_value_heads`` (then as many as query heads) and ``rope_theta`` (10000).
+    ``lenient``: old Llama configs leave out ``num_key_value_heads`` (then as many as query heads), ``rope_theta`` (10000) and
+    ``max_position_embeddings`` (2048), and spell the class ``LLaMAForCausalLM``.
     ``bias_field``: ``attention_bias`` in ``config.json`` switches the biases of q, k, v and o. ``window_field``: whether
     attention slides by default (``sliding_window``) or only if ``use_sliding_window`` is true.
     """
 
     class_name: str
+    old_class_names: tuple[str, ...] = ()
     lenient: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -26,9 +28,20 @@ class Architecture:
     derives_head_dim: bool = True
     window_field: Literal["none", "sliding_window", "use_sliding_window"] = "none"
 
+    @property
+    def base_class_name(self) -> str:
+        """The class of a model that was saved without its head."""
+        return self.class_name.replace("ForCausalLM", "Model")
+
 
 ARCHITECTURES = {
-    "llama": Architecture(class_name="LlamaForCausalLM", lenient=True, bias_field=True, mlp_bias_field=True),
+    "llama": Architecture(
+        class_name="LlamaForCausalLM",
+        old_class_names=("LLaMAForCausalLM",),
+        lenient=True,
+        bias_field=True,
+        mlp_bias_field=True,
+    ),
     "mistral": Architecture(class_name="MistralForCausalLM", window_field="sliding_window"),
     "qwen2": Architecture(class_name="Qwen2ForCausalLM", qkv_bias=True, window_field="use_sliding_window"),
     "qwen3": Architecture(
@@ -41,7 +54,9 @@ ARCHITECTURES = {
 }
 
 
+_ROPE_TYPES = (*ROPE_KINDS, "dynamic")
 _LENIENT_THETA = 10000.0
+_LENIENT_POSITIONS = 2048
 _DEFAULT_WINDOW = 4096
 _DEFAULT_WINDOW_LAYERS = 28
 _LARGEST_NUMBER = 2**53
@@ -88,9 +103,9 @@ class _Fields:
         """A token id, a list of them, or nothing."""
         value = self.data.get(name)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        if any(isinstance(token, bool) or not isinstance(token, int | float) or token % 1 != 0 for token in ids):
             raise self._mistyped(name, "a token id or a list of token ids")
-        return tuple(dict.fromkeys(ids))
+        return tuple(dict.fromkeys(int(token) for token in ids))
 
     def _missing(self, name: str) -> CheckpointError:
         return CheckpointError(
@@ -114,18 +129,19 @@ def model_config_from_hf(data: Mapping[str, Any], *, source: str) -> ModelConfig
     name, architecture = _architecture(data, source)
     _refuse_quantised(data, source)
     _refuse_other_activation(data, source)
-    max_positions = fields.integer("max_position_embeddings")
+    max_positions = fields.integer("max_position_embeddings", _LENIENT_POSITIONS if architecture.lenient else None)
     n_layers = fields.integer("num_hidden_layers")
     _refuse_sliding_window(fields, architecture, n_layers=n_layers, max_positions=max_positions)
     n_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
     bias = architecture.bias_field and fields.flag("attention_bias")
+    equals_heads = architecture.lenient or "num_key_value_heads" in data  # null: as many as query heads
     return ModelConfig(
         architecture=name,
         n_layers=n_layers,
         hidden_size=hidden_size,
         n_heads=n_heads,
-        n_kv_heads=fields.integer("num_key_value_heads", n_heads if architecture.lenient else None),
+        n_kv_heads=fields.integer("num_key_value_heads", n_heads if equals_heads else None),
         head_dim=fields.integer("head_dim", _derived_head_dim(hidden_size, n_heads) if architecture.derives_head_dim else None),
         intermediate_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
@@ -150,7 +166,8 @@ def token_ids_from_hf(data: Mapping[str, Any], name: str, *, source: str) -> tup
 def _architecture(data: Mapping[str, Any], source: str) -> tuple[str, Architecture]:
     class_names = data.get("architectures") or []
     for name, architecture in ARCHITECTURES.items():
-        if data.get("model_type") == name and class_names in ([], [architecture.class_name]):
+        known = (architecture.class_name, architecture.base_class_name, *architecture.old_class_names)
+        if data.get("model_type") == name and (class_names == [] or class_names in [[known_name] for known_name in known]):
             return name, architecture
     raise CheckpointError(
         f"{source} has an architecture that trt-kv does not support",
@@ -164,7 +181,7 @@ def _derived_head_dim(hidden_size: int, n_heads: int) -> int | None:
 
 
 def _refuse_quantised(data: Mapping[str, Any], source: str) -> None:
-    quantization = data.get("quantization_config")
+    quantization = data.get("quantization_config", data.get("compression_config"))
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise CheckpointError(
@@ -228,15 +245,15 @@ def _rope_from(fields: _Fields, name: str | None, default_theta: float | None) -
         )
     kind = settings.get("rope_type", settings.get("type", "default"))
     partial = settings.get("partial_rotary_factor", fields.data.get("partial_rotary_factor"))
-    if kind not in ROPE_KINDS or partial not in (None, 1.0):
+    if kind not in _ROPE_TYPES or partial not in (None, 1.0):
         raise CheckpointError(
             f"{fields.source} uses a type of RoPE that trt-kv does not support",
             got=f"type {kind!r}" + ("" if partial in (None, 1.0) else f" over {partial} of each head"),
-            expected="type " + ", ".join(repr(known) for known in ROPE_KINDS) + " over whole heads",
+            expected="type " + ", ".join(map(repr, _ROPE_TYPES)) + " over whole heads",
         )
     inner = _Fields(settings, fields.source if name is None else f"{name} in {fields.source}")
     theta = inner.number("rope_theta") if "rope_theta" in settings else fields.number("rope_theta", default_theta)
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # "dynamic" only changes what is beyond max_position_embeddings
         return RopeConfig(theta=theta)
     if kind == "linear":
         return RopeConfig(theta=theta, kind="linear", factor=inner.number("factor"))

@@ -1,5 +1,6 @@
 """The interface of checkpoints of any format."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,8 +37,10 @@ class Checkpoint(Protocol):
         """The tokenizer as one file in the format of Hugging Face's tokenizers; it need not exist."""
 
     @property
-    def tokenizer_files(self) -> list[Path]:
-        """The existing files that are copied into an engine, ``tokenizer_file`` among them."""
+    def tokenizer_files(self) -> Mapping[str, Path]:
+        """The existing files that are copied into an engine, ``tokenizer_file`` and chat templates among them, by the name
+        that they have there.
+        """
 
     @property
     def digest(self) -> str:

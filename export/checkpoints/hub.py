@@ -8,6 +8,9 @@ from trt_kv.presets import preset
 from trt_kv.require import require
 
 HUB_FILES = (
+    "additional_chat_templates/*.jinja",
+    "chat_template.jinja",
+    "chat_template.json",
     "config.json",
     "generation_config.json",
     "model.safetensors",

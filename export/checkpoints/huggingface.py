@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from trt_kv.errors import CheckpointError
 from trt_kv.export.checkpoints.safetensors_file import StoredTensor, read_safetensors_header
+from trt_kv.export.checkpoints.tensor_matching import matched, some
 from trt_kv.hf_config import model_config_from_hf, token_ids_from_hf
 from trt_kv.model_config import ModelConfig
 from trt_kv.require import require
@@ -25,13 +25,14 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "generation_config.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
+"""Files, or patterns of their names, that are copied into an engine."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_OLD_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _NOT_ARITHMETIC = ("bos_token_id", "eos_token_ids", "max_positions")
-_N_SHOWN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,10 @@ class HuggingFaceCheckpoint:
         return self.location / "tokenizer.json"
 
     @property
-    def tokenizer_files(self) -> list[Path]:
+    def tokenizer_files(self) -> dict[str, Path]:
         """The existing files that are copied into an engine, ``config.json`` among them; no weights."""
-        return [path for path in (self.location / name for name in TOKENIZER_FILES) if path.is_file()]
+        paths = [path for pattern in TOKENIZER_FILES for path in sorted(self.location.glob(pattern)) if path.is_file()]
+        return {path.relative_to(self.location).as_posix(): path for path in paths}
 
     @cached_property
     def digest(self) -> str:
@@ -92,7 +94,7 @@ class HuggingFaceCheckpoint:
         path = self.stored[name].path
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                tensor: torch.Tensor = file.get_tensor(self.stored[name].name)
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(
                 f"cannot read tensor {name!r} of {path}", got=str(error), expected="the file as opened"
@@ -111,12 +113,12 @@ def open_huggingface(folder: Path) -> HuggingFaceCheckpoint:
         )
     config_path = folder / "config.json"
     config = model_config_from_hf(_read_json(config_path), source=str(config_path))
-    stored = _stored_tensors(folder)
+    stored = _stored_tensors(folder, config)
     checkpoint = HuggingFaceCheckpoint(
         location=folder.absolute(),
         config=config,
         eos_token_ids=_eos_token_ids(folder, config),
-        stored=_matched(folder, config, stored),
+        stored=matched(folder, config, stored),
     )
     _check_tokenizer(folder, config)
     return checkpoint
@@ -149,16 +151,17 @@ def _eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*config.eos_token_ids, *more)))
 
 
-def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def _stored_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """All tensors of the folder's safetensors by name; the single file wins over an index, as in transformers."""
     if (folder / SINGLE_FILE).exists():
         return read_safetensors_header(folder / SINGLE_FILE)
     if (folder / INDEX_FILE).exists():
-        return _sharded_tensors(folder)
+        return _sharded_tensors(folder, needed=config.tensor_shapes())
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
     raise CheckpointError(
         f"{folder} has no safetensors weights",
-        got=f"pickle files {_some(pickles)}" if pickles else "neither of the two files",
+        got=f"pickle files {some(pickles)}" if pickles else some(others),
         expected=f"safetensors only: {SINGLE_FILE}, or {INDEX_FILE} with its shards",
         fix="save it again with transformers' save_pretrained(), which writes safetensors; pickles can run code"
         if pickles
@@ -166,7 +169,8 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     )
 
 
-def _sharded_tensors(folder: Path) -> dict[str, StoredTensor]:
+def _sharded_tensors(folder: Path, *, needed: Container[str]) -> dict[str, StoredTensor]:
+    """The tensors that the index lists, and those that it leaves out although they are ``needed``."""
     index_path = folder / INDEX_FILE
     shard_of = _read_json(index_path).get("weight_map")
     if not isinstance(shard_of, dict) or not all(
@@ -180,7 +184,7 @@ def _sharded_tensors(folder: Path) -> dict[str, StoredTensor]:
     if absent:
         raise CheckpointError(
             f"{index_path} lists shards that are missing",
-            got=f"missing {_some(absent)}",
+            got=f"missing {some(absent)}",
             expected=f"{len(shards)} shards",
             fix="finish the download, or copy the missing shards into the folder",
         )
@@ -188,59 +192,15 @@ def _sharded_tensors(folder: Path) -> dict[str, StoredTensor]:
     for shard in shards:
         held = read_safetensors_header(folder / shard)
         promised = {name for name, where in shard_of.items() if where == shard}
-        if set(held) != promised:
+        if not promised <= set(held):
             raise CheckpointError(
                 f"{folder / shard} is not the shard that {INDEX_FILE} describes",
-                got=f"{_some(sorted(set(held) - promised))} not listed; {_some(sorted(promised - set(held)))} not in the file",
-                expected="exactly the tensors that the index lists for it",
+                got=f"{some(sorted(set(held) - promised))} not listed; {some(sorted(promised - set(held)))} not in the file",
+                expected="the tensors that the index lists for it",
                 fix="shards are swapped or from different checkpoints: download them again together",
             )
-        tensors |= held
+        tensors |= {name: held[name] for name in held if name in promised or (name in needed and name not in shard_of)}
     return tensors
-
-
-def _matched(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors the decoder needs, in its order; missing, unexpected or differently shaped tensors are an error."""
-    shapes = config.tensor_shapes()
-    missing = [name for name in shapes if name not in stored]
-    extra = [name for name in stored if name not in shapes and not _is_redundant(folder, config, stored, name)]
-    if missing or extra:
-        raise CheckpointError(
-            f"the weights in {folder} are not those that config.json describes",
-            got=f"missing {_some(missing)}; left over {_some(extra)}",
-            expected=f"the {len(shapes)} tensors of a {config.architecture} model of {config.n_layers} layers",
-            fix="take config.json and the weights from the same checkpoint",
-        )
-    for name, shape in shapes.items():
-        if stored[name].shape != shape:
-            raise CheckpointError(
-                f"tensor {name!r} in {stored[name].path} does not have the shape that config.json implies",
-                got=list(stored[name].shape),
-                expected=list(shape),
-                fix="take config.json and the weights from the same checkpoint",
-            )
-    return {name: stored[name] for name in shapes}
-
-
-def _is_redundant(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor], name: str) -> bool:
-    """Whether a tensor that the decoder does not use is harmless: an old RoPE buffer, or a copy of the tied embedding."""
-    if name == _OUTPUT and config.tie_embeddings and _EMBEDDING in stored:
-        if _bytes_digest(stored[_OUTPUT]) == _bytes_digest(stored[_EMBEDDING]):
-            return True
-        raise CheckpointError(
-            f"{folder} ties its embeddings, but also has another output matrix",
-            got=f"tie_word_embeddings true, and {_OUTPUT} unlike {_EMBEDDING}",
-            expected="the two to be equal, or tie_word_embeddings false",
-            fix="take config.json and the weights from the same checkpoint",
-        )
-    return _OLD_BUFFERS.fullmatch(name) is not None
-
-
-def _bytes_digest(tensor: StoredTensor) -> bytes:
-    digest = hashlib.sha256(json.dumps([tensor.dtype, tensor.shape]).encode())
-    for chunk in tensor.chunks():
-        digest.update(chunk)
-    return digest.digest()
 
 
 def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
@@ -268,11 +228,3 @@ def _largest_token_id(path: Path) -> int:
         raise CheckpointError(
             f"{path} is not a tokenizer", got=repr(error), expected="a tokenizers file with model.vocab"
         ) from error
-
-
-def _some(names: list[str]) -> str:
-    """A short list for an error message."""
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - _N_SHOWN} more" if len(names) > _N_SHOWN else ""
-    return ", ".join(names[:_N_SHOWN]) + more

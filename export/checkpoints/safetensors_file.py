@@ -14,8 +14,10 @@ from typing import Any
 
 from trt_kv.errors import CheckpointError
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-"""Bytes per element of the weight dtypes that trt-kv reads."""
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Types of weights that trt-kv reads. Tensors that it does not use may have others."""
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 _PREFIX_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
@@ -25,9 +27,10 @@ _AGAIN = "download or copy the file again"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Location of one tensor: ``start`` and ``n_bytes`` are byte counts from the beginning of the file ``path``."""
+    """Location of the tensor ``name``: ``start`` and ``n_bytes`` are byte counts from the beginning of the file ``path``."""
 
     path: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -92,19 +95,13 @@ def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: 
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         raise _broken(path, f"header entry {name!r}: {entry!r}", "a dtype's name")
-    if dtype not in ITEM_BYTES:
-        raise CheckpointError(
-            f"tensor {name!r} in {path} has a dtype that trt-kv does not support",
-            got=dtype,
-            expected="one of " + ", ".join(ITEM_BYTES),
-            fix="pass the original, unquantised checkpoint",
-        )
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise _broken(path, f"header entry {name!r}: {entry!r}", "a shape and two byte offsets")
-    n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-    if offsets[1] - offsets[0] != n_bytes:
-        raise _broken(path, f"{offsets[1] - offsets[0]} bytes for tensor {name!r}", f"{n_bytes} bytes for its shape {shape}")
-    return StoredTensor(path=path, dtype=dtype, shape=tuple(shape), start=data_start + offsets[0], n_bytes=n_bytes)
+    n_bytes = offsets[1] - offsets[0]
+    expected = math.prod(shape) * _ITEM_BYTES[dtype] if dtype in _ITEM_BYTES else n_bytes
+    if n_bytes != expected or n_bytes < 0:
+        raise _broken(path, f"{n_bytes} bytes for tensor {name!r}", f"{expected} bytes for its shape {shape}")
+    return StoredTensor(path=path, name=name, dtype=dtype, shape=tuple(shape), start=data_start + offsets[0], n_bytes=n_bytes)
 
 
 def _are_counts(values: Any) -> bool:

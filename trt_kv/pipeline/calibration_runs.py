@@ -19,6 +19,7 @@ from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
 
     from trt_kv.calibration.drift import Trace, TraceOf
     from trt_kv.calibration.prefixkv import Importance
@@ -65,7 +66,7 @@ def drift_from_prompts(
     from trt_kv.calibration.drift import calibrate_drift
 
     _tell_what_prompts(checkpoint, plan, on_note)
-    prompts = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens))
+    prompts = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens), new_tokens=drift.new_tokens)
     kept_shares = recipe.kept if recipe is not None else None
     longest = max(len(ids) for ids in prompts)
     return calibrate_drift(
@@ -198,20 +199,21 @@ def _calibration_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
     return torch.float32 if 4 * n_weights < available_bytes() // 2 else checkpoint.tensor(checkpoint.tensor_names[0]).dtype
 
 
-def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundled_tokens: int) -> list[list[int]]:
-    """Token ids of the calibration prompts; synthetic ones have ``bundled_tokens`` tokens."""
+def _calibration_prompts(
+    checkpoint: "Checkpoint", plan: CalibrationPlan, bundled_tokens: int, *, new_tokens: int = 0
+) -> list[list[int]]:
+    """Token ids of the calibration prompts; synthetic ones have about ``bundled_tokens`` words, or as many as leave room in the
+    context for ``new_tokens``, at most half of it.
+    """
     from trt_kv.calibration.prompt_files import prompts_from_file
-    from trt_kv.calibration.tasks import calibration_prompts
     from trt_kv.runtime.text.tokenizer import load_tokenizer
 
     limit = checkpoint.config.max_positions
-    if plan.prompts is None:
-        tasks = calibration_prompts(plan.samples, context_length=min(bundled_tokens, limit), seed=plan.seed)
-        texts = [task.prompt for task in tasks]
-    else:
-        texts = prompts_from_file(plan.prompts)
-        texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
     tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
+    if plan.prompts is None:
+        return _synthetic_prompts(tokenizer, plan, bundled_tokens, limit - min(new_tokens, limit // 2))
+    texts = prompts_from_file(plan.prompts)
+    texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
     prompts = [prompt_tokens(tokenizer, text) for text in texts]
     for text, ids in zip(texts, prompts, strict=True):
         if len(ids) > limit:
@@ -219,5 +221,27 @@ def _calibration_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, bundle
                 "a calibration prompt is longer than the model's positions",
                 got=f"{len(ids)} tokens: {text[:40]!r}...",
                 expected=f"at most {limit}",
+                fix=f"shorten it in {plan.prompts}, or remove it",
             )
     return prompts
+
+
+def _synthetic_prompts(tokenizer: "Tokenizer", plan: CalibrationPlan, n_words: int, limit: int) -> list[list[int]]:
+    """Synthetic prompts of ``n_words`` words, or of fewer if this tokenizer makes more than ``limit`` tokens of them."""
+    from trt_kv.calibration.tasks import calibration_prompts
+
+    n_words = min(n_words, limit)
+    while True:
+        try:
+            tasks = calibration_prompts(plan.samples, context_length=n_words, seed=plan.seed)
+        except UsageError as cause:
+            raise UsageError(
+                "the model's context is too short for synthetic calibration prompts",
+                got=f"{limit} tokens, room for {n_words} words",
+                fix="calibrate on prompts of your own: --prompts FILE (make: PROMPTS=FILE)",
+            ) from cause
+        prompts = [prompt_tokens(tokenizer, task.prompt) for task in tasks]
+        longest = max(map(len, prompts))
+        if longest <= limit:
+            return prompts
+        n_words = min(n_words - 1, n_words * limit // longest)

@@ -59,7 +59,7 @@ def is_built(folder: Path, request: BuildRequest, checkpoint: "Checkpoint") -> b
     except EngineError:
         return False
     made = (manifest.reproduce, manifest.created_by, manifest.model_digest)
-    copied = {path.name: digest_of(path) for path in checkpoint.tokenizer_files}
+    copied = {name: digest_of(path) for name, path in checkpoint.tokenizer_files.items()}
     recorded = {name: manifest.files[name].digest for name in copied if name in manifest.files}
     wanted = (command_line_of(request), CREATED_BY, checkpoint.digest)
     return made == wanted and recorded == copied and _files_are_those_of(folder, request)
