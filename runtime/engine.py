@@ -16,7 +16,9 @@ from trt_kv.runtime.backends.host.load import load as load_on_host
 from trt_kv.runtime.compatibility import check_compatible, check_recipe, check_weights
 from trt_kv.runtime.engine_core import EngineCore
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
+from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
+from trt_kv.runtime.processes import check_can_load, will_compute
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.stream import Stream
@@ -111,7 +113,12 @@ class Engine:
         place = device_from_name(device)
         if place is None:
             on.check_host()
-        return cls._open(Path(path), options, on, place, verify=verify, digest=digest, tell=on_progress or _tell_nobody)
+        try:
+            return cls._open(Path(path), options, on, place, verify=verify, digest=digest, tell=on_progress or _tell_nobody)
+        except Exception as error:
+            if (no_memory := memory_error(error, "loading the engine")) is not None:
+                raise no_memory from error
+            raise
 
     @classmethod
     def _open(
@@ -126,6 +133,7 @@ class Engine:
         tell: OnProgress,
     ) -> "Engine":
         """``device`` None: the target that the engine was built for. On "cpu", Triton's interpreter runs the device kernels."""
+        check_can_load()
         manifest = load_manifest(folder, digest=digest)
         check_compatible(folder, manifest)
         if verify:
@@ -142,6 +150,7 @@ class Engine:
         else:
             loaded = load_on_host(folder, manifest, options, tell)
         tell("compiling kernels", 0, 1)
+        will_compute()
         loaded.runner.warm_up()
         tell("compiling kernels", 1, 1)
         return cls(folder, manifest, loaded, tokenizer)

@@ -1,5 +1,6 @@
 """The engine's loop: schedule a step, run it, deliver its results to the requests. All generation goes through it."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -7,7 +8,9 @@ from typing import TypeVar
 
 from trt_kv.errors import CapacityError, EngineError, TrtKvError, UsageError
 from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.processes import check_not_forked
 from trt_kv.runtime.request import FinishReason, Request
 from trt_kv.runtime.reservation import Reservation
 from trt_kv.runtime.scheduler import Scheduler, StepPlan
@@ -29,6 +32,7 @@ class EngineCore:
     def __init__(self, runner: ModelRunner, reservation: Reservation, *, token_budget: int | None = None) -> None:
         """``token_budget``: see ``Scheduler``."""
         self.runner = runner
+        self._process = os.getpid()
         self.statistics = EngineStatistics()
         self._scheduler: Scheduler[Request] = Scheduler(reservation, chunk=runner.chunk, token_budget=token_budget)
         self._stepping = threading.Lock()
@@ -48,6 +52,7 @@ class EngineCore:
     def add(self, requests: Iterable[Request]) -> None:
         """Queue all requests or none. ``CapacityError`` if one can never be served, ``UsageError`` if the engine is closed."""
         requests = list(requests)
+        check_not_forked(self._process)
         if self._is_closed:
             raise UsageError("the engine has been closed", expected="an open engine", fix="load it again")
         for request in requests:
@@ -67,6 +72,8 @@ class EngineCore:
         """End a request and its forks. Its pages are freed immediately, or when the running step ends."""
         for one in (request, *request.forks):
             one.cancelled = True
+        if os.getpid() != self._process:
+            return
         if not self._stepping.locked():
             self._alone(self._sweep)
             self._notify()
@@ -76,6 +83,7 @@ class EngineCore:
 
         An interrupt of this thread in the middle of a step (Ctrl-C) ends the requests of that step and is raised here.
         """
+        check_not_forked(self._process)
         while not until():
             self._check_outside_steps()
             if self._stepping.locked():
@@ -98,7 +106,9 @@ class EngineCore:
             self._changed.wait_for(lambda: bool(self._inbox or self._live) or self._is_closed, timeout_s)
 
     def close(self) -> None:
-        """End all requests, stop background work and free a host tier. Nothing runs afterwards."""
+        """End all requests, stop background work and free a host tier. Nothing runs afterwards. In a fork: does nothing."""
+        if os.getpid() != self._process:
+            return
         self._check_outside_steps()
         self._is_closed = True
         self._alone(self._close)
@@ -152,7 +162,7 @@ class EngineCore:
             ran = time.perf_counter()
             self._finish_step(plan, logits, ran - planned)
         except Exception as error:  # noqa: BLE001  (ends the step's requests, whatever it is)
-            self._fail(plan, error)
+            self._fail(plan, memory_error(error, "a step") or error)
         except BaseException as interrupt:
             self._fail(plan, _interrupted(type(interrupt).__name__))
             self._sweep()

@@ -1,5 +1,6 @@
 """Options for loading an engine, and the result of every backend's ``load``."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from trt_kv.runtime.trace import NO_TRACE, Trace
 
 MAX_SEQUENCES = 256
 """Default limit of sequences that run at once."""
+
+THREADS_PER_CPU = 4
+"""Limit of ``n_threads``. Above one they only wait; some room is left for settings that are used on several machines."""
 
 OnProgress = Callable[[str, int, int], None]
 """Progress callback, called with (stage, done, total)."""
@@ -44,6 +48,13 @@ class LoadOptions:
             got = getattr(self, name)
             if not ((got is None and expected.endswith("or None")) or is_integer(got, 0 if name == "n_threads" else 1)):
                 raise UsageError(f"bad {name}", got=repr(got), expected=expected)
+        if self.n_threads > (most := THREADS_PER_CPU * (os.cpu_count() or 1)):
+            raise UsageError(
+                "bad n_threads",
+                got=repr(self.n_threads),
+                expected=f"at most {most}, {THREADS_PER_CPU} per CPU of this machine: each layer's session starts as many",
+                fix="leave it out: one per core",
+            )
         if not isinstance(self.host_tier, str | None):
             raise UsageError("bad host_tier", got=repr(self.host_tier), expected="ram, or file:/path/of/a/new/file")
 

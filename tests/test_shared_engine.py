@@ -121,12 +121,12 @@ def test_threads_that_generate_stream_close_and_cancel_do_not_disturb_each_other
     assert_idle(engine)
 
 
-def test_closing_a_stream_while_another_thread_is_in_a_step_changes_nothing_there(one_engine: Engine) -> None:
+def test_closing_a_stream_while_another_thread_is_in_a_step_changes_nothing_there(engine: Engine) -> None:
     """Closed from inside the other thread's step, at each of them in turn."""
-    prompts = prompts_of(one_engine, (37, 50))
-    alone = one_engine.generate(prompts[0], max_new_tokens=8)
+    prompts = prompts_of(engine, (37, 50))
+    alone = engine.generate(prompts[0], max_new_tokens=8)
     for at in range(8):
-        stream = one_engine.stream(prompts[1], max_new_tokens=30)
+        stream = engine.stream(prompts[1], max_new_tokens=30)
         next(stream)
         n_steps = 0
 
@@ -140,9 +140,9 @@ def test_closing_a_stream_while_another_thread_is_in_a_step_changes_nothing_ther
             n_steps += 1
             return logits
 
-        with steps_changed(one_engine, close_in_another_thread):
-            assert one_engine.generate(prompts[0], max_new_tokens=8) == alone
-        assert_idle(one_engine)
+        with steps_changed(engine, close_in_another_thread):
+            assert engine.generate(prompts[0], max_new_tokens=8) == alone
+        assert_idle(engine)
 
 
 def test_who_sees_an_end_sees_all_of_the_result(one_engine: Engine) -> None:

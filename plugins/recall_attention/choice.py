@@ -50,8 +50,8 @@ def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Floats, n_chosen: int
         pooling in MAXIMUM,
         np.float32(softmax_scale),
     )
-    chosen_KC: Ints = _best(values_KJ, n_chosen)
-    return chosen_KC
+    best_KC: Ints = _best(values_KJ, n_chosen)
+    return best_KC
 
 
 @njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})

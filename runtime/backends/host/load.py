@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from trt_kv.errors import UsageError, load_option
+from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.manifest import GRAPHS, ITEM_BYTES, Manifest
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import budgets_of, finds_budgets, recalling_layers
@@ -15,7 +15,7 @@ from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import PoolSizes, token_bytes
 from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
-from trt_kv.runtime.memory import free_for_cache
+from trt_kv.runtime.memory import available_bytes, free_for_cache
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservation, Resource, WorkingSetPages
 
@@ -70,20 +70,42 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     tier leaves.
     """
     if not manifest.policy.recalls:
-        return HostKvPool(**dataclasses.asdict(pool_sizes(manifest, options.cache_tokens, n_free // 2))), None
+        return _pool(manifest, options, n_free), None
     host_tokens, where = options.host_tokens, options.host_tier or "ram"
     n_layers, n_host_layers = manifest.config.n_layers, len(recalling_layers(manifest.programs["decode"]))
     on_disk = free_on_disk(where)
     if options.cache_tokens is not None:
         n_free -= _n_bytes(manifest, pool_sizes(manifest, options.cache_tokens, 0))
     whole = pool_sizes(manifest, host_tokens, max(0, n_free if on_disk is None else on_disk) // 2)
-    host = host_tier_at(where, **dataclasses.asdict(whole) | {"n_pages": whole.n_pages // n_layers * n_host_layers})
+    n_pages = whole.n_pages // n_layers * n_host_layers
+    if on_disk is None and host_tokens is not None:
+        _check_free("host_tokens", _n_bytes(manifest, dataclasses.replace(whole, n_pages=n_pages)), available_bytes())
+    host = host_tier_at(where, **dataclasses.asdict(whole) | {"n_pages": n_pages})
     if on_disk is None:
         n_free -= host.n_pages * host.page_bytes
-    pool = HostKvPool(**dataclasses.asdict(pool_sizes(manifest, options.cache_tokens, max(0, n_free) // 2)))
+    pool = _pool(manifest, options, max(0, n_free))
     finds = finds_budgets(manifest.programs["prefill"])
     recall = StreamedRecall(host, pool, ThreadedCopies(), n_layers=n_layers, finds_budgets=finds, trace=options.trace)
     return pool, recall
+
+
+def _pool(manifest: Manifest, options: LoadOptions, n_free: int) -> HostKvPool:
+    """The pool: of ``cache_tokens``, or of half of ``n_free`` bytes."""
+    sizes = pool_sizes(manifest, options.cache_tokens, n_free // 2)
+    if options.cache_tokens is not None:
+        _check_free("cache_tokens", _n_bytes(manifest, sizes), available_bytes())
+    return HostKvPool(**dataclasses.asdict(sizes))
+
+
+def _check_free(option: str, n_bytes: int, n_free: int) -> None:
+    """``CapacityError`` for memory that is not there: it would be reserved, and the process killed as it is used."""
+    if n_bytes > n_free:
+        raise CapacityError(
+            f"the machine has too little memory for {option}",
+            got=f"{n_bytes / 2**30:.1f} GiB",
+            expected=f"at most {n_free / 2**30:.1f} GiB, which are free",
+            fix=f"lower {option}, or leave it out for what fits",
+        )
 
 
 def _n_bytes(manifest: Manifest, sizes: PoolSizes) -> int:
