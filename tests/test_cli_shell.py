@@ -207,7 +207,7 @@ def test_build_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
     assert request.source.checkpoint == "my/folder"
     assert (request.policy.kept, request.policy.score, request.policy.window) == (0.3, "window", 16)
     assert (request.calibration.samples, request.calibration.seed) == (4, 9)
-    assert request.out == Path("engines/folder-prefixkv-score=window-budget=0.3-window=16-samples=4-seed=9")
+    assert request.out == Path("engines/folder-prefixkv-budget=0.3-window=16-samples=4-seed=9")
     assert request.replace is True
     assert request.recipe is None
 
