@@ -23,7 +23,7 @@ from trt_kv.scores import score_from_name
 BUDGETS = {
     "full": "every layer keeps every token",
     "uniform": "every layer keeps the same share",
-    "constant": "every layer keeps `tokens` tokens, however long the prompt is",
+    "constant": "every layer keeps `tokens` tokens, however long the prompt is (recalled ones in whole pages)",
     "pyramid": "shares fall linearly from the first layer to the last (PyramidKV); their mean is the kept share",
     "recipe": "each layer keeps the share that a calibrated recipe gives it (PrefixKV)",
     "unimetric": "each layer keeps tokens that hold 1 - `threshold` of the attention norm, computed per input (ReFreeKV)",

@@ -1,17 +1,14 @@
 """Streaming of generated text, followed by lines of statistics."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from trt_kv.cli.generation_notes import held_note, recall_note
 from trt_kv.cli.progress import progress_bars
 from trt_kv.pipeline.destinations import check_new_file
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
-
-if TYPE_CHECKING:
-    from trt_kv.runtime.statistics import RecallStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,32 +62,13 @@ def stream_text(
     result = stream.result
     if request.parse_special_tokens and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
         on_end("[the prompt begins with the tokenizer's BOS: no second one was put in front]")
-    held, seen = _mean(result.kv_tokens), result.num_computed_tokens
-    exempt = loaded.manifest.policy.exempt_layers
-    others = [n for layer, n in enumerate(result.kv_tokens) if layer not in exempt]
-    told = f", {_mean(others) / seen:.0%} without exempt layers" if exempt and others else ""
-    on_end(
-        f"[{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}; "
-        f"KV cache holds {held:.0f} of {seen} tokens per layer ({held / seen:.0%}{told})]"
-    )
+    on_end(held_note(loaded.manifest, result))
     if not running.on.on_host:
         on_end(f"[run by {loaded.runner.description}]")
     counts = None if loaded.runner.tiers is None else loaded.runner.tiers.statistics
     if counts is not None:
-        on_end(_told_recall(counts, len(result.token_ids)))
+        on_end(recall_note(loaded.manifest, result, counts))
     loaded.close()
     if running.trace is not None:
         trace.save(running.trace)
         on_end(f"[trace: {running.trace}, for chrome://tracing or ui.perfetto.dev]")
-
-
-def _told_recall(counts: "RecallStatistics", n_generated: int) -> str:
-    moved = counts.moved_bytes / max(1, n_generated) / 2**10
-    return (
-        f"[recalled {moved:.0f} KiB per token from the host; {counts.head_rate:.0%} of KV heads were corrected, in "
-        f"{counts.layer_step_rate:.0%} of all (layer, step) pairs; waited {counts.waited_ms:.0f} ms for copies]"
-    )
-
-
-def _mean(counts: Sequence[int]) -> float:
-    return sum(counts) / len(counts)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from trt_kv.cli.generation_notes import attended_tokens
 from trt_kv.drift import Drift
 from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError
@@ -108,7 +109,7 @@ def _softmax(policy: Policy) -> str:
 
 def _budget(policy: Policy) -> str:
     told = {
-        "constant": f"{policy.tokens} tokens in every layer",
+        "constant": f"{policy.tokens} tokens in every layer" + (", in whole pages" if policy.recalls else ""),
         "unimetric": f"computed per input, threshold {policy.threshold:.2%} of the norm of {METRIC_ROWS[policy.metric_row]}",
     }
     exempt = ", ".join(map(str, policy.exempt_layers))
@@ -125,7 +126,7 @@ def _protected(policy: Policy) -> str:
 def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
     length = manifest.config.max_positions
     origin = "recipe.json" if recipe is not None else "the policy"
-    depends = any(budget is not None and budget.tokens for budget in manifest.budgets)
+    depends = manifest.policy.recalls or any(budget is not None and budget.tokens for budget in manifest.budgets)
     at = f", at {length} tokens" if depends else ""
     what = "share attended to" if manifest.policy.recalls else "kept share"
     lines = [f"{what} per layer (from {origin}{at})"]
@@ -160,8 +161,12 @@ def _taus(manifest: Manifest, drift: Drift | None) -> list[str]:
 
 
 def _shares(manifest: Manifest) -> list[float]:
-    """Kept share of each layer for a prompt that fills the model's positions; 1 if it depends on the input."""
+    """Kept share of each layer for a prompt that fills the model's positions, or share that a step attends to; 1 if it depends
+    on the input.
+    """
     length = manifest.config.max_positions
+    if manifest.policy.recalls:
+        return [n / length for n in attended_tokens(manifest, length, length) or [length] * manifest.config.n_layers]
     budgets = [budget or ALL for budget in manifest.budgets]
     return [budget.of(length) / length if budget.tokens else budget.share for budget in budgets]
 
@@ -175,9 +180,10 @@ def _sizes(manifest: Manifest) -> list[str]:
     weights = manifest.files["graphs/weights.data" if manifest.plan is None else manifest.plan.file].n_bytes
     instead = f"at {config.max_positions} tokens, instead of {_megabytes(full)}"
     at_most = "at most " if None in manifest.budgets else ""
+    told = "attended" if manifest.policy.recalls else "KV cache"
     lines = [
         f"size      {_megabytes(total)}, of which weights {_megabytes(weights)}",
-        f"KV cache  {at_most}{_megabytes(kept)} {instead} (computed from shapes and shares)",
+        f"{told:<10}{at_most}{_megabytes(kept)} {instead} (computed from shapes and shares)",
     ]
     if manifest.policy.recalls:
         host = token_bytes * sum(tau is not None for tau in manifest.taus) * config.max_positions
@@ -201,7 +207,9 @@ def _origins(manifest: Manifest, recipe: Recipe | None, drift: Drift | None) -> 
     if recipe is not None:
         record = recipe.calibration
         seed = "" if record.seed is None else f", seed {record.seed}"
-        lines.append(f"recipe    {recipe.method}, {len(record.samples)} samples{_lengths(recipe)}: {record.source}{seed}")
+        lines.append(
+            f"recipe    from {recipe.score.described}, {len(record.samples)} samples{_lengths(recipe)}: {record.source}{seed}"
+        )
     if drift is not None:
         origin = drift.calibration
         seed = "" if origin.seed is None else f", seed {origin.seed}"

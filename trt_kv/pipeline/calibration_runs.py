@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from trt_kv.drift import ALWAYS, Drift, drift_settings
 from trt_kv.errors import CheckpointError, UsageError
+from trt_kv.layer_budget import LayerBudget, layer_budgets
 from trt_kv.pipeline.callbacks import OnNote, OnProgress
 from trt_kv.pipeline.continuation import continue_greedily
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policy import Policy
 from trt_kv.presets import is_bundled
 from trt_kv.program import PHASES, Program, program_of
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from trt_kv.export.checkpoints.base import Checkpoint
 
 CALIBRATION_TOKENS = 1024
+FEW_TOKENS = 32
+"""Recipes from shorter prompts are made with a note: hardly a token could be evicted from them."""
 
 
 def recipe_from_prompts(
@@ -36,9 +40,15 @@ def recipe_from_prompts(
 
     _tell_what_prompts(checkpoint, plan, on_note)
     prompts = _calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS)
+    longest = max(len(ids) for ids in prompts)
+    if len(prompts) == 1 or longest < FEW_TOKENS:
+        on_note(
+            f"note: few or short calibration prompts ({len(prompts)}, the longest of {longest} tokens) make a poor recipe: "
+            "give about ten, as long as those in production"
+        )
     return calibrate_prefixkv(
         prompts,
-        importance_of(checkpoint, policy, max(len(ids) for ids in prompts)),
+        importance_of(checkpoint, policy, longest),
         budget=policy.kept,
         score=recipe_score(policy),
         model=recipe_model(checkpoint),
@@ -69,7 +79,7 @@ def drift_from_prompts(
     prompts = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens), new_tokens=drift.new_tokens)
     kept_shares = recipe.kept if recipe is not None else None
     longest = max(len(ids) for ids in prompts)
-    return calibrate_drift(
+    thresholds = calibrate_drift(
         prompts,
         drift_trace_of(checkpoint, policy, longest, drift.new_tokens, page_size=drift.page_size, kept_shares=kept_shares),
         correction_rate=drift.correction_rate,
@@ -80,6 +90,29 @@ def drift_from_prompts(
         max_new_tokens=drift.new_tokens,
         on_sample=lambda done, total: on_progress("measuring queries", done, total),
     )
+    _tell_prompts_without_choice(thresholds, layer_budgets(policy, checkpoint.config.n_layers, kept_shares), on_note)
+    return thresholds
+
+
+def _tell_prompts_without_choice(drift: Drift, budgets: Sequence[LayerBudget], on_note: OnNote) -> None:
+    """A note if prompts are so short that their steps attend to every page."""
+    settings = drift.settings
+    if settings.budget == "unimetric":
+        return
+    limits = PageLimits(page_size=settings.page_size, sinks=settings.sinks, recent=settings.recent)
+    samples = drift.calibration.samples
+    n_short = sum(
+        all(
+            len(limits.choosable(sample.n_tokens + sample.n_steps)) <= limits.n_chosen(budget.of_prompt(sample.n_tokens))
+            for budget in budgets
+        )
+        for sample in samples
+    )
+    if n_short:
+        on_note(
+            f"note: {n_short} of {len(samples)} calibration prompts are no longer than what a step attends to, so nothing is "
+            "recalled after them, and thresholds for longer ones may differ: give longer prompts"
+        )
 
 
 def importance_of(
