@@ -264,6 +264,7 @@ class Engine:
             ids = self._prompts.encode_fitting(
                 prompt, parse_special_tokens=of_prompt.parse_special_tokens, name=prompt_name(index, len(prompts))
             )
+            of_prompt.check_vocabulary(config.vocab_size)
             requests.append(
                 Request(
                     prompt_ids=ids,

@@ -14,8 +14,11 @@ from trt_kv.errors import LogitsError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.reservation import RequestSize
-from trt_kv.runtime.sampling import SamplingParams, log_probability, next_token
+from trt_kv.runtime.sampling import SamplingParams
+from trt_kv.runtime.sampling.choice import log_probability, next_token, top_log_probabilities
+from trt_kv.runtime.sampling.processors import LogitsProcessor
 from trt_kv.runtime.text.detokenizer import Detokenizer
+from trt_kv.runtime.text.prompts import token_ids_of_words
 from trt_kv.runtime.text.stops import Stops
 
 FinishReason = Literal["stop", "length", "error", "timeout", "cancelled"]
@@ -40,10 +43,19 @@ class RequestTimes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A generated token's log-probability, and those of the likeliest tokens in its place, as (token id, log-probability)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation:
     """Result of a request. ``kv_tokens``: per layer, how many of its ``num_computed_tokens`` were held at the end, in the
     cache, or in the working set if the cache is on the host. ``error``: the error that ended the request, or None. ``seed``:
-    the seed of its random numbers.
+    the seed of its random numbers. ``logprobs``: of each token, if ``top_logprobs`` asks for them.
     """
 
     text: str
@@ -55,6 +67,7 @@ class Generation:
     error: Exception | None = None
     seed: int = field(default=0, compare=False)
     times: RequestTimes = field(default_factory=RequestTimes, compare=False)
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -79,6 +92,7 @@ class Request:
     name: str = "the request"
     token_ids: list[int] = field(default_factory=list, init=False)
     log_probabilities: list[float] = field(default_factory=list, init=False)
+    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     error: Exception | None = field(default=None, init=False)
     pieces: deque[str] = field(default_factory=deque, init=False)
@@ -96,6 +110,10 @@ class Request:
         self.seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
         self._rng = np.random.default_rng(self.seed)
         self._stops = Stops(self.params.stop_texts, self.tokenizer)
+        own_ends = () if self.params.ignore_eos else self.eos_token_ids
+        self._end_ids = frozenset(own_ends) | frozenset(self.params.stop_token_ids)
+        bad_words = token_ids_of_words(self.params.bad_words, self.tokenizer)
+        self._processor = LogitsProcessor(self.params, self.prompt_ids, end_ids=sorted(self._end_ids), bad_words=bad_words)
         self._detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, self.prompt_ids)
         self._text = ""
         """All text, with the stand-ins of special tokens that are searched for."""
@@ -140,20 +158,36 @@ class Request:
                 fix="build the engine in a wider type (float32, or bfloat16 instead of float16), or check the checkpoint",
             )
         if self.forced is None:
-            token_id = next_token(logits_V, self.params, self._rng)
+            token_id = self._next_token(logits_V)
         else:
             token_id = self.forced[len(self.token_ids)]
             self.log_probabilities.append(log_probability(logits_V, token_id))
         reason: FinishReason | None = None
-        if token_id in self.eos_token_ids and self.forced is None:
+        if token_id in self._end_ids and self.forced is None:
             reason = "stop"
         else:
             self.token_ids.append(token_id)
+            self._processor.accept(token_id)
+            if self.params.top_logprobs is not None:
+                top = tuple(top_log_probabilities(logits_V, self.params.top_logprobs))
+                self.logprobs.append(TokenLogprob(token_id=token_id, logprob=log_probability(logits_V, token_id), top=top))
             self.times.tokens.append(time.monotonic())
             self._text += self._text_of(token_id)
             if len(self.token_ids) >= self.limit:
                 reason = "length"
         self._say(reason)
+
+    def _next_token(self, logits_V: Floats) -> int:
+        if not self._processor.is_needed:
+            return next_token(logits_V, self.params, self._rng)
+        changed_V = self._processor.process(logits_V)
+        if not np.isfinite(changed_V.max()):
+            raise LogitsError(
+                f"{self.name} cannot continue: its parameters leave no token",
+                got=f"{changed_V.max()} as the largest logit",
+                fix="lower penalties and biases, or shorten bad_words",
+            )
+        return next_token(changed_V, self.params, self._rng)
 
     def end(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request if it has not ended. The tokens generated so far are its result.
@@ -189,6 +223,7 @@ class Request:
             error=self.error,
             seed=self.seed,
             times=self.times,
+            logprobs=tuple(self.logprobs),
         )
 
     def _text_of(self, token_id: int) -> str:
@@ -209,7 +244,7 @@ class Request:
         """
         if reason is not None and self._detokenizer is not None:
             self._text += self._detokenizer.finish()
-        found = self._stops.first_in(self._text)
+        found = self._stops.first_in(self._text) if len(self.token_ids) >= self.params.min_tokens else None
         if found is not None:
             reason = "stop" if self.error is None else reason
             self._text = self._text[:found]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.engines import random_ids
 from trt_kv.errors import UsageError
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.sampling import SamplingParams, next_token
+from trt_kv.runtime.sampling import SamplingParams
+from trt_kv.runtime.sampling.choice import next_token
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -96,3 +96,17 @@ def _checked_ids(prompt: Any, name: str) -> list[int]:
 def prompt_name(index: int, n_prompts: int) -> str:
     """What errors call a prompt."""
     return "the prompt" if n_prompts == 1 else f"prompts[{index}]"
+
+
+def token_ids_of_words(words: Sequence[str | Sequence[int]], tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:
+    """Token ids of ``words``; a text gives those at the beginning of a line and those after a space."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        if not isinstance(word, str):
+            found[tuple(word)] = None
+            continue
+        if tokenizer is None:
+            raise UsageError("bad_words are texts, but there is no tokenizer", got=repr(word), expected="lists of token ids")
+        for text in (word, f" {word}"):
+            found[tuple(tokenizer.encode(text, add_special_tokens=False).ids)] = None
+    return [ids for ids in found if ids]

@@ -1,0 +1,107 @@
+"""The choice of the next token from its logits: greedy, or drawn from what the filters leave.
+
+Filters in transformers' order: temperature, top-k, nucleus (top-p, arXiv 1904.09751), min-p (arXiv 2407.01082), locally typical
+(arXiv 2202.00666). Each sees the probabilities that the filters before it leave, renormalised. Nothing sorts the vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.runtime.sampling.params import SamplingParams
+from trt_kv.runtime.sampling.selection import drawn, heaviest, keys_of
+
+_COLDEST = 1e-30
+"""Below it, a temperature has no fp32 reciprocal; any other token has long lost its probability there."""
+_BLOCK = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Tokens ``ids`` [S] in ascending order, None for the whole vocabulary, and their ``weights`` [S], proportional to their
+    probabilities; fp32, at most 1.
+    """
+
+    ids: Ints | None
+    weights: Floats
+
+    def of(self, kept_S: Ints) -> "Candidates":
+        """Those at the indices ``kept_S``."""
+        return Candidates(ids=kept_S if self.ids is None else self.ids[kept_S], weights=self.weights[kept_S])
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """One of the tokens, by its weight."""
+        index = drawn(self.weights, rng.random())
+        return index if self.ids is None else int(self.ids[index])
+
+
+def next_token(logits_V: Floats, params: SamplingParams, rng: np.random.Generator) -> int:
+    """One token id for logits [V]; one random number unless greedy. Greedy takes the lowest id among equal logits."""
+    if params.temperature == 0.0:
+        return int(np.argmax(logits_V))
+    return candidates_of(logits_V, params).draw(rng)
+
+
+def candidates_of(logits_V: Floats, params: SamplingParams) -> Candidates:
+    """What the filters of ``params`` leave of logits [V] fp32, of which at least one is finite."""
+    ids = _best(logits_V, params.top_k) if 0 < params.top_k < len(logits_V) else None
+    kept = logits_V if ids is None else logits_V[ids]
+    with np.errstate(over="ignore"):
+        weights = np.exp((kept - kept.max()) / np.float32(max(params.temperature, _COLDEST)))
+    left = Candidates(ids=ids, weights=weights)
+    if params.top_p < 1.0:
+        left = left.of(heaviest(left.weights.view(np.uint32), left.weights, params.top_p * _total(left.weights)))
+    if params.min_p > 0.0:
+        left = left.of(np.flatnonzero(left.weights >= np.float32(params.min_p)))
+    if params.typical_p < 1.0:
+        left = left.of(_typical(left.weights, params.typical_p))
+    return left
+
+
+def log_probability(logits_V: Floats, token_id: int) -> float:
+    """Log-probability of a token under logits [V]."""
+    return float(logits_V[token_id]) - _log_total(logits_V)
+
+
+def top_log_probabilities(logits_V: Floats, n: int) -> list[tuple[int, float]]:
+    """The ``n`` likeliest tokens under logits [V] with their log-probabilities, likeliest first, equal ones by id."""
+    ids = _best(logits_V, min(n, len(logits_V))) if n else np.empty(0, np.int64)
+    ids = ids[np.argsort(-logits_V[ids], kind="stable")]
+    total = _log_total(logits_V)
+    return [(int(i), float(logits_V[i]) - total) for i in ids]
+
+
+def _best(logits_V: Floats, k: int) -> Ints:
+    """The ``k`` tokens with the largest logits, in ascending order; of equal ones the first."""
+    n_blocks = len(logits_V) // _BLOCK
+    if k <= n_blocks:  # the k-th largest of the blocks' maxima is at most the k-th largest logit
+        maxima = logits_V[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
+        likely = np.flatnonzero(logits_V >= np.partition(maxima, n_blocks - k)[n_blocks - k])
+    else:
+        likely = np.arange(len(logits_V))
+    among = heaviest(keys_of(logits_V[likely]), np.ones(len(likely), np.float32), float(k))
+    chosen: Ints = likely[among]
+    return chosen
+
+
+def _typical(weights_S: Floats, mass: float) -> Ints:
+    """The tokens whose information is closest to the distribution's entropy, until they have ``mass`` of it; indices."""
+    with np.errstate(divide="ignore"):
+        information_S = np.log(np.float32(_total(weights_S))) - np.log(weights_S)
+    shares_S = weights_S / np.float32(_total(weights_S))
+    finite_S = weights_S > 0.0
+    entropy = float((shares_S[finite_S] * information_S[finite_S]).sum(dtype=np.float64))
+    distance_S = np.abs(information_S - np.float32(entropy))
+    kept: Ints = heaviest(~distance_S.view(np.uint32), shares_S, mass)
+    return kept
+
+
+def _total(weights: Floats) -> float:
+    return float(weights.sum(dtype=np.float64))
+
+
+def _log_total(logits_V: Floats) -> float:
+    """log of the sum of exp(logits)."""
+    largest = float(logits_V.max())
+    return largest + float(np.log(np.exp(logits_V - np.float32(largest)).sum(dtype=np.float64)))
