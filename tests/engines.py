@@ -53,8 +53,13 @@ def traced_once(checkpoint: Checkpoint, program: Program, *, page_size: int, dty
     return _TRACED[key].clone()
 
 
-def build_for_test(request: EngineRequest, folder: Path, *, replace: bool = False) -> Path:
+def build_for_test(request: EngineRequest, folder: Path, *, replace: bool = False, share: bool = False) -> Path:
+    """Build quickly. Without ``share`` the weights are the engine's own: onnx, which some tests use, reads no file that has
+    several names.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        if not share:
+            patch.setattr(engine_module, "link_weights", lambda *_, **__: None)
         patch.setattr(engine_module, "graph_from_checkpoint", traced_once)
         build_engine(request, folder, replace=replace)
     return folder

@@ -153,7 +153,7 @@ def test_a_file_of_thresholds_changed_at_random(small_checkpoint_folder: Path, t
 @pytest.mark.slow
 def test_thresholds_of_an_engine_changed_at_random(small_checkpoint_folder: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(small_checkpoint_folder)
-    policy = dataclasses.replace(policy_from_name("freekv"), drift="calibrated", tokens=20)
+    policy = dataclasses.replace(policy_from_name("freekv"), drift="calibrated")
     drift = own_drift(checkpoint, policy)
     engine = build_for_test(EngineRequest(checkpoint=checkpoint, policy=policy, drift=drift, page_size=5), tmp_path / "engine")
     MANY(given(data=st.data())(lambda data: fuzz(engine, "drift.json", data)))()
