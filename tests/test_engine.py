@@ -96,7 +96,7 @@ def test_generation_stops_at_the_last_position(small_engine: Engine) -> None:
 
 
 def test_a_batch_is_refused_as_a_whole(small_engine: Engine) -> None:
-    with pytest.raises(UsageError, match="the prompt is empty"):
+    with pytest.raises(UsageError, match=r"prompts\[1\] is empty"):
         small_engine.generate_batch(["the old storm", ""])
     with pytest.raises(UsageError, match="a batch is a list of prompts"):
         small_engine.generate_batch("the old storm")
