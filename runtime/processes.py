@@ -15,7 +15,7 @@ _with_threads: weakref.WeakSet[object] = weakref.WeakSet()
 
 
 def never_destroy_in_forks(owner: object) -> None:
-    """Never call the destructor of ``owner`` in forks of this process: it would wait for ever for threads that are not there."""
+    """Never call the destructor of ``owner`` in forks of this process: it would wait for threads that are not there."""
     _register()
     _with_threads.add(owner)
 

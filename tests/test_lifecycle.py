@@ -48,7 +48,7 @@ def lines_of(program: str, *arguments: str | Path) -> list[str]:
 @pytest.mark.parametrize("kind", ["small_folder", "small_freekv_folder"])
 def test_a_fork_is_told_at_once_and_the_parent_goes_on(kind: str, request: pytest.FixtureRequest) -> None:
     program = """
-engine = Engine.load(sys.argv[1])
+engine = Engine.load(sys.argv[1], cache_tokens=1000)
 expected = ask(engine)
 stream = engine.stream("the old storm", max_new_tokens=3)
 said = next(stream)
