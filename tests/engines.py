@@ -231,6 +231,12 @@ def small_h2o_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_
     return _small_preset(tmp_path_factory, small_checkpoint_folder, "h2o")
 
 
+@pytest.fixture(scope="session")
+def small_freekv_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
+    """A cache on the host, on pages of 5 tokens. Not to be changed: copy it first."""
+    return _small_preset(tmp_path_factory, small_checkpoint_folder, "freekv")
+
+
 def _small_preset(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, name: str) -> Path:
     request = EngineRequest(checkpoint=open_checkpoint(checkpoint), policy=policy_without_floor(name), page_size=5)
     return shared(tmp_path_factory, f"small-{name}", partial(build_for_test, request))
