@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from trt_kv.errors import CapacityError, UnknownNameError, UsageError
 from trt_kv.manifest import DTYPES
+from trt_kv.require import require
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +52,13 @@ class DeviceOptions:
 def device_from_name(name: str) -> "torch.device | None":
     """The GPU named "cuda" or "cuda:N"; None for "cpu", which means the host kernels.
 
-    ``UsageError`` for another name, or if torch finds no such GPU.
+    ``UsageError`` for another name, or if torch finds no such GPU; ``MissingDependencyError`` without torch.
     """
     if name == HOST:
         return None
     if not re.fullmatch(r"cuda(:\d+)?", name):
         raise UsageError("unknown device", got=repr(name), expected="cpu, cuda, or cuda:N")
-    import torch
-
+    torch = require("torch", extra="gpu")
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     number = int(name.partition(":")[2] or 0)
     if number >= n_gpus:
@@ -68,7 +68,8 @@ def device_from_name(name: str) -> "torch.device | None":
             expected=f"at least {number + 1}",
             fix="see `trt-kv doctor`: a GPU needs its driver and a CUDA build of torch; or use the device cpu",
         )
-    return torch.device("cuda", number)
+    device: torch.device = torch.device("cuda", number)
+    return device
 
 
 def free_device_bytes(device: "torch.device") -> int:
