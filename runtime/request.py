@@ -40,7 +40,7 @@ class RequestTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Result of a request: ``text``, without the prompt, and its ``token_ids``, which include an end-of-sequence token.
+    """Result of a request: ``text``, without the prompt, and its ``token_ids``, without the one that ended it.
 
     ``kv_tokens``: per layer, how many of its ``num_computed_tokens`` (prompt and generated ones) were held at the end, in the
     cache, or in the working set if the cache is on the host. ``finish_reason``: "stop" (end of sequence, or a stop text),
