@@ -72,14 +72,15 @@ def _definition(node: ast.stmt, owner: str = "") -> Iterator[str]:
     if owner:
         yield from (f"#### {owner}.{node.name}" + (" (property)" if is_property else ""), "")
     if isinstance(node, ast.ClassDef):
-        yield _code(_class_head(node))
+        yield _code(_double_quoted(_class_head(node)))
     elif not is_property:
-        yield _code(_function_head(node))
+        yield _code(_double_quoted(_function_head(node)))
     yield from (_text(node), "")
     for method in node.body if isinstance(node, ast.ClassDef) and not owner else []:
-        is_method = isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef)
-        if is_method and not method.name.startswith("_") and ast.get_docstring(method):
-            yield from _definition(method, node.name)
+        match method:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) if not name.startswith("_"):
+                if ast.get_docstring(method):
+                    yield from _definition(method, node.name)
 
 
 def _class_head(node: ast.ClassDef) -> str:
@@ -100,6 +101,11 @@ def _function_head(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
         return head
     parameters = re.split(r", (?=\*|\w+[:=])", inside)
     return head.replace(inside, "\n" + "".join(f"    {parameter},\n" for parameter in parameters))
+
+
+def _double_quoted(code: str) -> str:
+    """As the formatter writes strings, unlike ``ast.unparse``."""
+    return re.sub(r"'([^'\"]*)'", r'"\1"', code)
 
 
 def _text(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:

@@ -58,7 +58,9 @@ def device_from_name(name: str) -> "torch.device | None":
         return None
     if not re.fullmatch(r"cuda(:\d+)?", name):
         raise UsageError("unknown device", got=repr(name), expected="cpu, cuda, or cuda:N")
-    torch = require("torch", extra="gpu")
+    require("torch", extra="gpu")
+    import torch
+
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     number = int(name.partition(":")[2] or 0)
     if number >= n_gpus:
@@ -68,8 +70,7 @@ def device_from_name(name: str) -> "torch.device | None":
             expected=f"at least {number + 1}",
             fix="see `trt-kv doctor`: a GPU needs its driver and a CUDA build of torch; or use the device cpu",
         )
-    device: torch.device = torch.device("cuda", number)
-    return device
+    return torch.device("cuda", number)
 
 
 def free_device_bytes(device: "torch.device") -> int:
