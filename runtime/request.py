@@ -41,9 +41,12 @@ class RequestTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Result of a request. ``kv_tokens``: per layer, how many of its ``num_computed_tokens`` were held at the end, in the
-    cache, or in the working set if the cache is on the host. ``error``: the error that ended the request, or None. ``seed``:
-    the seed of its random numbers.
+    """Result of a request: ``text``, without the prompt, and its ``token_ids``, without the one that ended it.
+
+    ``kv_tokens``: per layer, how many of its ``num_computed_tokens`` (prompt and generated ones) were held at the end, in the
+    cache, or in the working set if the cache is on the host. ``finish_reason``: "stop" (end of sequence, or a stop text),
+    "length" (``max_new_tokens``, or the model's positions), "timeout", "cancelled", or "error", with the ``error`` that
+    ended the request. ``seed``: the seed of its random numbers.
     """
 
     text: str
