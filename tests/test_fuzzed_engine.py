@@ -85,7 +85,7 @@ def signed_again(folder: Path, name: str) -> None:
 def check(folder: Path, name: str) -> None:
     """The engine loads and answers, or says what is wrong with which file."""
     try:
-        with Engine.load(folder, cache_tokens=200) as engine:
+        with Engine.load(folder, cache_tokens=400) as engine:
             try:
                 assert engine.generate("the old man", max_new_tokens=2).finish_reason in ("length", "stop")
             except UsageError as error:  # a tokenizer that makes nothing of the prompt
