@@ -15,7 +15,7 @@ from tests.evaluation_tasks import write_tasks
 from tests.recall_rig import freekv
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
-from trt_kv.policies import policy_from_name
+from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.require import BASE, EXTRAS
 from trt_kv.runtime.engine import Engine
@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 BLOCKED = [*sorted({package for packages in EXTRAS.values() for package in packages}), "onnx_ir", "transformers"]
 MAX_NEW_TOKENS = 24
 POLICIES: dict[str, Policy] = {
-    "drops tokens": policy_from_name("h2o"),
-    "finds its budgets": dataclasses.replace(policy_from_name("refreekv"), exempt_layers=(0,), threshold=0.2),
+    "drops tokens": policy_without_floor("h2o"),
+    "finds its budgets": dataclasses.replace(policy_without_floor("refreekv"), exempt_layers=(0,), threshold=0.2),
     "recalls pages": freekv(),
 }
 
