@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from trt_kv.runtime.engine import Engine
+from trt_kv import Engine
 from trt_kv.text_file import read_text
 
 

@@ -153,13 +153,15 @@ def build_engine(
     with new_folder(destination, replace=replace) as folder:
         graphs = folder / GRAPHS
         graphs.mkdir()
-        offsets = link_weights(
-            request.checkpoint,
-            destination,
-            graphs,
-            dtype=request.dtype,
-            on_weight=lambda done, total: _tell(on_progress, "comparing weights", done, total),
-        )
+        offsets = None
+        if request.tensorrt is None:  # a plan has its own copy of the weights, and the graphs do not stay
+            offsets = link_weights(
+                request.checkpoint,
+                destination,
+                graphs,
+                dtype=request.dtype,
+                on_weight=lambda done, total: _tell(on_progress, "comparing weights", done, total),
+            )
         export_graphs(request, graphs, on_progress, offsets=offsets)
         programs = {phase: program_from_graph(_load_graph(graphs, phase)) for phase in PHASES}
         if request.tensorrt is None:

@@ -1,4 +1,4 @@
-"""Attention on the CPU, shared by the ops that attend: one query over pages in place (numba), a chunk of queries (torch).
+"""Attention on the CPU, shared by the ops that attend: one query over pages in place, a chunk of queries in blocks (numba).
 
 Why two kernels: docs/decisions/0004-cpu-kernels.md.
 """
@@ -7,11 +7,22 @@ from collections.abc import Sequence
 
 import numba
 import numpy as np
-import torch
 
-from trt_kv.plugins.fast_math import exp_nonpositive
+from trt_kv.plugins.chunk_blocks import (
+    BLOCK_TOKENS,
+    FASTMATH,
+    STRIP_ROWS,
+    TILE_ROWS,
+    add_product,
+    hide_later,
+    key_blocks,
+    multiply,
+    query_rows,
+    value_blocks,
+)
+from trt_kv.plugins.fast_math import LANES, exp_nonpositive, exp_or_zero, largest_of
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, head_groups
+from trt_kv.plugins.paging import Floats, Ints, gather_slots
 
 
 def append_tokens(kv: Floats, token_positions: Ints, slots_N: Ints, k_NKD: Floats, v_NKD: Floats, positions_N: Ints) -> None:
@@ -26,41 +37,78 @@ def attend_cached(
     q_NHD: Floats, positions_N: Ints, pages_T: Ints, n_cached: int, kv: Floats, token_positions: Ints, scale: float
 ) -> tuple[Floats, Floats]:
     """A chunk of one sequence attends to its ``n_cached`` tokens, itself included: (out [N, H, D], lse [N, H]), fp32."""
-    out, lse = np.empty(q_NHD.shape, np.float32), np.empty(q_NHD.shape[:2], np.float32)
-    group = q_NHD.shape[1] // kv.shape[2]
-    k_KSD, v_KSD = gather_kv(kv, pages_T, n_cached)
     positions_KS = gather_slots(token_positions, pages_T, n_cached)
-    for kv_heads in head_groups(positions_KS):
-        heads = slice(kv_heads.start * group, kv_heads.stop * group)
-        visible_NS = positions_KS[kv_heads.start] <= positions_N[:, None]
-        out[:, heads], lse[:, heads] = attend_chunk(q_NHD[:, heads], k_KSD[kv_heads], v_KSD[kv_heads], visible_NS, scale)
-    return out, lse
+    return attend_chunk(q_NHD, positions_N, pages_T, kv, positions_KS, scale)
 
 
 def attend_chunk(
-    q_NHD: Floats, k_KSD: Floats, v_KSD: Floats, visible_NS: np.ndarray | None, scale: float
+    q_NHD: Floats, positions_N: Ints, pages_T: Ints, kv: Floats, positions_KS: Ints, scale: float
 ) -> tuple[Floats, Floats]:
-    """Attention of one sequence's chunk, KV heads as batch so that grouped queries share K and V without a copy.
+    """Attention of one sequence's chunk to the first S slots of ``pages_T``: (out [N, H, D], lse [N, H]), fp32.
 
-    ``visible_NS`` None: every query sees every token. Returns (out [N, H, D], lse [N, H]), both fp32. Memory: O(N * S) bytes
-    for the mask only.
+    A query sees the slots whose positions, per KV head, are not greater than its own; it must see one. Memory: a copy of the
+    slots' K and V. As FlashAttention (arXiv 2205.14135, algorithm 1), with the rows of grouped queries side by side.
     """
-    n_tokens, n_heads, head_size = q_NHD.shape
-    n_kv_heads, n_cached, _ = k_KSD.shape
-    group = n_heads // n_kv_heads
-    q_KGND = torch.from_numpy(q_NHD).view(n_tokens, n_kv_heads, group, head_size).permute(1, 2, 0, 3)
-    k_KGSD = torch.from_numpy(k_KSD)[:, None].expand(-1, group, -1, -1)
-    v_KGSD = torch.from_numpy(v_KSD)[:, None].expand(-1, group, -1, -1)
-    mask_11NS = None
-    if visible_NS is not None:
-        hidden_NS = torch.from_numpy(~visible_NS)
-        mask_11NS = torch.zeros(n_tokens, n_cached).masked_fill_(hidden_NS, float("-inf"))[None, None]
-    out_KGND, lse_KGN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_KGND, k_KGSD, v_KGSD, 0.0, False, attn_mask=mask_11NS, scale=scale
-    )
-    out = out_KGND.permute(2, 0, 1, 3).reshape(n_tokens, n_heads, head_size)
-    lse = lse_KGN.permute(2, 0, 1).reshape(n_tokens, n_heads)
-    return out.numpy(), lse.numpy()
+    out, lse = np.empty(q_NHD.shape, np.float32), np.empty(q_NHD.shape[:2], np.float32)
+    n_cached = positions_KS.shape[1]
+    k_KBCT, v_KBTD = key_blocks(kv, pages_T, n_cached), value_blocks(kv, pages_T, n_cached)
+    _attend_blocks(query_rows(q_NHD, len(k_KBCT), scale), k_KBCT, v_KBTD, positions_N, positions_KS, out, lse)
+    return out, lse
+
+
+@njit(parallel=True, fastmath=FASTMATH)
+def _attend_blocks(
+    q_KRC: Floats, k_KBCT: Floats, v_KBTD: Floats, positions_N: Ints, positions_KS: Ints, out_NHD: Floats, lse_NH: Floats
+) -> None:
+    """One task per KV head and tile of rows. A block stays in the CPU's cache for all strips of the tile."""
+    n_kv_heads, n_rows, _ = q_KRC.shape
+    n_cached, head_size = positions_KS.shape[1], v_KBTD.shape[3]
+    group = n_rows // len(positions_N)
+    n_tiles = (n_rows + TILE_ROWS - 1) // TILE_ROWS
+    for task in numba.prange(n_kv_heads * n_tiles):
+        head, first_row = task // n_tiles, task % n_tiles * TILE_ROWS
+        q_RC = q_KRC[head, first_row : first_row + TILE_ROWS]
+        positions_R = positions_N[np.arange(first_row, first_row + len(q_RC)) // group]
+        largest_R = np.full(len(q_RC), np.float32(-np.inf))
+        total_R = np.zeros(len(q_RC), np.float32)
+        sums_RD = np.zeros((len(q_RC), head_size), np.float32)
+        weights_RT = np.empty((STRIP_ROWS, BLOCK_TOKENS), np.float32)
+        for block in range(k_KBCT.shape[1]):
+            positions_T = positions_KS[head, block * BLOCK_TOKENS : min((block + 1) * BLOCK_TOKENS, n_cached)]
+            if positions_T.min() > positions_R.max():
+                continue
+            for first in range(0, len(q_RC), STRIP_ROWS):
+                strip = slice(first, first + STRIP_ROWS)
+                multiply(q_RC[strip], k_KBCT[head, block], weights_RT, len(positions_T))
+                hide_later(weights_RT, positions_R[strip], positions_T)
+                _exponentiate(weights_RT, len(positions_T), largest_R[strip], total_R[strip], sums_RD[strip])
+                add_product(weights_RT, v_KBTD[head, block], sums_RD[strip], len(positions_T), head_size)
+        for r in range(len(q_RC)):
+            n, h = (first_row + r) // group, head * group + (first_row + r) % group
+            lse_NH[n, h] = largest_R[r] + np.log(total_R[r])
+            out_NHD[n, h] = sums_RD[r] / total_R[r]
+
+
+@njit(fastmath=FASTMATH)
+def _exponentiate(weights_RT: Floats, n_tokens: int, largest_R: Floats, total_R: Floats, sums_RD: Floats) -> None:
+    """Replace a block's logits by exp(logit - the row's maximum so far); scale the sums so far to that maximum."""
+    lanes = np.empty(LANES, np.float32)
+    for r in range(len(largest_R)):
+        largest = max(largest_R[r], largest_of(weights_RT[r], n_tokens, lanes))
+        if largest == -np.inf:
+            weights_RT[r] = 0.0
+            continue
+        if largest > largest_R[r]:
+            shrink = exp_or_zero(largest_R[r] - largest)
+            total_R[r] *= shrink
+            sums_RD[r] *= shrink
+            largest_R[r] = largest
+        total = np.float32(0.0)
+        for t in range(n_tokens):
+            weight = exp_or_zero(weights_RT[r, t] - largest)
+            weights_RT[r, t] = weight
+            total += weight
+        total_R[r] += total
 
 
 def attend_tables(

@@ -2,9 +2,13 @@
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
+
+from trt_kv.plugins.jit import njit
 
 LOG2_E = np.float32(1.4426950408889634)
 SMALLEST = np.float32(-87.0)
+LANES = 16
 # Interpolation of 2**f at the 7 Chebyshev nodes of [0, 1]: relative error 3e-9, in fp32 arithmetic 1e-7.
 C0, C1, C2, C3, C4, C5, C6 = (
     np.float32(c) for c in (1.0, 0.693146933, 0.240230454, 0.0554806302, 0.00968418631, 0.00123913318, 0.000218657848)
@@ -19,3 +23,27 @@ def exp_nonpositive(x: np.float32) -> np.float32:
     f = np.float32(y - whole)
     mantissa = C0 + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
     return mantissa * np.int32((np.int32(whole) + 127) << 23).view(np.float32)
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def exp_or_zero(x: np.float32) -> np.float32:
+    """``exp_nonpositive``, but 0 below -87: what is hidden (-inf) adds nothing at all. NaN stays NaN."""
+    return np.float32(0.0) if x < SMALLEST else exp_nonpositive(x)
+
+
+@njit()
+def largest_of(values: NDArray[np.float32], n: int, lanes: NDArray[np.float32]) -> np.float32:
+    """The maximum of the first ``n`` values, NaN ignored. ``lanes`` [LANES]: memory for the maxima of every 16th value, because
+    the vectoriser refuses the maximum of a whole row, whose result depends on the order if a value is NaN.
+    """
+    lanes[:] = -np.inf
+    n_whole = n - n % LANES
+    for first in range(0, n_whole, LANES):
+        for lane in range(LANES):
+            lanes[lane] = max(lanes[lane], values[first + lane])
+    largest = np.float32(-np.inf)
+    for lane in range(LANES):
+        largest = max(largest, lanes[lane])
+    for i in range(n_whole, n):
+        largest = max(largest, values[i])
+    return largest

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
 from tokenizers import Tokenizer
 
 from trt_kv.engine_files import check_files, verify_files
@@ -25,6 +24,9 @@ from trt_kv.runtime.stream import Stream
 from trt_kv.runtime.text.prompts import Prompt, PromptEncoder, prompt_name
 from trt_kv.runtime.text.tokenizer import tokenizer_of_engine
 from trt_kv.runtime.trace import NO_TRACE, Trace
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Engine:
@@ -126,7 +128,7 @@ class Engine:
         folder: Path,
         options: LoadOptions,
         on: DeviceOptions,
-        device: torch.device | None,
+        device: "torch.device | None",
         *,
         verify: bool,
         digest: str | None = None,
@@ -144,9 +146,9 @@ class Engine:
         check_recipe(folder, manifest)
         tokenizer = tokenizer_of_engine(folder, manifest)
         if device is not None:
-            loaded = require("trt_kv.runtime.backends.cuda.load").load(folder, manifest, options, on, device, tell)
+            loaded = require("trt_kv.runtime.backends.cuda.load", extra="gpu").load(folder, manifest, options, on, device, tell)
         elif manifest.plan is not None:
-            loaded = require("trt_kv.runtime.backends.tensorrt.load").load(folder, manifest, options, tell)
+            loaded = require("trt_kv.runtime.backends.tensorrt.load", extra="gpu").load(folder, manifest, options, tell)
         else:
             loaded = load_on_host(folder, manifest, options, tell)
         tell("compiling kernels", 0, 1)
@@ -174,7 +176,8 @@ class Engine:
         or one per prompt.
 
         Prompts for which there is too little memory now wait. A request that fails ends with the tokens it has,
-        ``finish_reason`` "error" and its ``error``; the others are not affected.
+        ``finish_reason`` "error" and its ``error``; the others are not affected. Raises ``UsageError`` and ``CapacityError``
+        before any of them starts.
         """
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
             raise UsageError(
@@ -203,7 +206,8 @@ class Engine:
         """Stream the continuation of one prompt. ``on_prefill`` is called with the number of prompt tokens computed so far.
 
         The request is queued now and progresses whenever this or another thread waits for any request of this engine. Closing
-        the stream, or dropping it, cancels the request.
+        the stream, or dropping it, cancels the request. Raises ``UsageError`` and ``CapacityError`` now, and from the stream
+        the error that ends the request early (``RecallError``, ``LogitsError``).
         """
         return Stream(self.core, self.submit(prompt, params, **sampling), on_prefill)
 

@@ -84,12 +84,13 @@ def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -
 
 def pool_sizes(manifest: Manifest, cache_tokens: int | None, n_bytes: int) -> PoolSizes:
     """Sizes of a pool for ``cache_tokens`` tokens in every layer. None: as many as fit into ``n_bytes``, at most twice the
-    model's maximum positions.
+    model's maximum positions, and what a working set takes besides: sinks and newest tokens in whole pages.
     """
-    config = manifest.config
+    config, policy = manifest.config, manifest.policy
     if cache_tokens is None:
         bytes_per_token = config.n_layers * token_bytes(config, element_bytes=ITEM_BYTES[manifest.dtype])
-        cache_tokens = max(1, min(2 * config.max_positions, n_bytes // bytes_per_token))
+        besides = policy.sinks + policy.recent + 4 * manifest.page_size if policy.recalls else 0
+        cache_tokens = max(1, min(2 * config.max_positions + besides, n_bytes // bytes_per_token))
     return PoolSizes(
         n_pages=config.n_layers * -(-cache_tokens // manifest.page_size),
         page_size=manifest.page_size,

@@ -1,12 +1,34 @@
 """Forks: threads that compute do not survive them, so an engine works only in the process that loaded it."""
 
+import ctypes
+import functools
 import os
+import weakref
 
 from trt_kv.errors import UsageError
 
 SPAWN = 'start processes with multiprocessing.get_context("spawn"), and load an engine in each'
 _computing: list[int] = []
 """Numbers of the processes, this one or its parents, in which kernels have run."""
+
+_with_threads: weakref.WeakSet[object] = weakref.WeakSet()
+
+
+def never_destroy_in_forks(owner: object) -> None:
+    """Never call the destructor of ``owner`` in forks of this process: it would wait for threads that are not there."""
+    _register()
+    _with_threads.add(owner)
+
+
+@functools.cache
+def _register() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forget_destructors)
+
+
+def _forget_destructors() -> None:
+    for owner in _with_threads:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 
 def check_not_forked(process: int) -> None:

@@ -53,9 +53,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Result of a request. ``kv_tokens``: per layer, how many of its ``num_computed_tokens`` were held at the end, in the
-    cache, or in the working set if the cache is on the host. ``error``: the error that ended the request, or None. ``seed``:
-    the seed of its random numbers. ``logprobs``: of each token, if ``top_logprobs`` asks for them.
+    """Result of a request: ``text``, without the prompt, and its ``token_ids``, without the one that ended it.
+
+    ``kv_tokens``: per layer, how many of its ``num_computed_tokens`` (prompt and generated ones) were held at the end, in the
+    cache, or in the working set if the cache is on the host. ``finish_reason``: "stop" (end of sequence, or a stop text),
+    "length" (``max_new_tokens``, or the model's positions), "timeout", "cancelled", or "error", with the ``error`` that
+    ended the request. ``seed``: the seed of its random numbers. ``logprobs``: of each token, if ``top_logprobs`` asks for them.
     """
 
     text: str
@@ -111,9 +114,10 @@ class Request:
         self._rng = np.random.default_rng(self.seed)
         self._stops = Stops(self.params.stop_texts, self.tokenizer)
         own_ends = () if self.params.ignore_eos else self.eos_token_ids
-        self._end_ids = frozenset(own_ends) | frozenset(self.params.stop_token_ids)
         bad_words = token_ids_of_words(self.params.bad_words, self.tokenizer)
-        self._processor = LogitsProcessor(self.params, self.prompt_ids, end_ids=sorted(self._end_ids), bad_words=bad_words)
+        self._processor = LogitsProcessor(
+            self.params, self.prompt_ids, end_ids=[*own_ends, *self.params.stop_token_ids], bad_words=bad_words
+        )
         self._detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, self.prompt_ids)
         self._text = ""
         """All text, with the stand-ins of special tokens that are searched for."""
@@ -163,7 +167,7 @@ class Request:
             token_id = self.forced[len(self.token_ids)]
             self.log_probabilities.append(log_probability(logits_V, token_id))
         reason: FinishReason | None = None
-        if token_id in self._end_ids and self.forced is None:
+        if self.forced is None and self._ends(token_id):
             reason = "stop"
         else:
             self.token_ids.append(token_id)
@@ -176,6 +180,10 @@ class Request:
             if len(self.token_ids) >= self.limit:
                 reason = "length"
         self._say(reason)
+
+    def _ends(self, token_id: int) -> bool:
+        own_end = token_id in self.eos_token_ids and not self.params.ignore_eos
+        return own_end or token_id in self.params.stop_token_ids
 
     def _next_token(self, logits_V: Floats) -> int:
         if not self._processor.is_needed:

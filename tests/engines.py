@@ -53,8 +53,13 @@ def traced_once(checkpoint: Checkpoint, program: Program, *, page_size: int, dty
     return _TRACED[key].clone()
 
 
-def build_for_test(request: EngineRequest, folder: Path, *, replace: bool = False) -> Path:
+def build_for_test(request: EngineRequest, folder: Path, *, replace: bool = False, share: bool = False) -> Path:
+    """Build quickly. Without ``share`` the weights are the engine's own: onnx, which some tests use, reads no file that has
+    several names.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        if not share:
+            patch.setattr(engine_module, "link_weights", lambda *_, **__: None)
         patch.setattr(engine_module, "graph_from_checkpoint", traced_once)
         build_engine(request, folder, replace=replace)
     return folder
@@ -224,6 +229,12 @@ def small_refreekv_folder(tmp_path_factory: pytest.TempPathFactory, small_checkp
 def small_h2o_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
     """A ranking per KV head that goes on while decoding, on pages of 5 tokens. Not to be changed: copy it first."""
     return _small_preset(tmp_path_factory, small_checkpoint_folder, "h2o")
+
+
+@pytest.fixture(scope="session")
+def small_freekv_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
+    """A cache on the host, on pages of 5 tokens. Not to be changed: copy it first."""
+    return _small_preset(tmp_path_factory, small_checkpoint_folder, "freekv")
 
 
 def _small_preset(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, name: str) -> Path:

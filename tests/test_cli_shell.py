@@ -299,12 +299,20 @@ def test_a_negative_seed_is_refused() -> None:
         CalibrationPlan(seed=-1)
 
 
-@pytest.mark.parametrize(("package", "command"), [("torch", "pip install trt-kv"), ("onnx", "pip install 'trt-kv[build]'")])
-def test_require_names_the_extra(package: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("package", "extra", "command"),
+    [
+        ("tokenizers", "build", "pip install trt-kv"),
+        ("onnx", "build", "pip install 'trt-kv[build]'"),
+        ("onnx", "gpu", "pip install 'trt-kv[build]'"),
+        ("torch", "build", "pip install 'trt-kv[build]'"),
+        ("torch", "gpu", "pip install 'trt-kv[gpu]'"),
+    ],
+)
+def test_require_names_the_extra(package: str, extra: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"{package}.serialization", raising=False)
     with pytest.raises(MissingDependencyError) as caught:
-        require(package)
+        require(package, extra=extra)
     assert caught.value.fix == command
 
 

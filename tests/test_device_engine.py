@@ -144,7 +144,7 @@ def test_memory_that_runs_out_is_told(folder_of: Callable[[str], Path], monkeypa
     monkeypatch.setattr(engine.runner._executor, "_decoder", full)
     with pytest.raises(CapacityError, match="for this step") as caught:
         engine.generate([5, 6])
-    assert "got: CUDA out of memory. Tried to allocate 1 GiB.\n  fix: load" in str(caught.value)
+    assert "got: CUDA out of memory. Tried to allocate 1 GiB.\n  fix: lower" in str(caught.value)
     engine.runner.pool.check_integrity([])
     monkeypatch.setattr(device_loading, "DeviceKvPool", full)
     with pytest.raises(CapacityError, match="too little free memory for this engine"):

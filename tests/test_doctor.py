@@ -55,7 +55,7 @@ def test_every_package_stands_in_the_report_once() -> None:
     assert {*BASE, *EXTRAS["build"], "tensorrt", "tensorrt_rtx", "triton"} <= set(names)
 
 
-@pytest.mark.parametrize("package", ["numpy", "onnxruntime", "torch"])
+@pytest.mark.parametrize("package", ["numpy", "onnxruntime", "numba"])
 def test_a_missing_base_package_fails_once_and_says_what_to_install(
     package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +73,26 @@ def test_a_missing_build_package_is_optional(monkeypatch: pytest.MonkeyPatch) ->
     assert finding("onnxscript").state is State.OPTIONAL
     assert finding("onnxscript").fix == "pip install 'trt-kv[build]'"
     assert main(["doctor"]) == 0
+
+
+def test_doctor_tells_which_extras_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch neither extra is complete, and nothing is missing: an engine runs on a CPU."""
+    assert [finding(f"trt-kv[{extra}]").state for extra in EXTRAS] == [State.OK, State.OK]
+    hide(monkeypatch, "torch", "triton")
+    assert finding("trt-kv[build]").text == "builds, calibrates and exports engines; not installed: torch"
+    assert finding("trt-kv[gpu]").text == "runs engines on NVIDIA GPUs; not installed: torch, triton"
+    assert finding("trt-kv[gpu]").fix == "pip install 'trt-kv[gpu]'"
+    assert finding("torch").state is State.OPTIONAL
+    assert main(["doctor"]) == 0
+
+
+def test_kernels_without_openmp_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers often lack libgomp; numba then takes threads of its own, which only one thread may use."""
+    for module in ("omppool", "tbbpool"):
+        monkeypatch.setitem(sys.modules, f"numba.np.ufunc.{module}", None)
+    found = finding("CPU kernels")
+    assert found.state is State.MISSING
+    assert "libgomp1" in found.fix
 
 
 def test_a_base_package_that_does_not_load_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def signed_again(folder: Path, name: str) -> None:
 def check(folder: Path, name: str) -> None:
     """The engine loads and answers, or says what is wrong with which file."""
     try:
-        with Engine.load(folder, cache_tokens=200) as engine:
+        with Engine.load(folder, cache_tokens=400) as engine:
             try:
                 assert engine.generate("the old man", max_new_tokens=2).finish_reason in ("length", "stop")
             except UsageError as error:  # a tokenizer that makes nothing of the prompt
@@ -153,7 +153,7 @@ def test_a_file_of_thresholds_changed_at_random(small_checkpoint_folder: Path, t
 @pytest.mark.slow
 def test_thresholds_of_an_engine_changed_at_random(small_checkpoint_folder: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(small_checkpoint_folder)
-    policy = dataclasses.replace(policy_from_name("freekv"), drift="calibrated", tokens=20)
+    policy = dataclasses.replace(policy_from_name("freekv"), drift="calibrated")
     drift = own_drift(checkpoint, policy)
     engine = build_for_test(EngineRequest(checkpoint=checkpoint, policy=policy, drift=drift, page_size=5), tmp_path / "engine")
     MANY(given(data=st.data())(lambda data: fuzz(engine, "drift.json", data)))()

@@ -45,9 +45,10 @@ def lines_of(program: str, *arguments: str | Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_fork_is_told_at_once_and_the_parent_goes_on(small_folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["small_folder", "small_freekv_folder"])
+def test_a_fork_is_told_at_once_and_the_parent_goes_on(kind: str, request: pytest.FixtureRequest) -> None:
     program = """
-engine = Engine.load(sys.argv[1])
+engine = Engine.load(sys.argv[1], cache_tokens=1000)
 expected = ask(engine)
 stream = engine.stream("the old storm", max_new_tokens=3)
 said = next(stream)
@@ -56,11 +57,15 @@ in_a_child(lambda: next(stream))
 in_a_child(lambda: engine.stream("the old storm"))
 in_a_child(lambda: (stream.close(), engine.close(), "closed nothing")[-1])
 in_a_child(lambda: Engine.load(sys.argv[1]))
+child = os.fork()
+if child == 0:
+    ask(engine)  # ends the child with a traceback, and not with a wait for threads
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(ask(engine) == expected == said + "".join(stream))
 """
     used = "UsageError an engine cannot be used in a fork of the process that loaded it"
     loaded = "UsageError an engine cannot be loaded in a fork of a process that has loaded one"
-    assert lines_of(program, small_folder) == [used, used, used, "closed nothing", loaded, "True"]
+    assert lines_of(program, request.getfixturevalue(kind)) == [used, used, used, "closed nothing", loaded, "1", "True"]
 
 
 def test_a_fork_of_a_process_without_engines_loads_its_own(small_folder: Path) -> None:

@@ -18,6 +18,7 @@ from tests.engines import SHARES
 from trt_kv.calibration.tasks import copy_tasks, distractor_tasks, evaluation_tasks, plain_text_tasks
 from trt_kv.errors import UsageError
 from trt_kv.manifest import load_manifest
+from trt_kv.opspec import OP_VERSION
 from trt_kv.plugins.paging import gather_kv, pages_of
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
@@ -63,7 +64,8 @@ def _engine(copied_folder: Path, policy: Policy, folder: Path) -> Engine:
         for phase in PHASES
     }
     (folder / "manifest.json").unlink()
-    dataclasses.replace(manifest, policy=policy, programs=programs).save(folder)
+    versions = {node.op: OP_VERSION for program in programs.values() for nodes in program for node in nodes}
+    dataclasses.replace(manifest, policy=policy, programs=programs, op_versions=versions).save(folder)
     return Engine.load(folder, cache_tokens=2500, verify=False)
 
 

@@ -76,3 +76,17 @@ def test_the_committed_report_is_what_its_results_give() -> None:
     assert report.PAGE.read_text() == report.page_with_summary(report.PAGE.read_text(), summary)
     pictures = {*PICTURES, *RECALL_PICTURES}
     assert {path.name for path in report.COMMITTED.glob("*.png")} == pictures
+
+
+def test_no_panel_has_more_than_five_series_and_every_axis_is_named() -> None:
+    results = Results.load(report.COMMITTED / "results.json")
+    recall = RecallResults.load(report.COMMITTED / "recall.json")
+    figures = {name: draw(results) for name, draw in PICTURES.items()}
+    figures |= {name: draw(recall, results) for name, draw in RECALL_PICTURES.items()}
+    for name, figure in figures.items():
+        for axis in figure.axes:
+            labels = axis.get_legend_handles_labels()[1]
+            assert len(set(labels)) <= 5, name
+            if labels and name != "budgets.png":  # whose rows are named by task
+                assert axis.get_xlabel(), name
+                assert axis.get_ylabel(), name

@@ -299,3 +299,15 @@ def test_the_command_that_makes_an_engine_again_is_taken(settings: dict[str, Any
     policy = policy_with(preset, settings)
     texts = [setting_as_text(name, value) for name, value in differences(policy, preset).items()]
     assert policy_with(preset, settings_from_text(texts)) == policy
+
+
+@pytest.mark.parametrize("page_size", [5, 32])
+def test_the_default_sizes_hold_a_working_set_of_a_model_with_few_positions(
+    page_size: int, tmp_path: Path, small_checkpoint_folder: Path
+) -> None:
+    """FreeKV's own sinks and newest tokens are twice as many as the 128 positions of the model."""
+    checkpoint = open_checkpoint(small_checkpoint_folder)
+    request = EngineRequest(checkpoint=checkpoint, policy=policy_from_name("freekv"), page_size=page_size)
+    with Engine.load(build_for_test(request, tmp_path / "freekv"), n_threads=1) as engine:
+        for n_prompt in (3, 120):
+            assert len(engine.generate(random_ids(engine, n_prompt, seed=n_prompt), max_new_tokens=3).token_ids) == 3

@@ -37,7 +37,7 @@ def build(small_checkpoint_folder: Path, tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         opened = open_checkpoint(checkpoint or small_checkpoint_folder)
         request = EngineRequest(checkpoint=opened, policy=policy_from_name(policy), page_size=5, dtype=dtype)
-        return build_for_test(request, tmp_path / "engines" / (name or policy), replace=replace)
+        return build_for_test(request, tmp_path / "engines" / (name or policy), replace=replace, share=True)
 
     return build_small
 

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from tests.test_manifest import signed
+from trt_kv.cli.app import main
 from trt_kv.cli.inspection import describe_engine
 from trt_kv.errors import EngineError, TrtKvError, UsageError
 from trt_kv.json_file import MAX_DOCUMENT_BYTES
@@ -295,6 +296,19 @@ def test_an_engine_is_pinned_by_its_digest(small_folder: Path, broken: Path, loa
     for wrong in ("", digest.removeprefix("sha256:"), digest[:-1], digest.upper()):
         with pytest.raises(UsageError, match="this is not a digest"):
             load(small_folder, digest=wrong)
+
+
+def test_commands_pin_an_engine(small_folder: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digest = recorded_digest(small_folder)
+    rewrite(broken, lambda data: data.update(created_by="somebody else"))
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"task": "t", "name": "n", "prompt": "the old", "expected": "man"}\n')
+    for command in (["inspect"], ["generate", "the old"], ["evaluate", "--tasks", str(tasks)]):
+        name, *words = command
+        assert main([name, str(small_folder), *words, "--digest", digest]) == 0, capsys.readouterr().err
+        assert main([name, str(broken), *words, "--digest", digest]) == 1
+        assert "is another engine than was asked for" in capsys.readouterr().err
+        assert main([name, str(small_folder), *words, "--digest", "sha256:0"]) == 2
 
 
 def test_a_name_of_a_file_is_joined_or_refused(tmp_path: Path) -> None:

@@ -6,17 +6,23 @@ from types import ModuleType
 from trt_kv.errors import MissingDependencyError
 
 # By import name, as in pyproject.toml; a test compares the two.
-BASE = ("click", "numba", "numpy", "onnxruntime", "rich", "tokenizers", "torch")
-EXTRAS = {"build": ("huggingface_hub", "matplotlib", "onnx", "onnxscript", "safetensors"), "gpu": ("triton",)}
+BASE = ("click", "numba", "numpy", "onnxruntime", "rich", "tokenizers")
+EXTRAS = {
+    "build": ("huggingface_hub", "matplotlib", "onnx", "onnxscript", "safetensors", "torch"),
+    "gpu": ("torch", "triton"),
+}
 # Packages that no extra installs, because only some machines can use them.
 SEPARATE = ("tensorrt", "tensorrt_rtx")
 
 
-def install_command(package: str) -> str | None:
-    """The command that installs ``package`` (a top-level import name), or None for an unknown package."""
-    for extra, packages in EXTRAS.items():
-        if package in packages:
-            return f"pip install 'trt-kv[{extra}]'"
+def install_command(package: str, *, extra: str = "build") -> str | None:
+    """The command that installs ``package`` (a top-level import name), or None for an unknown package.
+
+    ``extra``: the extra that is meant if several have the package.
+    """
+    extras = [name for name, packages in EXTRAS.items() if package in packages]
+    if extras:
+        return f"pip install 'trt-kv[{extra if extra in extras else extras[0]}]'"
     if package in BASE:
         return "pip install trt-kv"
     if package in SEPARATE:
@@ -24,25 +30,26 @@ def install_command(package: str) -> str | None:
     return None
 
 
-def require(module: str) -> ModuleType:
+def require(module: str, *, extra: str = "build") -> ModuleType:
     """Import ``module`` (top-level or dotted, of trt-kv or third-party) or raise ``MissingDependencyError`` naming the extra.
 
+    ``extra``: see ``install_command``.
     The package that is reported is the one whose import failed, however deep: ``require("trt_kv.export.graph")`` without
     onnx reports onnx. Any other failure, a missing module of trt-kv itself included, is raised as it is.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = missing_dependency(error)
+        missing = missing_dependency(error, extra=extra)
         if missing is None:
             raise
         raise missing from error
 
 
-def missing_dependency(error: ModuleNotFoundError) -> MissingDependencyError | None:
+def missing_dependency(error: ModuleNotFoundError, *, extra: str = "build") -> MissingDependencyError | None:
     """The error for the user, or None if ``error`` is not about a package of this list."""
     package = (error.name or "").partition(".")[0]
-    command = install_command(package)
+    command = install_command(package, extra=extra)
     if command is None:
         return None
     return MissingDependencyError(f"the package {package!r} is not installed", fix=command)

@@ -62,7 +62,7 @@ def load_weight_index(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> We
         n_bytes = stored.stat().st_size
         if weight.offset < 0 or weight.offset % ITEM_BYTES[index.dtype] or weight.offset + index.n_bytes(weight) > n_bytes:
             raise EngineError(
-                f"{stored} does not hold {weight.name}",
+                f"{stored} does not hold {weight.name} where {path.name} says",
                 got=f"{n_bytes} bytes",
                 expected=f"{index.n_bytes(weight)} from byte {weight.offset} on",
                 fix="build the engine again",

@@ -202,7 +202,8 @@ def draw(events: Sequence[Event], path: Path, *, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].axvspan(*((at - first) / 1e3 for at in part), color="black", alpha=0.08, linewidth=0)
     panels[1].set_xlim(*((at - first) / 1e3 for at in part))
-    panels[1].set_xlabel("ms")
+    for panel in panels:
+        panel.set_xlabel("ms")
     hidden = hidden_work(events)["recall_hidden_percent"]
     suffix = "" if hidden is None else f"; {hidden:.0f} % of the recall ahead runs behind kernels of the main stream"
     figure.suptitle(title + suffix, fontsize=10)

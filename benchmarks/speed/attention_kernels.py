@@ -14,7 +14,7 @@ from trt_kv.plugins.cached_attention.spec import SPEC
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.paging import Floats, gather_kv, pages_of
 from trt_kv.plugins.registry import kernel
-from trt_kv.plugins.token_scores import cpu as scores
+from trt_kv.plugins.token_scores.cpu import attention_received
 
 HEADS = {"H": 32, "K": 8, "D": 64, "P": 32}
 N_LAYERS = 4
@@ -105,33 +105,69 @@ def _softmax_matmul(q_NHD: Floats, k_KSD: Floats, v_KSD: Floats, scale: float, v
     return out_NHD
 
 
-def _flash(q_NHD: Floats, k_KSD: Floats, v_KSD: Floats, scale: float) -> Floats:
-    """torch's flash attention of one token, [1, H, D]."""
-    group = q_NHD.shape[1] // len(k_KSD)
-    q_KG1D = torch.from_numpy(q_NHD).view(len(k_KSD), group, 1, -1)
+def _flash(q_NHD: Floats, k_KSD: Floats, v_KSD: Floats, scale: float, visible_NS: np.ndarray | None = None) -> Floats:
+    """torch's flash attention, [N, H, D], KV heads as batch so that grouped queries share K and V without a copy."""
+    n_tokens, n_heads, head_size = q_NHD.shape
+    group = n_heads // len(k_KSD)
+    q_KGND = torch.from_numpy(q_NHD).view(n_tokens, -1, group, head_size).permute(1, 2, 0, 3)
     k_KGSD, v_KGSD = (torch.from_numpy(x)[:, None].expand(-1, group, -1, -1) for x in (k_KSD, v_KSD))
-    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_KG1D, k_KGSD, v_KGSD, 0.0, False, scale=scale)
-    out_NHD: Floats = out.reshape(q_NHD.shape).numpy()
+    mask_11NS = None
+    if visible_NS is not None:
+        mask_11NS = torch.zeros(visible_NS.shape).masked_fill_(torch.from_numpy(~visible_NS), float("-inf"))[None, None]
+    out_KGND, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_KGND, k_KGSD, v_KGSD, 0.0, False, attn_mask=mask_11NS, scale=scale
+    )
+    out_NHD: Floats = out_KGND.permute(2, 0, 1, 3).reshape(q_NHD.shape).numpy()
     return out_NHD
 
 
 def _chunk_sides(n_cached: int) -> tuple[dict[str, Callable[[], Floats]], dict[str, Callable[[], Floats]]]:
-    """Sides for the attention and the scores of the last chunk of a prompt of ``n_cached`` tokens."""
+    """Sides for the attention and the scores of the last chunk of a prompt of ``n_cached`` tokens, which pages hold.
+
+    The sides in torch need contiguous K and V.
+    """
     rng = np.random.default_rng(0)
-    n_heads, n_kv_heads, head_size = (HEADS[axis] for axis in "HKD")
+    n_heads, n_kv_heads, head_size, page_size = (HEADS[axis] for axis in "HKDP")
     n_tokens, scale = min(CHUNK, n_cached), head_size**-0.5
     q_NHD = rng.standard_normal((n_tokens, n_heads, head_size), np.float32)
-    k_KSD, v_KSD = rng.standard_normal((2, n_kv_heads, n_cached, head_size), np.float32)
-    visible_NS = np.arange(n_cached) <= np.arange(n_cached - n_tokens, n_cached)[:, None]
-    _, lse_NH = attend_chunk(q_NHD, k_KSD, v_KSD, visible_NS, scale)
+    pages_T = rng.permutation(-(-n_cached // page_size))
+    kv = rng.standard_normal((len(pages_T), 2, n_kv_heads, page_size, head_size), np.float32)
+    positions_N, positions_KS = np.arange(n_cached - n_tokens, n_cached), np.tile(np.arange(n_cached), (n_kv_heads, 1))
+    visible_NS = positions_KS[0] <= positions_N[:, None]
+    _, lse_NH = attend_chunk(q_NHD, positions_N, pages_T, kv, positions_KS, scale)
     scaled_NHD = q_NHD * np.float32(scale)
+
+    def gathered() -> tuple[Floats, Floats]:
+        return gather_kv(kv, pages_T, n_cached)
+
     return {
-        "flash attention": lambda: attend_chunk(q_NHD, k_KSD, v_KSD, visible_NS, scale)[0],
-        "matmul, head by head": lambda: _softmax_matmul(q_NHD, k_KSD, v_KSD, scale, visible_NS),
+        "numba, block by block": lambda: attend_chunk(q_NHD, positions_N, pages_T, kv, positions_KS, scale)[0],
+        "torch, flash attention": lambda: _flash(q_NHD, *gathered(), scale, visible_NS),
+        "torch, matmul, head by head": lambda: _softmax_matmul(q_NHD, *gathered(), scale, visible_NS),
     }, {
-        "products and sums of exps, by block": lambda: scores.attention_received(scaled_NHD, lse_NH, k_KSD, visible_NS),
-        "flash attention, roles exchanged": lambda: _received_by_flash(scaled_NHD, lse_NH, k_KSD, visible_NS),
+        "numba, block by block": lambda: attention_received(q_NHD, lse_NH, positions_N, pages_T, kv, positions_KS, scale),
+        "torch, products and sums of exps": lambda: _received_by_products(scaled_NHD, lse_NH, gathered()[0], visible_NS),
+        "torch, flash attention, roles exchanged": lambda: _received_by_flash(scaled_NHD, lse_NH, gathered()[0], visible_NS),
     }
+
+
+def _received_by_products(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
+    """``attention_received`` as a product of 1024 tokens at a time with all queries, and its exponentials: [K, S]."""
+    n_tokens, n_heads, _ = q_NHD.shape
+    n_kv_heads, n_cached, _ = k_KSD.shape
+    group = n_heads // n_kv_heads
+    q_KCM = torch.from_numpy(q_NHD).view(n_tokens, n_kv_heads, -1, q_NHD.shape[2]).permute(1, 3, 2, 0).flatten(2).contiguous()
+    lse_KM = torch.from_numpy(lse_NH).view(n_tokens, n_kv_heads, group).permute(1, 2, 0).flatten(1)
+    mask_SN = torch.zeros(n_cached, n_tokens).masked_fill_(torch.from_numpy(~visible_NS.T), float("-inf"))
+    received_KS = torch.empty(n_kv_heads, n_cached)
+    for head, k_SD in enumerate(torch.from_numpy(k_KSD)):
+        for first in range(0, n_cached, 1024):
+            exponents_TM = torch.addmm(-lse_KM[head], k_SD[first : first + 1024], q_KCM[head])
+            if first + 1024 > n_cached - n_tokens:
+                exponents_TM.view(-1, group, n_tokens).add_(mask_SN[first : first + 1024, None])
+            received_KS[head, first : first + 1024] = exponents_TM.exp_().sum(dim=1) / group
+    received: Floats = received_KS.numpy()
+    return received
 
 
 def _received_by_flash(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:

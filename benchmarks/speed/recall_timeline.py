@@ -39,16 +39,18 @@ CHECK_STEPS = 3
 REPOSITORY = Path(__file__).parent.parent.parent
 PICTURE, TRACE = "recall_timeline.png", "recall_timeline_trace.json"
 JOBS = ("recalling pages", "storing pages")
+DENSE, ATTENTION, AT_ONCE = ("#c9d6e8", "dense layers"), ("#2f5d9e", "attention"), ("#edae49", "recall at once (drift)")
+COPYING, WAITING = ("#2a9d5c", "choosing and copying pages"), ("#d1495b", "waiting for copies or for attention")
 COLOURS = {
-    "decode step": ("#c9d6e8", "dense layers"),
-    "cache": ("#8a94a3", "bookkeeping"),
-    "attention": ("#2f5d9e", "attention"),
-    "join": ("#d1495b", "waiting for copies"),
-    "recall at once": ("#edae49", "recall at once (drift)"),
-    "recalling pages": ("#2a9d5c", "copying pages"),
-    "storing pages": ("#7b2d8b", "storing a full page"),
-    "choose pages": ("#9bd3a9", "choosing pages"),
-    "waiting for attention": ("#f0f0f0", "waiting until attention has read"),
+    "decode step": DENSE,
+    "cache": ATTENTION,
+    "attention": ATTENTION,
+    "join": WAITING,
+    "recall at once": AT_ONCE,
+    "recalling pages": COPYING,
+    "storing pages": COPYING,
+    "choose pages": COPYING,
+    "waiting for attention": WAITING,
 }
 """Colour and name of each kind of span, outer ones first."""
 
@@ -86,7 +88,7 @@ def run(folder: Path, *, quick: bool) -> Report:
     title = (
         f"{shape.n_layers} layers as wide as Llama 3.2 1B's, {context} tokens in RAM, budget {policy.tokens}, random numbers"
     )
-    draw({name: turns[-1] for name, turns in events.items()}, picture, title=title)
+    draw({name: _typical(turns[1:]) for name, turns in events.items()}, picture, title=title)
     document = traces[STREAMED].to_json()
     trace = (folder if quick else REPOSITORY / "benchmarks" / "results") / TRACE
     trace.write_text(json.dumps(document) + "\n")
@@ -163,6 +165,11 @@ def _row(name: str, turns: Sequence[Sequence[Event]], side: RecallSide) -> Row:
         "hidden_percent": round(100 * hidden / working, 1),
         "corrected_heads": round(counts.head_rate, 3),
     }
+
+
+def _typical(turns: Sequence[list[Event]]) -> list[Event]:
+    """The turn whose steps took the median time. A single turn may show the opposite of all turns together."""
+    return sorted(turns, key=lambda turn: sum(end - begin for begin, end in _spans(turn, "decode step")))[len(turns) // 2]
 
 
 def _within(events: Iterable[Event], name: str, outer: Sequence[str]) -> list[Event]:
@@ -243,7 +250,7 @@ def draw(turns: Mapping[str, Sequence[Event]], path: Path, *, title: str) -> Non
         axes.spines[["top", "right"]].set_visible(False)
     np.atleast_1d(panels)[-1].set_xlabel("ms; a dotted line begins a step")
     figure.suptitle(title, fontsize=10)
-    patches = [Patch(color=colour, label=label) for colour, label in COLOURS.values()]
+    patches = [Patch(color=colour, label=label) for colour, label in dict.fromkeys(COLOURS.values())]
     figure.legend(handles=patches, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,23 +1,19 @@
-"""TokenScores on the CPU: column sums of the attention matrix, block by block: products (torch), then sums of exps (numba).
+"""TokenScores on the CPU: column sums of the attention matrix, block by block (numba).
 
-A sequence with one token in the step is scored in place (numba).
+A sequence with one token in the step is scored in place.
 """
 
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from trt_kv.plugins.fast_math import exp_nonpositive
+from trt_kv.plugins.chunk_blocks import BLOCK_TOKENS, FASTMATH, STRIP_ROWS, hide_later, key_blocks, multiply, query_rows
+from trt_kv.plugins.fast_math import exp_nonpositive, exp_or_zero
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, head_groups, pages_of, scatter_slots
+from trt_kv.plugins.paging import Floats, Ints, gather_slots, pages_of, scatter_slots
 from trt_kv.plugins.token_scores.arguments import Arguments
-
-BLOCK_TOKENS = 1024
-"""Tokens whose exponents are computed at a time: enough for an efficient matrix product, few enough for the CPU's caches."""
 
 
 def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
@@ -53,8 +49,9 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
         positions_KS = gather_slots(args.token_positions, pages, n_cached)
         scores_KS = gather_slots(args.scores, pages, n_cached)
         if new_B[b] > 1:
-            k_KSD, _ = gather_kv(args.kv, pages, n_cached)
-            received_KS = chunk_received(args.q[rows], args.lse[rows], args.positions[rows], k_KSD, positions_KS, args.scale)
+            received_KS = attention_received(
+                args.q[rows], args.lse[rows], args.positions[rows], pages, args.kv, positions_KS, args.scale
+            )
             scores_KS += received_KS if args.per_head else received_KS.mean(axis=0)
         if is_last.any():
             last = int(args.positions[rows[is_last]].max())
@@ -67,65 +64,46 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
     return ()
 
 
-def chunk_received(q_NHD: Floats, lse_NH: Floats, positions_N: Ints, k_KSD: Floats, positions_KS: Ints, scale: float) -> Floats:
-    """Attention that one sequence's cached tokens receive from the queries of a chunk: [K, S], see ``attention_received``."""
-    group = q_NHD.shape[1] // len(k_KSD)
-    scaled_NHD = q_NHD * np.float32(scale)
-    received_KS = np.empty(positions_KS.shape, np.float32)
-    for kv_heads in head_groups(positions_KS):
-        heads = slice(kv_heads.start * group, kv_heads.stop * group)
-        visible_NS = positions_KS[kv_heads.start] <= positions_N[:, None]
-        received_KS[kv_heads] = attention_received(scaled_NHD[:, heads], lse_NH[:, heads], k_KSD[kv_heads], visible_NS)
-    return received_KS
+def attention_received(
+    q_NHD: Floats, lse_NH: Floats, positions_N: Ints, pages_T: Ints, kv: Floats, positions_KS: Ints, scale: float
+) -> Floats:
+    """Attention that the first S slots of ``pages_T`` receive from a chunk's queries: [K, S] fp32.
 
-
-def attention_received(q_NHD: Floats, lse_NH: Floats, k_KSD: Floats, visible_NS: np.ndarray) -> Floats:
-    """Attention that each cached token receives, summed over queries, mean over a KV head's query heads: [K, S] fp32.
-
-    q is already scaled. Token k receives sum_m exp(q_m.k - lse_m). With -lse as one more channel of q and 1 as one more
-    channel of k, the exponents are one matrix product. Memory: O(N * T), where T counts the tokens from the first one that is
-    hidden from some query (usually those of this step), and the exponents of ``BLOCK_TOKENS`` tokens.
+    Summed over queries, mean over a KV head's query heads: token k receives sum_m exp(scale * q_m.k - lse_m) of the queries m
+    at its position or behind it. Memory: a copy of the slots' K.
     """
-    n_queries, n_heads, _ = q_NHD.shape
-    n_kv_heads, n_cached, _ = k_KSD.shape
-    q_NHC = np.concatenate([q_NHD, -lse_NH[:, :, None]], axis=2)
-    k_KSC = torch.from_numpy(np.concatenate([k_KSD, np.ones_like(k_KSD[:, :, :1])], axis=2))
-    q_KGNC = torch.from_numpy(q_NHC).view(n_queries, n_kv_heads, n_heads // n_kv_heads, -1).permute(1, 2, 0, 3).contiguous()
-    first = int(np.append(visible_NS.all(axis=0), False).argmin())
-    hidden_TN = torch.from_numpy(~visible_NS[:, first:].T)
-    mask_TN = torch.zeros(hidden_TN.shape).masked_fill_(hidden_TN, float("-inf"))
-    received_KS = torch.empty(n_kv_heads, n_cached)
-    received_KS[:, :first] = _denominators(k_KSC[:, :first], q_KGNC)
-    received_KS[:, first:] = _denominators(k_KSC[:, first:], q_KGNC, mask_TN).masked_fill_(hidden_TN.all(dim=1), 0.0)
-    received: Floats = (received_KS / (n_heads // n_kv_heads)).numpy()
-    return received
+    n_kv_heads = len(positions_KS)
+    group = q_NHD.shape[1] // n_kv_heads
+    lse_KR = lse_NH.reshape(len(lse_NH), n_kv_heads, group).transpose(1, 0, 2).reshape(n_kv_heads, -1)
+    received_KS = np.zeros(positions_KS.shape, np.float32)
+    keys = key_blocks(kv, pages_T, positions_KS.shape[1])
+    _receive_blocks(query_rows(q_NHD, n_kv_heads, scale), lse_KR, keys, positions_N, positions_KS, received_KS)
+    return received_KS / np.float32(group)
 
 
-def _denominators(k_KTC: Tensor, q_KGNC: Tensor, mask_TN: Tensor | None = None) -> Tensor:
-    """sum over a KV head's query heads and queries of exp(q.k + mask) for each of T tokens: [K, T]. Exponents are at most 0."""
-    n_kv_heads, n_tokens, _ = k_KTC.shape
-    group, n_queries = q_KGNC.shape[1:3]
-    sums_KT = torch.zeros(n_kv_heads, n_tokens)
-    block_TM = torch.empty(min(BLOCK_TOKENS, n_tokens), group * n_queries)
-    for head in range(n_kv_heads):
-        q_CM = q_KGNC[head].flatten(0, 1).T
-        for first in range(0, n_tokens, BLOCK_TOKENS):
-            tokens = slice(first, min(first + BLOCK_TOKENS, n_tokens))
-            exponents_TM = torch.mm(k_KTC[head, tokens], q_CM, out=block_TM[: tokens.stop - first])
-            if mask_TN is not None:
-                exponents_TM.view(-1, group, n_queries).add_(mask_TN[tokens, None])
-            sum_exps(exponents_TM.numpy(), sums_KT[head, tokens].numpy())
-    return sums_KT
-
-
-@njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
-def sum_exps(exponents_TM: Floats, sums_T: Floats) -> None:
-    """The sum of exp over each row; exponents are at most 0."""
-    for t in numba.prange(len(exponents_TM)):
-        total = np.float32(0.0)
-        for m in range(exponents_TM.shape[1]):
-            total += exp_nonpositive(exponents_TM[t, m])
-        sums_T[t] = total
+@njit(parallel=True, fastmath=FASTMATH)
+def _receive_blocks(
+    q_KRC: Floats, lse_KR: Floats, k_KBCT: Floats, positions_N: Ints, positions_KS: Ints, received_KS: Floats
+) -> None:
+    """One task per KV head and block of its tokens."""
+    n_kv_heads, n_blocks = k_KBCT.shape[:2]
+    n_rows, n_cached = q_KRC.shape[1], positions_KS.shape[1]
+    positions_R = positions_N[np.arange(n_rows) // (n_rows // len(positions_N))]
+    for task in numba.prange(n_kv_heads * n_blocks):
+        head, block = task // n_blocks, task % n_blocks
+        tokens = slice(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, n_cached))
+        positions_T, received_T = positions_KS[head, tokens], received_KS[head, tokens]
+        exponents_RT = np.empty((STRIP_ROWS, BLOCK_TOKENS), np.float32)
+        for first in range(0, n_rows, STRIP_ROWS):
+            strip = slice(first, first + STRIP_ROWS)
+            lse_R = lse_KR[head, strip]
+            if positions_T.min() > positions_R[strip].max():
+                continue
+            multiply(q_KRC[head, strip], k_KBCT[head, block], exponents_RT, len(positions_T))
+            hide_later(exponents_RT, positions_R[strip], positions_T)
+            for r in range(len(lse_R)):
+                for t in range(len(positions_T)):
+                    received_T[t] += exp_or_zero(exponents_RT[r, t] - lse_R[r])
 
 
 def pool_neighbours(positions_KS: Ints, scores_KS: Floats, *, end: int, pooling: int) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from trt_kv.errors import CapacityError, UnknownNameError, UsageError, load_option
 from trt_kv.manifest import DTYPES
+from trt_kv.require import require
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +52,13 @@ class DeviceOptions:
 def device_from_name(name: str) -> "torch.device | None":
     """The GPU named "cuda" or "cuda:N"; None for "cpu", which means the host kernels.
 
-    ``UsageError`` for another name, or if torch finds no such GPU.
+    ``UsageError`` for another name, or if torch finds no such GPU; ``MissingDependencyError`` without torch.
     """
     if name == HOST:
         return None
     if not re.fullmatch(r"cuda(:\d+)?", name):
         raise UsageError("unknown device", got=repr(name), expected="cpu, cuda, or cuda:N")
+    require("torch", extra="gpu")
     import torch
 
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

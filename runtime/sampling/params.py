@@ -14,7 +14,7 @@ class SamplingParams:
     """Sampling parameters of one request; the defaults are greedy, and change and filter nothing.
 
     **Choice.** ``temperature`` 0 is greedy. Else these are kept, in this order: the ``top_k`` likeliest tokens (0: all), the
-    likeliest with a mass of ``top_p``, those with at least ``min_p`` of the highest probability, and the most typical with a mass
+    likeliest with a mass of ``top_p``, those with at least ``min_p`` of the highest probability, the most typical with a mass
     of ``typical_p``. Random numbers depend on ``seed`` alone, not on other requests; None: a random seed.
 
     **Logits**, before that and for greedy too: those of tokens in the prompt or generated are divided by ``repetition_penalty``

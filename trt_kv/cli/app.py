@@ -62,7 +62,7 @@ def group() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``trt-kv`` with ``arguments`` (default: the process's) and return the exit code; messages go to stderr."""
     invocation = Invocation()
-    # Read by OpenMP when torch is loaded. Threads that spin between kernels take CPU time from other work.
+    # Read by OpenMP when a library loads it. Threads that spin between kernels take CPU time from other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         with lenient_output():

@@ -2,13 +2,15 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from trt_kv.cli.generation import GenerationRequest, RunOptions, stream_text
+from trt_kv.cli.generation import RunOptions, stream_text
 from trt_kv.cli.options import any_path, debug_option, digest_option, utf8_text
 from trt_kv.cli.output import say
 from trt_kv.cli.run_options import device_options, resource_options
+from trt_kv.cli.sampling_options import sampling_options
 from trt_kv.errors import UsageError
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
 from trt_kv.text_file import read_text, text_from_bytes
@@ -23,25 +25,9 @@ from trt_kv.text_file import read_text, text_from_bytes
     metavar="FILE",
     help="Read the prompt from FILE.",
 )
-@click.option("--max-new-tokens", type=int, default=128, show_default=True, metavar="N", help="Stop after N tokens.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="Sampling temperature; 0: greedy.")
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    show_default=True,
-    metavar="P",
-    help="Sample from the most likely tokens of total mass P.",
-)
-@click.option(
-    "--top-k", type=int, default=0, show_default=True, metavar="K", help="Sample from the K most likely tokens; 0: all."
-)
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Sampling seed.")
+@sampling_options
 @click.option(
     "--trace", type=any_path, metavar="FILE", help="Write a timeline of the run, as JSON for chrome://tracing or Perfetto."
-)
-@click.option(
-    "--stop", callback=utf8_text, multiple=True, metavar="TEXT", help="Stop before this text; may be given several times."
 )
 @click.option(
     "--special-tokens/--no-special-tokens",
@@ -59,13 +45,8 @@ def command(
     engine: Path,
     prompt: str | None,
     prompt_file: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int,
+    sampling: dict[str, Any],
     trace: Path | None,
-    stop: tuple[str, ...],
     parse_special_tokens: bool,
     resources: ResourceChoice,
     on: DeviceChoice,
@@ -80,22 +61,15 @@ def command(
       trt-kv generate engines/llama3-freekv --prompt-file long.txt --host-tier file:/var/tmp/kv --trace trace.json
       trt-kv generate engines/llama3-prefixkv --prompt-file long.txt --device cuda --dtype bfloat16
       trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --top-p 0.95 --seed 7 --stop "."
+      trt-kv generate ENGINE --prompt-file prompt.txt --repetition-penalty 1.1
     """
-    request = GenerationRequest(
-        prompt=read_prompt(prompt, prompt_file),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=stop,
-        parse_special_tokens=parse_special_tokens,
-    )
+    text = read_prompt(prompt, prompt_file)
+    sampling |= {"parse_special_tokens": parse_special_tokens}
     notes: list[str] = []
     running = RunOptions(on=on, digest=digest, resources=resources, trace=trace)
     begun = False
     try:
-        for piece in stream_text(engine=engine, request=request, running=running, on_end=notes.append):
+        for piece in stream_text(engine=engine, prompt=text, sampling=sampling, running=running, on_end=notes.append):
             begun = True
             click.echo(piece, nl=False)
     finally:

@@ -1,28 +1,14 @@
 """Streaming of generated text, followed by lines of statistics."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trt_kv.cli.generation_notes import held_note, recall_note
 from trt_kv.cli.progress import progress_bars
 from trt_kv.pipeline.destinations import check_new_file
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """One prompt and how to continue it; the runtime checks the values."""
-
-    prompt: str
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    stop: tuple[str, ...]
-    parse_special_tokens: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +28,25 @@ class RunOptions:
 
 
 def stream_text(
-    *, engine: Path, request: GenerationRequest, running: RunOptions, on_end: Callable[[str], None]
+    *, engine: Path, prompt: str, sampling: dict[str, Any], running: RunOptions, on_end: Callable[[str], None]
 ) -> Iterator[str]:
-    """Chunks of generated text; afterwards ``on_end`` is called with each line of statistics."""
+    """Chunks of generated text; afterwards ``on_end`` is called with each line of statistics. ``sampling``: the fields of
+    ``SamplingParams``.
+    """
     from trt_kv.runtime.engine import Engine
     from trt_kv.runtime.trace import NO_TRACE, Trace
 
     trace = NO_TRACE if running.trace is None else Trace()
-    options = dataclasses.asdict(request)
-    prompt = options.pop("prompt")
     with progress_bars() as on_progress:
         options_of_load = {**running.on.options, **running.resources.options()}
         loaded = Engine.load(engine, digest=running.digest, trace=trace, on_progress=on_progress, **options_of_load)
-        n_prompt = len(loaded.encode(prompt, parse_special_tokens=request.parse_special_tokens))
-        stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **options)
+        n_prompt = len(loaded.encode(prompt, parse_special_tokens=sampling["parse_special_tokens"]))
+        stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **sampling)
         first = next(stream, "")
     yield first
     yield from stream
     result = stream.result
-    if request.parse_special_tokens and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
+    if sampling["parse_special_tokens"] and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
         on_end("[the prompt begins with the tokenizer's BOS: no second one was put in front]")
     on_end(held_note(loaded.manifest, result))
     if not running.on.on_host:

@@ -1,6 +1,7 @@
 """The checks of ``trt-kv doctor``. They do not install, change or download anything."""
 
 import enum
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -8,7 +9,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ from trt_kv.require import BASE, EXTRAS, SEPARATE, install_command, require
 GIB = 1024**3
 OLDEST_MAJOR = 8
 """The oldest major compute capability that tests compile the kernels for: that of A100."""
+PURPOSES = {"build": "builds, calibrates and exports engines", "gpu": "runs engines on NVIDIA GPUs"}
 
 
 class State(enum.Enum):
@@ -44,7 +46,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at this machine and this installation; takes seconds, because torch and onnxruntime are imported."""
+    """Look at this machine and this installation; takes seconds, because onnxruntime, numba and torch are imported."""
     return [*_machine(), *_packages(), *_backends(), *map(_bundled_model, PRESETS.values())]
 
 
@@ -71,16 +73,33 @@ def _packages() -> Iterator[Finding]:
     for package in BASE:
         yield _package("packages that every command needs", package, State.MISSING)
     for extra, packages in EXTRAS.items():
-        for package in packages:
-            yield _package(f"packages of the extra '{extra}'", package, State.OPTIONAL)
+        yield _extra(extra, packages)
+    for package in sorted({package for packages in EXTRAS.values() for package in packages}):
+        yield _package("packages of the extras", package, State.OPTIONAL)
+
+
+def _extra(extra: str, packages: Sequence[str]) -> Finding:
+    """Whether all packages of an extra are installed, and what it is for."""
+    section, name = "extras", f"trt-kv[{extra}]"
+    missing = [package for package in packages if _version(package) is None]
+    if not missing:
+        return Finding(section=section, name=name, state=State.OK, text=PURPOSES[extra])
+    text = f"{PURPOSES[extra]}; not installed: {', '.join(missing)}"
+    return Finding(section=section, name=name, state=State.OPTIONAL, text=text, fix=f"pip install 'trt-kv[{extra}]'")
 
 
 def _package(section: str, package: str, absent: State) -> Finding:
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    version = _version(package)
+    if version is None:
         return Finding(section=section, name=package, state=absent, text="not installed", fix=install_command(package) or "")
     return Finding(section=section, name=package, state=State.OK, text=version)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _backends() -> Iterator[Finding]:
@@ -88,6 +107,8 @@ def _backends() -> Iterator[Finding]:
     # A missing package is reported among the packages already; this checks whether it works.
     if importlib.util.find_spec("onnxruntime") is not None:
         yield _onnxruntime(section)
+    if importlib.util.find_spec("numba") is not None:
+        yield _kernel_threads(section)
     if importlib.util.find_spec("torch") is not None:
         yield from _torch(section)
     if importlib.util.find_spec("numba") is not None:
@@ -140,11 +161,25 @@ def _onnxruntime(section: str) -> Finding:
     return Finding(section=section, name=name, state=State.OK, text=", ".join(providers))
 
 
+def _kernel_threads(section: str) -> Finding:
+    """The library whose threads run the CPU kernels. numba's own, its last resort, ends the process if two threads use it."""
+    name = "CPU kernels"
+    for module, library in (("tbbpool", "TBB"), ("omppool", "OpenMP")):
+        try:
+            importlib.import_module(f"numba.np.ufunc.{module}")
+        except ImportError:
+            continue
+        return Finding(section=section, name=name, state=State.OK, text=f"numba, with threads of {library}")
+    text = "neither OpenMP nor TBB: two engines must not run in two threads, and engines that recall pages may end the process"
+    fix = "install libgomp (Debian, Ubuntu: apt-get install libgomp1), or pip install tbb"
+    return Finding(section=section, name=name, state=State.MISSING, text=text, fix=fix)
+
+
 def _torch(section: str) -> Iterator[Finding]:
     try:
         torch = require("torch")
     except (ImportError, OSError) as error:
-        yield _unusable(section, "torch", "torch", error)
+        yield _unusable(section, "torch", "torch", error, state=State.OPTIONAL)
         return
     yield Finding(section=section, name="torch CPU", state=State.OK, text=f"{torch.get_num_threads()} threads")
     if torch.cuda.is_available():
@@ -191,10 +226,9 @@ def _bundled_model(preset: Preset) -> Finding:
     return Finding(section=section, name=name, state=State.OK, text=f"{n_parameters / 1e6:.1f} M parameters in {folder}")
 
 
-def _unusable(section: str, name: str, package: str, error: Exception) -> Finding:
-    """A base package that is installed but does not load, e.g. because a shared library is missing."""
-    fix = install_command(package) or ""
-    return Finding(section=section, name=name, state=State.MISSING, text=_first_line(error), fix=fix)
+def _unusable(section: str, name: str, package: str, error: Exception, *, state: State = State.MISSING) -> Finding:
+    """A package that is installed but does not load, e.g. because a shared library is missing."""
+    return Finding(section=section, name=name, state=state, text=_first_line(error), fix=install_command(package) or "")
 
 
 def _first_line(error: Exception) -> str:

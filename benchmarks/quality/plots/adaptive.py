@@ -15,7 +15,6 @@ from benchmarks.quality.plots.style import (
     legend,
     panels,
     percents,
-    task_color,
     title,
 )
 from benchmarks.quality.results import PolicyFacts, Results
@@ -67,31 +66,29 @@ def _draw_budgets(axis: "Axes", results: Results, policy: PolicyFacts, *, withou
 
 
 def thresholds(results: Results) -> "Figure":
-    """Kept share and answer quality of ReFreeKV against its threshold."""
+    """Kept share and answer quality of ReFreeKV against its threshold, a panel per task."""
     swept = sweep(results)
-    figure, (kept_axis, right_axis) = panels(2, columns=2, width=5.2, height=4.2)
-    for cell in results.compared():
-        color = task_color(results, cell.task)
+    cells = results.compared()
+    figure, axes = panels(len(cells), columns=4)
+    places = [threshold for threshold, _ in swept]
+    for axis, cell in zip(axes, cells, strict=True):
         rows = [cell.row(policy.name) for _, policy in swept]
-        axes = [(kept_axis, [row.kept_interval for row in rows])]
-        axes += [(right_axis, [row.accuracy for row in rows])] if results.task(cell.task).asks else []
-        for axis, estimates in axes:
-            places = [threshold for threshold, _ in swept]
+        lines = [("kept share, all layers", "#1d4ed8", [row.kept_interval for row in rows])]
+        lines += [("exact answers", "#c2410c", [row.accuracy for row in rows])] if results.task(cell.task).asks else []
+        for label, color, estimates in lines:
             axis.fill_between(
                 places, [e.low for e in estimates], [e.high for e in estimates], color=color, alpha=0.08, linewidth=0
             )
-            label = results.task(cell.task).title
             axis.plot(places, [e.value for e in estimates], "o-", color=color, markersize=4.5, label=label)
-    for axis, what in ((kept_axis, "Kept share, all layers"), (right_axis, "Exact answers")):
         axis.set_xscale("log")
-        axis.set_xticks([threshold for threshold, _ in swept], [f"{100 * threshold:g} %" for threshold, _ in swept])
+        axis.set_xticks(places, [f"{100 * threshold:g} %" for threshold in places])
         axis.minorticks_off()
-        axis.set_xlabel("threshold T: share of the norm that may be lost", color=INK, fontsize=9)
+        axis.set_xlabel("threshold T: share of the norm lost", color=INK, fontsize=9)
         axis.axvline(_own_threshold(results), color=FAINT, linewidth=0.8, linestyle="--", zorder=0)
-        accuracy_axis(axis)
+        accuracy_axis(axis, "share")
         axis.grid(color=FAINT, alpha=0.25, linewidth=0.6)
-        title(axis, what)
-    legend(figure, (kept_axis, right_axis))
+        title(axis, results.task(cell.task).title)
+    legend(figure, axes)
     headline(figure, f"ReFreeKV against its threshold (dashed: as published), {results.settings.main_context} tokens")
     return figure
 

@@ -48,16 +48,16 @@ def layers(results: Results) -> "Figure":
 def kept(results: Results) -> "Figure":
     """Tokens kept of late questions: mean place in the prompt, and shares of the fact and of the question."""
     cell = results.late()
-    measures: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
-        ("Mean place of the kept tokens (0: first, 100: last)", lambda row: row.kept_place),
-        ("Kept of the asked fact", lambda row: row.fact_kept),
-        ("Kept of the question", lambda row: row.question_kept),
+    measures: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
+        ("Mean place of the kept tokens (0: first, 100: last)", "place in the prompt", lambda row: row.kept_place),
+        ("Kept of the asked fact", "kept share of its tokens", lambda row: row.fact_kept),
+        ("Kept of the question", "kept share of its tokens", lambda row: row.question_kept),
     )
     figure, axes = panels(len(measures), columns=len(measures), width=4.8, height=4.0)
-    for axis, (name, measure) in zip(axes, measures, strict=True):
+    for axis, (name, unit, measure) in zip(axes, measures, strict=True):
         for policy in shown_policies(results) if cell else ():
             assert cell is not None
-            style = style_of(results, policy)
+            style = style_of(policy)
             rows = rows_of(results, cell, policy.name, adaptive=policy.adaptive)
             values = [measure(row) for row in rows]
             axis.plot(
@@ -72,9 +72,9 @@ def kept(results: Results) -> "Figure":
             )
         shares = np.linspace(min(results.settings.budgets), 1.0, 50)
         share_axis(axis, results.settings.budgets)
-        if measure is not measures[0][1]:
+        if measure is not measures[0][2]:
             axis.plot(shares, shares, color=FAINT, linewidth=0.8, zorder=0)
-        accuracy_axis(axis)
+        accuracy_axis(axis, unit)
         title(axis, name)
     legend(figure, axes)
     headline(figure, "Late questions: what is kept, mean over layers and KV heads (thin line: as much as of all tokens)")

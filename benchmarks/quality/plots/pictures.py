@@ -83,7 +83,7 @@ def perplexity(results: Results) -> "Figure":
     figure, axes = panels(len(cells), columns=4)
     for axis, cell in zip(axes, cells, strict=True):
         _draw_quality(axis, results, cell, lambda cell, row: cell.perplexity_ratio(row, cell.full))
-        log_axis(axis)
+        log_axis(axis, "perplexity / full cache's")
         title(axis, results.task(cell.task).title)
     legend(figure, axes)
     headline(figure, _headline(results, "Perplexity of the right answer over that of the full cache, same documents"))
@@ -98,6 +98,7 @@ def agreement(results: Results) -> "Figure":
         _draw_quality(axis, results, cell, lambda cell, row: cell.agreement(row))
         percents(axis.yaxis)
         axis.set_ylim(top=1.03)
+        axis.set_ylabel("equal tokens", color=INK, fontsize=9)
         title(axis, results.task(cell.task).title)
     legend(figure, axes)
     headline(figure, _headline(results, "Greedy tokens that are those of the full cache, given the right tokens before"))
@@ -117,7 +118,7 @@ def contexts(results: Results) -> "Figure":
             estimates = [cell.row(policy.name, budget).accuracy for cell in cells]
             places = np.array([cell.context_length for cell in cells]) * 1.012 ** (number - len(policies) / 2)
             label = policy.label + (" (own budget)" if policy.adaptive else "")
-            curve(axis, places, estimates, style_of(results, policy), label)
+            curve(axis, places, estimates, style_of(policy), label)
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [str(length) for length in lengths])
         axis.minorticks_off()
@@ -141,15 +142,15 @@ def _draw_quality(axis: "Axes", results: Results, cell: Cell, measure: Measure) 
     for number, policy in enumerate(fixed):
         rows = [cell.row(policy.name, budget) for budget in budgets]
         shares = np.array([row.mean_kept for row in rows]) * 1.012 ** (number - len(fixed) / 2)
-        curve(axis, shares, [measure(cell, row) for row in rows], style_of(results, policy), policy.label)
+        curve(axis, shares, [measure(cell, row) for row in rows], style_of(policy), policy.label)
     for policy in policies:
         if policy.adaptive:
-            _draw_point(axis, results, policy, cell.row(policy.name), measure(cell, cell.row(policy.name)))
+            _draw_point(axis, policy, cell.row(policy.name), measure(cell, cell.row(policy.name)))
     share_axis(axis, budgets)
 
 
-def _draw_point(axis: "Axes", results: Results, policy: PolicyFacts, row: Row, estimate: Estimate) -> None:
-    style = style_of(results, policy)
+def _draw_point(axis: "Axes", policy: PolicyFacts, row: Row, estimate: Estimate) -> None:
+    style = style_of(policy)
     axis.hlines(estimate.value, min(row.kept), max(row.kept), color=style.color, linewidth=2.2, alpha=0.6, zorder=5)
     axis.vlines(row.mean_kept, estimate.low, estimate.high, color=style.color, linewidth=1.2, alpha=0.6, zorder=5)
     axis.plot(

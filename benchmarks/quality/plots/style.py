@@ -29,42 +29,26 @@ class Style:
     width: float = 1.5
 
 
-_PUBLISHED = {
-    "prefixkv_paper": Style(color="#c2410c"),
-    "uniform": Style(color="#c2410c", marker="s", dash=(0, (4, 2))),
-    "streamingllm": Style(color="#15803d", marker="v"),
-    "h2o": Style(color="#7c3aed", marker="^"),
+_STYLES = {
+    "prefixkv": Style(color="#111827", width=2.4),
+    "reach": Style(color="#b8860b", marker="*", width=2.4),
     "snapkv": Style(color="#1d4ed8"),
-    "pyramidkv": Style(color="#1d4ed8", marker="s", dash=(0, (4, 2))),
-    "random": Style(color="#8a9199", marker="x", dash=(0, (1, 1.5))),
-    "refreekv": Style(color="#db2777", marker="D"),
+    "prefixkv_paper": Style(color="#c2410c"),
 }
-_OURS = (
-    Style(color="#111827", width=2.4),
-    Style(color="#b8860b", marker="*", width=2.4),
-    Style(color="#0e7490", marker="s", width=2.4),
-    Style(color="#4d7c0f", marker="P", width=2.4),
-)
-TASK_COLORS = ("#c2410c", "#d97706", "#a3a300", "#15803d", "#0e7490", "#1d4ed8", "#7c3aed", "#8a9199")
+SHOWN = tuple(_STYLES)
+"""Policies in pictures, with the full cache at most five series: the best ones, a baseline and the published method. The tables
+of the report have all.
+"""
 
 
 def shown_policies(results: Results) -> list[PolicyFacts]:
-    """Ours first, so that published policies with equal values are drawn over them."""
-    return results.in_groups("ours", "published")
+    """Those of ``SHOWN``, ours first, so that published policies with equal values are drawn over them."""
+    return [policy for policy in results.in_groups("ours", "published") if policy.name in SHOWN]
 
 
-def style_of(results: Results, policy: PolicyFacts) -> Style:
-    """The policy's own style; presets of ours take theirs in turn, and all others are the full cache or variants."""
-    ours = [other.name for other in results.in_groups("ours")]
-    if policy.name in ours:
-        return _OURS[ours.index(policy.name) % len(_OURS)]
-    return _PUBLISHED.get(policy.name, Style(color=INK))
-
-
-def task_color(results: Results, task: str) -> str:
-    """The task's own colour."""
-    names = [known.name for known in results.tasks]
-    return TASK_COLORS[names.index(task) % len(TASK_COLORS)]
+def style_of(policy: PolicyFacts) -> Style:
+    """The policy's own style."""
+    return _STYLES[policy.name]
 
 
 def panels(n: int, *, columns: int, width: float = 4.1, height: float = 3.5) -> "tuple[Figure, list[Axes]]":
@@ -131,15 +115,17 @@ def percents(axis: Any) -> None:
     axis.set_major_formatter(lambda share, _position: f"{100 * share:.0f} %")
 
 
-def accuracy_axis(axis: "Axes") -> None:
-    """A y axis for shares from none to all."""
+def accuracy_axis(axis: "Axes", what: str = "exact answers") -> None:
+    """A y axis for shares from none to all, of ``what``."""
     axis.set_ylim(-0.03, 1.05)
     percents(axis.yaxis)
+    axis.set_ylabel(what, color=INK, fontsize=9)
 
 
-def log_axis(axis: "Axes") -> None:
-    """A logarithmic y axis with ticks at round numbers, as fine as its range needs."""
+def log_axis(axis: "Axes", what: str) -> None:
+    """A logarithmic y axis for ``what`` with ticks at round numbers, as fine as its range needs."""
     axis.set_yscale("log")
+    axis.set_ylabel(what, color=INK, fontsize=9)
     low, high = axis.get_ylim()
     ticks: Sequence[float] = (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 3000, 10_000)
     if high / low < 1.6:

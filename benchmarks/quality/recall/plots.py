@@ -32,18 +32,12 @@ if TYPE_CHECKING:
 
 Draw = Callable[[RecallResults, Results], "Figure"]
 Measure = Callable[[Row], Estimate]
-DROPPING = ("streamingllm", "snapkv", "prefixkv_paper", "prefixkv", "reach")
+SHOWN = ("prefixkv", "freekv", "arkvale", "freekv-arkvale-windowrecipe")
+"""Policies in pictures, with the full cache at most five series; the tables have all."""
 HOST_STYLES = {
     "freekv": Style(color="#dc2626", marker="o", width=2.6),
-    "freekv-uncorrected": Style(color="#f97316", marker="v", dash=(0, (4, 2))),
-    "freekv-synchronous": Style(color="#7f1d1d", marker="s", dash=(0, (1, 1.5)), width=2.0),
-    "quest": Style(color="#0891b2", marker="D"),
     "arkvale": Style(color="#7c3aed", marker="^"),
-    "freekv-recipe": Style(color="#ca8a04", marker="x", dash=(0, (4, 2))),
-    "freekv-windowrecipe": Style(color="#65a30d", marker="P", dash=(0, (4, 2))),
-    "freekv-arkvale": Style(color="#111827", marker="^", dash=(0, (4, 2))),
-    "freekv-arkvale-windowrecipe": Style(color="#111827", marker="P", width=2.4),
-    "freekv-unimetric": Style(color="#be185d", marker="*"),
+    "freekv-arkvale-windowrecipe": Style(color="#0e7490", marker="P", width=2.4),
 }
 
 
@@ -69,7 +63,7 @@ def accuracy(recall: RecallResults, results: Results) -> "Figure":
         if is_share:
             accuracy_axis(axis)
         else:
-            log_axis(axis)
+            log_axis(axis, "perplexity / full cache's")
         title(axis, name)
     legend(figure, axes)
     headline(
@@ -95,29 +89,14 @@ def _draw_shares(axis: "Axes", recall: RecallResults, results: Results, cell: Me
     full = measure(cell.all.full)
     axis.axhspan(full.low, full.high, color=INK, alpha=0.08, linewidth=0)
     axis.axhline(full.value, color=INK, linewidth=1.0, label="full cache")
-    dropping = [results.policy(name) for name in DROPPING]
-    for policy in dropping:
-        if not policy.adaptive:
-            style = style_of(results, policy)
+    for policy in results.in_groups("published", "ours"):
+        if policy.name in SHOWN:
+            style = style_of(policy)
             faint = Style(color=style.color, marker=".", dash=(0, (2, 1.5)), width=1.1)
             _line(axis, recall, cell, policy, faint, measure, f"{policy.label} (drops)")
     for policy in recall.in_groups("host", "mixture", "combined"):
-        if not policy.adaptive:
-            _line(axis, recall, cell, policy, HOST_STYLES.get(policy.name, Style(color=INK)), measure, policy.label)
-    for policy in (*dropping, *recall.in_groups("mixture")):
-        if policy.adaptive and cell.all.has(policy.name):
-            row = cell.all.row(policy.name)
-            style = HOST_STYLES.get(policy.name) or style_of(results, policy)
-            drops = " (drops)" if policy in dropping else ""
-            label = f"{policy.label}{drops}, own budget"
-            place: dict[str, Any] = {
-                "linestyle": "",
-                "marker": style.marker,
-                "markersize": 13,
-                "markeredgecolor": "white",
-                "zorder": 6,
-            }
-            axis.plot(row.mean_kept, measure(row).value, color=style.color, label=label, **place)
+        if policy.name in SHOWN:
+            _line(axis, recall, cell, policy, HOST_STYLES[policy.name], measure, policy.label)
     share_axis(axis, recall.main.budgets)
     axis.set_xlabel("share attended to, or kept", color=INK, fontsize=9)
 
@@ -153,8 +132,9 @@ def tau(recall: RecallResults, results: Results) -> "Figure":
         _series(axes[2], [of.mean("corrected_layer_steps") for of in moved], color, (0, (1, 1.2)), "_")
         _series(axes[2], [of.mean("corrected_heads") for of in moved], color, "-", f"{cell.name} (dotted: layer-steps)")
     accuracy_axis(axes[0])
-    log_axis(axes[1])
-    accuracy_axis(axes[2])
+    log_axis(axes[1], "perplexity / full cache's")
+    accuracy_axis(axes[2], "share of KV heads")
+    axes[3].set_ylabel("KiB per step", color=INK, fontsize=9)
     _draw_traffic(axes[3], recall, cells[0])
     names = ("Exact answers", "Perplexity over full cache's", "KV heads corrected", f"KiB per step, {cells[0].name}")
     for axis, name in zip(axes, names, strict=True):

@@ -13,6 +13,7 @@ from trt_kv.runtime.backends.base import Attend
 from trt_kv.runtime.backends.onnx_runtime import ort
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.memory import memory_error
+from trt_kv.runtime.processes import never_destroy_in_forks
 from trt_kv.safe_path import safe_join
 
 SESSION_OPTIONS = {
@@ -84,11 +85,13 @@ def open_segment(
     options.log_severity_level = 3
     try:
         # With fallback, ONNX Runtime would replace a failing provider by another one and print that to standard output.
-        return ort.InferenceSession(path, options, providers=list(providers), enable_fallback=0)
+        session = ort.InferenceSession(path, options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         if (no_memory := memory_error(error, f"the segment {path.name}")) is not None:
             raise no_memory from error
         raise EngineError(f"ONNX Runtime cannot load {path}", got=str(error), fix=fix) from error
+    never_destroy_in_forks(session)
+    return session
 
 
 Shapes = dict[str, list[int | str | None]]

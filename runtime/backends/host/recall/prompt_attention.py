@@ -6,7 +6,7 @@ import numpy as np
 
 from trt_kv.plugins.adaptive_budget.cpu import attention_row
 from trt_kv.plugins.attention_cpu import attend_chunk
-from trt_kv.plugins.paging import Floats, Ints, gather_kv
+from trt_kv.plugins.paging import Floats, Ints
 
 BLOCK_TOKENS = 4096
 """Tokens of the cache that are read at a time."""
@@ -28,14 +28,20 @@ def attend_prompt(
     positions_N = np.arange(n_cached - len(q_NHD), n_cached)
     if n_cached <= BLOCK_TOKENS:
         pages = np.concatenate([read_pages(earlier_pages), block]) if len(earlier_pages) else block
-        k_KSD, v_KSD = gather_kv(pages, np.arange(len(pages)), n_cached)
-        return attend_chunk(q_NHD, k_KSD, v_KSD, np.arange(n_cached) <= positions_N[:, None], scale)
-    k_KSD, v_KSD = gather_kv(block, np.arange(len(block)), n_cached - n_earlier)
-    out, lse = attend_chunk(q_NHD, k_KSD, v_KSD, np.arange(n_earlier, n_cached) <= positions_N[:, None], scale)
+        return _attend(q_NHD, positions_N, pages, range(n_cached), scale)
+    out, lse = _attend(q_NHD, positions_N, block, range(n_earlier, n_cached), scale)
+    n_read = 0
     for pages in blocks_of(earlier_pages, page_size):
-        k_KSD, v_KSD = gather_kv(read_pages(pages), np.arange(len(pages)), len(pages) * page_size)
-        out, lse = joined(out, lse, *attend_chunk(q_NHD, k_KSD, v_KSD, None, scale))
+        tokens = range(n_read, n_read + len(pages) * page_size)
+        out, lse = joined(out, lse, *_attend(q_NHD, positions_N, read_pages(pages), tokens, scale))
+        n_read = tokens.stop
     return out, lse
+
+
+def _attend(q_NHD: Floats, positions_N: Ints, pages: Floats, tokens: range, scale: float) -> tuple[Floats, Floats]:
+    """``attend_chunk`` to the tokens at the positions ``tokens``, which fill ``pages`` [n, 2, K, P, D] in order."""
+    positions_KS = np.tile(np.arange(tokens.start, tokens.stop), (pages.shape[2], 1))
+    return attend_chunk(q_NHD, positions_N, np.arange(len(pages)), pages, positions_KS, scale)
 
 
 def joined(out: Floats, lse: Floats, more: Floats, more_lse: Floats) -> tuple[Floats, Floats]:

@@ -1,0 +1,124 @@
+"""A chunk of queries and cached tokens, in blocks that fit into the CPU's caches, and their products (numba).
+
+Why not a BLAS: docs/decisions/0034-runtime-without-torch.md.
+"""
+
+import numba
+import numpy as np
+
+from trt_kv.plugins.jit import njit
+from trt_kv.plugins.paging import Floats, Ints
+
+BLOCK_TOKENS = 256
+"""Cached tokens of a block."""
+TILE_ROWS = 64
+"""Rows of queries for which a block is kept in the second-level cache."""
+STRIP_ROWS = 16
+"""Rows whose products with a block, 16 KiB, are kept in the first-level cache."""
+UNROLLED = 8
+"""Terms that a product adds at once. The sizes that it sums over are filled up with zeros to multiples of it."""
+
+FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
+
+
+def query_rows(q_NHD: Floats, n_kv_heads: int, scale: float) -> Floats:
+    """``scale * q``, the rows of each KV head together, token by token: [K, N * G, C]. C: D rounded up to ``UNROLLED``."""
+    n_tokens, n_heads, head_size = q_NHD.shape
+    q_NKGD = q_NHD.reshape(n_tokens, n_kv_heads, -1, head_size)
+    rows = np.zeros((n_kv_heads, n_tokens, n_heads // n_kv_heads, _rounded_up(head_size)), np.float32)
+    np.multiply(q_NKGD.transpose(1, 0, 2, 3), np.float32(scale), out=rows[..., :head_size])
+    return rows.reshape(n_kv_heads, -1, rows.shape[-1])
+
+
+def key_blocks(kv: Floats, pages_T: Ints, n_cached: int) -> Floats:
+    """K of the first ``n_cached`` slots of ``pages_T``, transposed: [K, blocks, C, T]; C as in ``query_rows``."""
+    n_kv_heads, _, head_size = kv.shape[2:]
+    blocks = np.zeros((n_kv_heads, _n_blocks(n_cached), _rounded_up(head_size), BLOCK_TOKENS), np.float32)
+    _gather_transposed(kv, pages_T, n_cached, blocks)
+    return blocks
+
+
+def value_blocks(kv: Floats, pages_T: Ints, n_cached: int) -> Floats:
+    """V of the first ``n_cached`` slots of ``pages_T``: [K, blocks, T, D]. Zeros at the end."""
+    n_kv_heads, _, head_size = kv.shape[2:]
+    blocks = np.zeros((n_kv_heads, _n_blocks(n_cached), BLOCK_TOKENS, head_size), np.float32)
+    _gather(kv, pages_T, n_cached, blocks)
+    return blocks
+
+
+def _rounded_up(n: int) -> int:
+    return -(-n // UNROLLED) * UNROLLED
+
+
+def _n_blocks(n_cached: int) -> int:
+    return -(-n_cached // BLOCK_TOKENS)
+
+
+@njit(fastmath=FASTMATH)
+def multiply(a_RC: Floats, b_CS: Floats, out_RS: Floats, n_columns: int) -> None:
+    """``out = a @ b`` for the first ``n_columns`` columns; zeros up to the next multiple of ``UNROLLED``."""
+    out_RS[: len(a_RC), : n_columns + UNROLLED] = 0.0
+    add_product(a_RC, b_CS, out_RS, a_RC.shape[1], n_columns)
+
+
+@njit(fastmath=FASTMATH)
+def add_product(a_RC: Floats, b_CS: Floats, out_RS: Floats, n_terms: int, n_columns: int) -> None:
+    """``out += a @ b`` for the first ``n_columns`` columns, summed over the first ``n_terms`` (and zeros after them).
+
+    A row of the result has the same bits wherever it is among the rows. ``out`` has as many rows as count.
+    """
+    n_rows = min(len(a_RC), len(out_RS))
+    for c in range(0, n_terms, UNROLLED):
+        for r in range(n_rows):
+            a0, a1, a2, a3 = a_RC[r, c], a_RC[r, c + 1], a_RC[r, c + 2], a_RC[r, c + 3]
+            a4, a5, a6, a7 = a_RC[r, c + 4], a_RC[r, c + 5], a_RC[r, c + 6], a_RC[r, c + 7]
+            for s in range(n_columns):
+                out_RS[r, s] += (
+                    a0 * b_CS[c, s]
+                    + a1 * b_CS[c + 1, s]
+                    + a2 * b_CS[c + 2, s]
+                    + a3 * b_CS[c + 3, s]
+                    + a4 * b_CS[c + 4, s]
+                    + a5 * b_CS[c + 5, s]
+                    + a6 * b_CS[c + 6, s]
+                    + a7 * b_CS[c + 7, s]
+                )
+
+
+@njit()
+def hide_later(products_RT: Floats, positions_R: Ints, positions_T: Ints) -> None:
+    """-inf where a row's position is before the token's."""
+    if positions_T.max() <= positions_R.min():
+        return
+    for r in range(len(positions_R)):
+        for t in range(len(positions_T)):
+            if positions_T[t] > positions_R[r]:
+                products_RT[r, t] = -np.inf
+
+
+@njit(parallel=True)
+def _gather(kv: Floats, pages_T: Ints, n_cached: int, blocks_KBTD: Floats) -> None:
+    n_kv_heads, n_blocks = blocks_KBTD.shape[:2]
+    page_size = kv.shape[3]
+    for task in numba.prange(n_kv_heads * n_blocks):
+        head, block = task // n_blocks, task % n_blocks
+        first = block * BLOCK_TOKENS
+        for t in range(min(BLOCK_TOKENS, n_cached - first)):
+            page, offset = pages_T[(first + t) // page_size], (first + t) % page_size
+            blocks_KBTD[head, block, t] = kv[page, 1, head, offset]
+
+
+@njit(parallel=True)
+def _gather_transposed(kv: Floats, pages_T: Ints, n_cached: int, blocks_KBCT: Floats) -> None:
+    n_kv_heads, n_blocks = blocks_KBCT.shape[:2]
+    page_size, head_size = kv.shape[3:]
+    for task in numba.prange(n_kv_heads * n_blocks):
+        head, block = task // n_blocks, task % n_blocks
+        first = block * BLOCK_TOKENS
+        n_tokens = min(BLOCK_TOKENS, n_cached - first)
+        k_TD = np.empty((n_tokens, head_size), np.float32)
+        for t in range(n_tokens):
+            k_TD[t] = kv[pages_T[(first + t) // page_size], 0, head, (first + t) % page_size]
+        for d in range(head_size):
+            for t in range(n_tokens):
+                blocks_KBCT[head, block, d, t] = k_TD[t, d]

@@ -1,0 +1,79 @@
+"""Options that say how tokens are chosen and when an answer ends."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from trt_kv.cli.options import CommandFunction, utf8_text
+from trt_kv.errors import UsageError
+
+
+def sampling_options(command: CommandFunction) -> CommandFunction:
+    """Add the options of ``SamplingParams``; ``command`` receives ``sampling``, its keyword arguments, which the runtime
+    checks.
+    """
+
+    def number(name: str, metavar: str, text: str, default: float) -> Callable[[CommandFunction], CommandFunction]:
+        return click.option(name, type=type(default), default=default, show_default=True, metavar=metavar, help=text)
+
+    @number("--max-new-tokens", "N", "Stop after N tokens.", 128)
+    @number("--min-tokens", "N", "Do not stop before N tokens.", 0)
+    @number("--temperature", "T", "Sampling temperature; 0: greedy.", 0.0)
+    @number("--top-k", "K", "Sample from the K likeliest tokens; 0: all.", 0)
+    @number("--top-p", "P", "Sample from the likeliest tokens of total mass P.", 1.0)
+    @number("--min-p", "P", "Sample from tokens with at least P times the highest probability.", 0.0)
+    @number("--typical-p", "P", "Sample from the most typical tokens of total mass P.", 1.0)
+    @number("--repetition-penalty", "X", "Divide the logits of tokens seen before by X; 1: none.", 1.0)
+    @number("--presence-penalty", "X", "Subtract X from the logits of generated tokens.", 0.0)
+    @number("--frequency-penalty", "X", "Subtract X for each time that a token was generated.", 0.0)
+    @click.option(
+        "--logit-bias",
+        "biases",
+        multiple=True,
+        metavar="ID=X",
+        help="Add X to the logit of a token id; may be given several times.",
+    )
+    @click.option(
+        "--bad-word",
+        "bad_words",
+        callback=utf8_text,
+        multiple=True,
+        metavar="TEXT",
+        help="Never generate this text; may be given several times.",
+    )
+    @number("--seed", "N", "Sampling seed.", 0)
+    @click.option(
+        "--stop", callback=utf8_text, multiple=True, metavar="TEXT", help="Stop before this text; may be given several times."
+    )
+    @click.option(
+        "--stop-token-id",
+        "stop_token_ids",
+        type=int,
+        multiple=True,
+        metavar="ID",
+        help="Stop before this token; may be given several times.",
+    )
+    @click.option("--ignore-eos", is_flag=True, help="Do not stop at the model's end of text.")
+    @functools.wraps(command)
+    def collected(*, biases: tuple[str, ...], **values: Any) -> None:
+        sampling = {name: values.pop(name) for name in _NAMES}
+        command(sampling={**sampling, "logit_bias": dict(map(_bias, biases))}, **values)
+
+    return collected
+
+
+_NAMES = (
+    *("max_new_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "bad_words", "seed", "stop", "stop_token_ids", "ignore_eos"),
+)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """Token id and bias of ``ID=X``."""
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError as error:
+        raise UsageError("a logit bias is ID=X", got=repr(text), expected="a token id and a number, e.g. 198=-5") from error
