@@ -18,11 +18,6 @@ LONGEST_WAIT_S = 60.0
 
 def check_destination(destination: Path, *, replace: bool = False) -> None:
     """Raise ``UsageError`` if something is at ``destination`` that may not be replaced."""
-    with _alone_in(destination.parent):  # while an engine is replaced, there is none for a moment
-        _check_destination(destination, replace=replace)
-
-
-def _check_destination(destination: Path, *, replace: bool) -> None:
     if os.path.lexists(destination) and not (replace and (destination / FILE_NAME).is_file()):
         raise UsageError(
             f"{destination} exists already" + (" and is not an engine" if replace else ""),
@@ -52,10 +47,10 @@ def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
                     held.enter_context(_locked(folder))
             yield folder
             with _alone_in(destination.parent):
-                _check_destination(destination, replace=replace)
+                check_destination(destination, replace=replace)
                 _move_into_place(folder, destination)
     except OSError as error:
-        raise _disk_error(destination, error) from error
+        raise _disk_error(destination, folder, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -123,7 +118,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _disk_error(destination: Path, error: OSError) -> TrtKvError:
+def _disk_error(destination: Path, folder: Path, error: OSError) -> TrtKvError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(_nearest_existing(destination)).free
         return EngineError(
@@ -132,7 +127,7 @@ def _disk_error(destination: Path, error: OSError) -> TrtKvError:
             fix="free some space or choose --out on another disk",
         )
     file = destination if error.filename is None else Path(os.fsdecode(error.filename)).absolute()
-    if not (file.is_relative_to(destination.parent) or destination.is_relative_to(file)):
+    if not (file.is_relative_to(folder) or destination.is_relative_to(file)):
         return EngineError(f"cannot make {destination}", got=str(error), fix="check the file that it names")
     return EngineError(f"cannot write {destination}", got=str(error), fix="check the folder, or choose another --out")
 

@@ -5,6 +5,7 @@ may be deleted in any order. If the file is damaged, verification finds that in 
 """
 
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def link_weights(
             os.link(source, linked)
         except (TrtKvError, OSError):  # another model, no engine, one that is being removed, or a file system without links
             continue
+        if not _only_we_can_change(linked):  # asked of the link: at ``source`` there may be another file by now
+            linked.unlink()
+            continue
+        linked.chmod(0o444)  # engines of earlier versions can be written by their owner
         offsets = {weight.name: weight.offset for weight in index.weights if weight.file == WEIGHTS_FILE}
         if offsets.keys() == set(big) and _are_weights_of(checkpoint, linked, index, big, on_weight):
             return offsets
@@ -57,9 +62,15 @@ def _weights_of(engine: Path, checkpoint: Checkpoint, dtype: str) -> tuple[Path,
         raise EngineError(f"{engine} has other weights")
     index = load_weight_index(engine / GRAPHS, checkpoint.config.tensor_shapes())
     source = safe_join(engine / GRAPHS, WEIGHTS_FILE, error=EngineError).resolve()
-    if index.dtype != dtype or source.stat().st_uid != os.geteuid():
-        raise EngineError(f"{engine} has other weights, or belongs to another user")
+    if index.dtype != dtype:
+        raise EngineError(f"{engine} has other weights")
     return source, index
+
+
+def _only_we_can_change(file: Path) -> bool:
+    status = file.lstat()
+    is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+    return is_ours and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _are_weights_of(

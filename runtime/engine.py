@@ -115,6 +115,10 @@ class Engine:
         place = device_from_name(device)
         if place is None:
             on.check_host()
+        if digest is not None and not verify:
+            raise UsageError(
+                "a digest pins an engine only if its files are verified", got="verify=False", fix="leave verify out, or digest"
+            )
         try:
             return cls._open(Path(path), options, on, place, verify=verify, digest=digest, tell=on_progress or _tell_nobody)
         except Exception as error:

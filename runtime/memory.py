@@ -4,25 +4,28 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from trt_kv.errors import CapacityError
+from trt_kv.errors import CapacityError, TrtKvError, load_option
 
 MEMINFO = Path("/proc/meminfo")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
-SIGNS = ("bad_alloc", "Failed to allocate memory", "failed to allocate", "Cannot allocate memory")
+_OUT_OF_MEMORY_TEXTS = ("bad_alloc", "Failed to allocate memory", "failed to allocate", "Cannot allocate memory")
 """What libraries write whose errors have no type for it."""
 
 
 def memory_error(error: Exception, what: str) -> CapacityError | None:
     """The ``CapacityError`` for an error by which ``what`` ran out of memory; None if ``error`` is another one."""
-    if isinstance(error, CapacityError) or not (isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS)):
+    if isinstance(error, TrtKvError):
+        return None
+    if not isinstance(error, MemoryError) and not any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS):
         return None
     return CapacityError(
         f"{what} needs more memory than this process can have",
         got=str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
-        fix="free memory, raise the process's limit (ulimit -v), or lower cache_tokens, host_tokens or chunk of Engine.load",
+        fix="free memory, raise the process's limit (ulimit -v), or lower "
+        + " or ".join(map(load_option, ("cache_tokens", "host_tokens", "chunk"))),
     )
 
 

@@ -8,8 +8,8 @@ import weakref
 from trt_kv.errors import UsageError
 
 SPAWN = 'start processes with multiprocessing.get_context("spawn"), and load an engine in each'
-_computing: list[int] = []
-"""Numbers of the processes, this one or its parents, in which kernels have run."""
+_computing: int | None = None
+"""Number of the process, this one or the parent that it was forked from, in which kernels have run; None: in neither."""
 
 _with_threads: weakref.WeakSet[object] = weakref.WeakSet()
 
@@ -44,15 +44,16 @@ def check_not_forked(process: int) -> None:
 
 def check_can_load() -> None:
     """``UsageError`` in a fork of a process in which kernels have run: OpenMP would end this one, or wait for ever."""
-    if _computing and _computing[-1] != os.getpid():
+    if _computing not in (None, os.getpid()):
         raise UsageError(
-            "an engine cannot be loaded in a fork of a process that has loaded one",
-            got=f"process {os.getpid()}, a fork of {_computing[-1]}",
+            "an engine cannot be loaded in a fork of a process that has loaded or built one",
+            got=f"process {os.getpid()}, a fork of {_computing}",
             expected="a process whose kernels' threads are its own",
-            fix=SPAWN + "; or fork before the first engine is loaded",
+            fix=SPAWN + "; or fork before the first engine is loaded or built",
         )
 
 
 def will_compute() -> None:
-    """Kernels are about to run in this process."""
-    _computing[:] = [os.getpid()]
+    """Kernels, ours or torch's, are about to run in this process."""
+    global _computing
+    _computing = os.getpid()

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.engines import random_ids
@@ -95,4 +96,24 @@ def test_a_disk_that_has_room_again_is_used_again(tmp_path: Path, monkeypatch: p
         tier.secure(60)
     disk.n_bytes *= 2
     tier.secure(60)
+    tier.close()
+
+
+def test_space_that_a_file_system_did_not_promise_is_never_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Giving back what was not obtained would cut off pages that are in use."""
+    refusals = iter([errno.EOPNOTSUPP, errno.ENOSPC])
+
+    def refuse(*_: int) -> None:
+        raise OSError(next(refusals), "refused")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    tier = host_tier_at(f"file:{tmp_path}", n_pages=6, page_size=3, n_kv_heads=2, head_size=4)
+    assert isinstance(tier, FileTier)
+    ones = np.ones((2, 2, 3, 4), np.float32)
+    tier.secure(2)
+    tier.write(1, ones)
+    tier.secure(4)
+    back = np.zeros((2, 3, 4), np.float32)
+    tier.read_head(1, 1, back)
+    assert (back == 1).all()
     tier.close()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.serving import assert_idle, engine_under, prompts_of, small_policy
-from trt_kv.errors import CapacityError, EngineError, UsageError
+from trt_kv.errors import CapacityError, EngineError, RecallError, UsageError
 from trt_kv.runtime import memory
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import LoadOptions
@@ -64,7 +64,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(ask(engine) == expected == said + "".join(stream))
 """
     used = "UsageError an engine cannot be used in a fork of the process that loaded it"
-    loaded = "UsageError an engine cannot be loaded in a fork of a process that has loaded one"
+    loaded = "UsageError an engine cannot be loaded in a fork of a process that has loaded or built one"
     assert lines_of(program, request.getfixturevalue(kind)) == [used, used, used, "closed nothing", loaded, "1", "True"]
 
 
@@ -76,6 +76,23 @@ print(ask(Engine.load(sys.argv[1])))
 """
     first, second, third = lines_of(program, small_folder)
     assert first == second == third != ""
+
+
+def test_a_fork_of_a_process_that_built_an_engine_is_told_too(
+    small_folder: Path, small_checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    """torch's threads do not survive a fork either."""
+    program = """
+from pathlib import Path
+from trt_kv.pipeline import BuildRequest, ModelSource, build_engine
+from trt_kv.policies import policy_from_name
+
+source, policy = ModelSource(model="llama3", checkpoint=sys.argv[2]), policy_from_name("full")
+build_engine(BuildRequest(source=source, policy=policy, out=Path(sys.argv[3])))
+in_a_child(lambda: Engine.load(sys.argv[1]))
+"""
+    said = lines_of(program, small_folder, small_checkpoint_folder, tmp_path / "engine")
+    assert said == ["UsageError an engine cannot be loaded in a fork of a process that has loaded or built one"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of address space are Linux'")
@@ -131,8 +148,11 @@ def test_memory_that_runs_out_in_a_step_ends_its_requests(
     assert small_engine.generate(prompt, max_new_tokens=3) == expected
 
 
+LOST_PAGES = RecallError("pages cannot be read", got="Cannot allocate memory")
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
-    for error in (RuntimeError("a bug"), CapacityError("std::bad_alloc"), OSError("No space left on device")):
+    for error in (RuntimeError("a bug"), CapacityError("std::bad_alloc"), OSError("No space left on device"), LOST_PAGES):
         assert memory.memory_error(error, "a step") is None
 
 

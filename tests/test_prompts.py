@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 
 from tests.engines import Run, assert_nothing_leaked
 from tests.sample_tokenizers import BOS, EOS, EOT, TOKENIZERS, USER, unigram_tokenizer
@@ -275,3 +275,13 @@ def test_a_token_that_is_ruled_out_is_never_chosen(sampling: dict[str, Any]) -> 
     for _ in range(20):
         request.accept(np.array([-np.inf, 0.0, -np.inf, 1.0], np.float32))
     assert set(request.token_ids) <= {1, 3}
+
+
+def test_a_special_token_that_merges_make_is_text_too() -> None:
+    """Byte-pair tokenizers may be able to put a special token together from its letters."""
+    vocab = {piece: index for index, piece in enumerate(["<", "s", ">", "<s", "<s>", "<s>s"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("<", "s"), ("<s", ">"), ("<s>", "s")]))
+    tokenizer.add_special_tokens(["<s>"])
+    encoder = PromptEncoder(tokenizer, max_positions=99, vocab_size=6)
+    assert encoder.encode("<s>s") == [4, 1]
+    assert encoder.encode("<s>s", parse_special_tokens=False) == [3, 2, 1]

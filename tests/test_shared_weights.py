@@ -182,7 +182,7 @@ BUILD = """
 import sys
 from pathlib import Path
 from trt_kv.export.checkpoints.opening import open_checkpoint
-from trt_kv.export.engine import EngineRequest
+from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.policies import policy_from_name
 
 checkpoint, out = open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2])

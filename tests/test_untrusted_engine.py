@@ -283,19 +283,21 @@ def test_names_cannot_write_to_the_terminal(broken: Path) -> None:
     assert "\x1b" not in str(caught.value)
 
 
-def test_an_engine_is_pinned_by_its_digest(small_folder: Path, broken: Path, load: Callable[..., Engine]) -> None:
+def test_an_engine_is_pinned_by_its_digest(small_folder: Path, broken: Path) -> None:
     digest = recorded_digest(small_folder)
     assert f"digest    {digest}" in describe_engine(small_folder, digest=digest)
-    load(small_folder, digest=digest)
+    Engine.load(small_folder, digest=digest, cache_tokens=200)
     AsyncEngine.load(small_folder, digest=digest, cache_tokens=200)
     rewrite(broken, lambda data: data.update(created_by="somebody else"))
-    load(broken)
-    for refuse in (lambda: load(broken, digest=digest), lambda: AsyncEngine.load(broken, digest=digest)):
+    Engine.load(broken, cache_tokens=200)
+    for load in (Engine.load, AsyncEngine.load):
         with pytest.raises(EngineError, match="is another engine than was asked for"):
-            refuse()
+            load(broken, digest=digest)
     for wrong in ("", digest.removeprefix("sha256:"), digest[:-1], digest.upper()):
         with pytest.raises(UsageError, match="this is not a digest"):
-            load(small_folder, digest=wrong)
+            Engine.load(small_folder, digest=wrong)
+    with pytest.raises(UsageError, match="only if its files are verified"):
+        Engine.load(small_folder, digest=digest, verify=False)
 
 
 def test_commands_pin_an_engine(small_folder: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

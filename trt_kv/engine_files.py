@@ -13,7 +13,7 @@ from trt_kv.safe_path import safe_join
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Records of every file under ``folder`` except the manifest, by path relative to it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE_NAME)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE_NAME)
     return {
         path.relative_to(folder).as_posix(): FileRecord(digest=digest_of(path), n_bytes=path.stat().st_size) for path in paths
     }

@@ -181,8 +181,8 @@ def _derived_head_dim(hidden_size: int, n_heads: int) -> int | None:
 
 
 def _refuse_quantised(data: Mapping[str, Any], source: str) -> None:
-    quantization = data.get("quantization_config", data.get("compression_config"))
-    if quantization is not None:
+    quantization = data.get("quantization_config") or data.get("compression_config")
+    if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise CheckpointError(
             f"{source} describes quantised weights",

@@ -67,6 +67,14 @@ def literal_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
         model["vocab"] = {names.get(word, word): index for word, index in model["vocab"].items()}
     else:
         model["vocab"] = [[names.get(word, word), score] for word, score in model["vocab"]]
+    if model.get("merges"):
+        pairs = map(_pair, model["merges"])
+        model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & names.keys()]
     literal = Tokenizer.from_str(json.dumps(description))
     literal.encode_special_tokens = True
     return literal
+
+
+def _pair(merge: str | list[str]) -> list[str]:
+    """The two tokens of a merge, which older files write as one text."""
+    return merge.split(" ", 1) if isinstance(merge, str) else merge

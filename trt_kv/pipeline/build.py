@@ -46,7 +46,9 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
     """
     from trt_kv.export import engine
     from trt_kv.export.new_folder import check_destination
+    from trt_kv.runtime.processes import will_compute
 
+    will_compute()
     options = _tensorrt_options(request.target)
     request = dataclasses.replace(request, drift=dataclasses.replace(request.drift, page_size=request.target.page_size))
     out, target = request.out, request.target

@@ -43,7 +43,9 @@ def calibrate_recipe(request: RecipeRequest, *, on_progress: OnProgress = ignore
         print(calibrate_recipe(request).picture)
     """
     from trt_kv.calibration.recipe_plot import picture_from_recipe
+    from trt_kv.runtime.processes import will_compute
 
+    will_compute()
     out, policy = request.out, request.policy
     check_new_file(out, "--out")
     picture = _picture_beside(out, "recipe")
@@ -82,7 +84,9 @@ def calibrate_drift(request: DriftRequest, *, on_progress: OnProgress = ignore, 
         calibrate_drift(DriftRequest(source=source, policy=policy, drift=drift, out=Path("recipes/drift.json")))
     """
     from trt_kv.calibration.drift_plot import picture_from_drift
+    from trt_kv.runtime.processes import will_compute
 
+    will_compute()
     out, policy = request.out, request.policy
     check_new_file(out, "--out")
     picture = _picture_beside(out, "thresholds")

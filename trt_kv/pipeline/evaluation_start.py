@@ -63,7 +63,9 @@ def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "Engine
 
     check_compatible(folder, manifest)
     library = "onnxruntime" if on.on_host else on.dense or DENSE[0]
-    runs_on = manifest.plan.built_by if manifest.plan is not None else f"{library} {require(library).__version__}"
+    module = "trt_kv.runtime.backends.onnx_runtime" if library == "onnxruntime" else library
+    version = require(module).ort.__version__ if library == "onnxruntime" else require(module).__version__
+    runs_on = manifest.plan.built_by if manifest.plan is not None else f"{library} {version}"
     return EngineFacts(
         name=folder.resolve().name,
         digest=manifest.to_json()["digest"],

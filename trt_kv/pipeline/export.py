@@ -26,7 +26,9 @@ def export_graphs(request: ExportRequest, *, on_progress: OnProgress = ignore, o
     """
     from trt_kv.export import engine
     from trt_kv.export.new_folder import new_folder
+    from trt_kv.runtime.processes import will_compute
 
+    will_compute()
     recipe = Recipe.load(request.recipe) if request.recipe is not None else None
     checkpoint = open_source(request.source, on_note)
     policy = request.policy if recipe is None else policy_of_recipe(request.policy, recipe, on_note)

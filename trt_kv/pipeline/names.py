@@ -10,17 +10,17 @@ from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy_settings import differences, setting_as_text
 
 LONGEST = 120
-"""Characters of a name before the rest of it becomes a digest; file systems allow 255 bytes."""
+"""Bytes of a name before the rest of it becomes a digest; file systems allow 255, and a build adds some to its own folder's."""
 
 
 def default_name(request: BuildRequest) -> str:
     """E.g. ``llama3-prefixkv``, ``llama3-freekv-tokens=256-page-size=8``, ``Llama-3.2-1B-snapkv-budget=0.2``.
 
-    A checkpoint is named by its last folder, a file by its name without the suffix. Requests for different engines have
-    different names, unless they differ only in folders further up. ``request.out`` is not read.
+    A checkpoint is named by its last folder, a file by its name without the suffix. Requests that differ only in folders
+    further up, in suffixes, or in characters that file names should not have, share a name. ``request.out`` is not read.
     """
     source, policy = request.source, request.policy
-    model = Path(source.checkpoint).resolve().name if source.checkpoint else source.model
+    model = _folder_name(Path(source.checkpoint)) if source.checkpoint else source.model
     preset = policy_from_name(policy.name) if policy.name in policy_names() else policy
     changed = differences(policy, preset)
     settings = [setting_as_text("budget" if name == "kept" else name, value) for name, value in changed.items()]
@@ -32,6 +32,11 @@ def default_name(request: BuildRequest) -> str:
     }
     settings += [f"{name}={value}" for name, value in options.items() if value is not None]
     return _as_file_name("-".join([model, policy.name, *settings]))
+
+
+def _folder_name(path: Path) -> str:
+    """The folder's name as the user writes it, a link's own."""
+    return (path.resolve() if ".." in path.parts else path.absolute()).name
 
 
 def _drift_options(drift: DriftPlan) -> dict[str, object]:
@@ -72,6 +77,7 @@ def _stem(path: Path | None) -> str | None:
 
 def _as_file_name(name: str) -> str:
     name = re.sub(r"[^\w.,=+-]+", "_", name)
-    if len(name) <= LONGEST:
+    if len(name.encode()) <= LONGEST:
         return name
-    return f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    beginning = name.encode()[:LONGEST].decode(errors="ignore")
+    return f"{beginning}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

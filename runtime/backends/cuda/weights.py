@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from trt_kv.decoder import Decoder
+from trt_kv.errors import EngineError
 from trt_kv.model_config import ModelConfig
+from trt_kv.safe_path import safe_join
 from trt_kv.weight_index import WeightIndex, load_weight_index
 
 
@@ -41,7 +43,7 @@ def _tensors(folder: Path, index: WeightIndex) -> Iterator[tuple[str, Tensor]]:
     files: dict[str, Tensor] = {}
     for weight in index.weights:
         if weight.file not in files:
-            path = folder / weight.file
+            path = safe_join(folder, weight.file, error=EngineError)
             files[weight.file] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
         flat = files[weight.file][weight.offset : weight.offset + index.n_bytes(weight)]
         yield weight.name, flat.view(getattr(torch, index.dtype)).view(weight.shape)

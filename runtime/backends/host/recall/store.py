@@ -111,14 +111,17 @@ class FileTier(HostTier):
             os.posix_fallocate(self.file_descriptor, first, end - first)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                return  # the file system cannot promise space: a page that cannot be written loses its own request
+                # The file system cannot promise space: a page that cannot be written loses its own request. Never ask again, as
+                # giving space back would then cut off pages that are in use.
+                self._n_secured = self.n_pages
+                return
             with self._size:  # give back what has been obtained of it
                 os.ftruncate(self.file_descriptor, first)
                 os.ftruncate(self.file_descriptor, self.n_pages * self.page_bytes)
             raise CapacityError(
                 "the disk of the host tier is full",
                 got=f"{error.strerror} for {end - first} more bytes in {self.description}",
-                fix="free space on that disk, load the engine with host_tier on another one, or send shorter or fewer prompts",
+                fix=f"free space on that disk, choose another with {load_option('host_tier')}, or send less at once",
             ) from error
         self._n_secured = n_pages
 
