@@ -9,5 +9,11 @@ def is_integer(value: object, at_least: int | None = None) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a real number (Python's or numpy's)."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether ``value`` is a real number (Python's or numpy's) that a float can hold."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True

@@ -115,6 +115,12 @@ class Engine:
         place = device_from_name(device)
         if place is None:
             on.check_host()
+        if not isinstance(path, str | Path) or not str(path).strip():
+            raise UsageError(
+                "the engine is not given by its folder", got=repr(path), expected="a path, as text or pathlib.Path"
+            )
+        if not isinstance(verify, bool):
+            raise UsageError("bad verify", got=repr(verify), expected="True or False")
         if digest is not None and not verify:
             raise UsageError(
                 "a digest pins an engine only if its files are verified", got="verify=False", fix="leave verify out, or digest"

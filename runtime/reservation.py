@@ -218,6 +218,11 @@ class WorkingSetPages(_Pages):
         super().__init__(pool, n_layers=len(limits))
         self._layers = list(zip(limits, budgets, strict=True))
 
+    def refusal(self, needed: int) -> CapacityError:
+        error = super().refusal(needed)
+        smaller = "or build the engine with a smaller working set (--set tokens=N)"
+        return CapacityError(error.what, got=error.got, expected=error.expected, fix=f"{error.fix}, {smaller}")
+
     def while_reading(self, size: RequestSize) -> int:
         return self.after_reading(size)
 

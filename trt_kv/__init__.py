@@ -6,7 +6,11 @@ The modules at this level define errors, configs, policies, and the recipe and m
 imports torch, they import nothing heavy.
 """
 
+import os
 from typing import TYPE_CHECKING
+
+# ONNX Runtime reads this when it is imported: by runtime/backends/onnx_runtime.py, or by a program that uses trt_kv too.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["AsyncEngine", "Engine", "Generation", "SamplingParams"]

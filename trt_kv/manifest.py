@@ -169,6 +169,8 @@ class Manifest:
         fields = {name: value for name, value in data.items() if name not in {"format", "version", "digest"}}
         if version == 1 and "pieces" in fields:
             fields["segments"] = fields.pop("pieces")
+        if isinstance(fields.get("policy"), dict) and "floor" not in fields["policy"]:
+            fields["reproduce"] = _in_new_words(fields.get("reproduce"), fields["policy"])
         if set(fields) != names:
             raise EngineError(
                 f"{source} does not have the fields of an engine manifest",
@@ -194,10 +196,33 @@ class Manifest:
 
 
 def how_to_rebuild(folder: Path, reproduce: object) -> str:
-    """The command that builds ``folder`` again; ``reproduce``: the command in its manifest, if any."""
-    if not isinstance(reproduce, str) or not reproduce:
+    """The command that builds ``folder`` again; ``reproduce``: the command in its manifest, if any. It is only shown if it is
+    one of ours: whoever made the folder could have written any other.
+    """
+    command = build_command(reproduce)
+    if command is None:
         return "build the engine again with this version of trt-kv"
-    return f"build the engine again: {reproduce} --out {shlex.quote(str(folder))} --force"
+    return f"build the engine again: {command} --out {shlex.quote(str(folder))} --force"
+
+
+def build_command(reproduce: object) -> str | None:
+    """``reproduce`` as a shell reads it, if it is a `trt-kv build`."""
+    try:
+        words = shlex.split(reproduce) if isinstance(reproduce, str) else []
+    except ValueError:
+        return None
+    return shlex.join(words) if words[:2] == ["trt-kv", "build"] else None
+
+
+def _in_new_words(reproduce: object, policy: Mapping[str, Any]) -> object:
+    """The command of an engine from before policies had a floor, in the words that make the same policy now."""
+    command = build_command(reproduce)
+    if command is None or policy.get("budget") == "full" or policy.get("residency") == "host":
+        return reproduce
+    words = shlex.split(command)
+    if "prefixkv" in words and policy.get("name") == "prefixkv":
+        words[words.index("prefixkv")] = "prefixkv_paper"
+    return shlex.join([*words, "--set", "floor=0"])
 
 
 def load_manifest(folder: Path, *, digest: str | None = None) -> Manifest:
@@ -223,7 +248,7 @@ def _document(folder: Path) -> dict[str, Any]:
     if not (folder / FILE_NAME).is_file():
         raise EngineError(
             f"{folder} is not an engine",
-            got="no such folder" if not folder.is_dir() else f"a folder without {FILE_NAME}",
+            got=f"a folder without {FILE_NAME}" if folder.is_dir() else "a file" if folder.exists() else "no such folder",
             expected="a folder made by `trt-kv build`",
             fix="make engine MODEL=llama3 POLICY=prefixkv",
         )
@@ -236,7 +261,7 @@ def _document(folder: Path) -> dict[str, Any]:
 
 def check_digest(digest: str, *, error: type[TrtKvError]) -> None:
     """Raise ``error`` unless ``digest`` has the form of a digest."""
-    if not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+    if not isinstance(digest, str) or not re.fullmatch("sha256:[0-9a-f]{64}", digest):
         raise error("this is not a digest", got=repr(digest), expected="sha256: and 64 hexadecimal digits, as inspect shows it")
 
 

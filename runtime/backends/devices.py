@@ -56,7 +56,7 @@ def device_from_name(name: str) -> "torch.device | None":
     """
     if name == HOST:
         return None
-    if not re.fullmatch(r"cuda(:\d+)?", name):
+    if not isinstance(name, str) or not re.fullmatch(r"cuda(:\d+)?", name):
         raise UsageError("unknown device", got=repr(name), expected="cpu, cuda, or cuda:N")
     require("torch", extra="gpu")
     import torch

@@ -141,7 +141,12 @@ class SamplingOptions(TypedDict, total=False):
 
 def _is_stop(stop: object) -> bool:
     texts = [stop] if isinstance(stop, str) else stop
-    return (isinstance(texts, list | tuple)) and all(isinstance(text, str) and text for text in texts)
+    return isinstance(texts, list | tuple) and all(isinstance(text, str) and text and _is_utf8(text) for text in texts)
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether the text has no half of a surrogate pair, which no tokenizer writes."""
+    return text.encode(errors="replace").decode() == text
 
 
 def _is_within(value: object, low: float, high: float) -> bool:

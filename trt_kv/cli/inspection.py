@@ -8,7 +8,7 @@ from trt_kv.drift import Drift
 from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError
 from trt_kv.layer_budget import ALL
-from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, load_manifest, recorded_digest
+from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, build_command, load_manifest, recorded_digest
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import DECODES, GROUP_POOLINGS, METRIC_ROWS, PAGE_SUMMARIES, RESIDENCIES, Policy
 from trt_kv.policy_settings import differences, setting_as_text
@@ -196,7 +196,7 @@ def _shared(folder: Path, manifest: Manifest) -> list[str]:
     """What other folders have too, as hard links."""
     links = {name: (folder / name).stat().st_nlink for name in manifest.files}
     return [
-        f"shared    {name}, {_megabytes(manifest.files[name].n_bytes)}: one file on the disk with {n - 1} more of other engines"
+        f"shared    {name}, {_megabytes(manifest.files[name].n_bytes)}: one file on the disk with {n - 1} more names"
         for name, n in links.items()
         if n > 1
     ]
@@ -217,7 +217,7 @@ def _origins(manifest: Manifest, recipe: Recipe | None, drift: Drift | None) -> 
     return [
         *lines,
         f"made by   {manifest.created_by}",
-        f"rebuild   {manifest.reproduce}",
+        f"rebuild   {build_command(manifest.reproduce) or 'unknown'}",
         f"verified  {len(manifest.files)} files against their digests",
     ]
 

@@ -86,7 +86,7 @@ def _add(engine: "Engine", case: "TaskCase", request: "Request") -> None:
             f"task {case.task.name!r} does not fit into the KV pool",
             got=f"{len(case.prompt)} prompt tokens; {cause.got}",
             expected="room for the prompt, then for two copies of what is kept of it and their answers",
-            fix="free memory, shorten the prompt, or build with a smaller budget",
+            fix=f"{cause.fix}; or build with a smaller budget",
         ) from cause
 
 

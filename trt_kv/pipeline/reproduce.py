@@ -1,5 +1,6 @@
 """The command that builds an engine again, and whether it would change anything."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +63,10 @@ def is_built(folder: Path, request: BuildRequest, checkpoint: "Checkpoint") -> b
     copied = {name: digest_of(path) for name, path in checkpoint.tokenizer_files.items()}
     recorded = {name: manifest.files[name].digest for name in copied if name in manifest.files}
     wanted = (command_line_of(request), CREATED_BY, checkpoint.digest)
-    return made == wanted and recorded == copied and _files_are_those_of(folder, request)
+    # The kept share is among the words of the command, or that of the recipe.
+    built = manifest.policy
+    same_policy = built == dataclasses.replace(request.policy, summary=built.summary, kept=built.kept)
+    return made == wanted and same_policy and recorded == copied and _files_are_those_of(folder, request)
 
 
 def _files_are_those_of(folder: Path, request: BuildRequest) -> bool:
