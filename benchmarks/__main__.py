@@ -16,6 +16,7 @@ from trt_kv.errors import TrtKvError
 MODULES = {
     "split_vs_monolithic": "benchmarks.speed.split_vs_monolithic",
     "decode_speed": "benchmarks.speed.decode_speed",
+    "sampling": "benchmarks.speed.sampling",
     "attention_kernels": "benchmarks.speed.attention_kernels",
     "prefill_scores_cost": "benchmarks.speed.prefill_scores_cost",
     "prefill_memory": "benchmarks.speed.prefill_memory",

@@ -94,6 +94,7 @@ def as_service_user(words: Sequence[str | Path], place: Path, **environment: str
     return done
 
 
+@pytest.mark.slow
 def test_a_service_user_who_can_write_nothing_generates(small_folder: Path, read_only: Path) -> None:
     """It takes longer, which is told once."""
     done = as_service_user(("generate", small_folder, "the old storm", "--max-new-tokens", "2"), read_only)

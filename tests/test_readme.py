@@ -45,6 +45,7 @@ def test_the_example_is_answered_as_the_readme_shows(engine: Path, capsys: pytes
         assert f"    {line}\n" in README
 
 
+@pytest.mark.slow
 def test_the_published_ranking_does_not_answer_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "published"
     assert main(["build", "--policy", "prefixkv_paper", "--out", str(folder)]) == 0
@@ -53,6 +54,7 @@ def test_the_published_ranking_does_not_answer_it(tmp_path: Path, capsys: pytest
     assert "5 3 7" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_reach_answers_it_with_the_share_that_the_page_on_policies_tells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

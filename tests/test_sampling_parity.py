@@ -62,7 +62,8 @@ def test_filters_leave_what_transformers_leaves(seed: int, spread: float, chosen
     scores = theirs_of(logits_V, [0], warpers)
     expected_V = torch.softmax(torch.from_numpy(scores), 0).numpy()
     found_V = probabilities(logits_V, SamplingParams(**chosen))
-    differing = np.flatnonzero((found_V > 0) != (expected_V > 0))
+    lost, added = (found_V == 0) & (expected_V > 1e-30), (found_V > 0) & (expected_V == 0)  # fp32 has no smaller ones
+    differing = np.flatnonzero(lost | added)
     assert len(differing) <= 1 + ("typical_p" in chosen), "rounding may move the last token of a filter, not more"
     if not len(differing):
         np.testing.assert_allclose(found_V, expected_V, rtol=2e-4, atol=1e-12)

@@ -70,7 +70,7 @@ def test_a_second_policy_takes_no_second_copy(build: Callable[..., Path], tmp_pa
 def test_inspect_tells_what_is_shared(build: Callable[..., Path]) -> None:
     first = build("full")
     assert "shared" not in describe_engine(first)
-    told = "shared    graphs/weights.data, 0.2 MiB: one file on the disk with 1 more of other engines"
+    told = "shared    graphs/weights.data, 0.2 MiB: one file on the disk with 1 more names"
     for engine in (first, build("h2o")):
         assert told in describe_engine(engine)
 
