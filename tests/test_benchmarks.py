@@ -207,6 +207,7 @@ def test_recall_benchmarks_run_small(name: str, tmp_path: Path) -> None:
     assert sum(check["error"] == check["allowed"] == 0.0 for check in document["checks"]) >= 2
 
 
+@pytest.mark.slow
 def test_the_serving_benchmark_runs_small(tmp_path: Path) -> None:
     """It checks that the core and static groups generate the same tokens before it measures."""
     click.testing.CliRunner().invoke(main, ["serving_core", "--quick", "--out", str(tmp_path)], catch_exceptions=False)

@@ -136,6 +136,7 @@ def test_llama_31_8b_that_recalls_parses_with_plugins_in_every_layer(build: Any,
     check_shaped_network(describe_network(parsed), LLAMA_31_8B)
 
 
+@pytest.mark.slow
 def test_llama_31_8b_that_recalls_builds(build: Any, tmp_path: Path) -> None:
     """Two of its layers, and few words."""
     config = dataclasses.replace(LLAMA_31_8B, n_layers=2, vocab_size=1000, bos_token_id=1, eos_token_ids=(2,))
