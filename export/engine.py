@@ -21,7 +21,7 @@ from trt_kv.export.split import program_from_graph
 from trt_kv.export.targets.onnxruntime import save_onnxruntime_parts
 from trt_kv.export.targets.parts import Parts
 from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
-from trt_kv.manifest import DTYPES, GRAPHS, Manifest, Plan
+from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest, Plan
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of
@@ -175,9 +175,9 @@ def build_engine(
         for path in extra_files:
             shutil.copyfile(path, folder / path.name)
         if request.recipe is not None:
-            request.recipe.save(folder / "recipe.json")
+            request.recipe.save(folder / RECIPE_FILE)
         if request.drift is not None:
-            request.drift.save(folder / "drift.json")
+            request.drift.save(folder / DRIFT_FILE)
         _tell(on_progress, "computing digests", 0, 1)
         manifest = _manifest(request, folder, programs, parts)
         manifest.save(folder)

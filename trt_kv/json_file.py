@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trt_kv.errors import TrtKvError
+from trt_kv.text_file import shortened
 
 T = TypeVar("T")
 ErrorType = type[TrtKvError]
@@ -132,5 +133,4 @@ def _number(value: object, where: str, error: ErrorType) -> float:
 
 def _shown(value: object) -> str:
     """A value for an error message, shortened if it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(repr(value))

@@ -36,15 +36,23 @@ def check_encodable(text: str, *, what: str) -> None:
 
     Python puts them in place of bytes of the command line that are not UTF-8; JSON can contain half of a pair ("\\ud83d").
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as cause:
-        position = len(text[: cause.start].encode())
+    at = lone_surrogate(text)
+    if at is not None:
+        position = len(text[:at].encode())
         raise UsageError(
             f"{what} is not UTF-8 text",
             got=f"a lone surrogate at byte {position} of {shortened(ascii(text))}",
             fix="write it in UTF-8; the terminal's locale may use another encoding",
-        ) from cause
+        )
+
+
+def lone_surrogate(text: str) -> int | None:
+    """The index of the first half of a surrogate pair in ``text``; None if it can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def shortened(text: str) -> str:

@@ -87,9 +87,10 @@ def _best(logits_V: Floats, k: int) -> Ints:
 
 def _typical(weights_S: Floats, mass: float) -> Ints:
     """The tokens whose information is closest to the distribution's entropy, until they have ``mass`` of it; indices."""
+    total = np.float32(_total(weights_S))
     with np.errstate(divide="ignore"):
-        information_S = np.log(np.float32(_total(weights_S))) - np.log(weights_S)
-    shares_S = weights_S / np.float32(_total(weights_S))
+        information_S = np.log(total) - np.log(weights_S)
+    shares_S = weights_S / total
     finite_S = weights_S > 0.0
     entropy = float((shares_S[finite_S] * information_S[finite_S]).sum(dtype=np.float64))
     distance_S = np.abs(information_S - np.float32(entropy))

@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from trt_kv.errors import UsageError
 from trt_kv.runtime.arguments import is_integer, is_number
+from trt_kv.text_file import lone_surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +142,9 @@ class SamplingOptions(TypedDict, total=False):
 
 def _is_stop(stop: object) -> bool:
     texts = [stop] if isinstance(stop, str) else stop
-    return isinstance(texts, list | tuple) and all(isinstance(text, str) and text and _is_utf8(text) for text in texts)
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether the text has no half of a surrogate pair, which no tokenizer writes."""
-    return text.encode(errors="replace").decode() == text
+    return isinstance(texts, list | tuple) and all(
+        isinstance(text, str) and text and lone_surrogate(text) is None for text in texts
+    )
 
 
 def _is_within(value: object, low: float, high: float) -> bool:

@@ -44,6 +44,8 @@ class LogitsProcessor:
 
     def accept(self, token_id: int) -> None:
         """Record a generated token."""
+        if not self.is_needed:
+            return
         self._generated[token_id] += 1
         self._seen.add(token_id)
         if self._longest:
@@ -64,7 +66,7 @@ class LogitsProcessor:
         for word in self._bad_words:
             if word[:-1] == tuple(self._recent[len(self._recent) - len(word) + 1 :]):
                 changed_V[word[-1]] = -np.inf
-        if self._generated.total() < params.min_tokens:
+        if params.min_tokens and self._generated.total() < params.min_tokens:
             changed_V[self._end_ids] = -np.inf
         return changed_V
 

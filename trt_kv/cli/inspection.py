@@ -125,7 +125,7 @@ def _protected(policy: Policy) -> str:
 
 def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
     length = manifest.config.max_positions
-    origin = "recipe.json" if recipe is not None else "the policy"
+    origin = RECIPE_FILE if recipe is not None else "the policy"
     depends = manifest.policy.recalls or any(budget is not None and budget.tokens for budget in manifest.budgets)
     at = f", at {length} tokens" if depends else ""
     what = "share attended to" if manifest.policy.recalls else "kept share"

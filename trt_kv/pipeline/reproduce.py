@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from trt_kv.drift import Drift
 from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError, RecipeError
-from trt_kv.manifest import digest_of, load_manifest
+from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, digest_of, load_manifest
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.policies import policy_from_name, policy_names
@@ -72,8 +72,8 @@ def is_built(folder: Path, request: BuildRequest, checkpoint: "Checkpoint") -> b
 def _files_are_those_of(folder: Path, request: BuildRequest) -> bool:
     """Whether the files that ``request`` names hold what the engine in ``folder`` was built from."""
     try:
-        recipe = Recipe.load(folder / "recipe.json") if request.policy.needs_recipe else None
-        drift = Drift.load(folder / "drift.json") if request.policy.needs_drift else None
+        recipe = Recipe.load(folder / RECIPE_FILE) if request.policy.needs_recipe else None
+        drift = Drift.load(folder / DRIFT_FILE) if request.policy.needs_drift else None
     except RecipeError:
         return False
     source = request.calibration.source
