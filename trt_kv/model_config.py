@@ -4,6 +4,7 @@ Read from a Hugging Face ``config.json`` by ``trt_kv.hf_config``; kept in engine
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +57,10 @@ class ModelConfig:
 
     ``qkv_bias``/``output_bias``: biases of the q, k, v and of the output projection; ``qk_norm``: RMSNorm over each query and
     key head before RoPE (Qwen3). ``tie_embeddings``: the output matrix is the embedding matrix.
+
+    ``windows``: for each layer, how many tokens a query attends to at most, itself included; 0: all before it. Empty: no layer
+    has a window. ``attention_scale``: factor on q @ k; 0: ``head_dim ** -0.5``. ``attention_soft_cap``: c of
+    ``c * tanh(logit / c)`` on the scaled products; 0: none.
     """
 
     architecture: str
@@ -76,6 +81,9 @@ class ModelConfig:
     qk_norm: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()
+    attention_scale: float = 0.0
+    attention_soft_cap: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -98,6 +106,7 @@ class ModelConfig:
             raise CheckpointError(
                 "RoPE needs an even number of channels per head", got=f"head size {self.head_dim}", expected="an even head size"
             )
+        self._check_attention()
         stray = [
             token
             for token in (self.bos_token_id, *self.eos_token_ids)
@@ -107,6 +116,31 @@ class ModelConfig:
             raise CheckpointError(
                 "a special token is outside the vocabulary", got=stray, expected=f"ids below {self.vocab_size}"
             )
+
+    def _check_attention(self) -> None:
+        if self.windows and len(self.windows) != self.n_layers:
+            raise CheckpointError(
+                "the model has not one attention window per layer",
+                got=f"{len(self.windows)} windows, {self.n_layers} layers",
+                expected="a window, or 0, for each layer",
+            )
+        if any(not 0 <= window <= LARGEST_SIZE for window in self.windows):
+            raise CheckpointError(
+                "an attention window is out of range", got=list(self.windows), expected=f"tokens from 0 to {LARGEST_SIZE}"
+            )
+        for field in ("attention_scale", "attention_soft_cap"):
+            if not 0.0 <= getattr(self, field) < math.inf:
+                raise CheckpointError(f"{field} is out of range", got=getattr(self, field), expected="a finite number >= 0")
+
+    @property
+    def scale(self) -> float:
+        """The factor on q @ k."""
+        return self.attention_scale or self.head_dim**-0.5
+
+    @property
+    def windowed_layers(self) -> tuple[int, ...]:
+        """The layers that have a window. They keep it whatever the policy."""
+        return tuple(layer for layer, window in enumerate(self.windows) if window)
 
     @property
     def group_size(self) -> int:
@@ -153,10 +187,18 @@ class ModelConfig:
         return shapes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON data; ``from_json`` reads it back to an equal config."""
-        return {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        """Plain JSON data; ``from_json`` reads it back to an equal config.
+
+        Fields of ``_ADDED`` that have their default are left out, so that digests of older models stay the same.
+        """
+        data = {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        return {name: value for name, value in data.items() if name not in _ADDED or value != _ADDED[name]}
 
     @classmethod
     def from_json(cls, data: object) -> "ModelConfig":
         """Read what ``to_json`` wrote. Raises ``CheckpointError`` on a missing, unknown or mistyped field."""
-        return dataclass_from_json(cls, data, where="the model config", error=CheckpointError)
+        return dataclass_from_json(cls, data, where="the model config", error=CheckpointError, with_defaults=True)
+
+
+_ADDED: dict[str, Any] = {"windows": (), "attention_scale": 0.0, "attention_soft_cap": 0.0}
+"""Fields that the first version did not have, and their defaults."""
