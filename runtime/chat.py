@@ -112,7 +112,7 @@ class EngineChat:
 
 
 def chat_encoder_of_engine(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> ChatEncoder:
-    """The encoder of an engine; its templates are read from files that the manifest lists. ``EngineError`` if they are malformed."""
+    """The encoder of an engine, with templates from files that the manifest lists; ``EngineError`` if they are malformed."""
     names = [name for name in manifest.files if is_chat_file(name)]
     files = {name: safe_join(folder, name, error=EngineError) for name in names}
     return ChatEncoder(tokenizer, chat_templates(files, owner=str(folder), error=EngineError))

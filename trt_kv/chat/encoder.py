@@ -17,7 +17,8 @@ class ChatOptions:
     """How a conversation is rendered. ``tools``: JSON schemas; ``documents``: titles and texts; ``template``: the name, or the
     text, of a template; ``variables``: what else it reads, such as ``enable_thinking``.
 
-    ``generation_prompt``: the head of the assistant's answer follows. ``continue_final``: the last message is left open instead.
+    ``generation_prompt``: the head of the assistant's answer follows; with ``continue_final`` the last message is left open
+    instead.
     ``trusted``: control tokens written in messages count, as in transformers.
     """
 
@@ -43,7 +44,9 @@ class ChatEncoder:
     def __init__(self, tokenizer: RenamableTokenizer, templates: ChatTemplates) -> None:
         self.templates = templates
         self._tokenizer = tokenizer
-        added = [token for token in tokenizer.get_added_tokens_decoder().values() if token.content and not token.content.isspace()]
+        added = [
+            token for token in tokenizer.get_added_tokens_decoder().values() if token.content and not token.content.isspace()
+        ]
         self._special = frozenset(token.content for token in added if token.special)
         self._others = frozenset(token.content for token in added) - self._special
 
@@ -80,7 +83,9 @@ class ChatEncoder:
             return list(self._tokenizer.encode(rendered.text, add_special_tokens=False).ids)
         tokenizer, names = self._renamed
         pattern = pattern_of(names)
-        renamed = [text if is_literal else pattern.sub(lambda match: names[match[0]], text) for text, is_literal in rendered.pieces]
+        renamed = [
+            text if is_literal else pattern.sub(lambda match: names[match[0]], text) for text, is_literal in rendered.pieces
+        ]
         return list(tokenizer.encode("".join(renamed), add_special_tokens=False).ids)
 
     @functools.cached_property
@@ -110,5 +115,7 @@ def _leave_open(messages: list[dict[str, Any]], tail: str) -> None:
 def _cut_open(rendered: str, tail: str, where: str) -> str:
     at = rendered.rfind(tail)
     if at < 0:
-        raise UsageError(f"{where} leaves the final message out, so it cannot be continued", fix="leave continue_final_message out")
+        raise UsageError(
+            f"{where} leaves the final message out, so it cannot be continued", fix="leave continue_final_message out"
+        )
     return rendered[:at] if rendered[at + 1 : at + 2] == " " else rendered[:at].rstrip()

@@ -21,7 +21,9 @@ def plain_messages(messages: Any, *, name: str = "messages") -> list[dict[str, A
     What a model thought may be under any of the names in use; a template finds it as ``reasoning_content`` and ``thinking``.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise UsageError(f"{name} is not a list of messages", got=shortened(f"{type(messages).__name__}: {messages!r}"), expected=FORM)
+        raise UsageError(
+            f"{name} is not a list of messages", got=shortened(f"{type(messages).__name__}: {messages!r}"), expected=FORM
+        )
     if not messages:
         raise UsageError(f"{name} is empty", expected=FORM)
     return [_message(message, f"{name}[{index}]") for index, message in enumerate(messages)]

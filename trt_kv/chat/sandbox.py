@@ -1,12 +1,12 @@
 """The environment that chat templates run in: jinja2's immutable sandbox as transformers sets it up, with bounds.
 
 Templates come with checkpoints and engines, which may be from anybody. They read plain data only (no objects with methods that
-do anything), and are stopped after ``MAX_STEPS`` iterations and macro calls, ``MAX_SECONDS``, or a value or a text of more than
-``MAX_LENGTH`` items. Not bounded: the time of one filter or regular operation on values of that size, and how many such values are
-kept at once.
+do anything), and are stopped after ``MAX_STEPS`` iterations and calls of macros, after ``MAX_SECONDS``, and before a value has
+more than ``MAX_LENGTH`` items. Not bounded: the time of one filter, method or comparison of values of that size, and how many
+such values are kept at once.
 """
 
-import datetime
+import datetime as dt
 import functools
 import json
 import re
@@ -49,7 +49,7 @@ class _Generation(jinja2.ext.Extension):
 class _Namespace(jinja2.utils.Namespace):
     """``namespace()`` without names that begin with an underscore."""
 
-    def __init__(*args: Any, **values: Any) -> None:  # noqa: N805  (so that namespace(self=1) works, as in jinja2)
+    def __init__(*args: Any, **values: Any) -> None:
         self, *others = args
         attributes = dict(*others, **values)
         for name in attributes:
@@ -80,7 +80,7 @@ class _Bounded(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _check_format(left, right)
         return bounded(super().call_binop(context, operator, left, right))
 
-    def call(self, context: Any, function: Any, /, *args: Any, **keywords: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, function: Any, /, *args: Any, **keywords: Any) -> Any:
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         if isinstance(owner := getattr(method, "__self__", None), str):
             _check_method(owner, method.__name__, [*args, *keywords.values()])
@@ -204,7 +204,9 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     return checked
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     """JSON as models were trained on it: jinja2's own filter escapes characters of HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -215,7 +217,7 @@ def _raise_exception(message: str) -> None:
 
 def _now(form: str) -> str:
     _check_format(form)
-    return datetime.datetime.now().astimezone().strftime(form)
+    return dt.datetime.now().astimezone().strftime(form)
 
 
 def _dict(*args: Any, **values: Any) -> dict[Any, Any]:
@@ -224,7 +226,9 @@ def _dict(*args: Any, **values: Any) -> dict[Any, Any]:
 
 @functools.cache
 def _environment() -> _Bounded:
-    environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], finalize=_finalised)
+    environment = _Bounded(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], finalize=_finalised
+    )
     environment.filters["tojson"] = _to_json
     environment.filters = {name: _bounded_filter(name, function) for name, function in environment.filters.items()}
     del environment.globals["lipsum"]

@@ -20,6 +20,11 @@ DEFAULT = "default"
 MAX_TEMPLATE_BYTES = 2**20
 """Thirty times the largest that are published."""
 
+_FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+"""What a template raises beside jinja2's errors, with operations of Python on values of the wrong kind."""
+_HOW_TO_RENDER = "check roles, tools and variables, or give another template"
+_MOST_SAID = 400
+
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -65,14 +70,18 @@ class ChatTemplates:
         try:
             return str(sandbox.render(source, {**self.special_tokens, **variables}))
         except jinja2.TemplateSyntaxError as error:
-            raise UsageError(f"{where} is malformed", got=f"line {error.lineno}: {error.message}", expected="a jinja template") from error
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            said = type(error) is jinja2.TemplateError
-            line = _line_of(error)
+            found = f"line {error.lineno}: {error.message}"
+            raise UsageError(f"{where} is malformed", got=found, expected="a jinja template") from error
+        except _FAILURES as error:
             raise UsageError(
-                f"{where} refuses these messages" if said else f"{where} cannot be rendered",
-                got=shortened_lines(f"{error}" if said else f"{type(error).__name__}: {error}") + (f" (line {line})" if line else ""),
-                fix="change the messages as it says" if said else "check roles, tools and variables, or give another template",
+                f"{where} cannot be rendered", got=f"{type(error).__name__}: {_said(error)}", fix=_HOW_TO_RENDER
+            ) from error
+        except jinja2.TemplateError as error:
+            refuses = type(error) is jinja2.TemplateError  # what raise_exception raises
+            raise UsageError(
+                f"{where} refuses these messages" if refuses else f"{where} cannot be rendered",
+                got=_said(error),
+                fix="change the messages as it says" if refuses else _HOW_TO_RENDER,
             ) from error
 
 
@@ -103,9 +112,16 @@ def _is_named_template(name: str) -> bool:
     return name.startswith(f"{TEMPLATE_FOLDER}/") and name.endswith(".jinja")
 
 
-def shortened_lines(text: str) -> str:
-    """What a template said, for a message: it may be long, and of many lines."""
-    return shortened(" ".join(text.split())) if len(text) > 400 else " ".join(text.split())
+def _said(error: BaseException) -> str:
+    """The text of an error, and the line of the template, which jinja2 puts into the traceback."""
+    line, traceback = None, error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == "<template>":
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}..."
+    return text if line is None else f"{text} (line {line} of the template)"
 
 
 def _named(given: Any, owner: str, error: type[TrtKvError]) -> dict[str, str]:
@@ -116,7 +132,9 @@ def _named(given: Any, owner: str, error: type[TrtKvError]) -> dict[str, str]:
     try:
         found = {entry["name"]: entry["template"] for entry in entries}
     except (TypeError, KeyError) as cause:
-        raise error(f"chat_template of {owner} is malformed", got=repr(cause), expected="a text, or names and templates") from cause
+        raise error(
+            f"chat_template of {owner} is malformed", got=repr(cause), expected="a text, or names and templates"
+        ) from cause
     if not all(isinstance(text, str) for item in found.items() for text in item):
         raise error(f"chat_template of {owner} is malformed", got=shortened(repr(found)), expected="texts")
     if any(len(text) > MAX_TEMPLATE_BYTES for text in found.values()):
@@ -154,13 +172,3 @@ def _text(path: Path, error: type[TrtKvError]) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as cause:
         raise error(f"cannot read {path}", got=str(cause), expected="a jinja template in UTF-8") from cause
-
-
-def _line_of(error: BaseException) -> int | None:
-    """The line of the template that was being rendered, which jinja2 puts into the traceback."""
-    found, traceback = None, error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == "<template>":
-            found = traceback.tb_lineno
-        traceback = traceback.tb_next
-    return found

@@ -3,12 +3,30 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trt_kv.cli.generation_notes import held_note, recall_note
 from trt_kv.cli.progress import progress_bars
+from trt_kv.pipeline.callbacks import OnProgress
 from trt_kv.pipeline.destinations import check_new_file
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
+
+if TYPE_CHECKING:
+    from trt_kv.runtime.engine import Engine
+    from trt_kv.runtime.stream import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatChoice:
+    """That a prompt is the message of a user, after the message ``system``; ``of_template``: options of ``Engine.chat``."""
+
+    system: str | None = None
+    of_template: dict[str, Any] = field(default_factory=dict)
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """The conversation that the prompt begins."""
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*before, {"role": "user", "content": prompt}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +46,16 @@ class RunOptions:
 
 
 def stream_text(
-    *, engine: Path, prompt: str, sampling: dict[str, Any], running: RunOptions, on_end: Callable[[str], None]
+    *,
+    engine: Path,
+    prompt: str,
+    sampling: dict[str, Any],
+    running: RunOptions,
+    on_end: Callable[[str], None],
+    chat: ChatChoice | None = None,
 ) -> Iterator[str]:
     """Chunks of generated text; afterwards ``on_end`` is called with each line of statistics. ``sampling``: the fields of
-    ``SamplingParams``.
+    ``SamplingParams``. ``chat``: the prompt is the message of a user, not a text to continue.
     """
     from trt_kv.runtime.engine import Engine
     from trt_kv.runtime.trace import NO_TRACE, Trace
@@ -40,13 +64,12 @@ def stream_text(
     with progress_bars() as on_progress:
         options_of_load = {**running.on.options, **running.resources.options()}
         loaded = Engine.load(engine, digest=running.digest, trace=trace, on_progress=on_progress, **options_of_load)
-        n_prompt = len(loaded.encode(prompt, parse_special_tokens=sampling["parse_special_tokens"]))
-        stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **sampling)
+        n_prompt, stream = _started(loaded, prompt, sampling, chat, on_progress)
         first = next(stream, "")
     yield first
     yield from stream
     result = stream.result
-    if sampling["parse_special_tokens"] and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
+    if chat is None and sampling["parse_special_tokens"] and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
         on_end("[the prompt begins with the tokenizer's BOS: no second one was put in front]")
     on_end(held_note(loaded.manifest, result))
     if not running.on.on_host:
@@ -58,3 +81,19 @@ def stream_text(
     if running.trace is not None:
         trace.save(running.trace)
         on_end(f"[trace: {running.trace}, for chrome://tracing or ui.perfetto.dev]")
+
+
+def _started(
+    engine: "Engine", prompt: str, sampling: dict[str, Any], chat: ChatChoice | None, on_progress: OnProgress
+) -> tuple[int, "Stream"]:
+    """The prompt's length in tokens and the stream of its continuation, or of the answer to it."""
+
+    def on_prefill(done: int) -> None:
+        on_progress("reading the prompt", done, n_prompt)
+
+    if chat is not None:
+        ids, params = engine.chat_request(chat.messages(prompt), None, **sampling, **chat.of_template)
+        n_prompt = len(ids)
+        return n_prompt, engine.stream(ids, params, on_prefill=on_prefill)
+    n_prompt = len(engine.encode(prompt, parse_special_tokens=sampling["parse_special_tokens"]))
+    return n_prompt, engine.stream(prompt, on_prefill=on_prefill, **sampling)
