@@ -6,12 +6,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from trt_kv.errors import EngineError, TrtKvError
-from trt_kv.manifest import TOKENIZER_FILE, Manifest
+from trt_kv.manifest import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, Manifest
 from trt_kv.prompt_tokens import with_renamed_tokens
 from trt_kv.safe_path import check_size, safe_join
-
-MAX_TOKENIZER_BYTES = 128 * 2**20
-"""Four times the largest that are published."""
 
 
 def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:

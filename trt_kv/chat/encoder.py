@@ -77,6 +77,16 @@ class ChatEncoder:
             rendered = _cut_open(rendered, marks.tail, f"the chat template {name!r}")
         return marks.read(rendered, lambda token, written: token in self._special or token in written or token in source)
 
+    def space_before_answer(self, messages: Sequence[Message], options: ChatOptions = DEFAULT_OPTIONS) -> str:
+        """The white space that the template writes between the head of an answer and its text."""
+        head = self.render(messages, options).text
+        try:
+            whole = self.render([*messages, {"role": "assistant", "content": "x"}], options).text
+        except UsageError:
+            return ""
+        space, answer, _ = whole[len(head) :].partition("x")
+        return space if whole.startswith(head) and answer and not space.strip() else ""
+
     def encode(self, rendered: RenderedChat) -> list[int]:
         """Token ids of a rendered conversation. The tokenizer adds none: a template writes <bos> itself."""
         if not any(is_literal for _, is_literal in rendered.pieces):
