@@ -267,15 +267,16 @@ def _calibration_prompts(
 
 def _encoded(checkpoint: "Checkpoint", tokenizer: "Tokenizer", prompts: "Sequence[str | ChatPrompt]") -> list[list[int]]:
     """Token ids of prompts; conversations are rendered with the checkpoint's chat template, and no token is added to those."""
-    chat = None
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        chat = ChatEncoder(tokenizer, chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError))
-    return [
-        prompt_tokens(tokenizer, prompt)
-        if chat is None or isinstance(prompt, str)
-        else chat.token_ids(prompt.messages, prompt.options)
-        for prompt in prompts
-    ]
+    found, chat = [], None
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            found.append(prompt_tokens(tokenizer, prompt))
+            continue
+        if chat is None:
+            templates = chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError)
+            chat = ChatEncoder(tokenizer, templates)
+        found.append(chat.token_ids(prompt.messages, prompt.options))
+    return found
 
 
 def _synthetic_prompts(tokenizer: "Tokenizer", plan: CalibrationPlan, n_words: int, limit: int) -> list[list[int]]:
