@@ -22,10 +22,9 @@ from trt_kv.plugins.chunk_blocks import (
     query_rows,
     value_blocks,
 )
-from trt_kv.plugins.fast_math import LANES, exp_nonpositive, exp_or_zero, largest_of, tanh_of
+from trt_kv.plugins.fast_math import LANES, exp_nonpositive, exp_or_zero, largest_of
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints, gather_slots
-
 
 NO_WINDOW = (0, np.zeros(0, np.int64), np.zeros((0, 0, 0), np.int64))
 """The arguments ``window``, ``positions_N`` and ``token_positions`` of ``attend_one`` if all tokens are visible."""
@@ -163,9 +162,35 @@ def attend_tables(
     for i, (_, pages_KT, _) in enumerate(entries):
         table_BKT[i, :, : pages_KT.shape[1]] = pages_KT
     rows_B, n_tokens_B = (np.array([entry[at] for entry in entries]) for at in (0, 2))
-    attend_one(
-        q_NHD, rows_B, table_BKT, n_tokens_B, kv, np.float32(scale), np.float32(soft_cap), *NO_WINDOW, out_NHD, lse_NH
-    )
+    attend_one(q_NHD, rows_B, table_BKT, n_tokens_B, kv, np.float32(scale), np.float32(soft_cap), *NO_WINDOW, out_NHD, lse_NH)
+
+
+@njit()
+def _hide_before(logits_GS: Floats, last_hidden: int, pages_T: Ints, token_positions_MP: Ints) -> None:
+    """-inf for the tokens at positions up to ``last_hidden``."""
+    page_size = token_positions_MP.shape[1]
+    for s in range(logits_GS.shape[1]):
+        if token_positions_MP[pages_T[s // page_size], s % page_size] <= last_hidden:
+            logits_GS[:, s] = -np.inf
+
+
+@njit(fastmath=FASTMATH)
+def _normalise(logits_S: Floats, hides: bool) -> np.float32:
+    """Replace a row of logits by its softmax; returns the log of the denominator. ``hides``: some of them are -inf."""
+    largest = logits_S.max()
+    total = np.float32(0.0)
+    if hides:
+        for s in range(len(logits_S)):
+            logits_S[s] = exp_or_zero(logits_S[s] - largest)
+            total += logits_S[s]
+    else:
+        for s in range(len(logits_S)):
+            logits_S[s] = exp_nonpositive(logits_S[s] - largest)
+            total += logits_S[s]
+    for s in range(len(logits_S)):
+        logits_S[s] /= total
+    log: np.float32 = largest + np.log(total)
+    return log
 
 
 @njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
@@ -206,28 +231,11 @@ def attend_one(
                         dot += q_NHD[row, head * group + g, d] * kv[page, 0, head, s, d]
                     weights[g, p * page_size + s] = dot * scale
         if soft_cap > 0.0:
-            for g in range(group):
-                for s in range(n_cached):
-                    weights[g, s] = soft_cap * tanh_of(weights[g, s] / soft_cap)
+            cap(weights, group, n_cached, soft_cap)
         if window > 0:
-            for s in range(n_cached):
-                page = page_table_BKT[b, head, s // page_size]
-                if token_positions[page, head, s % page_size] <= positions_N[row] - window:
-                    weights[:, s] = -np.inf
+            _hide_before(weights, positions_N[row] - window, page_table_BKT[b, head], token_positions[:, head])
         for g in range(group):
-            largest = weights[g].max()
-            total = np.float32(0.0)
-            if window > 0:
-                for s in range(n_cached):
-                    weights[g, s] = exp_or_zero(weights[g, s] - largest)
-                    total += weights[g, s]
-            else:
-                for s in range(n_cached):
-                    weights[g, s] = exp_nonpositive(weights[g, s] - largest)
-                    total += weights[g, s]
-            for s in range(n_cached):
-                weights[g, s] /= total
-            lse_NH[row, head * group + g] = largest + np.log(total)
+            lse_NH[row, head * group + g] = _normalise(weights[g], window > 0)
         sums = np.zeros((group, head_size), np.float32)
         for p in range(n_pages):
             page = page_table_BKT[b, head, p]

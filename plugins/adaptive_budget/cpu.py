@@ -104,7 +104,7 @@ def attention_row(
                     dot += q_HD[head, d] * kv[page, 0, kv_head, s, d]
                 logit = np.float64(dot * scale)
                 if soft_cap > 0.0:
-                    logit = soft_cap * math.tanh(logit / soft_cap)
+                    logit = np.float64(soft_cap) * math.tanh(logit / np.float64(soft_cap))
                 weights_HS[head, first + s] = math.exp(logit - np.float64(lse_H[head]))
     return weights_HS
 

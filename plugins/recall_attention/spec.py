@@ -29,8 +29,8 @@ SPEC = OpSpec(
         "pages in between, 2 their mean and 3 their maximum without softmax. Ties go to the lower page. A page gets its "
         "summary when it is full: `summary` 0 the minimum and maximum of its keys per channel, 1 the midpoint of these minus "
         "and plus the mean absolute deviation from the midpoint. Afterwards last_query holds the query of each sequence's "
-        "last token of this step. All of this is computed in fp32 or better. A soft cap applies to the logits of attention only: "
-        "tanh is monotone, so bounds of scale * q.k rank pages as bounds of the capped logits would, and stay as published."
+        "last token of this step. All of this is computed in fp32 or better. A soft cap applies to the logits of attention; "
+        "bounds have none: tanh is monotone, so they rank pages as bounds of capped logits would."
     ),
     source=(
         "FreeKV (arXiv 2505.13109, section 4): speculative retrieval with the last query, correction per KV head, group- "
