@@ -92,8 +92,14 @@ def windowed_runner(
     )
 
 
-def dense_logits(config: ModelConfig, ids: Sequence[int], seen: Mapping[int, np.ndarray] | None = None) -> Floats:
-    """Logits [N, V] of every token by masked attention over the whole text.
+def dense_logits(
+    config: ModelConfig,
+    ids: Sequence[int],
+    seen: Mapping[int, np.ndarray] | None = None,
+    *,
+    decoder: Decoder | None = None,
+) -> Floats:
+    """Logits [N, V] of every token by masked attention over the whole text; ``decoder`` None: ``random_decoder``.
 
     A token sees the window of its layer. ``seen`` [K, N, N] bool, by layer: the tokens that each one sees instead.
     """
@@ -117,5 +123,5 @@ def dense_logits(config: ModelConfig, ids: Sequence[int], seen: Mapping[int, np.
         return torch.from_numpy(np.einsum("hns,shd->nhd", weights_HNS, v)).to(q_NHD.dtype)
 
     with torch.inference_mode():
-        logits: Floats = random_decoder()(torch.tensor(ids), torch.arange(n), torch.arange(n), attend).numpy()
+        logits: Floats = (decoder or random_decoder())(torch.tensor(ids), torch.arange(n), torch.arange(n), attend).numpy()
     return logits
