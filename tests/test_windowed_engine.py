@@ -49,7 +49,7 @@ def calibrated(checkpoint: HuggingFaceCheckpoint, policy: Policy, tmp_path: Path
     recipe = recipe_from_prompts(checkpoint, policy, plan, **quiet) if applied.needs_recipe else None
     drift = None
     if applied.needs_drift:
-        drift = drift_from_prompts(checkpoint, policy, plan, DriftPlan(new_tokens=8, page_size=4), recipe, **quiet)
+        drift = drift_from_prompts(checkpoint, policy, plan, DriftPlan(tokens=8, page_size=4), recipe, **quiet)
     return EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe, drift=drift, page_size=4)
 
 
