@@ -30,7 +30,7 @@ SPEC = OpSpec(
         "summary when it is full: `summary` 0 the minimum and maximum of its keys per channel, 1 the midpoint of these minus "
         "and plus the mean absolute deviation from the midpoint. Afterwards last_query holds the query of each sequence's "
         "last token of this step. All of this is computed in fp32 or better. A soft cap applies to the logits of attention; "
-        "bounds have none: tanh is monotone, so they rank pages as bounds of capped logits would."
+        "bounds have none: tanh is monotone, so a query head ranks pages as it would by bounds of capped logits."
     ),
     source=(
         "FreeKV (arXiv 2505.13109, section 4): speculative retrieval with the last query, correction per KV head, group- "
