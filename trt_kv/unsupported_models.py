@@ -72,7 +72,7 @@ def refuse_unsupported(data: Mapping[str, Any], source: str) -> None:
     """Raise ``CheckpointError`` with the reason if the architecture of ``config.json`` is one that is refused by name."""
     model_type = data.get("model_type")
     for refusal in REFUSALS:
-        if model_type in refusal.model_types:
+        if isinstance(model_type, str) and model_type in refusal.model_types:
             raise CheckpointError(
                 f"{source} is of an architecture that trt-kv does not support: it has {refusal.why}",
                 got=f"model_type {model_type!r}",
