@@ -81,7 +81,7 @@ FAMILY_SAMPLES: dict[str, dict[str, Any]] = {
     | {"use_sliding_window": True, "sliding_window": 10, "tie_word_embeddings": False},
     "granite": {"model_type": "granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22}
     | {"attention_multiplier": 0.21, "logits_scaling": 0.3, "tie_word_embeddings": True},
-    "granite-biases": {"model_type": "granite", "attention_bias": True, "mlp_bias": True},
+    "granite-biases": {"model_type": "granite", "attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.3},
     "olmo2": {"model_type": "olmo2", "num_key_value_heads": 3, "attention_bias": True},
     "mistral-window": {"model_type": "mistral", "head_dim": 16, "sliding_window": 12},
     "qwen2-yarn": {"model_type": "qwen2", "rope_parameters": YARN},

@@ -344,7 +344,16 @@ def test_impossible_layers_are_refused(changes: dict[str, Any], message: str) ->
         read_qwen(use_sliding_window=True, **changes)
 
 
-ROPE_FIELDS = ("rope_type", "factor", "rope_theta", "short_factor", "long_factor", "full_attention", "mscale", "truncate")
+ROPE_FIELDS: tuple[str, ...] = (
+    "rope_type",
+    "factor",
+    "rope_theta",
+    "short_factor",
+    "long_factor",
+    "full_attention",
+    "mscale",
+    "truncate",
+)
 ROPE_FIELDS += ("beta_fast", "attention_factor", "partial_rotary_factor", "original_max_position_embeddings")
 JSON_VALUES = st.recursive(
     st.none()
@@ -358,7 +367,13 @@ JSON_VALUES = st.recursive(
 )
 
 
-FAMILY_FIELDS = ("partial_rotary_factor", "sliding_window", "hidden_activation", "query_pre_attn_scalar", "no_rope_layers")
+FAMILY_FIELDS: tuple[str, ...] = (
+    "partial_rotary_factor",
+    "sliding_window",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "no_rope_layers",
+)
 FAMILY_FIELDS += ("attn_logit_softcapping", "embedding_multiplier", "original_max_position_embeddings", "text_config")
 
 
