@@ -18,6 +18,7 @@ JOBS ?= 2
 MODEL = llama3
 POLICY = prefixkv
 CHECKPOINT =
+CONTEXT =
 BUDGET =
 SCORE =
 WINDOW =
@@ -55,7 +56,7 @@ help: ## show this list
 	echo '  engine    MODEL=$(MODEL) POLICY=$(POLICY) [CHECKPOINT= BUDGET= SCORE= WINDOW= SET= RECIPE= PROMPTS= SAMPLES= SEED= OUT= FORCE=1]'
 	echo '            SET="score=window budget=pyramid" changes parts of the policy; .venv/bin/trt-kv policies lists them'
 	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] one drift threshold per layer, for this correction rate'
-	echo '            [PAGE_SIZE=32] tokens per page; freekv recalls whole pages'
+	echo '            [PAGE_SIZE=32] tokens per page; freekv recalls whole pages; [CONTEXT=4096] longest text in tokens, by default that of the model'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json]; [DTYPE=float16|bfloat16] for GPUs'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=FOLDER ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
 	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; evaluate too; [TRACE=FILE.json] timeline for Perfetto'
@@ -69,6 +70,7 @@ engine: $(VENV)/.ready-build ## checkpoint -> engine folder
 
 build_options = --model '$(MODEL)' --policy '$(POLICY)' \
 		$(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') \
+		$(if $(CONTEXT),--context '$(CONTEXT)') \
 		$(if $(BUDGET),--budget '$(BUDGET)') \
 		$(if $(SCORE),--score '$(SCORE)') \
 		$(if $(WINDOW),--window '$(WINDOW)') \

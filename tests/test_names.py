@@ -21,6 +21,7 @@ LONG_SETTINGS = (
         ([], "llama3-prefixkv"),
         (["--policy", "snapkv", "--budget", "0.2"], "llama3-snapkv-budget=0.2"),
         (["--checkpoint", "models/mine/", "--policy", "full"], "mine-full"),
+        (["--checkpoint", "models/mine", "--context", "4096", "--policy", "full"], "mine-full-context=4096"),
         (["--checkpoint", "owner/Llama-3.2-1B", "--policy", "full"], "Llama-3.2-1B-full"),
         (["--checkpoint", "a b/c'd $e", "--policy", "full"], "c_d_e-full"),
         (["--prompts", "FILE", "--samples", "3"], "llama3-prefixkv-prompts=file-samples=3"),

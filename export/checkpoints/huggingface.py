@@ -16,6 +16,7 @@ from trt_kv.export.checkpoints.tensor_matching import matched, some
 from trt_kv.hf_config import model_config_from_hf, token_ids_from_hf
 from trt_kv.model_config import ModelConfig
 from trt_kv.require import require
+from trt_kv.weight_sources import WeightSource, stored_shapes, weight_sources
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,7 +40,8 @@ _NOT_ARITHMETIC = ("bos_token_id", "eos_token_ids", "max_positions")
 class HuggingFaceCheckpoint:
     """A validated folder in Hugging Face layout, which ``location`` names: a ``Checkpoint``.
 
-    ``eos_token_ids`` are those of ``config.json`` and of ``generation_config.json``.
+    ``eos_token_ids`` are those of ``config.json`` and of ``generation_config.json``. ``stored``: the tensors that hold the
+    decoder's weights, by the names of ``trt_kv.weight_sources``.
     """
 
     location: Path
@@ -58,7 +60,11 @@ class HuggingFaceCheckpoint:
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """The weights that the decoder uses, in ``config.tensor_shapes()`` order."""
-        return tuple(self.stored)
+        return tuple(self.config.tensor_shapes())
+
+    @cached_property
+    def _sources(self) -> Mapping[str, WeightSource]:
+        return weight_sources(self.config)
 
     @property
     def tokenizer_file(self) -> Path:
@@ -86,20 +92,23 @@ class HuggingFaceCheckpoint:
         return f"sha256:{digest.hexdigest()}"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One weight in its stored dtype, memory-mapped: bytes are read on use.
+        """One weight in its stored dtype, memory-mapped: bytes are read on use. Norms that are stored without the 1 to which
+        they are added are fp32.
 
         Raises ``CheckpointError`` if the file has changed since the checkpoint was opened.
         """
         safetensors = require("safetensors")
-        path = self.stored[name].path
+        source = self._sources[name]
+        path = self.stored[source.name].path
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(self.stored[name].name)
+                tensor: torch.Tensor = file.get_tensor(self.stored[source.name].name)
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(
                 f"cannot read tensor {name!r} of {path}", got=str(error), expected="the file as opened"
             ) from error
-        return tensor
+        tensor = tensor[source.first_row : source.first_row + source.n_rows]
+        return tensor.float() + source.offset if source.offset else tensor
 
 
 def open_huggingface(folder: Path) -> HuggingFaceCheckpoint:
@@ -156,7 +165,7 @@ def _stored_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor
     if (folder / SINGLE_FILE).exists():
         return read_safetensors_header(folder / SINGLE_FILE)
     if (folder / INDEX_FILE).exists():
-        return _sharded_tensors(folder, needed=config.tensor_shapes())
+        return _sharded_tensors(folder, needed=stored_shapes(config))
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     raise CheckpointError(

@@ -25,6 +25,7 @@ def default_name(request: BuildRequest) -> str:
     changed = differences(policy, preset)
     settings = [setting_as_text("budget" if name == "kept" else name, value) for name, value in changed.items()]
     options = {
+        "context": source.context,
         "recipe": _stem(request.recipe),
         **(_drift_options(request.drift) if policy.needs_drift else {}),
         **(_calibration_options(request.calibration) if request.calibrates else {}),
