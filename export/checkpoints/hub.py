@@ -87,7 +87,9 @@ def _local_or_snapshot(checkpoint: str) -> Path:
     if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
         return path
     if path.exists():
-        raise CheckpointError(f"{checkpoint} is a file", expected="a .gguf file, or the folder with config.json and the weights")
+        raise CheckpointError(
+            f"{checkpoint} is a file", expected="a .gguf file, or the folder with config.json and the weights"
+        )
     hub_id = hub_id_of(checkpoint)
     if hub_id is None:
         raise CheckpointError(
@@ -125,7 +127,9 @@ def _snapshot(hub_id: HubId) -> Path:
             raise _not_available(name, "a repository without config.json", fix)
         return folder
     if not (folder / hub_id.file).is_file():
-        raise _not_available(name, f"no file {hub_id.file!r} in it", f"see https://huggingface.co/{name}/tree/main for its files")
+        raise _not_available(
+            name, f"no file {hub_id.file!r} in it", f"see https://huggingface.co/{name}/tree/main for its files"
+        )
     return folder / hub_id.file
 
 

@@ -64,7 +64,11 @@ def model_options(command: CommandFunction) -> CommandFunction:
     """Add --model and --checkpoint; ``command`` receives ``source``, a ``ModelSource``."""
 
     @click.option(
-        "--model", default="llama3", show_default=True, metavar="NAME", help=f"Model preset: one of {', '.join(PRESETS)}; see trt-kv models."
+        "--model",
+        default="llama3",
+        show_default=True,
+        metavar="NAME",
+        help=f"Model preset: one of {', '.join(PRESETS)}; see trt-kv models.",
     )
     @click.option(
         "--checkpoint",
