@@ -153,31 +153,41 @@ def _rope_scaling(facts: ModelFacts, fields: Fields, tensors: dict[str, GgufTens
 
 
 def _llama3_scaling(facts: ModelFacts, fields: Fields, tensor: GgufTensor) -> Fields:
-    """The settings of RoPE type llama3 whose divisors of each frequency the file stores.
-
-    Stored are only the divisors (float32, one per pair of channels). ``low_freq_factor`` is 1 and ``high_freq_factor`` 4 in
-    every published model; the original context follows from any divisor between 1 and the largest. Settings that do not give
-    back what is stored are refused.
-    """
-    size, theta = fields["head_dim"], fields["rope_theta"]
+    size = fields["head_dim"]
     if tensor.scheme != "F32" or tensor.shape != (size // 2,):
         raise facts.contradiction(ROPE_FACTORS, f"{tensor.scheme} {list(tensor.shape)}", f"F32 {[size // 2]}")
-    stored = tensor.read().view("<f4").reshape(-1).astype(np.float64)
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, size, 2) / size)
-    factor = float(str(np.float32(stored.max())))
-    between = (stored > 1 + _SAME) & (stored < factor * (1 - _SAME))
-    positions = _LLAMA3_POSITIONS
-    if between.any():
-        smooth = (1 / stored[between] - 1 / factor) / (1 - 1 / factor)
-        positions = round(float(np.median(wavelengths[between] * (1 + (_LLAMA3_HIGH - 1) * smooth))))
-    blend = np.clip((positions / wavelengths - 1) / (_LLAMA3_HIGH - 1), 0, 1)
-    if not np.allclose(1 / ((1 - blend) / factor + blend), stored, rtol=_SAME, atol=0):
+    stored = tensor.read().view("<f4").reshape(-1)
+    found = llama3_settings(stored, size=size, theta=fields["rope_theta"])
+    if found is None:
         raise CheckpointError(
             f"{facts.path} scales its RoPE in a way that trt-kv does not know",
-            got=f"{ROPE_FACTORS} from {stored.min():g} to {factor:g}",
+            got=f"{ROPE_FACTORS} from {stored.min():g} to {stored.max():g}",
             expected="the divisors of RoPE type llama3, with low_freq_factor 1 and high_freq_factor 4",
             fix="pass the original checkpoint, whose config.json has the settings",
         )
+    return found
+
+
+def llama3_settings(stored: np.ndarray, *, size: int, theta: float) -> Fields | None:
+    """The settings of RoPE type llama3 whose divisors of the frequencies are ``stored`` (float32, one per pair of channels of a
+    head of ``size``); None if there are none.
+
+    ``low_freq_factor`` is 1 and ``high_freq_factor`` 4 in every published model, and the lowest frequency has the whole factor; the original context follows from any divisor
+    between 1 and the largest. If there is none, it is that of the published models, or the nearest with the same divisors.
+    """
+    divisors = stored.astype(np.float64)
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, size, 2) / size)
+    factor = float(f"{divisors.max():.6g}")
+    between = (divisors > 1 + _SAME) & (divisors < factor * (1 - _SAME))
+    shortest = _LLAMA3_HIGH * wavelengths[divisors <= 1 + _SAME].max(initial=0.0)
+    longest = wavelengths[divisors >= factor * (1 - _SAME)].min(initial=np.inf)
+    positions = math.floor(min(max(_LLAMA3_POSITIONS, math.ceil(shortest)), longest))
+    if between.any():
+        smooth = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
+        positions = round(float(np.median(wavelengths[between] * (1 + (_LLAMA3_HIGH - 1) * smooth))))
+    blend = np.clip((positions / wavelengths - 1) / (_LLAMA3_HIGH - 1), 0, 1)
+    if not np.allclose(1 / ((1 - blend) / factor + blend), divisors, rtol=_SAME, atol=0):
+        return None
     return {
         "rope_type": "llama3",
         "factor": factor,

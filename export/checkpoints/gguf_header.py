@@ -1,7 +1,7 @@
 """The header of a GGUF file, read and checked before any weight is read.
 
-Layout (ggml, "GGUF"): ``GGUF``, version, number of tensors, number of metadata entries; the entries (key, type, value); for each
-tensor its name, dimensions (the fastest first), type and offset; then, from the next multiple of the alignment, the bytes. All
+Layout (ggml, "GGUF"): ``GGUF``, version, number of tensors, number of metadata entries; the entries (key, type, value); each
+tensor's name, dimensions (the fastest first), type and offset; then, from the next multiple of the alignment, the bytes. All
 numbers are little-endian. What is read here is bounded by the file's own size and by ``_MAX_HEADER_BYTES``.
 """
 

@@ -70,7 +70,7 @@ class StoredRows:
 
 
 def _halves_of_pairs(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows ``[heads * size, ...]`` of which 2i and 2i + 1 of a head rotate together, reordered so that i and i + size / 2 do."""
+    """Rows ``[heads * size, ...]`` of which 2i and 2i + 1 of a head rotate together, ordered so that i and i + size / 2 do."""
     pairs = rows.reshape(n_heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 

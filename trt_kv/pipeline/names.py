@@ -17,8 +17,9 @@ LONGEST = 120
 def default_name(request: BuildRequest) -> str:
     """E.g. ``llama3-prefixkv``, ``llama3-freekv-tokens=256-page-size=8``, ``Llama-3.2-1B-snapkv-budget=0.2``.
 
-    A checkpoint is named by its last folder or its file, a hub repository also by its revision; a file is named without its suffix. Requests that differ only in folders
-    further up, in suffixes, or in characters that file names should not have, share a name. ``request.out`` is not read.
+    A checkpoint is named by its last folder or its file, a hub repository also by its revision, and files have no suffix.
+    Requests that differ only in folders further up, in suffixes, or in characters that file names should not have, share a
+    name. ``request.out`` is not read.
     """
     source, policy = request.source, request.policy
     model = _checkpoint_name(source.checkpoint) if source.checkpoint else source.model

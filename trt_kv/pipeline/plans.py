@@ -22,8 +22,8 @@ TARGETS = ("onnxruntime", "tensorrt")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where the weights come from: ``checkpoint`` (a folder, a .gguf file, or a hub id ``owner/name[@revision][:file.gguf]``), and
-    without one the preset ``model``, which is not read otherwise.
+    """Where the weights come from: ``checkpoint`` (a folder, a .gguf file, or a hub id ``owner/name[@revision][:file.gguf]``),
+    and without one the preset ``model``, which is not read otherwise.
     """
 
     model: str
