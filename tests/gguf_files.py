@@ -3,6 +3,7 @@
 Sizes are pairwise distinct; rows are whole numbers of blocks of 32.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,10 +98,9 @@ def tokenizer_metadata(tokenizer: Tokenizer) -> Metadata:
     }
 
 
-def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
-    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+def merges_of(tokenizer: Tokenizer) -> list[list[str]]:
+    merges: list[list[str]] = json.loads(tokenizer.to_str())["model"]["merges"]
+    return merges
 
 
 BYTE_LEVEL = tokenizer_metadata(TOKENIZERS["byte-level"])
@@ -118,7 +118,8 @@ def sample_model(sample: Sample, *, seed: int = 11) -> transformers.PreTrainedMo
             bias = 0.0 if name.endswith("bias") else 1.0
             parameter.copy_(bias + 0.3 * noise if parameter.dim() == 1 else 2.0 * noise / parameter.shape[-1] ** 0.5)
     assert isinstance(model, transformers.PreTrainedModel)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def sample_metadata(sample: Sample) -> Metadata:
@@ -205,10 +206,10 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_array(key, value)
 
 
-def write_sample(path: Path, name: str = "llama", *, scheme: str = "F32", **changes: Any) -> Path:
+def write_sample(path: Path, name: str = "llama", *, scheme: str = "F32", changes: Mapping[str, Any] | None = None) -> Path:
     """Write ``SAMPLES[name]``; ``changes`` of the metadata, ``...`` removes a key. ``ARCH`` in a key is the architecture."""
     sample = SAMPLES[name]
-    changes = {key.replace("ARCH", sample.architecture): value for key, value in changes.items()}
-    metadata = {key: value for key, value in {**sample_metadata(sample), **changes}.items() if value is not ...}
+    edits = {key.replace("ARCH", sample.architecture): value for key, value in (changes or {}).items()}
+    metadata = {key: value for key, value in {**sample_metadata(sample), **edits}.items() if value is not ...}
     weights = converted_weights(sample, sample_model(sample))
     return write_gguf(path, weights, metadata, architecture=sample.architecture, scheme=scheme)

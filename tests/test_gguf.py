@@ -150,12 +150,12 @@ def test_other_quantisations_are_read_as_transformers_reads_them(scheme: str, tm
 
 def test_the_digest_follows_arithmetic_and_weights_only(tmp_path: Path) -> None:
     plain = open_gguf(write_sample(tmp_path / "a.gguf"))
-    renamed = open_gguf(write_sample(tmp_path / "b.gguf", **{"general.name": "other", "ARCH.context_length": 64}))
+    renamed = open_gguf(write_sample(tmp_path / "b.gguf", changes={"general.name": "other", "ARCH.context_length": 64}))
     assert renamed.digest == plain.digest
     assert plain.digest.startswith("sha256:")
     others = [
         write_sample(tmp_path / "c.gguf", scheme="F16"),
-        write_sample(tmp_path / "d.gguf", **{"ARCH.rope.freq_base": 4000.0}),
+        write_sample(tmp_path / "d.gguf", changes={"ARCH.rope.freq_base": 4000.0}),
     ]
     data = bytearray((tmp_path / "a.gguf").read_bytes())
     data[-200] ^= 1
@@ -227,17 +227,17 @@ def test_well_known_ends_of_a_turn_end_a_text(tmp_path: Path) -> None:
     tokens[3], tokens[200] = "<|im_end|>", "<end_of_turn>"
     merges = [merge for merge in sample["tokenizer.ggml.merges"] if "".join(merge.split()) in tokens]
     changes = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges, "tokenizer.ggml.eot_token_id": ...}
-    assert open_gguf(write_sample(tmp_path / "a.gguf", **changes)).eos_token_ids == (2, 3)
+    assert open_gguf(write_sample(tmp_path / "a.gguf", changes=changes)).eos_token_ids == (2, 3)
     kinds[200] = 3
     changes["tokenizer.ggml.token_type"] = kinds
-    assert open_gguf(write_sample(tmp_path / "b.gguf", **changes)).eos_token_ids == (2, 3, 200)
+    assert open_gguf(write_sample(tmp_path / "b.gguf", changes=changes)).eos_token_ids == (2, 3, 200)
 
 
 def test_files_of_old_converters_have_defaults(tmp_path: Path) -> None:
     absent: dict[str, Any] = {f"ARCH.{key}": ... for key in ("rope.freq_base", "rope.dimension_count")}
-    config = open_gguf(write_sample(tmp_path / "a.gguf", **absent)).config
+    config = open_gguf(write_sample(tmp_path / "a.gguf", changes=absent)).config
     assert (config.rope.theta, config.head_dim) == (10000.0, 16)
-    config = open_gguf(write_sample(tmp_path / "b.gguf", **{"ARCH.rope.scale_linear": 4.0})).config
+    config = open_gguf(write_sample(tmp_path / "b.gguf", changes={"ARCH.rope.scale_linear": 4.0})).config
     assert (config.rope.kind, config.rope.factor) == ("linear", 4.0)
 
 
@@ -272,7 +272,7 @@ def test_files_of_old_converters_have_defaults(tmp_path: Path) -> None:
 )
 def test_metadata_that_are_missing_or_contradict_are_named(changes: dict[str, Any], words: list[str], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
-        open_gguf(write_sample(tmp_path / "model.gguf", **changes))
+        open_gguf(write_sample(tmp_path / "model.gguf", changes=changes))
     message = str(caught.value)
     for word in words:
         assert word in message

@@ -27,7 +27,7 @@ def test_a_byte_level_vocabulary_gives_the_tokens_of_the_original(tmp_path: Path
     """The original cuts text as GPT-2 does, and puts BOS in front."""
     original = TOKENIZERS["byte-level"]
     got = tokenizer_of(
-        write_sample(tmp_path / "a.gguf", **{"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_bos_token": True})
+        write_sample(tmp_path / "a.gguf", changes={"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_bos_token": True})
     )
     for text in TEXTS:
         encoding, expected = got.encode(text), original.encode(text)
@@ -38,7 +38,7 @@ def test_a_byte_level_vocabulary_gives_the_tokens_of_the_original(tmp_path: Path
 @pytest.fixture(scope="module")
 def read_by_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
     """One file in transformers' own reader, and in ours."""
-    path = write_sample(tmp_path_factory.mktemp("gguf") / "a.gguf", **{"tokenizer.ggml.add_bos_token": True})
+    path = write_sample(tmp_path_factory.mktemp("gguf") / "a.gguf", changes={"tokenizer.ggml.add_bos_token": True})
     return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), tokenizer_of(path)
 
 
@@ -75,7 +75,7 @@ def test_transformers_loads_the_files_that_are_written(tmp_path: Path) -> None:
 def test_bos_and_eos_are_added_as_the_file_says(
     changes: dict[str, Any], first: int | None, last: int | None, tmp_path: Path
 ) -> None:
-    checkpoint = open_gguf(write_sample(tmp_path / "a.gguf", **changes))
+    checkpoint = open_gguf(write_sample(tmp_path / "a.gguf", changes=changes))
     ids = Tokenizer.from_file(str(checkpoint.tokenizer_file)).encode("hello").ids
     bare = Tokenizer.from_file(str(checkpoint.tokenizer_file)).encode("hello", add_special_tokens=False).ids
     assert ids == [*([first] if first else []), *bare, *([last] if last else [])]
@@ -94,7 +94,7 @@ def test_control_tokens_are_special_whatever_their_letters(tmp_path: Path) -> No
     merges = [merge for merge in merges if set(merge.split()) <= set(tokens)]
     path = write_sample(
         tmp_path / "a.gguf",
-        **{"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges, "tokenizer.ggml.token_type": kinds},
+        changes={"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges, "tokenizer.ggml.token_type": kinds},
     )
     tokenizer = tokenizer_of(path)
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
@@ -115,7 +115,7 @@ CUTS = {
 
 @pytest.mark.parametrize("pre", CUTS)
 def test_text_is_cut_as_the_model_was_trained(pre: str, tmp_path: Path) -> None:
-    tokenizer = tokenizer_of(write_sample(tmp_path / "a.gguf", **{"tokenizer.ggml.pre": pre}))
+    tokenizer = tokenizer_of(write_sample(tmp_path / "a.gguf", changes={"tokenizer.ggml.pre": pre}))
     assert tokenizer.pre_tokenizer is not None
     text = "I'll pay 12345 of 7.5%\n\nÜberGröße   x"
     pieces = [text[begin:end] for _, (begin, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
@@ -155,7 +155,7 @@ def sentencepiece_metadata() -> dict[str, Any]:
 
 
 def test_a_sentencepiece_vocabulary_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
-    path = write_sample(tmp_path / "a.gguf", **sentencepiece_metadata())
+    path = write_sample(tmp_path / "a.gguf", changes=sentencepiece_metadata())
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
     ours = tokenizer_of(path)
     for text in ["hello the tree", " hello", "  x", "日本 hello<|eot|>", ""]:
@@ -165,7 +165,7 @@ def test_a_sentencepiece_vocabulary_gives_the_tokens_of_transformers(tmp_path: P
 
 
 def test_without_a_prefix_space_text_begins_as_it_is(tmp_path: Path) -> None:
-    path = write_sample(tmp_path / "a.gguf", **sentencepiece_metadata(), **{"tokenizer.ggml.add_space_prefix": False})
+    path = write_sample(tmp_path / "a.gguf", changes={**sentencepiece_metadata(), "tokenizer.ggml.add_space_prefix": False})
     tokenizer = tokenizer_of(path)
     assert tokenizer.encode("hello", add_special_tokens=False).tokens[0] != "▁hello"
     for text in ("hello", " hello", "the hello"):
@@ -184,7 +184,7 @@ def test_without_a_prefix_space_text_begins_as_it_is(tmp_path: Path) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_half_a_tokenizer_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    checkpoint = open_gguf(write_sample(tmp_path / "a.gguf", **changes))
+    checkpoint = open_gguf(write_sample(tmp_path / "a.gguf", changes=changes))
     with pytest.raises(CheckpointError) as caught:
         assert checkpoint.tokenizer_files
     assert words in str(caught.value)
@@ -192,7 +192,7 @@ def test_half_a_tokenizer_is_refused(changes: dict[str, Any], words: str, tmp_pa
 
 def test_named_chat_templates_keep_their_names(tmp_path: Path) -> None:
     changes = {"tokenizer.chat_template.tool_use": "{{ tools }}", "tokenizer.chat_template.../evil": "x"}
-    checkpoint = open_gguf(write_sample(tmp_path / "a.gguf", **changes))
+    checkpoint = open_gguf(write_sample(tmp_path / "a.gguf", changes=changes))
     names = {name for name in checkpoint.tokenizer_files if name.endswith(".jinja")}
     assert names == {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
     assert not list(checkpoint.tokenizer_file.parent.parent.glob("evil*"))
@@ -204,7 +204,7 @@ def test_whole_words_are_tokens_before_any_merge(tmp_path: Path) -> None:
     tokens[-1] = "zqz"
     merges = [merge for merge in BYTE_LEVEL["tokenizer.ggml.merges"] if "".join(merge.split()) in tokens]
     changes = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
-    tokenizer = tokenizer_of(write_sample(tmp_path / "a.gguf", **changes))
+    tokenizer = tokenizer_of(write_sample(tmp_path / "a.gguf", changes=changes))
     assert tokenizer.encode("zqz", add_special_tokens=False).tokens == ["zqz"]
-    tokenizer = tokenizer_of(write_sample(tmp_path / "b.gguf", **changes, **{"tokenizer.ggml.pre": "qwen2"}))
+    tokenizer = tokenizer_of(write_sample(tmp_path / "b.gguf", changes={**changes, "tokenizer.ggml.pre": "qwen2"}))
     assert tokenizer.encode("zqz", add_special_tokens=False).tokens == ["z", "q", "z"]
