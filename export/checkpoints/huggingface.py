@@ -1,6 +1,5 @@
 """A checkpoint folder in Hugging Face layout, opened only if its files are consistent."""
 
-import hashlib
 import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 
 from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoints.base import QuantizedBlocks
+from trt_kv.export.checkpoints.config_digest import digest_of_arithmetic
 from trt_kv.export.checkpoints.safetensors_file import StoredTensor, read_safetensors_header
 from trt_kv.export.checkpoints.tensor_matching import matched, some
 from trt_kv.hf_config import model_config_from_hf, token_ids_from_hf
@@ -33,7 +34,6 @@ TOKENIZER_FILES = (
 """Files, or patterns of their names, that are copied into an engine."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_NOT_ARITHMETIC = ("bos_token_id", "eos_token_ids", "max_positions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +48,15 @@ class HuggingFaceCheckpoint:
     config: ModelConfig
     eos_token_ids: tuple[int, ...]
     stored: Mapping[str, StoredTensor]
+    revision: str | None = None
 
     @property
     def name(self) -> str:
-        """The folder's name; a hub snapshot is named after its repository."""
-        cache_name = self.location.parent.parent.name
+        """The folder's name; a hub snapshot is named after its repository, with the ``revision`` that was asked for."""
+        name, cache_name = self.location.name, self.location.parent.parent.name
         if self.location.parent.name == "snapshots" and cache_name.startswith("models--"):
-            return cache_name.removeprefix("models--").replace("--", "/", 1)
-        return self.location.name
+            name = cache_name.removeprefix("models--").replace("--", "/", 1)
+        return name if self.revision is None else f"{name}@{self.revision}"
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -83,8 +84,7 @@ class HuggingFaceCheckpoint:
 
         The same for single-file and sharded copies. Reads every weight once.
         """
-        config = {key: value for key, value in self.config.to_json().items() if key not in _NOT_ARITHMETIC}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        digest = digest_of_arithmetic(self.config)
         for name, tensor in sorted(self.stored.items()):
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
             for chunk in tensor.chunks():
@@ -110,11 +110,15 @@ class HuggingFaceCheckpoint:
         tensor = tensor[source.first_row : source.first_row + source.n_rows]
         return tensor.float() + source.offset if source.offset else tensor
 
+    def quantized(self, name: str) -> QuantizedBlocks | None:
+        """None: safetensors hold values, no blocks."""
+        return None
 
-def open_huggingface(folder: Path) -> HuggingFaceCheckpoint:
+
+def open_huggingface(folder: Path, *, revision: str | None = None) -> HuggingFaceCheckpoint:
     """Open and check the checkpoint in ``folder``; raises ``CheckpointError`` naming the first inconsistent file.
 
-    Weights are not read, only their headers.
+    Weights are not read, only their headers. ``revision``: of the hub's repository, for its name.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -128,6 +132,7 @@ def open_huggingface(folder: Path) -> HuggingFaceCheckpoint:
         config=config,
         eos_token_ids=_eos_token_ids(folder, config),
         stored=matched(folder, config, stored),
+        revision=revision,
     )
     _check_tokenizer(folder, config)
     return checkpoint
