@@ -122,12 +122,11 @@ class _Fields:
 def model_config_from_hf(data: Mapping[str, Any], *, source: str) -> ModelConfig:
     """Read the parsed ``config.json``; ``source`` names the file in error messages.
 
-    Raises ``CheckpointError`` for a missing or mistyped field, an architecture or RoPE type that is not supported, quantised
-    weights, an activation other than SiLU, and attention that slides inside the context.
+    Raises ``CheckpointError`` for a missing or mistyped field, an architecture or RoPE type that is not supported, an
+    activation other than SiLU, and attention that slides inside the context. Quantisation is not looked at.
     """
     fields = _Fields(data, source)
     name, architecture = _architecture(data, source)
-    _refuse_quantised(data, source)
     _refuse_other_activation(data, source)
     max_positions = fields.integer("max_position_embeddings", _LENIENT_POSITIONS if architecture.lenient else None)
     n_layers = fields.integer("num_hidden_layers")
@@ -178,18 +177,6 @@ def _architecture(data: Mapping[str, Any], source: str) -> tuple[str, Architectu
 
 def _derived_head_dim(hidden_size: int, n_heads: int) -> int | None:
     return None if n_heads < 1 or hidden_size % n_heads else hidden_size // n_heads
-
-
-def _refuse_quantised(data: Mapping[str, Any], source: str) -> None:
-    quantization = data.get("quantization_config") or data.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise CheckpointError(
-            f"{source} describes quantised weights",
-            got=f"quantization_config with method {method!r}",
-            expected="weights in float32, float16 or bfloat16",
-            fix="pass the original, unquantised checkpoint",
-        )
 
 
 def _refuse_other_activation(data: Mapping[str, Any], source: str) -> None:
