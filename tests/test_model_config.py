@@ -241,11 +241,6 @@ def test_an_unknown_architecture_lists_the_known_ones(changes: dict[str, Any]) -
         read(**changes)
 
 
-def test_quantised_checkpoints_are_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"quantised weights\n.*'awq'"):
-        read(quantization_config={"quant_method": "awq", "bits": 4})
-
-
 @pytest.mark.parametrize("window", [4096, ...])
 def test_mistral_with_a_window_smaller_than_its_context_is_refused(window: object) -> None:
     with pytest.raises(CheckpointError) as refusal:

@@ -93,12 +93,12 @@ class CompressedTensorsScheme:
         is_packed = "weight_packed" in parts
         if not is_packed and ("weight_scale" not in parts or "weight" not in parts):
             return None
-        group = max(self.groups, key=lambda group: group.matches(module))
-        if not group.matches(module) or is_packed != (group.format == "pack-quantized"):
+        group = max(self.groups, key=lambda group: group.matches(module), default=None)
+        if group is None or not group.matches(module) or is_packed != (group.format == "pack-quantized"):
             raise CheckpointError(
                 f"the weight of {module!r} is not stored as config.json says",
                 got=", ".join(sorted(parts)),
-                expected=group.format if group.matches(module) else "a group of the quantization_config with this module",
+                expected=group.format if group and group.matches(module) else "a group of the quantization_config with it",
                 fix="take config.json and the weights from the same checkpoint",
             )
         groups = group.strategy == "group" and "weight_g_idx" in parts
