@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from tests.dense_reference import decoder_steps, transformers_steps
 from tests.gguf_files import (
     SAMPLES,
     SIZES,
@@ -26,7 +27,6 @@ from tests.gguf_files import (
     write_gguf,
     write_sample,
 )
-from tests.test_decoder_parity import decoder_steps, transformers_steps
 from trt_kv.errors import CheckpointError
 from trt_kv.export.checkpoints.gguf_file import open_gguf
 from trt_kv.export.checkpoints.huggingface import open_huggingface

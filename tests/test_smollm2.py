@@ -8,7 +8,8 @@ import transformers
 from tokenizers import Tokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from tests.test_decoder_parity import ATOL, decoder_steps, transformers_steps
+from tests.dense_reference import decoder_steps, transformers_steps
+from tests.test_decoder_parity import ATOL
 from tests.test_gguf import dequantised
 from trt_kv.export.checkpoints.gguf_file import open_gguf
 from trt_kv.export.decoder import decoder_from_checkpoint

@@ -12,11 +12,12 @@ import torch
 from trt_kv.errors import CheckpointError
 from trt_kv.export.checkpoints.base import QuantizedBlocks
 from trt_kv.export.checkpoints.config_digest import digest_of_arithmetic
+from trt_kv.export.checkpoints.quantized.schemes import scheme_from_hf
+from trt_kv.export.checkpoints.quantized.tensors import assembled
 from trt_kv.export.checkpoints.safetensors_file import StoredTensor, read_safetensors_header
 from trt_kv.export.checkpoints.tensor_matching import matched, some
 from trt_kv.hf_config import model_config_from_hf, token_ids_from_hf
 from trt_kv.model_config import ModelConfig
-from trt_kv.require import require
 from trt_kv.weight_sources import WeightSource, stored_shapes, weight_sources
 
 SINGLE_FILE = "model.safetensors"
@@ -92,22 +93,13 @@ class HuggingFaceCheckpoint:
         return f"sha256:{digest.hexdigest()}"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One weight in its stored dtype, memory-mapped: bytes are read on use. Norms that are stored without the 1 to which
-        they are added are fp32.
+        """One weight in its stored dtype, memory-mapped: bytes are read on use. Quantised weights, and norms that are stored
+        without the 1 to which they are added, are fp32.
 
         Raises ``CheckpointError`` if the file has changed since the checkpoint was opened.
         """
-        safetensors = require("safetensors")
         source = self._sources[name]
-        path = self.stored[source.name].path
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(self.stored[source.name].name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(
-                f"cannot read tensor {name!r} of {path}", got=str(error), expected="the file as opened"
-            ) from error
-        tensor = tensor[source.first_row : source.first_row + source.n_rows]
+        tensor = self.stored[source.name].read()[source.first_row : source.first_row + source.n_rows]
         return tensor.float() + source.offset if source.offset else tensor
 
     def quantized(self, name: str) -> QuantizedBlocks | None:
@@ -125,8 +117,12 @@ def open_huggingface(folder: Path, *, revision: str | None = None) -> HuggingFac
             "no such checkpoint folder", got=str(folder), expected="a folder with config.json and safetensors"
         )
     config_path = folder / "config.json"
-    config = model_config_from_hf(_read_json(config_path), source=str(config_path))
-    stored = _stored_tensors(folder, config)
+    data = _read_json(config_path)
+    config = model_config_from_hf(data, source=str(config_path))
+    scheme = scheme_from_hf(data, source=str(config_path))
+    stored: Mapping[str, StoredTensor] = _stored_tensors(folder, config)
+    if scheme is not None:
+        stored = assembled(stored, scheme, folder)
     checkpoint = HuggingFaceCheckpoint(
         location=folder.absolute(),
         config=config,
