@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 from tokenizers import Tokenizer
 
@@ -12,10 +12,11 @@ from trt_kv.chat.encoder import ChatEncoder, ChatOptions
 from trt_kv.chat.messages import Message
 from trt_kv.chat.templates import chat_templates, is_chat_file
 from trt_kv.chat.turns import end_of_turn_ids
-from trt_kv.errors import EngineError, UsageError
+from trt_kv.errors import EngineError
 from trt_kv.manifest import Manifest
 from trt_kv.runtime.request import Generation
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
+from trt_kv.runtime.sampling.model_defaults import ModelDefaults, params_of_each
 from trt_kv.runtime.stream import Stream
 from trt_kv.safe_path import safe_join
 
@@ -52,6 +53,7 @@ class EngineChat:
     folder: Path
     manifest: Manifest
     tokenizer: Tokenizer
+    model_defaults: ModelDefaults
     generate: Callable[..., Generation]
     stream: Callable[..., Stream]
 
@@ -87,11 +89,7 @@ class EngineChat:
         """The prompt and the parameters of a conversation's request, which also ends at the template's end of a turn."""
         given: dict[str, Any] = dict(options)
         of_template = {name: given.pop(name) for name in TemplateOptions.__annotations__ if name in given}
-        if params is not None and given:
-            raise UsageError(
-                "sampling options are given twice", got=f"params and {', '.join(given)}", expected="params, or options by name"
-            )
-        chosen = SamplingParams(**given) if params is None else params
+        (chosen,) = params_of_each(1, params, cast(SamplingOptions, given), self.model_defaults.params)
         prompt = self.chat_encoder.token_ids(messages, _template_options(of_template))
         if chosen.ignore_eos:
             return prompt, chosen

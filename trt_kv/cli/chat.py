@@ -14,7 +14,7 @@ from trt_kv.cli.options import any_path, debug_option, digest_option
 from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars
 from trt_kv.cli.run_options import device_options, resource_options
-from trt_kv.cli.sampling_options import sampling_options
+from trt_kv.cli.sampling_options import model_defaults_option, sampling_options
 from trt_kv.errors import TrtKvError, UsageError
 from trt_kv.pipeline.chat import Conversation
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
@@ -29,18 +29,18 @@ MAX_NEW_TOKENS = 1024
 @click.argument("engine", type=any_path)
 @chat_options
 @sampling_options
+@model_defaults_option
 @resource_options
 @device_options
 @digest_option
 @debug_option
-@click.pass_context
 def command(
-    context: click.Context,
     *,
     engine: Path,
     system: str | None,
     of_template: dict[str, Any],
     sampling: dict[str, Any],
+    model_defaults: bool,
     resources: ResourceChoice,
     on: DeviceChoice,
     digest: str | None,
@@ -58,10 +58,10 @@ def command(
     """
     from trt_kv.runtime.engine import Engine
 
-    if context.get_parameter_source("max_new_tokens") == click.core.ParameterSource.DEFAULT:
-        sampling |= {"max_new_tokens": MAX_NEW_TOKENS}
+    sampling = {"max_new_tokens": MAX_NEW_TOKENS} | sampling
     with progress_bars() as on_progress:
-        loaded = Engine.load(engine, digest=digest, on_progress=on_progress, **on.options, **resources.options())
+        options_of_load = {**on.options, **resources.options(), "model_defaults": model_defaults}
+        loaded = Engine.load(engine, digest=digest, on_progress=on_progress, **options_of_load)
     with loaded:
         conversation = Conversation(loaded, system=system, sampling=sampling, of_template=of_template)
         session = Session(conversation, write=lambda text: click.echo(text, nl=False), say=lambda text: say(text, err=True))

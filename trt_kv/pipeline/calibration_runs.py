@@ -18,7 +18,7 @@ from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policy import Policy
 from trt_kv.presets import is_bundled
-from trt_kv.program import PHASES, Program, program_of
+from trt_kv.program import PHASES, Program, program_of_model
 from trt_kv.prompt_tokens import prompt_tokens
 from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score
 
@@ -42,6 +42,7 @@ def recipe_from_prompts(
     """The recipe that ``policy`` needs, found on the prompts of ``plan``."""
     from trt_kv.calibration.prefixkv import calibrate_prefixkv
 
+    _check_decides(checkpoint, policy)
     _tell_what_prompts(checkpoint, plan, on_note)
     prompts = _calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS)
     longest = max(len(ids) for ids in prompts)
@@ -59,6 +60,7 @@ def recipe_from_prompts(
         source=plan.source,
         seed=plan.seed,
         protected=Protected(sinks=policy.sinks, recent=policy.recent),
+        windowed_layers=checkpoint.config.windowed_layers,
         on_sample=lambda done, total: on_progress("calibrating", done, total),
     )
 
@@ -79,6 +81,8 @@ def drift_from_prompts(
     """
     from trt_kv.calibration.drift import calibrate_drift
 
+    _check_decides(checkpoint, policy)
+    policy = policy.applied_to(checkpoint.config.windows)
     _tell_what_prompts(checkpoint, plan, on_note)
     prompts = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens), new_tokens=drift.new_tokens)
     kept_shares = recipe.kept if recipe is not None else None
@@ -96,6 +100,18 @@ def drift_from_prompts(
     )
     _tell_prompts_without_choice(thresholds, layer_budgets(policy, checkpoint.config.n_layers, kept_shares), on_note)
     return thresholds
+
+
+def _check_decides(checkpoint: "Checkpoint", policy: Policy) -> None:
+    """``UsageError`` if every layer keeps its attention window, or all of its tokens."""
+    applied = policy.applied_to(checkpoint.config.windows)
+    if not (applied.evicts or applied.recalls):
+        raise UsageError(
+            f"policy {policy.name!r} decides nothing in {checkpoint.name}, so there is nothing to calibrate",
+            got="an attention window in every layer that is not exempt",
+            expected="a layer that attends to all tokens",
+            fix="build the engine without a recipe or thresholds",
+        )
 
 
 def _tell_prompts_without_choice(drift: Drift, budgets: Sequence[LayerBudget], on_note: OnNote) -> None:
@@ -124,7 +140,7 @@ def importance_of(
 ) -> "Importance":
     """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the same scoring ops as at run time.
 
-    It computes the score of the recipe for ``policy`` (``recipe_score``) in every layer.
+    It computes the score of the recipe for ``policy`` (``recipe_score``) in every layer without an attention window.
     """
     from trt_kv.runtime.backends.host.runner import host_runner
     from trt_kv.runtime.backends.host.store import HostKvPool
@@ -207,16 +223,8 @@ def _tell_what_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, on_note:
 def _programs(
     checkpoint: "Checkpoint", policy: Policy, page_size: int, kept_shares: Sequence[float] | None = None
 ) -> Mapping[str, Program]:
-    config = checkpoint.config
     return {
-        phase: program_of(
-            policy,
-            phase=phase,
-            n_layers=config.n_layers,
-            scale=config.head_dim**-0.5,
-            page_size=page_size,
-            kept_shares=kept_shares,
-        )
+        phase: program_of_model(checkpoint.config, policy, phase=phase, page_size=page_size, kept_shares=kept_shares)
         for phase in PHASES
     }
 
@@ -267,16 +275,14 @@ def _calibration_prompts(
 
 def _encoded(checkpoint: "Checkpoint", tokenizer: "Tokenizer", prompts: "Sequence[str | ChatPrompt]") -> list[list[int]]:
     """Token ids of prompts; conversations are rendered with the checkpoint's chat template, and no token is added to those."""
-    found, chat = [], None
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            found.append(prompt_tokens(tokenizer, prompt))
-            continue
-        if chat is None:
-            templates = chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError)
-            chat = ChatEncoder(tokenizer, templates)
-        found.append(chat.token_ids(prompt.messages, prompt.options))
-    return found
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) == len(prompts):
+        return [prompt_tokens(tokenizer, text) for text in texts]
+    chat = ChatEncoder(tokenizer, chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError))
+    return [
+        prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else chat.token_ids(prompt.messages, prompt.options)
+        for prompt in prompts
+    ]
 
 
 def _synthetic_prompts(tokenizer: "Tokenizer", plan: CalibrationPlan, n_words: int, limit: int) -> list[list[int]]:
