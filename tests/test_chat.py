@@ -24,8 +24,11 @@ from trt_kv import AsyncEngine, Engine, SamplingParams
 from trt_kv.cli.chat_session import Session, StopChat
 from trt_kv.engine_files import file_records
 from trt_kv.errors import EngineError, UsageError
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.manifest import load_manifest
-from trt_kv.pipeline import Conversation
+from trt_kv.pipeline import CalibrationPlan, Conversation
+from trt_kv.pipeline.calibration_runs import _tell_what_prompts
+from trt_kv.pipeline.tokenizer_notes import tokenizer_notes
 from trt_kv.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -322,6 +325,27 @@ def test_calibration_prompts_may_be_conversations(run: Run, checkpoint: Path, en
     assert "has no chat template" in err
 
 
+def test_what_a_build_says_about_the_tokenizer_and_its_prompts(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(checkpoint, copy)
+    for flags, expected in (
+        ({}, []),
+        ({"add_bos_token": True, "add_eos_token": False}, []),
+        ({"add_bos_token": False}, ["add_bos_token false, but tokenizer.json puts a token in front of a prompt"]),
+        ({"add_eos_token": True}, ["add_eos_token true, but tokenizer.json puts no token behind a prompt"]),
+    ):
+        config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+        (copy / "tokenizer_config.json").write_text(json.dumps(config | flags))
+        assert [note.partition(":")[0] for note in tokenizer_notes(open_checkpoint(copy))] == ["note"] * len(expected)
+        assert all(wanted in note for wanted, note in zip(expected, tokenizer_notes(open_checkpoint(copy)), strict=True))
+    code, _, err = run("build", "--checkpoint", copy, "--policy", "full", "--out", "engine")
+    assert code == 0
+    assert "puts no token behind a prompt" in err
+    notes: list[str] = []
+    _tell_what_prompts(open_checkpoint(copy), CalibrationPlan(), notes.append)
+    assert 'conversations, {"messages": [...]}' in notes[0]
+
+
 def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(folder: Path) -> None:
     """In a terminal: the answer is interrupted in the middle, the conversation goes on, and Ctrl-C at the prompt ends it."""
     main, terminal = pty.openpty()
@@ -346,7 +370,7 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(folder: Path) -> None:
         os.write(main, b"hello\n")
         wait_for(b"hello\r\n", b"//.")
         process.send_signal(signal.SIGINT)
-        wait_for(b"> ", b"//.")
+        wait_for(b"[stopped]", b"//.")
         os.write(main, b"/policy\n")
         wait_for(b"policy snapkv", b"//.")
         wait_for(b"> ", b"policy snapkv")
