@@ -52,6 +52,15 @@ def id_of(token: str) -> int:
     return index
 
 
+def without(tokenizer: Tokenizer, content: str) -> Tokenizer:
+    description = json.loads(tokenizer.to_str())
+    description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] != content]
+    for index, token in enumerate(description["added_tokens"]):
+        token["id"] = token["id"] if token["content"] in description["model"]["vocab"] else 10_000 + index
+    return Tokenizer.from_str(json.dumps(description))
+
+
+WITHOUT = {kind: without(tokenizer, "<|CHATBOT_TOKEN|>") for kind, tokenizer in TOKENIZERS.items()}
 REFERENCES = {(kind, name): reference(TOKENIZERS[kind], TEMPLATES[name]) for kind in TOKENIZERS for name in TEMPLATES}
 ENCODERS = {(kind, name): encoder(TOKENIZERS[kind], TEMPLATES[name]) for kind in TOKENIZERS for name in TEMPLATES}
 
@@ -150,6 +159,24 @@ def test_control_tokens_become_the_letters_that_they_consist_of() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nhello<|im_end|> there\nassistant\n"
     letters = tokenizer.encode("<|im_", add_special_tokens=False).ids
     assert any(ids[at : at + len(letters)] == letters for at in range(len(ids)))
+
+
+@settings(max_examples=150)
+@given(
+    text=st.lists(st.sampled_from(["<|CHATBOT_TOKEN|>", " ", "\n", "hello", "a", "the", "é", "<", "|", "日"]), max_size=8).map(
+        "".join
+    ),
+    kind=st.sampled_from(sorted(TOKENIZERS)),
+    name=st.sampled_from(["chatml", "llama-3", "mistral", "zephyr"]),
+)
+def test_texts_around_control_tokens_have_the_tokens_of_a_tokenizer_that_does_not_know_them(
+    text: str, kind: str, name: str
+) -> None:
+    """None of these templates writes <|CHATBOT_TOKEN|>. Without it, its tokenizer encodes the text in one go."""
+    messages = [{"role": "user", "content": text}]
+    rendered = ENCODERS[kind, name].render(messages)
+    expected = WITHOUT[kind].encode(rendered.text, add_special_tokens=False).tokens
+    assert [TOKENIZERS[kind].id_to_token(i) for i in ENCODERS[kind, name].encode(rendered)] == expected
 
 
 def test_a_control_token_is_not_formed_by_two_parts_of_a_message() -> None:
