@@ -17,6 +17,7 @@ from trt_kv.pipeline.plans import TargetPlan
 from trt_kv.pipeline.reproduce import command_line_of, is_built
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.pipeline.sources import open_source
+from trt_kv.presets import preset
 from trt_kv.profiles import DEFAULT as DEFAULT_PROFILE
 from trt_kv.profiles import build_profile
 from trt_kv.recipe import Recipe
@@ -81,7 +82,7 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
         dtype=target.dtype or "float32",
         page_size=target.page_size,
         tensorrt=options,
-        model_source=request.source.checkpoint or f"bundled {request.source.model}",
+        model_source=request.source.checkpoint or preset(request.source.model).origin,
         reproduce=command_line_of(request),
     )
     with _pictures(recipe, drift) as pictures:

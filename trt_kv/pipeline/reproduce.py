@@ -30,6 +30,7 @@ def build_words(request: BuildRequest) -> list[str]:
     drift, plan, target = request.drift, request.calibration, request.target
     words: list[str | Path | int | float] = ["build", "--model", source.model]
     words += ["--checkpoint", source.checkpoint] if source.checkpoint else []
+    words += ["--context", source.context] if source.context is not None else []
     words += ["--policy", policy.name]
     words += ["--budget", policy.kept] if policy.budget in SHARED_BUDGETS and recipe is None else []
     words += ["--score", policy.score] if policy.evicts else []
