@@ -16,6 +16,7 @@ from tests.device_steps import CHANGES, PAGE_SIZE, SHARES
 from tests.engines import build_for_test, recipe_for
 from tests.interpreted import prepare
 from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.huggingface import HuggingFaceCheckpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_without_floor
 from trt_kv.runtime.backends.devices import DeviceOptions
@@ -28,13 +29,24 @@ CHUNK, N_NEW = 20, 3
 COMPOSED: dict[str, dict[str, Any]] = {
     "freekv": CHANGES["freekv"],
     "freekv-recipe": CHANGES["freekv"] | {"budget": "recipe", "kept": 0.6, "tokens": 0, "exempt_layers": (0,)},
+    "freekv-windows": CHANGES["freekv"],
 }
 """The cache on the host: working sets of one size; and by a recipe, beside a layer that stays on the device."""
+WINDOWS: dict[str, Any] = {"windows": (0, 9, 0), "attention_soft_cap": 1.5}
+"""Fields of the configs of engines whose names end so: a window that pages of 5 tokens do not divide, and a soft cap."""
+
+
+def with_windows(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the fields ``WINDOWS`` in its config."""
+    assert isinstance(checkpoint, HuggingFaceCheckpoint)
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **WINDOWS))
 
 
 def build(name: str, checkpoint: Checkpoint, folder: Path, *, dtype: str = "float32") -> Path:
     """The engine of a preset whose prompts of some tens of tokens have something to lose, or of a composed policy."""
-    changes = COMPOSED.get(name, CHANGES.get(name, {}))
+    changes = COMPOSED.get(name, CHANGES.get(name.removesuffix("-windows"), {}))
+    if name.endswith("-windows"):
+        checkpoint = with_windows(checkpoint)
     policy = dataclasses.replace(policy_without_floor(name.partition("-")[0]), **changes)
     recipe = recipe_for(checkpoint, SHARES, budget=policy.kept) if policy.needs_recipe else None
     request = EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe, page_size=PAGE_SIZE, dtype=dtype)

@@ -29,7 +29,7 @@ from trt_kv.runtime.loading import LoadOptions
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import RequestSize
 
-POLICIES = ("full", "prefixkv_paper", "refreekv", "freekv", "freekv-recipe")
+POLICIES = ("full", "prefixkv_paper", "refreekv", "freekv", "freekv-recipe", "h2o-windows", "freekv-windows")
 CPU = torch.device("cpu")
 POSITIONS = 128
 """Of the small checkpoint."""
