@@ -193,8 +193,7 @@ def test_windows_leave_memory_to_the_other_layers(folder_of: Callable[[str], Pat
     assert planned(manifest, free_device=10**12).n_pages == 2 * -(-8 * POSITIONS // 5) + 8 * 9
     assert planned(manifest, free_device=2 * page_bytes * (2 * 100 + 8 * 9)).n_pages == 2 * 100 + 8 * 9
     assert planned(manifest, free_device=2 * page_bytes * 3 * 7).n_pages == 3 * 7
-    windows = {"windows": (9, 20, 9)}
-    alone = dataclasses.replace(manifest, config=dataclasses.replace(manifest.config, **windows))
+    alone = dataclasses.replace(manifest, config=dataclasses.replace(manifest.config, windows=(9, 20, 9)))
     programs = {phase: program_of_model(alone.config, alone.policy, phase=phase, page_size=5) for phase in PHASES}
     alone = dataclasses.replace(alone, programs=programs)
     assert planned(alone, free_device=10**12).largest.table_width == -(-(19 + 4 + 32) // 5)
