@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from torch import Tensor
-from torch.nn import functional
 
-from tests.checkpoints import SAMPLES, spell_rope_the_old_way, write_checkpoint
+from tests.checkpoints import FAMILY_SAMPLES, SAMPLES, spell_rope_the_old_way, write_checkpoint
+from tests.dense_reference import ContiguousCache, decoder_steps, transformers_steps
 from trt_kv.decoder import Decoder
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
@@ -29,42 +27,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(n_threads)
 
 
-class ContiguousCache:
-    """Plain attention over everything seen so far, one sequence; an ``Attend``."""
-
-    def __init__(self) -> None:
-        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        if layer in self.kv:
-            k_NKD, v_NKD = torch.cat((self.kv[layer][0], k_NKD)), torch.cat((self.kv[layer][1], v_NKD))
-        self.kv[layer] = (k_NKD, v_NKD)
-        n_new, n_cached = q_NHD.shape[0], k_NKD.shape[0]
-        causal = torch.ones(n_new, n_cached, dtype=torch.bool).tril(n_cached - n_new)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_NHD, k_NKD, v_NKD))
-        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
-        return attended.squeeze(0).transpose(0, 1)
-
-
-def decoder_steps(decoder: Decoder, prompt: Tensor, tokens: list[int]) -> Iterator[Tensor]:
-    """Logits ``[R, V]`` of the prompt's rows, then of each token of ``tokens``."""
-    cache = ContiguousCache()
-    positions = torch.arange(len(prompt))
-    yield decoder(prompt, positions, positions, cache)
-    for step, token in enumerate(tokens):
-        yield decoder(torch.tensor([token]), torch.tensor([len(prompt) + step]), torch.tensor([0]), cache)
-
-
-def transformers_steps(folder: Path, prompt: Tensor, n_steps: int) -> Iterator[Tensor]:
-    """The same from transformers, which also chooses the tokens greedily."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    output = model(prompt[None], use_cache=True)
-    yield output.logits[0]
-    for _ in range(n_steps):
-        output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
-        yield output.logits[0]
-
-
 @torch.no_grad()
 def assert_parity(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
@@ -77,7 +39,7 @@ def assert_parity(folder: Path) -> None:
     torch.testing.assert_close(torch.cat(got), torch.cat(expected), atol=ATOL, rtol=0.0)
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("sample", [*SAMPLES, *FAMILY_SAMPLES])
 def test_logits_and_greedy_tokens_equal_those_of_transformers(sample: str, tmp_path: Path) -> None:
     assert_parity(write_checkpoint(tmp_path, sample))
 
@@ -99,13 +61,13 @@ def test_the_bundled_checkpoint_has_parity() -> None:
     assert_parity(preset("llama3").bundled_folder)
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("sample", [*SAMPLES, "gemma3", "olmo2", "phi3"])
 def test_on_the_meta_device_a_decoder_allocates_nothing_and_names_every_weight(sample: str, tmp_path: Path) -> None:
     config = open_checkpoint(write_checkpoint(tmp_path, sample)).config
     with torch.device("meta"):
         decoder = Decoder(config)
     assert all(parameter.is_meta for parameter in decoder.parameters())
-    assert not decoder.frequencies.is_meta
+    assert not decoder.rotary.frequencies.is_meta
     assert {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()} == config.tensor_shapes()
 
 
@@ -113,8 +75,8 @@ def test_on_the_meta_device_a_decoder_allocates_nothing_and_names_every_weight(s
 def test_logits_come_only_for_the_rows_asked_for_and_in_their_order(tmp_path: Path) -> None:
     decoder = decoder_from_checkpoint(open_checkpoint(write_checkpoint(tmp_path)))
     ids, positions, rows = torch.arange(3, 14), torch.arange(11), torch.tensor([7, 2])
-    every = decoder(ids, positions, positions, ContiguousCache())
-    torch.testing.assert_close(decoder(ids, positions, rows, ContiguousCache()), every[rows], atol=ATOL, rtol=0.0)
+    every = decoder(ids, positions, positions, ContiguousCache(decoder.config))
+    torch.testing.assert_close(decoder(ids, positions, rows, ContiguousCache(decoder.config)), every[rows], atol=ATOL, rtol=0.0)
 
 
 def test_weights_that_already_have_the_dtype_stay_memory_mapped(tmp_path: Path) -> None:

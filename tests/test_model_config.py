@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from trt_kv.errors import CheckpointError
-from trt_kv.hf_config import ARCHITECTURES, model_config_from_hf
+from trt_kv.families import family_from_name, family_names
+from trt_kv.hf_config import model_config_from_hf
 from trt_kv.model_config import ModelConfig, RopeConfig
+from trt_kv.unsupported_models import REFUSALS
 
 LLAMA3_SCALING = {
     "factor": 8.0,
@@ -46,6 +48,19 @@ def read(**changes: Any) -> ModelConfig:
     """The Llama 3.1 8B config with ``changes``; ``...`` removes a field."""
     data = {**LLAMA_3_1_8B, **changes}
     return model_config_from_hf({name: value for name, value in data.items() if value is not ...}, source="config.json")
+
+
+NEEDED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+"""Fields that trt-kv does not guess for every family."""
 
 
 def read_qwen(**changes: Any) -> ModelConfig:
@@ -144,15 +159,28 @@ def test_dynamic_rope_is_plain_rope_within_the_context() -> None:
     assert read(rope_scaling={"rope_type": "dynamic", "factor": 4.0}).rope == read(rope_scaling=None).rope
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_defaults_of_every_architecture_are_those_of_transformers(name: str) -> None:
-    theirs = transformers.AutoConfig.for_model(name, **({"sliding_window": None} if name == "mistral" else {}))
-    data = {**json.loads(theirs.to_json_string(use_diff=False)), "architectures": [ARCHITECTURES[name].class_name]}
-    ours = model_config_from_hf(data, source="config.json")
+@pytest.mark.parametrize("name", family_names())
+@pytest.mark.parametrize("whole", [True, False], ids=["every-field", "fields-that-differ"])
+def test_defaults_of_every_family_are_those_of_transformers(name: str, whole: bool) -> None:
+    theirs = transformers.AutoConfig.for_model(name)
+    data = json.loads(theirs.to_json_string(use_diff=not whole))
+    needed = {} if whole else {size: getattr(theirs, size) for size in NEEDED if hasattr(theirs, size)}
+    if not whole and not family_from_name(name).derives_head_dim:
+        needed["head_dim"] = theirs.head_dim
+    ours = model_config_from_hf({**needed, **data, "architectures": None}, source="config.json")
     assert ours.head_dim == getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.n_kv_heads == theirs.num_key_value_heads
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    ropes = theirs.rope_parameters
+    assert ours.rope.theta == ropes.get("full_attention", ropes)["rope_theta"]
+    if ours.local_rope is not None:
+        assert ours.local_rope.theta == ropes["sliding_attention"]["rope_theta"]
     assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    types = getattr(theirs, "layer_types", None) or []
+    sliding = [layer for layer in range(ours.n_layers) if "sliding_attention" in types[layer : layer + 1]]
+    assert list(ours.windowed_layers) == (list(range(ours.n_layers)) if name == "mistral" else sliding)
+    assert set(ours.windows) <= {0, getattr(theirs, "sliding_window", 0)}
 
 
 @pytest.mark.parametrize(
@@ -222,71 +250,133 @@ def test_impossible_values_are_refused(changes: dict[str, Any], message: str) ->
         read(**changes)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "longrope", "mrope", None])
-def test_unknown_rope_types_are_refused_and_the_known_ones_listed(kind: str | None) -> None:
-    with pytest.raises(CheckpointError, match=rf"type {kind!r}\n.*'default', 'linear', 'llama3'"):
+@pytest.mark.parametrize("kind", ["mrope", None, 3])
+def test_unknown_rope_types_are_refused_and_the_known_ones_listed(kind: object) -> None:
+    with pytest.raises(CheckpointError, match=rf"type {kind!r}\n.*'default', 'linear', 'llama3', 'yarn'"):
         read(rope_scaling={"rope_type": kind, "factor": 4.0})
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]},
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
         {"architectures": ["LlamaForSequenceClassification"]},
         {"model_type": ...},
+        {"model_type": ["llama"]},
     ],
 )
 def test_an_unknown_architecture_lists_the_known_ones(changes: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match=r"'llama'.*'mistral'.*'qwen2'.*'qwen3'"):
+    with pytest.raises(CheckpointError, match=r"'gemma2'.*'gemma3_text'.*'llama'.*'mistral'.*'olmo2'.*'qwen2'.*'smollm3'"):
         read(**changes)
 
 
-@pytest.mark.parametrize("window", [4096, ...])
-def test_mistral_with_a_window_smaller_than_its_context_is_refused(window: object) -> None:
-    with pytest.raises(CheckpointError) as refusal:
-        read_mistral(sliding_window=window, max_position_embeddings=32768)
-    assert refusal.value.got == "a window of 4096 tokens in a context of 32768"
-    assert '"max_position_embeddings": 4096' in str(refusal.value.fix)
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("mixtral", "mixture of experts"),
+        ("qwen3_moe", "mixture of experts"),
+        ("gpt_oss", "mixture of experts"),
+        ("deepseek_v3", "MLA"),
+        ("mamba", "recurrent, linear or hybrid"),
+        ("qwen3_next", "recurrent, linear or hybrid"),
+        ("gemma3", "vision or audio tower"),
+        ("qwen2_vl", "vision or audio tower"),
+        ("t5", "an encoder"),
+    ],
+)
+def test_other_architectures_are_refused_by_name_with_the_reason(name: str, why: str) -> None:
+    with pytest.raises(CheckpointError, match=why) as refusal:
+        read(model_type=name, architectures=["SomethingForCausalLM"])
+    assert name in str(refusal.value.got)
+    assert refusal.value.fix
 
 
-@pytest.mark.parametrize(("window", "context"), [(None, 32768), (4096, 4096), (32768, 4096)])
-def test_mistral_is_accepted_where_its_window_changes_nothing(window: int | None, context: int) -> None:
-    assert read_mistral(sliding_window=window, max_position_embeddings=context).max_positions == context
+def test_no_family_is_also_refused_by_name_and_no_name_is_refused_twice() -> None:
+    refused = [name for refusal in REFUSALS for name in refusal.model_types]
+    assert len(refused) == len(set(refused))
+    assert not set(refused) & set(family_names())
 
 
 @pytest.mark.parametrize(
-    ("changes", "slides"),
+    ("window", "context", "windows"),
+    [(4096, 32768, (4096,) * 32), (..., 32768, (4096,) * 32), (None, 32768, ()), (4096, 4096, ()), (32768, 4096, ())],
+)
+def test_every_layer_of_mistral_has_its_window_if_that_is_shorter_than_the_context(
+    window: object, context: int, windows: tuple[int, ...]
+) -> None:
+    assert read_mistral(sliding_window=window, max_position_embeddings=context).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("changes", "sliding"),
     [
-        ({"use_sliding_window": False}, False),
-        ({}, False),
-        ({"use_sliding_window": True}, True),
-        ({"use_sliding_window": True, "max_window_layers": 32}, False),
-        ({"use_sliding_window": True, "sliding_window": None}, False),
-        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 32}, False),
-        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 31 + ["sliding_attention"]}, True),
+        ({"use_sliding_window": False}, []),
+        ({}, []),
+        ({"use_sliding_window": True}, [28, 29, 30, 31]),
+        ({"use_sliding_window": True, "max_window_layers": ...}, [28, 29, 30, 31]),
+        ({"use_sliding_window": True, "max_window_layers": 32}, []),
+        ({"use_sliding_window": True, "sliding_window": None}, []),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 32}, []),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 31 + ["sliding_attention"]}, [31]),
     ],
 )
-def test_qwen_is_refused_exactly_where_some_layer_slides_inside_the_context(changes: dict[str, Any], slides: bool) -> None:
-    changes = {"sliding_window": 4096, "max_window_layers": 28, **changes}
-    if slides:
-        with pytest.raises(CheckpointError, match="sliding-window attention"):
-            read_qwen(**changes)
-    else:
-        assert read_qwen(**changes).qkv_bias
+def test_the_layers_of_qwen_that_slide_have_windows(changes: dict[str, Any], sliding: list[int]) -> None:
+    config = read_qwen(**{"sliding_window": 4096, "max_window_layers": 28, **changes})
+    assert list(config.windowed_layers) == sliding
+    assert set(config.windows) <= {0, 4096}
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention"]}, "a type for each of 32 layers"),
+        ({"layer_types": ["linear_attention"] * 32}, "layers that trt-kv does not support"),
+        ({"sliding_window": 0}, "'sliding_window' in config.json has a bad value"),
+    ],
+)
+def test_impossible_layers_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_qwen(use_sliding_window=True, **changes)
+
+
+ROPE_FIELDS: tuple[str, ...] = (
+    "rope_type",
+    "factor",
+    "rope_theta",
+    "short_factor",
+    "long_factor",
+    "full_attention",
+    "mscale",
+    "truncate",
+)
+ROPE_FIELDS += ("beta_fast", "attention_factor", "partial_rotary_factor", "original_max_position_embeddings")
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["llama3", 10**400]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_type", "factor", "rope_theta"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from(["llama3", "yarn", "longrope", "proportional", 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(ROPE_FIELDS), inner),
     max_leaves=5,
 )
 
 
-@pytest.mark.parametrize("field", [*LLAMA_3_1_8B, "rope_parameters", "head_dim", "layer_types"])
+FAMILY_FIELDS: tuple[str, ...] = (
+    "partial_rotary_factor",
+    "sliding_window",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "no_rope_layers",
+)
+FAMILY_FIELDS += ("attn_logit_softcapping", "embedding_multiplier", "original_max_position_embeddings", "text_config")
+
+
+@pytest.mark.parametrize("field", [*LLAMA_3_1_8B, "rope_parameters", "head_dim", "layer_types", *FAMILY_FIELDS])
 @settings(max_examples=50)
-@given(value=JSON_VALUES, qwen=st.booleans())
-def test_any_json_in_any_field_is_read_or_refused_but_never_a_crash(field: str, value: object, qwen: bool) -> None:
-    other = {"model_type": "qwen2", "architectures": None, "use_sliding_window": True} if qwen else {}
+@given(value=JSON_VALUES, family=st.sampled_from([None, *family_names(), "gemma3"]))
+def test_any_json_in_any_field_is_read_or_refused_but_never_a_crash(field: str, value: object, family: str | None) -> None:
+    other = {} if family is None else {"model_type": family, "architectures": None, "use_sliding_window": True}
     try:
         read(**{**other, field: value})
     except CheckpointError:
@@ -327,7 +417,7 @@ def test_json_round_trip(kv_heads: int, group: int, half_head: int, biases: tupl
     [
         ({"rope": None}, r"model config\.rope is not a JSON object"),
         ({"more": 1}, "unknown fields"),
-        ({"rope": {"theta": 1.0}}, "lacks fields"),
+        ({"rope": {"kind": "default"}}, "lacks fields"),
         ({"n_layers": 3.0}, r"n_layers has the wrong type"),
         ({"n_layers": 10**9}, "n_layers is too large"),
         ({"tie_embeddings": 0}, "tie_embeddings has the wrong type"),

@@ -4,45 +4,21 @@ Shapes: N tokens of a step over all sequences, H query heads, K KV heads, D head
 Submodules have the names that Hugging Face gives them, so that the state dict has the names of a checkpoint's tensors.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trt_kv.model_config import ModelConfig, RopeConfig
+from trt_kv.model_config import ModelConfig
+from trt_kv.rotation import RotaryEmbedding, Rotation, rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``attend(layer, q[N,H,D], k[N,K,D], v[N,K,D]) -> [N,H,D]``: cache k and v, attend over the layer's cache.
 
-q and k are rotated (and normed, where the architecture does that) but not scaled: scores are ``q @ k / sqrt(D)``.
+q and k are rotated (and normed, where the architecture does that) but not scaled: scores are ``config.scale * q @ k``, soft
+capped and within the layer's window, if the config has those.
 """
-
-
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Angle per position of each channel pair, ``[D/2]`` fp32 radians, always on the CPU.
-
-    ``llama3`` (Llama 3.1 release): wavelengths above ``original / low_freq_factor`` are divided by ``factor``, those below
-    ``original / high_freq_factor`` stay, and in between the two are blended linearly in 1 / wavelength.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
-    frequencies = 1.0 / (rope.theta**exponents)
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    if rope.kind == "default":
-        return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    turns = rope.original_max_positions / wavelengths
-    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0.0, 1.0)
-    return (1 - kept) * frequencies / rope.factor + kept * frequencies
-
-
-def rotate(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-    """Rotate channel d with channel d + D/2 of every head (the Hugging Face layout); cos and sin are ``[N, D/2]``."""
-    low, high = x_NHD.chunk(2, dim=-1)
-    cos, sin = cos_ND.unsqueeze(1), sin_ND.unsqueeze(1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -58,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Projections, head norms and rotation around the caller's ``attend``."""
+    """Projections, norms of queries and keys, and rotation around the caller's ``attend``."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -69,46 +45,74 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.norms_heads = config.qk_norm_over == "head"
+        sizes = (config.head_dim, config.head_dim) if self.norms_heads else (q_width, kv_width)
+        self.q_norm = RMSNorm(sizes[0], config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(sizes[1], config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        attended = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        output: Tensor = self.o_proj(attended.flatten(-2))
+    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+        q, k = self._heads(self.q_proj(x), self.q_norm), self._heads(self.k_proj(x), self.k_norm)
+        v = self._heads(self.v_proj(x), None)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        output: Tensor = self.o_proj(attend(self.layer, q, k, v).flatten(-2))
         return output
+
+    def _heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
+        """``[N, H * D]`` as normed heads ``[N, H, D]``."""
+        if norm is not None and not self.norms_heads:
+            projected = norm(projected)
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        normed: Tensor = norm(heads) if norm is not None and self.norms_heads else heads
+        return normed
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward (Shazeer 2020)."""
+    """Gated feed-forward (Shazeer 2020): SwiGLU, or GEGLU with the tanh approximation of GELU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        gate = functional.silu(gate) if self.activation == "silu" else functional.gelu(gate, approximate="tanh")
+        output: Tensor = self.down_proj(gate * self.up_proj(x))
         return output
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm transformer block."""
+    """One transformer block. Its norms have Hugging Face's names, which depend on where the norms are."""
+
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+    pre_feedforward_layernorm: RMSNorm
+    post_feedforward_layernorm: RMSNorm
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        for name in config.norm_names:
+            setattr(self, name, RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self.norms = config.norms
+        self.residual_scale = config.residual_scale
         self.self_attn = SelfAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return output
+    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+        if self.norms == "pre":
+            x = x + self._scaled(self.self_attn(self.input_layernorm(x), rotation, attend))
+            return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
+        before = self.norms == "pre_and_post"
+        attended = self.self_attn(self.input_layernorm(x) if before else x, rotation, attend)
+        x = x + self._scaled(self.post_attention_layernorm(attended))
+        output = self.mlp(self.pre_feedforward_layernorm(x) if before else x)
+        return x + self._scaled(self.post_feedforward_layernorm(output))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
 
 
 class Backbone(nn.Module):
@@ -128,14 +132,16 @@ class Decoder(nn.Module):
     shapes of ``config.tensor_shapes()``.
     """
 
-    frequencies: Tensor
+    embedding_scale: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Backbone(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer("frequencies", rope_frequencies(config.rope, config.head_dim), persistent=False)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+        self.local_rotary = None if config.local_rope is None else RotaryEmbedding(config.local_rope, config.head_dim)
+        self.register_buffer("embedding_scale", torch.tensor(config.embedding_scale, device="cpu"), persistent=False)
 
     def forward(self, input_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: Attend) -> Tensor:
         """Logits ``[R, V]`` of the rows ``logit_rows`` of this step's tokens.
@@ -143,10 +149,19 @@ class Decoder(nn.Module):
         ``input_ids[N]``, ``positions[N]`` (true absolute positions) and ``logit_rows[R]`` are int64. ``attend`` is called once
         per layer, in order.
         """
+        config = self.config
         x = self.model.embed_tokens(input_ids)
-        angles = positions.float().unsqueeze(-1) * self.frequencies
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, attend)
+        if config.embedding_scale != 1.0:
+            x = x * self.embedding_scale.to(x.dtype)  # rounded to the compute type, as transformers does for Gemma
+        rotation = self.rotary(positions, x.dtype)
+        local = rotation if self.local_rotary is None else self.local_rotary(positions, x.dtype)
+        for layer, block in enumerate(self.model.layers):
+            own = local if layer in config.local_rope_layers else rotation
+            x = block(x, None if layer in config.unrotated_layers else own, attend)
         x = self.model.norm(x.index_select(0, logit_rows))
-        return functional.linear(x, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        logits = functional.linear(x, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        if config.logit_scale != 1.0:
+            logits = logits * config.logit_scale
+        if config.logit_soft_cap:
+            logits = config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
+        return logits

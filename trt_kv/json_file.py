@@ -94,20 +94,28 @@ def dataclass_from_json(cls: type[T], data: object, *, where: str, error: ErrorT
         raise error(f"{where} lacks fields", got=f"missing {missing}", expected=sorted(hints), fix="make the file again")
     if unknown:
         raise error(f"{where} has unknown fields", got=unknown, expected=sorted(hints), fix="update trt-kv")
-    return cls(**{name: _value(hint, data[name], f"{where}.{name}", error) for name, hint in hints.items() if name in data})
+    return cls(
+        **{
+            name: _value(hint, data[name], f"{where}.{name}", error, with_defaults)
+            for name, hint in hints.items()
+            if name in data
+        }
+    )
 
 
-def _value(hint: Any, value: object, where: str, error: ErrorType) -> Any:
+def _value(hint: Any, value: object, where: str, error: ErrorType, with_defaults: bool) -> Any:
     """``value`` as the annotated type ``hint``, or ``error``."""
     if isinstance(hint, types.UnionType):
         (inner,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
-        return None if value is None else _value(inner, value, where, error)
+        return None if value is None else _value(inner, value, where, error, with_defaults)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise error(f"{where} is not a list", got=_shown(value), expected="a list in brackets")
-        return tuple(_value(typing.get_args(hint)[0], item, f"{where}[{index}]", error) for index, item in enumerate(value))
+        item_hint = typing.get_args(hint)[0]
+        return tuple(_value(item_hint, item, f"{where}[{i}]", error, with_defaults) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
-        return dataclass_from_json(typing.cast(type[Any], hint), value, where=where, error=error)
+        cls = typing.cast(type[Any], hint)
+        return dataclass_from_json(cls, value, where=where, error=error, with_defaults=with_defaults)
     if typing.get_origin(hint) is typing.Literal:
         if value not in typing.get_args(hint):
             raise error(f"{where} is unknown", got=_shown(value), expected=f"one of {', '.join(typing.get_args(hint))}")

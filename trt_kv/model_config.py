@@ -4,51 +4,38 @@ Read from a Hugging Face ``config.json`` by ``trt_kv.hf_config``; kept in engine
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from trt_kv.errors import CheckpointError, UsageError
 from trt_kv.json_file import dataclass_from_json
+from trt_kv.rope_config import LARGEST_SIZE, RopeConfig
 
-RopeKind = Literal["default", "linear", "llama3"]
-ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3")
-LARGEST_SIZE = 2**24
-"""Of anything that a config counts: several times what any model has, so that no file makes a program of a billion layers."""
+__all__ = ["LARGEST_SIZE", "ModelConfig", "RopeConfig"]
+
+Activation = Literal["silu", "gelu_tanh"]
+Norms = Literal["pre", "pre_and_post", "post"]
+QkNorm = Literal["head", "projection"]
+
+_NORM_NAMES: dict[Norms, tuple[str, ...]] = {
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "pre_and_post": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding: base ``theta`` and how its frequencies are rescaled for contexts beyond training.
-
-    ``factor`` belongs to ``linear`` and ``llama3``; the last three to ``llama3`` only.
-    """
-
-    theta: float
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ROPE_KINDS:
-            raise CheckpointError("unsupported RoPE type", got=repr(self.kind), expected="one of " + ", ".join(ROPE_KINDS))
-        for field in ("theta", "factor"):
-            if not getattr(self, field) > 0.0:
-                raise CheckpointError(f"RoPE {field} must be positive", got=getattr(self, field), expected="a number > 0")
-        if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0.0:
-            raise CheckpointError(
-                "RoPE type llama3 has invalid frequency factors",
-                got=f"low_freq_factor {self.low_freq_factor}, high_freq_factor {self.high_freq_factor}",
-                expected="0 < low_freq_factor < high_freq_factor",
-            )
-        if self.kind == "llama3" and not 1 <= self.original_max_positions <= LARGEST_SIZE:
-            raise CheckpointError(
-                "RoPE type llama3 needs original_max_position_embeddings",
-                got=self.original_max_positions,
-                expected=f"an integer >= 1 and <= {LARGEST_SIZE}",
-            )
+def windows_within(windows: Sequence[int], context: int) -> tuple[int, ...]:
+    """Windows of each layer, in tokens, without those that no query in ``context`` positions notices; empty if none is left."""
+    noticed = tuple(window if window < context else 0 for window in windows)
+    return noticed if any(noticed) else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +48,12 @@ class ModelConfig:
     ``windows``: for each layer, how many tokens a query attends to at most, itself included; 0: all before it. Empty: no layer
     has a window. ``attention_scale``: factor on q @ k; 0: ``head_dim ** -0.5``. ``attention_soft_cap``: c of
     ``c * tanh(logit / c)`` on the scaled products; 0: none.
+
+    ``norms``: where a block has RMSNorms: before attention and MLP, before and after each, or only after them (before the
+    residual sum). ``qk_norm_over``: each head by itself, or all heads of the projection together. ``activation``: of the gated
+    MLP. ``embedding_scale``, ``residual_scale`` and ``logit_scale``: factors on embeddings, on what attention and MLP add, and
+    on logits. ``logit_soft_cap``: as ``attention_soft_cap``, on the scaled logits. ``local_rope``: of the layers
+    ``local_rope_layers`` instead of ``rope``. ``unrotated_layers``: those without RoPE.
     """
 
     architecture: str
@@ -84,6 +77,16 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     attention_scale: float = 0.0
     attention_soft_cap: float = 0.0
+    norms: Norms = "pre"
+    qk_norm_over: QkNorm = "head"
+    activation: Activation = "silu"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_soft_cap: float = 0.0
+    local_rope: RopeConfig | None = None
+    local_rope_layers: tuple[int, ...] = ()
+    unrotated_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -107,6 +110,8 @@ class ModelConfig:
                 "RoPE needs an even number of channels per head", got=f"head size {self.head_dim}", expected="an even head size"
             )
         self._check_attention()
+        self._check_ropes()
+        self._check_factors()
         stray = [
             token
             for token in (self.bos_token_id, *self.eos_token_ids)
@@ -128,9 +133,52 @@ class ModelConfig:
             raise CheckpointError(
                 "an attention window is out of range", got=list(self.windows), expected=f"tokens from 0 to {LARGEST_SIZE}"
             )
-        for field in ("attention_scale", "attention_soft_cap"):
-            if not 0.0 <= getattr(self, field) < math.inf:
-                raise CheckpointError(f"{field} is out of range", got=getattr(self, field), expected="a finite number >= 0")
+
+    def _check_factors(self) -> None:
+        for name in ("attention_scale", "attention_soft_cap", "logit_soft_cap"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise CheckpointError(f"{name} is out of range", got=getattr(self, name), expected="a finite number >= 0")
+        for name in ("embedding_scale", "residual_scale", "logit_scale"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise CheckpointError(f"{name} is out of range", got=getattr(self, name), expected="a finite number > 0")
+
+    def _check_ropes(self) -> None:
+        for field in ("local_rope_layers", "unrotated_layers"):
+            layers = getattr(self, field)
+            if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.n_layers for layer in layers):
+                raise CheckpointError(
+                    f"{field} are not layers of the model",
+                    got=list(layers),
+                    expected=f"increasing numbers below {self.n_layers}",
+                )
+        if (self.local_rope is None) != (not self.local_rope_layers):
+            raise CheckpointError(
+                "the second RoPE and its layers must both be there",
+                got=f"{self.local_rope} for layers {list(self.local_rope_layers)}",
+                expected="local_rope if and only if there are local_rope_layers",
+            )
+        self.rope.check_head(self.head_dim)
+        if self.local_rope is not None:
+            self.local_rope.check_head(self.head_dim)
+
+    def within(self, context: int) -> "ModelConfig":
+        """This model with at most ``context`` positions. A RoPE with factors for short and long contexts then uses those of
+        that context, and windows that are no shorter than it are gone. Raises ``UsageError`` unless ``context`` is from 1 to
+        ``max_positions``.
+        """
+        if not 1 <= context <= self.max_positions:
+            raise UsageError(
+                "the context is out of range",
+                got=context,
+                expected=f"--context from 1 to {self.max_positions}, the model's own",
+            )
+        return dataclasses.replace(
+            self,
+            max_positions=context,
+            rope=self.rope.within(context),
+            local_rope=None if self.local_rope is None else self.local_rope.within(context),
+            windows=windows_within(self.windows, context),
+        )
 
     @property
     def scale(self) -> float:
@@ -141,6 +189,11 @@ class ModelConfig:
     def windowed_layers(self) -> tuple[int, ...]:
         """The layers that have a window. They keep it whatever the policy."""
         return tuple(layer for layer, window in enumerate(self.windows) if window)
+
+    @property
+    def norm_names(self) -> tuple[str, ...]:
+        """The RMSNorms of a block, in order, under Hugging Face's names."""
+        return _NORM_NAMES[self.norms]
 
     @property
     def group_size(self) -> int:
@@ -177,13 +230,14 @@ class ModelConfig:
             "mlp.up_proj": (self.intermediate_size, hidden, self.mlp_bias),
             "mlp.down_proj": (hidden, self.intermediate_size, self.mlp_bias),
         }
-        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in self.norm_names}
         for name, (n_out, n_in, bias) in linears.items():
             shapes[f"{name}.weight"] = (n_out, n_in)
             if bias:
                 shapes[f"{name}.bias"] = (n_out,)
         if self.qk_norm:
-            shapes |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+            sizes = (self.head_dim, self.head_dim) if self.qk_norm_over == "head" else (q_width, kv_width)
+            shapes |= {"self_attn.q_norm.weight": sizes[:1], "self_attn.k_norm.weight": sizes[1:]}
         return shapes
 
     def to_json(self) -> dict[str, Any]:
@@ -191,7 +245,9 @@ class ModelConfig:
 
         Fields of ``_ADDED`` that have their default are left out, so that digests of older models stay the same.
         """
-        data = {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        data = {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids), "rope": self.rope.to_json()}
+        if self.local_rope is not None:
+            data["local_rope"] = self.local_rope.to_json()
         return {name: value for name, value in data.items() if name not in _ADDED or value != _ADDED[name]}
 
     @classmethod
@@ -200,5 +256,8 @@ class ModelConfig:
         return dataclass_from_json(cls, data, where="the model config", error=CheckpointError, with_defaults=True)
 
 
-_ADDED: dict[str, Any] = {"windows": (), "attention_scale": 0.0, "attention_soft_cap": 0.0}
-"""Fields that the first version did not have, and their defaults."""
+_ADDED: dict[str, Any] = {
+    field.name: field.default
+    for field in itertools.dropwhile(lambda field: field.name != "windows", dataclasses.fields(ModelConfig))
+}
+"""Fields that the first version did not have, which begin with ``windows``, and their defaults."""

@@ -6,10 +6,12 @@ from types import ModuleType
 from trt_kv.errors import MissingDependencyError
 
 # By import name, as in pyproject.toml; a test compares the two.
-BASE = ("click", "numba", "numpy", "onnxruntime", "rich", "tokenizers")
+BASE = ("click", "jinja2", "numba", "numpy", "onnxruntime", "rich", "tokenizers")
 EXTRAS = {
     "build": ("huggingface_hub", "matplotlib", "onnx", "onnxscript", "safetensors", "torch"),
+    "gguf": ("gguf", "transformers"),
     "gpu": ("torch", "triton"),
+    "smollm2": ("gguf", "transformers"),
 }
 # Packages that no extra installs, because only some machines can use them.
 SEPARATE = ("tensorrt", "tensorrt_rtx")

@@ -1,6 +1,5 @@
 """A checkpoint folder in Hugging Face layout, opened only if its files are consistent."""
 
-import hashlib
 import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -11,12 +10,15 @@ from typing import Any
 import torch
 
 from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoints.base import QuantizedBlocks
+from trt_kv.export.checkpoints.config_digest import digest_of_arithmetic
 from trt_kv.export.checkpoints.quantized.schemes import scheme_from_hf
 from trt_kv.export.checkpoints.quantized.tensors import assembled
 from trt_kv.export.checkpoints.safetensors_file import StoredTensor, read_safetensors_header
 from trt_kv.export.checkpoints.tensor_matching import matched, some
 from trt_kv.hf_config import model_config_from_hf, token_ids_from_hf
 from trt_kv.model_config import ModelConfig
+from trt_kv.weight_sources import WeightSource, stored_shapes, weight_sources
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -33,33 +35,38 @@ TOKENIZER_FILES = (
 """Files, or patterns of their names, that are copied into an engine."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_NOT_ARITHMETIC = ("bos_token_id", "eos_token_ids", "max_positions")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceCheckpoint:
     """A validated folder in Hugging Face layout, which ``location`` names: a ``Checkpoint``.
 
-    ``eos_token_ids`` are those of ``config.json`` and of ``generation_config.json``.
+    ``eos_token_ids`` are those of ``config.json`` and of ``generation_config.json``. ``stored``: the tensors that hold the
+    decoder's weights, by the names of ``trt_kv.weight_sources``.
     """
 
     location: Path
     config: ModelConfig
     eos_token_ids: tuple[int, ...]
     stored: Mapping[str, StoredTensor]
+    revision: str | None = None
 
     @property
     def name(self) -> str:
-        """The folder's name; a hub snapshot is named after its repository."""
-        cache_name = self.location.parent.parent.name
+        """The folder's name; a hub snapshot is named after its repository, with the ``revision`` that was asked for."""
+        name, cache_name = self.location.name, self.location.parent.parent.name
         if self.location.parent.name == "snapshots" and cache_name.startswith("models--"):
-            return cache_name.removeprefix("models--").replace("--", "/", 1)
-        return self.location.name
+            name = cache_name.removeprefix("models--").replace("--", "/", 1)
+        return name if self.revision is None else f"{name}@{self.revision}"
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """The weights that the decoder uses, in ``config.tensor_shapes()`` order."""
-        return tuple(self.stored)
+        return tuple(self.config.tensor_shapes())
+
+    @cached_property
+    def _sources(self) -> Mapping[str, WeightSource]:
+        return weight_sources(self.config)
 
     @property
     def tokenizer_file(self) -> Path:
@@ -78,8 +85,7 @@ class HuggingFaceCheckpoint:
 
         The same for single-file and sharded copies. Reads every weight once.
         """
-        config = {key: value for key, value in self.config.to_json().items() if key not in _NOT_ARITHMETIC}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        digest = digest_of_arithmetic(self.config)
         for name, tensor in sorted(self.stored.items()):
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
             for chunk in tensor.chunks():
@@ -87,17 +93,24 @@ class HuggingFaceCheckpoint:
         return f"sha256:{digest.hexdigest()}"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One weight in its stored dtype, memory-mapped: bytes are read on use. A quantised one in fp32.
+        """One weight in its stored dtype, memory-mapped: bytes are read on use. Quantised weights, and norms that are stored
+        without the 1 to which they are added, are fp32.
 
         Raises ``CheckpointError`` if the file has changed since the checkpoint was opened.
         """
-        return self.stored[name].read()
+        source = self._sources[name]
+        tensor = self.stored[source.name].read()[source.first_row : source.first_row + source.n_rows]
+        return tensor.float() + source.offset if source.offset else tensor
+
+    def quantized(self, name: str) -> QuantizedBlocks | None:
+        """None: safetensors hold values, no blocks."""
+        return None
 
 
-def open_huggingface(folder: Path) -> HuggingFaceCheckpoint:
+def open_huggingface(folder: Path, *, revision: str | None = None) -> HuggingFaceCheckpoint:
     """Open and check the checkpoint in ``folder``; raises ``CheckpointError`` naming the first inconsistent file.
 
-    Weights are not read, only their headers.
+    Weights are not read, only their headers. ``revision``: of the hub's repository, for its name.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -115,6 +128,7 @@ def open_huggingface(folder: Path) -> HuggingFaceCheckpoint:
         config=config,
         eos_token_ids=_eos_token_ids(folder, config),
         stored=matched(folder, config, stored),
+        revision=revision,
     )
     _check_tokenizer(folder, config)
     return checkpoint
@@ -152,7 +166,7 @@ def _stored_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor
     if (folder / SINGLE_FILE).exists():
         return read_safetensors_header(folder / SINGLE_FILE)
     if (folder / INDEX_FILE).exists():
-        return _sharded_tensors(folder, needed=config.tensor_shapes())
+        return _sharded_tensors(folder, needed=stored_shapes(config))
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     raise CheckpointError(

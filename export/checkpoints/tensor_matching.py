@@ -11,10 +11,13 @@ from trt_kv.export.checkpoints.quantized.tensors import QuantizedTensor
 from trt_kv.export.checkpoints.safetensors_file import WEIGHT_DTYPES, StoredTensor
 from trt_kv.model_config import ModelConfig
 from trt_kv.require import require
+from trt_kv.weight_sources import stored_shapes
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 _BASE_PREFIX = "model."
+_WRAPPERS = {"language_model.": "", "model.language_model.": "model."}
+"""What names of a wrapped text model begin with, in older and newer versions of transformers, and what without the wrapper."""
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.\w+|(self_)?attn\.(masked_)?bias|masked_bias)")
 """RoPE tables and causal masks that older versions of transformers saved; both are computed from the config."""
 _ROWS = 4096
@@ -22,9 +25,9 @@ _N_SHOWN = 4
 
 
 def matched(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors the decoder needs, in its order; missing, unexpected or differently shaped tensors are an error."""
-    shapes = config.tensor_shapes()
-    stored = _with_base_prefix(stored)
+    """The tensors that hold the decoder's weights, in its order; an error if one is missing, unexpected or of another shape."""
+    shapes = stored_shapes(config)
+    stored = _with_base_prefix(_unwrapped(stored))
     missing = [name for name in shapes if name not in stored]
     extra = [name for name in stored if name not in shapes and not _is_redundant(folder, config, stored, name)]
     if missing or extra:
@@ -45,6 +48,17 @@ def some(names: list[str]) -> str:
         return "nothing"
     more = f" and {len(names) - _N_SHOWN} more" if len(names) > _N_SHOWN else ""
     return ", ".join(names[:_N_SHOWN]) + more
+
+
+def _unwrapped(stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """Tensors of a text model that was saved inside its wrapper for images and text, without a vision tower."""
+    for prefix, instead in _WRAPPERS.items():
+        if prefix + EMBEDDING.removeprefix(instead) in stored:
+            return {
+                instead + name.removeprefix(prefix) if name.startswith(prefix) else name: tensor
+                for name, tensor in stored.items()
+            }
+    return stored
 
 
 def _with_base_prefix(stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:

@@ -61,19 +61,31 @@ debug_option = click.option(
 
 
 def model_options(command: CommandFunction) -> CommandFunction:
-    """Add --model and --checkpoint; ``command`` receives ``source``, a ``ModelSource``."""
+    """Add --model, --checkpoint and --context; ``command`` receives ``source``, a ``ModelSource``."""
 
     @click.option(
-        "--model", default="llama3", show_default=True, metavar="NAME", help=f"Model preset: one of {', '.join(PRESETS)}."
+        "--model",
+        default="llama3",
+        show_default=True,
+        metavar="NAME",
+        help=f"Model preset: one of {', '.join(PRESETS)}; see trt-kv models.",
     )
     @click.option(
         "--checkpoint",
-        metavar="FOLDER|ID",
-        help="Hugging Face checkpoint: a folder, or a hub id. Without it the preset's bundled checkpoint is used.",
+        metavar="PATH|ID",
+        help="Any other checkpoint, instead of --model: a folder in Hugging Face layout, a .gguf file, or a hub id "
+        "OWNER/NAME[@REVISION][:FILE.gguf].",
+    )
+    @click.option(
+        "--context",
+        type=int,
+        metavar="POSITIONS",
+        help="Longest text, in tokens. Default, and most: the model's own. A RoPE with factors for short and long contexts "
+        "takes those of this one.",
     )
     @functools.wraps(command)
-    def collected(*, model: str, checkpoint: str | None, **others: Any) -> None:
-        command(source=ModelSource(model=model, checkpoint=checkpoint or None), **others)
+    def collected(*, model: str, checkpoint: str | None, context: int | None, **others: Any) -> None:
+        command(source=ModelSource(model=model, checkpoint=checkpoint or None, context=context), **others)
 
     return collected
 

@@ -6,6 +6,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from trt_kv.chat.encoder import ChatEncoder
+from trt_kv.chat.templates import chat_templates
+from trt_kv.chat.turns import text_end_ids
 from trt_kv.drift import ALWAYS, Drift, drift_settings
 from trt_kv.errors import CheckpointError, UsageError
 from trt_kv.layer_budget import LayerBudget, layer_budgets
@@ -15,7 +18,7 @@ from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policy import Policy
 from trt_kv.presets import is_bundled
-from trt_kv.program import PHASES, Program, program_of
+from trt_kv.program import PHASES, Program, program_of_model
 from trt_kv.prompt_tokens import prompt_tokens
 from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from trt_kv.calibration.drift import Trace, TraceOf
     from trt_kv.calibration.prefixkv import Importance
+    from trt_kv.calibration.prompt_files import ChatPrompt
     from trt_kv.export.checkpoints.base import Checkpoint
 
 CALIBRATION_TOKENS = 1024
@@ -38,6 +42,7 @@ def recipe_from_prompts(
     """The recipe that ``policy`` needs, found on the prompts of ``plan``."""
     from trt_kv.calibration.prefixkv import calibrate_prefixkv
 
+    _check_decides(checkpoint, policy)
     _tell_what_prompts(checkpoint, plan, on_note)
     prompts = _calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS)
     longest = max(len(ids) for ids in prompts)
@@ -55,6 +60,7 @@ def recipe_from_prompts(
         source=plan.source,
         seed=plan.seed,
         protected=Protected(sinks=policy.sinks, recent=policy.recent),
+        windowed_layers=checkpoint.config.windowed_layers,
         on_sample=lambda done, total: on_progress("calibrating", done, total),
     )
 
@@ -75,6 +81,8 @@ def drift_from_prompts(
     """
     from trt_kv.calibration.drift import calibrate_drift
 
+    _check_decides(checkpoint, policy)
+    policy = policy.applied_to(checkpoint.config.windows)
     _tell_what_prompts(checkpoint, plan, on_note)
     prompts = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens), new_tokens=drift.new_tokens)
     kept_shares = recipe.kept if recipe is not None else None
@@ -92,6 +100,18 @@ def drift_from_prompts(
     )
     _tell_prompts_without_choice(thresholds, layer_budgets(policy, checkpoint.config.n_layers, kept_shares), on_note)
     return thresholds
+
+
+def _check_decides(checkpoint: "Checkpoint", policy: Policy) -> None:
+    """``UsageError`` if every layer keeps its attention window, or all of its tokens."""
+    applied = policy.applied_to(checkpoint.config.windows)
+    if not (applied.evicts or applied.recalls):
+        raise UsageError(
+            f"policy {policy.name!r} decides nothing in {checkpoint.name}, so there is nothing to calibrate",
+            got="an attention window in every layer that is not exempt",
+            expected="a layer that attends to all tokens",
+            fix="build the engine without a recipe or thresholds",
+        )
 
 
 def _tell_prompts_without_choice(drift: Drift, budgets: Sequence[LayerBudget], on_note: OnNote) -> None:
@@ -120,7 +140,7 @@ def importance_of(
 ) -> "Importance":
     """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the same scoring ops as at run time.
 
-    It computes the score of the recipe for ``policy`` (``recipe_score``) in every layer.
+    It computes the score of the recipe for ``policy`` (``recipe_score``) in every layer without an attention window.
     """
     from trt_kv.runtime.backends.host.runner import host_runner
     from trt_kv.runtime.backends.host.store import HostKvPool
@@ -174,6 +194,7 @@ def drift_trace_of(
         n_query_heads=config.n_heads,
     )
     programs = _programs(checkpoint, dataclasses.replace(policy, drift="fixed", tau=ALWAYS), page_size, kept_shares)
+    end_ids = text_end_ids(checkpoint.eos_token_ids, checkpoint.tokenizer_files, vocab_size=config.vocab_size)
     recorder = DriftRecorder(kernel("RecallAttention", "cpu"))
     kernels = {"RecallAttention": recorder}
     steps = SplitStepExecutor(TorchDecoderExecutor(_decoder(checkpoint)), programs, kernels=kernels)
@@ -181,7 +202,7 @@ def drift_trace_of(
 
     def trace_of(token_ids: Sequence[int]) -> "Trace":
         n_steps = min(new_tokens, config.max_positions - len(token_ids))
-        continue_greedily(runner, token_ids, n_steps, checkpoint.eos_token_ids)
+        continue_greedily(runner, token_ids, n_steps, end_ids)
         return recorder.taken()
 
     return trace_of
@@ -202,16 +223,8 @@ def _tell_what_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, on_note:
 def _programs(
     checkpoint: "Checkpoint", policy: Policy, page_size: int, kept_shares: Sequence[float] | None = None
 ) -> Mapping[str, Program]:
-    config = checkpoint.config
     return {
-        phase: program_of(
-            policy,
-            phase=phase,
-            n_layers=config.n_layers,
-            scale=config.head_dim**-0.5,
-            page_size=page_size,
-            kept_shares=kept_shares,
-        )
+        phase: program_of_model(checkpoint.config, policy, phase=phase, page_size=page_size, kept_shares=kept_shares)
         for phase in PHASES
     }
 
@@ -245,11 +258,12 @@ def _calibration_prompts(
     tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
     if plan.prompts is None:
         return _synthetic_prompts(tokenizer, plan, bundled_tokens, limit - min(new_tokens, limit // 2))
-    texts = prompts_from_file(plan.prompts)
-    texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
-    prompts = [prompt_tokens(tokenizer, text) for text in texts]
-    for text, ids in zip(texts, prompts, strict=True):
+    given = prompts_from_file(plan.prompts)
+    given = random.Random(plan.seed).sample(given, min(plan.samples, len(given)))
+    prompts = _encoded(checkpoint, tokenizer, given)
+    for prompt, ids in zip(given, prompts, strict=True):
         if len(ids) > limit:
+            text = prompt if isinstance(prompt, str) else prompt.messages[-1].get("content", "")
             raise UsageError(
                 "a calibration prompt is longer than the model's positions",
                 got=f"{len(ids)} tokens: {text[:40]!r}...",
@@ -257,6 +271,18 @@ def _calibration_prompts(
                 fix=f"shorten it in {plan.prompts}, or remove it",
             )
     return prompts
+
+
+def _encoded(checkpoint: "Checkpoint", tokenizer: "Tokenizer", prompts: "Sequence[str | ChatPrompt]") -> list[list[int]]:
+    """Token ids of prompts; conversations are rendered with the checkpoint's chat template, and no token is added to those."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) == len(prompts):
+        return [prompt_tokens(tokenizer, text) for text in texts]
+    chat = ChatEncoder(tokenizer, chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError))
+    return [
+        prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else chat.token_ids(prompt.messages, prompt.options)
+        for prompt in prompts
+    ]
 
 
 def _synthetic_prompts(tokenizer: "Tokenizer", plan: CalibrationPlan, n_words: int, limit: int) -> list[list[int]]:

@@ -22,13 +22,20 @@ TARGETS = ("onnxruntime", "tensorrt")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where the weights come from: the preset ``model``, or ``checkpoint`` (a folder or a hub id) read as that preset."""
+    """Where the weights come from: ``checkpoint`` (a folder, a .gguf file, or a hub id ``owner/name[@revision][:file.gguf]``),
+    and without one the preset ``model``, which is not read otherwise.
+
+    ``context``: the positions of the engine; None: the model's own.
+    """
 
     model: str
     checkpoint: str | None = None
+    context: int | None = None
 
     def __post_init__(self) -> None:
         preset(self.model)
+        if self.context is not None and self.context < 1:
+            raise UsageError("the context is below 1", got=f"--context {self.context}", expected="--context >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
