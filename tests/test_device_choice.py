@@ -100,6 +100,17 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     assert np.abs(counts / 4000 - probabilities).max() < 0.03
 
 
+@pytest.mark.gpu
+def test_on_the_gpu_tokens_are_chosen_as_on_the_cpu() -> None:
+    """Few tokens, so that no random number lies between two sums that are rounded differently."""
+    rng = np.random.default_rng(5)
+    logits = torch.from_numpy((3 * rng.standard_normal((64, 97))).astype(np.float32))
+    for one in (Choice(), Choice(temperature=0.8), Choice(temperature=0.8, top_k=9, top_p=0.8, min_p=0.05)):
+        choices = [dataclasses.replace(one, uniform=float(uniform)) for uniform in rng.random(64)]
+        found = chosen_tokens(logits.cuda(), logits.cuda().argmax(1), choices)
+        assert torch.equal(found.cpu(), chosen_tokens(logits, logits.argmax(1), choices))
+
+
 class Choosing(SplitStepExecutor):
     """The host's executor, which chooses as a device does and forgets the logits."""
 
