@@ -1,5 +1,6 @@
 """Tokens chosen on the device: those that the host chooses from the same logits with the same random numbers."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
