@@ -4,7 +4,7 @@ Sizes are pairwise distinct; rows are whole numbers of blocks of 32.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from tokenizers import Tokenizer
 
 from tests.sample_tokenizers import TOKENIZERS
 
-N_LAYERS = 2
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 160,
-    "num_hidden_layers": N_LAYERS,
+    "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -40,6 +39,7 @@ class Sample:
     """A model of transformers, and what the converter makes of it. ``architecture``: llama.cpp's name.
 
     ``fields``: of ``config.json`` beyond ``SIZES``. ``metadata``: the converter's keys for them, without the architecture.
+    ``norm_offset``: what the converter adds to norms. ``extra``: tensors that are no weights.
     """
 
     model_type: str
@@ -47,6 +47,8 @@ class Sample:
     fields: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     interleaved: bool = False
+    norm_offset: float = 0.0
+    extra: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 SAMPLES = {
@@ -76,6 +78,120 @@ SAMPLES = {
         architecture="qwen3",
         fields={"head_dim": 32},
         metadata={"attention.key_length": 32, "attention.value_length": 32},
+    ),
+    "gemma2": Sample(
+        model_type="gemma2",
+        architecture="gemma2",
+        fields={"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24, "attn_logit_softcapping": 20.0},
+        metadata={
+            "attention.key_length": 32,
+            "attention.value_length": 32,
+            "attention.sliding_window": 24,
+            "attn_logit_softcapping": 20.0,
+            "final_logit_softcapping": 30.0,
+        },
+        norm_offset=1.0,
+    ),
+    "gemma3": Sample(
+        model_type="gemma3_text",
+        architecture="gemma3",
+        fields={
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        metadata={
+            "attention.key_length": 32,
+            "attention.value_length": 32,
+            "attention.sliding_window": 24,
+            "rope.freq_base": 1000000.0,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        },
+        norm_offset=1.0,
+    ),
+    "phi3": Sample(
+        model_type="phi3",
+        architecture="phi3",
+        fields={"sliding_window": 40, "partial_rotary_factor": 0.75, "pad_token_id": 0},
+        metadata={"attention.sliding_window": 40, "rope.dimension_count": 12},
+    ),
+    "phi3-longrope": Sample(
+        model_type="phi3",
+        architecture="phi3",
+        fields={
+            "sliding_window": None,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75],
+                "long_factor": [1.0, 1.5, 2.25, 3.0, 4.5, 6.0, 8.25, 9.0],
+                "original_max_position_embeddings": 64,
+            },
+        },
+        metadata={
+            "attention.sliding_window": 0,
+            "rope.dimension_count": 16,
+            "rope.scaling.original_context_length": 64,
+            "rope.scaling.attn_factor": 1.0801234497346435,
+        },
+        extra={
+            "rope_factors_short.weight": [1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75],
+            "rope_factors_long.weight": [1.0, 1.5, 2.25, 3.0, 4.5, 6.0, 8.25, 9.0],
+        },
+    ),
+    "smollm3": Sample(
+        model_type="smollm3",
+        architecture="smollm3",
+        fields={"rope_theta": 5000.0, "num_hidden_layers": 5, "pad_token_id": 0},
+        metadata={"block_count": 5, "rope.freq_base": 5000.0, "rope.dimension_count": 16},
+        interleaved=True,
+    ),
+    "granite": Sample(
+        model_type="granite",
+        architecture="granite",
+        fields={
+            "attention_multiplier": 0.25,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+        },
+        metadata={
+            "attention.scale": 0.25,
+            "embedding_scale": 12.0,
+            "residual_scale": 0.5,
+            "logit_scale": 8.0,
+            "rope.dimension_count": 16,
+        },
+        interleaved=True,
+    ),
+    "olmo2": Sample(
+        model_type="olmo2", architecture="olmo2", fields={"rope_theta": 5000.0}, metadata={"rope.freq_base": 5000.0}
+    ),
+    "qwen2-yarn": Sample(
+        model_type="qwen2",
+        architecture="qwen2",
+        fields={
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+        metadata={
+            "rope.freq_base": 10000.0,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+        },
     ),
 }
 
@@ -140,7 +256,7 @@ def sample_metadata(sample: Sample) -> Metadata:
 def converted_weights(sample: Sample, model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
     """The model's weights with the converter's names, and its order of the rows of q and k. Tied weights once."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[sample.architecture], N_LAYERS)
+    names = gguf.get_tensor_name_map(kinds[sample.architecture], model.config.num_hidden_layers)
     weights = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
@@ -152,8 +268,8 @@ def converted_weights(sample: Sample, model: transformers.PreTrainedModel) -> di
             values = interleaved(values, SIZES["num_attention_heads"])
         if sample.interleaved and ".k_proj" in name:
             values = interleaved(values, SIZES["num_key_value_heads"])
-        weights[stored] = values
-    return weights
+        weights[stored] = values + sample.norm_offset if stored.endswith("norm.weight") else values
+    return weights | {name: np.array(values, dtype=np.float32) for name, values in sample.extra.items()}
 
 
 def interleaved(values: np.ndarray, n_heads: int) -> np.ndarray:

@@ -28,7 +28,9 @@ from tests.gguf_files import (
     write_sample,
 )
 from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoints.gguf_families import FAMILIES
 from trt_kv.export.checkpoints.gguf_file import open_gguf
+from trt_kv.export.checkpoints.gguf_metadata import ModelFacts
 from trt_kv.export.checkpoints.huggingface import open_huggingface
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
@@ -56,6 +58,8 @@ def test_a_file_has_the_config_and_the_weights_of_its_model(name: str, tmp_path:
         fields["architecture"] = "mistral"
     assert fields.pop("eos_token_ids") == [2, 4]
     wanted.pop("eos_token_ids")
+    factor = fields["rope"].pop("attention_factor", 1.0)  # of LongRoPE: stored as float32
+    assert factor == pytest.approx(wanted["rope"].pop("attention_factor", 1.0), rel=1e-6)
     assert fields == wanted
     assert got.tensor_names == expected.tensor_names
     for tensor in got.tensor_names:
@@ -142,7 +146,7 @@ def test_other_quantisations_are_read_as_transformers_reads_them(scheme: str, tm
         write()
     (tensor,) = read_gguf_header(tmp_path / "a.gguf").tensors.values()
     shape = (7, 3 * n_items)
-    values = StoredRows(tensor=tensor, shape=shape, stored_shape=shape).values()
+    values = StoredRows(tensor=tensor, shape=shape).values()
     expected = dequant.dequantize(torch.from_numpy(blocks.reshape(-1)), int(kind)).reshape(shape)
     assert values.isfinite().all()
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
@@ -266,7 +270,10 @@ def test_files_of_old_converters_have_defaults(tmp_path: Path) -> None:
         ({"tokenizer.ggml.model": "rwkv"}, ["rwkv", "gpt2"]),
         ({"tokenizer.ggml.pre": "deepseek-coder"}, ["deepseek-coder", "llama-bpe"]),
         ({"ARCH.expert_count": 8}, ["mixture of experts"]),
-        ({"ARCH.rope.scaling.type": "su"}, ["su"]),
+        ({"ARCH.attn_logit_softcapping": 30.0}, ["llama.attn_logit_softcapping 30.0"]),
+        ({"ARCH.logit_scale": 0.5, "ARCH.use_parallel_residual": True}, ["logit_scale 0.5", "use_parallel_residual"]),
+        ({"ARCH.rope.scaling.type": "su"}, ["rope.scaling.type 'su'", "yarn"]),
+        ({"ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.yarn_log_multiplier": 0.1}, ["DeepSeek"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -319,7 +326,7 @@ def test_llama3_rope_is_found_from_its_stored_divisors(
     factor: float, positions: int, size_and_theta: tuple[int, float]
 ) -> None:
     """The settings found give the same divisors; where a frequency is blended, also the same original context."""
-    from trt_kv.export.checkpoints.gguf_config import llama3_settings
+    from trt_kv.export.checkpoints.gguf_rope import llama3_settings
 
     size, theta = size_and_theta
     stored = llama3_divisors(factor=factor, positions=positions, size=size, theta=theta)
@@ -327,6 +334,42 @@ def test_llama3_rope_is_found_from_its_stored_divisors(
     assert found is not None
     again = llama3_divisors(factor=found["factor"], positions=found["original_max_position_embeddings"], size=size, theta=theta)
     np.testing.assert_allclose(again, stored, rtol=2e-4)
+
+
+def test_a_window_makes_a_llama_a_mistral(tmp_path: Path) -> None:
+    """As in its config.json: a file of the first Mistral whose converter wrote the window."""
+    config = open_gguf(write_sample(tmp_path / "a.gguf", "mistral", changes={"ARCH.attention.sliding_window": 24})).config
+    assert (config.architecture, config.windows) == ("mistral", (24, 24))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "scale"), [("gemma2", 46, 4608, 144), ("gemma3", 62, 5376, 168), ("gemma2", 42, 3584, 256)]
+)
+def test_the_largest_gemmas_scale_attention_by_their_width(name: str, layers: int, width: int, scale: int) -> None:
+    """Which no GGUF file says: the rule of llama.cpp."""
+    n_heads = 16 if width == 3584 else 32
+    fields = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": n_heads, "head_dim": 256}
+    metadata = {f"{name}.attention.sliding_window": 4096}
+    facts = ModelFacts(path=Path("a.gguf"), metadata=metadata, architecture=name, tensor_names=())
+    assert FAMILIES[name].settings(facts, fields)["query_pre_attn_scalar"] == scale
+
+
+def test_fused_rows_keep_their_blocks(tmp_path: Path) -> None:
+    checkpoint = open_gguf(write_sample(tmp_path / "a.gguf", "phi3", scheme="Q4_1"))
+    for part in ("q_proj", "k_proj", "v_proj"):
+        name = f"model.layers.1.self_attn.{part}.weight"
+        found = checkpoint.quantized(name)
+        assert found is not None
+        assert found.shape == checkpoint.config.tensor_shapes()[name]
+        np.testing.assert_array_equal(dequantised(found.scheme, found.blocks), checkpoint.tensor(name).numpy())
+
+
+def test_one_of_the_factors_of_longrope_is_not_enough(tmp_path: Path) -> None:
+    sample = SAMPLES["phi3-longrope"]
+    weights = converted_weights(sample, sample_model(sample))
+    weights.pop("rope_factors_short.weight")
+    path = write_gguf(tmp_path / "a.gguf", weights, sample_metadata(sample), architecture="phi3")
+    assert "rope_factors_short.weight" in str(refusal(path).got)
 
 
 def test_rope_divisors_become_the_settings_of_llama3(tmp_path: Path) -> None:
