@@ -284,13 +284,16 @@ def write_gguf(
     weights: Mapping[str, np.ndarray],
     metadata: Mapping[str, Any],
     *,
-    architecture: str = "llama",
+    architecture: str | None = "llama",
     scheme: str = "F32",
     split: Mapping[str, int] | None = None,
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> Path:
-    """Write a GGUF file. Matrices are quantised by ``scheme``, vectors are float32."""
-    writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
+    """Write a GGUF file. Matrices are quantised by ``scheme``, vectors are float32. ``architecture`` None: of ``metadata``."""
+    writer = gguf.GGUFWriter(path, architecture or "llama", endianess=endianess)
+    if architecture is None:
+        writer.kv_data[0].pop("general.architecture")
+        metadata = {"general.architecture": "llama", **metadata}
     for key, value in metadata.items():
         _add(writer, key, value)
     for key, value in (split or {}).items():
@@ -312,6 +315,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     match value:
         case bool():
             writer.add_bool(key, value)
+        case int() if value < 0:
+            writer.add_int32(key, value)
         case int():
             writer.add_uint32(key, value)
         case float():

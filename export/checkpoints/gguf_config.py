@@ -1,7 +1,6 @@
 """A GGUF file's metadata as Hugging Face's ``config.json``."""
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -13,13 +12,12 @@ from trt_kv.export.checkpoints.gguf_rope import rope_fields
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
-_REQUIRED = {
+_SIZES = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "context_length": "max_position_embeddings",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 _THETA = 10000.0
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -56,10 +54,10 @@ _ARITHMETIC = (
 
 def family_of(facts: ModelFacts) -> GgufFamily:
     """The family of the file's architecture. Raises ``CheckpointError`` for one that is not supported."""
-    if facts.optional("expert_count"):
+    if facts.has_value("expert_count"):
         raise CheckpointError(
             f"{facts.path} holds a mixture of experts, which trt-kv does not support",
-            got=f"architecture {facts.architecture!r} with {facts.optional('expert_count')} experts",
+            got=f"architecture {facts.architecture!r} with {facts.integer('expert_count')} experts",
             expected="a dense decoder",
         )
     if facts.architecture not in FAMILIES:
@@ -74,13 +72,14 @@ def family_of(facts: ModelFacts) -> GgufFamily:
 def config_from_gguf(facts: ModelFacts, family: GgufFamily, tensors: dict[str, GgufTensor]) -> Fields:
     """The fields of ``config.json``. Raises ``CheckpointError`` for missing or contradictory metadata."""
     fields: Fields = {"model_type": family.model_type, "architectures": [family.class_name]}
-    fields |= {name: facts.required(key) for key, name in _REQUIRED.items()}
-    fields["num_key_value_heads"] = facts.optional("attention.head_count_kv") or fields["num_attention_heads"]
+    fields |= {name: facts.required_integer(key) for key, name in _SIZES.items()}
+    fields["rms_norm_eps"] = facts.required_number("attention.layer_norm_rms_epsilon")
+    fields["num_key_value_heads"] = facts.integer("attention.head_count_kv") or fields["num_attention_heads"]
     fields |= _head_fields(facts, fields)
-    fields["rope_theta"] = facts.optional("rope.freq_base") or _THETA
+    fields["rope_theta"] = facts.number("rope.freq_base") or _THETA
     fields["vocab_size"] = _vocab_size(facts, tensors)
     fields["tie_word_embeddings"] = OUTPUT not in tensors
-    fields["bos_token_id"] = facts.optional("tokenizer.ggml.bos_token_id", prefixed=False)
+    fields["bos_token_id"] = facts.integer("tokenizer.ggml.bos_token_id", prefixed=False)
     fields["eos_token_id"] = list(end_tokens(facts))
     fields |= rope_fields(facts, head_dim=fields["head_dim"], theta=fields["rope_theta"], tensors=tensors)
     _check_block_count(facts, tensors, fields["num_hidden_layers"])
@@ -90,7 +89,7 @@ def config_from_gguf(facts: ModelFacts, family: GgufFamily, tensors: dict[str, G
 
 def end_tokens(facts: ModelFacts) -> tuple[int, ...]:
     """The tokens that end a text: those that the metadata name, then control tokens with a well-known text."""
-    named = [facts.optional(f"tokenizer.ggml.{key}", prefixed=False) for key in _END_KEYS]
+    named = [facts.integer(f"tokenizer.ggml.{key}", prefixed=False) for key in _END_KEYS]
     kinds = facts.metadata.get("tokenizer.ggml.token_type")
     texts = facts.metadata.get("tokenizer.ggml.tokens") or []
     known = []
@@ -102,18 +101,18 @@ def end_tokens(facts: ModelFacts) -> tuple[int, ...]:
 def _head_fields(facts: ModelFacts, fields: Fields) -> Fields:
     """The size of a head, and which part of it is rotated if not all of it."""
     hidden, n_heads = fields["hidden_size"], fields["num_attention_heads"]
-    size, value_size = facts.optional("attention.key_length"), facts.optional("attention.value_length")
-    if size is None:
-        if type(n_heads) is not int or n_heads < 1 or hidden % n_heads:
+    size, value_size = facts.integer("attention.key_length"), facts.integer("attention.value_length")
+    if not size:
+        if hidden % n_heads:
             raise facts.contradiction("heads", f"{n_heads} heads of a hidden size of {hidden}", "heads of one size")
         size = hidden // n_heads
-    if value_size not in (None, size):
+    if value_size not in (None, 0, size):
         raise CheckpointError(
             f"{facts.path} has keys and values of different sizes, which trt-kv does not support",
             got=f"key_length {size}, value_length {value_size}",
             expected="equal sizes",
         )
-    rotated = facts.optional("rope.dimension_count") or size
+    rotated = facts.integer("rope.dimension_count") or size
     if rotated == size:
         return {"head_dim": size}
     share = rotated / size
@@ -131,7 +130,7 @@ def _vocab_size(facts: ModelFacts, tensors: dict[str, GgufTensor]) -> int:
         )
     if EMBEDDING not in tensors:
         raise CheckpointError(f"{facts.path} has no {EMBEDDING}", expected="the weights of a decoder")
-    n_rows, stated = tensors[EMBEDDING].shape[0], facts.optional("vocab_size")
+    n_rows, stated = tensors[EMBEDDING].shape[0], facts.integer("vocab_size")
     if len(tokens) != n_rows or stated not in (None, n_rows):
         raise facts.contradiction(
             "the size of the vocabulary",
@@ -142,18 +141,18 @@ def _vocab_size(facts: ModelFacts, tensors: dict[str, GgufTensor]) -> int:
 
 
 def _check_arithmetic(facts: ModelFacts, family: GgufFamily) -> None:
-    stray = [key for key in _ARITHMETIC if key not in family.reads and facts.optional(key)]
+    stray = [key for key in _ARITHMETIC if key not in family.reads and facts.has_value(key)]
     if stray:
         raise CheckpointError(
             f"{facts.path} has arithmetic that trt-kv does not know of a {facts.architecture} model",
-            got=", ".join(f"{facts.architecture}.{key} {facts.optional(key)}" for key in stray),
+            got=", ".join(f"{facts.architecture}.{key} {facts.metadata[f'{facts.architecture}.{key}']}" for key in stray),
             expected="none of these",
         )
 
 
-def _check_block_count(facts: ModelFacts, tensors: dict[str, GgufTensor], n_layers: Any) -> None:
+def _check_block_count(facts: ModelFacts, tensors: dict[str, GgufTensor], n_layers: int) -> None:
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
-    if blocks != {str(block) for block in range(n_layers)} if type(n_layers) is int and n_layers < 1 << 16 else True:
+    if n_layers != len(blocks) or blocks != {str(block) for block in range(n_layers)}:
         raise facts.contradiction(
             "the number of layers", f"block_count {n_layers}, tensors of {len(blocks)} layers", "as many layers as block_count"
         )

@@ -59,7 +59,7 @@ def _biases(facts: ModelFacts, _fields: Fields) -> Fields:
 
 def _llama(facts: ModelFacts, fields: Fields) -> Fields:
     """Mistral has llama.cpp's architecture "llama" too; a window is the only difference."""
-    window = facts.optional("attention.sliding_window")
+    window = facts.integer("attention.sliding_window")
     if not window:
         return _biases(facts, fields)
     return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
@@ -75,9 +75,9 @@ def _gemma(facts: ModelFacts, fields: Fields, *, largest: int) -> Fields:
     per_head = fields["hidden_size"] // fields["num_attention_heads"]
     return {
         "query_pre_attn_scalar": per_head if fields["num_hidden_layers"] == largest else fields["head_dim"],
-        "sliding_window": facts.required("attention.sliding_window"),
-        "attn_logit_softcapping": facts.optional("attn_logit_softcapping"),
-        "final_logit_softcapping": facts.optional("final_logit_softcapping"),
+        "sliding_window": facts.required_integer("attention.sliding_window"),
+        "attn_logit_softcapping": facts.number("attn_logit_softcapping"),
+        "final_logit_softcapping": facts.number("final_logit_softcapping"),
         "hidden_activation": "gelu_pytorch_tanh",
     }
 
@@ -87,18 +87,23 @@ def _gemma2(facts: ModelFacts, fields: Fields) -> Fields:
 
 
 def _gemma3(facts: ModelFacts, fields: Fields) -> Fields:
-    pattern, local_theta = facts.optional("attention.sliding_window_pattern"), facts.optional("rope.freq_base_swa")
+    """Of six layers five have a window, unless the file says of each layer whether it has."""
+    slides = facts.per_layer("attention.sliding_window_pattern")
+    pattern = 6 if slides is not None else facts.integer("attention.sliding_window_pattern")
+    types = None if slides is None else ["sliding_attention" if slide else "full_attention" for slide in slides]
+    local_theta = facts.number("rope.freq_base_swa")
     return {
         **_gemma(facts, fields, largest=62),
         "sliding_window_pattern": 6 if pattern is None else pattern,
+        "layer_types": types,
         "rope_local_base_freq": 10000.0 if local_theta is None else local_theta,
     }
 
 
 def _phi3(facts: ModelFacts, fields: Fields) -> Fields:
-    original = facts.optional("rope.scaling.original_context_length")
+    original = facts.integer("rope.scaling.original_context_length")
     return {
-        "sliding_window": facts.optional("attention.sliding_window") or None,
+        "sliding_window": facts.integer("attention.sliding_window") or None,
         "original_max_position_embeddings": fields["max_position_embeddings"] if original is None else original,
     }
 
@@ -111,10 +116,10 @@ def _smollm3(facts: ModelFacts, fields: Fields) -> Fields:
 def _granite(facts: ModelFacts, fields: Fields) -> Fields:
     return {
         **_biases(facts, fields),
-        "attention_multiplier": facts.optional("attention.scale") or fields["head_dim"] ** -0.5,
-        "embedding_multiplier": facts.optional("embedding_scale") or 1.0,
-        "residual_multiplier": facts.optional("residual_scale") or 1.0,
-        "logits_scaling": facts.optional("logit_scale") or 1.0,
+        "attention_multiplier": facts.number("attention.scale") or fields["head_dim"] ** -0.5,
+        "embedding_multiplier": facts.number("embedding_scale") or 1.0,
+        "residual_multiplier": facts.number("residual_scale") or 1.0,
+        "logits_scaling": facts.number("logit_scale") or 1.0,
     }
 
 

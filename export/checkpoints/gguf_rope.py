@@ -23,39 +23,39 @@ def rope_fields(facts: ModelFacts, *, head_dim: int, theta: float, tensors: Tens
 
     Raises ``CheckpointError`` for a scaling that ``config.json`` cannot express.
     """
-    kind, factor = facts.optional("rope.scaling.type"), facts.optional("rope.scaling.factor")
-    positions = facts.optional("rope.scaling.original_context_length")
+    kind, factor = facts.text("rope.scaling.type"), facts.number("rope.scaling.factor")
+    positions = facts.integer("rope.scaling.original_context_length")
     original = {} if positions is None else {"original_max_position_embeddings": positions}
     if LONG in tensors or SHORT in tensors:
         return {"rope_scaling": _longrope(facts, tensors), **original}
     if DIVISORS in tensors:
         return {"rope_scaling": _llama3(facts, head_dim, theta, tensors[DIVISORS])}
     if kind is None and factor is None:
-        factor = facts.optional("rope.scale_linear")
+        factor = facts.number("rope.scale_linear")
     if kind == "none" or (kind in (None, "linear") and factor in (None, 0.0, 1.0)):
         return {}
     if kind in (None, "linear"):
         return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
-    if kind == "yarn":
+    if kind == "yarn" and factor is not None:
         return {"rope_scaling": {"rope_type": kind, "factor": factor, **original, **_yarn(facts, factor)}}
     raise CheckpointError(
         f"{facts.path} scales its RoPE in a way that trt-kv does not know",
-        got=f"rope.scaling.type {kind!r}",
+        got=f"rope.scaling.type {kind!r}, factor {factor}",
         expected="none, linear or yarn, or a tensor with the divisors or factors of each frequency",
     )
 
 
 def _yarn(facts: ModelFacts, factor: float) -> Fields:
     """llama.cpp multiplies its attention factor by that of YaRN, where Hugging Face's replaces it."""
-    if facts.optional("rope.scaling.yarn_log_multiplier"):
+    if facts.number("rope.scaling.yarn_log_multiplier"):
         raise CheckpointError(
             f"{facts.path} scales its RoPE in a way that trt-kv does not know",
             got="rope.scaling.yarn_log_multiplier, of DeepSeek's models",
             expected="plain YaRN",
         )
     names = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
-    fields = {name: facts.optional(key) for key, name in names.items() if facts.optional(key) is not None}
-    attention = facts.optional("rope.scaling.attn_factor") or facts.optional("rope.scaling.yarn_attn_factor")
+    fields = {name: facts.number(key) for key, name in names.items() if facts.number(key) is not None}
+    attention = facts.number("rope.scaling.attn_factor") or facts.number("rope.scaling.yarn_attn_factor")
     if attention not in (None, 1.0):
         fields["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0)
     return fields
@@ -69,7 +69,7 @@ def _longrope(facts: ModelFacts, tensors: Tensors) -> Fields:
         )
     factors = {name: [float(str(value)) for value in tensors[name].read().view("<f4").reshape(-1)] for name in (LONG, SHORT)}
     scaling = {"rope_type": "longrope", "long_factor": factors[LONG], "short_factor": factors[SHORT]}
-    attention = facts.optional("rope.scaling.attn_factor")
+    attention = facts.number("rope.scaling.attn_factor")
     return scaling if attention is None else {**scaling, "attention_factor": attention}
 
 
