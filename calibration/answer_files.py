@@ -37,7 +37,10 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """An engine: its folder's name, the digest of its manifest (which contains those of all files), its model and policy."""
+    """An engine: its folder's name, the digest of its manifest (which contains those of all files), its model and policy.
+
+    ``windows``: each layer's attention window in tokens, 0 for none; empty: no layer has one.
+    """
 
     name: str
     digest: str
@@ -48,6 +51,12 @@ class EngineFacts:
     target: str
     dtype: str
     runs_on: str
+    windows: tuple[int, ...] = ()
+
+    @property
+    def applied_policy(self) -> Policy:
+        """What the policy decides in this model."""
+        return self.policy.applied_to(self.windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +115,7 @@ class Evaluation:
                 expected=f"a file made by `trt-kv evaluate --out`, format {FORMAT!r} {VERSION}",
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version", "finished", "summary")}
-        evaluation = dataclass_from_json(cls, fields, where="evaluation", error=ReportError)
+        evaluation = dataclass_from_json(cls, fields, where="evaluation", error=ReportError, with_defaults=True)
         expected = (evaluation.is_finished, summary_of(evaluation) if evaluation.is_finished else None)
         if (found := (data.get("finished"), data.get("summary"))) != expected:
             raise ReportError(f"{path}: the summary does not follow from the answers", got=found, fix="evaluate again")

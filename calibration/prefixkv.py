@@ -11,9 +11,9 @@ target, the remaining tokens are distributed one per layer and round, first laye
 L layers, K KV heads, N tokens of a prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ Ints = npt.NDArray[np.int64]
 Importance = Callable[[Sequence[int]], npt.NDArray[np.floating[Any]]]
 SinkCurve = Literal["in", "out"]
 
+T = TypeVar("T")
 MAX_BISECTIONS = 50
 # Denser at small shares, where the curves are steep: the k-th of 41 points is (k / 40) squared.
 CURVE_GRID: Floats = (np.arange(41) / 40.0) ** 2
@@ -51,6 +52,7 @@ def calibrate_prefixkv(
     seed: int | None = None,
     protected: Protected = _DEFAULT_PROTECTED,
     sinks_in_curve: SinkCurve = "in",
+    windowed_layers: Collection[int] = (),
     on_sample: Callable[[int, int], None] | None = None,
 ) -> Recipe:
     """The recipe for one budget; see ``calibrate_prefixkv_budgets``."""
@@ -64,6 +66,7 @@ def calibrate_prefixkv(
         seed=seed,
         protected=protected,
         sinks_in_curve=sinks_in_curve,
+        windowed_layers=windowed_layers,
         on_sample=on_sample,
     )
     return recipe
@@ -80,6 +83,7 @@ def calibrate_prefixkv_budgets(
     seed: int | None = None,
     protected: Protected = _DEFAULT_PROTECTED,
     sinks_in_curve: SinkCurve = "in",
+    windowed_layers: Collection[int] = (),
     on_sample: Callable[[int, int], None] | None = None,
 ) -> list[Recipe]:
     """One recipe per mean kept share in ``budgets``, from one pass over the prompts.
@@ -87,20 +91,23 @@ def calibrate_prefixkv_budgets(
     ``importance`` scores a prompt's tokens per layer: token ids -> [L, K, N] floats >= 0, unnormalised, or [L, N] if all KV
     heads share a ranking. Kept shares, masses and curves are means over the prompts. ``source`` and ``seed`` describe the
     origin of the prompts. ``sinks_in_curve`` "out" leaves the protected first tokens out of the curves, so that their
-    importance does not count. ``on_sample(done, total)`` is called after each prompt. ``UsageError`` for no prompts, a prompt
+    importance does not count. ``windowed_layers`` have an attention window and no budget: ``importance`` leaves them out, a
+    budget is the mean over the others, and a recipe gives them 1. ``on_sample(done, total)`` is called after each prompt.
+    ``UsageError`` for no prompts, a prompt
     not longer than the protected tokens, scores of another shape than [L, K, N], negative, not finite or all zero in a layer,
     and a budget outside (0, 1].
     """
     if not prompts_token_ids:
         raise UsageError("there are no prompts to calibrate with", expected="at least one prompt")
-    curves_XLG = np.zeros((len(prompts_token_ids), model.n_layers, len(CURVE_GRID)))
+    n_measured = model.n_layers - len(windowed_layers)
+    curves_XLG = np.zeros((len(prompts_token_ids), n_measured, len(CURVE_GRID)))
     samples: list[list[RecipeSample]] = [[] for _ in budgets]
     for index, token_ids in enumerate(prompts_token_ids):
-        curves_LN = _curves_of_prompt(token_ids, importance, model.n_layers, protected, sinks_in_curve, f"prompt {index + 1}")
+        curves_LN = _curves_of_prompt(token_ids, importance, n_measured, protected, sinks_in_curve, f"prompt {index + 1}")
         curves_XLG[index] = _on_grid(curves_LN)
         for found, budget in zip(samples, budgets, strict=True):
             layers = search_budgets(curves_LN, len(token_ids), budget, protected=protected)
-            kept = tuple((layers.kept / len(token_ids)).round(6).tolist())
+            kept = _with_windowed((layers.kept / len(token_ids)).round(6).tolist(), windowed_layers, 1.0)
             found.append(RecipeSample(n_tokens=len(token_ids), kept=kept, mass=round(layers.mass, 9)))
         if on_sample is not None:
             on_sample(index + 1, len(prompts_token_ids))
@@ -108,7 +115,7 @@ def calibrate_prefixkv_budgets(
     curves = Curves(
         sinks=sinks_in_curve,
         kept_share=tuple(CURVE_GRID.round(6).tolist()),
-        layers=tuple(tuple(curve) for curve in curves_LG.tolist()),
+        layers=_with_windowed([tuple(curve) for curve in curves_LG.tolist()], windowed_layers, ()),
     )
     return [
         Recipe(
@@ -125,6 +132,13 @@ def calibrate_prefixkv_budgets(
         )
         for budget, found in zip(budgets, samples, strict=True)
     ]
+
+
+def _with_windowed(measured: Sequence[T], windowed_layers: Collection[int], value: T) -> tuple[T, ...]:
+    """The values of all layers in order: of those with a window ``value``, of the others ``measured``."""
+    left = iter(measured)
+    n_layers = len(measured) + len(windowed_layers)
+    return tuple(value if layer in windowed_layers else next(left) for layer in range(n_layers))
 
 
 def online_budget(

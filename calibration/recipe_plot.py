@@ -77,6 +77,8 @@ def _draw_shares(axis: "Axes", recipe: Recipe, colors: list[Any]) -> None:
 def _draw_curves(axis: "Axes", recipe: Recipe, curves: Curves, colors: list[Any]) -> None:
     few = _few(colors)
     for curve, share, color in zip(curves.layers, recipe.kept, colors, strict=True):
+        if not curve:
+            continue
         axis.plot(curves.kept_share, curve, color=color, linewidth=1.6 if few else 0.9)
         mass = np.interp(share, curves.kept_share, curve)
         axis.plot(

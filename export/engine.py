@@ -24,7 +24,7 @@ from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest, Plan
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, Program, program_of
+from trt_kv.program import PHASES, Program, program_of_model
 from trt_kv.recipe import CREATED_BY, Recipe
 
 DEFAULT_PAGE_SIZE = 32
@@ -55,7 +55,7 @@ class EngineRequest:
         self.checkpoint.config.check_page_size(self.page_size)
         if self.dtype not in DTYPES:
             raise UsageError("unsupported compute type", got=self.dtype, expected=" or ".join(DTYPES))
-        if self.policy.needs_recipe and self.recipe is None:
+        if self.applied_policy.needs_recipe and self.recipe is None:
             raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
         if self.recipe is not None:
             self.recipe.check_model(digest=self.checkpoint.digest, n_layers=self.checkpoint.config.n_layers)
@@ -63,7 +63,7 @@ class EngineRequest:
         self._check_drift()
 
     def _check_recipe_is_for_policy(self, recipe: Recipe) -> None:
-        policy = self.policy
+        policy = self.applied_policy
         if not policy.needs_recipe or recipe.budget != policy.kept:
             raise RecipeError(
                 f"the recipe is not for policy {policy.name!r}",
@@ -73,7 +73,7 @@ class EngineRequest:
             )
 
     def _check_drift(self) -> None:
-        policy = self.policy
+        policy = self.applied_policy
         if policy.needs_drift != (self.drift is not None):
             raise RecipeError(
                 f"policy {policy.name!r} " + ("needs drift thresholds" if policy.needs_drift else "reads no drift thresholds"),
@@ -91,12 +91,17 @@ class EngineRequest:
                 )
 
     @property
+    def applied_policy(self) -> Policy:
+        """What the policy decides in this model: layers with an attention window are exempt from it."""
+        return self.policy.applied_to(self.checkpoint.config.windows)
+
+    @property
     def target(self) -> str:
         return "onnxruntime" if self.tensorrt is None else "tensorrt"
 
     @property
     def kept_shares(self) -> list[float] | None:
-        return list(self.recipe.kept) if self.recipe is not None and self.policy.needs_recipe else None
+        return list(self.recipe.kept) if self.recipe is not None and self.applied_policy.needs_recipe else None
 
     @property
     def taus(self) -> list[float] | None:
@@ -115,15 +120,13 @@ def export_graphs(
 
     ``offsets``: of the weights in ``weights.data``, if it is there already.
     """
-    config = request.checkpoint.config
     graphs = {}
     for done, phase in enumerate(PHASES):
         _tell(on_progress, "tracing graphs", done, len(PHASES))
-        program = program_of(
+        program = program_of_model(
+            request.checkpoint.config,
             request.policy,
             phase=phase,
-            n_layers=config.n_layers,
-            scale=config.head_dim**-0.5,
             page_size=request.page_size,
             kept_shares=request.kept_shares,
             taus=request.taus,

@@ -14,6 +14,8 @@ from trt_kv.plugins.chunk_blocks import (
     STRIP_ROWS,
     TILE_ROWS,
     add_product,
+    cap,
+    hide_earlier,
     hide_later,
     key_blocks,
     multiply,
@@ -23,6 +25,9 @@ from trt_kv.plugins.chunk_blocks import (
 from trt_kv.plugins.fast_math import LANES, exp_nonpositive, exp_or_zero, largest_of
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints, gather_slots
+
+NO_WINDOW = (0, np.zeros(0, np.int64), np.zeros((0, 0, 0), np.int64))
+"""The arguments ``window``, ``positions_N`` and ``token_positions`` of ``attend_one`` if all tokens are visible."""
 
 
 def append_tokens(kv: Floats, token_positions: Ints, slots_N: Ints, k_NKD: Floats, v_NKD: Floats, positions_N: Ints) -> None:
@@ -34,31 +39,58 @@ def append_tokens(kv: Floats, token_positions: Ints, slots_N: Ints, k_NKD: Float
 
 
 def attend_cached(
-    q_NHD: Floats, positions_N: Ints, pages_T: Ints, n_cached: int, kv: Floats, token_positions: Ints, scale: float
+    q_NHD: Floats,
+    positions_N: Ints,
+    pages_T: Ints,
+    n_cached: int,
+    kv: Floats,
+    token_positions: Ints,
+    scale: float,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> tuple[Floats, Floats]:
     """A chunk of one sequence attends to its ``n_cached`` tokens, itself included: (out [N, H, D], lse [N, H]), fp32."""
     positions_KS = gather_slots(token_positions, pages_T, n_cached)
-    return attend_chunk(q_NHD, positions_N, pages_T, kv, positions_KS, scale)
+    return attend_chunk(q_NHD, positions_N, pages_T, kv, positions_KS, scale, window=window, soft_cap=soft_cap)
 
 
 def attend_chunk(
-    q_NHD: Floats, positions_N: Ints, pages_T: Ints, kv: Floats, positions_KS: Ints, scale: float
+    q_NHD: Floats,
+    positions_N: Ints,
+    pages_T: Ints,
+    kv: Floats,
+    positions_KS: Ints,
+    scale: float,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> tuple[Floats, Floats]:
     """Attention of one sequence's chunk to the first S slots of ``pages_T``: (out [N, H, D], lse [N, H]), fp32.
 
-    A query sees the slots whose positions, per KV head, are not greater than its own; it must see one. Memory: a copy of the
-    slots' K and V. As FlashAttention (arXiv 2205.14135, algorithm 1), with the rows of grouped queries side by side.
+    A query sees the slots whose positions, per KV head, are not greater than its own, and with a ``window`` greater than its
+    own minus the window; it must see one. ``soft_cap``: as in CachedAttention. Memory: a copy of the slots' K and V. As
+    FlashAttention (arXiv 2205.14135, algorithm 1), with the rows of grouped queries side by side.
     """
     out, lse = np.empty(q_NHD.shape, np.float32), np.empty(q_NHD.shape[:2], np.float32)
     n_cached = positions_KS.shape[1]
     k_KBCT, v_KBTD = key_blocks(kv, pages_T, n_cached), value_blocks(kv, pages_T, n_cached)
-    _attend_blocks(query_rows(q_NHD, len(k_KBCT), scale), k_KBCT, v_KBTD, positions_N, positions_KS, out, lse)
+    q_KRC, cap_of_logits = query_rows(q_NHD, len(k_KBCT), scale), np.float32(soft_cap)
+    _attend_blocks(q_KRC, k_KBCT, v_KBTD, positions_N, positions_KS, window, cap_of_logits, out, lse)
     return out, lse
 
 
 @njit(parallel=True, fastmath=FASTMATH)
 def _attend_blocks(
-    q_KRC: Floats, k_KBCT: Floats, v_KBTD: Floats, positions_N: Ints, positions_KS: Ints, out_NHD: Floats, lse_NH: Floats
+    q_KRC: Floats,
+    k_KBCT: Floats,
+    v_KBTD: Floats,
+    positions_N: Ints,
+    positions_KS: Ints,
+    window: int,
+    soft_cap: np.float32,
+    out_NHD: Floats,
+    lse_NH: Floats,
 ) -> None:
     """One task per KV head and tile of rows. A block stays in the CPU's cache for all strips of the tile."""
     n_kv_heads, n_rows, _ = q_KRC.shape
@@ -75,12 +107,16 @@ def _attend_blocks(
         weights_RT = np.empty((STRIP_ROWS, BLOCK_TOKENS), np.float32)
         for block in range(k_KBCT.shape[1]):
             positions_T = positions_KS[head, block * BLOCK_TOKENS : min((block + 1) * BLOCK_TOKENS, n_cached)]
-            if positions_T.min() > positions_R.max():
+            if positions_T.min() > positions_R.max() or (window > 0 and positions_T.max() <= positions_R.min() - window):
                 continue
             for first in range(0, len(q_RC), STRIP_ROWS):
                 strip = slice(first, first + STRIP_ROWS)
                 multiply(q_RC[strip], k_KBCT[head, block], weights_RT, len(positions_T))
+                if soft_cap > 0.0:
+                    cap(weights_RT, len(largest_R[strip]), len(positions_T), soft_cap)
                 hide_later(weights_RT, positions_R[strip], positions_T)
+                if window > 0:
+                    hide_earlier(weights_RT, positions_R[strip], positions_T, window)
                 _exponentiate(weights_RT, len(positions_T), largest_R[strip], total_R[strip], sums_RD[strip])
                 add_product(weights_RT, v_KBTD[head, block], sums_RD[strip], len(positions_T), head_size)
         for r in range(len(q_RC)):
@@ -112,7 +148,13 @@ def _exponentiate(weights_RT: Floats, n_tokens: int, largest_R: Floats, total_R:
 
 
 def attend_tables(
-    q_NHD: Floats, entries: Sequence[tuple[int, Ints, int]], kv: Floats, scale: float, out_NHD: Floats, lse_NH: Floats
+    q_NHD: Floats,
+    entries: Sequence[tuple[int, Ints, int]],
+    kv: Floats,
+    scale: float,
+    soft_cap: float,
+    out_NHD: Floats,
+    lse_NH: Floats,
 ) -> None:
     """One query per entry (row of q, pages [K, T] of each KV head, tokens in them) attends to its pages; fills out and lse."""
     width = max(pages_KT.shape[1] for _, pages_KT, _ in entries)
@@ -120,7 +162,35 @@ def attend_tables(
     for i, (_, pages_KT, _) in enumerate(entries):
         table_BKT[i, :, : pages_KT.shape[1]] = pages_KT
     rows_B, n_tokens_B = (np.array([entry[at] for entry in entries]) for at in (0, 2))
-    attend_one(q_NHD, rows_B, table_BKT, n_tokens_B, kv, np.float32(scale), out_NHD, lse_NH)
+    attend_one(q_NHD, rows_B, table_BKT, n_tokens_B, kv, np.float32(scale), np.float32(soft_cap), *NO_WINDOW, out_NHD, lse_NH)
+
+
+@njit()
+def _hide_before(logits_GS: Floats, last_hidden: int, pages_T: Ints, token_positions_MP: Ints) -> None:
+    """-inf for the tokens at positions up to ``last_hidden``."""
+    page_size = token_positions_MP.shape[1]
+    for s in range(logits_GS.shape[1]):
+        if token_positions_MP[pages_T[s // page_size], s % page_size] <= last_hidden:
+            logits_GS[:, s] = -np.inf
+
+
+@njit(fastmath=FASTMATH)
+def _normalise(logits_S: Floats, hides: bool) -> np.float32:
+    """Replace a row of logits by its softmax; returns the log of the denominator. ``hides``: some of them are -inf."""
+    largest = logits_S.max()
+    total = np.float32(0.0)
+    if hides:
+        for s in range(len(logits_S)):
+            logits_S[s] = exp_or_zero(logits_S[s] - largest)
+            total += logits_S[s]
+    else:
+        for s in range(len(logits_S)):
+            logits_S[s] = exp_nonpositive(logits_S[s] - largest)
+            total += logits_S[s]
+    for s in range(len(logits_S)):
+        logits_S[s] /= total
+    log: np.float32 = largest + np.log(total)
+    return log
 
 
 @njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
@@ -131,11 +201,16 @@ def attend_one(
     kv_len_B: Ints,
     kv: Floats,
     scale: np.float32,
+    soft_cap: np.float32,
+    window: int,
+    positions_N: Ints,
+    token_positions: Ints,
     out_NHD: Floats,
     lse_NH: Floats,
 ) -> None:
     """Row ``rows_B[b]`` of q attends in place to the first ``kv_len_B[b]`` tokens of its pages; each KV head has its own pages.
 
+    With a ``window`` it sees those of them whose position is greater than ``positions_N`` of its row minus the window.
     One task per (sequence, KV head): a page-head is contiguous and is read once for the whole query group.
     """
     n_kv_heads, page_size, head_size = kv.shape[2:]
@@ -155,15 +230,12 @@ def attend_one(
                     for d in range(head_size):
                         dot += q_NHD[row, head * group + g, d] * kv[page, 0, head, s, d]
                     weights[g, p * page_size + s] = dot * scale
+        if soft_cap > 0.0:
+            cap(weights, group, n_cached, soft_cap)
+        if window > 0:
+            _hide_before(weights, positions_N[row] - window, page_table_BKT[b, head], token_positions[:, head])
         for g in range(group):
-            largest = weights[g].max()
-            total = np.float32(0.0)
-            for s in range(n_cached):
-                weights[g, s] = exp_nonpositive(weights[g, s] - largest)
-                total += weights[g, s]
-            for s in range(n_cached):
-                weights[g, s] /= total
-            lse_NH[row, head * group + g] = largest + np.log(total)
+            lse_NH[row, head * group + g] = _normalise(weights[g], window > 0)
         sums = np.zeros((group, head_size), np.float32)
         for p in range(n_pages):
             page = page_table_BKT[b, head, p]

@@ -8,6 +8,13 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def capped(logits: tl.tensor, soft_cap: tl.tensor) -> tl.tensor:
+    """c * tanh(x / c) of each logit in fp32, error about 2e-7 c. NaN stays NaN."""
+    raised = tl.exp2(logits * (2.8853900817779268 / soft_cap))  # exp(2 x / c)
+    return soft_cap - 2.0 * soft_cap / (raised + 1.0)
+
+
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def append_kernel(
     k_ptr: tl.tensor,
@@ -38,19 +45,26 @@ def append_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["table_stride_b", "table_stride_k"], do_not_specialize_on_alignment=["cu_ptr", "table_ptr", "len_ptr"]
+    do_not_specialize=["table_stride_b", "table_stride_k", "window"],
+    do_not_specialize_on_alignment=["positions_ptr", "cu_ptr", "table_ptr", "len_ptr", "token_positions_ptr"],
 )
 def decode_kernel(
     q_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
     cu_ptr: tl.tensor,
     table_ptr: tl.tensor,
     len_ptr: tl.tensor,
     kv_ptr: tl.tensor,
+    token_positions_ptr: tl.tensor,
     out_ptr: tl.tensor,
     lse_ptr: tl.tensor,
     scale: tl.tensor,
+    soft_cap: tl.tensor,
     table_stride_b: tl.tensor,
     table_stride_k: tl.tensor,
+    window: tl.tensor,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -89,11 +103,25 @@ def decode_kernel(
         page = tl.load(table_ptr + b * table_stride_b + head * table_stride_k + s // P, mask=inside, other=0)
         at = ((page * 2 * K + head) * P + s % P) * D
         k = tl.load(kv_ptr + at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
-        logits = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
-        logits = tl.where(inside[None, :], logits, float("-inf"))
+        logits = tl.dot(q, k, input_precision="ieee")
+        if CAPPED:
+            logits = capped(logits * scale, soft_cap) * LOG2_E
+        else:
+            logits = logits * (scale * LOG2_E)
+        if WINDOWED:
+            slot = (page * K + head) * P + s % P
+            position = tl.load(token_positions_ptr + slot, mask=inside, other=-1)
+            inside = inside & (position > tl.load(positions_ptr + row) - window)
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+        else:
+            logits = tl.where(inside[None, :], logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, 1))
-        weights = tl.exp2(logits - larger[:, None])
-        before = tl.exp2(largest - larger)
+        offset = larger
+        if WINDOWED:
+            # As long as no token has been visible, -inf - -inf would be NaN.
+            offset = tl.where(larger == float("-inf"), 0.0, larger)
+        weights = tl.exp2(logits - offset[:, None])
+        before = tl.exp2(largest - offset)
         total = total * before + tl.sum(weights, 1)
         v = tl.load(kv_ptr + K * P * D + at[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
         sums = tl.dot(weights.to(v.dtype), v, sums * before[:, None], input_precision="ieee")
@@ -159,15 +187,20 @@ def visible_ends(
     n: tl.tensor,
     oldest: tl.tensor,
     newest: tl.tensor,
+    window: tl.tensor,
     head: tl.tensor,
     K: tl.constexpr,
     P: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Of a sequence's ``n`` slots: the number before the first one that is hidden from a query at position ``oldest``, and the
-    end (last index + 1) of those visible to a query at ``newest``.
+    WINDOWED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Of a sequence's ``n`` slots: the number before the first one that is hidden from a query at position ``oldest`` as a
+    later one, the first index and the end (last index + 1) of those visible to a query between ``oldest`` and ``newest``.
     """
     SCAN: tl.constexpr = 1024
     hidden = n
+    first = 0
+    if WINDOWED:
+        first = n
     last = -1
     for start in range(0, n, SCAN):
         s = start + tl.arange(0, SCAN)
@@ -175,11 +208,13 @@ def visible_ends(
         position = tl.load(token_positions_ptr + (page * K + head) * P + s % P, mask=s < n, other=2**62)
         hidden = tl.minimum(hidden, tl.min(tl.where(position > oldest, s, n), 0))
         last = tl.maximum(last, tl.max(tl.where(position <= newest, s, -1), 0))
-    return hidden, last + 1
+        if WINDOWED:
+            first = tl.minimum(first, tl.min(tl.where(position > oldest - window, s, n), 0))
+    return hidden, first, last + 1
 
 
 @triton.jit(
-    do_not_specialize=["table_stride_b", "n_sequences", "min_new"],
+    do_not_specialize=["table_stride_b", "n_sequences", "min_new", "window"],
     do_not_specialize_on_alignment=["positions_ptr", "cu_ptr", "table_ptr", "len_ptr"],
 )
 def chunk_kernel(
@@ -193,9 +228,13 @@ def chunk_kernel(
     out_ptr: tl.tensor,
     lse_ptr: tl.tensor,
     scale: tl.tensor,
+    soft_cap: tl.tensor,
     table_stride_b: tl.tensor,
     n_sequences: tl.tensor,
     min_new: tl.tensor,
+    window: tl.tensor,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -208,7 +247,7 @@ def chunk_kernel(
     """One program per (BLOCK_M // G tokens of one sequence, KV head); a row of the tile is a token in one query head.
 
     Slots before the first one that is hidden from some row are read without masks: nearly all of them in a cache in order of
-    position.
+    position. With a window all slots are compared, from the first one that some row sees.
     """
     # The last tiles have the most work, so they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -233,8 +272,15 @@ def chunk_kernel(
     q = tl.load(q_ptr + at_row[:, None] * D + d[None, :], mask=q_mask, other=0.0)
     asked = tl.load(positions_ptr + token, mask=is_row, other=-1)
     oldest = tl.min(tl.where(is_row, asked, 2**62), 0)
-    hidden, n_visible = visible_ends(table_ptr, token_positions_ptr, n, oldest, tl.max(asked, 0), head, K, P)
+    newest = tl.max(asked, 0)
+    hidden, first_visible, n_visible = visible_ends(
+        table_ptr, token_positions_ptr, n, oldest, newest, window, head, K, P, WINDOWED
+    )
     n_whole = hidden // BLOCK_S * BLOCK_S
+    compared = n_whole
+    if WINDOWED:
+        n_whole = 0
+        compared = first_visible // BLOCK_S * BLOCK_S
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -242,7 +288,11 @@ def chunk_kernel(
         s = start + tl.arange(0, BLOCK_S)
         at = ((tl.load(table_ptr + s // P) * 2 * K + head) * P + s % P) * D
         k = tl.load(kv_ptr + at[None, :] + d[:, None], mask=is_d[:, None], other=0.0)
-        logits = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
+        logits = tl.dot(q, k, input_precision="ieee")
+        if CAPPED:
+            logits = capped(logits * scale, soft_cap) * LOG2_E
+        else:
+            logits = logits * (scale * LOG2_E)
         larger = tl.maximum(largest, tl.max(logits, 1))
         weights = tl.exp2(logits - larger[:, None])
         before = tl.exp2(largest - larger)
@@ -250,7 +300,7 @@ def chunk_kernel(
         v = tl.load(kv_ptr + K * P * D + at[:, None] + d[None, :], mask=is_d[None, :], other=0.0)
         sums = tl.dot(weights.to(v.dtype), v, sums * before[:, None], input_precision="ieee")
         largest = larger
-    for start in range(n_whole, n_visible, BLOCK_S):
+    for start in range(compared, n_visible, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         inside = s < n_visible
         page = tl.load(table_ptr + s // P, mask=inside, other=0)
@@ -258,8 +308,15 @@ def chunk_kernel(
         position = tl.load(token_positions_ptr + slot, mask=inside, other=2**62)
         at = (slot + page * K * P) * D
         k = tl.load(kv_ptr + at[None, :] + d[:, None], mask=inside[None, :] & is_d[:, None], other=0.0)
-        logits = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
-        logits = tl.where(position[None, :] <= asked[:, None], logits, float("-inf"))
+        logits = tl.dot(q, k, input_precision="ieee")
+        if CAPPED:
+            logits = capped(logits * scale, soft_cap) * LOG2_E
+        else:
+            logits = logits * (scale * LOG2_E)
+        visible = position[None, :] <= asked[:, None]
+        if WINDOWED:
+            visible = visible & (position[None, :] > asked[:, None] - window)
+        logits = tl.where(visible, logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, 1))
         # Until a row has seen a token, -inf - -inf would be NaN.
         offset = tl.where(larger == float("-inf"), 0.0, larger)

@@ -4,6 +4,8 @@ Which sequences decode and which prefill is known on the device only, so both at
 other's sequences. Why, and how work is divided: docs/decisions/0019-triton-kernels.md.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -37,11 +39,31 @@ def append_tokens(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A query sees the last ``size`` positions up to its own, which is in ``positions_N``; of slots, in ``token_positions``."""
+
+    size: int
+    positions_N: Tensor
+    token_positions: Tensor
+
+
 def attend_one(
-    q_NHD: Tensor, cu_tokens: Tensor, table_BKT: Tensor, kv_len_B: Tensor, kv: Tensor, scale: float, out: Tensor, lse: Tensor
+    q_NHD: Tensor,
+    cu_tokens: Tensor,
+    table_BKT: Tensor,
+    kv_len_B: Tensor,
+    kv: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    soft_cap: float = 0.0,
+    window: Window | None = None,
 ) -> None:
     """The query of each sequence that has one token in this step attends to the first ``kv_len_B[b]`` tokens of its pages,
-    all of which are visible to it: rows of ``out`` [N, H, D] and ``lse`` [N, H]. Sequences of length 0 are skipped.
+    all of which are visible to it, unless they are outside of ``window``: rows of ``out`` [N, H, D] and ``lse`` [N, H].
+    Sequences of length 0 are skipped.
 
     ``table_BKT`` holds pages of each KV head (axis K may be expanded); entries beyond the last page are not read.
     """
@@ -59,15 +81,22 @@ def attend_one(
         (n_sequences, n_kv_heads, n_splits),
         stages=2 if kv.itemsize == 2 else 1,
         q_ptr=q_NHD,
+        # Without a window nothing reads positions.
+        positions_ptr=cu_tokens if window is None else window.positions_N,
         cu_ptr=cu_tokens,
         table_ptr=table_BKT,
         len_ptr=kv_len_B,
         kv_ptr=kv,
+        token_positions_ptr=cu_tokens if window is None else window.token_positions,
         out_ptr=parts,
         lse_ptr=lse_parts,
         scale=scale,
+        soft_cap=float(soft_cap),
         table_stride_b=table_BKT.stride(0),
         table_stride_k=table_BKT.stride(1),
+        window=0 if window is None else window.size,
+        CAPPED=int(soft_cap > 0),
+        WINDOWED=int(window is not None),
         K=n_kv_heads,
         P=page_size,
         BLOCK_G=max(16, power_of_2(n_heads // n_kv_heads)),
@@ -115,9 +144,12 @@ def attend_chunks(
     lse: Tensor,
     *,
     min_new: int,
+    soft_cap: float = 0.0,
+    window: int = 0,
 ) -> None:
     """Every query of a sequence that has at least ``min_new`` tokens in this step attends to those of the sequence's first
-    ``kv_len_B[b]`` tokens at positions up to its own: rows of ``out`` and ``lse``. Sequences of length 0 are skipped.
+    ``kv_len_B[b]`` tokens at positions up to its own, with a ``window`` to the last ones of these: rows of ``out`` and ``lse``.
+    Sequences of length 0 are skipped.
     """
     n_tokens, n_heads, _ = q_NHD.shape
     n_kv_heads, page_size, head_size = kv.shape[2:]
@@ -138,9 +170,13 @@ def attend_chunks(
         out_ptr=out,
         lse_ptr=lse,
         scale=scale,
+        soft_cap=float(soft_cap),
         table_stride_b=table_BT.stride(0),
         n_sequences=len(kv_len_B),
         min_new=min_new,
+        window=window,
+        CAPPED=int(soft_cap > 0),
+        WINDOWED=int(window > 0),
         H=n_heads,
         K=n_kv_heads,
         P=page_size,

@@ -6,6 +6,7 @@ Why not a BLAS: docs/decisions/0034-runtime-without-torch.md.
 import numba
 import numpy as np
 
+from trt_kv.plugins.fast_math import tanh_of
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints
 
@@ -94,6 +95,25 @@ def hide_later(products_RT: Floats, positions_R: Ints, positions_T: Ints) -> Non
         for t in range(len(positions_T)):
             if positions_T[t] > positions_R[r]:
                 products_RT[r, t] = -np.inf
+
+
+@njit()
+def hide_earlier(products_RT: Floats, positions_R: Ints, positions_T: Ints, window: int) -> None:
+    """-inf where the token is before the ``window`` positions that end with the row's."""
+    if positions_T.min() > positions_R.max() - window:
+        return
+    for r in range(len(positions_R)):
+        for t in range(len(positions_T)):
+            if positions_T[t] <= positions_R[r] - window:
+                products_RT[r, t] = -np.inf
+
+
+@njit(fastmath=FASTMATH)
+def cap(products_RT: Floats, n_rows: int, n_columns: int, soft_cap: np.float32) -> None:
+    """c * tanh(x / c) of the first ``n_rows`` rows and ``n_columns`` columns."""
+    for r in range(n_rows):
+        for t in range(n_columns):
+            products_RT[r, t] = soft_cap * tanh_of(products_RT[r, t] / soft_cap)
 
 
 @njit(parallel=True)

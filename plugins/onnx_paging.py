@@ -83,11 +83,28 @@ def half_of_kv(f: FunctionBody, kv: ir.Value, pages_X: ir.Value, half: int) -> i
 
 
 def query_key_logits(f: FunctionBody, q_NHD: ir.Value, k_KZD: ir.Value) -> ir.Value:
-    """[K, G, N, Z] fp32: scaled q.k of every query head with every slot; G query heads share a KV head."""
+    """[K, G, N, Z] fp32: logits of every query head with every slot; G query heads share a KV head."""
     grouped = f.Concat([0], f.Shape(k_KZD, end=1), [-1], f.Shape(k_KZD, start=2), axis=0)
     q_NKGD = f.Reshape(f.Mul(f.Cast(q_NHD, to=FLOAT), f.attribute("scale")), grouped)
     q_KGND = f.Transpose(q_NKGD, perm=[1, 2, 0, 3])
-    return f.MatMul(q_KGND, f.Unsqueeze(f.Transpose(k_KZD, perm=[0, 2, 1]), [1]))
+    return capped(f, f.MatMul(q_KGND, f.Unsqueeze(f.Transpose(k_KZD, perm=[0, 2, 1]), [1])))
+
+
+def capped(f: FunctionBody, logits: ir.Value) -> ir.Value:
+    """c * tanh(x / c) of each logit, with the attribute ``soft_cap`` as c; the logits themselves if it is 0."""
+    soft_cap = f.attribute("soft_cap")
+    is_capped = f.Greater(soft_cap, 0.0)
+    divisor = f.Where(is_capped, soft_cap, 1.0)
+    return f.Where(is_capped, f.Mul(f.Tanh(f.Div(logits, divisor)), soft_cap), logits)
+
+
+def within_window(f: FunctionBody, cached: PagedSequences, positions: ir.Value) -> ir.Value:
+    """[K, 1, N, Z]: whether a slot's position is greater than the query's minus the attribute ``window``; all if it is 0."""
+    window = f.attribute("window")
+    positions_KZ = f.Reshape(f.Transpose(cached.positions, perm=[1, 0, 2]), [0, -1])
+    first_N1 = f.Unsqueeze(f.Sub(positions, window), [1])
+    inside_KNZ = f.Greater(f.Unsqueeze(positions_KZ, [1]), first_N1)
+    return f.Unsqueeze(f.Or(inside_KNZ, f.Equal(window, 0)), [1])
 
 
 def visible_slots(f: FunctionBody, cached: PagedSequences, positions: ir.Value, cu_tokens: ir.Value) -> ir.Value:

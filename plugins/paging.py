@@ -9,6 +9,11 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 
+def capped(logits: Floats, soft_cap: float) -> Floats:
+    """c * tanh(x / c) of each logit, in its own type; the logits themselves if c is 0."""
+    return logits.dtype.type(soft_cap) * np.tanh(logits / logits.dtype.type(soft_cap)) if soft_cap else logits
+
+
 def pages_of(page_table: Ints, layer: int, sequence: int | np.integer[Any], n_tokens: int, page_size: int) -> Ints:
     """The pages that hold the sequence's first ``n_tokens`` cached tokens, in order: [ceil(n_tokens / P)] int64."""
     return page_table[layer, sequence, : -(-n_tokens // page_size)]

@@ -43,4 +43,10 @@ SCORES = TensorSpec(
 )
 LAYER = AttributeSpec(name="layer", type="int", doc="which row of slots, page_table and kv_len this node reads")
 SCALE = AttributeSpec(name="scale", type="float", doc="factor on q.k before the softmax, usually D ** -0.5")
+SOFT_CAP = AttributeSpec(
+    name="soft_cap",
+    type="float",
+    doc="c of c * tanh(scale * q.k / c), which is the logit of the softmax; 0: scale * q.k is",
+    default=0.0,
+)
 PAGE_SIZE = AttributeSpec(name="page_size", type="int", doc="slots per page, the P of every state")

@@ -2,13 +2,15 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Unpack
 
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.samples import check_one_sample
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
+from trt_kv.runtime.sampling.model_defaults import params_of_each
 from trt_kv.runtime.text.prompts import Prompt
 
 IDLE_S = 1.0
@@ -49,10 +51,11 @@ class AsyncEngine:
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]
     ) -> Generation:
-        """Generate the whole continuation of one prompt. Errors as for ``Engine.generate``."""
-        stream = self.stream(prompt, params, **sampling)
+        """Generate the whole continuation of one prompt, or all samples of it. Errors as for ``Engine.generate``."""
+        stream = AsyncStream(self, prompt, params, sampling, one_sample=False)
         async for _ in stream:
             pass
+        await stream.end_of_others()
         return stream.result
 
     async def close(self) -> None:
@@ -90,9 +93,18 @@ class AsyncEngine:
 class AsyncStream(AsyncIterator[str]):
     """Yields the text of one request as it becomes final; see also ``result``. Use it from one task at a time."""
 
-    def __init__(self, owner: AsyncEngine, prompt: Prompt, params: SamplingParams | None, sampling: SamplingOptions) -> None:
+    def __init__(
+        self,
+        owner: AsyncEngine,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        sampling: SamplingOptions,
+        *,
+        one_sample: bool = True,
+    ) -> None:
         self._owner = owner
         self._wanted = prompt, params, sampling
+        self._one_sample = one_sample
         self._request: Request | None = None
         self._changed: asyncio.Event | None = None
 
@@ -118,14 +130,31 @@ class AsyncStream(AsyncIterator[str]):
         request, changed = self._request, self._changed
         if request is None or changed is None:
             return
-        request.cancelled = True
-        while not request.is_finished or request.held_sequence is not None:
+        for one in request.family:
+            one.cancelled = True
+        await self._wait_for(lambda one: one.is_finished and one.held_sequence is None)
+
+    async def end_of_others(self) -> None:
+        """Return when the other samples of the prompt have ended too; raises the error that ended one of them."""
+        try:
+            await self._wait_for(lambda one: one.is_finished)
+        except BaseException:
+            await self.aclose()
+            raise
+        for one in self._request.family if self._request is not None else ():
+            if one.error is not None:
+                raise one.error
+
+    async def _wait_for(self, state: Callable[[Request], bool]) -> None:
+        request, changed = self._request, self._changed
+        while request is not None and changed is not None and not all(map(state, request.family)):
             await changed.wait()
             changed.clear()
 
     def __del__(self) -> None:
         if self._request is not None:
-            self._request.cancelled = True  # the thread that runs steps frees its pages
+            for one in self._request.family:
+                one.cancelled = True  # the thread that runs steps frees its pages
 
     @property
     def result(self) -> Generation:
@@ -142,6 +171,10 @@ class AsyncStream(AsyncIterator[str]):
                 loop.call_soon_threadsafe(changed.set)
 
         prompt, params, sampling = self._wanted
-        request = self._owner.engine.submit(prompt, params, on_update=tell, **sampling)
+        engine = self._owner.engine
+        (of_prompt,) = params_of_each(1, params, sampling, engine.default_sampling)
+        if self._one_sample:
+            check_one_sample(of_prompt)
+        request = engine.submit(prompt, of_prompt, on_update=tell)
         self._owner._ensure_thread()
         return request, changed

@@ -8,7 +8,7 @@ from trt_kv.errors import EngineError, RecipeError
 from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest, how_to_rebuild
 from trt_kv.opspec import OP_VERSION
 from trt_kv.plugins.registry import op_specs
-from trt_kv.program import AttributeValue, OpNode, Program, program_of
+from trt_kv.program import AttributeValue, OpNode, Program, program_of_model
 from trt_kv.recipe import Recipe
 from trt_kv.safe_path import safe_join
 from trt_kv.weight_index import FILE_NAME as WEIGHT_INDEX
@@ -30,19 +30,12 @@ def check_compatible(folder: Path, manifest: Manifest) -> None:
             expected=f"target 'onnxruntime', or 'tensorrt' with a plan, in {' or '.join(DTYPES)}; ops among {known}",
             fix=how_to_rebuild(folder, manifest.reproduce),
         )
-    policy = manifest.policy
+    policy = manifest.applied_policy
     shares = manifest.kept_shares if policy.needs_recipe else None
     taus = [policy.tau if tau is None else tau for tau in manifest.taus] if policy.needs_drift else None
     for phase, program in manifest.programs.items():
-        config = manifest.config
-        expected = program_of(
-            policy,
-            phase=phase,
-            n_layers=config.n_layers,
-            scale=config.head_dim**-0.5,
-            page_size=manifest.page_size,
-            kept_shares=shares,
-            taus=taus,
+        expected = program_of_model(
+            manifest.config, policy, phase=phase, page_size=manifest.page_size, kept_shares=shares, taus=taus
         )
         differing = [
             layer
@@ -67,14 +60,14 @@ def check_weights(folder: Path, manifest: Manifest) -> None:
 
 def check_recipe(folder: Path, manifest: Manifest) -> None:
     """``TrtKvError`` unless the recipe and drift files beside the graphs are for this model and hold the graphs' numbers."""
-    if manifest.policy.needs_recipe:
+    if manifest.applied_policy.needs_recipe:
         _check_shares(folder, manifest)
-    if manifest.policy.needs_drift:
+    if manifest.applied_policy.needs_drift:
         _check_taus(folder, manifest)
 
 
 def _check_shares(folder: Path, manifest: Manifest) -> None:
-    policy = manifest.policy
+    policy = manifest.applied_policy
     path = safe_join(folder, RECIPE_FILE, error=EngineError)
     recipe = Recipe.load(path)
     _check_model(path, recipe, manifest)

@@ -1,6 +1,7 @@
 """``Engine``: loads an engine folder and generates text with it."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -19,7 +20,9 @@ from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.processes import check_can_load, will_compute
 from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.samples import check_fits, check_one_sample, samples_of
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
+from trt_kv.runtime.sampling.model_defaults import NO_DEFAULTS, ModelDefaults, model_defaults_of, params_of_each
 from trt_kv.runtime.stream import Stream
 from trt_kv.runtime.text.prompts import Prompt, PromptEncoder, prompt_name
 from trt_kv.runtime.text.tokenizer import tokenizer_of_engine
@@ -36,12 +39,20 @@ class Engine:
     >>> engine.generate("the old man ...", max_new_tokens=32).text
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, loaded: Loaded, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        loaded: Loaded,
+        tokenizer: Tokenizer,
+        model_defaults: ModelDefaults = NO_DEFAULTS,
+    ) -> None:
         """Use ``Engine.load`` instead."""
         self.folder = folder
         self.manifest = manifest
         self.loaded = loaded
         self.tokenizer = tokenizer
+        self.model_defaults = model_defaults
         config = manifest.config
         self._prompts = PromptEncoder(tokenizer, max_positions=config.max_positions, vocab_size=config.vocab_size)
         self.core = EngineCore(loaded.runner, loaded.reservation, token_budget=loaded.token_budget)
@@ -51,6 +62,14 @@ class Engine:
         """What runs the engine's steps."""
         return self.loaded.runner
 
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """The parameters of requests that give none: those of the model's ``generation_config.json``, greedy unless it says
+        otherwise. Parameters given by name replace single ones; a ``SamplingParams`` replaces all, also those it leaves at
+        its own defaults.
+        """
+        return self.model_defaults.params
+
     @classmethod
     def load(
         cls,
@@ -58,6 +77,7 @@ class Engine:
         *,
         verify: bool = True,
         digest: str | None = None,
+        model_defaults: bool = True,
         device: str = HOST,
         dense: str | None = None,
         dtype: str | None = None,
@@ -78,7 +98,8 @@ class Engine:
         """Open an engine folder.
 
         ``verify`` checks every file's digest; without it, only names and sizes. ``digest`` ("sha256:...", from ``trt-kv
-        inspect``) is that of the only engine to accept; digests alone do not tell who made an engine. ``cache_tokens`` sizes
+        inspect``) is that of the only engine to accept; digests alone do not tell who made an engine. ``model_defaults``: use
+        the sampling parameters of the model's ``generation_config.json``, see ``default_sampling``. ``cache_tokens`` sizes
         the KV pool: it holds that many tokens in every layer; by default twice the model's positions, or what fits into half
         of the free memory. ``chunk`` is the number of prompt tokens per prefill step; ``token_budget`` limits the prompt
         tokens between two decode steps (None: one chunk). At most ``max_sequences`` run at once (None: 256, or what the
@@ -119,18 +140,21 @@ class Engine:
             raise UsageError(
                 "the engine is not given by its folder", got=repr(path), expected="a path, as text or pathlib.Path"
             )
-        if not isinstance(verify, bool):
-            raise UsageError("bad verify", got=repr(verify), expected="True or False")
+        for name, flag in (("verify", verify), ("model_defaults", model_defaults)):
+            if not isinstance(flag, bool):
+                raise UsageError(f"bad {name}", got=repr(flag), expected="True or False")
         if digest is not None and not verify:
             raise UsageError(
                 "a digest pins an engine only if its files are verified", got="verify=False", fix="leave verify out, or digest"
             )
         try:
-            return cls._open(Path(path), options, on, place, verify=verify, digest=digest, tell=on_progress or _tell_nobody)
+            tell = on_progress or _tell_nobody
+            engine = cls._open(Path(path), options, on, place, verify=verify, digest=digest, tell=tell, defaults=model_defaults)
         except Exception as error:
             if (no_memory := memory_error(error, "loading the engine")) is not None:
                 raise no_memory from error
             raise
+        return engine
 
     @classmethod
     def _open(
@@ -143,6 +167,7 @@ class Engine:
         verify: bool,
         digest: str | None = None,
         tell: OnProgress,
+        defaults: bool = True,
     ) -> "Engine":
         """``device`` None: the target that the engine was built for. On "cpu", Triton's interpreter runs the device kernels."""
         check_can_load()
@@ -155,6 +180,7 @@ class Engine:
         check_weights(folder, manifest)
         check_recipe(folder, manifest)
         tokenizer = tokenizer_of_engine(folder, manifest)
+        model_defaults = model_defaults_of(folder, manifest) if defaults else NO_DEFAULTS
         if device is not None:
             loaded = require("trt_kv.runtime.backends.cuda.load", extra="gpu").load(folder, manifest, options, on, device, tell)
         elif manifest.plan is not None:
@@ -165,15 +191,17 @@ class Engine:
         will_compute()
         loaded.runner.warm_up()
         tell("compiling kernels", 1, 1)
-        return cls(folder, manifest, loaded, tokenizer)
+        return cls(folder, manifest, loaded, tokenizer, model_defaults)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]) -> Generation:
-        """Generate the continuation of one prompt; options as in ``SamplingParams``. Raises ``UsageError`` and
-        ``CapacityError`` before it starts, and the error that ends it early (``RecallError``, ``LogitsError``).
+        """Generate the continuation of one prompt; options as in ``SamplingParams``, in place of ``default_sampling``. Raises
+        ``UsageError`` and ``CapacityError`` before it starts, and the error that ends it, or one of its samples, early
+        (``RecallError``, ``LogitsError``).
         """
         (result,) = self.generate_batch([prompt], params, **sampling)
-        if result.error is not None:
-            raise result.error
+        for sample in result.samples:
+            if sample.error is not None:
+                raise sample.error
         return result
 
     def generate_batch(
@@ -193,16 +221,17 @@ class Engine:
             raise UsageError(
                 "a batch is a list of prompts", got=f"one {type(prompts).__name__}", expected="a list", fix="call generate()"
             )
-        requests = self._requests(prompts, _params_of_each(len(prompts), params, sampling))
+        requests = self._requests(prompts, params_of_each(len(prompts), params, sampling, self.default_sampling))
+        everyone = [one for request in requests for one in request.family]
         try:
             self.core.add(requests)
-            self.core.wait(lambda: all(request.is_finished for request in requests))
+            self.core.wait(lambda: all(one.is_finished for one in everyone))
         finally:
             for request in requests:
                 self.core.cancel(request)
-        for request in requests:
-            if request.error is not None and not isinstance(request.error, TrtKvError):
-                raise request.error
+        for one in everyone:
+            if one.error is not None and not isinstance(one.error, TrtKvError):
+                raise one.error
         return [request.result() for request in requests]
 
     def stream(
@@ -219,7 +248,9 @@ class Engine:
         the stream, or dropping it, cancels the request. Raises ``UsageError`` and ``CapacityError`` now, and from the stream
         the error that ends the request early (``RecallError``, ``LogitsError``).
         """
-        return Stream(self.core, self.submit(prompt, params, **sampling), on_prefill)
+        (of_prompt,) = params_of_each(1, params, sampling, self.default_sampling)
+        check_one_sample(of_prompt)
+        return Stream(self.core, self.submit(prompt, of_prompt), on_prefill)
 
     def submit(
         self,
@@ -229,9 +260,12 @@ class Engine:
         on_update: Callable[[], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Request:
-        """Queue a request and return it immediately, for servers: ``core`` runs it. ``on_update``: see ``Request``."""
-        (request,) = self._requests([prompt], _params_of_each(1, params, sampling))
-        request.on_update = on_update
+        """Queue a request and return it immediately, for servers: ``core`` runs it. ``on_update``: see ``Request``. If ``n``
+        asks for several samples, the others are its ``forks``.
+        """
+        (request,) = self._requests([prompt], params_of_each(1, params, sampling, self.default_sampling))
+        for one in request.family:
+            one.on_update = on_update
         self.core.add([request])
         return request
 
@@ -279,36 +313,12 @@ class Engine:
                 prompt, parse_special_tokens=of_prompt.parse_special_tokens, name=prompt_name(index, len(prompts))
             )
             of_prompt.check_vocabulary(config.vocab_size)
-            requests.append(
-                Request(
-                    prompt_ids=ids,
-                    params=of_prompt,
-                    tokenizer=self.tokenizer,
-                    eos_token_ids=config.eos_token_ids,
-                    limit=min(of_prompt.max_new_tokens, config.max_positions - len(ids) + 1),
-                    name=f"request {index} of {len(prompts)}" if len(prompts) > 1 else "the request",
-                )
-            )
+            limit = min(of_prompt.max_new_tokens, config.max_positions - len(ids) + 1)
+            check_fits(self.core.reservation, of_prompt, n_prompt=len(ids), limit=limit)
+            make = partial(Request, prompt_ids=ids, tokenizer=self.tokenizer, eos_token_ids=config.eos_token_ids, limit=limit)
+            name = f"request {index} of {len(prompts)}" if len(prompts) > 1 else "the request"
+            requests.append(samples_of(make, of_prompt, name=name))
         return requests
-
-
-def _params_of_each(
-    n: int, params: SamplingParams | Sequence[SamplingParams] | None, sampling: SamplingOptions
-) -> list[SamplingParams]:
-    """The parameters of each of ``n`` requests; ``UsageError`` if they are given twice, or not for each request."""
-    if params is not None and sampling:
-        raise UsageError(
-            "sampling options are given twice", got=f"params and {', '.join(sampling)}", expected="params, or options by name"
-        )
-    if params is None or isinstance(params, SamplingParams):
-        return [SamplingParams(**sampling) if params is None else params] * n
-    if not isinstance(params, Sequence) or not all(isinstance(of_prompt, SamplingParams) for of_prompt in params):
-        raise UsageError(
-            "params are not SamplingParams", got=type(params).__name__, expected="SamplingParams, or a list with one per prompt"
-        )
-    if len(params) != n:
-        raise UsageError("the number of params is not the number of prompts", got=len(params), expected=n)
-    return list(params)
 
 
 def _tell_nobody(stage: str, done: int, total: int) -> None:

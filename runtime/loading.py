@@ -85,8 +85,10 @@ def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -
 def pool_sizes(manifest: Manifest, cache_tokens: int | None, n_bytes: int) -> PoolSizes:
     """Sizes of a pool for ``cache_tokens`` tokens in every layer. None: as many as fit into ``n_bytes``, at most twice the
     model's maximum positions, and what a working set takes besides: sinks and newest tokens in whole pages.
+
+    Layers with an attention window take part as if they had none: the pages that they do not need serve the others.
     """
-    config, policy = manifest.config, manifest.policy
+    config, policy = manifest.config, manifest.applied_policy
     if cache_tokens is None:
         bytes_per_token = config.n_layers * token_bytes(config, element_bytes=ITEM_BYTES[manifest.dtype])
         besides = policy.sinks + policy.recent + 4 * manifest.page_size if policy.recalls else 0

@@ -7,7 +7,7 @@ import numpy as np
 
 from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
-from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers
+from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers, windows_of
 from trt_kv.runtime.backends.base import StepExecutor
 from trt_kv.runtime.backends.step import Ints, Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
@@ -53,6 +53,7 @@ class ModelRunner:
         self._decode = decode
         self._decode_distance = decode_distance
         self._budgets = budgets_of(programs["prefill"])
+        self._windows = windows_of(programs["decode"])
         evictions = [node for node in eviction_nodes(programs["prefill"]) if node is not None]
         self._evicts = bool(evictions)
         self._floor = max((int(node.attributes.get("floor", 0)) for node in evictions), default=0)
@@ -76,8 +77,14 @@ class ModelRunner:
 
     def new_sequence(self) -> SequenceCache:
         if self.tiers is not None:
-            return TieredSequence(self.tiers, n_layers=len(self._budgets), host_layers=self._host_layers)
-        return SequenceCache(self.pool, n_layers=len(self._budgets), decode_distance=self._decode_distance, floor=self._floor)
+            return TieredSequence(self.tiers, n_layers=len(self._budgets), host_layers=self._host_layers, windows=self._windows)
+        return SequenceCache(
+            self.pool,
+            n_layers=len(self._budgets),
+            decode_distance=self._decode_distance,
+            floor=self._floor,
+            windows=self._windows,
+        )
 
     def run(self, plan: StepPlan[Request]) -> Floats:
         """Run one step of a schedule: logits [R, V], a row for each request. After a chunk that is not its prompt's last, they
@@ -134,6 +141,7 @@ class ModelRunner:
         if flags[0] and self._evicts and sequence.failure is None:
             kept_L = result.kept[:, 0]
             sequence.shrink(kept_L, self._growth((kept_L / sequence.num_computed_tokens).tolist()))
+        sequence.free_passed()
         return result.logits
 
     def _decode_step(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Floats:
@@ -144,14 +152,18 @@ class ModelRunner:
         for b, sequence in enumerate(sequences):
             if flags[b]:
                 sequence.settle(result.kept[:, b])
+            sequence.free_passed()
         return result.logits
 
     def scores(self, sequence: SequenceCache) -> Floats:
-        """The scores of each layer's cached tokens: [L, K, S] fp32; all layers must hold the same number of tokens."""
-        return np.stack([self._of_slots(self.pool.scores, sequence, layer) for layer in range(sequence.n_layers)])
+        """The scores of the cached tokens of each of the L layers without a window, which must hold the same number of tokens:
+        [L, K, S] fp32.
+        """
+        layers = [layer for layer, window in enumerate(self._windows) if not window]
+        return np.stack([self._of_slots(self.pool.scores, sequence, layer) for layer in layers])
 
     def importance(self, token_ids: Sequence[int]) -> Floats:
-        """Scores of each token of a prompt by the program, without eviction: [L, K, N] fp32."""
+        """Scores of each token of a prompt by the program, without eviction: [L, K, N] fp32, L as for ``scores``."""
         sequence = self.new_sequence()
         try:
             self.prefill(sequence, token_ids, evict=False)

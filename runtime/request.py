@@ -15,7 +15,7 @@ from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.reservation import RequestSize
 from trt_kv.runtime.sampling import SamplingParams
-from trt_kv.runtime.sampling.choice import log_probability, next_token, top_log_probabilities
+from trt_kv.runtime.sampling.choice import log_probability, log_total, next_token, top_log_probabilities
 from trt_kv.runtime.sampling.processors import LogitsProcessor
 from trt_kv.runtime.text.detokenizer import Detokenizer
 from trt_kv.runtime.text.prompts import token_ids_of_words
@@ -59,6 +59,7 @@ class Generation:
     cache, or in the working set if the cache is on the host. ``finish_reason``: "stop" (end of sequence, or a stop text),
     "length" (``max_new_tokens``, or the model's positions), "timeout", "cancelled", or "error", with the ``error`` that
     ended the request. ``seed``: the seed of its random numbers. ``logprobs``: of each token, if ``top_logprobs`` asks for them.
+    ``others``: the second and later samples of the prompt, if ``n`` asks for them.
     """
 
     text: str
@@ -71,6 +72,12 @@ class Generation:
     seed: int = field(default=0, compare=False)
     times: RequestTimes = field(default_factory=RequestTimes, compare=False)
     logprobs: tuple[TokenLogprob, ...] = ()
+    others: tuple["Generation", ...] = ()
+
+    @property
+    def samples(self) -> tuple["Generation", ...]:
+        """All samples of the prompt: this one and ``others``."""
+        return (self, *self.others)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -112,13 +119,18 @@ class Request:
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
         self._rng = np.random.default_rng(self.seed)
-        self._stops = Stops(self.params.stop_texts, self.tokenizer)
+        # Special tokens that are shown are found as text.
+        self._stops = Stops(self.params.stop_texts, self.tokenizer if self.params.skip_special_tokens else None)
         own_ends = () if self.params.ignore_eos else self.eos_token_ids
         bad_words = token_ids_of_words(self.params.bad_words, self.tokenizer)
         self._processor = LogitsProcessor(
             self.params, self.prompt_ids, end_ids=[*own_ends, *self.params.stop_token_ids], bad_words=bad_words
         )
-        self._detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, self.prompt_ids)
+        self._detokenizer = (
+            None
+            if self.tokenizer is None
+            else Detokenizer(self.tokenizer, self.prompt_ids, skip_special_tokens=self.params.skip_special_tokens)
+        )
         self._text = ""
         """All text, with the stand-ins of special tokens that are searched for."""
         self._n_emitted = 0
@@ -128,6 +140,11 @@ class Request:
     def size(self) -> RequestSize:
         longest = max(self.limit, *(fork.limit for fork in self.forks), 0)
         return RequestSize(n_prompt=len(self.prompt_ids), max_new_tokens=longest, n_sequences=1 + len(self.forks))
+
+    @property
+    def family(self) -> tuple["Request", ...]:
+        """The request and its forks."""
+        return (self, *self.forks)
 
     @property
     def priority(self) -> int:
@@ -165,7 +182,7 @@ class Request:
             token_id = self._next_token(logits_V)
         else:
             token_id = self.forced[len(self.token_ids)]
-            self.log_probabilities.append(log_probability(logits_V, token_id))
+            self.log_probabilities.append(log_probability(logits_V, token_id, log_total(logits_V)))
         reason: FinishReason | None = None
         if self.forced is None and self._ends(token_id):
             reason = "stop"
@@ -173,8 +190,10 @@ class Request:
             self.token_ids.append(token_id)
             self._processor.accept(token_id)
             if self.params.top_logprobs is not None:
-                top = tuple(top_log_probabilities(logits_V, self.params.top_logprobs))
-                self.logprobs.append(TokenLogprob(token_id=token_id, logprob=log_probability(logits_V, token_id), top=top))
+                total = log_total(logits_V)
+                top = top_log_probabilities(logits_V, self.params.top_logprobs, total)
+                logprob = log_probability(logits_V, token_id, total)
+                self.logprobs.append(TokenLogprob(token_id=token_id, logprob=logprob, top=top))
             self.times.tokens.append(time.monotonic())
             self._text += self._text_of(token_id)
             if len(self.token_ids) >= self.limit:
@@ -232,6 +251,7 @@ class Request:
             seed=self.seed,
             times=self.times,
             logprobs=tuple(self.logprobs),
+            others=tuple(fork.result() for fork in self.forks) if self.params.n > 1 else (),
         )
 
     def _text_of(self, token_id: int) -> str:

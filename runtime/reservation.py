@@ -174,25 +174,50 @@ class _Pages:
 class CachePages(_Pages):
     """Whole caches in one pool: prefill caches the prompt in every layer, then each layer shrinks to its budget and grows."""
 
-    def __init__(self, pool: PagePool, *, budgets: Sequence[LayerBudget | None], n_protected: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        budgets: Sequence[LayerBudget | None],
+        n_protected: int,
+        windows: Sequence[int] = (),
+        chunk: int = 1,
+    ) -> None:
         """``budgets``: of each layer; None if it depends on the prompt, and so may be the whole prompt.
 
-        ``n_protected`` tokens of each layer are kept whatever its budget.
+        ``n_protected`` tokens of each layer are kept whatever its budget. ``windows``: each layer's attention window in tokens,
+        0 for none; empty: no layer has one. ``chunk``: prompt tokens that are read in one step.
         """
         super().__init__(pool, n_layers=len(budgets))
-        self._budgets = budgets
+        self._layers = list(zip(budgets, windows or [0] * len(budgets), strict=True))
         self._n_protected = n_protected
+        self._chunk = chunk
 
     def while_reading(self, size: RequestSize) -> int:
-        return max(self.n_layers * _pages(size.n_prompt, self.pool), self.after_reading(size))
+        reading = sum(self._of_prompt(size.n_prompt, window) for _, window in self._layers)
+        return max(reading, self.after_reading(size))
 
     def after_reading(self, size: RequestSize) -> int:
-        kept = [self._kept_at_most(size.n_prompt, budget) for budget in self._budgets]
-        return size.n_sequences * sum(_pages(n_tokens + size.max_new_tokens, self.pool) for n_tokens in kept)
+        return size.n_sequences * sum(self._while_decoding(size, *layer) for layer in self._layers)
 
-    def kept_in_any_layer(self, n_prompt: int) -> int:
-        """The most tokens of a prompt that any layer keeps after prefill."""
-        return max(self._kept_at_most(n_prompt, budget) for budget in self._budgets)
+    def most_in_any_layer(self, size: RequestSize) -> int:
+        """The most tokens that any layer of one of the request's sequences holds."""
+        return max(self._most_tokens(size, *layer) for layer in self._layers)
+
+    def _most_tokens(self, size: RequestSize, budget: LayerBudget | None, window: int) -> int:
+        n_decoding = self._kept_at_most(size.n_prompt, budget) + size.max_new_tokens - 1  # the last token is never attended to
+        n_tokens, page_size = max(size.n_prompt, n_decoding), self.pool.page_size
+        return min(n_tokens, window_pages(window, self._chunk, page_size) * page_size) if window else n_tokens
+
+    def _of_prompt(self, n_prompt: int, window: int) -> int:
+        """The most pages of one layer while the prompt is read."""
+        n_pages = _pages(n_prompt, self.pool)
+        return min(n_pages, window_pages(window, self._chunk, self.pool.page_size)) if window else n_pages
+
+    def _while_decoding(self, size: RequestSize, budget: LayerBudget | None, window: int) -> int:
+        """The most pages of one layer of a sequence afterwards."""
+        n_pages = _pages(self._kept_at_most(size.n_prompt, budget) + size.max_new_tokens, self.pool)
+        return min(n_pages, window_pages(window, 1, self.pool.page_size)) if window else n_pages
 
     def _kept_at_most(self, n_prompt: int, budget: LayerBudget | None) -> int:
         return n_prompt if budget is None else min(budget.of(n_prompt) + self._n_protected, n_prompt)
@@ -213,10 +238,21 @@ class HostPages(_Pages):
 class WorkingSetPages(_Pages):
     """The device pool of an engine with a host tier: working sets, and whole caches of the layers that do not recall."""
 
-    def __init__(self, pool: PagePool, *, limits: Sequence[PageLimits | None], budgets: Sequence[LayerBudget | None]) -> None:
-        """``limits``: of each layer, None if its cache is on the device; ``budgets`` as in the graph."""
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        limits: Sequence[PageLimits | None],
+        budgets: Sequence[LayerBudget | None],
+        windows: Sequence[int] = (),
+        chunk: int = 1,
+    ) -> None:
+        """``limits``: of each layer, None if its cache is on the device; ``budgets`` as in the graph; ``windows`` and ``chunk``
+        as in ``CachePages``.
+        """
         super().__init__(pool, n_layers=len(limits))
-        self._layers = list(zip(limits, budgets, strict=True))
+        self._layers = list(zip(limits, budgets, windows or [0] * len(limits), strict=True))
+        self._chunk = chunk
 
     def refusal(self, needed: int) -> CapacityError:
         error = super().refusal(needed)
@@ -229,13 +265,22 @@ class WorkingSetPages(_Pages):
     def after_reading(self, size: RequestSize) -> int:
         return size.n_sequences * sum(self._of_layer(size, *layer) for layer in self._layers)
 
-    def _of_layer(self, size: RequestSize, limits: PageLimits | None, budget: LayerBudget | None) -> int:
+    def _of_layer(self, size: RequestSize, limits: PageLimits | None, budget: LayerBudget | None, window: int) -> int:
         n_most = _pages(size.n_prompt + size.max_new_tokens, self.pool)
         if limits is None:
-            return n_most
+            return min(n_most, window_pages(window, self._chunk, self.pool.page_size)) if window else n_most
         n_tokens = size.n_prompt if budget is None else budget.of_prompt(size.n_prompt)
         n_chosen = min(limits.n_chosen(n_tokens), n_most)
         return limits.n_sinks + limits.n_newest + n_chosen + staging_slots(n_chosen)
+
+
+def window_pages(window: int, n_new: int, page_size: int) -> int:
+    """The most pages of a layer with a ``window`` in a step of ``n_new`` tokens.
+
+    Between steps it holds the window - 1 tokens that the next query sees before itself, and at most page_size - 1 others that
+    share a page with them (``SequenceCache.free_passed``).
+    """
+    return -(-(window - 1 + page_size - 1 + n_new) // page_size)
 
 
 def _pages(n_tokens: int, pool: PagePool) -> int:

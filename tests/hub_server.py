@@ -7,16 +7,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """``endpoint`` is for ``HF_ENDPOINT``; ``fetched`` collects the names of the files that were asked for."""
+    """``endpoint`` is for ``HF_ENDPOINT``; ``fetched`` collects the names of the files that were asked for, ``revisions`` the
+    revisions.
+    """
 
     endpoint: str
     fetched: set[str] = field(default_factory=set)
+    revisions: set[str] = field(default_factory=set)
 
 
 @contextmanager
@@ -39,6 +43,8 @@ def serve_hub(files: Mapping[str, bytes], *, refusal: tuple[int, str] | None = N
             if refusal is not None:
                 self._send(refusal[0], b"{}", {"X-Error-Code": refusal[1]}, with_body)
             elif path.startswith("/api/models/"):
+                revision = path.partition("/revision/")[2]
+                hub.revisions.update([unquote(revision)] if revision else [])
                 self._send(200, json.dumps(_listing(files) if "/tree/" in path else _info(files)).encode(), {}, with_body)
             elif name in files:
                 hub.fetched.add(name)

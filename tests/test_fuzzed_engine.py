@@ -24,7 +24,7 @@ from trt_kv.policy import Policy
 from trt_kv.recipe import RecipeModel
 from trt_kv.runtime.engine import Engine
 
-DOCUMENTS = [FILE_NAME, "recipe.json", "graphs/weights.json", "tokenizer.json"]
+DOCUMENTS = [FILE_NAME, "recipe.json", "graphs/weights.json", "tokenizer.json", "generation_config.json"]
 VALUES: list[Any] = [None, True, -1, 0, 1, 3, 2**31, 10**400, 0.5, -2.0, 1e300, float("inf"), float("nan")]
 VALUES += ["", "x", "../x", "\x1b[2J", "\ud800", [], {}, [[]], [0], {"": 0}]
 

@@ -297,11 +297,6 @@ def test_no_family_is_also_refused_by_name_and_no_name_is_refused_twice() -> Non
     assert not set(refused) & set(family_names())
 
 
-def test_quantised_checkpoints_are_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"quantised weights\n.*'awq'"):
-        read(quantization_config={"quant_method": "awq", "bits": 4})
-
-
 @pytest.mark.parametrize(
     ("window", "context", "windows"),
     [(4096, 32768, (4096,) * 32), (..., 32768, (4096,) * 32), (None, 32768, ()), (4096, 4096, ()), (32768, 4096, ())],

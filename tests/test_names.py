@@ -23,6 +23,10 @@ LONG_SETTINGS = (
         (["--checkpoint", "models/mine/", "--policy", "full"], "mine-full"),
         (["--checkpoint", "models/mine", "--context", "4096", "--policy", "full"], "mine-full-context=4096"),
         (["--checkpoint", "owner/Llama-3.2-1B", "--policy", "full"], "Llama-3.2-1B-full"),
+        (["--checkpoint", "owner/Llama-3.2-1B@v1.0", "--policy", "full"], "Llama-3.2-1B_v1.0-full"),
+        (["--checkpoint", "owner/Llama@refs/pr/3:q/Llama.Q4_0.gguf", "--policy", "full"], "Llama.Q4_0_refs_pr_3-full"),
+        (["--checkpoint", "models/Llama-3.2-1B.Q4_K_M.gguf", "--policy", "full"], "Llama-3.2-1B.Q4_K_M-full"),
+        (["--model", "smollm2", "--policy", "full"], "smollm2-full"),
         (["--checkpoint", "a b/c'd $e", "--policy", "full"], "c_d_e-full"),
         (["--prompts", "FILE", "--samples", "3"], "llama3-prefixkv-prompts=file-samples=3"),
         (["--recipe", "FILE"], "llama3-prefixkv-recipe=file"),
@@ -114,6 +118,9 @@ def test_make_generate_finds_the_engine_of_the_same_variables(
     assert generated[0] == "generate"
     assert generated[-2:] == [folder, "a 'quoted' prompt"]
     assert recorded_make("evaluate", *variables)[-1] == folder
+    talked = recorded_make("chat", *variables, "ARGS=--temperature 0.5")
+    assert (talked[0], talked[-1]) == ("chat", folder)
+    assert talked[1:3] == ["--temperature", "0.5"]
     if not any(variable.startswith(("ENGINE", "DEVICE")) for variable in variables):
         built = recorded_make("engine", *variables)
         if "--out" not in built:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from trt_kv.runtime.sampling import SamplingParams
-from trt_kv.runtime.sampling.choice import candidates_of, log_probability, next_token, top_log_probabilities
+from trt_kv.runtime.sampling.choice import candidates_of, log_probability, log_total, next_token, top_log_probabilities
 from trt_kv.runtime.sampling.processors import LogitsProcessor
 from trt_kv.runtime.sampling.selection import drawn, heaviest, keys_of
 
@@ -147,11 +147,11 @@ def test_what_is_drawn_has_a_weight(weights: list[float], uniform: float) -> Non
 def test_the_likeliest_tokens_and_their_log_probabilities(n: int) -> None:
     logits_V = logits_of(3, 12.0, n)
     expected_V = torch.log_softmax(torch.from_numpy(logits_V.astype(np.float64)), 0).numpy()
-    found = top_log_probabilities(logits_V, 4)
+    found = top_log_probabilities(logits_V, 4, log_total(logits_V))
     assert [token_id for token_id, _ in found] == np.argsort(-logits_V)[:4].tolist()
     np.testing.assert_allclose([value for _, value in found], [expected_V[i] for i, _ in found], rtol=1e-5)
-    assert log_probability(logits_V, n // 2) == pytest.approx(expected_V[n // 2], rel=1e-5)
-    assert top_log_probabilities(logits_V, 0) == []
+    assert log_probability(logits_V, n // 2, log_total(logits_V)) == pytest.approx(expected_V[n // 2], rel=1e-5)
+    assert top_log_probabilities(logits_V, 0, 0.0) == ()
 
 
 def test_top_k_of_equal_logits_are_the_first() -> None:

@@ -38,6 +38,30 @@ LONG = {
     "CachedAttention": [
         Case(name="parts", cached=(1500, 3, 700, 0), new=(1, 1, 1, 2), dims={"H": 6, "K": 2, "D": 5, "P": 16, "L": 1}),
         Case(name="tiles", cached=(270, 0), new=(70, 33), dims={"H": 3, "K": 1, "D": 6, "P": 7, "L": 1}, in_order=True),
+        Case(
+            name="parts_outside_the_window",
+            cached=(1500, 3, 700, 0),
+            new=(1, 1, 1, 2),
+            dims={"H": 6, "K": 2, "D": 5, "P": 16, "L": 1},
+            attributes={"window": 300, "soft_cap": 2.0},
+            in_order=True,
+        ),
+        Case(
+            name="tiles_with_a_window",
+            cached=(270, 0),
+            new=(70, 33),
+            dims={"H": 3, "K": 1, "D": 6, "P": 7, "L": 1},
+            attributes={"window": 45},
+            in_order=True,
+        ),
+        Case(
+            name="tiles_of_own_tokens_with_a_window",
+            cached=(270, 90),
+            new=(70, 33),
+            dims={"H": 6, "K": 2, "D": 6, "P": 7, "L": 1},
+            attributes={"window": 60, "soft_cap": 0.9},
+            own_tokens=True,
+        ),
     ],
     "TokenScores": [
         Case(

@@ -18,12 +18,11 @@ _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_py
 def model_config_from_hf(data: Mapping[str, Any], *, source: str) -> ModelConfig:
     """Read the parsed ``config.json``; ``source`` names the file in error messages.
 
-    Raises ``CheckpointError`` for a missing or mistyped field, an architecture, activation or RoPE type that is not supported,
-    and quantised weights.
+    Raises ``CheckpointError`` for a missing or mistyped field, and an architecture, activation or RoPE type that is not
+    supported. Quantisation is not looked at.
     """
     data = _text_model(data)
     family = _family(data, source)
-    _refuse_quantised(data, source)
     fields = _with_defaults(data, family, source)
     n_layers, n_heads = fields.integer("num_hidden_layers"), fields.integer("num_attention_heads")
     if n_layers > LARGEST_SIZE:  # before anything is made for each layer
@@ -113,15 +112,3 @@ def _activation(fields: Fields, family: Family) -> Activation:
             expected=f"{family.activation_field} " + ", ".join(map(repr, _ACTIVATIONS)),
         )
     return _ACTIVATIONS[name]
-
-
-def _refuse_quantised(data: Mapping[str, Any], source: str) -> None:
-    quantization = data.get("quantization_config") or data.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise CheckpointError(
-            f"{source} describes quantised weights",
-            got=f"quantization_config with method {method!r}",
-            expected="weights in float32, float16 or bfloat16",
-            fix="pass the original, unquantised checkpoint",
-        )

@@ -15,7 +15,7 @@ from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, read_json
 from trt_kv.layer_budget import LayerBudget
 from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, OpNode, Program, budgets_of, recall_nodes
+from trt_kv.program import PHASES, OpNode, Program, budgets_of, recall_nodes, windows_of
 from trt_kv.safe_path import safe_join
 
 T = TypeVar("T")
@@ -116,17 +116,27 @@ class Manifest:
             raise EngineError("files of the engine have no digest", got=unlisted, expected="every file that is loaded")
 
     @property
+    def applied_policy(self) -> Policy:
+        """What the policy decides in this model: layers with an attention window are exempt from it."""
+        return self.policy.applied_to(self.config.windows)
+
+    @property
     def loaded_files(self) -> set[str]:
         """What loading opens by name, by path in the folder; weights are named by the graphs and their index."""
         names = {TOKENIZER_FILE, *(f"{GRAPHS}/{segment.file}" for segment in self.segments)}
         names |= {self.plan.file} if self.plan is not None else set()
-        names |= {RECIPE_FILE} if self.policy.needs_recipe else set()
-        return names | ({DRIFT_FILE} if self.policy.needs_drift else set())
+        names |= {RECIPE_FILE} if self.applied_policy.needs_recipe else set()
+        return names | ({DRIFT_FILE} if self.applied_policy.needs_drift else set())
 
     @property
     def budgets(self) -> list[LayerBudget | None]:
         """Each layer's budget, as the prefill graph's ops have it; None if it is computed from the input."""
         return budgets_of(self.programs["prefill"])
+
+    @property
+    def windows(self) -> list[int]:
+        """Each layer's attention window in tokens, as the decode graph's ops have it; 0: it has none."""
+        return windows_of(self.programs["decode"])
 
     @property
     def kept_shares(self) -> list[float]:

@@ -11,6 +11,7 @@ Named policies are presets of these, each in its own file in ``trt_kv/policies``
 
 import dataclasses
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +171,19 @@ class Policy:
     def reads_attention(self) -> bool:
         """Whether the ranking is made from attention weights."""
         return self.scoring.reads_attention
+
+    def applied_to(self, windows: Sequence[int]) -> "Policy":
+        """What this policy decides in a model whose layers have these attention ``windows`` (0: none; empty: no layer has one).
+
+        A layer with a window keeps its window, so it is exempt. If no layer is left, this is a full policy of the same name.
+        """
+        windowed = {layer for layer, window in enumerate(windows) if window}
+        if not windowed or not (self.evicts or self.recalls):
+            return self
+        exempt = windowed | set(self.exempt_layers)
+        if exempt >= set(range(len(windows))):
+            return Policy(name=self.name, summary=self.summary)
+        return dataclasses.replace(self, exempt_layers=tuple(sorted(exempt)))
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -10,6 +10,7 @@ from typing import Any
 
 from trt_kv.errors import EngineError
 from trt_kv.layer_budget import LayerBudget, layer_budgets
+from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
 
 PHASES = ("prefill", "decode")
@@ -43,6 +44,29 @@ Program = tuple[tuple[OpNode, ...], ...]
 """For each layer, its KV ops in order of execution."""
 
 
+def program_of_model(
+    config: ModelConfig,
+    policy: Policy,
+    *,
+    phase: str,
+    page_size: int,
+    kept_shares: Sequence[float] | None = None,
+    taus: Sequence[float] | None = None,
+) -> Program:
+    """``program_of`` with the layers, the windows and the arithmetic of attention of a model."""
+    return program_of(
+        policy,
+        phase=phase,
+        n_layers=config.n_layers,
+        scale=config.scale,
+        page_size=page_size,
+        kept_shares=kept_shares,
+        taus=taus,
+        windows=config.windows,
+        soft_cap=config.attention_soft_cap,
+    )
+
+
 def program_of(
     policy: Policy,
     *,
@@ -52,6 +76,8 @@ def program_of(
     page_size: int,
     kept_shares: Sequence[float] | None = None,
     taus: Sequence[float] | None = None,
+    windows: Sequence[int] = (),
+    soft_cap: float = 0.0,
 ) -> Program:
     """The KV ops that ``policy`` puts into each layer in ``phase`` ("prefill" or "decode").
 
@@ -60,9 +86,13 @@ def program_of(
     ``policy.tau``. Prefill scores and evicts once, with the prompt's last token. Decode only attends, except for policies that
     continue to rank (decode "rank"); decode "row" only affects which slot the runtime writes to. With a host-resident cache,
     one op attends, recalls pages and stores the query in both phases, and nothing is evicted.
+
+    ``windows``: each layer's attention window in tokens, 0 for none; empty: no layer has one. A layer with a window attends to
+    it in both phases, whatever the policy (``Policy.applied_to``). ``soft_cap``: as in CachedAttention.
     """
+    policy = policy.applied_to(windows)
     budgets = layer_budgets(policy, n_layers, kept_shares)
-    build = _Nodes(policy, scale=scale, page_size=page_size)
+    build = _Nodes(policy, scale=scale, page_size=page_size, windows=windows or [0] * n_layers, soft_cap=soft_cap)
     nodes = build.prefill if phase == "prefill" else build.decode
     if policy.recalls:
         taus = taus or [policy.tau] * n_layers
@@ -81,6 +111,12 @@ def recall_nodes(program: Program) -> list[OpNode | None]:
 def recalling_layers(program: Program) -> list[int]:
     """The layers whose cache is host-resident."""
     return [layer for layer, node in enumerate(recall_nodes(program)) if node is not None]
+
+
+def windows_of(program: Program) -> list[int]:
+    """Each layer's attention window in tokens; 0: it has none."""
+    attend = [next((node for node in nodes if node.op == "CachedAttention"), None) for nodes in program]
+    return [0 if node is None else int(node.attributes.get("window", 0)) for node in attend]
 
 
 def finds_budgets(program: Program) -> bool:
@@ -114,10 +150,11 @@ def budgets_of(program: Program) -> list[LayerBudget | None]:
 class _Nodes:
     """The nodes of one layer, per phase."""
 
-    def __init__(self, policy: Policy, *, scale: float, page_size: int) -> None:
+    def __init__(self, policy: Policy, *, scale: float, page_size: int, windows: Sequence[int], soft_cap: float) -> None:
         self._policy = policy
-        self._scale = scale
+        self._logits: dict[str, AttributeValue] = {"scale": scale, "soft_cap": soft_cap}
         self._page_size = page_size
+        self._windows = windows
         self._score = policy.scoring
 
     def prefill(self, layer: int, budget: LayerBudget) -> tuple[OpNode, ...]:
@@ -150,13 +187,14 @@ class _Nodes:
             "pooling": GROUP_POOLINGS[policy.group_pooling],
             "softmax_scale": policy.softmax_scale,
         }
-        recall = OpNode(op="RecallAttention", attributes={**self._common(layer), "scale": self._scale, **what})
+        recall = OpNode(op="RecallAttention", attributes={**self._common(layer), **self._logits, **what})
         if policy.budget == "unimetric" and phase == "prefill":
             return recall, self._adaptive_budget(layer)
         return (recall,)
 
     def _attention(self, layer: int) -> OpNode:
-        return OpNode(op="CachedAttention", attributes={**self._common(layer), "scale": self._scale})
+        window = self._windows[layer]
+        return OpNode(op="CachedAttention", attributes={**self._common(layer), **self._logits, "window": window})
 
     def _token_scores(self, layer: int) -> list[OpNode]:
         """One node, or none if the score does not read attention."""
@@ -171,7 +209,7 @@ class _Nodes:
             "generated": int(policy.decode == "rank"),
             **self._score.token_scores(policy),
         }
-        return [OpNode(op="TokenScores", attributes={**self._common(layer), "scale": self._scale, **what})]
+        return [OpNode(op="TokenScores", attributes={**self._common(layer), **self._logits, **what})]
 
     def _adaptive_budget(self, layer: int) -> OpNode:
         policy = self._policy
@@ -183,7 +221,7 @@ class _Nodes:
             "row": int(policy.metric_row == "scores"),
             "protected_in_norm": int(policy.norm == "sinks_in"),
         }
-        return OpNode(op="AdaptiveBudget", attributes={**self._common(layer), "scale": self._scale, **what})
+        return OpNode(op="AdaptiveBudget", attributes={**self._common(layer), **self._logits, **what})
 
     def _evict(self, layer: int, budget: LayerBudget) -> OpNode:
         policy = self._policy

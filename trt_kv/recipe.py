@@ -129,8 +129,9 @@ class CalibrationRecord:
 class Curves:
     """Cumulative importance of each layer's tokens, most important first, averaged over samples.
 
-    ``layers[l][i]`` is the share of layer l's importance that its highest-ranked ``kept_share[i]`` of tokens hold. ``sinks``
-    "in": over all tokens, as published; "out": the protected first tokens are left out of tokens and importance.
+    ``layers[l][i]`` is the share of layer l's importance that its highest-ranked ``kept_share[i]`` of tokens hold; empty for a
+    layer with an attention window, which has no budget. ``sinks`` "in": over all tokens, as published; "out": the protected
+    first tokens are left out of tokens and importance.
     """
 
     sinks: str
@@ -142,7 +143,7 @@ class Curves:
             raise RecipeError("curves.sinks is unknown", got=repr(self.sinks), expected="'in' or 'out'")
         named = {"curves.kept_share": self.kept_share, **{f"curves.layers[{i}]": c for i, c in enumerate(self.layers)}}
         for name, values in named.items():
-            if len(values) != len(self.kept_share):
+            if len(values) != len(self.kept_share) and (values or name == "curves.kept_share"):
                 raise RecipeError(f"{name} has the wrong length", got=len(values), expected=len(self.kept_share))
             if not all(0.0 <= value <= 1.0 for value in values) or list(values) != sorted(values):
                 raise RecipeError(f"{name} is not a cumulative curve", expected="numbers from 0 to 1 in ascending order")

@@ -9,7 +9,9 @@ from trt_kv.errors import MissingDependencyError
 BASE = ("click", "numba", "numpy", "onnxruntime", "rich", "tokenizers")
 EXTRAS = {
     "build": ("huggingface_hub", "matplotlib", "onnx", "onnxscript", "safetensors", "torch"),
+    "gguf": ("gguf", "transformers"),
     "gpu": ("torch", "triton"),
+    "smollm2": ("gguf", "transformers"),
 }
 # Packages that no extra installs, because only some machines can use them.
 SEPARATE = ("tensorrt", "tensorrt_rtx")

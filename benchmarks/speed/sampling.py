@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.harness import Check, Report, Row, Target, check_close, rounded, take_turns
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.sampling import SamplingParams
-from trt_kv.runtime.sampling.choice import candidates_of, next_token, top_log_probabilities
+from trt_kv.runtime.sampling.choice import candidates_of, log_total, next_token, top_log_probabilities
 from trt_kv.runtime.sampling.processors import LogitsProcessor
 
 VOCABULARY = 128_256
@@ -57,7 +57,7 @@ def run(_folder: Path, *, quick: bool) -> Report:
             )
             targets.append(Target(what=f"{name}, {kind}, ms", measured=ours["median_ms"], limit=LIMIT_MS))
         tables[f"{vocabulary} tokens, {kind}"] = rows
-    top = take_turns({"top_logprobs 20": lambda: top_log_probabilities(logits_V, 20)}, rounds=rounds)
+    top = take_turns({"top_logprobs 20": lambda: top_log_probabilities(logits_V, 20, log_total(logits_V))}, rounds=rounds)
     tables["log-probabilities"] = [{"what": "20 likeliest tokens", "median_ms": top.row("top_logprobs 20")["median_ms"]}]
     settings = {"vocabulary": vocabulary, "tokens_seen": N_SEEN, "rounds": rounds}
     return Report(title="Choosing a token", settings=settings, checks=checks, tables=tables, targets=() if quick else targets)

@@ -1,13 +1,28 @@
 """The interface of checkpoints of any format."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from trt_kv.model_config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedBlocks:
+    """A matrix stored in blocks of values of one row, which have a scale in common.
+
+    ``scheme``: ggml's name of the format, such as "q4_0", "q4_1", "q8_0", "q4_k". ``blocks``: uint8 ``[rows, blocks per row,
+    bytes per block]``, rows in Hugging Face's order. ``shape``: of the values.
+    """
+
+    scheme: str
+    blocks: "np.ndarray"
+    shape: tuple[int, ...]
 
 
 class Checkpoint(Protocol):
@@ -50,4 +65,10 @@ class Checkpoint(Protocol):
         """One weight in its stored dtype, on the CPU; its bytes are read on use.
 
         Raises ``CheckpointError`` if the file has changed since the checkpoint was opened.
+        """
+
+    def quantized(self, name: str) -> QuantizedBlocks | None:
+        """The weight ``name`` as it is stored, if it is stored in blocks; ``tensor(name)`` has their values.
+
+        Raises ``CheckpointError`` as ``tensor`` does.
         """

@@ -1,6 +1,5 @@
 """A checkpoint folder in Hugging Face layout, opened only if its files are consistent."""
 
-import hashlib
 import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -11,11 +10,14 @@ from typing import Any
 import torch
 
 from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoints.base import QuantizedBlocks
+from trt_kv.export.checkpoints.config_digest import digest_of_arithmetic
+from trt_kv.export.checkpoints.quantized.schemes import scheme_from_hf
+from trt_kv.export.checkpoints.quantized.tensors import assembled
 from trt_kv.export.checkpoints.safetensors_file import StoredTensor, read_safetensors_header
 from trt_kv.export.checkpoints.tensor_matching import matched, some
 from trt_kv.hf_config import model_config_from_hf, token_ids_from_hf
 from trt_kv.model_config import ModelConfig
-from trt_kv.require import require
 from trt_kv.weight_sources import WeightSource, stored_shapes, weight_sources
 
 SINGLE_FILE = "model.safetensors"
@@ -33,7 +35,6 @@ TOKENIZER_FILES = (
 """Files, or patterns of their names, that are copied into an engine."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_NOT_ARITHMETIC = ("bos_token_id", "eos_token_ids", "max_positions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +49,15 @@ class HuggingFaceCheckpoint:
     config: ModelConfig
     eos_token_ids: tuple[int, ...]
     stored: Mapping[str, StoredTensor]
+    revision: str | None = None
 
     @property
     def name(self) -> str:
-        """The folder's name; a hub snapshot is named after its repository."""
-        cache_name = self.location.parent.parent.name
+        """The folder's name; a hub snapshot is named after its repository, with the ``revision`` that was asked for."""
+        name, cache_name = self.location.name, self.location.parent.parent.name
         if self.location.parent.name == "snapshots" and cache_name.startswith("models--"):
-            return cache_name.removeprefix("models--").replace("--", "/", 1)
-        return self.location.name
+            name = cache_name.removeprefix("models--").replace("--", "/", 1)
+        return name if self.revision is None else f"{name}@{self.revision}"
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -83,8 +85,7 @@ class HuggingFaceCheckpoint:
 
         The same for single-file and sharded copies. Reads every weight once.
         """
-        config = {key: value for key, value in self.config.to_json().items() if key not in _NOT_ARITHMETIC}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        digest = digest_of_arithmetic(self.config)
         for name, tensor in sorted(self.stored.items()):
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
             for chunk in tensor.chunks():
@@ -92,42 +93,42 @@ class HuggingFaceCheckpoint:
         return f"sha256:{digest.hexdigest()}"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One weight in its stored dtype, memory-mapped: bytes are read on use. Norms that are stored without the 1 to which
-        they are added are fp32.
+        """One weight in its stored dtype, memory-mapped: bytes are read on use. Quantised weights, and norms that are stored
+        without the 1 to which they are added, are fp32.
 
         Raises ``CheckpointError`` if the file has changed since the checkpoint was opened.
         """
-        safetensors = require("safetensors")
         source = self._sources[name]
-        path = self.stored[source.name].path
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(self.stored[source.name].name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(
-                f"cannot read tensor {name!r} of {path}", got=str(error), expected="the file as opened"
-            ) from error
-        tensor = tensor[source.first_row : source.first_row + source.n_rows]
+        tensor = self.stored[source.name].read()[source.first_row : source.first_row + source.n_rows]
         return tensor.float() + source.offset if source.offset else tensor
 
+    def quantized(self, name: str) -> QuantizedBlocks | None:
+        """None: safetensors hold values, no blocks."""
+        return None
 
-def open_huggingface(folder: Path) -> HuggingFaceCheckpoint:
+
+def open_huggingface(folder: Path, *, revision: str | None = None) -> HuggingFaceCheckpoint:
     """Open and check the checkpoint in ``folder``; raises ``CheckpointError`` naming the first inconsistent file.
 
-    Weights are not read, only their headers.
+    Weights are not read, only their headers. ``revision``: of the hub's repository, for its name.
     """
     if not folder.is_dir():
         raise CheckpointError(
             "no such checkpoint folder", got=str(folder), expected="a folder with config.json and safetensors"
         )
     config_path = folder / "config.json"
-    config = model_config_from_hf(_read_json(config_path), source=str(config_path))
-    stored = _stored_tensors(folder, config)
+    data = _read_json(config_path)
+    config = model_config_from_hf(data, source=str(config_path))
+    scheme = scheme_from_hf(data, source=str(config_path))
+    stored: Mapping[str, StoredTensor] = _stored_tensors(folder, config)
+    if scheme is not None:
+        stored = assembled(stored, scheme, folder)
     checkpoint = HuggingFaceCheckpoint(
         location=folder.absolute(),
         config=config,
         eos_token_ids=_eos_token_ids(folder, config),
         stored=matched(folder, config, stored),
+        revision=revision,
     )
     _check_tokenizer(folder, config)
     return checkpoint

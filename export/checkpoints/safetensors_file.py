@@ -10,14 +10,19 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trt_kv.errors import CheckpointError
+from trt_kv.require import require
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 """Types of weights that trt-kv reads. Tensors that it does not use may have others."""
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 
 _PREFIX_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
@@ -50,6 +55,18 @@ class StoredTensor:
                     yield piece
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}", got=error.strerror, fix=_AGAIN) from error
+
+    def read(self) -> "torch.Tensor":
+        """The tensor in its stored dtype, memory-mapped: bytes are read on use. ``CheckpointError`` if it cannot be read."""
+        safetensors = require("safetensors")
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(self.name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot read tensor {self.name!r} of {self.path}", got=str(error), expected="the file as opened"
+            ) from error
+        return tensor
 
 
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:

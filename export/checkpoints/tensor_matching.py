@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoints.quantized.tensors import QuantizedTensor
 from trt_kv.export.checkpoints.safetensors_file import WEIGHT_DTYPES, StoredTensor
 from trt_kv.model_config import ModelConfig
 from trt_kv.require import require
@@ -123,6 +124,8 @@ def _difference(one: StoredTensor, other: StoredTensor) -> str | None:
         return f"another shape ({list(one.shape)}, not {list(other.shape)})"
     if not {one.dtype, other.dtype} <= set(WEIGHT_DTYPES):
         return f"another type ({one.dtype}, not {other.dtype})"
+    if isinstance(one, QuantizedTensor) or isinstance(other, QuantizedTensor):
+        return None if torch.equal(one.read().float(), other.read().float()) else "other values"
     safetensors = require("safetensors")
     with safetensors.safe_open(one.path, framework="pt") as a, safetensors.safe_open(other.path, framework="pt") as b:
         left, right = a.get_slice(one.name), b.get_slice(other.name)

@@ -28,3 +28,4 @@ class Arguments(Generic[Array]):
     ranking: int = 1
     row: int = 0
     protected_in_norm: int = 0
+    soft_cap: float = 0.0

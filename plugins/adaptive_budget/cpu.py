@@ -33,7 +33,8 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
         else:
             candidates_KC = candidates_KC[:, ::-1]
         if args.row == 0:
-            weights_RS = attention_row(args.q[last], args.lse[last], pages, n_cached, args.kv, np.float32(args.scale))
+            scale, soft_cap = np.float32(args.scale), np.float32(args.soft_cap)
+            weights_RS = attention_row(args.q[last], args.lse[last], pages, n_cached, args.kv, scale, soft_cap)
         else:
             assert scores_KS is not None
             weights_RS = scores_KS.astype(np.float64)
@@ -81,8 +82,10 @@ def smallest_cut(squares_RC: Floats, threshold: float) -> int:
 
 
 @njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
-def attention_row(q_HD: Floats, lse_H: Floats, pages_T: Ints, n_cached: int, kv: Floats, scale: np.float32) -> Floats:
-    """exp(scale * q.k - lse) of one query for the tokens in its pages: [H, S] fp64.
+def attention_row(
+    q_HD: Floats, lse_H: Floats, pages_T: Ints, n_cached: int, kv: Floats, scale: np.float32, soft_cap: np.float32
+) -> Floats:
+    """exp(logit - lse) of one query for the tokens in its pages, with scale * q.k, capped, as the logit: [H, S] fp64.
 
     Pages are read once, in place, all heads of a page together because they are adjacent in memory.
     """
@@ -99,7 +102,10 @@ def attention_row(q_HD: Floats, lse_H: Floats, pages_T: Ints, n_cached: int, kv:
                 dot = np.float32(0.0)
                 for d in range(head_size):
                     dot += q_HD[head, d] * kv[page, 0, kv_head, s, d]
-                weights_HS[head, first + s] = math.exp(np.float64(dot * scale) - np.float64(lse_H[head]))
+                logit = np.float64(dot * scale)
+                if soft_cap > 0.0:
+                    logit = np.float64(soft_cap) * math.tanh(logit / np.float64(soft_cap))
+                weights_HS[head, first + s] = math.exp(logit - np.float64(lse_H[head]))
     return weights_HS
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from trt_kv.plugins.adaptive_budget.spec import NO_WEIGHT
 from trt_kv.plugins.onnx_function import FunctionBody
-from trt_kv.plugins.onnx_paging import FLOAT, PagedSequences, half_of_kv, paged_sequences, slots_of
+from trt_kv.plugins.onnx_paging import FLOAT, PagedSequences, capped, half_of_kv, paged_sequences, slots_of
 
 INT64 = ir.DataType.INT64
 LAST_POSITION = (1 << 63) - 1
@@ -57,7 +57,7 @@ def _attention_row(f: FunctionBody, cached: PagedSequences, q_BHD: ir.Value, lse
     k_KBSD = f.Reshape(k_KZD, f.Concat([0], f.Shape(cached.live), [-1], axis=0))
     grouped = f.Concat([0], f.Shape(k_KZD, end=1), [-1], f.Shape(k_KZD, start=2), axis=0)
     q_BKGD = f.Reshape(f.Mul(f.Cast(q_BHD, to=FLOAT), f.attribute("scale")), grouped)
-    logits_BKGS = f.MatMul(q_BKGD, f.Transpose(k_KBSD, perm=[1, 0, 3, 2]))
+    logits_BKGS = capped(f, f.MatMul(q_BKGD, f.Transpose(k_KBSD, perm=[1, 0, 3, 2])))
     lse_BKG = f.Reshape(lse_BH, f.Shape(q_BKGD, end=3))
     return f.Exp(f.Sub(logits_BKGS, f.Unsqueeze(lse_BKG, [3])))
 

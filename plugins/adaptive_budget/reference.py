@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from trt_kv.plugins.adaptive_budget.arguments import Arguments
 from trt_kv.plugins.adaptive_budget.spec import NO_WEIGHT
-from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, pages_of
+from trt_kv.plugins.paging import Floats, Ints, capped, gather_kv, gather_slots, pages_of
 
 
 def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
@@ -28,7 +28,8 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
         kv_heads = [h * len(scores_KS) // heads for h in range(heads)]
         if args.row == 0:
             rows = [
-                attention_row(args.q[last, h], k_KSD[kv_heads[h]], float(args.lse[last, h]), args.scale) for h in range(heads)
+                attention_row(args.q[last, h], k_KSD[kv_heads[h]], float(args.lse[last, h]), args.scale, args.soft_cap)
+                for h in range(heads)
             ]
         else:
             rows = [[abs(float(score)) for score in scores_S] for scores_S in scores_KS]
@@ -50,10 +51,10 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
     return (budget,)
 
 
-def attention_row(q_D: Floats, k_SD: Floats, lse: float, scale: float) -> list[float]:
-    """The query's attention weight for each of S tokens: exp(scale * q.k - lse)."""
-    q64_D = q_D.astype(np.float64)
-    return [math.exp(scale * float(q64_D @ k_D.astype(np.float64)) - lse) for k_D in k_SD]
+def attention_row(q_D: Floats, k_SD: Floats, lse: float, scale: float, soft_cap: float = 0.0) -> list[float]:
+    """The query's attention weight for each of S tokens: exp(logit - lse)."""
+    logits_S = capped(scale * (k_SD.astype(np.float64) @ q_D.astype(np.float64)), soft_cap)
+    return [math.exp(float(logit) - lse) for logit in logits_S]
 
 
 def ranked_slots(positions_S: Ints, scores_S: Floats, sinks: int, recent: int, ranking: int) -> tuple[list[int], list[int]]:

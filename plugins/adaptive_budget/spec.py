@@ -16,7 +16,7 @@ SPEC = OpSpec(
         "For every sequence whose evict flag is 1: the number of its n cached tokens that this layer keeps. The `sinks` "
         "lowest and `recent` highest positions of each KV head are protected. The other C tokens are candidates, in order "
         "of `ranking`. A row a_h gives each token a weight: row 0 is the attention of the sequence's last query of this "
-        "step, exp(scale * q.k - lse), for each query head; row 1 is the scores, for each KV head. S_c is the mean over "
+        "step, exp(logit - lse), for each query head; row 1 is the scores, for each KV head. S_c is the mean over "
         "these rows of sqrt(sum of a_h^2), summed over the first c candidates of the row's KV head, and over its "
         "protected tokens too where protected_in_norm is 1. The budget is the number of protected tokens plus the "
         "smallest c >= 0 with S_c >= (1 - threshold) * S_C, one number for all heads. If all candidates have weight 0 (S_C "
@@ -52,6 +52,7 @@ SPEC = OpSpec(
         AttributeSpec(
             name="protected_in_norm", type="int", doc="1: norms include the protected tokens; 0: they exclude them", default=0
         ),
+        t.SOFT_CAP,
     ),
     cases=(
         Case(name="prefill", cached=(0,), new=(41,), dims={**DIMS, "L": 1}, attributes={"threshold": 0.01}),
@@ -134,6 +135,13 @@ SPEC = OpSpec(
             dims=DIMS,
             attributes={"ranking": 0, "threshold": 0.1, "protected_in_norm": 1},
             values={"scores": (1,)},
+        ),
+        Case(
+            name="soft_cap",
+            cached=(21, 34),
+            new=(4, 1),
+            dims={**DIMS, "H": 6, "K": 3},
+            attributes={"threshold": 0.05, "soft_cap": 0.6},
         ),
     ),
     tolerance=Tolerance(

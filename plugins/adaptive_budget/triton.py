@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trt_kv.plugins.adaptive_budget.arguments import Arguments
 from trt_kv.plugins.adaptive_budget.spec import NO_WEIGHT
+from trt_kv.plugins.attention_kernels import capped
 from trt_kv.plugins.ranking_triton import ordered_key
 from trt_kv.plugins.triton_launch import launch, power_of_2
 
@@ -97,9 +98,11 @@ def weigh_kernel(
     ranks_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     scale: tl.tensor,
+    soft_cap: tl.tensor,
     table_stride_b: tl.tensor,
     n_protected: tl.tensor,
     sinks: tl.tensor,
+    CAPPED: tl.constexpr,
     NEEDS_QUERY: tl.constexpr,
     BY_SCORE: tl.constexpr,
     H: tl.constexpr,
@@ -157,7 +160,10 @@ def weigh_kernel(
         for g in range(G):
             query = row * H + head * G + g
             q = tl.load(q_ptr + query * D + d, mask=d < D, other=0.0).to(tl.float32)
-            weight = tl.exp(tl.sum(k * q[None, :], 1) * scale - tl.load(lse_ptr + query))
+            logits = tl.sum(k * q[None, :], 1) * scale
+            if CAPPED:
+                logits = capped(logits, soft_cap)
+            weight = tl.exp(logits - tl.load(lse_ptr + query))
             to = (to_page * H + head * G + g) * P + place % P
             tl.store(weights_ptr + to, tl.where(weight >= SMALLEST, weight, 0.0), mask=inside)
     else:
@@ -317,7 +323,9 @@ def run(args: Arguments[Tensor]) -> tuple[Tensor]:
         ranks_ptr=ranks,
         weights_ptr=weights,
         scale=args.scale,
+        soft_cap=float(args.soft_cap),
         sinks=args.sinks,
+        CAPPED=int(args.soft_cap > 0),
         BY_SCORE=int(args.ranking == 0),
         H=n_heads,
         D=head_size,

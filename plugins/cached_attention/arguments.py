@@ -23,3 +23,5 @@ class Arguments(Generic[Array]):
     layer: int
     scale: float
     page_size: int
+    window: int = 0
+    soft_cap: float = 0.0

@@ -27,6 +27,10 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats]:
             args.kv_len[args.layer, decoding],
             args.kv,
             np.float32(args.scale),
+            np.float32(args.soft_cap),
+            args.window,
+            args.positions,
+            args.token_positions,
             out,
             lse,
         )
@@ -35,6 +39,14 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats]:
         n_cached = int(args.kv_len[args.layer, b])
         pages = pages_of(args.page_table, args.layer, b, n_cached, args.page_size)
         out[chunk], lse[chunk] = attend_cached(
-            args.q[chunk], args.positions[chunk], pages, n_cached, args.kv, args.token_positions, args.scale
+            args.q[chunk],
+            args.positions[chunk],
+            pages,
+            n_cached,
+            args.kv,
+            args.token_positions,
+            args.scale,
+            window=args.window,
+            soft_cap=args.soft_cap,
         )
     return out, lse

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kv.plugins.cached_attention.arguments import Arguments
-from trt_kv.plugins.paging import Floats, gather_kv, gather_slots, pages_of
+from trt_kv.plugins.paging import Floats, capped, gather_kv, gather_slots, pages_of
 
 
 def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats]:
@@ -30,8 +30,10 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats]:
             for h in range(n_heads):
                 kv_head = h * n_kv_heads // n_heads
                 visible = positions_KS[kv_head] <= args.positions[i]
+                if args.window:
+                    visible &= positions_KS[kv_head] > args.positions[i] - args.window
                 products = k_KSD[kv_head, visible].astype(np.float32) * args.q[i, h].astype(np.float32)
-                logits = products.sum(axis=1) * np.float32(args.scale)
+                logits = capped(products.sum(axis=1) * np.float32(args.scale), args.soft_cap)
                 largest = logits.max()
                 weights = np.exp(logits - largest)
                 lse[i, h] = largest + np.log(weights.sum())

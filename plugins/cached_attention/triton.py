@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trt_kv.plugins.attention_triton import append_tokens, attend_chunks, attend_one
+from trt_kv.plugins.attention_triton import Window, append_tokens, attend_chunks, attend_one
 from trt_kv.plugins.cached_attention.arguments import Arguments
 
 
@@ -18,9 +18,14 @@ def run(args: Arguments[Tensor]) -> tuple[Tensor, Tensor]:
     table_BT, len_B = args.page_table[args.layer], args.kv_len[args.layer]
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    attend_one(q, args.cu_tokens, table_BT[:, None].expand(-1, args.kv.shape[2], -1), len_B, args.kv, args.scale, out, lse)
+    table_BKT = table_BT[:, None].expand(-1, args.kv.shape[2], -1)
+    window = Window(size=args.window, positions_N=args.positions, token_positions=args.token_positions) if args.window else None
+    attend_one(q, args.cu_tokens, table_BKT, len_B, args.kv, args.scale, out, lse, soft_cap=args.soft_cap, window=window)
     if len(q) > 1:
         attend_chunks(
-            q, args.positions, args.cu_tokens, table_BT, len_B, args.kv, args.token_positions, args.scale, out, lse, min_new=2
+            *(q, args.positions, args.cu_tokens, table_BT, len_B, args.kv, args.token_positions, args.scale, out, lse),
+            min_new=2,
+            soft_cap=args.soft_cap,
+            window=args.window,
         )
     return out, lse

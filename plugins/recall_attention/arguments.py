@@ -37,3 +37,4 @@ class Arguments(Generic[Array]):
     summary: int = 0
     pooling: int = 0
     softmax_scale: float = 1.0
+    soft_cap: float = 0.0

@@ -31,7 +31,14 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
         if args.prompt_remaining[last] >= 0:
             chunk = slice(args.cu_tokens[b], args.cu_tokens[b + 1])
             out[chunk], lse[chunk] = attend_cached(
-                args.q[chunk], args.positions[chunk], pages, n_cached, args.kv, args.token_positions, args.scale
+                args.q[chunk],
+                args.positions[chunk],
+                pages,
+                n_cached,
+                args.kv,
+                args.token_positions,
+                args.scale,
+                soft_cap=args.soft_cap,
             )
         else:
             budget = budget_tokens(
@@ -52,7 +59,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
             decoding.append((last, attended_KT, n_cached - (len(pages) - attended_KT.shape[1]) * args.page_size))
         args.last_query[row] = args.q[last]
     if decoding:
-        attend_tables(args.q, decoding, args.kv, args.scale, out, lse)
+        attend_tables(args.q, decoding, args.kv, args.scale, args.soft_cap, out, lse)
     return out, lse, corrected
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_kv.plugins.paging import Floats, Ints, gather_kv, pages_of
+from trt_kv.plugins.paging import Floats, Ints, capped, gather_kv, pages_of
 from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.policy import kept_tokens as kept_of
 
@@ -61,6 +61,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
                 head = h * n_kv_heads // n_heads
                 tokens = [s for s in attended[head] if s <= args.positions[i]]
                 logits = (k_KSD[head, tokens].astype(np.float32) * args.q[i, h].astype(np.float32)).sum(axis=1) * scale
+                logits = capped(logits, args.soft_cap)
                 weights = np.exp(logits - logits.max())
                 lse[i, h] = logits.max() + np.log(weights.sum())
                 out[i, h] = (weights[:, None] * v_KSD[head, tokens].astype(np.float32)).sum(axis=0) / weights.sum()

@@ -29,7 +29,8 @@ SPEC = OpSpec(
         "pages in between, 2 their mean and 3 their maximum without softmax. Ties go to the lower page. A page gets its "
         "summary when it is full: `summary` 0 the minimum and maximum of its keys per channel, 1 the midpoint of these minus "
         "and plus the mean absolute deviation from the midpoint. Afterwards last_query holds the query of each sequence's "
-        "last token of this step. All of this is computed in fp32 or better."
+        "last token of this step. All of this is computed in fp32 or better. A soft cap applies to the logits of attention; "
+        "bounds have none: tanh is monotone, so a query head ranks pages as it would by bounds of capped logits."
     ),
     source=(
         "FreeKV (arXiv 2505.13109, section 4): speculative retrieval with the last query, correction per KV head, group- "
@@ -95,6 +96,7 @@ SPEC = OpSpec(
         AttributeSpec(name="summary", type="int", doc="0: minimum and maximum; 1: midpoint and mean deviation", default=0),
         AttributeSpec(name="pooling", type="int", doc="0 MeanS, 1 MaxS, 2 MeanQK, 3 MaxQK", default=0),
         AttributeSpec(name="softmax_scale", type="float", doc="factor on bounds before the softmax over pages", default=1.0),
+        t.SOFT_CAP,
     ),
     cases=(
         Case(
@@ -237,6 +239,15 @@ SPEC = OpSpec(
             dims={"H": 4, "K": 2, "D": 6, "P": 37, "L": 1},
             attributes={"kept_share": 0.0, "kept_tokens": 111, "recent": 1},
             values={"prompt_remaining": (-1,)},
+            in_order=True,
+        ),
+        Case(
+            name="soft_cap",
+            cached=(0, 41, 30, 55),
+            new=(7, 1, 5, 1),
+            dims={"H": 10, "K": 5, "D": 3, "P": 7, "L": 2},
+            attributes={"kept_share": 0.0, "kept_tokens": 35, "sinks": 1, "recent": 2, "tau": 0.3, "soft_cap": 0.5},
+            values={"prompt_remaining": (6, 5, 4, 3, 2, 1, 0, -1, 4, 3, 2, 1, 0, -1), "prompt_len": (7, 20, 35, 55)},
             in_order=True,
         ),
     ),

@@ -148,9 +148,14 @@ def run(args: Arguments[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    attend_chosen(q, args.cu_tokens, table_BT, len_B, args.kv, counts, chosen_BKT, limits.n_sinks, args.scale, out, lse)
+    attend_chosen(
+        *(q, args.cu_tokens, table_BT, len_B, args.kv, counts, chosen_BKT, limits.n_sinks, args.scale, args.soft_cap),
+        *(out, lse),
+    )
     attend_chunks(
-        q, args.positions, args.cu_tokens, table_BT, prompt_B, args.kv, args.token_positions, args.scale, out, lse, min_new=1
+        *(q, args.positions, args.cu_tokens, table_BT, prompt_B, args.kv, args.token_positions, args.scale, out, lse),
+        min_new=1,
+        soft_cap=args.soft_cap,
     )
     return out, lse, corrected_BK
 
@@ -190,6 +195,7 @@ def attend_chosen(
     chosen_BKT: Tensor,
     n_sinks: int,
     scale: float,
+    soft_cap: float,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -212,4 +218,4 @@ def attend_chosen(
         P=kv.shape[3],
         BLOCK_J=128,
     )
-    attend_one(q_NHD, cu_tokens, head_table_BKT, counts.attended, kv, scale, out, lse)
+    attend_one(q_NHD, cu_tokens, head_table_BKT, counts.attended, kv, scale, out, lse, soft_cap=soft_cap)

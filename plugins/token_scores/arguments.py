@@ -29,3 +29,4 @@ class Arguments(Generic[Array]):
     pooling: int = 1
     average: int = 0
     generated: int = 0
+    soft_cap: float = 0.0

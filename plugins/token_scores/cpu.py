@@ -9,8 +9,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_kv.plugins.chunk_blocks import BLOCK_TOKENS, FASTMATH, STRIP_ROWS, hide_later, key_blocks, multiply, query_rows
-from trt_kv.plugins.fast_math import exp_nonpositive, exp_or_zero
+from trt_kv.plugins.chunk_blocks import BLOCK_TOKENS, FASTMATH, STRIP_ROWS, cap, hide_later, key_blocks, multiply, query_rows
+from trt_kv.plugins.fast_math import exp_nonpositive, exp_or_zero, tanh_of
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints, gather_slots, pages_of, scatter_slots
 from trt_kv.plugins.token_scores.arguments import Arguments
@@ -36,6 +36,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
             args.kv_len[args.layer, ones],
             args.kv,
             np.float32(args.scale),
+            np.float32(args.soft_cap),
             bool(args.per_head),
             args.scores,
         )
@@ -50,7 +51,14 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
         scores_KS = gather_slots(args.scores, pages, n_cached)
         if new_B[b] > 1:
             received_KS = attention_received(
-                args.q[rows], args.lse[rows], args.positions[rows], pages, args.kv, positions_KS, args.scale
+                args.q[rows],
+                args.lse[rows],
+                args.positions[rows],
+                pages,
+                args.kv,
+                positions_KS,
+                args.scale,
+                soft_cap=args.soft_cap,
             )
             scores_KS += received_KS if args.per_head else received_KS.mean(axis=0)
         if is_last.any():
@@ -65,25 +73,40 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
 
 
 def attention_received(
-    q_NHD: Floats, lse_NH: Floats, positions_N: Ints, pages_T: Ints, kv: Floats, positions_KS: Ints, scale: float
+    q_NHD: Floats,
+    lse_NH: Floats,
+    positions_N: Ints,
+    pages_T: Ints,
+    kv: Floats,
+    positions_KS: Ints,
+    scale: float,
+    *,
+    soft_cap: float = 0.0,
 ) -> Floats:
     """Attention that the first S slots of ``pages_T`` receive from a chunk's queries: [K, S] fp32.
 
-    Summed over queries, mean over a KV head's query heads: token k receives sum_m exp(scale * q_m.k - lse_m) of the queries m
-    at its position or behind it. Memory: a copy of the slots' K.
+    Summed over queries, mean over a KV head's query heads: token k receives sum_m exp(logit_mk - lse_m) of the queries m at its
+    position or behind it; the logit is scale * q_m.k, capped by ``soft_cap``. Memory: a copy of the slots' K.
     """
     n_kv_heads = len(positions_KS)
     group = q_NHD.shape[1] // n_kv_heads
     lse_KR = lse_NH.reshape(len(lse_NH), n_kv_heads, group).transpose(1, 0, 2).reshape(n_kv_heads, -1)
     received_KS = np.zeros(positions_KS.shape, np.float32)
     keys = key_blocks(kv, pages_T, positions_KS.shape[1])
-    _receive_blocks(query_rows(q_NHD, n_kv_heads, scale), lse_KR, keys, positions_N, positions_KS, received_KS)
+    q_KRC = query_rows(q_NHD, n_kv_heads, scale)
+    _receive_blocks(q_KRC, lse_KR, keys, positions_N, positions_KS, np.float32(soft_cap), received_KS)
     return received_KS / np.float32(group)
 
 
 @njit(parallel=True, fastmath=FASTMATH)
 def _receive_blocks(
-    q_KRC: Floats, lse_KR: Floats, k_KBCT: Floats, positions_N: Ints, positions_KS: Ints, received_KS: Floats
+    q_KRC: Floats,
+    lse_KR: Floats,
+    k_KBCT: Floats,
+    positions_N: Ints,
+    positions_KS: Ints,
+    soft_cap: np.float32,
+    received_KS: Floats,
 ) -> None:
     """One task per KV head and block of its tokens."""
     n_kv_heads, n_blocks = k_KBCT.shape[:2]
@@ -100,6 +123,8 @@ def _receive_blocks(
             if positions_T.min() > positions_R[strip].max():
                 continue
             multiply(q_KRC[head, strip], k_KBCT[head, block], exponents_RT, len(positions_T))
+            if soft_cap > 0.0:
+                cap(exponents_RT, len(lse_R), len(positions_T), soft_cap)
             hide_later(exponents_RT, positions_R[strip], positions_T)
             for r in range(len(lse_R)):
                 for t in range(len(positions_T)):
@@ -132,6 +157,7 @@ def receive_one(
     kv_len_B: Ints,
     kv: Floats,
     scale: np.float32,
+    soft_cap: np.float32,
     per_head: bool,
     scores: Floats,
 ) -> None:
@@ -151,7 +177,10 @@ def receive_one(
                     dot = np.float32(0.0)
                     for d in range(head_size):
                         dot += q_NHD[row, head * group + g, d] * kv[page, 0, head, s, d]
-                    received_BKS[b, head, p * page_size + s] += exp_nonpositive(dot * scale - lse) / np.float32(group)
+                    logit = dot * scale
+                    if soft_cap > 0.0:
+                        logit = soft_cap * tanh_of(logit / soft_cap)
+                    received_BKS[b, head, p * page_size + s] += exp_nonpositive(logit - lse) / np.float32(group)
     for b in numba.prange(len(rows_B)):
         for s in range(kv_len_B[b]):
             page = page_table_BT[b, s // page_size]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_kv.plugins.paging import Floats, Ints, gather_kv, gather_slots, pages_of, scatter_slots
+from trt_kv.plugins.paging import Floats, Ints, capped, gather_kv, gather_slots, pages_of, scatter_slots
 from trt_kv.plugins.token_scores.arguments import Arguments
 
 
@@ -30,6 +30,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
                 kv_head = h * n_kv_heads // n_heads
                 visible = positions_KS[kv_head] <= args.positions[i]
                 logits = (k_KSD[kv_head, visible] * args.q[i, h]).sum(axis=1) * np.float32(args.scale)
+                logits = capped(logits, args.soft_cap)
                 weights = np.exp(logits - args.lse[i, h])
                 if args.per_head:
                     scores_KS[kv_head, visible] += weights / (n_heads // n_kv_heads)

@@ -57,6 +57,7 @@ SPEC = OpSpec(
         AttributeSpec(
             name="generated", type="int", doc="1: queries of generated tokens count too, regardless of the window", default=0
         ),
+        t.SOFT_CAP,
     ),
     cases=(
         Case(name="prefill", cached=(0,), new=(23,), dims={"H": 4, "K": 2, "D": 6, "P": 5, "L": 1}),
@@ -149,6 +150,21 @@ SPEC = OpSpec(
             dims={"H": 2, "K": 1, "D": 5, "P": 4, "L": 1},
             attributes={"pooling": 9, "window": 2},
             values={"prompt_remaining": (2, 1, 0, 3, 2, 1, 0)},
+        ),
+        Case(
+            name="soft_cap",
+            cached=(0, 11, 30, 2),
+            new=(7, 1, 5, 1),
+            dims={"H": 10, "K": 5, "D": 3, "P": 7, "L": 2},
+            attributes={"soft_cap": 0.4},
+        ),
+        Case(
+            name="soft_cap_generated",
+            cached=(11, 4, 16),
+            new=(1, 1, 3),
+            dims={"H": 6, "K": 2, "D": 5, "P": 6, "L": 1},
+            attributes={"generated": 1, "per_head": 1, "soft_cap": 1.2},
+            values={"prompt_remaining": (-1, 0, 1, 0, -1)},
         ),
     ),
     tolerance=Tolerance(atol=2e-5, rtol=2e-5, reason="fp32 sums over heads and queries in another order"),

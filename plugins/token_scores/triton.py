@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trt_kv.plugins.attention_kernels import capped
 from trt_kv.plugins.token_scores.arguments import Arguments
 from trt_kv.plugins.triton_launch import launch, power_of_2
 
@@ -43,10 +44,12 @@ def receive_kernel(
     scores_ptr: tl.tensor,
     parts_ptr: tl.tensor,
     scale: tl.tensor,
+    soft_cap: tl.tensor,
     table_stride_b: tl.tensor,
     counted_from: tl.tensor,
     counted_to: tl.tensor,
     n_slots: tl.tensor,
+    CAPPED: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -118,7 +121,11 @@ def receive_kernel(
         at_row = token * H + head * G + m % G
         q = tl.load(q_ptr + at_row[None, :] * D + d[:, None], mask=is_counted[None, :] & is_d[:, None], other=0.0)
         lse = tl.load(lse_ptr + at_row, mask=is_counted, other=float("inf")) * LOG2_E
-        logits = tl.dot(k, q, input_precision="ieee") * (scale * LOG2_E)
+        logits = tl.dot(k, q, input_precision="ieee")
+        if CAPPED:
+            logits = capped(logits * scale, soft_cap) * LOG2_E
+        else:
+            logits = logits * (scale * LOG2_E)
         received += tl.where(position[:, None] <= asked[None, :], tl.exp2(logits - lse[None, :]), 0.0)
     for start in range(compared, high, ROWS):
         row = start + m // G
@@ -126,7 +133,11 @@ def receive_kernel(
         at_row = (begin + row) * H + head * G + m % G
         q = tl.load(q_ptr + at_row[None, :] * D + d[:, None], mask=is_row[None, :] & is_d[:, None], other=0.0)
         lse = tl.load(lse_ptr + at_row, mask=is_row, other=float("inf")) * LOG2_E
-        logits = tl.dot(k, q, input_precision="ieee") * (scale * LOG2_E)
+        logits = tl.dot(k, q, input_precision="ieee")
+        if CAPPED:
+            logits = capped(logits * scale, soft_cap) * LOG2_E
+        else:
+            logits = logits * (scale * LOG2_E)
         received += tl.exp2(logits - lse[None, :])
     mean = tl.sum(received, 1) / G
     if PER_HEAD:
@@ -340,11 +351,13 @@ def run(args: Arguments[Tensor]) -> tuple[()]:
         kv_ptr=args.kv,
         parts_ptr=parts,
         scale=args.scale,
+        soft_cap=float(args.soft_cap),
         counted_from=-1 if args.generated else 0,
         counted_to=args.window or 2**31 - 1,
         n_slots=n_slots,
         H=n_heads,
         D=head_size,
+        CAPPED=int(args.soft_cap > 0),
         PER_HEAD=args.per_head,
         BLOCK_D=max(16, power_of_2(head_size)),
         LOG2_E=_LOG2_E,

@@ -1,4 +1,8 @@
-"""The KV cache of one sequence: its pages and length per layer, and the slots of its next tokens."""
+"""The KV cache of one sequence: its pages and length per layer, and the slots of its next tokens.
+
+A layer with an attention window holds the window: pages at its front are freed once no later query can see them
+(docs/decisions/0038-windows.md).
+"""
 
 from collections import deque
 from collections.abc import Sequence
@@ -17,9 +21,17 @@ class SequenceCache:
     """Pages, lengths and decode-time eviction of one sequence over L layers."""
 
     def __init__(
-        self, pool: KvPool[Any], *, n_layers: int, decode_distance: int = Policy.decode_distance, floor: int = 0
+        self,
+        pool: KvPool[Any],
+        *,
+        n_layers: int,
+        decode_distance: int = Policy.decode_distance,
+        floor: int = 0,
+        windows: Sequence[int] = (),
     ) -> None:
-        """``floor``: a layer that holds fewer tokens evicts none while decoding."""
+        """``floor``: a layer that holds fewer tokens evicts none while decoding. ``windows``: each layer's attention window in
+        tokens, 0 for none; empty: no layer has one.
+        """
         self.pool = pool
         self.num_computed_tokens = 0
         """Prompt and generated tokens so far; also the position of the next token."""
@@ -28,6 +40,7 @@ class SequenceCache:
         self._n_pages: Ints = np.zeros(n_layers, np.int64)
         self._decode_distance = decode_distance
         self._floor = floor
+        self._windows = tuple(windows) or (0,) * n_layers
         self._growth: list[float] | None = None
         self._reuse_order: list[deque[int]] = []
         self.is_evicted = False
@@ -67,6 +80,23 @@ class SequenceCache:
         """The pool that holds the layer's pages."""
         return self.pool
 
+    def free_passed(self) -> None:
+        """Free the pages of layers with a window in which no token is visible to the next query or to any after it.
+
+        Such a layer holds its tokens in order of position, so these are the first pages of its page table.
+        """
+        size = self.pool.page_size
+        for layer, window in enumerate(self._windows):
+            n_hidden = int(self.kv_len[layer]) - (window - 1)
+            n_freed = max(0, n_hidden) // size if window else 0
+            if n_freed:
+                n_left = int(self._n_pages[layer]) - n_freed
+                self.pool.release(self.page_table[layer, :n_freed])
+                self.page_table[layer, :n_left] = self.page_table[layer, n_freed : n_freed + n_left].copy()
+                self.page_table[layer, n_left:] = -1
+                self._n_pages[layer] = n_left
+                self.kv_len[layer] -= n_freed * size
+
     def make_room(self, n_new: int) -> None:
         """Allocate the pages that ``append(n_new)`` needs. On ``CapacityError`` nothing has changed."""
         self._grow_tables(-(-self._lengths_after(n_new) // self.pool.page_size))
@@ -75,7 +105,7 @@ class SequenceCache:
         """Add ``n_new`` tokens and return their pool slots [L, n_new]. On ``CapacityError`` the sequence is unchanged.
 
         With decode-time eviction (``growth`` of ``shrink``), a single new token takes the slot of an older one in every layer
-        that holds more than its share (see ``_evicts_for_next``).
+        that holds more than its share (see ``_evicts_for_next``), except in layers with a window.
         """
         self.make_room(n_new)
         new_len = self._lengths_after(n_new)
@@ -86,7 +116,7 @@ class SequenceCache:
                 if new_len[layer] > self.kv_len[layer]
                 else self._reuse_order[layer].popleft()
             )
-            if self._growth is not None:
+            if self._growth is not None and not self._windows[layer]:
                 self._reuse_order[layer].extend(int(slot) for slot in slots[layer])
         self.kv_len = new_len
         self.num_computed_tokens += n_new
@@ -106,6 +136,7 @@ class SequenceCache:
         code, which deletes the row ``decode_distance`` before the end of the compressed prompt (or its middle, if it is
         shorter). None: it grows by every token, unless EvictTokens runs while decoding (``settle``).
         """
+        assert all(kept[layer] == self.kv_len[layer] for layer, window in enumerate(self._windows) if window)
         self.is_evicted = True
         self._growth = None if growth is None else list(growth)
         self._reuse_order = []
@@ -117,6 +148,8 @@ class SequenceCache:
             self._n_pages[layer] = n_pages
             fixed = n_kept - self._decode_distance
             first = fixed if fixed >= 1 else n_kept // 2
+            if self._windows[layer]:
+                first = n_kept  # a window moves on by whole pages
             self._reuse_order.append(deque(int(slot) for slot in self._slots(layer, range(first, n_kept))))
         self.kv_len = np.array(kept, np.int64)
 
@@ -149,7 +182,13 @@ class SequenceCache:
         return twin
 
     def _empty_twin(self) -> Self:
-        return type(self)(self.pool, n_layers=self.n_layers, decode_distance=self._decode_distance, floor=self._floor)
+        return type(self)(
+            self.pool,
+            n_layers=self.n_layers,
+            decode_distance=self._decode_distance,
+            floor=self._floor,
+            windows=self._windows,
+        )
 
     def release(self) -> None:
         """Free all pages; the sequence is empty afterwards. May be called again, also after an interrupted call."""

@@ -72,10 +72,10 @@ class Tiers(Protocol):
 class TieredSequence(SequenceCache):
     """A ``SequenceCache`` whose page table lists host pages for ``host_layers`` and device pages for the other layers."""
 
-    def __init__(self, recall: Tiers, *, n_layers: int, host_layers: Sequence[int]) -> None:
+    def __init__(self, recall: Tiers, *, n_layers: int, host_layers: Sequence[int], windows: Sequence[int] = ()) -> None:
         self._recall = recall
         self._host_layers = frozenset(host_layers)
-        super().__init__(recall.device, n_layers=n_layers)
+        super().__init__(recall.device, n_layers=n_layers, windows=windows)
 
     @property
     def failure(self) -> TrtKvError | None:
@@ -105,7 +105,8 @@ class TieredSequence(SequenceCache):
         return twin
 
     def _empty_twin(self) -> Self:
-        return type(self)(self._recall, n_layers=self.n_layers, host_layers=tuple(self._host_layers))
+        host_layers = tuple(self._host_layers)
+        return type(self)(self._recall, n_layers=self.n_layers, host_layers=host_layers, windows=self._windows)
 
     def release(self) -> None:
         """Wait for pending copies, then free every page of both tiers."""

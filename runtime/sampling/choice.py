@@ -59,17 +59,24 @@ def candidates_of(logits_V: Floats, params: SamplingParams) -> Candidates:
     return left
 
 
-def log_probability(logits_V: Floats, token_id: int) -> float:
-    """Log-probability of a token under logits [V]."""
-    return float(logits_V[token_id]) - _log_total(logits_V)
+def log_total(logits_V: Floats) -> float:
+    """log of the sum of exp(logits), which turns logits into log-probabilities."""
+    largest = float(logits_V.max())
+    return largest + float(np.log(np.exp(logits_V - np.float32(largest)).sum(dtype=np.float64)))
 
 
-def top_log_probabilities(logits_V: Floats, n: int) -> list[tuple[int, float]]:
-    """The ``n`` likeliest tokens under logits [V] with their log-probabilities, likeliest first, equal ones by id."""
+def log_probability(logits_V: Floats, token_id: int, total: float) -> float:
+    """Log-probability of a token under logits [V] with ``log_total`` ``total``."""
+    return float(logits_V[token_id]) - total
+
+
+def top_log_probabilities(logits_V: Floats, n: int, total: float) -> tuple[tuple[int, float], ...]:
+    """The ``n`` likeliest tokens under logits [V] with ``log_total`` ``total``, with their log-probabilities, likeliest first,
+    equal ones by id.
+    """
     ids = _best(logits_V, min(n, len(logits_V))) if n else np.empty(0, np.int64)
     ids = ids[np.argsort(-logits_V[ids], kind="stable")]
-    total = _log_total(logits_V)
-    return [(int(i), float(logits_V[i]) - total) for i in ids]
+    return tuple((int(i), log_probability(logits_V, i, total)) for i in ids)
 
 
 def _best(logits_V: Floats, k: int) -> Ints:
@@ -100,9 +107,3 @@ def _typical(weights_S: Floats, mass: float) -> Ints:
 
 def _total(weights: Floats) -> float:
     return float(weights.sum(dtype=np.float64))
-
-
-def _log_total(logits_V: Floats) -> float:
-    """log of the sum of exp(logits)."""
-    largest = float(logits_V.max())
-    return largest + float(np.log(np.exp(logits_V - np.float32(largest)).sum(dtype=np.float64)))

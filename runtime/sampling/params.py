@@ -28,13 +28,18 @@ class SamplingParams:
     ``max_new_tokens`` does. ``timeout_s``: seconds from arrival, time in the queue included, after which the request ends
     with the tokens it has; None: never. Requests with a lower ``priority`` start first.
 
+    **Samples.** ``n`` of one prompt, which is read once: ``Generation.samples``. Sample i has the seed ``seed`` + i, and the
+    tokens of a request of its own with that seed. Greedy samples would all be equal, so they are refused.
+
     ``parse_special_tokens``: special tokens that are written in a prompt's text, as chat templates write them, become control
     tokens. False, for text of users: ``<eos>`` in it is text like any other, and ends or begins nothing.
     ``top_logprobs``: record the log-probability of each generated token, and of as many of the likeliest; None: of none.
-    They are the model's, before all of the above.
+    They are the model's, before all of the above. ``skip_special_tokens``: special tokens that are generated, such as those
+    of tool calls, have no text.
     """
 
     max_new_tokens: int = 128
+    n: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -53,11 +58,13 @@ class SamplingParams:
     priority: int = 0
     timeout_s: float | None = None
     parse_special_tokens: bool = True
+    skip_special_tokens: bool = True
     top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
             ("max_new_tokens", is_integer(self.max_new_tokens, 1), "an integer >= 1"),
+            ("n", is_integer(self.n, 1), "an integer >= 1"),
             ("temperature", _is_within(self.temperature, 0.0, math.inf), "a number >= 0; 0 is greedy"),
             ("top_p", _is_within(self.top_p, 0.0, 1.0) and self.top_p > 0.0, "a number in (0, 1]"),
             ("top_k", is_integer(self.top_k, 0), "an integer >= 0; 0 is no limit"),
@@ -88,6 +95,7 @@ class SamplingParams:
                 "seconds > 0, or None",
             ),
             ("parse_special_tokens", isinstance(self.parse_special_tokens, bool), "True or False"),
+            ("skip_special_tokens", isinstance(self.skip_special_tokens, bool), "True or False"),
             ("top_logprobs", self.top_logprobs is None or is_integer(self.top_logprobs, 0), "an integer >= 0, or None"),
         ):
             if not valid:
@@ -95,6 +103,12 @@ class SamplingParams:
         if self.min_tokens > self.max_new_tokens:
             raise UsageError(
                 "min_tokens exceeds max_new_tokens", got=self.min_tokens, expected=f"at most {self.max_new_tokens}"
+            )
+        if self.n > 1 and self.temperature == 0.0:
+            raise UsageError(
+                "several samples of a greedy choice would all be equal",
+                got=f"n={self.n}, temperature 0",
+                expected="n=1, or a temperature above 0",
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -119,6 +133,7 @@ class SamplingOptions(TypedDict, total=False):
     """The fields of ``SamplingParams`` as keyword arguments."""
 
     max_new_tokens: int
+    n: int
     temperature: float
     top_p: float
     top_k: int
@@ -137,6 +152,7 @@ class SamplingOptions(TypedDict, total=False):
     priority: int
     timeout_s: float | None
     parse_special_tokens: bool
+    skip_special_tokens: bool
     top_logprobs: int | None
 
 

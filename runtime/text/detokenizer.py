@@ -24,15 +24,16 @@ class Detokenizer:
     if a byte-fallback tokenizer retracts text that it had decoded.)
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skips_special = skip_special_tokens
         self._context, self._pending = self._end_of(prompt_ids)
         self._in_prompt = ""
         self._in_prompt = self._pending_text()
         """What the prompt shows for the tokens that are pending at its end."""
 
     def step(self, token_id: int) -> str:
-        """The text that becomes final with ``token_id``; empty for special tokens."""
+        """The text that becomes final with ``token_id``; empty for special tokens, if they are skipped."""
         self._pending.append(token_id)
         text = self._pending_text()
         if not text and self._is_special(token_id):
@@ -74,4 +75,4 @@ class Detokenizer:
         return not self._decode([token_id]) and bool(self._tokenizer.decode([token_id], skip_special_tokens=False))
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skips_special)

@@ -13,7 +13,7 @@ COLOURS = {State.OK: "green", State.OPTIONAL: "yellow", State.MISSING: "red"}
 @debug_option
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Check Python, memory, packages, accelerators and the bundled model.
+    """Check Python, memory, packages, accelerators and the models.
 
     Each line is marked ok, optional (not installed, and needed by some commands only) or missing (required by all).
     The exit code is 1 when something is missing.

@@ -73,7 +73,7 @@ def command(
 
     Each line of the tasks file is {"prompt": "...", "expected": "..."}; "expected" may be a list of accepted
     answers, and perplexity is that of the first. Optional: "task", the group that the line is reported in, and "name", a
-    unique name. Decoding is greedy.
+    unique name. Decoding is greedy, whatever the model's generation_config.json recommends.
 
     \b
     Examples:

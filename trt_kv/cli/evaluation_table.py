@@ -44,8 +44,8 @@ def _engine(facts: "EngineFacts") -> str:
 
 
 def _exempt(run: "Run") -> list[str]:
-    """The kept share over the layers that are not exempt, if the policy exempts some but not all."""
-    exempt = run.engine.policy.exempt_layers
+    """The kept share over the layers that are not exempt, if some but not all are; those with a window are."""
+    exempt = run.engine.applied_policy.exempt_layers
     n_others = len(run.answers[0].kept_tokens) - len(exempt)
     if not exempt or n_others == 0:
         return []

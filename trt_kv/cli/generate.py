@@ -10,7 +10,7 @@ from trt_kv.cli.generation import RunOptions, stream_text
 from trt_kv.cli.options import any_path, debug_option, digest_option, utf8_text
 from trt_kv.cli.output import say
 from trt_kv.cli.run_options import device_options, resource_options
-from trt_kv.cli.sampling_options import sampling_options
+from trt_kv.cli.sampling_options import model_defaults_option, sampling_options
 from trt_kv.errors import UsageError
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
 from trt_kv.text_file import read_text, text_from_bytes
@@ -26,6 +26,7 @@ from trt_kv.text_file import read_text, text_from_bytes
     help="Read the prompt from FILE.",
 )
 @sampling_options
+@model_defaults_option
 @click.option(
     "--trace", type=any_path, metavar="FILE", help="Write a timeline of the run, as JSON for chrome://tracing or Perfetto."
 )
@@ -46,6 +47,7 @@ def command(
     prompt: str | None,
     prompt_file: str | None,
     sampling: dict[str, Any],
+    model_defaults: bool,
     trace: Path | None,
     parse_special_tokens: bool,
     resources: ResourceChoice,
@@ -62,11 +64,12 @@ def command(
       trt-kv generate engines/llama3-prefixkv --prompt-file long.txt --device cuda --dtype bfloat16
       trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --top-p 0.95 --seed 7 --stop "."
       trt-kv generate ENGINE --prompt-file prompt.txt --repetition-penalty 1.1
+      trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --n 3
     """
     text = read_prompt(prompt, prompt_file)
     sampling |= {"parse_special_tokens": parse_special_tokens}
     notes: list[str] = []
-    running = RunOptions(on=on, digest=digest, resources=resources, trace=trace)
+    running = RunOptions(on=on, digest=digest, resources=resources, trace=trace, model_defaults=model_defaults)
     begun = False
     try:
         for piece in stream_text(engine=engine, prompt=text, sampling=sampling, running=running, on_end=notes.append):

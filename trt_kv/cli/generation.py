@@ -1,26 +1,33 @@
 """Streaming of generated text, followed by lines of statistics."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trt_kv.cli.generation_notes import held_note, recall_note
 from trt_kv.cli.progress import progress_bars
+from trt_kv.cli.sampling_notes import defaults_notes, logprobs_table, samples_text
 from trt_kv.pipeline.destinations import check_new_file
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
+
+if TYPE_CHECKING:
+    from trt_kv.runtime.engine import Engine
+    from trt_kv.runtime.request import Generation
+    from trt_kv.runtime.sampling import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """How an engine is run, and where (``on``). ``digest``: of the only engine to accept. ``trace``: the file that the
-    timeline is written to.
+    timeline is written to. ``model_defaults``: see ``Engine.load``.
     """
 
     on: DeviceChoice = field(default_factory=DeviceChoice)
     digest: str | None = None
     resources: ResourceChoice = field(default_factory=ResourceChoice)
     trace: Path | None = None
+    model_defaults: bool = True
 
     def __post_init__(self) -> None:
         if self.trace is not None:
@@ -30,8 +37,8 @@ class RunOptions:
 def stream_text(
     *, engine: Path, prompt: str, sampling: dict[str, Any], running: RunOptions, on_end: Callable[[str], None]
 ) -> Iterator[str]:
-    """Chunks of generated text; afterwards ``on_end`` is called with each line of statistics. ``sampling``: the fields of
-    ``SamplingParams``.
+    """Chunks of generated text, of several samples one after the other; afterwards ``on_end`` is called with each line of
+    statistics. ``sampling``: the fields of ``SamplingParams`` in place of the model's.
     """
     from trt_kv.runtime.engine import Engine
     from trt_kv.runtime.trace import NO_TRACE, Trace
@@ -39,13 +46,20 @@ def stream_text(
     trace = NO_TRACE if running.trace is None else Trace()
     with progress_bars() as on_progress:
         options_of_load = {**running.on.options, **running.resources.options()}
+        options_of_load |= {"model_defaults": running.model_defaults}
         loaded = Engine.load(engine, digest=running.digest, trace=trace, on_progress=on_progress, **options_of_load)
+        params = replace(loaded.default_sampling, **sampling)
         n_prompt = len(loaded.encode(prompt, parse_special_tokens=sampling["parse_special_tokens"]))
-        stream = loaded.stream(prompt, on_prefill=lambda done: on_progress("reading the prompt", done, n_prompt), **sampling)
-        first = next(stream, "")
+        pieces, result_of = _answer(loaded, prompt, params, lambda done: on_progress("reading the prompt", done, n_prompt))
+        first = next(pieces, "")
     yield first
-    yield from stream
-    result = stream.result
+    yield from pieces
+    result = result_of()
+    if params.top_logprobs is not None:
+        for sample in result.samples:
+            yield "\n\n" + logprobs_table(sample, loaded.tokenizer)
+    for note in defaults_notes(loaded.model_defaults, params, given=list(sampling)):
+        on_end(note)
     if sampling["parse_special_tokens"] and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
         on_end("[the prompt begins with the tokenizer's BOS: no second one was put in front]")
     on_end(held_note(loaded.manifest, result))
@@ -58,3 +72,14 @@ def stream_text(
     if running.trace is not None:
         trace.save(running.trace)
         on_end(f"[trace: {running.trace}, for chrome://tracing or ui.perfetto.dev]")
+
+
+def _answer(
+    engine: "Engine", prompt: str, params: "SamplingParams", on_prefill: Callable[[int], None]
+) -> tuple[Iterator[str], Callable[[], "Generation"]]:
+    """The text of a prompt's continuation, as it comes, or of several samples at once; and what returns the result."""
+    if params.n > 1:
+        samples = engine.generate(prompt, params)
+        return iter([samples_text(samples)]), lambda: samples
+    stream = engine.stream(prompt, params, on_prefill=on_prefill)
+    return stream, lambda: stream.result

@@ -17,9 +17,9 @@ def held_note(manifest: Manifest, result: "Generation") -> str:
     """Lengths, and how much of the cache was held; of a cache on the host, what a step attends to."""
     begin = f"{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}"
     held, seen = _mean(result.kv_tokens), result.num_computed_tokens
-    if manifest.policy.recalls:
+    if manifest.applied_policy.recalls:
         return f"[{begin}; {_attended_text(manifest, result)}the device holds {_count(held, seen)}]"
-    exempt = manifest.policy.exempt_layers
+    exempt = manifest.applied_policy.exempt_layers
     others = [n for layer, n in enumerate(result.kv_tokens) if layer not in exempt]
     told = f", {_percent(_mean(others), seen)} without exempt layers" if exempt and others else ""
     return f"[{begin}; KV cache holds {_count(held, seen)} of {seen} tokens per layer ({_percent(held, seen)}{told})]"
@@ -42,12 +42,12 @@ def attended_tokens(manifest: Manifest, n_prompt: int, n_tokens: int) -> list[in
     """The most tokens that a step attends to in each layer of a sequence of ``n_tokens``: whole pages, first and newest ones
     included, which may exceed the policy's budget. None if budgets are computed from the input.
     """
-    policy = manifest.policy
+    policy = manifest.applied_policy
     limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
     attended = []
-    for budget, tau in zip(manifest.budgets, manifest.taus, strict=True):
+    for budget, tau, window in zip(manifest.budgets, manifest.taus, manifest.windows, strict=True):
         if tau is None:
-            attended.append(n_tokens)
+            attended.append(min(n_tokens, window or n_tokens))
         elif budget is None:
             return None
         else:

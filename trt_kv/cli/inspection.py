@@ -26,8 +26,8 @@ def describe_engine(folder: Path, *, digest: str | None = None) -> str:
     """
     manifest = load_manifest(folder, digest=digest)
     verify_files(folder, manifest)
-    recipe = Recipe.load(safe_join(folder, RECIPE_FILE, error=EngineError)) if manifest.policy.needs_recipe else None
-    drift = Drift.load(safe_join(folder, DRIFT_FILE, error=EngineError)) if manifest.policy.needs_drift else None
+    recipe = Recipe.load(safe_join(folder, RECIPE_FILE, error=EngineError)) if manifest.applied_policy.needs_recipe else None
+    drift = Drift.load(safe_join(folder, DRIFT_FILE, error=EngineError)) if manifest.applied_policy.needs_drift else None
     sections = [
         _model(folder, manifest),
         _policy(manifest, recipe),
@@ -53,9 +53,21 @@ def _model(folder: Path, manifest: Manifest) -> list[str]:
         f"engine    {folder}",
         f"model     {manifest.model_name}: {config.architecture}, {layers}, {heads}",
         f"          {config.max_positions} positions, vocabulary {config.vocab_size}",
+        *_attention(manifest),
         f"target    {manifest.target}, {manifest.dtype}, pages of {manifest.page_size} tokens",
         *_plan(manifest),
     ]
+
+
+def _attention(manifest: Manifest) -> list[str]:
+    """Windows and soft cap of attention, if there are any."""
+    lines = []
+    for window in sorted({window for window in manifest.windows if window}):
+        layers = [layer for layer, other in enumerate(manifest.windows) if other == window]
+        which = "every layer" if len(layers) == len(manifest.windows) else f"layers {', '.join(map(str, layers))}"
+        lines.append(f"          a window of {window} tokens in {which}")
+    soft_cap = manifest.config.attention_soft_cap
+    return lines + ([f"          logits of attention capped at {soft_cap:g}"] if soft_cap else [])
 
 
 def _plan(manifest: Manifest) -> list[str]:
@@ -75,10 +87,13 @@ def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
     changed = differences(policy, policy_from_name(policy.name)) if policy.name in policy_names() else {}
     if changed:
         lines.append(f"changed   {' '.join(setting_as_text(name, value) for name, value in changed.items())}")
+    applied = manifest.applied_policy
+    if applied != policy and not (applied.evicts or applied.recalls):
+        return [*lines, "          decides nothing here: every layer keeps its window, or all tokens"]
     if policy.evicts:
         lines += [
             f"score     {policy.score}{_details(policy)}: {policy.scoring.summary}",
-            f"budget    {policy.budget}: {_budget(policy)}",
+            f"budget    {policy.budget}: {_budget(manifest)}",
             f"protected {_protected(policy)}",
             f"decoding  {policy.decode}: {DECODES[policy.decode]}",
         ]
@@ -87,7 +102,7 @@ def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
             f"residency {policy.residency}: {RESIDENCIES[policy.residency]}",
             f"pages     {policy.page_summary}: {PAGE_SUMMARIES[policy.page_summary]}",
             f"          {policy.group_pooling}: {GROUP_POOLINGS[policy.group_pooling]}{_softmax(policy)}",
-            f"budget    {policy.budget}: {_budget(policy)}, for what one step attends to",
+            f"budget    {policy.budget}: {_budget(manifest)}, for what one step attends to",
             f"protected first {policy.sinks} and last {policy.recent} tokens, in whole pages",
         ]
     if recipe is not None and recipe.mass is not None:
@@ -107,14 +122,15 @@ def _softmax(policy: Policy) -> str:
     return f", bounds scaled by {policy.softmax_scale:g}" if policy.softmax_scale != 1.0 else ""
 
 
-def _budget(policy: Policy) -> str:
+def _budget(manifest: Manifest) -> str:
+    policy, which = manifest.policy, " without a window" if any(manifest.windows) else ""
     told = {
-        "constant": f"{policy.tokens} tokens in every layer" + (", in whole pages" if policy.recalls else ""),
+        "constant": f"{policy.tokens} tokens in every layer{which}" + (", in whole pages" if policy.recalls else ""),
         "unimetric": f"computed per input, threshold {policy.threshold:.2%} of the norm of {METRIC_ROWS[policy.metric_row]}",
     }
-    exempt = ", ".join(map(str, policy.exempt_layers))
+    exempt = ", ".join(str(layer) for layer in policy.exempt_layers if not manifest.windows[layer])
     told_exempt = f"; layers {exempt} keep everything" if exempt else ""
-    return told.get(policy.budget, f"{policy.kept:.0%} of the tokens, mean over layers") + told_exempt
+    return told.get(policy.budget, f"{policy.kept:.0%} of the tokens, mean over layers{which}") + told_exempt
 
 
 def _protected(policy: Policy) -> str:
@@ -126,13 +142,15 @@ def _protected(policy: Policy) -> str:
 def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
     length = manifest.config.max_positions
     origin = RECIPE_FILE if recipe is not None else "the policy"
-    depends = manifest.policy.recalls or any(budget is not None and budget.tokens for budget in manifest.budgets)
+    recalls, windows = manifest.applied_policy.recalls, manifest.windows
+    depends = recalls or any(windows) or any(budget is not None and budget.tokens for budget in manifest.budgets)
     at = f", at {length} tokens" if depends else ""
-    what = "share attended to" if manifest.policy.recalls else "kept share"
+    what = "share attended to" if recalls else "kept share"
     lines = [f"{what} per layer (from {origin}{at})"]
     shares = _shares(manifest)
-    for layer, (budget, share) in enumerate(zip(manifest.budgets, shares, strict=True)):
-        lines.append(f"  {layer:>3} computed for each input" if budget is None else f"  {layer:>3} {bar(share)} {share:6.1%}")
+    for layer, (budget, share, window) in enumerate(zip(manifest.budgets, shares, windows, strict=True)):
+        told = "computed for each input" if budget is None else f"{bar(share)} {share:6.1%}{'  window' if window else ''}"
+        lines.append(f"  {layer:>3} {told}")
     if None in manifest.budgets:
         return lines
     return [*lines, f" mean {' ' * BAR_WIDTH}{sum(shares) / len(shares):6.1%}"]
@@ -140,7 +158,7 @@ def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
 
 def _taus(manifest: Manifest, drift: Drift | None) -> list[str]:
     """Each layer's drift threshold, with the measurements if it was calibrated; empty if no layer recalls pages."""
-    if not manifest.policy.recalls:
+    if not manifest.applied_policy.recalls:
         return []
     if drift is None:
         lines = ["drift threshold per layer (from the policy)"]
@@ -162,13 +180,15 @@ def _taus(manifest: Manifest, drift: Drift | None) -> list[str]:
 
 def _shares(manifest: Manifest) -> list[float]:
     """Kept share of each layer for a prompt that fills the model's positions, or share that a step attends to; 1 if it depends
-    on the input.
+    on the input. Of a layer with a window, the window's share.
     """
     length = manifest.config.max_positions
-    if manifest.policy.recalls:
+    if manifest.applied_policy.recalls:
         return [n / length for n in attended_tokens(manifest, length, length) or [length] * manifest.config.n_layers]
-    budgets = [budget or ALL for budget in manifest.budgets]
-    return [budget.of(length) / length if budget.tokens else budget.share for budget in budgets]
+    return [
+        min(window, length) / length if window else budget.of(length) / length if budget.tokens else budget.share
+        for budget, window in zip((budget or ALL for budget in manifest.budgets), manifest.windows, strict=True)
+    ]
 
 
 def _sizes(manifest: Manifest) -> list[str]:
@@ -180,12 +200,13 @@ def _sizes(manifest: Manifest) -> list[str]:
     weights = manifest.files["graphs/weights.data" if manifest.plan is None else manifest.plan.file].n_bytes
     instead = f"at {config.max_positions} tokens, instead of {_megabytes(full)}"
     at_most = "at most " if None in manifest.budgets else ""
-    told = "attended" if manifest.policy.recalls else "KV cache"
+    recalls = manifest.applied_policy.recalls
+    told = "attended" if recalls else "KV cache"
     lines = [
         f"size      {_megabytes(total)}, of which weights {_megabytes(weights)}",
         f"{told:<10}{at_most}{_megabytes(kept)} {instead} (computed from shapes and shares)",
     ]
-    if manifest.policy.recalls:
+    if recalls:
         host = token_bytes * sum(tau is not None for tau in manifest.taus) * config.max_positions
         summaries = _megabytes(host / manifest.page_size)
         lines.append(f"on host   {_megabytes(host)} at {config.max_positions} tokens, and {summaries} of summaries")

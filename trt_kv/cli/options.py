@@ -64,12 +64,17 @@ def model_options(command: CommandFunction) -> CommandFunction:
     """Add --model, --checkpoint and --context; ``command`` receives ``source``, a ``ModelSource``."""
 
     @click.option(
-        "--model", default="llama3", show_default=True, metavar="NAME", help=f"Model preset: one of {', '.join(PRESETS)}."
+        "--model",
+        default="llama3",
+        show_default=True,
+        metavar="NAME",
+        help=f"Model preset: one of {', '.join(PRESETS)}; see trt-kv models.",
     )
     @click.option(
         "--checkpoint",
-        metavar="FOLDER|ID",
-        help="Hugging Face checkpoint: a folder, or a hub id. Without it the preset's bundled checkpoint is used.",
+        metavar="PATH|ID",
+        help="Any other checkpoint, instead of --model: a folder in Hugging Face layout, a .gguf file, or a hub id "
+        "OWNER/NAME[@REVISION][:FILE.gguf].",
     )
     @click.option(
         "--context",

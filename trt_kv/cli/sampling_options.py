@@ -11,15 +11,17 @@ from trt_kv.errors import UsageError
 
 
 def sampling_options(command: CommandFunction) -> CommandFunction:
-    """Add the options of ``SamplingParams``; ``command`` receives ``sampling``, its keyword arguments, which the runtime
-    checks.
+    """Add the options of ``SamplingParams``; ``command`` receives ``sampling``, the keyword arguments that were given, which
+    the runtime checks.
     """
 
     def number(name: str, metavar: str, text: str, default: float) -> Callable[[CommandFunction], CommandFunction]:
-        return click.option(name, type=type(default), default=default, show_default=True, metavar=metavar, help=text)
+        whose = "the model's, else " if name.lstrip("-").replace("-", "_") in _OF_MODELS else ""
+        return click.option(name, type=type(default), metavar=metavar, help=f"{text} Default: {whose}{default:g}.")
 
     @number("--max-new-tokens", "N", "Stop after N tokens.", 128)
     @number("--min-tokens", "N", "Do not stop before N tokens.", 0)
+    @number("--n", "N", "Generate N samples of one prompt, with seeds counted up from --seed.", 1)
     @number("--temperature", "T", "Sampling temperature; 0: greedy.", 0.0)
     @number("--top-k", "K", "Sample from the K likeliest tokens; 0: all.", 0)
     @number("--top-p", "P", "Sample from the likeliest tokens of total mass P.", 1.0)
@@ -43,7 +45,7 @@ def sampling_options(command: CommandFunction) -> CommandFunction:
         metavar="TEXT",
         help="Never generate this text; may be given several times.",
     )
-    @number("--seed", "N", "Sampling seed.", 0)
+    @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Sampling seed.")
     @click.option(
         "--stop", callback=utf8_text, multiple=True, metavar="TEXT", help="Stop before this text; may be given several times."
     )
@@ -56,17 +58,39 @@ def sampling_options(command: CommandFunction) -> CommandFunction:
         help="Stop before this token; may be given several times.",
     )
     @click.option("--ignore-eos", is_flag=True, help="Do not stop at the model's end of text.")
+    @click.option(
+        "--skip-special-tokens/--show-special-tokens",
+        default=True,
+        show_default=True,
+        help="Whether special tokens that are generated have no text.",
+    )
+    @click.option(
+        "--logprobs",
+        "top_logprobs",
+        type=int,
+        metavar="N",
+        help="After the text, print the log-probability of each token and the N likeliest in its place.",
+    )
     @functools.wraps(command)
     def collected(*, biases: tuple[str, ...], **values: Any) -> None:
-        sampling = {name: values.pop(name) for name in _NAMES}
-        command(sampling={**sampling, "logit_bias": dict(map(_bias, biases))}, **values)
+        sampling = {name: values.pop(name) for name in _NAMES} | {"logit_bias": dict(map(_bias, biases))}
+        given = {name: value for name, value in sampling.items() if value is not None and value not in ((), {})}
+        command(sampling=given, **values)
 
     return collected
 
 
+model_defaults_option = click.option(
+    "--model-defaults/--no-model-defaults",
+    default=True,
+    show_default=True,
+    help="Whether sampling options that are not given are those of the model's generation_config.json.",
+)
+
+_OF_MODELS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 _NAMES = (
-    *("max_new_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
-    *("presence_penalty", "frequency_penalty", "bad_words", "seed", "stop", "stop_token_ids", "ignore_eos"),
+    *("max_new_tokens", "min_tokens", "n", *_OF_MODELS, "presence_penalty", "frequency_penalty", "bad_words", "seed", "stop"),
+    *("stop_token_ids", "ignore_eos", "skip_special_tokens", "top_logprobs"),
 )
 
 

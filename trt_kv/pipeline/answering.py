@@ -1,4 +1,4 @@
-"""Runs an engine on tasks: greedy answers, and the likelihood of the expected answers.
+"""Runs an engine on tasks: greedy answers, whatever the model recommends, and the likelihood of the expected answers.
 
 Each prompt is prefilled once. After the policy's eviction the sequence is forked: the request continues greedily, its fork is
 fed the expected tokens.

@@ -17,6 +17,7 @@ from trt_kv.pipeline.plans import TargetPlan
 from trt_kv.pipeline.reproduce import command_line_of, is_built
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.pipeline.sources import open_source
+from trt_kv.presets import preset
 from trt_kv.profiles import DEFAULT as DEFAULT_PROFILE
 from trt_kv.profiles import build_profile
 from trt_kv.recipe import Recipe
@@ -63,10 +64,13 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
     check_destination(out, replace=request.replace)
     recipe = Recipe.load(request.recipe) if request.recipe is not None else None
     policy = request.policy if recipe is None else policy_of_recipe(request.policy, recipe, on_note)
-    drift = drift_of_plan(policy, request.drift, on_note)
-    if policy.needs_recipe and recipe is None:
+    applied = policy.applied_to(checkpoint.config.windows)
+    if policy != applied and not (applied.evicts or applied.recalls):
+        on_note(f"note: every layer of {checkpoint.name} keeps its attention window, so policy {policy.name!r} decides nothing")
+    drift = drift_of_plan(applied, request.drift, on_note)
+    if applied.needs_recipe and recipe is None:
         recipe = recipe_from_prompts(checkpoint, policy, request.calibration, on_progress=on_progress, on_note=on_note)
-    if policy.needs_drift and drift is None:
+    if applied.needs_drift and drift is None:
         drift = drift_from_prompts(
             checkpoint, policy, request.calibration, request.drift, recipe, on_progress=on_progress, on_note=on_note
         )
@@ -78,7 +82,7 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
         dtype=target.dtype or "float32",
         page_size=target.page_size,
         tensorrt=options,
-        model_source=request.source.checkpoint or f"bundled {request.source.model}",
+        model_source=request.source.checkpoint or preset(request.source.model).origin,
         reproduce=command_line_of(request),
     )
     with _pictures(recipe, drift) as pictures:

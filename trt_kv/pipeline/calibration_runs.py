@@ -15,7 +15,7 @@ from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policy import Policy
 from trt_kv.presets import is_bundled
-from trt_kv.program import PHASES, Program, program_of
+from trt_kv.program import PHASES, Program, program_of_model
 from trt_kv.prompt_tokens import prompt_tokens
 from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score
 
@@ -38,6 +38,7 @@ def recipe_from_prompts(
     """The recipe that ``policy`` needs, found on the prompts of ``plan``."""
     from trt_kv.calibration.prefixkv import calibrate_prefixkv
 
+    _check_decides(checkpoint, policy)
     _tell_what_prompts(checkpoint, plan, on_note)
     prompts = _calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS)
     longest = max(len(ids) for ids in prompts)
@@ -55,6 +56,7 @@ def recipe_from_prompts(
         source=plan.source,
         seed=plan.seed,
         protected=Protected(sinks=policy.sinks, recent=policy.recent),
+        windowed_layers=checkpoint.config.windowed_layers,
         on_sample=lambda done, total: on_progress("calibrating", done, total),
     )
 
@@ -75,6 +77,8 @@ def drift_from_prompts(
     """
     from trt_kv.calibration.drift import calibrate_drift
 
+    _check_decides(checkpoint, policy)
+    policy = policy.applied_to(checkpoint.config.windows)
     _tell_what_prompts(checkpoint, plan, on_note)
     prompts = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens), new_tokens=drift.new_tokens)
     kept_shares = recipe.kept if recipe is not None else None
@@ -92,6 +96,18 @@ def drift_from_prompts(
     )
     _tell_prompts_without_choice(thresholds, layer_budgets(policy, checkpoint.config.n_layers, kept_shares), on_note)
     return thresholds
+
+
+def _check_decides(checkpoint: "Checkpoint", policy: Policy) -> None:
+    """``UsageError`` if every layer keeps its attention window, or all of its tokens."""
+    applied = policy.applied_to(checkpoint.config.windows)
+    if not (applied.evicts or applied.recalls):
+        raise UsageError(
+            f"policy {policy.name!r} decides nothing in {checkpoint.name}, so there is nothing to calibrate",
+            got="an attention window in every layer that is not exempt",
+            expected="a layer that attends to all tokens",
+            fix="build the engine without a recipe or thresholds",
+        )
 
 
 def _tell_prompts_without_choice(drift: Drift, budgets: Sequence[LayerBudget], on_note: OnNote) -> None:
@@ -120,7 +136,7 @@ def importance_of(
 ) -> "Importance":
     """A scorer that runs prompts of up to ``max_tokens`` through the torch decoder and the same scoring ops as at run time.
 
-    It computes the score of the recipe for ``policy`` (``recipe_score``) in every layer.
+    It computes the score of the recipe for ``policy`` (``recipe_score``) in every layer without an attention window.
     """
     from trt_kv.runtime.backends.host.runner import host_runner
     from trt_kv.runtime.backends.host.store import HostKvPool
@@ -202,16 +218,8 @@ def _tell_what_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, on_note:
 def _programs(
     checkpoint: "Checkpoint", policy: Policy, page_size: int, kept_shares: Sequence[float] | None = None
 ) -> Mapping[str, Program]:
-    config = checkpoint.config
     return {
-        phase: program_of(
-            policy,
-            phase=phase,
-            n_layers=config.n_layers,
-            scale=config.head_dim**-0.5,
-            page_size=page_size,
-            kept_shares=kept_shares,
-        )
+        phase: program_of_model(checkpoint.config, policy, phase=phase, page_size=page_size, kept_shares=kept_shares)
         for phase in PHASES
     }
 

@@ -23,7 +23,12 @@ from trt_kv.require import BASE, EXTRAS, SEPARATE, install_command, require
 GIB = 1024**3
 OLDEST_MAJOR = 8
 """The oldest major compute capability that tests compile the kernels for: that of A100."""
-PURPOSES = {"build": "builds, calibrates and exports engines", "gpu": "runs engines on NVIDIA GPUs"}
+PURPOSES = {
+    "build": "builds, calibrates and exports engines",
+    "gguf": "reads GGUF files",
+    "gpu": "runs engines on NVIDIA GPUs",
+    "smollm2": "reads the model smollm2",
+}
 
 
 class State(enum.Enum):
@@ -47,7 +52,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at this machine and this installation; takes seconds, because onnxruntime, numba and torch are imported."""
-    return [*_machine(), *_packages(), *_backends(), *map(_bundled_model, PRESETS.values())]
+    return [*_machine(), *_packages(), *_backends(), *map(_model, PRESETS.values())]
 
 
 def _machine() -> Iterator[Finding]:
@@ -209,12 +214,23 @@ def _device(section: str, torch: ModuleType) -> Finding:
     return Finding(section=section, name=name, state=State.OK, text=text)
 
 
+def _model(preset: Preset) -> Finding:
+    """A bundled checkpoint is checked; another may be missing, and is checked when it is opened."""
+    if preset.packaged is None:
+        return _bundled_model(preset)
+    section, location = "models", preset.location
+    if location is None:
+        text = f"not installed: {preset.summary}"
+        return Finding(section=section, name=preset.name, state=State.OPTIONAL, text=text, fix=preset.install_command)
+    return Finding(section=section, name=preset.name, state=State.OK, text=f"{preset.parameters} parameters in {location}")
+
+
 def _bundled_model(preset: Preset) -> Finding:
     """Whether the preset's bundled checkpoint has its files, readable JSON and weights as long as their header says."""
     from trt_kv.export.checkpoints.safetensors_file import read_safetensors_header
 
     folder = preset.bundled_folder
-    section, name = "bundled models", f"{preset.name} ({preset.bundled})"
+    section, name = "models", f"{preset.name} ({preset.bundled})"
     try:
         for file in ("config.json", "tokenizer.json"):
             json.loads((folder / file).read_text(encoding="utf-8"))

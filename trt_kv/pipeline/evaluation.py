@@ -49,14 +49,14 @@ def evaluate(request: EvaluationRequest, *, on_progress: OnProgress = ignore, on
         n_there = sum(len(run.answers) for run in evaluation.runs)
         on_note(f"{request.out}: {n_there} of {len(evaluation.runs) * len(cases)} answers are already there")
     _say_what_tells_little(cases, on_note)
-    any_recalls = any(run.engine.policy.recalls for run in evaluation.runs)
+    any_recalls = any(run.engine.applied_policy.recalls for run in evaluation.runs)
     with _saved(request.out, evaluation, earlier, on_note) as keep:
         for index, folder in enumerate((request.engine, request.against)[: len(evaluation.runs)]):
             run = evaluation.runs[index]
             if folder is None or len(run.answers) == len(cases):
                 continue
             batch = None if request.on.on_host else request.batch_size
-            resources = request.resources.options(has_host_tier=run.engine.policy.recalls or not any_recalls)
+            resources = request.resources.options(has_host_tier=run.engine.applied_policy.recalls or not any_recalls)
             digest = request.digest if index == 0 else None
             engine = Engine.load(folder, digest=digest, on_progress=on_progress, batch=batch, **request.on.options, **resources)
             keep(evaluation, at_once=True)

@@ -76,6 +76,7 @@ def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "Engine
         target=manifest.target,
         dtype=on.dtype or manifest.dtype,
         runs_on=runs_on if on.on_host else f"{runs_on} on {on.device}",
+        windows=manifest.config.windows,
     )
 
 

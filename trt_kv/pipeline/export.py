@@ -32,7 +32,7 @@ def export_graphs(request: ExportRequest, *, on_progress: OnProgress = ignore, o
     recipe = Recipe.load(request.recipe) if request.recipe is not None else None
     checkpoint = open_source(request.source, on_note)
     policy = request.policy if recipe is None else policy_of_recipe(request.policy, recipe, on_note)
-    drift = drift_of_plan(policy, request.drift, on_note)
+    drift = drift_of_plan(policy.applied_to(checkpoint.config.windows), request.drift, on_note)
     graphs = engine.EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe, drift=drift)
     with new_folder(request.out) as folder:
         engine.export_graphs(graphs, folder, on_progress)

@@ -4,6 +4,7 @@ import hashlib
 import re
 from pathlib import Path
 
+from trt_kv.export.checkpoints.hub import hub_id_of
 from trt_kv.pipeline.plans import CalibrationPlan, DriftPlan, TargetPlan
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.policies import policy_from_name, policy_names
@@ -16,11 +17,12 @@ LONGEST = 120
 def default_name(request: BuildRequest) -> str:
     """E.g. ``llama3-prefixkv``, ``llama3-freekv-tokens=256-page-size=8``, ``Llama-3.2-1B-snapkv-budget=0.2``.
 
-    A checkpoint is named by its last folder, a file by its name without the suffix. Requests that differ only in folders
-    further up, in suffixes, or in characters that file names should not have, share a name. ``request.out`` is not read.
+    A checkpoint is named by its last folder or its file, a hub repository also by its revision, and files have no suffix.
+    Requests that differ only in folders further up, in suffixes, or in characters that file names should not have, share a
+    name. ``request.out`` is not read.
     """
     source, policy = request.source, request.policy
-    model = _folder_name(Path(source.checkpoint)) if source.checkpoint else source.model
+    model = _checkpoint_name(source.checkpoint) if source.checkpoint else source.model
     preset = policy_from_name(policy.name) if policy.name in policy_names() else policy
     changed = differences(policy, preset)
     settings = [setting_as_text("budget" if name == "kept" else name, value) for name, value in changed.items()]
@@ -35,9 +37,14 @@ def default_name(request: BuildRequest) -> str:
     return _as_file_name("-".join([model, policy.name, *settings]))
 
 
-def _folder_name(path: Path) -> str:
-    """The folder's name as the user writes it, a link's own."""
-    return (path.resolve() if ".." in path.parts else path.absolute()).name
+def _checkpoint_name(checkpoint: str) -> str:
+    """The name of the folder or file as the user writes it, a link's own; that of a hub repository, or of a file in it."""
+    hub_id = hub_id_of(checkpoint)
+    if hub_id is not None:
+        name = (hub_id.file or hub_id.repository).rpartition("/")[2].removesuffix(".gguf")
+        return name if hub_id.revision is None else f"{name}@{hub_id.revision}"
+    path = Path(checkpoint)
+    return (path.resolve() if ".." in path.parts else path.absolute()).name.removesuffix(".gguf")
 
 
 def _drift_options(drift: DriftPlan) -> dict[str, object]:

@@ -22,7 +22,8 @@ TARGETS = ("onnxruntime", "tensorrt")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where the weights come from: the preset ``model``, or ``checkpoint`` (a folder or a hub id) read as that preset.
+    """Where the weights come from: ``checkpoint`` (a folder, a .gguf file, or a hub id ``owner/name[@revision][:file.gguf]``),
+    and without one the preset ``model``, which is not read otherwise.
 
     ``context``: the positions of the engine; None: the model's own.
     """

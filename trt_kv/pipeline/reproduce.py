@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from trt_kv.drift import Drift
 from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError, RecipeError
-from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, digest_of, load_manifest
+from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, digest_of, load_manifest
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.policies import policy_from_name, policy_names
@@ -67,14 +67,15 @@ def is_built(folder: Path, request: BuildRequest, checkpoint: "Checkpoint") -> b
     # The kept share is among the words of the command, or that of the recipe.
     built = manifest.policy
     same_policy = built == dataclasses.replace(request.policy, summary=built.summary, kept=built.kept)
-    return made == wanted and same_policy and recorded == copied and _files_are_those_of(folder, request)
+    return made == wanted and same_policy and recorded == copied and _files_are_those_of(folder, manifest, request)
 
 
-def _files_are_those_of(folder: Path, request: BuildRequest) -> bool:
+def _files_are_those_of(folder: Path, manifest: Manifest, request: BuildRequest) -> bool:
     """Whether the files that ``request`` names hold what the engine in ``folder`` was built from."""
+    applied = manifest.applied_policy
     try:
-        recipe = Recipe.load(folder / RECIPE_FILE) if request.policy.needs_recipe else None
-        drift = Drift.load(folder / DRIFT_FILE) if request.policy.needs_drift else None
+        recipe = Recipe.load(folder / RECIPE_FILE) if applied.needs_recipe else None
+        drift = Drift.load(folder / DRIFT_FILE) if applied.needs_drift else None
     except RecipeError:
         return False
     source = request.calibration.source
@@ -82,7 +83,9 @@ def _files_are_those_of(folder: Path, request: BuildRequest) -> bool:
         (
             request.recipe is None or Recipe.load(request.recipe) == recipe,
             request.drift.file is None or Drift.load(request.drift.file) == drift,
-            not request.calibrates_recipe or (recipe is not None and recipe.calibration.source == source),
-            not request.calibrates_drift or (drift is not None and drift.calibration.source == source),
+            not (request.calibrates_recipe and applied.needs_recipe)
+            or (recipe is not None and recipe.calibration.source == source),
+            not (request.calibrates_drift and applied.needs_drift)
+            or (drift is not None and drift.calibration.source == source),
         )
     )

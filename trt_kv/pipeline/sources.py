@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from trt_kv.pipeline.callbacks import OnNote
 from trt_kv.pipeline.plans import ModelSource
+from trt_kv.presets import is_bundled
 
 if TYPE_CHECKING:
     from trt_kv.export.checkpoints.base import Checkpoint
@@ -12,16 +13,18 @@ if TYPE_CHECKING:
 def open_source(source: ModelSource, on_note: OnNote) -> "Checkpoint":
     """The checkpoint of ``source``, checked; downloaded from the hub if it is named by an id.
 
-    Raises ``CheckpointError`` if there is none or its files do not fit together.
+    Raises ``CheckpointError`` if there is none or its files do not fit together, ``MissingDependencyError`` if the preset or
+    what reads it is not installed.
     """
     from trt_kv.export.checkpoints.context import in_context
-    from trt_kv.export.checkpoints.hub import resolve_checkpoint
+    from trt_kv.export.checkpoints.hub import hub_id_of, resolve_checkpoint
     from trt_kv.export.checkpoints.opening import open_checkpoint
 
     location = resolve_checkpoint(source.model, source.checkpoint)
-    if source.checkpoint is None:
+    hub_id = None if source.checkpoint is None else hub_id_of(source.checkpoint)
+    if source.checkpoint is None and is_bundled(location):
         on_note(f"no CHECKPOINT given: using the small {source.model} checkpoint that comes with trt-kv")
-    checkpoint = open_checkpoint(location)
+    checkpoint = open_checkpoint(location, revision=None if hub_id is None else hub_id.revision)
     if source.context is not None:
         checkpoint = in_context(checkpoint, source.context)
     _tell_long_or_short(checkpoint, on_note)

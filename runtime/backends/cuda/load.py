@@ -79,14 +79,14 @@ def load(
         pool,
         manifest.programs,
         chunk=wanted.chunk,
-        decode=manifest.policy.decode,
-        decode_distance=manifest.policy.decode_distance,
+        decode=manifest.applied_policy.decode,
+        decode_distance=manifest.applied_policy.decode_distance,
         tiers=recall,
         trace=options.trace,
     )
     return Loaded(
         runner=runner,
-        reservation=_reservation(manifest, options, plan, pool, recall),
+        reservation=_reservation(manifest, options, plan, pool, recall, chunk=wanted.chunk),
         token_budget=options.token_budget,
     )
 
@@ -117,7 +117,7 @@ def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOpt
             got=f"the device {device}",
             fix="leave the device out, or build an engine with --target onnxruntime",
         )
-    if not manifest.policy.recalls:
+    if not manifest.applied_policy.recalls:
         check_no_host_tier(folder, manifest, options)
     elif finds_budgets(manifest.programs["prefill"]):
         raise UsageError(
@@ -171,14 +171,21 @@ def _decoder(graphs: Path, manifest: Manifest, dense: str, dtype: str, device: t
 
 
 def _reservation(
-    manifest: Manifest, options: LoadOptions, plan: DevicePlan, pool: DeviceKvPool, recall: DeviceRecall | None
+    manifest: Manifest,
+    options: LoadOptions,
+    plan: DevicePlan,
+    pool: DeviceKvPool,
+    recall: DeviceRecall | None,
+    *,
+    chunk: int,
 ) -> Reservation:
-    policy, budgets, page_size = manifest.policy, budgets_of(manifest.programs["prefill"]), manifest.page_size
-    most = plan.largest.n_sequences
+    policy, budgets, page_size = manifest.applied_policy, budgets_of(manifest.programs["prefill"]), manifest.page_size
+    windows, most = manifest.windows, plan.largest.n_sequences
     places = Places(min(most, options.max_sequences or most), "send fewer at once, or load the engine with a larger batch")
     if recall is None or plan.recall is None:
-        pages = CachePages(pool, budgets=budgets, n_protected=policy.sinks + policy.recent)
-        return Reservation([places, pages], [LargestStep(plan.largest, page_size=page_size, kept=pages.kept_in_any_layer)])
+        n_protected = policy.sinks + policy.recent
+        pages = CachePages(pool, budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk)
+        return Reservation([places, pages], [LargestStep(plan.largest, page_size=page_size, most_held=pages.most_in_any_layer)])
     layers = recalling_layers(manifest.programs["decode"])
     longest = page_size * min(plan.largest.table_width, plan.recall.host_pages // len(layers))
     block_pages = BlockSizes.of(manifest.programs["prefill"], longest).n_pages
@@ -188,6 +195,7 @@ def _reservation(
         WorkingSetBlocks(recall.sets, layers=layers, n_blocks=plan.recall.sequences * len(layers), block_pages=block_pages),
     ]
     if len(layers) < len(budgets):
-        resources.append(CachePages(pool, budgets=[ALL] * (len(budgets) - len(layers)), n_protected=0))
+        whole = [window for layer, window in enumerate(windows) if layer not in layers]
+        resources.append(CachePages(pool, budgets=[ALL] * len(whole), n_protected=0, windows=whole, chunk=chunk))
     limit = LargestStep(plan.largest, page_size=page_size, longest_prompt=plan.recall.longest_prompt)
     return Reservation(resources, [limit])

@@ -4,6 +4,7 @@ Unless sizes are given, half of the free device memory is for the cache or its w
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from trt_kv.runtime.backends.cuda.recall.driver import RecallCapacity
 from trt_kv.runtime.backends.cuda.recall.working_set import BlockSizes
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.cache.kv_pool import token_bytes
+from trt_kv.runtime.reservation import window_pages
 
 DEFAULT_BATCH = 8
 COPIES = 2
@@ -59,18 +61,26 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     config, size = manifest.config, manifest.page_size
     context = min(config.max_positions, wanted.context_tokens or config.max_positions)
     n_tokens = max(wanted.chunk, wanted.batch)
-    largest = StepSizes(n_tokens=n_tokens, n_rows=n_tokens, n_sequences=wanted.batch, table_width=_pages(context, size))
+    width = max(min(_pages(context, size), _of_window(window, wanted, size)) for window in manifest.windows)
+    largest = StepSizes(n_tokens=n_tokens, n_rows=n_tokens, n_sequences=wanted.batch, table_width=width)
     most = min(COPIES * wanted.batch * context, wanted.most_cache_tokens or COPIES * wanted.batch * context)
     of_token = token_bytes(config, element_bytes=element_bytes)
-    recalling = len(recalling_layers(manifest.programs["decode"]))
-    whole = config.n_layers - recalling
+    recalling_numbers = recalling_layers(manifest.programs["decode"])
+    windows = [window for layer, window in enumerate(manifest.windows) if layer not in recalling_numbers]
+    recalling, whole = len(recalling_numbers), len(windows)
 
-    def whole_pages(n_layers: int, n_bytes: int) -> int:
-        tokens = wanted.cache_tokens or n_bytes // (n_layers * of_token)
-        return n_layers * _pages(max(1, min(most, tokens)), size)
+    def pages_for(tokens: int) -> int:
+        """Pages for ``tokens`` in each layer that does not recall, but of a window no more than all sequences can hold."""
+        return sum(min(_pages(tokens, size), COPIES * wanted.batch * _of_window(window, wanted, size)) for window in windows)
+
+    def whole_pages(n_bytes: int) -> int:
+        if wanted.cache_tokens is not None or not any(windows):
+            tokens = wanted.cache_tokens or n_bytes // (whole * of_token)
+            return pages_for(max(1, min(most, tokens)))
+        return pages_for(_largest(most, lambda tokens: pages_for(tokens) * size * of_token <= n_bytes))
 
     if not recalling:
-        n_pages = whole_pages(whole, free_device // 2)
+        n_pages = whole_pages(free_device // 2)
         return DevicePlan(largest=largest, n_pages=n_pages)
     page_bytes = config.n_kv_heads * 2 * size * config.head_dim * element_bytes
     host_tokens = wanted.host_tokens or max(
@@ -78,7 +88,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     )
     host_pages = recalling * _pages(host_tokens, size)
     # Layers that do not recall get the memory they would have if no layer recalled; the others share the rest.
-    n_pages = whole_pages(whole, free_device // 2 * whole // config.n_layers) if whole else 0
+    n_pages = whole_pages(free_device // 2 * whole // config.n_layers) if whole else 0
     summaries = host_pages * page_bytes // size
     free = max(0, free_device // 2 - n_pages * size * of_token - summaries)
     if wanted.cache_tokens is not None:
@@ -123,6 +133,11 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def _of_window(window: int, wanted: Wanted, page_size: int) -> int:
+    """The most pages of a layer of one sequence that its ``window`` allows; without a window, more than any table has."""
+    return window_pages(window, wanted.chunk, page_size) if window else sys.maxsize
 
 
 def _pages(n_tokens: int, page_size: int) -> int:

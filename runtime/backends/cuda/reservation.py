@@ -17,20 +17,19 @@ class LargestStep:
         largest: StepSizes,
         *,
         page_size: int,
-        kept: Callable[[int], int] = lambda n_prompt: n_prompt,
+        most_held: Callable[[RequestSize], int] = lambda size: size.n_prompt + max(0, size.max_new_tokens - 1),
         longest_prompt: int | None = None,
     ) -> None:
-        """``kept``: the most tokens that any layer keeps of a prompt of given length. ``longest_prompt``: tokens of the longest
-        prompt that working sets were sized for; None: there are none.
+        """``most_held``: the most tokens of a request that any layer holds. ``longest_prompt``: tokens of the longest prompt
+        that working sets were sized for; None: there are none.
         """
         self._longest = largest.table_width * page_size
-        self._kept = kept
+        self._most_held = most_held
         self._longest_prompt = longest_prompt
 
     def check(self, size: RequestSize) -> None:
         """See ``Limit``."""
-        n_decoding = self._kept(size.n_prompt) + size.max_new_tokens - 1  # the last token is never attended to
-        if max(size.n_prompt, n_decoding) > self._longest:
+        if self._most_held(size) > self._longest:
             raise CapacityError(
                 "the request is longer than this engine was loaded for",
                 got=f"{size.n_prompt} prompt tokens, {size.max_new_tokens} to generate",

@@ -6,7 +6,7 @@ from pathlib import Path
 from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.manifest import GRAPHS, ITEM_BYTES, Manifest
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.program import budgets_of, finds_budgets, recalling_layers
+from trt_kv.program import finds_budgets, recalling_layers
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor, check_shapes
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
@@ -25,7 +25,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
 
     ``UsageError`` for an engine in a dtype other than float32, and for options of a host cache if the policy does not recall.
     """
-    policy = manifest.policy
+    policy = manifest.applied_policy
     if not policy.recalls:
         check_no_host_tier(folder, manifest, options)
     if manifest.dtype != "float32":
@@ -58,7 +58,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     places = Places(options.max_sequences or MAX_SEQUENCES)
     return Loaded(
         runner=runner,
-        reservation=Reservation([places, *_pages(manifest, runner)]),
+        reservation=Reservation([places, *_pages(manifest, runner, options.chunk)]),
         token_budget=options.token_budget,
     )
 
@@ -69,7 +69,7 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     A size that is not given in tokens is half of the free memory or disk: first the tier, then the pool, of the memory that the
     tier leaves.
     """
-    if not manifest.policy.recalls:
+    if not manifest.applied_policy.recalls:
         return _pool(manifest, options, n_free), None
     host_tokens, where = options.host_tokens, options.host_tier or "ram"
     n_layers, n_host_layers = manifest.config.n_layers, len(recalling_layers(manifest.programs["decode"]))
@@ -112,17 +112,21 @@ def _n_bytes(manifest: Manifest, sizes: PoolSizes) -> int:
     return sizes.n_pages * sizes.page_size * token_bytes(manifest.config, element_bytes=ITEM_BYTES[manifest.dtype])
 
 
-def _pages(manifest: Manifest, runner: ModelRunner) -> list[Resource]:
+def _pages(manifest: Manifest, runner: ModelRunner, chunk: int) -> list[Resource]:
     """The resources that requests reserve in the engine's pools."""
-    budgets = budgets_of(manifest.programs["prefill"])
-    policy = manifest.policy
+    budgets, windows, policy = manifest.budgets, manifest.windows, manifest.applied_policy
     if runner.tiers is None:
-        return [CachePages(runner.pool, budgets=budgets, n_protected=policy.sinks + policy.recent)]
+        n_protected = policy.sinks + policy.recent
+        return [CachePages(runner.pool, budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk)]
     limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
     recalling = recalling_layers(manifest.programs["decode"])
     return [
         WorkingSetPages(
-            runner.pool, limits=[limits if layer in recalling else None for layer in range(len(budgets))], budgets=budgets
+            runner.pool,
+            limits=[limits if layer in recalling else None for layer in range(len(budgets))],
+            budgets=budgets,
+            windows=windows,
+            chunk=chunk,
         ),
         HostPages(runner.tiers.host, n_layers=len(recalling)),
     ]

@@ -20,7 +20,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     ``UsageError`` for options of a host cache, ``EngineError`` for a plan that TensorRT cannot load.
     """
     check_no_host_tier(folder, manifest, options)
-    plan, policy = manifest.plan, manifest.policy
+    plan, policy = manifest.plan, manifest.applied_policy
     assert plan is not None
     tell("loading the plan", 0, 1)
     executor = TensorRtExecutor(
@@ -56,5 +56,6 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     kept = [ALL] * len(budgets) if policy.recalls else budgets
     most = max(ranges["B"][2] for ranges in plan.profiles)
     places = Places(min(most, options.max_sequences or most), "build with a PROFILE of more sequences")
-    pages = CachePages(pool, budgets=kept, n_protected=policy.sinks + policy.recent)
+    n_protected = policy.sinks + policy.recent
+    pages = CachePages(pool, budgets=kept, n_protected=n_protected, windows=manifest.windows, chunk=options.chunk)
     return Loaded(runner=runner, reservation=Reservation([places, pages]), token_budget=options.token_budget)

@@ -154,7 +154,9 @@ class DeviceRecall:
         places_BKT = self._recall_at_once(step, begun)
         if ahead is not None:
             self._side.submit(ahead.plan_and_fill)
-        attend_one(step.q_NHD, args.cu_tokens, places_BKT, begun.now.attended, sets.kv, args.scale, out, lse)
+        attend_one(
+            *(step.q_NHD, args.cu_tokens, places_BKT, begun.now.attended, sets.kv, args.scale, out, lse), soft_cap=args.soft_cap
+        )
         if ahead is not None:
             self._side.submit(ahead.fill_read)
         if args.layer == self._last_layer:
@@ -212,5 +214,5 @@ class DeviceRecall:
             block = self.sets.allocate(pages[0]) if begins else self.sets.block(pages[0])
             q, k, v, positions = (tensor[begin:end] for tensor in (step.q_NHD, args.k, args.v, args.positions))
             out[begin:end], lse[begin:end] = self.prompts.attend(
-                block, limits, pages, lengths[b], q, k, v, positions, args.scale
+                block, limits, pages, lengths[b], q, k, v, positions, scale=args.scale, soft_cap=args.soft_cap
             )

@@ -37,7 +37,9 @@ class PromptStaging:
         k: Tensor,
         v: Tensor,
         positions: Tensor,
+        *,
         scale: float,
+        soft_cap: float,
     ) -> tuple[Tensor, Tensor]:
         """Causal attention of the last N of ``n_cached`` tokens: (out [N, H, D], lse [N, H]).
 
@@ -52,6 +54,7 @@ class PromptStaging:
                 expected=f"at most {self._largest_chunk} tokens",
             )
         size, first = limits.page_size, (n_cached - len(q)) // limits.page_size
+        of_logits = (scale, soft_cap)
         self._put_chunk(block, limits, n_cached, k, v, positions)
         end = -(-n_cached // size)
         own = range(self._n_earlier, self._n_earlier + end - first)
@@ -62,12 +65,12 @@ class PromptStaging:
 
         if first <= self._n_earlier:
             self._bring(pages[:first], 0)
-            return self._over([*range(first), *own], n_cached, q, positions, scale, q.dtype)
-        out, lse = self._over(own, n_cached - first * size, q, positions, scale, torch.float32)
+            return self._over([*range(first), *own], n_cached, q, positions, of_logits, q.dtype)
+        out, lse = self._over(own, n_cached - first * size, q, positions, of_logits, torch.float32)
         for begin in range(0, first, self._n_earlier):
             earlier = pages[begin : min(begin + self._n_earlier, first)]
             self._bring(earlier, begin)
-            more, more_lse = self._over(range(len(earlier)), len(earlier) * size, q, positions, scale, torch.float32)
+            more, more_lse = self._over(range(len(earlier)), len(earlier) * size, q, positions, of_logits, torch.float32)
             both = torch.logaddexp(lse, more_lse)
             out = out * torch.exp(lse - both)[..., None] + more * torch.exp(more_lse - both)[..., None]
             lse = both
@@ -95,15 +98,29 @@ class PromptStaging:
         self._token_positions[at : at + n_pages] = numbers.view(n_pages, 1, size).expand(n_pages, n_kv_heads, size)
 
     def _over(
-        self, staged: Sequence[int], n_tokens: int, q: Tensor, positions: Tensor, scale: float, dtype: torch.dtype
+        self,
+        staged: Sequence[int],
+        n_tokens: int,
+        q: Tensor,
+        positions: Tensor,
+        of_logits: tuple[float, float],
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Attention over the first ``n_tokens`` tokens of the pages ``staged`` of the staging area."""
+        """Attention over the first ``n_tokens`` tokens of the pages ``staged`` of the staging area.
+
+        ``of_logits``: the scale and the soft cap.
+        """
+        scale, soft_cap = of_logits
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         cu_tokens, table_BT, kv_len_B = (
             torch.tensor(values, device=q.device) for values in ([0, len(q)], [list(staged)], [n_tokens])
         )
-        attend_chunks(q, positions, cu_tokens, table_BT, kv_len_B, self.kv, self._token_positions, scale, out, lse, min_new=1)
+        attend_chunks(
+            *(q, positions, cu_tokens, table_BT, kv_len_B, self.kv, self._token_positions, scale, out, lse),
+            min_new=1,
+            soft_cap=soft_cap,
+        )
         return out, lse
 
     def _place(self, block: int, limits: PageLimits, number: int) -> int:

@@ -112,7 +112,14 @@ class StreamedRecall:
                 try:
                     if args.prompt_remaining[last] >= 0:
                         out[rows], lse[rows] = streams.read_prompt(
-                            working_set, choice, args.q[rows], args.k[rows], args.v[rows], args.summary, args.scale
+                            working_set,
+                            choice,
+                            args.q[rows],
+                            args.k[rows],
+                            args.v[rows],
+                            args.summary,
+                            scale=args.scale,
+                            soft_cap=args.soft_cap,
                         )
                         if args.prompt_remaining[last] == 0:
                             self._first_choices[row] = choice
@@ -130,7 +137,7 @@ class StreamedRecall:
                     working_set.failure = error
             if decoding:
                 with self._trace.span("attention", layer=args.layer):
-                    attend_tables(args.q, decoding, self.device.kv, args.scale, out, lse)
+                    attend_tables(args.q, decoding, self.device.kv, args.scale, args.soft_cap, out, lse)
         finally:
             for prefetch in prefetches:
                 prefetch.attention_done.set()
@@ -149,7 +156,14 @@ class StreamedRecall:
                     full = choice.pages[: n_cached // args.page_size]
                     open_page = self.device.kv[[working_set.page_of(n_cached // args.page_size)]]
                     row_HS = last_query_row(
-                        args.q[last], args.lse[last], n_cached, full, open_page, self._streams.read_pages, args.scale
+                        args.q[last],
+                        args.lse[last],
+                        n_cached,
+                        full,
+                        open_page,
+                        self._streams.read_pages,
+                        scale=args.scale,
+                        soft_cap=args.soft_cap,
                     )
                     slots_KS = np.broadcast_to(np.arange(n_cached), (self.device.kv.shape[2], n_cached))
                     protected_KP = np.concatenate([slots_KS[:, : args.sinks], slots_KS[:, n_cached - args.recent :]], axis=1)

@@ -68,7 +68,16 @@ class LayerStreams:
         twin.copy_from(working_set)
 
     def read_prompt(
-        self, working_set: WorkingSet, choice: Choice, q: Floats, k: Floats, v: Floats, summary: int, scale: float
+        self,
+        working_set: WorkingSet,
+        choice: Choice,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        summary: int,
+        *,
+        scale: float,
+        soft_cap: float,
     ) -> tuple[Floats, Floats]:
         """Causal attention of a prompt's chunk, (out, lse). Full pages are written to the host in the background."""
         self.join(working_set)
@@ -78,7 +87,8 @@ class LayerStreams:
         first, full = n_before // size, n_cached // size
         block = working_set.block_with(k, v)
         with self.trace.span("attention of a chunk"):
-            out, lse = attend_prompt(q, n_cached, choice.pages[:first], block, self.read_pages, scale)
+            earlier = choice.pages[:first]
+            out, lse = attend_prompt(q, n_cached, earlier, block, self.read_pages, scale=scale, soft_cap=soft_cap)
         working_set.place(block, n_cached)
         working_set.query_HD, working_set.ranked_KC = q[-1].copy(), None
         self.summaries[choice.pages[first:full]] = summaries_of(block[: full - first, 0], summary)

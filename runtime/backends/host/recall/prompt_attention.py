@@ -15,7 +15,14 @@ ReadPages = Callable[[Ints], Floats]
 
 
 def attend_prompt(
-    q_NHD: Floats, n_cached: int, earlier_pages: Ints, block: Floats, read_pages: ReadPages, scale: float
+    q_NHD: Floats,
+    n_cached: int,
+    earlier_pages: Ints,
+    block: Floats,
+    read_pages: ReadPages,
+    *,
+    scale: float,
+    soft_cap: float = 0.0,
 ) -> tuple[Floats, Floats]:
     """Causal attention of the last N of ``n_cached`` tokens: (out [N, H, D], lse [N, H]), fp32.
 
@@ -28,20 +35,22 @@ def attend_prompt(
     positions_N = np.arange(n_cached - len(q_NHD), n_cached)
     if n_cached <= BLOCK_TOKENS:
         pages = np.concatenate([read_pages(earlier_pages), block]) if len(earlier_pages) else block
-        return _attend(q_NHD, positions_N, pages, range(n_cached), scale)
-    out, lse = _attend(q_NHD, positions_N, block, range(n_earlier, n_cached), scale)
+        return _attend(q_NHD, positions_N, pages, range(n_cached), scale, soft_cap)
+    out, lse = _attend(q_NHD, positions_N, block, range(n_earlier, n_cached), scale, soft_cap)
     n_read = 0
     for pages in blocks_of(earlier_pages, page_size):
         tokens = range(n_read, n_read + len(pages) * page_size)
-        out, lse = joined(out, lse, *_attend(q_NHD, positions_N, read_pages(pages), tokens, scale))
+        out, lse = joined(out, lse, *_attend(q_NHD, positions_N, read_pages(pages), tokens, scale, soft_cap))
         n_read = tokens.stop
     return out, lse
 
 
-def _attend(q_NHD: Floats, positions_N: Ints, pages: Floats, tokens: range, scale: float) -> tuple[Floats, Floats]:
+def _attend(
+    q_NHD: Floats, positions_N: Ints, pages: Floats, tokens: range, scale: float, soft_cap: float
+) -> tuple[Floats, Floats]:
     """``attend_chunk`` to the tokens at the positions ``tokens``, which fill ``pages`` [n, 2, K, P, D] in order."""
     positions_KS = np.tile(np.arange(tokens.start, tokens.stop), (pages.shape[2], 1))
-    return attend_chunk(q_NHD, positions_N, np.arange(len(pages)), pages, positions_KS, scale)
+    return attend_chunk(q_NHD, positions_N, np.arange(len(pages)), pages, positions_KS, scale, soft_cap=soft_cap)
 
 
 def joined(out: Floats, lse: Floats, more: Floats, more_lse: Floats) -> tuple[Floats, Floats]:
@@ -51,16 +60,24 @@ def joined(out: Floats, lse: Floats, more: Floats, more_lse: Floats) -> tuple[Fl
 
 
 def last_query_row(
-    q_HD: Floats, lse_H: Floats, n_cached: int, pages: Ints, open_page: Floats, read_pages: ReadPages, scale: float
+    q_HD: Floats,
+    lse_H: Floats,
+    n_cached: int,
+    pages: Ints,
+    open_page: Floats,
+    read_pages: ReadPages,
+    *,
+    scale: float,
+    soft_cap: float = 0.0,
 ) -> Floats:
-    """exp(scale * q.k - lse) of one query for every token: [H, S] fp64. ``open_page`` [1, 2, K, P, D] follows ``pages``."""
-    size = open_page.shape[3]
+    """Attention weights of one query for every token: [H, S] fp64. ``open_page`` [1, 2, K, P, D] follows ``pages``."""
+    size, of_logits = open_page.shape[3], (np.float32(scale), np.float32(soft_cap))
     rows = [
-        attention_row(q_HD, lse_H, np.arange(len(part)), len(part) * size, read_pages(part), np.float32(scale))
+        attention_row(q_HD, lse_H, np.arange(len(part)), len(part) * size, read_pages(part), *of_logits)
         for part in blocks_of(pages, size)
     ]
     n_open = n_cached - len(pages) * size
-    rows += [attention_row(q_HD, lse_H, np.zeros(1, np.int64), n_open, open_page, np.float32(scale))] if n_open else []
+    rows += [attention_row(q_HD, lse_H, np.zeros(1, np.int64), n_open, open_page, *of_logits)] if n_open else []
     return np.concatenate(rows, axis=1)
 
 
