@@ -215,9 +215,9 @@ def recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
 
 def _tell_what_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, on_note: OnNote) -> None:
     if plan.prompts is None and not is_bundled(checkpoint.location):
-        on_note(
-            "no PROMPTS given: calibrating on trt-kv's synthetic English; prompts like those in production give better results"
-        )
+        templates = chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError).templates
+        better = 'conversations, {"messages": [...]},' if templates else "prompts"
+        on_note(f"no PROMPTS given: calibrating on trt-kv's synthetic English; {better} like those in production are better")
 
 
 def _programs(
