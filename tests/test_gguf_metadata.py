@@ -94,7 +94,7 @@ def test_the_largest_gemmas_scale_attention_by_their_width(name: str, layers: in
         ({"ARCH.rope.scaling.type": "su"}, ["rope.scaling.type 'su'", "yarn"]),
         (
             {"ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.factor": 2.0, "ARCH.rope.scaling.yarn_log_multiplier": 0.1},
-            ["DeepSeek"],
+            ["yarn_log_multiplier 0.1"],
         ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
