@@ -19,7 +19,7 @@ from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, Program, program_of
+from trt_kv.program import PHASES, Program, program_of_model
 from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
@@ -68,10 +68,9 @@ def changed_policy(name: str) -> Policy:
 
 
 def programs_of(policy: Policy, decoder: Decoder) -> dict[str, Program]:
-    scale = decoder.config.head_dim**-0.5
     shares = SHARES if policy.budget == "recipe" else None
     return {
-        phase: program_of(policy, phase=phase, n_layers=len(SHARES), scale=scale, page_size=PAGE_SIZE, kept_shares=shares)
+        phase: program_of_model(decoder.config, policy, phase=phase, page_size=PAGE_SIZE, kept_shares=shares)
         for phase in PHASES
     }
 
