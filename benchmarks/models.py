@@ -25,7 +25,7 @@ from trt_kv.manifest import AttentionPort, GraphSegment
 from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, Program, program_of
+from trt_kv.program import PHASES, Program, program_of_model
 from trt_kv.recipe import RecipeModel, RecipeScore
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
@@ -109,7 +109,7 @@ def exported_model(checkpoint: Checkpoint, folder: Path) -> ExportedModel:
     """Export and split ``checkpoint`` as in a build, without the tokenizer, manifest and digests of an engine."""
     config = checkpoint.config
     folder.mkdir(parents=True)
-    program = program_of(FULL, phase="decode", n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=PAGE_SIZE)
+    program = program_of_model(config, FULL, phase="decode", page_size=PAGE_SIZE)
     save_graphs({"decode": graph_from_checkpoint(checkpoint, program, page_size=PAGE_SIZE)}, folder)
     models, segments, ports = segments_from_graph(onnx.load(folder / "decode.onnx", load_external_data=False))
     save_segments(models, segments, folder)
@@ -166,12 +166,8 @@ def programs_of(
     policy: Policy, config: ModelConfig, *, page_size: int = PAGE_SIZE, kept_shares: list[float] | None = None
 ) -> dict[str, Program]:
     """The policy's programs by phase; ``kept_shares``: of each layer, for a policy whose budgets are calibrated."""
-    scale = config.head_dim**-0.5
     return {
-        phase: program_of(
-            policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=page_size, kept_shares=kept_shares
-        )
-        for phase in PHASES
+        phase: program_of_model(config, policy, phase=phase, page_size=page_size, kept_shares=kept_shares) for phase in PHASES
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from trt_kv.calibration.task_files import FileTask, is_right
+from trt_kv.chat.encoder import ChatEncoder
 from trt_kv.errors import UsageError
 from trt_kv.prompt_tokens import prompt_tokens
 
@@ -47,9 +48,14 @@ class CaseRules:
     vocab_size: int
 
 
-def cases_from_tasks(tasks: Sequence[FileTask], tokenizer: Tokenizer, rules: CaseRules, *, source: Path) -> list[TaskCase]:
-    """One case per task. ``UsageError``, with the line of ``source``, for what the model or its tokenizer cannot process."""
-    return [_case(task, tokenizer, rules, f"line {task.line} of {source}") for task in tasks]
+def cases_from_tasks(
+    tasks: Sequence[FileTask], tokenizer: Tokenizer, rules: CaseRules, *, source: Path, chat: ChatEncoder | None = None
+) -> list[TaskCase]:
+    """One case per task. ``UsageError``, with the line of ``source``, for what the model or its tokenizer cannot process.
+
+    ``chat``: encodes conversations; None if there are none.
+    """
+    return [_case(task, tokenizer, rules, f"line {task.line} of {source}", chat) for task in tasks]
 
 
 def continuation_ids(tokenizer: Tokenizer, prompt: str, text: str) -> list[int]:
@@ -57,19 +63,42 @@ def continuation_ids(tokenizer: Tokenizer, prompt: str, text: str) -> list[int]:
 
     They are the tokens after the prompt's when both are encoded together, if that leaves the prompt's tokens unchanged.
     """
-    before, whole = prompt_tokens(tokenizer, prompt), prompt_tokens(tokenizer, prompt + text)
+    return _tokens_after(prompt_tokens(tokenizer, prompt), prompt_tokens(tokenizer, prompt + text), tokenizer, text)
+
+
+def _tokens_after(before: list[int], whole: list[int], tokenizer: Tokenizer, text: str) -> list[int]:
     if len(whole) > len(before) and whole[: len(before)] == before:
         return whole[len(before) :]
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _case(task: FileTask, tokenizer: Tokenizer, rules: CaseRules, where: str) -> TaskCase:
+def _encoded(
+    task: FileTask, tokenizer: Tokenizer, rules: CaseRules, chat: ChatEncoder | None
+) -> tuple[str, list[int], list[list[int]]]:
+    """The prompt's text, its tokens and those of each accepted answer."""
+    if isinstance(task.prompt, str):
+        after = [continuation_ids(tokenizer, task.prompt, _joined(task.prompt, text, rules)) for text in task.accepted]
+        return task.prompt, prompt_tokens(tokenizer, task.prompt), after
+    assert chat is not None
+    rendered = chat.render(task.prompt.messages, task.prompt.options)
+    space = "" if task.prompt.is_open else chat.space_before_answer(task.prompt.messages, task.prompt.options)
+    before = chat.encode(rendered)
+    texts = [space + text for text in task.accepted]
+    return (
+        rendered.text,
+        before,
+        [_tokens_after(before, chat.encode(rendered.followed_by(text)), tokenizer, text) for text in texts],
+    )
+
+
+def _case(task: FileTask, tokenizer: Tokenizer, rules: CaseRules, where: str, chat: ChatEncoder | None) -> TaskCase:
     try:
-        prompt = prompt_tokens(tokenizer, task.prompt)
-        answers = [continuation_ids(tokenizer, task.prompt, _joined(task.prompt, text, rules)) for text in task.accepted]
+        shown, prompt, answers = _encoded(task, tokenizer, rules, chat)
+    except UsageError as cause:
+        raise UsageError(f"{where}: {cause.what}", got=cause.got, expected=cause.expected, fix=cause.fix) from cause
     except Exception as cause:  # tokenizers raises no more specific class
         raise UsageError(f"the tokenizer cannot read {where}", got=str(cause)) from cause
-    _check_tokens("prompt", task.prompt, prompt, rules, where)
+    _check_tokens("prompt", shown, prompt, rules, where)
     for text, ids in zip(task.accepted, answers, strict=True):
         _check_tokens("expected", text, ids, rules, where)
     longest = max(map(len, answers))

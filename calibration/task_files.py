@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trt_kv.calibration.prompt_files import json_of_line, lines_of_file
+from trt_kv.calibration.prompt_files import ChatPrompt, chat_prompt_of, json_of_line, lines_of_file
 from trt_kv.calibration.whole_words import inner_places
 from trt_kv.errors import UsageError
 from trt_kv.text_file import check_encodable, shortened
@@ -19,11 +19,12 @@ MATCHES: Mapping[str, str] = {
 _PLAIN = str.maketrans({"’": "'", "ʼ": "'", "‐": "-", "‑": "-", "−": "-"})
 """Typographic apostrophes, hyphens and the minus sign, as they are typed."""
 FORM = '{"prompt": "...", "expected": "..."}'
+CHAT_FORM = '{"messages": [{"role": "user", "content": "..."}], "expected": "..."}'
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileTask:
-    """One line of a tasks file: a prompt and the ``accepted`` answers, the first of which is used for perplexity.
+    """One line of a tasks file: a prompt, or a conversation, and the ``accepted`` answers; the first is used for perplexity.
 
     ``name`` is unique; ``task`` is the group that the line is reported in, None if it has none.
     """
@@ -31,15 +32,16 @@ class FileTask:
     line: int
     name: str
     task: str | None
-    prompt: str
+    prompt: str | ChatPrompt
     accepted: tuple[str, ...]
 
 
 def tasks_from_file(path: Path) -> list[FileTask]:
     """The tasks in a JSON-lines file, in order.
 
-    Each line is an object with ``prompt`` (a text) and ``expected`` (a text, or a list of accepted texts); ``name``
-    (default: "line N") and ``task`` are optional texts, other keys are ignored. ``UsageError``, with the line number, for
+    Each line is an object with ``prompt`` (a text) or ``messages`` (a conversation, with ``tools``, see ``ChatPrompt``) and
+    ``expected`` (a text, or a list of accepted texts); ``name`` (default: "line N") and ``task`` are optional texts, other keys
+    are ignored. ``UsageError``, with the line number, for
     anything else, for a name that an earlier line has and for a file without lines. Blank lines are ignored.
     """
     lines = lines_of_file(path, kind="tasks")
@@ -87,9 +89,11 @@ def _task_of_line(line: str, number: int, where: str) -> FileTask:
     data = json_of_line(line, where, expected=FORM)
     if not isinstance(data, dict):
         raise UsageError(f"{where} is not a task", got=shortened(line), expected=FORM)
-    missing = [key for key in ("prompt", "expected") if key not in data]
+    missing = [key for key in ("prompt", "expected") if key not in data and not (key == "prompt" and "messages" in data)]
     if missing:
         raise UsageError(f"{where} lacks {' and '.join(missing)}", got=shortened(line), expected=FORM)
+    if "prompt" in data and "messages" in data:
+        raise UsageError(f"{where} has two prompts", got='"prompt" and "messages"', expected=f"{FORM}, or {CHAT_FORM}")
     expected = data["expected"]
     if expected == []:
         raise UsageError(f"{where} has no expected answer", got="an empty list", expected="a text, or a list of texts")
@@ -98,7 +102,7 @@ def _task_of_line(line: str, number: int, where: str) -> FileTask:
         line=number,
         name=_text(data["name"], "name", where) if "name" in data else f"line {number}",
         task=_text(data["task"], "task", where) if "task" in data else None,
-        prompt=_text(data["prompt"], "prompt", where),
+        prompt=_text(data["prompt"], "prompt", where) if "prompt" in data else chat_prompt_of(data, where),
         accepted=tuple(_text(text, "expected", where) for text in accepted),
     )
 

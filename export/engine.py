@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from trt_kv.chat.turns import text_end_ids
 from trt_kv.drift import Drift
 from trt_kv.engine_files import file_records
 from trt_kv.errors import CheckpointError, RecipeError, UsageError
@@ -235,7 +236,12 @@ def _manifest(request: EngineRequest, folder: Path, programs: dict[str, Program]
         model_name=checkpoint.name,
         model_digest=checkpoint.digest,
         model_source=request.model_source,
-        config=dataclasses.replace(checkpoint.config, eos_token_ids=checkpoint.eos_token_ids),
+        config=dataclasses.replace(
+            checkpoint.config,
+            eos_token_ids=text_end_ids(
+                checkpoint.eos_token_ids, checkpoint.tokenizer_files, vocab_size=checkpoint.config.vocab_size
+            ),
+        ),
         policy=request.policy,
         target=request.target,
         dtype=request.dtype,

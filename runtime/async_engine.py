@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+from trt_kv.chat.messages import Message
+from trt_kv.runtime.chat import ChatKeywords
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.request import Generation, Request
 from trt_kv.runtime.samples import check_one_sample
@@ -57,6 +59,20 @@ class AsyncEngine:
             pass
         await stream.end_of_others()
         return stream.result
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatKeywords]
+    ) -> "AsyncStream":
+        """Stream the assistant's answer to a conversation. Errors as for ``Engine.chat``, those of the messages at once."""
+        prompt, params = self.engine.chat_request(messages, params, **options)
+        return self.stream(prompt, params)
+
+    async def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatKeywords]
+    ) -> Generation:
+        """Generate the assistant's answer to a conversation. Errors as for ``Engine.chat``."""
+        prompt, params = self.engine.chat_request(messages, params, **options)
+        return await self.generate(prompt, params)
 
     async def close(self) -> None:
         """Abort all requests, stop the thread and close the engine. Open streams raise ``EngineError``."""

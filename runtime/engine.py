@@ -13,6 +13,7 @@ from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.require import require
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions, device_from_name
 from trt_kv.runtime.backends.host.load import load as load_on_host
+from trt_kv.runtime.chat import EngineChat
 from trt_kv.runtime.compatibility import check_compatible, check_recipe, check_weights
 from trt_kv.runtime.engine_core import EngineCore
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Engine:
+class Engine(EngineChat):
     """A loaded engine. Threads may share it: each waits for its own requests, and their requests are batched together.
 
     >>> engine = Engine.load("engines/llama3-prefixkv")

@@ -16,6 +16,7 @@ from tests.device_steps import CHANGES, PAGE_SIZE, SHARES
 from tests.engines import build_for_test, recipe_for
 from tests.interpreted import prepare
 from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.huggingface import HuggingFaceCheckpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_without_floor
 from trt_kv.runtime.backends.devices import DeviceOptions
@@ -28,13 +29,24 @@ CHUNK, N_NEW = 20, 3
 COMPOSED: dict[str, dict[str, Any]] = {
     "freekv": CHANGES["freekv"],
     "freekv-recipe": CHANGES["freekv"] | {"budget": "recipe", "kept": 0.6, "tokens": 0, "exempt_layers": (0,)},
+    "freekv-windows": CHANGES["freekv"],
 }
 """The cache on the host: working sets of one size; and by a recipe, beside a layer that stays on the device."""
+WINDOWS: dict[str, Any] = {"windows": (0, 9, 0), "attention_soft_cap": 1.5}
+"""Fields of the configs of engines whose names end so: a window that pages of 5 tokens do not divide, and a soft cap."""
+
+
+def with_windows(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the fields ``WINDOWS`` in its config."""
+    assert isinstance(checkpoint, HuggingFaceCheckpoint)
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **WINDOWS))
 
 
 def build(name: str, checkpoint: Checkpoint, folder: Path, *, dtype: str = "float32") -> Path:
     """The engine of a preset whose prompts of some tens of tokens have something to lose, or of a composed policy."""
-    changes = COMPOSED.get(name, CHANGES.get(name, {}))
+    changes = COMPOSED.get(name, CHANGES.get(name.removesuffix("-windows"), {}))
+    if name.endswith("-windows"):
+        checkpoint = with_windows(checkpoint)
     policy = dataclasses.replace(policy_without_floor(name.partition("-")[0]), **changes)
     recipe = recipe_for(checkpoint, SHARES, budget=policy.kept) if policy.needs_recipe else None
     request = EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe, page_size=PAGE_SIZE, dtype=dtype)
@@ -68,7 +80,10 @@ def check(folder: Path, device: torch.device, on: DeviceOptions | None = None) -
 
 
 def check_batch_invariance(folder: Path) -> None:
-    """With ``batch_invariant`` a request's logits are its own, bit for bit, alone and beside others that come and go."""
+    """With ``batch_invariant`` a request's logits are its own, bit for bit, alone and beside others that come and go.
+
+    ``top_logprobs``, because the device chooses the tokens of requests that need no logits.
+    """
     with load_on(folder, torch.device("cpu"), DeviceOptions(batch=3, batch_invariant=True)) as engine:
         logits: dict[int, list[np.ndarray]] = {}
         run = engine.runner.run
@@ -82,13 +97,13 @@ def check_batch_invariance(folder: Path) -> None:
 
         engine.runner.run = recording  # type: ignore[method-assign]
         for prompt in prompts():
-            engine.generate(prompt, max_new_tokens=N_NEW)
+            engine.generate(prompt, max_new_tokens=N_NEW, top_logprobs=0)
         alone = {n: np.stack(rows) for n, rows in logits.items()}
         logits.clear()
         first, *others = prompts()
-        stream = engine.stream(first, max_new_tokens=N_NEW)
+        stream = engine.stream(first, max_new_tokens=N_NEW, top_logprobs=0)
         next(stream, "")
-        engine.generate_batch([*others, [5, 6, 7]], max_new_tokens=N_NEW)
+        engine.generate_batch([*others, [5, 6, 7]], max_new_tokens=N_NEW, top_logprobs=0)
         list(stream)
         for n, rows in alone.items():
             np.testing.assert_array_equal(np.stack(logits[n]), rows)

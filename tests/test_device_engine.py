@@ -1,5 +1,6 @@
 """``Engine.load`` on a device: the host's tokens, memory planned before the first request, and what is refused and how."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from trt_kv.errors import CapacityError, UnknownNameError, UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.manifest import Manifest, load_manifest
+from trt_kv.program import PHASES, program_of_model
 from trt_kv.runtime.backends.cuda import load as device_loading
 from trt_kv.runtime.backends.cuda.onnxruntime_segments import CUDA
 from trt_kv.runtime.backends.cuda.plan import DevicePlan, Wanted, device_plan
@@ -27,9 +29,9 @@ from trt_kv.runtime.backends.onnx_runtime import ort
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import LoadOptions
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.reservation import RequestSize
+from trt_kv.runtime.reservation import CachePages, RequestSize
 
-POLICIES = ("full", "prefixkv_paper", "refreekv", "freekv", "freekv-recipe")
+POLICIES = ("full", "prefixkv_paper", "refreekv", "freekv", "freekv-recipe", "h2o-windows", "freekv-windows")
 CPU = torch.device("cpu")
 POSITIONS = 128
 """Of the small checkpoint."""
@@ -182,6 +184,27 @@ def test_half_of_the_free_memory_holds_the_cache(folder_of: Callable[[str], Path
     assert plan.largest.axes == {"N": 32, "R": 32, "B": 4, "T": -(-POSITIONS // 5)}
     assert planned(manifest, free_device=10**12).n_pages == 3 * -(-2 * 4 * POSITIONS // 5)
     assert planned(manifest, free_device=10**12, cache_tokens=52).n_pages == 3 * 11
+
+
+def test_windows_leave_memory_to_the_other_layers(folder_of: Callable[[str], Path]) -> None:
+    """Of a window of 9 a sequence holds up to (8 + 4 + 32) / 5 pages, and 8 sequences are planned for."""
+    manifest = load_manifest(folder_of("h2o-windows"))
+    page_bytes = 5 * 2 * (2 * 16 * 4 + 12)
+    assert planned(manifest, free_device=10**12).n_pages == 2 * -(-8 * POSITIONS // 5) + 8 * 9
+    assert planned(manifest, free_device=2 * page_bytes * (2 * 100 + 8 * 9)).n_pages == 2 * 100 + 8 * 9
+    assert planned(manifest, free_device=2 * page_bytes * 3 * 7).n_pages == 3 * 7
+    alone = dataclasses.replace(manifest, config=dataclasses.replace(manifest.config, windows=(9, 20, 9)))
+    programs = {phase: program_of_model(alone.config, alone.policy, phase=phase, page_size=5) for phase in PHASES}
+    alone = dataclasses.replace(alone, programs=programs)
+    assert planned(alone, free_device=10**12).largest.table_width == -(-(19 + 4 + 32) // 5)
+
+
+@pytest.mark.usefixtures("idle")
+def test_requests_longer_than_a_windowed_layer_holds_are_admitted(folder_of: Callable[[str], Path]) -> None:
+    engine = load_on(folder_of("freekv-windows"), CPU, DeviceOptions(batch=1), host_tokens=300)
+    on_device = next(r for r in engine.core.reservation.resources if isinstance(r, CachePages))
+    assert on_device.while_reading(RequestSize(n_prompt=100, max_new_tokens=20)) == -(-(8 + 4 + CHUNK) // 5)
+    assert on_device.after_reading(RequestSize(n_prompt=100, max_new_tokens=20)) == -(-(8 + 4 + 1) // 5)
 
 
 def test_working_sets_that_grow_with_prompts_are_sized_for_the_longest_that_fits(folder_of: Callable[[str], Path]) -> None:

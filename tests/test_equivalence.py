@@ -321,7 +321,7 @@ def test_kernels_and_references_decode_alike(
     config = small_engine.manifest.config
     policy = dataclasses.replace(policy_from_name("prefixkv_paper"), **fields)
     programs = {
-        phase: program_of(policy, phase=phase, n_layers=3, scale=config.head_dim**-0.5, page_size=page_size, kept_shares=shares)
+        phase: program_of(policy, phase=phase, n_layers=3, scale=config.scale, page_size=page_size, kept_shares=shares)
         for phase in PHASES
     }
     steps = small_engine.runner._executor

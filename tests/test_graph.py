@@ -237,7 +237,7 @@ def test_the_monolithic_graphs_compute_what_the_engine_computes(small_folder: Pa
 def test_segments_of_every_kind_of_model_equal_the_torch_decoder(sample: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / sample, sample))
     config = checkpoint.config
-    scale = config.head_dim**-0.5
+    scale = config.scale
     programs = {
         phase: program_of(policy_from_name("full"), phase=phase, n_layers=config.n_layers, scale=scale, page_size=7)
         for phase in PHASES
@@ -325,7 +325,7 @@ def test_examples_do_not_grow_with_the_pages(small_checkpoint_folder: Path) -> N
     checkpoint, page_size = open_checkpoint(small_checkpoint_folder), 10**9
     config = checkpoint.config
     program = program_of(
-        policy_from_name("h2o"), phase="prefill", n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=page_size
+        policy_from_name("h2o"), phase="prefill", n_layers=config.n_layers, scale=config.scale, page_size=page_size
     )
     graph = graph_from_checkpoint(checkpoint, program, page_size=page_size)
     (kv,) = [value for value in graph.graph.inputs if value.name == "kv_0"]

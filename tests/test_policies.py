@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 from trt_kv.cli.app import main
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.layer_budget import ALL, LayerBudget, layer_budgets, pyramid_budgets
-from trt_kv.policies import ALIASES, policy_from_name, policy_names
+from trt_kv.policies import ALIASES, policy_from_name, policy_names, policy_without_floor
 from trt_kv.policy import BUDGETS, DEFAULT_FLOOR, Policy, kept_tokens
 from trt_kv.policy_settings import differences, policy_with, setting_as_text, settings_from_text
-from trt_kv.program import budgets_of, eviction_nodes, program_of
+from trt_kv.program import PHASES, budgets_of, eviction_nodes, program_of, windows_of
 from trt_kv.score import Score
 from trt_kv.scores import score_from_name, score_names
 
@@ -192,6 +193,37 @@ def test_a_pyramid_falls_from_layer_to_layer_and_keeps_the_mean(
     if kept * n >= window or kept > beta / (2 * beta - 1):
         clipped = any(budget == n for budget in budgets)
         assert abs(sum(budgets) / n_layers - kept * n) <= (1.5 if not clipped else window + 1.5)
+
+
+def test_a_pyramid_keeps_the_mean_over_layers_that_are_not_exempt() -> None:
+    policy = dataclasses.replace(policy_without_floor("pyramidkv"), kept=0.3, exempt_layers=(1, 4))
+    budgets = layer_budgets(policy, 6)
+    assert budgets[1] == budgets[4] == ALL
+    others = [budgets[layer].of(4000) for layer in (0, 2, 3, 5)]
+    assert others == sorted(others, reverse=True)
+    assert sum(others) / 4 == pytest.approx(1200, abs=1)
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_layers_with_a_window_are_exempt_from_every_policy(name: str) -> None:
+    """They attend to their window in both phases, and nothing else is done in them."""
+    policy = policy_from_name(name)
+    windows = (0, 7, 0, 9)
+    for phase in PHASES:
+        sizes: dict[str, Any] = {"phase": phase, "n_layers": 4, "scale": 0.5, "page_size": 8}
+        program, without = (program_of(policy, windows=w, soft_cap=3.0, **sizes) for w in (windows, ()))
+        assert windows_of(program) == [0, 7, 0, 9]
+        for layer, nodes in enumerate(program):
+            assert all(node.attributes.get("soft_cap", 3.0) == 3.0 for node in nodes)
+            if windows[layer]:
+                assert [node.op for node in nodes] == ["CachedAttention"]
+            elif layer not in policy.exempt_layers:
+                assert [node.op for node in nodes] == [node.op for node in without[layer]]
+    applied = policy.applied_to(windows)
+    assert applied.applied_to(windows) == applied
+    assert policy.applied_to(()) == policy.applied_to((0, 0)) == policy
+    nothing = policy.applied_to((3, 7, 5, 9))
+    assert [nothing.evicts, nothing.recalls, nothing.needs_recipe, nothing.needs_drift] == [False] * 4
 
 
 def test_pyramidkvs_published_example() -> None:

@@ -58,9 +58,7 @@ def _engine(copied_folder: Path, policy: Policy, folder: Path) -> Engine:
     manifest = load_manifest(copied_folder)
     config = manifest.config
     programs = {
-        phase: program_of(
-            policy, phase=phase, n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=manifest.page_size
-        )
+        phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=config.scale, page_size=manifest.page_size)
         for phase in PHASES
     }
     (folder / "manifest.json").unlink()

@@ -65,8 +65,7 @@ def _runner(folder: Path, policy: Policy, *, streams: bool = False) -> ModelRunn
     manifest = load_manifest(folder)
     config = manifest.config
     programs = {
-        phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=config.head_dim**-0.5, page_size=PAGE)
-        for phase in PHASES
+        phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=config.scale, page_size=PAGE) for phase in PHASES
     }
     sizes = {"n_pages": 1000, "page_size": PAGE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
     pool = HostKvPool(**sizes, n_query_heads=0 if streams else config.n_heads)

@@ -24,7 +24,7 @@ from trt_kv.plugins.registry import op_specs
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import Policy
 from trt_kv.profiles import BuildProfile, build_profile
-from trt_kv.program import PHASES, OpNode, Program, program_of
+from trt_kv.program import PHASES, OpNode, Program, program_of, program_of_model
 from trt_kv.runtime.engine import Engine
 
 pytestmark = pytest.mark.early
@@ -61,14 +61,7 @@ def request_for(checkpoint: Checkpoint, name: str) -> EngineRequest:
 
 
 def program(policy: Policy, config: ModelConfig, phase: str, kept_shares: list[float] | None = None) -> Program:
-    return program_of(
-        policy,
-        phase=phase,
-        n_layers=config.n_layers,
-        scale=config.head_dim**-0.5,
-        page_size=PAGE_SIZE,
-        kept_shares=kept_shares,
-    )
+    return program_of_model(config, policy, phase=phase, page_size=PAGE_SIZE, kept_shares=kept_shares)
 
 
 def presets() -> Iterator[Any]:

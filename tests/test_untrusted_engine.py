@@ -17,10 +17,9 @@ from trt_kv.cli.app import main
 from trt_kv.cli.inspection import describe_engine
 from trt_kv.errors import EngineError, TrtKvError, UsageError
 from trt_kv.json_file import MAX_DOCUMENT_BYTES
-from trt_kv.manifest import FILE_NAME, digest_of, recorded_digest
+from trt_kv.manifest import FILE_NAME, MAX_TOKENIZER_BYTES, digest_of, recorded_digest
 from trt_kv.runtime.async_engine import AsyncEngine
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.text.tokenizer import MAX_TOKENIZER_BYTES
 from trt_kv.safe_path import safe_join
 
 Document = dict[str, Any]

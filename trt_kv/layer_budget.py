@@ -47,7 +47,9 @@ def layer_budgets(policy: Policy, n_layers: int, kept_shares: Sequence[float] | 
         case "constant":
             budgets = [LayerBudget(share=0.0, tokens=policy.tokens)] * n_layers
         case "pyramid":
-            budgets = pyramid_budgets(policy.kept, n_layers, window=policy.recent, beta=policy.beta)
+            n_counted = n_layers - len(policy.exempt_layers)
+            pyramid = iter(pyramid_budgets(policy.kept, n_counted, window=policy.recent, beta=policy.beta))
+            budgets = [ALL if layer in policy.exempt_layers else next(pyramid) for layer in range(n_layers)]
         case "full" | "unimetric":
             budgets = [ALL] * n_layers
         case _:

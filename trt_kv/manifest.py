@@ -26,6 +26,8 @@ READ_VERSIONS = (1, 2)
 """In version 1, ``segments`` is called ``pieces``, and a tensor of plans has another name."""
 FILE_NAME = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 128 * 2**20
+"""Four times the largest that are published."""
 RECIPE_FILE = "recipe.json"
 DRIFT_FILE = "drift.json"
 GRAPHS = "graphs"

@@ -6,7 +6,7 @@ from types import ModuleType
 from trt_kv.errors import MissingDependencyError
 
 # By import name, as in pyproject.toml; a test compares the two.
-BASE = ("click", "numba", "numpy", "onnxruntime", "rich", "tokenizers")
+BASE = ("click", "jinja2", "numba", "numpy", "onnxruntime", "rich", "tokenizers")
 EXTRAS = {
     "build": ("huggingface_hub", "matplotlib", "onnx", "onnxscript", "safetensors", "torch"),
     "gguf": ("gguf", "transformers"),

@@ -19,7 +19,7 @@ from trt_kv.hf_config import model_config_from_hf
 from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, program_of
+from trt_kv.program import PHASES, program_of_model
 from trt_kv.runtime.backends.cuda.executor import TorchDeviceExecutor
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
@@ -64,11 +64,8 @@ class DeviceModel:
     def runner(self, *, cuda_graphs: bool) -> ModelRunner:
         config = self.decoder.config
         shares = _shares(config.n_layers) if self.policy.budget == "recipe" else None
-        scale = config.head_dim**-0.5
         programs = {
-            phase: program_of(
-                self.policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=PAGE_SIZE, kept_shares=shares
-            )
+            phase: program_of_model(config, self.policy, phase=phase, page_size=PAGE_SIZE, kept_shares=shares)
             for phase in PHASES
         }
         executor = TorchDeviceExecutor(self.decoder, programs, self.pool, self.largest, cuda_graphs=cuda_graphs)

@@ -255,7 +255,7 @@ def harness_from_engine(folder: Path, manifest: Manifest, *, context_length: int
         n_kv_heads=config.n_kv_heads,
         head_size=config.head_dim,
     )
-    return Harness(executor, pool, n_layers=config.n_layers, scale=config.head_dim**-0.5)
+    return Harness(executor, pool, n_layers=config.n_layers, scale=config.scale)
 
 
 @contextmanager

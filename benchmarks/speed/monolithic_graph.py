@@ -136,7 +136,7 @@ def _onnx_attention(model: ExportedModel, layer: int) -> Iterator[NodeProto]:
         "Attention",
         [*(f"{name}_4d" for name in flat), "", *cache],
         [f"{port.out}_4d", *(name.replace("past", "present") for name in cache)],
-        scale=model.config.head_dim**-0.5,
+        scale=model.config.scale,
     )
     yield helper.make_node("Squeeze", [f"{port.out}_4d", "time_axis"], [port.out])
 
@@ -153,7 +153,7 @@ def _group_query_attention(model: ExportedModel, layer: int) -> Iterator[NodePro
         domain=MICROSOFT,
         num_heads=model.config.n_heads,
         kv_num_heads=model.config.n_kv_heads,
-        scale=model.config.head_dim**-0.5,
+        scale=model.config.scale,
     )
     yield helper.make_node("Reshape", [f"{port.out}_3d", "heads_3d"], [port.out])
 

@@ -19,7 +19,7 @@ from trt_kv.plugins.recall_attention.choice import summaries_of
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, program_of
+from trt_kv.program import PHASES, program_of_model
 from trt_kv.runtime.backends.base import Attend, DenseExecutor
 from trt_kv.runtime.backends.host.recall.background import Copies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
@@ -218,10 +218,7 @@ def recall_side(
     recall = StreamedRecall(host, device, copies, n_layers=config.n_layers, finds_budgets=False, trace=trace)
     if summaries is not None:
         recall.summaries = summaries
-    scale = config.head_dim**-0.5
-    programs = {
-        phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=scale, page_size=PAGE_SIZE) for phase in PHASES
-    }
+    programs = {phase: program_of_model(config, policy, phase=phase, page_size=PAGE_SIZE) for phase in PHASES}
     runner = host_runner(executor, device, programs, recall=recall, trace=trace)
     sequence = runner.new_sequence()
     if queries_LHD is not None:

@@ -1,17 +1,14 @@
 """The tokenizer of a checkpoint or an engine."""
 
 import json
-import secrets
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from trt_kv.errors import EngineError, TrtKvError
-from trt_kv.manifest import TOKENIZER_FILE, Manifest
+from trt_kv.manifest import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, Manifest
+from trt_kv.prompt_tokens import with_renamed_tokens
 from trt_kv.safe_path import check_size, safe_join
-
-MAX_TOKENIZER_BYTES = 128 * 2**20
-"""Four times the largest that are published."""
 
 
 def load_tokenizer(path: Path, *, error: type[TrtKvError]) -> Tokenizer:
@@ -56,25 +53,8 @@ def literal_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     ``encode_special_tokens`` alone is not enough: models of words and of unigrams may have the token among their words. So it
     is renamed, to something that nobody writes.
     """
-    description = json.loads(tokenizer.to_str())
-    model = description["model"]
-    unknown = model.get("unk_token")
-    special = {token["content"] for token in description["added_tokens"] if token["special"]} - {unknown}
-    names = {content: f"{content}{secrets.token_hex(8)}" for content in special}
-    for token in description["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(word, word): index for word, index in model["vocab"].items()}
-    else:
-        model["vocab"] = [[names.get(word, word), score] for word, score in model["vocab"]]
-    if model.get("merges"):
-        pairs = map(_pair, model["merges"])
-        model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & names.keys()]
-    literal = Tokenizer.from_str(json.dumps(description))
+    unknown = json.loads(tokenizer.to_str())["model"].get("unk_token")
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special} - {unknown}
+    literal, _ = with_renamed_tokens(tokenizer, special)
     literal.encode_special_tokens = True
     return literal
-
-
-def _pair(merge: str | list[str]) -> list[str]:
-    """The two tokens of a merge, which older files write as one text."""
-    return merge.split(" ", 1) if isinstance(merge, str) else merge

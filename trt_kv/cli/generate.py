@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from trt_kv.cli.generation import RunOptions, stream_text
+from trt_kv.cli.chat_options import chat_options
+from trt_kv.cli.generation import ChatChoice, RunOptions, stream_text
 from trt_kv.cli.options import any_path, debug_option, digest_option, utf8_text
 from trt_kv.cli.output import say
 from trt_kv.cli.run_options import device_options, resource_options
@@ -25,6 +26,13 @@ from trt_kv.text_file import read_text, text_from_bytes
     metavar="FILE",
     help="Read the prompt from FILE.",
 )
+@click.option(
+    "--chat",
+    "is_message",
+    is_flag=True,
+    help="PROMPT is a message: it is put into the engine's chat template, and the text is the answer.",
+)
+@chat_options
 @sampling_options
 @model_defaults_option
 @click.option(
@@ -46,6 +54,9 @@ def command(
     engine: Path,
     prompt: str | None,
     prompt_file: str | None,
+    is_message: bool,
+    system: str | None,
+    of_template: dict[str, Any],
     sampling: dict[str, Any],
     model_defaults: bool,
     trace: Path | None,
@@ -65,14 +76,20 @@ def command(
       trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --top-p 0.95 --seed 7 --stop "."
       trt-kv generate ENGINE --prompt-file prompt.txt --repetition-penalty 1.1
       trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --n 3
+      trt-kv generate ENGINE --chat "What is the capital of France?" --system "Answer in one word."
     """
+    if not is_message and (system is not None or of_template):
+        raise UsageError("a chat template's options are given without --chat", fix="add --chat")
+    chat = ChatChoice(system=system, of_template=of_template) if is_message else None
     text = read_prompt(prompt, prompt_file)
     sampling |= {"parse_special_tokens": parse_special_tokens}
     notes: list[str] = []
     running = RunOptions(on=on, digest=digest, resources=resources, trace=trace, model_defaults=model_defaults)
     begun = False
     try:
-        for piece in stream_text(engine=engine, prompt=text, sampling=sampling, running=running, on_end=notes.append):
+        for piece in stream_text(
+            engine=engine, prompt=text, sampling=sampling, running=running, on_end=notes.append, chat=chat
+        ):
             begun = True
             click.echo(piece, nl=False)
     finally:

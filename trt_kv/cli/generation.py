@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from trt_kv.runtime.engine import Engine
     from trt_kv.runtime.request import Generation
     from trt_kv.runtime.sampling import SamplingParams
+    from trt_kv.runtime.text.prompts import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatChoice:
+    """That a prompt is the message of a user, after the message ``system``; ``of_template``: options of ``Engine.chat``."""
+
+    system: str | None = None
+    of_template: dict[str, Any] = field(default_factory=dict)
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """The conversation that the prompt begins."""
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*before, {"role": "user", "content": prompt}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +49,17 @@ class RunOptions:
 
 
 def stream_text(
-    *, engine: Path, prompt: str, sampling: dict[str, Any], running: RunOptions, on_end: Callable[[str], None]
+    *,
+    engine: Path,
+    prompt: str,
+    sampling: dict[str, Any],
+    running: RunOptions,
+    on_end: Callable[[str], None],
+    chat: ChatChoice | None = None,
 ) -> Iterator[str]:
     """Chunks of generated text, of several samples one after the other; afterwards ``on_end`` is called with each line of
-    statistics. ``sampling``: the fields of ``SamplingParams`` in place of the model's.
+    statistics. ``sampling``: the fields of ``SamplingParams`` in place of the model's. ``chat``: the prompt is the
+    message of a user, not a text to continue.
     """
     from trt_kv.runtime.engine import Engine
     from trt_kv.runtime.trace import NO_TRACE, Trace
@@ -48,9 +69,8 @@ def stream_text(
         options_of_load = {**running.on.options, **running.resources.options()}
         options_of_load |= {"model_defaults": running.model_defaults}
         loaded = Engine.load(engine, digest=running.digest, trace=trace, on_progress=on_progress, **options_of_load)
-        params = replace(loaded.default_sampling, **sampling)
-        n_prompt = len(loaded.encode(prompt, parse_special_tokens=sampling["parse_special_tokens"]))
-        pieces, result_of = _answer(loaded, prompt, params, lambda done: on_progress("reading the prompt", done, n_prompt))
+        request, params, n_prompt = _request(loaded, prompt, sampling, chat)
+        pieces, result_of = _answer(loaded, request, params, lambda done: on_progress("reading the prompt", done, n_prompt))
         first = next(pieces, "")
     yield first
     yield from pieces
@@ -60,7 +80,7 @@ def stream_text(
             yield "\n\n" + logprobs_table(sample, loaded.tokenizer)
     for note in defaults_notes(loaded.model_defaults, params, given=list(sampling)):
         on_end(note)
-    if sampling["parse_special_tokens"] and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
+    if chat is None and sampling["parse_special_tokens"] and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
         on_end("[the prompt begins with the tokenizer's BOS: no second one was put in front]")
     on_end(held_note(loaded.manifest, result))
     if not running.on.on_host:
@@ -74,8 +94,19 @@ def stream_text(
         on_end(f"[trace: {running.trace}, for chrome://tracing or ui.perfetto.dev]")
 
 
+def _request(
+    engine: "Engine", prompt: str, sampling: dict[str, Any], chat: ChatChoice | None
+) -> "tuple[Prompt, SamplingParams, int]":
+    """What is asked of the engine, with which parameters, and its length in tokens."""
+    if chat is not None:
+        ids, params = engine.chat_request(chat.messages(prompt), None, **sampling, **chat.of_template)
+        return ids, params, len(ids)
+    n_prompt = len(engine.encode(prompt, parse_special_tokens=sampling["parse_special_tokens"]))
+    return prompt, replace(engine.default_sampling, **sampling), n_prompt
+
+
 def _answer(
-    engine: "Engine", prompt: str, params: "SamplingParams", on_prefill: Callable[[int], None]
+    engine: "Engine", prompt: "Prompt", params: "SamplingParams", on_prefill: Callable[[int], None]
 ) -> tuple[Iterator[str], Callable[[], "Generation"]]:
     """The text of a prompt's continuation, as it comes, or of several samples at once; and what returns the result."""
     if params.n > 1:

@@ -18,6 +18,7 @@ Example::
 from trt_kv.pipeline.build import build_engine
 from trt_kv.pipeline.calibrate import RecipeFiles, calibrate_drift, calibrate_recipe
 from trt_kv.pipeline.callbacks import OnNote, OnProgress
+from trt_kv.pipeline.chat import Conversation
 from trt_kv.pipeline.environment import Finding, State, examine
 from trt_kv.pipeline.evaluation import evaluate
 from trt_kv.pipeline.export import export_graphs
@@ -27,6 +28,7 @@ from trt_kv.pipeline.requests import BuildRequest, DriftRequest, EvaluationReque
 __all__ = [
     "BuildRequest",
     "CalibrationPlan",
+    "Conversation",
     "DeviceChoice",
     "DriftPlan",
     "DriftRequest",

@@ -6,6 +6,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from trt_kv.chat.encoder import ChatEncoder
+from trt_kv.chat.templates import chat_templates
+from trt_kv.chat.turns import text_end_ids
 from trt_kv.drift import ALWAYS, Drift, drift_settings
 from trt_kv.errors import CheckpointError, UsageError
 from trt_kv.layer_budget import LayerBudget, layer_budgets
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from trt_kv.calibration.drift import Trace, TraceOf
     from trt_kv.calibration.prefixkv import Importance
+    from trt_kv.calibration.prompt_files import ChatPrompt
     from trt_kv.export.checkpoints.base import Checkpoint
 
 CALIBRATION_TOKENS = 1024
@@ -190,6 +194,7 @@ def drift_trace_of(
         n_query_heads=config.n_heads,
     )
     programs = _programs(checkpoint, dataclasses.replace(policy, drift="fixed", tau=ALWAYS), page_size, kept_shares)
+    end_ids = text_end_ids(checkpoint.eos_token_ids, checkpoint.tokenizer_files, vocab_size=config.vocab_size)
     recorder = DriftRecorder(kernel("RecallAttention", "cpu"))
     kernels = {"RecallAttention": recorder}
     steps = SplitStepExecutor(TorchDecoderExecutor(_decoder(checkpoint)), programs, kernels=kernels)
@@ -197,7 +202,7 @@ def drift_trace_of(
 
     def trace_of(token_ids: Sequence[int]) -> "Trace":
         n_steps = min(new_tokens, config.max_positions - len(token_ids))
-        continue_greedily(runner, token_ids, n_steps, checkpoint.eos_token_ids)
+        continue_greedily(runner, token_ids, n_steps, end_ids)
         return recorder.taken()
 
     return trace_of
@@ -210,9 +215,9 @@ def recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
 
 def _tell_what_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, on_note: OnNote) -> None:
     if plan.prompts is None and not is_bundled(checkpoint.location):
-        on_note(
-            "no PROMPTS given: calibrating on trt-kv's synthetic English; prompts like those in production give better results"
-        )
+        templates = chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError).templates
+        better = 'conversations, {"messages": [...]},' if templates else "prompts"
+        on_note(f"no PROMPTS given: calibrating on trt-kv's synthetic English; {better} like those in production are better")
 
 
 def _programs(
@@ -253,11 +258,12 @@ def _calibration_prompts(
     tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
     if plan.prompts is None:
         return _synthetic_prompts(tokenizer, plan, bundled_tokens, limit - min(new_tokens, limit // 2))
-    texts = prompts_from_file(plan.prompts)
-    texts = random.Random(plan.seed).sample(texts, min(plan.samples, len(texts)))
-    prompts = [prompt_tokens(tokenizer, text) for text in texts]
-    for text, ids in zip(texts, prompts, strict=True):
+    given = prompts_from_file(plan.prompts)
+    given = random.Random(plan.seed).sample(given, min(plan.samples, len(given)))
+    prompts = _encoded(checkpoint, tokenizer, given)
+    for prompt, ids in zip(given, prompts, strict=True):
         if len(ids) > limit:
+            text = prompt if isinstance(prompt, str) else prompt.messages[-1].get("content", "")
             raise UsageError(
                 "a calibration prompt is longer than the model's positions",
                 got=f"{len(ids)} tokens: {text[:40]!r}...",
@@ -265,6 +271,18 @@ def _calibration_prompts(
                 fix=f"shorten it in {plan.prompts}, or remove it",
             )
     return prompts
+
+
+def _encoded(checkpoint: "Checkpoint", tokenizer: "Tokenizer", prompts: "Sequence[str | ChatPrompt]") -> list[list[int]]:
+    """Token ids of prompts; conversations are rendered with the checkpoint's chat template, and no token is added to those."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) == len(prompts):
+        return [prompt_tokens(tokenizer, text) for text in texts]
+    chat = ChatEncoder(tokenizer, chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError))
+    return [
+        prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else chat.token_ids(prompt.messages, prompt.options)
+        for prompt in prompts
+    ]
 
 
 def _synthetic_prompts(tokenizer: "Tokenizer", plan: CalibrationPlan, n_words: int, limit: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trt_kv
+from trt_kv.calibration.prompt_files import ChatPrompt
 from trt_kv.calibration.task_files import tasks_from_file
 from trt_kv.errors import ReportError, UsageError
 from trt_kv.manifest import TOKENIZER_FILE, Manifest, digest_of, load_manifest
@@ -24,6 +25,7 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
     """The evaluation before its first answer, and its cases."""
     from trt_kv.calibration.answer_files import Evaluation, Run, Settings
     from trt_kv.calibration.task_cases import CaseRules, cases_from_tasks
+    from trt_kv.runtime.chat import chat_encoder_of_engine
     from trt_kv.runtime.text.tokenizer import tokenizer_of_engine
 
     device_from_name(request.on.device)
@@ -53,7 +55,9 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
         max_positions=manifest.config.max_positions,
         vocab_size=manifest.config.vocab_size,
     )
-    return evaluation, cases_from_tasks(tasks, tokenizer, rules, source=request.tasks)
+    has_chats = any(isinstance(task.prompt, ChatPrompt) for task in tasks)
+    chat = chat_encoder_of_engine(request.engine, manifest, tokenizer) if has_chats else None
+    return evaluation, cases_from_tasks(tasks, tokenizer, rules, source=request.tasks, chat=chat)
 
 
 def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "EngineFacts":

@@ -135,7 +135,7 @@ def recall_harness_from_engine(
         n_query_heads=config.n_heads,
     )
     executor = OnnxRuntimeExecutor(folder / "graphs", manifest.segments, manifest.attention_ports)
-    return RecallHarness(executor, pool, adaptive, n_layers=config.n_layers, scale=config.head_dim**-0.5)
+    return RecallHarness(executor, pool, adaptive, n_layers=config.n_layers, scale=config.scale)
 
 
 def _moved(movement: Movement, *, waits_for_all: bool) -> Moved:
