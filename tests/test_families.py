@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import edit_config, read_config, write_checkpoint, write_config
 from tests.dense_reference import ContiguousCache
+from tests.models_page import models_markdown
 from trt_kv.errors import CheckpointError, UnknownNameError
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
@@ -70,6 +71,12 @@ def test_a_file_of_the_folder_is_a_family_of_its_name() -> None:
         assert hasattr(transformers, family.class_name)
     with pytest.raises(UnknownNameError, match="gemma2, gemma3_text"):
         family_from_name("gpt2")
+
+
+def test_the_page_of_models_is_that_of_the_table() -> None:
+    assert (Path(__file__).parent.parent / "docs" / "models.md").read_text() == models_markdown(), (
+        "run python -m tests.models_page > docs/models.md"
+    )
 
 
 WITHOUT: list[tuple[str, dict[str, Any]]] = [
