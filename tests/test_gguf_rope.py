@@ -1,4 +1,4 @@
-"""RoPE settings that GGUF files hold as tensors."""
+"""RoPE settings of GGUF files, in metadata and in tensors."""
 
 from pathlib import Path
 
@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.gguf_files import (, write_sample
+from tests.gguf_files import (
     converted_weights,
     refusal,
     sample_metadata,
     sample_model,
     write_gguf,
+    write_sample,
 )
 from tests.gguf_samples import SAMPLES
 from trt_kv.export.checkpoints.gguf_file import open_gguf
