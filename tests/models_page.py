@@ -1,4 +1,4 @@
-"""docs/models.md from the table of families: ``python -m tests.models_page > docs/models.md``. models_page.md is the template."""
+"""docs/models.md from the table of families: ``python -m tests.models_page > docs/models.md``. Template: models_page.md."""
 
 import importlib
 import sys

@@ -45,7 +45,7 @@ def of_bytes(tmp_path: Path) -> Path:
 
 def prompts_for(tokenizer: Path, max_positions: int, plan: CalibrationPlan, **options: Any) -> list[list[int]]:
     checkpoint: Any = ContextOnly(tokenizer_file=tokenizer, max_positions=max_positions)
-    return calibration_prompts(checkpoint, plan, 1024, on_note=[].append, **options)[0]
+    return calibration_prompts(checkpoint, plan, 1024, on_note=print, **options)[0]
 
 
 @pytest.mark.parametrize(("max_positions", "new_tokens", "most"), [(512, 0, 512), (512, 64, 448), (700, 600, 350)])
