@@ -80,8 +80,8 @@ def test_asyncio_gives_the_same_answer(folder: Path, engine: Engine) -> None:
 
 def test_options_reach_the_template(engine: Engine) -> None:
     own = "{{ tools | length }}{{ mood }}{{ documents[0].title }}{{ add_generation_prompt }}{{ messages[0].content }}"
-    options: dict[str, Any] = {"tools": TOOLS, "documents": [{"title": "t"}], "template_variables": {"mood": "gay"}}
-    assert engine.encode_chat(HELLO, template=own, **options) == ids_of("2gaytTruehello")
+    options: dict[str, Any] = {"tools": TOOLS, "documents": [{"title": "t"}], "template_variables": {"mood": "calm"}}
+    assert engine.encode_chat(HELLO, template=own, **options) == ids_of("2calmtTruehello")
     left_open = [*HELLO, {"role": "assistant", "content": "hello there"}]
     assert engine.encode_chat(left_open, continue_final_message=True) == ids_of(
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhello there"

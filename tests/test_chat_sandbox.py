@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from jinja2.exceptions import SecurityError, TemplateError
 
-from trt_kv.chat import sandbox
+from trt_kv.chat import bounds, sandbox
 from trt_kv.chat.templates import MAX_TEMPLATE_BYTES, ChatTemplates
 from trt_kv.errors import UsageError
 
@@ -49,7 +49,25 @@ TOO_LARGE = {
     "replace, a method": "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
     "tabs": "{{ ('\\t' * 10**6).expandtabs(10**6) }}",
     "a date": "{{ strftime_now('%999999999Y') }}",
+    "many widths": "{{ ('{:99999} ' * 20000).format(1) }}",
+    "a format that repeats": "{{ ('{0} ' * 10**5).format('x' * 10**6) }}",
+    "texts that a filter makes": "{{ range(99999) | map('center', 2 * 10**6) | list }}",
+    "many texts": "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = ns.l + ['x' * 10**6] %}{% endfor %}",
+    "slices": "{% set b = 'x' * 10**7 %}" + "".join(f"{{% set a{i} = b[::-1] %}}" for i in range(300)),
+    "a block of the template's text": "{% set y %}{% for i in range(999) %}" + "x" * 10**5 + "{% endfor %}{% endset %}",
+    "a block of values": "{% set b = 'x' * 10**7 %}{% set y %}{% for i in range(999) %}{{ b }}{% endfor %}{% endset %}",
+    "a macro's arguments": "{% set ns = namespace(l=[1]) %}{% macro f() %}{% set ns.l = varargs %}{% endmacro %}"
+    "{% for i in range(60) %}{{ f(ns.l, ns.l) }}{% endfor %}{{ ns.l == ns.l }}",
+    "comparisons": "{% set ns = namespace(l=[1], m=[1]) %}{% for i in range(60) %}{% set ns.l = [ns.l, ns.l] %}"
+    "{% set ns.m = [ns.m, ns.m] %}{% endfor %}{{ ns.l == ns.m }}",
+    "keys": "{% set ns = namespace(t=(1,)) %}{% for i in range(60) %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}{{ {ns.t: 1} }}",
+    "characters": "{{ ('x' * 10**7) | sort | length }}",
+    "batch": "{{ 'ab' | batch(10**9, 'x') | list }}",
+    "slice": "{{ 'ab' | slice(10**9) | list }}",
+    "round": "{{ 1.5 | round(10**9, 'ceil') }}",
+    "wordwrap": "{{ ('x ' * 10**6) | wordwrap(1) }}",
 }
+"""Of which some would also take years."""
 
 
 def test_jinja2_is_imported_when_something_is_rendered() -> None:
@@ -62,7 +80,7 @@ def test_jinja2_is_imported_when_something_is_rendered() -> None:
 
 @pytest.mark.parametrize("template", TOO_LONG.values(), ids=TOO_LONG)
 def test_a_template_that_takes_too_long_is_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_STEPS", 3000)
+    monkeypatch.setattr(bounds, "MAX_STEPS", 3000)
     begin = time.process_time()
     with pytest.raises(UsageError, match="cannot be rendered"):
         TEMPLATES.render("default", template, {"s": "x" * 999})
@@ -82,8 +100,28 @@ def test_the_time_of_a_rendering_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
         TEMPLATES.render("default", "{% for i in range(9999) %}{% endfor %}", {})
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{{ many | reject('in', many) | list }}", "{{ many | map('upper') | list }}", "{{ many | select('equalto', 1) | list }}"],
+)
+def test_the_time_of_filters_over_many_items_is_bounded(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(10**6))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    with pytest.raises(UsageError, match="takes too long"):
+        TEMPLATES.render("default", template, {"many": ["a"] * 999})
+
+
+def test_memory_that_cannot_be_had_is_an_error_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(bounds, "checked_result", fails)
+    with pytest.raises(UsageError, match="cannot be rendered\n  got: MemoryError"):
+        TEMPLATES.render("default", "{{ 1 + x }}", {"x": 1})
+
+
 def test_the_length_of_the_text_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_LENGTH", 500)
+    monkeypatch.setattr(bounds, "MAX_LENGTH", 500)
     assert len(TEMPLATES.render("default", "{% for i in range(50) %}0123456789{% endfor %}", {})) == 500
     with pytest.raises(UsageError, match="longer than 500 characters"):
         TEMPLATES.render("default", "{% for i in range(51) %}0123456789{% endfor %}", {})
@@ -103,6 +141,7 @@ def test_the_length_of_the_text_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         "{% import 'x' as x %}",
         "{% extends 'x' %}",
         "{{ lipsum(n=9) }}",
+        "{{ 'x'.encode() }}{{ (1).to_bytes(9, 'big') }}{{ 'x'.translate({120: 'y'}) }}",
     ],
 )
 def test_a_template_reaches_nothing_but_its_data(template: str) -> None:
@@ -125,6 +164,8 @@ def test_errors_name_the_template_and_its_line() -> None:
         TEMPLATES.render("default", "a\n{{ m.role }}", {})
     with pytest.raises(UsageError, match=r"TypeError: .*line 1"):
         TEMPLATES.render("default", "{{ 1 + 'a' }}", {})
+    with pytest.raises(UsageError, match="SyntaxError"):
+        TEMPLATES.render("default", "{{ x[1:2, 3] }}", {})
     with pytest.raises(UsageError, match="cannot be rendered") as caught:
         TEMPLATES.render("default", "{{ " + "(" * 5000 + ")" * 5000 + " }}", {})
     assert MAX_TEMPLATE_BYTES > 10_000
@@ -143,6 +184,15 @@ def test_errors_name_the_template_and_its_line() -> None:
         ("{% macro m(x) %}<{{ x }}{{ caller() }}>{% endmacro %}{% call m(1) %}y{% endcall %}", "<1y>"),
         ("{% set ns = namespace(self=1, a=2) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}{{ ns.self }}", "31"),
         ("{{ [1, [2, {'a': 'b'}]] }}{{ x is defined }}{{ x | default('d') }}", "[1, [2, {'a': 'b'}]]Falsed"),
+        (
+            "{{ 1000 | round(1) }} {{ 2.567 | round(2) }} {{ [1, 2] | sum }} {{ [[1, 2], [3]] | sum(start=0) if none }}",
+            "1000 2.57 3 ",
+        ),
+        (
+            "{{ 'abcd'[1:3] }}{{ [x, 2, 3][:2] | length }}{{ (1, x)[0] }}{% for a, b in [(1, 2)] %}{{ a }}{{ b }}{% endfor %}",
+            "bc2112",
+        ),
+        ("{{ [1, 2, 3] | batch(2) | list }}{{ 'b a' | title }}", "[[1, 2], [3]]B A"),
         ("{{ 2 ** 10 }} {{ 7 % 4 }} {{ [1] + [2] }} {{ 'ab' * 2 }} {{ 'a\nb' | indent(2) }}", "1024 3 [1, 2] abab a\n  b"),
     ],
 )

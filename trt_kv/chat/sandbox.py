@@ -1,18 +1,14 @@
 """The environment that chat templates run in: jinja2's immutable sandbox as transformers sets it up, with bounds.
 
 Templates come with checkpoints and engines, which may be from anybody. They read plain data only (no objects with methods that
-do anything), and are stopped after ``MAX_STEPS`` iterations and calls of macros, after ``MAX_SECONDS``, and before a value has
-more than ``MAX_LENGTH`` items. Not bounded: the time of one filter, method or comparison of values of that size, and how many
-such values are kept at once.
+do anything), and are stopped beyond the bounds of ``bounds.py``: steps, seconds, and the size of values. Not bounded: the time
+of one filter, method or comparison of values of that size.
 """
 
 import datetime as dt
 import functools
 import json
-import re
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jinja2
@@ -24,16 +20,10 @@ import jinja2.utils
 from jinja2.exceptions import SecurityError, TemplateError, TemplateRuntimeError
 from jinja2.visitor import NodeTransformer
 
-MAX_LENGTH = 2**24
-"""Characters of the rendered text and of any text on the way, items of a list."""
-MAX_STEPS = 300_000
-"""Iterations of loops and calls of macros in one rendering: a second or two."""
-MAX_SECONDS = 10.0
-"""Of one rendering."""
-_MOST_INDENT = 32
-_MOST_BITS = 2**14
+from trt_kv.chat import bounds
 
-_used = threading.local()
+_REFUSED_METHODS = frozenset({"encode", "from_bytes", "maketrans", "to_bytes", "translate"})
+"""Methods of texts and numbers that make bytes, or texts of any length."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -68,117 +58,87 @@ def _check_name(name: object) -> None:
 
 
 class _Bounded(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox; loops and macros count steps, and no value grows beyond ``MAX_LENGTH``."""
+    """The sandbox, with ``bounds`` on what a template uses."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
+    step = staticmethod(bounds.step)
+    checked_result = staticmethod(bounds.checked_result)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in _REFUSED_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
-            _check_product(left, right)
-        elif operator == "**" and isinstance(right, int) and isinstance(left, int) and left.bit_length() * right > _MOST_BITS:
-            raise TemplateRuntimeError(f"{left!r:.20} ** {right!r:.20} is too large")
+            bounds.check_product(left, right)
+        elif operator == "**":
+            bounds.check_power(left, right)
         elif operator == "%" and isinstance(left, str):
-            _check_format(left, right)
-        return bounded(super().call_binop(context, operator, left, right))
+            bounds.check_format(left, right)
+        return bounds.checked_result(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, /, *args: Any, **keywords: Any) -> Any:
+        given = [*args, *keywords.values()]
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         if isinstance(owner := getattr(method, "__self__", None), str):
-            _check_method(owner, method.__name__, [*args, *keywords.values()])
-        return bounded(super().call(context, function, *args, **keywords))
+            bounds.check_method(owner, method.__name__, given)
+        bounds.check_arguments(given)
+        return bounds.checked_result(super().call(context, function, *args, **keywords))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         return _Counting().visit(super()._parse(source, name, filename))  # type: ignore[no-any-return]
 
     @staticmethod
-    def step() -> None:
-        """Counts a step of the rendering; an error if it was one too many."""
-        _used.steps += 1
-        if _used.steps > MAX_STEPS or (_used.steps % 64 == 0 and time.monotonic() > _used.deadline):
-            raise TemplateRuntimeError(f"the template takes too long: stopped after {_used.steps} steps")
+    def concat(parts: Iterable[str]) -> str:
+        """The text of a block or macro."""
+        texts = list(parts)
+        if sum(map(len, texts)) > bounds.MAX_LENGTH:
+            raise TemplateRuntimeError("the text of a block is too large")
+        return str(bounds.checked_result("".join(texts)))
 
     @staticmethod
     def concatenation(*parts: Any) -> str:
         """``a ~ b``."""
-        for part in parts:
-            _check_whole_size(part)
-        return str(bounded("".join(map(str, parts))))
+        bounds.check_whole_size(parts)
+        return str(bounds.checked_result("".join(map(str, parts))))
 
 
 class _Counting(NodeTransformer):
-    """Puts a step into every body that can run more than once, and bounds ``a ~ b``, which is no operator to the sandbox."""
+    """Puts a step into every body that can run more than once, and bounds what is no operator to the sandbox: ``a ~ b``,
+    slices, and lists, tuples and dictionaries.
+    """
 
     def generic_visit(self, node: jinja2.nodes.Node, *args: Any, **keywords: Any) -> jinja2.nodes.Node:
         node = super().generic_visit(node, *args, **keywords)
-        if isinstance(node, jinja2.nodes.For | jinja2.nodes.Macro | jinja2.nodes.CallBlock):
-            node.body.insert(0, jinja2.nodes.ExprStmt(_call("step", []), lineno=node.lineno))
-        return _call("concatenation", node.nodes) if isinstance(node, jinja2.nodes.Concat) else node
+        match node:
+            case jinja2.nodes.For() | jinja2.nodes.Macro() | jinja2.nodes.CallBlock():
+                n_texts = jinja2.nodes.Const(sum(1 for _ in node.find_all(jinja2.nodes.TemplateData)))
+                node.body.insert(0, jinja2.nodes.ExprStmt(_call("step", [n_texts]), lineno=node.lineno))
+            case jinja2.nodes.Concat():
+                return _call("concatenation", node.nodes)
+            case jinja2.nodes.Getitem(arg=jinja2.nodes.Slice(), ctx="load"):
+                return _call("checked_result", [node])
+            case jinja2.nodes.List() | jinja2.nodes.Dict() | jinja2.nodes.Tuple(ctx="load") if _is_made_of_values(node):
+                return _call("checked_result", [node])
+        return node
+
+
+def _is_made_of_values(node: jinja2.nodes.List | jinja2.nodes.Dict | jinja2.nodes.Tuple) -> bool:
+    """Whether it holds more than constants."""
+    children = [
+        child for item in node.items for child in (item.iter_child_nodes() if isinstance(node, jinja2.nodes.Dict) else [item])
+    ]
+    return not all(isinstance(child, jinja2.nodes.Const) for child in children)
 
 
 def _call(method: str, arguments: list[jinja2.nodes.Expr]) -> jinja2.nodes.Call:
     return jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute(method), arguments, [], None, None)
 
 
-def bounded(value: Any) -> Any:
-    """``value``, or an error if it is too large."""
-    if isinstance(value, _SIZED) and len(value) > MAX_LENGTH:
-        raise TemplateRuntimeError(f"a {type(value).__name__} is too large: {len(value)} of at most {MAX_LENGTH}")
-    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        raise TemplateRuntimeError(f"an integer is too large: {value.bit_length()} bits of at most {_MOST_BITS}")
-    return value
-
-
 def _finalised(value: Any) -> Any:
     """A value that is about to become text."""
-    _check_whole_size(value)
-    return bounded(value)
+    return bounds.checked_result(value)
 
 
-def _check_whole_size(value: Any) -> None:
-    """Refuse containers that have many items inside: one that holds the same one twice, and so on, is small in memory only."""
-    if not isinstance(value, list | tuple | dict):
-        return
-    waiting, size = [value], 0
-    while waiting:
-        item = waiting.pop()
-        size += len(item) if isinstance(item, str) else 1
-        if size > MAX_LENGTH // 4:
-            raise TemplateRuntimeError("a value is too large to become text")
-        waiting += [*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list | tuple) else []
-
-
-def _check_product(left: Any, right: Any) -> None:
-    for items, times in ((left, right), (right, left)):
-        if isinstance(items, str | list | tuple) and isinstance(times, int) and len(items) * times > MAX_LENGTH:
-            raise TemplateRuntimeError(f"a {type(items).__name__} of {len(items)} items times {times!r:.20} is too large")
-
-
-def _check_format(text: str, *values: Any) -> None:
-    """Refuse format strings with large widths, such as %999999999d, and what is large to format."""
-    for value in values:
-        _check_whole_size(value)
-    if re.search(r"\d{6}|[%:][^ ]*[*{]", text):
-        raise TemplateRuntimeError("a format string has a width that is too large, or is itself formatted")
-
-
-def _check_method(owner: str, name: str, args: Sequence[Any]) -> None:
-    """Refuse methods of texts whose result would be too large."""
-    size = 0
-    if name in {"center", "ljust", "rjust", "zfill"}:
-        size = max((arg for arg in args if isinstance(arg, int)), default=0)
-    elif name == "expandtabs":
-        size = owner.count("\t") * max((arg for arg in args if isinstance(arg, int)), default=8)
-    elif name in {"format", "format_map"}:
-        _check_format(owner, *args)
-    elif name == "replace" and len(args) >= 2 and all(isinstance(arg, str) for arg in args[:2]):
-        size = owner.count(args[0]) * len(args[1])
-    elif name == "join" and args and isinstance(args[0], list | tuple | str):
-        size = len(owner) * len(args[0])
-    if size > MAX_LENGTH:
-        raise TemplateRuntimeError(f"the result of {name} is too large")
-
-
-_SIZED = (str, list, tuple, dict)
 _MOVES = {"attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map"}
 _MOVES |= {"max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique"}
 """Filters that make no text of the items that they are given."""
@@ -190,18 +150,22 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     @functools.wraps(function)  # with the marks by which jinja2 knows what else the filter is given
     def checked(*args: Any, **keywords: Any) -> Any:
         given = [*args, *keywords.values()]
+        bounds.check_time()
         for value in () if name in _MOVES else given:
-            _check_whole_size(value)
-        texts, numbers = [v for v in given if isinstance(v, str)], [v for v in given if isinstance(v, int)]
-        if texts and name in {"center", "replace"}:
-            _check_method(texts[0], name, [*numbers, *texts[1:]])
-        elif texts and name == "indent":
-            _check_product("x" * (texts[0].count("\n") + 1), max([*numbers, *map(len, texts[1:])], default=4))
-        elif texts and name == "format":
-            _check_format(texts[0])
-        elif name == "tojson" and any(number > _MOST_INDENT for number in numbers if number is not given[0]):
-            raise TemplateRuntimeError("the indent of tojson is too large")
-        return bounded(function(*args, **keywords))
+            bounds.check_whole_size(value)
+        bounds.check_filter(name, given)
+        return bounds.checked_result(function(*args, **keywords))
+
+    return checked
+
+
+def _timed(test: Any) -> Any:
+    """A test, such as ``x in y``, that is not run when time is up: filters may call it for each of many items."""
+
+    @functools.wraps(test)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        bounds.check_time()
+        return test(*args, **keywords)
 
     return checked
 
@@ -218,7 +182,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _now(form: str) -> str:
-    _check_format(form)
+    bounds.check_format(form)
     return dt.datetime.now().astimezone().strftime(form)
 
 
@@ -233,6 +197,7 @@ def _environment() -> _Bounded:
     )
     environment.filters["tojson"] = _to_json
     environment.filters = {name: _bounded_filter(name, function) for name, function in environment.filters.items()}
+    environment.tests = {name: _timed(test) for name, test in environment.tests.items()}
     del environment.globals["lipsum"]
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _now, "dict": _dict, "namespace": _Namespace}
     return environment
@@ -246,12 +211,12 @@ def compiled(source: str) -> jinja2.Template:
 
 def render(source: str, variables: dict[str, Any]) -> str:
     """The text of a template. Raises what jinja2 and Python's own operations raise, ``TemplateRuntimeError`` beyond a bound."""
+    bounds.begin()
     template = compiled(source)
-    _used.steps, _used.deadline = 0, time.monotonic() + MAX_SECONDS
     pieces, length = [], 0
     for piece in template.generate(variables):
         pieces.append(piece)
         length += len(piece)
-        if length > MAX_LENGTH:
-            raise TemplateRuntimeError(f"the rendered text is longer than {MAX_LENGTH} characters")
+        if length > bounds.MAX_LENGTH:
+            raise TemplateRuntimeError(f"the rendered text is longer than {bounds.MAX_LENGTH} characters")
     return "".join(pieces)

@@ -20,7 +20,10 @@ DEFAULT = "default"
 MAX_TEMPLATE_BYTES = 2**18
 """Several times the largest that are published."""
 
-_FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+_FAILURES = (
+    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    *(MemoryError, RecursionError, SyntaxError),
+)
 """What a template raises beside jinja2's errors, with operations of Python on values of the wrong kind."""
 _HOW_TO_RENDER = "check roles, tools and variables, or give another template"
 _MOST_SAID = 400
