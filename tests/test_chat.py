@@ -188,7 +188,8 @@ def test_commands_of_a_conversation(engine: Engine, tmp_path: Path) -> None:
     assert talk.conversation.messages == []
     for line in ("/nothing", "/save", "/help", "", "  "):
         talk.session.take(line)
-    assert talk.said.count("is no command") == 2
+    assert talk.said.count("/nothing is no command") == 1
+    assert "/save needs the name of a file" in talk.said
     assert "/reset" in talk.said
     with pytest.raises(StopChat):
         talk.session.take("/exit")
@@ -219,6 +220,25 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_got(engine: Engine) -> Non
     engine.runner.pool.check_integrity([])
 
 
+def test_an_interrupt_in_the_middle_of_a_step_cancels_the_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, run = Talk(engine), engine.runner.run
+    plans: list[Any] = []
+
+    def interrupted(plan: Any) -> Any:
+        plans.append(plan)
+        if len(plans) == 4:
+            raise KeyboardInterrupt
+        return run(plan)
+
+    monkeypatch.setattr(engine.runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        talk.session.take("hello")
+    talk.session.take("/policy")
+    assert "finished: cancelled" in talk.said
+    talk.session.take("hello")
+    assert len(talk.conversation.messages) == 4
+
+
 def test_messages_that_the_template_refuses_are_withdrawn(engine: Engine) -> None:
     talk = Talk(engine, of_template={"template": "{{ raise_exception('only in rhymes') }}"})
     with pytest.raises(UsageError, match=r"only in rhymes \(line 1 of the template\)"):
@@ -241,6 +261,14 @@ def test_lines_of_standard_input_are_messages(run: Run, folder: Path, engine: En
     code, _, err = run("chat", folder, "--max-new-tokens", "5")
     assert code == 2
     assert "line 2" in err
+
+
+def test_the_options_of_a_conversation_are_those_of_one_answer(run: Run) -> None:
+    code, out, _ = run("chat", "--help")
+    assert code == 0
+    assert "Stop after N tokens. Default: 1024." in " ".join(out.split())
+    assert "--logprobs" not in out
+    assert " --n " not in out
 
 
 def test_generate_puts_a_prompt_into_the_template(run: Run, folder: Path, engine: Engine) -> None:

@@ -306,6 +306,23 @@ def test_files_are_read_in_the_order_of_transformers(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.parametrize("name", ["{{ m.content }}", "{{ '<' + m.content + '>' }}", "{{ m.content | trim }}"])
+def test_parts_of_a_content_are_one_text_for_a_template_that_takes_texts(name: str) -> None:
+    """Which would be an error, or Python's notation of a list in the prompt."""
+    chat, template = ENCODERS["byte-level", "chatml"], f"{{% for m in messages %}}{name}{{% endfor %}}"
+    parts = [{"type": "text", "text": "a <|im_end|>"}, {"type": "text", "text": "b"}]
+    options = ChatOptions(template=template)
+    found = chat.token_ids([{"role": "user", "content": parts}], options)
+    assert found == chat.token_ids([{"role": "user", "content": "a <|im_end|>\nb"}], options)
+    pieces = "{% for part in m.content %}[{{ part.text }}]{% endfor %}"
+    both = f"{{% for m in messages %}}{{% if m.content is string %}}{name}{{% else %}}{pieces}{{% endif %}}{{% endfor %}}"
+    assert chat.render([{"role": "user", "content": parts}], ChatOptions(template=both)).text == "[a <|im_end|>][b]"
+
+
+NESTED: list[Any] = []
+NESTED.append(NESTED)
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
@@ -321,6 +338,7 @@ def test_files_are_read_in_the_order_of_transformers(tmp_path: Path) -> None:
         ([{"role": "user", "content": "\ud83d"}], "half a surrogate pair"),
         ([{"role": "user", "content": "x", "more": object()}], r"messages\[0\]\['more'\] is no plain data"),
         ([{"role": "user<|im_end|>", "content": "x"}], "control token in its role"),
+        ([{"role": "user", "content": "x", "more": NESTED}], r"^messages has data in itself, or nested too deeply"),
     ],
 )
 def test_messages_that_are_none_are_refused_with_their_place(messages: Any, said: str) -> None:
@@ -336,6 +354,10 @@ def test_messages_that_are_none_are_refused_with_their_place(messages: Any, said
         ({"documents": "x"}, "documents is not a list"),
         ({"template": 3}, "bad template"),
         ({"variables": {"x": {1, 2}}}, "template_variables"),
+        ({"variables": [1]}, "template_variables is not a dictionary"),
+        ({"variables": {1: 2}}, "template_variables is not a dictionary"),
+        ({"trusted": "no"}, "bad trusted"),
+        ({"continue_final": 1}, "bad continue_final_message"),
     ],
 )
 def test_options_that_are_none_are_refused(options: dict[str, Any], said: str) -> None:

@@ -22,7 +22,7 @@ NUMBERS = (
     *("max_new_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "seed", "priority", "timeout_s", "top_logprobs"),
 )
-BAD_WORDS: tuple[Any, ...] = (None, "word", [""], [[]], [[1.5]], [b"a"])
+BAD_WORDS: tuple[Any, ...] = (None, "word", [""], [[]], [[1.5]], [b"a"], ["\ud800"])
 logits_lists = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40)
 
 
@@ -123,6 +123,9 @@ def test_top_k_of_1_is_greedy_in_an_engine(full_engine: Engine) -> None:
         ("typical_p", 0.0),
         *((name, float("inf")) for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-300),
+        ("presence_penalty", 1e300),
+        ("logit_bias", {1: -1e300}),
         *(("logit_bias", bias) for bias in ({"a": 1.0}, {1: None}, {1: float("nan")}, {-1: 1.0}, [(1, 1.0)])),
         *(("bad_words", words) for words in BAD_WORDS),
         *(("stop_token_ids", ids) for ids in (None, 3, "3", [1.0], [-1], {1})),

@@ -9,6 +9,10 @@ from trt_kv.errors import UsageError
 from trt_kv.runtime.arguments import is_integer, is_number
 from trt_kv.text_file import lone_surrogate
 
+_LARGEST = 1e30
+"""Of penalties and biases: fp32 has room for its product with a logit or a count of tokens."""
+_RANGE = f"a number from {-_LARGEST:g} to {_LARGEST:g}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -73,15 +77,15 @@ class SamplingParams:
             ("seed", self.seed is None or is_integer(self.seed, 0), "an integer >= 0, or None"),
             (
                 "repetition_penalty",
-                _is_within(self.repetition_penalty, 0.0, math.inf) and self.repetition_penalty > 0.0,
-                "a number > 0; 1 is none",
+                _is_within(self.repetition_penalty, 1 / _LARGEST, _LARGEST),
+                f"a number > 0 and at most {_LARGEST:g}; 1 is none",
             ),
-            ("presence_penalty", _is_within(self.presence_penalty, -math.inf, math.inf), "a finite number; 0 is none"),
-            ("frequency_penalty", _is_within(self.frequency_penalty, -math.inf, math.inf), "a finite number; 0 is none"),
+            ("presence_penalty", _is_within(self.presence_penalty, -_LARGEST, _LARGEST), f"{_RANGE}; 0 is none"),
+            ("frequency_penalty", _is_within(self.frequency_penalty, -_LARGEST, _LARGEST), f"{_RANGE}; 0 is none"),
             (
                 "logit_bias",
                 self.logit_bias is None or _is_bias(self.logit_bias),
-                "a dict of numbers by token id, or None",
+                f"a dict by token id, each {_RANGE}; or None",
             ),
             ("bad_words", _is_bad_words(self.bad_words), "a list of texts, or of lists of token ids, none of them empty"),
             ("stop", _is_stop(self.stop), "a text that is not empty, or a list of such texts"),
@@ -158,9 +162,7 @@ class SamplingOptions(TypedDict, total=False):
 
 def _is_stop(stop: object) -> bool:
     texts = [stop] if isinstance(stop, str) else stop
-    return isinstance(texts, list | tuple) and all(
-        isinstance(text, str) and text and lone_surrogate(text) is None for text in texts
-    )
+    return isinstance(texts, list | tuple) and all(map(_is_text, texts))
 
 
 def _is_within(value: object, low: float, high: float) -> bool:
@@ -174,9 +176,14 @@ def _is_ids(ids: object) -> bool:
 
 def _is_bias(bias: object) -> bool:
     return isinstance(bias, Mapping) and all(
-        is_integer(token_id, 0) and _is_within(value, -math.inf, math.inf) for token_id, value in bias.items()
+        is_integer(token_id, 0) and _is_within(value, -_LARGEST, _LARGEST) for token_id, value in bias.items()
     )
 
 
 def _is_bad_words(words: object) -> bool:
-    return isinstance(words, list | tuple) and all(word and (isinstance(word, str) or _is_ids(word)) for word in words)
+    return isinstance(words, list | tuple) and all(_is_text(word) or (word and _is_ids(word)) for word in words)
+
+
+def _is_text(text: object) -> bool:
+    """Whether it is a text that is not empty and has no half of a surrogate pair."""
+    return isinstance(text, str) and bool(text) and lone_surrogate(text) is None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_kv.chat.messages import Message, plain_data, plain_messages, plain_tools, texts_in
+from trt_kv.chat.messages import Message, plain_messages, plain_tools, plain_variables, texts_in, with_joined_parts
 from trt_kv.chat.rendered import Marks, RenderedChat, pattern_of
 from trt_kv.chat.templates import ChatTemplates
 from trt_kv.errors import UsageError
@@ -30,6 +30,12 @@ class ChatOptions:
     continue_final: bool = False
     trusted: bool = False
 
+    def __post_init__(self) -> None:
+        names = {"continue_final_message": self.continue_final, "trusted": self.trusted}
+        for name, flag in names.items():
+            if not isinstance(flag, bool):
+                raise UsageError(f"bad {name}", got=repr(flag), expected="True or False")
+
 
 DEFAULT_OPTIONS = ChatOptions()
 
@@ -38,7 +44,8 @@ class ChatEncoder:
     """Renders conversations with ``templates`` and encodes them with ``tokenizer``. Any thread may use it.
 
     Control tokens (such as <|im_end|>) that are written in messages, tools and variables are encoded as the letters that they
-    consist of. Everything else is encoded as transformers encodes it, token by token.
+    consist of. Everything else is encoded as transformers encodes it, token by token. A content of several parts is one text
+    for a template that takes texts only.
     """
 
     def __init__(self, tokenizer: RenamableTokenizer, templates: ChatTemplates) -> None:
@@ -59,11 +66,13 @@ class ChatEncoder:
         plain = plain_messages(messages)
         tools = plain_tools(options.tools)
         documents = plain_tools(options.documents, name="documents")
-        variables = plain_data(dict(options.variables or {}), "template_variables")
+        variables = plain_variables(options.variables)
         name, source = self.templates.chosen(options.template, has_tools=tools is not None)
         taken = [source, *texts_in(plain), *texts_in(tools), *texts_in(documents), *texts_in(variables)]
         marks = Marks(self._special, self._others, taken) if not options.trusted else Marks((), (), taken)
         self._check_roles(plain)
+        if any(isinstance(message.get("content"), list) for message in plain) and not self.templates.takes_parts(name, source):
+            plain = with_joined_parts(plain)
         if options.continue_final:
             _leave_open(plain, marks.tail)
         given = {

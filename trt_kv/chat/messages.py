@@ -10,6 +10,7 @@ from trt_kv.text_file import lone_surrogate, shortened
 Message = Mapping[str, Any]
 """``role`` and ``content`` (a text, or a list of parts ``{"type": "text", "text": ...}``), and what else its template reads."""
 
+_MOST_DEPTH = 64
 FORM = '[{"role": "user", "content": "..."}]'
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which messages carry what a model thought before it answered."""
@@ -29,10 +30,19 @@ def plain_messages(messages: Any, *, name: str = "messages") -> list[dict[str, A
     return [_message(message, f"{name}[{index}]") for index, message in enumerate(messages)]
 
 
-def plain_data(value: Any, name: str) -> Any:
-    """A copy of ``value`` of plain JSON types; ``UsageError``, with its place in ``name``, for anything else."""
+def plain_data(value: Any, name: str, *, depth: int = 0) -> Any:
+    """A copy of ``value`` of plain JSON types; ``UsageError``, with its place in ``name``, for anything else.
+
+    ``depth``: of the lists and dictionaries that it is in.
+    """
     if value is None or type(value) in (bool, int, float):
         return value
+    if depth > _MOST_DEPTH:
+        raise UsageError(
+            f"{name[: name.index('[')]} has data in itself, or nested too deeply",
+            got=f"more than {_MOST_DEPTH} levels",
+            expected="what JSON has, without cycles",
+        )
     if isinstance(value, str):
         at = lone_surrogate(value)
         if at is not None:
@@ -43,9 +53,12 @@ def plain_data(value: Any, name: str) -> Any:
             )
         return str.__str__(value)
     if isinstance(value, Mapping):
-        return {str(plain_data(key, f"a key of {name}")): plain_data(item, f"{name}[{key!r}]") for key, item in value.items()}
+        return {
+            str(plain_data(key, f"a key of {name}", depth=_MOST_DEPTH)): plain_data(item, f"{name}[{key!r}]", depth=depth + 1)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [plain_data(item, f"{name}[{index}]") for index, item in enumerate(value)]
+        return [plain_data(item, f"{name}[{index}]", depth=depth + 1) for index, item in enumerate(value)]
     raise UsageError(
         f"{name} is no plain data",
         got=type(value).__name__,
@@ -67,6 +80,20 @@ def plain_tools(tools: Any, *, name: str = "tools") -> list[dict[str, Any]] | No
     )
 
 
+def plain_variables(variables: Any) -> dict[str, Any]:
+    """Variables of a template as plain data; ``UsageError`` unless they are a dictionary by name, or None."""
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise UsageError(
+            "template_variables is not a dictionary by name",
+            got=shortened(f"{type(variables).__name__}: {variables!r}"),
+            expected='e.g. {"enable_thinking": False}',
+        )
+    plain: dict[str, Any] = plain_data(variables, "template_variables")
+    return plain
+
+
 def texts_in(value: Any) -> Iterator[str]:
     """Every text in plain data, keys of dictionaries among them."""
     if isinstance(value, str):
@@ -78,6 +105,16 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from texts_in(item)
+
+
+def with_joined_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Plain messages, with the parts of each content as one text of several lines, as in vLLM."""
+    return [
+        {**message, "content": "\n".join(part["text"] for part in content)}
+        if isinstance(content := message.get("content"), list)
+        else dict(message)
+        for message in messages
+    ]
 
 
 def last_role(messages: Sequence[Message]) -> str:

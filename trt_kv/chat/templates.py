@@ -1,5 +1,6 @@
 """The chat templates of a checkpoint or an engine: which files they are in, which one is meant, and how they are rendered."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ _FAILURES = (
 _HOW_TO_RENDER = "check roles, tools and variables, or give another template"
 _MOST_SAID = 400
 
+_PART = "trtkvpart"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -64,6 +66,18 @@ class ChatTemplates:
                 f"{self.owner} has no default chat template", expected=f"one of {', '.join(sorted(self.templates))} by name"
             )
         return name, self.templates[name]
+
+    def takes_parts(self, name: str, source: str) -> bool:
+        """Whether the template ``source`` can render a content that is a list of parts: one is tried. Those that take texts
+        only raise an error, or write the list as Python does.
+        """
+        part = {"type": "text", "text": _PART}
+        variables = {"messages": [{"role": "user", "content": [part]}], "tools": None, "documents": None}
+        try:
+            text = self.render(name, source, {**variables, "add_generation_prompt": False})
+        except TrtKvError:
+            return False
+        return _PART in text and not re.search(rf"['\"]{_PART}", text)
 
     def render(self, name: str, source: str, variables: Mapping[str, Any]) -> str:
         """The text of the template ``source``, called ``name``; ``UsageError`` with the line and what the template says."""

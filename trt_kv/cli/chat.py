@@ -16,7 +16,7 @@ from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars
 from trt_kv.cli.run_options import device_options, resource_options
 from trt_kv.cli.sampling_notes import defaults_notes
-from trt_kv.cli.sampling_options import model_defaults_option, sampling_options
+from trt_kv.cli.sampling_options import answer_options, model_defaults_option
 from trt_kv.errors import TrtKvError, UsageError
 from trt_kv.pipeline.chat import Conversation
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
@@ -30,7 +30,7 @@ MAX_NEW_TOKENS = 1024
 @click.command("chat", short_help="Talk with an engine of an instruct model.")
 @click.argument("engine", type=any_path)
 @chat_options
-@sampling_options
+@answer_options(max_new_tokens=MAX_NEW_TOKENS)
 @model_defaults_option
 @resource_options
 @device_options

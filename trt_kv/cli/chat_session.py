@@ -77,13 +77,15 @@ class Session:
             conversation.start(rest or None)
         elif name == "policy":
             self._say("\n".join(policy_lines(conversation.engine.manifest, conversation.last)))
-        elif name == "save" and rest:
+        elif name == "save" and not rest:
+            self._say("[/save needs the name of a file: /save FILE]")
+        elif name == "save":
             conversation.save(Path(rest))
             self._say(f"[saved: {rest}]")
         elif name == "help":
             self._say(HELP)
         else:
-            self._say(f"[/{name} is no command, or lacks something; /help lists them]")
+            self._say(f"[/{name} is no command; /help lists them, and a message that begins with / is written with //]")
 
 
 def policy_lines(manifest: Manifest, last: "Generation | None") -> Iterator[str]:

@@ -15,13 +15,36 @@ def sampling_options(command: CommandFunction) -> CommandFunction:
     the runtime checks.
     """
 
+    @click.option(
+        "--n", type=int, metavar="N", help="Generate N samples of one prompt, with seeds counted up from --seed. Default: 1."
+    )
+    @click.option(
+        "--logprobs",
+        "top_logprobs",
+        type=int,
+        metavar="N",
+        help="After the text, print the log-probability of each token and the N likeliest in its place.",
+    )
+    @functools.wraps(command)
+    def collected(*, n: int | None, top_logprobs: int | None, sampling: dict[str, Any], **values: Any) -> None:
+        more = {"n": n, "top_logprobs": top_logprobs}
+        command(sampling=sampling | {name: value for name, value in more.items() if value is not None}, **values)
+
+    return answer_options()(collected)
+
+
+def answer_options(*, max_new_tokens: int = 128) -> Callable[[CommandFunction], CommandFunction]:
+    """The options of ``sampling_options`` that concern one answer. ``max_new_tokens``: the default that the help names."""
+    return functools.partial(_with_answer_options, max_new_tokens=max_new_tokens)
+
+
+def _with_answer_options(command: CommandFunction, max_new_tokens: int) -> CommandFunction:
     def number(name: str, metavar: str, text: str, default: float) -> Callable[[CommandFunction], CommandFunction]:
         whose = "the model's, else " if name.lstrip("-").replace("-", "_") in _OF_MODELS else ""
         return click.option(name, type=type(default), metavar=metavar, help=f"{text} Default: {whose}{default:g}.")
 
-    @number("--max-new-tokens", "N", "Stop after N tokens.", 128)
+    @number("--max-new-tokens", "N", "Stop after N tokens.", max_new_tokens)
     @number("--min-tokens", "N", "Do not stop before N tokens.", 0)
-    @number("--n", "N", "Generate N samples of one prompt, with seeds counted up from --seed.", 1)
     @number("--temperature", "T", "Sampling temperature; 0: greedy.", 0.0)
     @number("--top-k", "K", "Sample from the K likeliest tokens; 0: all.", 0)
     @number("--top-p", "P", "Sample from the likeliest tokens of total mass P.", 1.0)
@@ -64,13 +87,6 @@ def sampling_options(command: CommandFunction) -> CommandFunction:
         show_default=True,
         help="Whether special tokens that are generated have no text.",
     )
-    @click.option(
-        "--logprobs",
-        "top_logprobs",
-        type=int,
-        metavar="N",
-        help="After the text, print the log-probability of each token and the N likeliest in its place.",
-    )
     @functools.wraps(command)
     def collected(*, biases: tuple[str, ...], **values: Any) -> None:
         sampling = {name: values.pop(name) for name in _NAMES} | {"logit_bias": dict(map(_bias, biases))}
@@ -89,8 +105,8 @@ model_defaults_option = click.option(
 
 _OF_MODELS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 _NAMES = (
-    *("max_new_tokens", "min_tokens", "n", *_OF_MODELS, "presence_penalty", "frequency_penalty", "bad_words", "seed", "stop"),
-    *("stop_token_ids", "ignore_eos", "skip_special_tokens", "top_logprobs"),
+    *("max_new_tokens", "min_tokens", *_OF_MODELS, "presence_penalty", "frequency_penalty", "bad_words", "seed", "stop"),
+    *("stop_token_ids", "ignore_eos", "skip_special_tokens"),
 )
 
 

@@ -1,5 +1,6 @@
 """A conversation with an engine: its history, which is sent again with each message, and what can be said about its cache."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -65,13 +66,18 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         self._check_room(messages)
         stream = self.engine.stream_chat(messages, on_prefill=on_prefill, **self._options)
-        is_whole = False
+        is_whole = is_stopped = False
         try:
             yield from stream
             is_whole = True
+        except (GeneratorExit, KeyboardInterrupt):
+            is_stopped = True
+            raise
         finally:
             stream.close()
             self.last = stream.result
+            if is_stopped:  # to the engine, an interrupt in the middle of a step is an error
+                self.last = dataclasses.replace(self.last, finish_reason="cancelled", error=None)
             if self.last.text or is_whole:
                 self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
 
