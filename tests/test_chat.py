@@ -1,6 +1,7 @@
 """Conversations with an engine: in Python, in the terminal, as tasks and as calibration prompts."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -398,8 +399,12 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(folder: Path) -> None:
         os.write(main, b"/policy\n")
         wait_for(b"policy snapkv", b"//.")
         wait_for(b"> ", b"policy snapkv")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        for _ in range(12):  # one that arrives before readline waits is only seen with the next
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+                break
+        assert process.returncode == 0
     finally:
         process.kill()
         process.wait()
