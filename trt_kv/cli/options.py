@@ -199,7 +199,8 @@ def calibration_options(command: CommandFunction) -> CommandFunction:
         "--prompts",
         type=existing_file,
         metavar="FILE",
-        help="Calibration prompts: .txt with one per line, or .jsonl. Default: trt-kv's synthetic English.",
+        help='Calibration prompts: .txt with one per line, or .jsonl with {"prompt": ...} or {"messages": [...]}. '
+        "Default: trt-kv's synthetic English.",
     )
     @click.option("--samples", type=int, default=10, show_default=True, metavar="N", help="Number of calibration prompts.")
     @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed for drawing the prompts.")
