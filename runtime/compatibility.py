@@ -5,10 +5,11 @@ from pathlib import Path
 
 from trt_kv.drift import Drift
 from trt_kv.errors import EngineError, RecipeError
-from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest, how_to_rebuild
+from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest
 from trt_kv.opspec import OP_VERSION
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import AttributeValue, OpNode, Program, program_of_model
+from trt_kv.rebuild import how_to_rebuild
 from trt_kv.recipe import Recipe
 from trt_kv.safe_path import safe_join
 from trt_kv.weight_index import FILE_NAME as WEIGHT_INDEX

@@ -16,7 +16,8 @@ import onnx
 import pytest
 
 from tests.engines import Run
-from trt_kv.manifest import _document_digest, load_manifest
+from trt_kv.digests import document_digest
+from trt_kv.manifest import load_manifest
 from trt_kv.recipe import Recipe
 from trt_kv.runtime.engine import Engine
 
@@ -84,7 +85,7 @@ def test_a_build_that_has_nothing_to_do_says_so(run: Run, small_checkpoint_folde
 
     rewrite = json.loads((tmp_path / "engine" / "manifest.json").read_text())
     rewrite["policy"]["seed"] = 5  # as if a default of the same words had been another one
-    rewrite["digest"] = _document_digest({name: value for name, value in rewrite.items() if name != "digest"})
+    rewrite["digest"] = document_digest({name: value for name, value in rewrite.items() if name != "digest"})
     (tmp_path / "engine" / "manifest.json").write_text(json.dumps(rewrite))
     assert run(*build)[0] == 2
     assert run(*build, "--force")[0] == 0

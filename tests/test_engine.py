@@ -15,9 +15,10 @@ import transformers
 from tokenizers import Tokenizer
 
 from tests.engines import assert_nothing_leaked, random_ids
+from trt_kv.digests import digest_of
 from trt_kv.errors import CapacityError, EngineError, RecipeError, UsageError
 from trt_kv.json_file import read_json
-from trt_kv.manifest import FILE_NAME, FileRecord, Manifest, digest_of, load_manifest
+from trt_kv.manifest import FILE_NAME, FileRecord, Manifest, load_manifest
 from trt_kv.presets import PRESETS
 from trt_kv.runtime import memory
 from trt_kv.runtime.backends.host import load as loading_module

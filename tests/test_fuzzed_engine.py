@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from tests.engines import build_for_test
 from tests.test_drift import drift_of
 from tests.test_manifest import changed, leaves_and_branches, signed
+from trt_kv.digests import digest_of
 from trt_kv.drift import Drift
 from trt_kv.errors import RecipeError, TrtKvError, UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
-from trt_kv.manifest import FILE_NAME, digest_of
+from trt_kv.manifest import FILE_NAME
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.recipe import RecipeModel

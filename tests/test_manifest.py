@@ -12,11 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trt_kv import manifest as manifest_module
+
+from trt_kv.digests import digest_of, document_digest
 from trt_kv.engine_files import file_records, verify_files
 from trt_kv.errors import EngineError
-from trt_kv.manifest import FILE_NAME, Manifest, _in_new_words, digest_of, how_to_rebuild, load_manifest
+from trt_kv.manifest import FILE_NAME, Manifest, load_manifest
 from trt_kv.policies import policy_without_floor
+from trt_kv.rebuild import how_to_rebuild, in_new_words
 
 Path_ = tuple[str | int, ...]
 
@@ -51,7 +53,7 @@ def changed(document: dict[str, Any], path: Path_, value: Any) -> dict[str, Any]
 def signed(data: dict[str, Any]) -> dict[str, Any]:
     """With the digest that a build would have written."""
     body = {key: value for key, value in data.items() if key != "digest"}
-    return {**body, "digest": manifest_module._document_digest(body)}
+    return {**body, "digest": document_digest(body)}
 
 
 def as_version_1(document: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +201,7 @@ def test_the_command_of_an_engine_without_floor_makes_the_same_policy(
     old = policy_without_floor(policy).to_json()
     del old["floor"]
     old["name"] = old["name"].removesuffix("_paper")
-    read = _in_new_words(command, old)
+    read = in_new_words(command, old)
     assert read == now
 
 

@@ -15,12 +15,13 @@ from tests.checkpoints import write_checkpoint
 from tests.engines import build_for_test
 from tests.test_manifest import signed
 from trt_kv.cli.inspection import describe_engine
+from trt_kv.digests import digest_of
 from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError
 from trt_kv.export import shared_weights
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
-from trt_kv.manifest import FILE_NAME, digest_of, load_manifest
+from trt_kv.manifest import FILE_NAME, load_manifest
 from trt_kv.policies import policy_from_name
 from trt_kv.runtime.engine import Engine
 

@@ -15,9 +15,10 @@ import pytest
 from tests.test_manifest import signed
 from trt_kv.cli.app import main
 from trt_kv.cli.inspection import describe_engine
+from trt_kv.digests import digest_of
 from trt_kv.errors import EngineError, TrtKvError, UsageError
 from trt_kv.json_file import MAX_DOCUMENT_BYTES
-from trt_kv.manifest import FILE_NAME, MAX_TOKENIZER_BYTES, digest_of, recorded_digest
+from trt_kv.manifest import FILE_NAME, MAX_TOKENIZER_BYTES, recorded_digest
 from trt_kv.runtime.async_engine import AsyncEngine
 from trt_kv.runtime.engine import Engine
 from trt_kv.safe_path import safe_join

@@ -6,8 +6,9 @@ Digests show that files are those that the manifest lists, not who made them.
 from collections.abc import Callable
 from pathlib import Path
 
+from trt_kv.digests import digest_of
 from trt_kv.errors import EngineError
-from trt_kv.manifest import FILE_NAME, GRAPHS, FileRecord, Manifest, digest_of
+from trt_kv.manifest import FILE_NAME, GRAPHS, FileRecord, Manifest
 from trt_kv.safe_path import safe_join
 
 

@@ -1,21 +1,20 @@
 """manifest.json: the description of an engine, which loading verifies and ``inspect`` prints."""
 
 import dataclasses
-import hashlib
 import json
-import re
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trt_kv.digests import check_digest, document_digest
 from trt_kv.errors import EngineError, TrtKvError, UsageError
 from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, read_json
 from trt_kv.layer_budget import LayerBudget
 from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, OpNode, Program, budgets_of, recall_nodes, windows_of
+from trt_kv.rebuild import how_to_rebuild, in_new_words
 from trt_kv.safe_path import safe_join
 
 T = TypeVar("T")
@@ -164,7 +163,7 @@ class Manifest:
             "op_versions": dict(self.op_versions),
         }
         document = {"format": FORMAT, "version": VERSION, **data}
-        return {**document, "digest": _document_digest(document)}
+        return {**document, "digest": document_digest(document)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], *, source: Path) -> "Manifest":
@@ -182,14 +181,14 @@ class Manifest:
         if version == 1 and "pieces" in fields:
             fields["segments"] = fields.pop("pieces")
         if isinstance(fields.get("policy"), dict) and "floor" not in fields["policy"]:
-            fields["reproduce"] = _in_new_words(fields.get("reproduce"), fields["policy"])
+            fields["reproduce"] = in_new_words(fields.get("reproduce"), fields["policy"])
         if set(fields) != names:
             raise EngineError(
                 f"{source} does not have the fields of an engine manifest",
                 got=f"missing {sorted(names - set(fields))}, unknown {sorted(set(fields) - names)}",
                 fix="build the engine again",
             )
-        if data.get("digest") != (found := _document_digest({name: data[name] for name in data if name != "digest"})):
+        if data.get("digest") != (found := document_digest({name: data[name] for name in data if name != "digest"})):
             raise EngineError(
                 f"{source} was changed after the build", got=found, expected=data.get("digest"), fix="build the engine again"
             )
@@ -205,36 +204,6 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")
-
-
-def how_to_rebuild(folder: Path, reproduce: object) -> str:
-    """The command that builds ``folder`` again; ``reproduce``: the command in its manifest, if any. It is only shown if it is
-    one of ours: whoever made the folder could have written any other.
-    """
-    command = build_command(reproduce)
-    if command is None:
-        return "build the engine again with this version of trt-kv"
-    return f"build the engine again: {command} --out {shlex.quote(str(folder))} --force"
-
-
-def build_command(reproduce: object) -> str | None:
-    """``reproduce`` as a shell reads it, if it is a `trt-kv build`."""
-    try:
-        words = shlex.split(reproduce) if isinstance(reproduce, str) else []
-    except ValueError:
-        return None
-    return shlex.join(words) if words[:2] == ["trt-kv", "build"] else None
-
-
-def _in_new_words(reproduce: object, policy: Mapping[str, Any]) -> object:
-    """The command of an engine from before policies had a floor, in the words that make the same policy now."""
-    command = build_command(reproduce)
-    if command is None or policy.get("budget") == "full" or policy.get("residency") == "host":
-        return reproduce
-    words = shlex.split(command)
-    if "prefixkv" in words and policy.get("name") == "prefixkv":
-        words[words.index("prefixkv")] = "prefixkv_paper"
-    return shlex.join([*words, "--set", "floor=0"])
 
 
 def load_manifest(folder: Path, *, digest: str | None = None) -> Manifest:
@@ -269,29 +238,6 @@ def _document(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise EngineError(f"{path} is not an engine manifest", got=type(data).__name__, expected="a JSON object")
     return data
-
-
-def check_digest(digest: str, *, error: type[TrtKvError]) -> None:
-    """Raise ``error`` unless ``digest`` has the form of a digest."""
-    if not isinstance(digest, str) or not re.fullmatch("sha256:[0-9a-f]{64}", digest):
-        raise error("this is not a digest", got=repr(digest), expected="sha256: and 64 hexadecimal digits, as inspect shows it")
-
-
-def digest_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """sha256 of a file as "sha256:<hex>"; ``on_bytes`` is called with the size of each block read."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            sha.update(block)
-            if on_bytes is not None:
-                on_bytes(len(block))
-    return f"sha256:{sha.hexdigest()}"
-
-
-def _document_digest(document: Mapping[str, Any]) -> str:
-    """Digest of a JSON document, independent of white space and key order."""
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
 def _plan(data: Mapping[str, Any]) -> Plan:

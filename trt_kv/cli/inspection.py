@@ -8,11 +8,12 @@ from trt_kv.drift import Drift
 from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError
 from trt_kv.layer_budget import ALL
-from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, build_command, load_manifest, recorded_digest
+from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, load_manifest, recorded_digest
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import DECODES, GROUP_POOLINGS, METRIC_ROWS, PAGE_SUMMARIES, RESIDENCIES, Policy
 from trt_kv.policy_settings import differences, setting_as_text
 from trt_kv.printable import printable
+from trt_kv.rebuild import build_command
 from trt_kv.recipe import Recipe
 from trt_kv.safe_path import safe_join
 

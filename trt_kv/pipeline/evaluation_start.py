@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import trt_kv
 from trt_kv.calibration.prompt_files import ChatPrompt
 from trt_kv.calibration.task_files import tasks_from_file
+from trt_kv.digests import digest_of
 from trt_kv.errors import ReportError, UsageError
-from trt_kv.manifest import TOKENIZER_FILE, Manifest, digest_of, load_manifest
+from trt_kv.manifest import TOKENIZER_FILE, Manifest, load_manifest
 from trt_kv.pipeline.plans import DeviceChoice
 from trt_kv.pipeline.requests import EvaluationRequest
 from trt_kv.require import require

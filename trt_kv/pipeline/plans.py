@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trt_kv.digests import digest_of
 from trt_kv.drift import check_correction_rate
 from trt_kv.errors import UnknownNameError, UsageError
-from trt_kv.manifest import DTYPES, digest_of
+from trt_kv.manifest import DTYPES
 from trt_kv.presets import preset
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions
 

@@ -5,10 +5,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trt_kv.digests import digest_of
 from trt_kv.drift import Drift
 from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError, RecipeError
-from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, digest_of, load_manifest
+from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, load_manifest
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.policies import policy_from_name, policy_names
