@@ -9,7 +9,8 @@ from typing import Any, Unpack
 from trt_kv.chat.messages import Message
 from trt_kv.runtime.chat import ChatKeywords
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.generation import Generation
+from trt_kv.runtime.request import Request
 from trt_kv.runtime.samples import check_one_sample
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.sampling.model_defaults import params_of_each

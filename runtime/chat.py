@@ -14,7 +14,7 @@ from trt_kv.chat.templates import chat_templates, is_chat_file
 from trt_kv.chat.turns import end_of_turn_ids
 from trt_kv.errors import EngineError
 from trt_kv.manifest import Manifest
-from trt_kv.runtime.request import Generation
+from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.sampling.model_defaults import ModelDefaults, params_of_each
 from trt_kv.runtime.stream import Stream

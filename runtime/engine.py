@@ -7,26 +7,22 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from tokenizers import Tokenizer
 
-from trt_kv.engine_files import check_files, verify_files
 from trt_kv.errors import TrtKvError, UsageError
-from trt_kv.manifest import Manifest, load_manifest
-from trt_kv.require import require
+from trt_kv.manifest import Manifest
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions, device_from_name
-from trt_kv.runtime.backends.host.load import load as load_on_host
 from trt_kv.runtime.chat import EngineChat
-from trt_kv.runtime.compatibility import check_compatible, check_recipe, check_weights
 from trt_kv.runtime.engine_core import EngineCore
+from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
-from trt_kv.runtime.processes import check_can_load, will_compute
-from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.opening import open_engine
+from trt_kv.runtime.request import Request
 from trt_kv.runtime.samples import check_fits, check_one_sample, samples_of
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
-from trt_kv.runtime.sampling.model_defaults import NO_DEFAULTS, ModelDefaults, model_defaults_of, params_of_each
+from trt_kv.runtime.sampling.model_defaults import NO_DEFAULTS, ModelDefaults, params_of_each
 from trt_kv.runtime.stream import Stream
 from trt_kv.runtime.text.prompts import Prompt, PromptEncoder, prompt_name
-from trt_kv.runtime.text.tokenizer import tokenizer_of_engine
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
 if TYPE_CHECKING:
@@ -171,28 +167,8 @@ class Engine(EngineChat):
         defaults: bool = True,
     ) -> "Engine":
         """``device`` None: the target that the engine was built for. On "cpu", Triton's interpreter runs the device kernels."""
-        check_can_load()
-        manifest = load_manifest(folder, digest=digest)
-        check_compatible(folder, manifest)
-        if verify:
-            _verify_with_progress(folder, manifest, tell)
-        else:
-            check_files(folder, manifest)
-        check_weights(folder, manifest)
-        check_recipe(folder, manifest)
-        tokenizer = tokenizer_of_engine(folder, manifest)
-        model_defaults = model_defaults_of(folder, manifest) if defaults else NO_DEFAULTS
-        if device is not None:
-            loaded = require("trt_kv.runtime.backends.cuda.load", extra="gpu").load(folder, manifest, options, on, device, tell)
-        elif manifest.plan is not None:
-            loaded = require("trt_kv.runtime.backends.tensorrt.load", extra="gpu").load(folder, manifest, options, tell)
-        else:
-            loaded = load_on_host(folder, manifest, options, tell)
-        tell("compiling kernels", 0, 1)
-        will_compute()
-        loaded.runner.warm_up()
-        tell("compiling kernels", 1, 1)
-        return cls(folder, manifest, loaded, tokenizer, model_defaults)
+        opened = open_engine(folder, options, on, device, verify=verify, digest=digest, tell=tell, defaults=defaults)
+        return cls(folder, opened.manifest, opened.loaded, opened.tokenizer, opened.model_defaults)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]) -> Generation:
         """Generate the continuation of one prompt; options as in ``SamplingParams``, in place of ``default_sampling``. Raises
@@ -324,15 +300,3 @@ class Engine(EngineChat):
 
 def _tell_nobody(stage: str, done: int, total: int) -> None:
     """The progress callback if the caller gives none."""
-
-
-def _verify_with_progress(folder: Path, manifest: Manifest, on_progress: OnProgress) -> None:
-    total = sum(record.n_bytes for record in manifest.files.values())
-    done = 0
-
-    def on_bytes(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        on_progress("checking digests", done, total)
-
-    verify_files(folder, manifest, on_bytes)

@@ -9,10 +9,11 @@ from typing import TypeVar
 from trt_kv.errors import CapacityError, EngineError, TrtKvError, UsageError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.step import Chosen
+from trt_kv.runtime.generation import FinishReason
 from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.processes import check_not_forked
-from trt_kv.runtime.request import FinishReason, Request
+from trt_kv.runtime.request import Request
 from trt_kv.runtime.reservation import Reservation
 from trt_kv.runtime.scheduler import Scheduler, StepPlan
 from trt_kv.runtime.statistics import EngineStatistics

@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,6 +13,7 @@ from trt_kv.errors import LogitsError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.step import Choice, Chosen
 from trt_kv.runtime.cache.sequence import SequenceCache
+from trt_kv.runtime.generation import FinishReason, Generation, RequestTimes, TokenLogprob
 from trt_kv.runtime.reservation import RequestSize
 from trt_kv.runtime.sampling import SamplingParams
 from trt_kv.runtime.sampling.choice import log_probability, log_total, next_token, top_log_probabilities
@@ -21,64 +21,6 @@ from trt_kv.runtime.sampling.processors import LogitsProcessor
 from trt_kv.runtime.text.detokenizer import Detokenizer
 from trt_kv.runtime.text.prompts import token_ids_of_words
 from trt_kv.runtime.text.stops import Stops
-
-FinishReason = Literal["stop", "length", "error", "timeout", "cancelled"]
-
-
-@dataclass(kw_only=True)
-class RequestTimes:
-    """Timestamps of a request, in seconds of ``time.monotonic``; None: not reached yet. ``prompt_s`` and ``decode_s``: the
-    request's share of the time of its prefill and decode steps, in seconds.
-    """
-
-    arrived: float = field(default_factory=time.monotonic)
-    admitted: float | None = None
-    tokens: list[float] = field(default_factory=list)
-    """Timestamp of each generated token."""
-    prompt_s: float = 0.0
-    decode_s: float = 0.0
-
-    @property
-    def to_first_token_s(self) -> float | None:
-        return self.tokens[0] - self.arrived if self.tokens else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenLogprob:
-    """A generated token's log-probability, and those of the likeliest tokens in its place, as (token id, log-probability)."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """Result of a request: ``text``, without the prompt, and its ``token_ids``, without the one that ended it.
-
-    ``kv_tokens``: per layer, how many of its ``num_computed_tokens`` (prompt and generated ones) were held at the end, in the
-    cache, or in the working set if the cache is on the host. ``finish_reason``: "stop" (end of sequence, or a stop text),
-    "length" (``max_new_tokens``, or the model's positions), "timeout", "cancelled", or "error", with the ``error`` that
-    ended the request. ``seed``: the seed of its random numbers. ``logprobs``: of each token, if ``top_logprobs`` asks for them.
-    ``others``: the second and later samples of the prompt, if ``n`` asks for them.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    n_prompt_tokens: int
-    num_computed_tokens: int
-    kv_tokens: tuple[int, ...]
-    error: Exception | None = None
-    seed: int = field(default=0, compare=False)
-    times: RequestTimes = field(default_factory=RequestTimes, compare=False)
-    logprobs: tuple[TokenLogprob, ...] = ()
-    others: tuple["Generation", ...] = ()
-
-    @property
-    def samples(self) -> tuple["Generation", ...]:
-        """All samples of the prompt: this one and ``others``."""
-        return (self, *self.others)
 
 
 @dataclass(kw_only=True, eq=False)

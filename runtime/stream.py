@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from trt_kv.runtime.engine_core import EngineCore
-from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.generation import Generation
+from trt_kv.runtime.request import Request
 
 
 class Stream(Iterator[str]):

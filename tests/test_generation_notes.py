@@ -12,7 +12,7 @@ from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.policies import policy_from_name
 from trt_kv.policy_settings import policy_with
-from trt_kv.runtime.request import Generation
+from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.statistics import RecallStatistics
 
 PAGE_SIZE = 4

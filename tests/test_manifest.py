@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-
 from trt_kv.digests import digest_of, document_digest
 from trt_kv.engine_files import file_records, verify_files
 from trt_kv.errors import EngineError

@@ -12,7 +12,7 @@ from tests.bare_python import make_bare_environment
 from trt_kv import AsyncEngine, Engine, Generation, SamplingParams
 from trt_kv.cli import main
 from trt_kv.errors import MissingDependencyError
-from trt_kv.runtime import async_engine, engine, request, sampling
+from trt_kv.runtime import async_engine, engine, generation, sampling
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ def test_public_names_are_the_classes_themselves() -> None:
     assert [AsyncEngine, Engine, Generation, SamplingParams] == [
         async_engine.AsyncEngine,
         engine.Engine,
-        request.Generation,
+        generation.Generation,
         sampling.SamplingParams,
     ]
     assert set(trt_kv.__all__) <= set(dir(trt_kv))

@@ -25,7 +25,8 @@ from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.cache import page_pool, tiered_sequence
 from trt_kv.runtime.cache import sequence as sequence_cache
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.generation import Generation
+from trt_kv.runtime.request import Request
 from trt_kv.runtime.reservation import RequestSize
 from trt_kv.runtime.scheduler import StepPlan
 from trt_kv.runtime.trace import Trace

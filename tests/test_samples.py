@@ -13,7 +13,8 @@ from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_names
 from trt_kv.runtime.async_engine import AsyncEngine
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.generation import Generation
+from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
 from trt_kv.runtime.scheduler import StepPlan
 

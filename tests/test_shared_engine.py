@@ -21,7 +21,8 @@ from trt_kv.runtime import request as request_module
 from trt_kv.runtime import scheduler as scheduler_module
 from trt_kv.runtime.cache import sequence as sequence_module
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.request import Generation, Request
+from trt_kv.runtime.generation import Generation
+from trt_kv.runtime.request import Request
 from trt_kv.runtime.scheduler import StepPlan
 
 ENDING = "_fail _sweep end _say close remove"

@@ -18,11 +18,11 @@ __all__ = ["AsyncEngine", "Engine", "Generation", "SamplingParams"]
 if TYPE_CHECKING:
     from trt_kv.runtime.async_engine import AsyncEngine
     from trt_kv.runtime.engine import Engine
-    from trt_kv.runtime.request import Generation
+    from trt_kv.runtime.generation import Generation
     from trt_kv.runtime.sampling import SamplingParams
 else:
     # Type checkers must not see __getattr__: it would give every misspelt name a type.
-    _MODULES = {"AsyncEngine": "async_engine", "Engine": "engine", "Generation": "request", "SamplingParams": "sampling"}
+    _MODULES = {"AsyncEngine": "async_engine", "Engine": "engine", "Generation": "generation", "SamplingParams": "sampling"}
 
     def __getattr__(name: str) -> object:
         """Import a class of ``__all__`` on first use; ``MissingDependencyError`` if a package that it needs is missing."""

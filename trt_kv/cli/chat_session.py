@@ -11,7 +11,7 @@ from trt_kv.manifest import Manifest
 from trt_kv.pipeline.chat import Conversation
 
 if TYPE_CHECKING:
-    from trt_kv.runtime.request import Generation
+    from trt_kv.runtime.generation import Generation
 
 HELP = """/help lists the commands
   /reset         begin again, with the same system message

@@ -13,7 +13,7 @@ from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
 
 if TYPE_CHECKING:
     from trt_kv.runtime.engine import Engine
-    from trt_kv.runtime.request import Generation
+    from trt_kv.runtime.generation import Generation
     from trt_kv.runtime.sampling import SamplingParams
     from trt_kv.runtime.text.prompts import Prompt
 

@@ -7,7 +7,7 @@ from trt_kv.manifest import Manifest
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 
 if TYPE_CHECKING:
-    from trt_kv.runtime.request import Generation
+    from trt_kv.runtime.generation import Generation
     from trt_kv.runtime.statistics import RecallStatistics
 
 _MOST_DECIMALS = 3

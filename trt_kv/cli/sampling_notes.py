@@ -9,7 +9,7 @@ from trt_kv.text_file import shortened
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from trt_kv.runtime.request import Generation
+    from trt_kv.runtime.generation import Generation
     from trt_kv.runtime.sampling import SamplingParams
     from trt_kv.runtime.sampling.model_defaults import ModelDefaults
 

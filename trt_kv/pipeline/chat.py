@@ -10,7 +10,7 @@ from trt_kv.errors import UsageError
 
 if TYPE_CHECKING:
     from trt_kv.runtime.engine import Engine
-    from trt_kv.runtime.request import Generation
+    from trt_kv.runtime.generation import Generation
 
 
 class Conversation:
