@@ -380,3 +380,9 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(folder: Path) -> None:
 
 def test_the_template_of_these_tests_is_that_of_the_checkpoint(checkpoint: Path) -> None:
     assert (checkpoint / "chat_template.jinja").read_text() == CHATML
+
+
+def test_a_build_of_a_model_that_talks_says_how_to_talk_with_it(run: Run, checkpoint: Path) -> None:
+    code, out, _ = run("build", "--checkpoint", checkpoint, "--policy", "full", "--out", "talks")
+    assert code == 0
+    assert out.splitlines()[-1] == "next:   trt-kv chat talks"
