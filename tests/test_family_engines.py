@@ -21,8 +21,10 @@ from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
 from trt_kv.export.engine import EngineRequest
+from trt_kv.manifest import GRAPHS
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_without_floor
+from trt_kv.runtime.backends.cuda.weights import decoder_from_engine
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
@@ -76,6 +78,9 @@ def test_an_engine_that_keeps_everything_equals_transformers(sample: str, tmp_pa
     checkpoint, tokens, expected = checkpoint_and_tokens(tmp_path, sample)
     engine = engine_of(checkpoint, tmp_path / "engine", "full")
     np.testing.assert_allclose(logits_of(engine.runner, tokens), expected, atol=ATOL, rtol=0)
+    loaded = decoder_from_engine(engine.folder / GRAPHS, checkpoint.config, dtype=torch.float32, device=torch.device("cpu"))
+    for name, weight in decoder_from_checkpoint(checkpoint).state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], weight, atol=0, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("sample", samples("gemma2"))
