@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.serving import CHUNK, assert_idle, engine_under, prompts_of, small_policy
 from trt_kv.errors import CapacityError
-from trt_kv.layer_budget import LayerBudget
+from trt_kv.layer_budget import ALL, LayerBudget
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policies import policy_from_name, policy_names
@@ -32,6 +32,8 @@ POLICIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) 
 
 budgets = st.none() | st.builds(LayerBudget, share=st.floats(0.0, 1.0), tokens=st.integers(-9, 20))
 many_budgets = st.lists(budgets, min_size=1, max_size=4)
+windows_of_layers = st.lists(st.sampled_from([0, 0, 1, 4, 13]), min_size=4, max_size=4)
+"""Of the first layers of a model: 0, no window."""
 sizes = st.builds(
     RequestSize, n_prompt=st.integers(1, 40), max_new_tokens=st.integers(1, 25), n_sequences=st.sampled_from([1, 1, 1, 2, 3])
 )
@@ -114,26 +116,38 @@ class Evicting(Simulation):
     """Layers keep the most that their budgets allow; while decoding they grow by every token, at their share, or not at all."""
 
     def __init__(
-        self, pool: HostKvPool, budgets: Sequence[LayerBudget | None], n_protected: int, growth: str, chunk: int, max_n: int
+        self,
+        pool: HostKvPool,
+        budgets: Sequence[LayerBudget | None],
+        n_protected: int,
+        growth: str,
+        chunk: int,
+        max_n: int,
+        windows: Sequence[int] = (),
     ) -> None:
         self.pool, self.budgets, self.n_protected, self.growth = pool, budgets, n_protected, growth
-        super().__init__([CachePages(pool, budgets=budgets, n_protected=n_protected)], chunk, max_n)
+        self.windows = windows or [0] * len(budgets)
+        pages = CachePages(pool, budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk)
+        super().__init__([pages], chunk, max_n)
 
     def new_sequence(self) -> SequenceCache:
-        return SequenceCache(self.pool, n_layers=len(self.budgets), decode_distance=3)
+        return SequenceCache(self.pool, n_layers=len(self.budgets), decode_distance=3, windows=self.windows)
 
     def read(self, sequence: SequenceCache, n_new: int, *, is_last: bool) -> None:
         sequence.append(n_new)
         if is_last:
             n = sequence.num_computed_tokens
             kept = [n if budget is None else min(n, max(budget.of(n), self.n_protected)) for budget in self.budgets]
-            sequence.shrink(np.array(kept), [k / n for k in kept] if self.growth == "row" else None)
+            held = np.where(self.windows, sequence.kv_len, kept)
+            sequence.shrink(held, [k / n for k in kept] if self.growth == "row" else None)
+        sequence.free_passed()
 
     def decode(self, sequence: SequenceCache) -> None:
         before = sequence.kv_len
         sequence.append(1)
         if self.growth == "rank":
-            sequence.settle(before)
+            sequence.settle(np.where(self.windows, sequence.kv_len, before))
+        sequence.free_passed()
 
 
 class Recalling(Simulation):
@@ -148,20 +162,26 @@ class Recalling(Simulation):
         host_layers: Sequence[int],
         chunk: int,
         max_n: int,
+        windows: Sequence[int] = (),
     ) -> None:
+        self.windows = windows
         self.host, self.device, self.budgets, self.limits, self.host_layers = host, device, budgets, limits, host_layers
         self.sets: dict[int, WorkingSet] = {}
         self.statistics = None
         resources: list[Resource] = [
             WorkingSetPages(
-                device, limits=[limits if layer in host_layers else None for layer in range(len(budgets))], budgets=budgets
+                device,
+                limits=[limits if layer in host_layers else None for layer in range(len(budgets))],
+                budgets=budgets,
+                windows=windows,
+                chunk=chunk,
             ),
             HostPages(host, n_layers=len(host_layers)),
         ]
         super().__init__(resources, chunk, max_n)
 
     def new_sequence(self) -> SequenceCache:
-        return TieredSequence(self, n_layers=len(self.budgets), host_layers=self.host_layers)
+        return TieredSequence(self, n_layers=len(self.budgets), host_layers=self.host_layers, windows=self.windows)
 
     def read(self, sequence: SequenceCache, n_new: int, *, is_last: bool) -> None:
         sequence.append(n_new)
@@ -173,10 +193,12 @@ class Recalling(Simulation):
         sequence.n_prompt = sequence.num_computed_tokens
         if is_last:
             self._recall_ahead(sequence)
+        sequence.free_passed()
 
     def decode(self, sequence: SequenceCache) -> None:
         sequence.append(1)
         self._recall_ahead(sequence)
+        sequence.free_passed()
 
     def _recall_ahead(self, sequence: SequenceCache) -> None:
         for layer in self.host_layers:
@@ -214,13 +236,22 @@ def host_pool(n_pages: int) -> HostKvPool:
     workload=workloads,
     slack=st.integers(0, 20),
     chunk=st.integers(1, 20),
+    windows=windows_of_layers,
 )
 def test_what_is_reserved_is_enough_in_pools_of_exactly_that_size(
-    budgets: list[LayerBudget | None], n_protected: int, growth: str, workload: list[RequestSize], slack: int, chunk: int
+    budgets: list[LayerBudget | None],
+    n_protected: int,
+    growth: str,
+    workload: list[RequestSize],
+    slack: int,
+    chunk: int,
+    windows: list[int],
 ) -> None:
-    needs = CachePages(host_pool(1), budgets=budgets, n_protected=n_protected)
+    windows = windows[: len(budgets)]
+    budgets = [ALL if window else budget for budget, window in zip(budgets, windows, strict=True)]
+    needs = CachePages(host_pool(1), budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk)
     pool = host_pool(max(needs.while_reading(size) for size in workload) + slack)
-    Evicting(pool, budgets, n_protected, growth, chunk, 3 + slack).run(workload)
+    Evicting(pool, budgets, n_protected, growth, chunk, 3 + slack, windows).run(workload)
     pool.check_integrity([])
 
 
@@ -232,6 +263,7 @@ def test_what_is_reserved_is_enough_in_pools_of_exactly_that_size(
     workload=workloads,
     slack=st.integers(0, 20),
     chunk=st.integers(1, 20),
+    windows=windows_of_layers,
 )
 def test_what_is_reserved_of_two_tiers_is_enough_in_tiers_of_exactly_that_size(
     layers: list[tuple[LayerBudget | None, bool]],
@@ -240,15 +272,19 @@ def test_what_is_reserved_of_two_tiers_is_enough_in_tiers_of_exactly_that_size(
     workload: list[RequestSize],
     slack: int,
     chunk: int,
+    windows: list[int],
 ) -> None:
+    windows = [0 if on_host else window for window, (_, on_host) in zip(windows, layers, strict=False)]
     limits = PageLimits(page_size=PAGE_SIZE, sinks=sinks, recent=recent)
     budgets, host_layers = [b for b, _ in layers], [layer for layer, (_, on_host) in enumerate(layers) if on_host]
-    on_device = WorkingSetPages(host_pool(1), limits=[limits if h else None for _, h in layers], budgets=budgets)
+    on_device = WorkingSetPages(
+        host_pool(1), limits=[limits if h else None for _, h in layers], budgets=budgets, windows=windows, chunk=chunk
+    )
     on_host = HostPages(host_pool(1), n_layers=len(host_layers))
     device = host_pool(max(on_device.while_reading(size) for size in workload) + slack)
     n_host = max(on_host.while_reading(size) for size in workload) + slack
     host = RamTier(n_pages=n_host, page_size=PAGE_SIZE, n_kv_heads=1, head_size=1)
-    Recalling(host, device, budgets, limits, host_layers, chunk, 3 + slack).run(workload)
+    Recalling(host, device, budgets, limits, host_layers, chunk, 3 + slack, windows).run(workload)
     device.check_integrity([])
     host.check_integrity([])
 

@@ -1,6 +1,9 @@
 """Chat templates may come from anybody: they reach nothing but their data, and none runs for long or fills the memory."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from jinja2.exceptions import SecurityError, TemplateError
@@ -47,6 +50,14 @@ TOO_LARGE = {
     "tabs": "{{ ('\\t' * 10**6).expandtabs(10**6) }}",
     "a date": "{{ strftime_now('%999999999Y') }}",
 }
+
+
+def test_jinja2_is_imported_when_something_is_rendered() -> None:
+    code = "import sys, trt_kv.chat.encoder, trt_kv.chat.turns, trt_kv.pipeline.chat; print('jinja2' in sys.modules)"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
+    assert answer.stdout == "False\n"
 
 
 @pytest.mark.parametrize("template", TOO_LONG.values(), ids=TOO_LONG)

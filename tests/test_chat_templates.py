@@ -1,5 +1,6 @@
 """Conversations are rendered and encoded as transformers does it, unless messages contain control tokens."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_control_tokens_become_the_letters_that_they_consist_of() -> None:
 
 @settings(max_examples=150)
 @given(
-    text=st.lists(st.sampled_from(["<|CHATBOT_TOKEN|>", " ", "\n", "hello", "a", "the", "é", "<", "|", "日"]), max_size=8).map(
+    text=st.lists(st.sampled_from(["<|CHATBOT_TOKEN|>", " ", "\n", "hello", "a", "é", "<", "|", "日"]), max_size=8).map(
         "".join
     ),
     kind=st.sampled_from(sorted(TOKENIZERS)),
@@ -189,6 +190,38 @@ def test_a_control_token_is_not_formed_by_two_parts_of_a_message() -> None:
     assert chat.token_ids(messages, ChatOptions(trusted=True)).count(end) == 2
 
 
+@pytest.mark.parametrize(
+    "form", ["{{ X }}", "{{ X | tojson }}", "{{ X | tojson(ensure_ascii=true) }}", "{{ X | string | trim }}"]
+)
+@pytest.mark.parametrize("what", ["messages", "tools", "documents", "mood"])
+def test_control_tokens_are_text_wherever_a_template_puts_them(form: str, what: str) -> None:
+    """In keys and values of anything it is given; also next to characters like those that mark them inside."""
+    chat, end = encoder(TOKENIZERS["byte-level"], form.replace("X", what) + "<|im_end|>"), id_of("<|im_end|>")
+    given: dict[str, Any] = {"type": "a<|im_end|>", "<|im_end|>": ["\ufdd0<|im_end|>\ufdd1 \\ufdd2", {"role": "<|im_end|>"}]}
+    messages: Messages = [{"role": "user", "content": "<|im_end|>", **given}]
+    options = ChatOptions(tools=[given], documents=[given], variables={"mood": [given]})
+    rendered = chat.render(messages, options)
+    assert chat.encode(rendered).count(end) == 1
+    theirs = reference(TOKENIZERS["byte-level"], form.replace("X", what) + "<|im_end|>").apply_chat_template(
+        messages, tokenize=False, tools=[given], documents=[given], mood=[given]
+    )
+    assert rendered.text == theirs
+    assert chat.encode(chat.render(messages, dataclasses.replace(options, trusted=True))).count(end) > 1
+
+
+def test_characters_that_mark_control_tokens_inside_may_be_written() -> None:
+    chat, end = ENCODERS["byte-level", "chatml"], id_of("<|im_end|>")
+    for characters in (map(chr, range(0xFDD0, 0xFDF0)), map(chr, range(0xE000, 0xE100))):
+        messages = [{"role": "user", "content": "".join(characters) + "<|im_end|>"}]
+        rendered = chat.render(messages)
+        expected = REFERENCES["byte-level", "chatml"].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert rendered.text == expected
+        assert chat.encode(rendered).count(end) == 1
+    every = "".join(map(chr, [*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900)]))
+    with pytest.raises(UsageError, match="every character for private use"):
+        chat.render([{"role": "user", "content": every}])
+
+
 def test_tokens_that_are_not_special_count_in_what_the_model_said_only() -> None:
     chat, think = ENCODERS["byte-level", "qwen-3"], id_of("<think>")
     assert think not in chat.token_ids([{"role": "user", "content": "<think>"}])
@@ -209,13 +242,17 @@ def test_a_named_template_is_chosen_as_by_transformers(options: dict[str, Any]) 
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama-3", "mistral", "gemma", "parts"])
+IN_PARTS = [{"type": "text", "text": "he "}, {"type": "text", "text": "llo "}]
+
+
 @pytest.mark.parametrize(
-    "content", ["hello the", "hello  ", [{"type": "text", "text": "he "}, {"type": "text", "text": "llo "}]]
+    ("name", "content"),
+    [
+        *itertools.product(["chatml", "llama-3", "mistral", "gemma", "parts"], ["hello the", "hello  "]),
+        ("parts", IN_PARTS),
+    ],
 )
 def test_the_final_message_can_be_left_open(name: str, content: Any) -> None:
-    if isinstance(content, list) and name != "parts":
-        pytest.skip("the template reads texts only")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
     ours = ENCODERS["byte-level", name].render(messages, ChatOptions(continue_final=True)).text
     theirs = REFERENCES["byte-level", name].apply_chat_template(messages, tokenize=False, continue_final_message=True)

@@ -16,6 +16,7 @@ from tests.dense_reference import decoder_steps, transformers_steps
 from tests.gguf_files import Q_PROJ, converted_weights, refusal, sample_metadata, sample_model, write_gguf, write_sample
 from tests.gguf_samples import SAMPLES, SIZES, TEMPLATE, VOCAB_SIZE
 from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoints.context import in_context
 from trt_kv.export.checkpoints.gguf_file import open_gguf
 from trt_kv.export.checkpoints.huggingface import open_huggingface
 from trt_kv.export.checkpoints.opening import open_checkpoint
@@ -198,6 +199,13 @@ def test_tokenizer_files_live_as_long_as_the_checkpoint(tmp_path: Path) -> None:
     del checkpoint
     gc.collect()
     assert not folder.exists()
+
+
+def test_a_shorter_context_keeps_weights_and_tokenizer(tmp_path: Path) -> None:
+    checkpoint = in_context(open_gguf(write_sample(tmp_path / "model.gguf", "gemma2", scheme="Q8_0")), 20)
+    assert checkpoint.config.max_positions == 20
+    assert checkpoint.tokenizer_file.is_file()
+    assert checkpoint.tensor(Q_PROJ).shape == checkpoint.config.tensor_shapes()[Q_PROJ]
 
 
 def test_well_known_ends_of_a_turn_end_a_text(tmp_path: Path) -> None:

@@ -39,6 +39,19 @@ def test_a_window_makes_a_llama_a_mistral(tmp_path: Path) -> None:
     assert (config.architecture, config.windows) == ("mistral", (24, 24))
 
 
+def test_gemmas_have_the_windows_of_llama_cpp(tmp_path: Path) -> None:
+    """Without one in the file Gemma 2 has its own, and Gemma 3 none, with one RoPE; Gemma 3 may say it of each layer."""
+    key = "ARCH.attention.sliding_window"
+    config = open_gguf(write_sample(tmp_path / "a.gguf", "gemma2", changes={key: ..., "ARCH.context_length": 8192})).config
+    assert config.windows == (4096, 0)
+    config = open_gguf(write_sample(tmp_path / "b.gguf", "gemma3", changes={key: ...})).config
+    assert (config.windowed_layers, config.local_rope_layers) == ((), ())
+    config = open_gguf(write_sample(tmp_path / "c.gguf", "gemma3", changes={f"{key}_pattern": [False, True]})).config
+    assert (config.windows, config.local_rope_layers) == ((0, 24), (1,))
+    config = open_gguf(write_sample(tmp_path / "d.gguf", "gemma3", changes={f"{key}_pattern": 2})).config
+    assert (config.windows, config.local_rope_layers) == ((24, 0), (0,))
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "width", "scale"), [("gemma2", 46, 4608, 144), ("gemma3", 62, 5376, 168), ("gemma2", 42, 3584, 256)]
 )
@@ -81,7 +94,7 @@ def test_the_largest_gemmas_scale_attention_by_their_width(name: str, layers: in
         ({"ARCH.rope.scaling.type": "su"}, ["rope.scaling.type 'su'", "yarn"]),
         (
             {"ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.factor": 2.0, "ARCH.rope.scaling.yarn_log_multiplier": 0.1},
-            ["DeepSeek"],
+            ["yarn_log_multiplier 0.1"],
         ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

@@ -1,8 +1,9 @@
-"""RoPE settings that GGUF files hold as tensors."""
+"""RoPE settings of GGUF files, in metadata and in tensors."""
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from hypothesis import given
@@ -15,6 +16,7 @@ from tests.gguf_files import (
     sample_metadata,
     sample_model,
     write_gguf,
+    write_sample,
 )
 from tests.gguf_samples import SAMPLES
 from trt_kv.export.checkpoints.gguf_file import open_gguf
@@ -67,3 +69,12 @@ def test_one_of_the_factors_of_longrope_is_not_enough(tmp_path: Path) -> None:
     weights.pop("rope_factors_short.weight")
     path = write_gguf(tmp_path / "a.gguf", weights, sample_metadata(sample), architecture="phi3")
     assert "rope_factors_short.weight" in str(refusal(path).got)
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"attn_factor": 1.2}, "attn_factor 1.2"), ({"yarn_attn_factor": 0.5}, "0.5")])
+def test_yarn_with_a_factor_of_two_meanings_is_refused(changes: dict[str, float], words: str, tmp_path: Path) -> None:
+    more = {f"ARCH.rope.scaling.{key}": value for key, value in changes.items()}
+    path = write_sample(tmp_path / "a.gguf", "qwen2-yarn", changes=more)
+    assert words in str(refusal(path).got)
+    plain = write_sample(tmp_path / "b.gguf", "qwen2-yarn", changes={"ARCH.rope.scaling.yarn_beta_fast": 16.0})
+    assert open_gguf(plain).config.rope.beta_fast == 16.0

@@ -75,7 +75,7 @@ def _gemma(facts: ModelFacts, fields: Fields, *, largest: int) -> Fields:
     per_head = fields["hidden_size"] // fields["num_attention_heads"]
     return {
         "query_pre_attn_scalar": per_head if fields["num_hidden_layers"] == largest else fields["head_dim"],
-        "sliding_window": facts.required_integer("attention.sliding_window"),
+        "sliding_window": facts.integer("attention.sliding_window") or None,
         "attn_logit_softcapping": facts.number("attn_logit_softcapping"),
         "final_logit_softcapping": facts.number("final_logit_softcapping"),
         "hidden_activation": "gelu_pytorch_tanh",
@@ -83,17 +83,22 @@ def _gemma(facts: ModelFacts, fields: Fields, *, largest: int) -> Fields:
 
 
 def _gemma2(facts: ModelFacts, fields: Fields) -> Fields:
-    return _gemma(facts, fields, largest=46)
+    """The first converters did not write the window."""
+    common = _gemma(facts, fields, largest=46)
+    return {**common, "sliding_window": common["sliding_window"] or 4096}
 
 
 def _gemma3(facts: ModelFacts, fields: Fields) -> Fields:
-    """Of six layers five have a window, unless the file says of each layer whether it has."""
+    """Of six layers five have a window, unless the file says of each layer whether it has; none, if it states no window."""
+    common = _gemma(facts, fields, largest=62)
     slides = facts.per_layer("attention.sliding_window_pattern")
+    if common["sliding_window"] is None:
+        slides = [False] * fields["num_hidden_layers"]
     pattern = 6 if slides is not None else facts.integer("attention.sliding_window_pattern")
     types = None if slides is None else ["sliding_attention" if slide else "full_attention" for slide in slides]
     local_theta = facts.number("rope.freq_base_swa")
     return {
-        **_gemma(facts, fields, largest=62),
+        **common,
         "sliding_window_pattern": 6 if pattern is None else pattern,
         "layer_types": types,
         "rope_local_base_freq": 10000.0 if local_theta is None else local_theta,

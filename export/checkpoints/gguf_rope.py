@@ -37,7 +37,7 @@ def rope_fields(facts: ModelFacts, *, head_dim: int, theta: float, tensors: Tens
     if kind in (None, "linear"):
         return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
     if kind == "yarn" and factor is not None:
-        return {"rope_scaling": {"rope_type": kind, "factor": factor, **original, **_yarn(facts, factor)}}
+        return {"rope_scaling": {"rope_type": kind, "factor": factor, **original, **_yarn(facts)}}
     raise CheckpointError(
         f"{facts.path} scales its RoPE in a way that trt-kv does not know",
         got=f"rope.scaling.type {kind!r}, factor {factor}",
@@ -45,20 +45,21 @@ def rope_fields(facts: ModelFacts, *, head_dim: int, theta: float, tensors: Tens
     )
 
 
-def _yarn(facts: ModelFacts, factor: float) -> Fields:
-    """llama.cpp multiplies its attention factor by that of YaRN, where Hugging Face's replaces it."""
-    if facts.number("rope.scaling.yarn_log_multiplier"):
+def _yarn(facts: ModelFacts) -> Fields:
+    """Without factors on attention: converters write llama.cpp's, which multiplies that of YaRN, or Hugging Face's, which
+    replaces it, under the same key.
+    """
+    keys = ("rope.scaling.yarn_log_multiplier", "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
+    stray = [key for key in keys if facts.number(key) not in (None, 0.0, 1.0)]
+    if stray:
         raise CheckpointError(
             f"{facts.path} scales its RoPE in a way that trt-kv does not know",
-            got="rope.scaling.yarn_log_multiplier, of DeepSeek's models",
-            expected="plain YaRN",
+            got=", ".join(f"{key} {facts.number(key)}" for key in stray),
+            expected="YaRN with its own factor on attention",
+            fix="pass the original checkpoint, whose config.json has the settings",
         )
     names = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
-    fields = {name: facts.number(key) for key, name in names.items() if facts.number(key) is not None}
-    attention = facts.number("rope.scaling.attn_factor") or facts.number("rope.scaling.yarn_attn_factor")
-    if attention not in (None, 1.0):
-        fields["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0)
-    return fields
+    return {name: facts.number(key) for key, name in names.items() if facts.number(key) is not None}
 
 
 def _longrope(facts: ModelFacts, tensors: Tensors) -> Fields:

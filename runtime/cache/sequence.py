@@ -85,9 +85,9 @@ class SequenceCache:
 
         Such a layer holds its tokens in order of position, so these are the first pages of its page table.
         """
-        size = self.pool.page_size
+        size, kv_len = self.pool.page_size, self.kv_len.copy()
         for layer, window in enumerate(self._windows):
-            n_hidden = int(self.kv_len[layer]) - (window - 1)
+            n_hidden = int(kv_len[layer]) - (window - 1)
             n_freed = max(0, n_hidden) // size if window else 0
             if n_freed:
                 n_left = int(self._n_pages[layer]) - n_freed
@@ -95,7 +95,8 @@ class SequenceCache:
                 self.page_table[layer, :n_left] = self.page_table[layer, n_freed : n_freed + n_left].copy()
                 self.page_table[layer, n_left:] = -1
                 self._n_pages[layer] = n_left
-                self.kv_len[layer] -= n_freed * size
+                kv_len[layer] -= n_freed * size
+        self.kv_len = kv_len
 
     def make_room(self, n_new: int) -> None:
         """Allocate the pages that ``append(n_new)`` needs. On ``CapacityError`` nothing has changed."""
