@@ -60,7 +60,7 @@ help: ## show this list
 	echo '            [PAGE_SIZE=32] tokens per page; freekv recalls whole pages; [CONTEXT=4096] longest text in tokens, by default that of the model'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json]; [DTYPE=float16|bfloat16] for GPUs'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=FOLDER ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
-	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; evaluate too; [TRACE=FILE.json] timeline for Perfetto'
+	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; chat and evaluate too; [TRACE=FILE.json] timeline for Perfetto'
 	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
 	echo '  chat      MODEL=smollm2 [ENGINE=FOLDER DEVICE= ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=FOLDER AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
@@ -110,7 +110,9 @@ generate: $(VENV)/.ready-build ## engine + prompt -> text
 
 chat: $(VENV)/.ready-build ## talk with an engine of an instruct model
 	@$(find_engine)
-	$(VENV)/bin/trt-kv chat $(ARGS) $(on_device) -- "$$engine"
+	$(VENV)/bin/trt-kv chat $(ARGS) \
+		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(on_device) -- "$$engine"
 
 evaluate: $(VENV)/.ready-build ## engine + your own tasks -> accuracy, perplexity, kept share
 	@$(find_engine)

@@ -72,7 +72,7 @@ def json_of_line(line: str, where: str, *, expected: str) -> object:
 def chat_prompt_of(data: Mapping[str, Any], where: str) -> ChatPrompt:
     """The conversation of a line with ``messages``; ``UsageError`` naming ``where`` for one that is malformed."""
     messages = plain_messages(data["messages"], name=f'"messages" in {where}: messages')
-    return ChatPrompt(messages=messages, tools=plain_tools(data.get("tools")))
+    return ChatPrompt(messages=messages, tools=plain_tools(data.get("tools"), name=f'"tools" in {where}: tools'))
 
 
 def _prompt_of_json_line(line: str, where: str) -> str | ChatPrompt:

@@ -3,11 +3,12 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from trt_kv.errors import CapacityError, EngineError, TrtKvError, UsageError
 from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.backends.step import Chosen
 from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.processes import check_not_forked
@@ -158,9 +159,9 @@ class EngineCore:
         try:
             if plan.phase == "prefill" and plan.start == 0:
                 self._begin(plan.requests[0])
-            logits = self.runner.run(plan)
+            rows = self._run(plan)
             ran = time.perf_counter()
-            self._finish_step(plan, logits, ran - planned)
+            self._finish_step(plan, rows, ran - planned)
         except Exception as error:  # noqa: BLE001  (ends the step's requests, whatever it is)
             self._fail(plan, memory_error(error, "a step") or error)
         except BaseException as interrupt:
@@ -178,6 +179,12 @@ class EngineCore:
         counts.planning_s += planned - started + time.perf_counter() - delivered
         return True
 
+    def _run(self, plan: StepPlan[Request]) -> Sequence[Floats | Chosen] | Floats:
+        """Logits of each request; or its token, if the runner can choose those of the whole step."""
+        if plan.phase == "decode" and self.runner.chooses and not any(request.needs_logits for request in plan.requests):
+            return self.runner.run_choosing(plan, [request.choice() for request in plan.requests])
+        return self.runner.run(plan)
+
     def _begin(self, request: Request) -> None:
         """Start a request's prefill. ``CapacityError`` if what it has reserved cannot be had."""
         self.reservation.secure()
@@ -185,7 +192,7 @@ class EngineCore:
         request.times.admitted = time.monotonic()
         self.statistics.time_in_queue.add(request.times.admitted - request.times.arrived)
 
-    def _finish_step(self, plan: StepPlan[Request], logits: Floats, seconds: float) -> None:
+    def _finish_step(self, plan: StepPlan[Request], rows: Sequence[Floats | Chosen] | Floats, seconds: float) -> None:
         """Deliver the results of a step to its requests."""
         self._scheduler.complete(plan)
         counts = self.statistics
@@ -198,15 +205,15 @@ class EngineCore:
             if request.sequence.failure is not None:
                 self._fail(plan, request.sequence.failure)
             elif plan.reads_last:
-                self._end_prompt(request, logits[0])
+                self._end_prompt(request, rows[0])
             return
         counts.decode_steps += 1
         counts.generated_tokens += plan.n_tokens
-        for request, logits_V in zip(plan.requests, logits, strict=True):
+        for request, row in zip(plan.requests, rows, strict=True):
             request.times.decode_s += seconds / plan.n_tokens
-            self._deliver(request, logits_V)
+            self._deliver(request, row)
 
-    def _end_prompt(self, request: Request, logits_V: Floats) -> None:
+    def _end_prompt(self, request: Request, row: Floats | Chosen) -> None:
         """After prefill: fork the sequence, and sample the first token of the request and of each fork."""
         sequence = request.sequence
         request.prompt_kv_tokens = tuple(int(n) for n in sequence.held_tokens)
@@ -221,16 +228,16 @@ class EngineCore:
                 fork.end("error", error)
         for one in (request, *request.forks):
             if not one.is_finished:
-                self._deliver(one, logits_V)
+                self._deliver(one, row)
 
-    def _deliver(self, request: Request, logits_V: Floats) -> None:
+    def _deliver(self, request: Request, row: Floats | Chosen) -> None:
         if request.sequence.failure is not None:
             request.end("error", request.sequence.failure)
             return
         times = request.times.tokens
         n_before = len(times)
         try:
-            request.accept(logits_V)
+            request.accept(row)
         except Exception as error:  # noqa: BLE001  (ends this request only, not the others of the step)
             request.end("error", error)
             return

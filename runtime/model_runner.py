@@ -8,8 +8,8 @@ import numpy as np
 from trt_kv.errors import UsageError
 from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers, windows_of
-from trt_kv.runtime.backends.base import StepExecutor
-from trt_kv.runtime.backends.step import Ints, Step, StepResult
+from trt_kv.runtime.backends.base import ChoosingExecutor, StepExecutor
+from trt_kv.runtime.backends.step import Choice, Chosen, Ints, Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.cache.tiered_sequence import TieredSequence, Tiers
@@ -101,6 +101,18 @@ class ModelRunner:
         rows = np.array([len(chunk) - 1])
         return self._read_chunk(sequences[0], chunk, request.size.n_prompt - plan.end, rows, evict=True)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether tokens can be chosen where the logits are: ``run_choosing``."""
+        return isinstance(self._executor, ChoosingExecutor)
+
+    def run_choosing(self, plan: StepPlan[Request], choices: Sequence[Choice]) -> tuple[Chosen, ...]:
+        """Run a decode step and choose the tokens of its requests by ``choices``. Errors and failures as for ``run``."""
+        sequences = [request.sequence for request in plan.requests]
+        chosen = self._decoded(sequences, [request.token_ids[-1] for request in plan.requests], choices).chosen
+        assert chosen is not None
+        return chosen
+
     def prefill(
         self,
         sequence: SequenceCache,
@@ -145,15 +157,20 @@ class ModelRunner:
         return result.logits
 
     def _decode_step(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Floats:
+        return self._decoded(sequences, token_ids, None).logits
+
+    def _decoded(
+        self, sequences: Sequence[SequenceCache], token_ids: Sequence[int], choices: Sequence[Choice] | None
+    ) -> StepResult:
         ids = [np.array([token_id], np.int64) for token_id in token_ids]
         remaining = np.full(len(ids), NOT_PROMPT)
         flags = np.array([DROP_ONE * (self._decode == "rank" and sequence.is_evicted) for sequence in sequences])
-        result = self._step("decode", sequences, ids, np.arange(len(ids)), remaining, flags)
+        result = self._step("decode", sequences, ids, np.arange(len(ids)), remaining, flags, choices)
         for b, sequence in enumerate(sequences):
             if flags[b]:
                 sequence.settle(result.kept[:, b])
             sequence.free_passed()
-        return result.logits
+        return result
 
     def scores(self, sequence: SequenceCache) -> Floats:
         """The scores of the cached tokens of each of the L layers without a window, which must hold the same number of tokens:
@@ -206,6 +223,7 @@ class ModelRunner:
         logit_rows: Ints,
         prompt_remaining: Ints,
         evict: Ints,
+        choices: Sequence[Choice] | None = None,
     ) -> StepResult:
         """Run one step and store its adaptive budgets in the sequences. ``CapacityError`` before any sequence has advanced."""
         for sequence, new in zip(sequences, ids, strict=True):
@@ -231,7 +249,11 @@ class ModelRunner:
             query_rows=page_table[:, :, 0],
         )
         with self._trace.span(f"{phase} step", tokens=len(step.input_ids)):
-            result = self._executor.run_step(phase, step, self.pool)
+            if choices is None:
+                result = self._executor.run_step(phase, step, self.pool)
+            else:
+                assert isinstance(self._executor, ChoosingExecutor)
+                result = self._executor.run_step_choosing(step, self.pool, choices)
         for b, sequence in enumerate(sequences):
             if evict[b] == 1 and result.adaptive_budget is not None:
                 sequence.adaptive_budget = result.adaptive_budget[:, b].copy()

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from trt_kv.errors import LogitsError
 from trt_kv.plugins.paging import Floats
+from trt_kv.runtime.backends.step import Choice, Chosen
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.reservation import RequestSize
 from trt_kv.runtime.sampling import SamplingParams
@@ -165,34 +166,57 @@ class Request:
         assert self.held_sequence is not None
         return self.held_sequence
 
-    def accept(self, logits_V: Floats) -> None:
-        """Append the next token, sampled from logits [V] or forced, and append text that is final by now to ``pieces``.
+    @property
+    def needs_logits(self) -> bool:
+        """Whether its tokens can only be chosen on the host, given all logits."""
+        params = self.params
+        changes = self._processor.is_needed or params.typical_p < 1.0
+        return changes or self.forced is not None or params.top_logprobs is not None
+
+    def choice(self) -> Choice:
+        """How an executor is to choose its next token; takes the random number for it."""
+        params = self.params
+        if params.temperature == 0.0:
+            return Choice()
+        return Choice(
+            temperature=float(params.temperature),
+            top_k=int(params.top_k),
+            top_p=float(params.top_p),
+            min_p=float(params.min_p),
+            uniform=self._rng.random(),
+        )
+
+    def accept(self, row: Floats | Chosen) -> None:
+        """Append the next token, sampled from logits [V], chosen already or forced, and append text that is final by now to
+        ``pieces``.
 
         Text that could be the beginning of a stop string is held back until it is known not to be one. ``LogitsError`` if the
         largest logit is not a finite number.
         """
-        largest = float(logits_V.max())
+        largest = row.largest if isinstance(row, Chosen) else float(row.max())
         if not np.isfinite(largest):
             raise LogitsError(
                 f"{self.name} cannot continue: the model's logits are not finite numbers",
                 got=f"{largest} after {len(self.prompt_ids)} prompt tokens and {len(self.token_ids)} generated ones",
                 fix="build the engine in a wider type (float32, or bfloat16 instead of float16), or check the checkpoint",
             )
-        if self.forced is None:
-            token_id = self._next_token(logits_V)
+        if isinstance(row, Chosen):
+            token_id = row.token_id
+        elif self.forced is None:
+            token_id = self._next_token(row)
         else:
             token_id = self.forced[len(self.token_ids)]
-            self.log_probabilities.append(log_probability(logits_V, token_id, log_total(logits_V)))
+            self.log_probabilities.append(log_probability(row, token_id, log_total(row)))
         reason: FinishReason | None = None
         if self.forced is None and self._ends(token_id):
             reason = "stop"
         else:
             self.token_ids.append(token_id)
             self._processor.accept(token_id)
-            if self.params.top_logprobs is not None:
-                total = log_total(logits_V)
-                top = top_log_probabilities(logits_V, self.params.top_logprobs, total)
-                logprob = log_probability(logits_V, token_id, total)
+            if self.params.top_logprobs is not None and not isinstance(row, Chosen):
+                total = log_total(row)
+                top = top_log_probabilities(row, self.params.top_logprobs, total)
+                logprob = log_probability(row, token_id, total)
                 self.logprobs.append(TokenLogprob(token_id=token_id, logprob=logprob, top=top))
             self.times.tokens.append(time.monotonic())
             self._text += self._text_of(token_id)

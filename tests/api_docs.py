@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import trt_kv
 from trt_kv import errors, pipeline
-from trt_kv.runtime import async_engine, request, stream
+from trt_kv.runtime import async_engine, chat, request, stream
 
 WIDTH = 100
 QUOTE = "'"
@@ -23,6 +23,8 @@ SECTIONS: dict[str, tuple[str, dict[str, object]]] = {
         "`from trt_kv import Engine, AsyncEngine, SamplingParams, Generation`",
         {
             **{name: getattr(trt_kv, name) for name in ("Engine", "AsyncEngine", "SamplingParams", "Generation")},
+            "EngineChat": chat.EngineChat,
+            "TemplateOptions": chat.TemplateOptions,
             "RequestTimes": request.RequestTimes,
             "Stream": stream.Stream,
             "AsyncStream": async_engine.AsyncStream,

@@ -80,7 +80,10 @@ def check(folder: Path, device: torch.device, on: DeviceOptions | None = None) -
 
 
 def check_batch_invariance(folder: Path) -> None:
-    """With ``batch_invariant`` a request's logits are its own, bit for bit, alone and beside others that come and go."""
+    """With ``batch_invariant`` a request's logits are its own, bit for bit, alone and beside others that come and go.
+
+    ``top_logprobs``, because the device chooses the tokens of requests that need no logits.
+    """
     with load_on(folder, torch.device("cpu"), DeviceOptions(batch=3, batch_invariant=True)) as engine:
         logits: dict[int, list[np.ndarray]] = {}
         run = engine.runner.run
@@ -94,13 +97,13 @@ def check_batch_invariance(folder: Path) -> None:
 
         engine.runner.run = recording  # type: ignore[method-assign]
         for prompt in prompts():
-            engine.generate(prompt, max_new_tokens=N_NEW)
+            engine.generate(prompt, max_new_tokens=N_NEW, top_logprobs=0)
         alone = {n: np.stack(rows) for n, rows in logits.items()}
         logits.clear()
         first, *others = prompts()
-        stream = engine.stream(first, max_new_tokens=N_NEW)
+        stream = engine.stream(first, max_new_tokens=N_NEW, top_logprobs=0)
         next(stream, "")
-        engine.generate_batch([*others, [5, 6, 7]], max_new_tokens=N_NEW)
+        engine.generate_batch([*others, [5, 6, 7]], max_new_tokens=N_NEW, top_logprobs=0)
         list(stream)
         for n, rows in alone.items():
             np.testing.assert_array_equal(np.stack(logits[n]), rows)

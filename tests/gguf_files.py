@@ -1,110 +1,21 @@
-"""Small GGUF files as llama.cpp's converter writes them, made from random models of transformers.
+"""Small GGUF files as llama.cpp's converter writes them, made from random models of transformers."""
 
-Sizes are pairwise distinct; rows are whole numbers of blocks of 32.
-"""
-
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer
 
-from tests.sample_tokenizers import TOKENIZERS
+from tests.gguf_samples import BYTE_LEVEL, SAMPLES, SIZES, VOCAB_SIZE, Metadata, Sample
+from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoints.gguf_file import open_gguf
 
-N_LAYERS = 2
-SIZES: dict[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": N_LAYERS,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "rms_norm_eps": 1e-5,
-}
-TEMPLATE = "{% for message in messages %}<|user|>{{ message.content }}<|eot|>{% endfor %}"
-CONTROL, NORMAL, USER_DEFINED = 3, 1, 4
-
-Metadata = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A model of transformers, and what the converter makes of it. ``architecture``: llama.cpp's name.
-
-    ``fields``: of ``config.json`` beyond ``SIZES``. ``metadata``: the converter's keys for them, without the architecture.
-    """
-
-    model_type: str
-    architecture: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    interleaved: bool = False
-
-
-SAMPLES = {
-    "llama": Sample(
-        model_type="llama",
-        architecture="llama",
-        fields={"tie_word_embeddings": False, "rope_theta": 5000.0},
-        metadata={"rope.freq_base": 5000.0, "rope.dimension_count": 16},
-        interleaved=True,
-    ),
-    "llama-tied-biases": Sample(
-        model_type="llama",
-        architecture="llama",
-        fields={"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-        interleaved=True,
-    ),
-    "mistral": Sample(
-        model_type="mistral",
-        architecture="llama",
-        fields={"sliding_window": None, "head_dim": 32},
-        metadata={"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32},
-        interleaved=True,
-    ),
-    "qwen2": Sample(model_type="qwen2", architecture="qwen2", fields={"tie_word_embeddings": True}),
-    "qwen3": Sample(
-        model_type="qwen3",
-        architecture="qwen3",
-        fields={"head_dim": 32},
-        metadata={"attention.key_length": 32, "attention.value_length": 32},
-    ),
-}
-
-
-def tokenizer_metadata(tokenizer: Tokenizer) -> Metadata:
-    """A byte-level vocabulary as the converter writes it."""
-    vocabulary = tokenizer.get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "llama-bpe",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [CONTROL if token in special else NORMAL for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges_of(tokenizer)],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.eot_token_id": 4,
-        "tokenizer.chat_template": TEMPLATE,
-    }
-
-
-def merges_of(tokenizer: Tokenizer) -> list[list[str]]:
-    merges: list[list[str]] = json.loads(tokenizer.to_str())["model"]["merges"]
-    return merges
-
-
-BYTE_LEVEL = tokenizer_metadata(TOKENIZERS["byte-level"])
-VOCAB_SIZE = len(BYTE_LEVEL["tokenizer.ggml.tokens"])
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+"""A matrix whose rows some architectures store in another order."""
 
 
 def sample_model(sample: Sample, *, seed: int = 11) -> transformers.PreTrainedModel:
@@ -140,7 +51,7 @@ def sample_metadata(sample: Sample) -> Metadata:
 def converted_weights(sample: Sample, model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
     """The model's weights with the converter's names, and its order of the rows of q and k. Tied weights once."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[sample.architecture], N_LAYERS)
+    names = gguf.get_tensor_name_map(kinds[sample.architecture], model.config.num_hidden_layers)
     weights = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
@@ -152,8 +63,8 @@ def converted_weights(sample: Sample, model: transformers.PreTrainedModel) -> di
             values = interleaved(values, SIZES["num_attention_heads"])
         if sample.interleaved and ".k_proj" in name:
             values = interleaved(values, SIZES["num_key_value_heads"])
-        weights[stored] = values
-    return weights
+        weights[stored] = values + sample.norm_offset if stored.endswith("norm.weight") else values
+    return weights | {name: np.array(values, dtype=np.float32) for name, values in sample.extra.items()}
 
 
 def interleaved(values: np.ndarray, n_heads: int) -> np.ndarray:
@@ -168,13 +79,16 @@ def write_gguf(
     weights: Mapping[str, np.ndarray],
     metadata: Mapping[str, Any],
     *,
-    architecture: str = "llama",
+    architecture: str | None = "llama",
     scheme: str = "F32",
     split: Mapping[str, int] | None = None,
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> Path:
-    """Write a GGUF file. Matrices are quantised by ``scheme``, vectors are float32."""
-    writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
+    """Write a GGUF file. Matrices are quantised by ``scheme``, vectors are float32. ``architecture`` None: of ``metadata``."""
+    writer = gguf.GGUFWriter(path, architecture or "llama", endianess=endianess)
+    if architecture is None:
+        writer.kv_data[0].pop("general.architecture")
+        metadata = {"general.architecture": "llama", **metadata}
     for key, value in metadata.items():
         _add(writer, key, value)
     for key, value in (split or {}).items():
@@ -196,6 +110,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     match value:
         case bool():
             writer.add_bool(key, value)
+        case int() if value < 0:
+            writer.add_int32(key, value)
         case int():
             writer.add_uint32(key, value)
         case float():
@@ -213,3 +129,11 @@ def write_sample(path: Path, name: str = "llama", *, scheme: str = "F32", change
     metadata = {key: value for key, value in {**sample_metadata(sample), **edits}.items() if value is not ...}
     weights = converted_weights(sample, sample_model(sample))
     return write_gguf(path, weights, metadata, architecture=sample.architecture, scheme=scheme)
+
+
+def refusal(path: Path) -> CheckpointError:
+    """The error that opening ``path`` ends in; it names the file."""
+    with pytest.raises(CheckpointError) as caught:
+        open_gguf(path)
+    assert str(path) in caught.value.what
+    return caught.value

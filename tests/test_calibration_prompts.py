@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trt_kv.errors import UsageError
-from trt_kv.pipeline.calibration_runs import _calibration_prompts
+from trt_kv.pipeline.calibration_prompts import calibration_prompts
 from trt_kv.pipeline.plans import CalibrationPlan
 
 
@@ -18,6 +18,15 @@ class ContextOnly:
 
     tokenizer_file: Path
     max_positions: int
+    name: str = "mine"
+
+    @property
+    def location(self) -> Path:
+        return self.tokenizer_file.parent
+
+    @property
+    def tokenizer_files(self) -> dict[str, Path]:
+        return {path.name: path for path in self.location.iterdir()}
 
     @property
     def config(self) -> "ContextOnly":
@@ -36,7 +45,7 @@ def of_bytes(tmp_path: Path) -> Path:
 
 def prompts_for(tokenizer: Path, max_positions: int, plan: CalibrationPlan, **options: Any) -> list[list[int]]:
     checkpoint: Any = ContextOnly(tokenizer_file=tokenizer, max_positions=max_positions)
-    return _calibration_prompts(checkpoint, plan, 1024, **options)
+    return calibration_prompts(checkpoint, plan, 1024, on_note=print, **options)[0]
 
 
 @pytest.mark.parametrize(("max_positions", "new_tokens", "most"), [(512, 0, 512), (512, 64, 448), (700, 600, 350)])
@@ -59,3 +68,19 @@ def test_a_given_prompt_that_is_too_long_is_named(of_bytes: Path, tmp_path: Path
     with pytest.raises(UsageError, match="'long long") as caught:
         prompts_for(of_bytes, 64, CalibrationPlan(prompts=tmp_path / "mine.txt"))
     assert "mine.txt" in str(caught.value.fix)
+
+
+def test_synthetic_prompts_are_messages_for_a_model_with_a_chat_template(of_bytes: Path) -> None:
+    text = prompts_for(of_bytes, 700, CalibrationPlan(samples=1))[0]
+    template = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}<bot>"
+    (of_bytes.parent / "chat_template.jinja").write_text(template)
+    checkpoint: Any = ContextOnly(tokenizer_file=of_bytes, max_positions=700)
+    notes: list[str] = []
+    (prompt,), source = calibration_prompts(checkpoint, CalibrationPlan(samples=1), 1024, on_note=notes.append)
+    shown = Tokenizer.from_file(str(of_bytes)).decode(prompt).replace(" ", "")
+    assert shown.startswith("<user>")
+    assert shown.endswith("<bot>")
+    assert len(text) <= 700
+    assert len(prompt) <= 700
+    assert source == "bundled synthetic English, calibration split, as messages"
+    assert "in the model's chat template; conversations" in notes[0]

@@ -1,20 +1,23 @@
 """Conversations are rendered and encoded as transformers does it, unless messages contain control tokens."""
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.chat_templates import CONTROL, ENDS, NAMED, PLAIN, TEMPLATES, TOKENIZERS, TOOLS
 from trt_kv.chat.encoder import ChatEncoder, ChatOptions
 from trt_kv.chat.templates import ChatTemplates, chat_templates
-from trt_kv.chat.turns import end_of_turn_ids
+from trt_kv.chat.turns import end_of_turn_ids, text_end_ids
 from trt_kv.errors import CheckpointError, UnknownNameError, UsageError
+from trt_kv.prompt_tokens import prompt_tokens
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 Messages = list[dict[str, Any]]
@@ -50,6 +53,15 @@ def id_of(token: str) -> int:
     return index
 
 
+def without(tokenizer: Tokenizer, content: str) -> Tokenizer:
+    description = json.loads(tokenizer.to_str())
+    description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] != content]
+    for index, token in enumerate(description["added_tokens"]):
+        token["id"] = token["id"] if token["content"] in description["model"]["vocab"] else 10_000 + index
+    return Tokenizer.from_str(json.dumps(description))
+
+
+WITHOUT = {kind: without(tokenizer, "<|CHATBOT_TOKEN|>") for kind, tokenizer in TOKENIZERS.items()}
 REFERENCES = {(kind, name): reference(TOKENIZERS[kind], TEMPLATES[name]) for kind in TOKENIZERS for name in TEMPLATES}
 ENCODERS = {(kind, name): encoder(TOKENIZERS[kind], TEMPLATES[name]) for kind in TOKENIZERS for name in TEMPLATES}
 
@@ -150,6 +162,24 @@ def test_control_tokens_become_the_letters_that_they_consist_of() -> None:
     assert any(ids[at : at + len(letters)] == letters for at in range(len(ids)))
 
 
+@settings(max_examples=150)
+@given(
+    text=st.lists(st.sampled_from(["<|CHATBOT_TOKEN|>", " ", "\n", "hello", "a", "é", "<", "|", "日"]), max_size=8).map(
+        "".join
+    ),
+    kind=st.sampled_from(sorted(TOKENIZERS)),
+    name=st.sampled_from(["chatml", "llama-3", "mistral", "zephyr"]),
+)
+def test_texts_around_control_tokens_have_the_tokens_of_a_tokenizer_that_does_not_know_them(
+    text: str, kind: str, name: str
+) -> None:
+    """None of these templates writes <|CHATBOT_TOKEN|>. Without it, its tokenizer encodes the text in one go."""
+    messages = [{"role": "user", "content": text}]
+    rendered = ENCODERS[kind, name].render(messages)
+    expected = WITHOUT[kind].encode(rendered.text, add_special_tokens=False).tokens
+    assert [TOKENIZERS[kind].id_to_token(i) for i in ENCODERS[kind, name].encode(rendered)] == expected
+
+
 def test_a_control_token_is_not_formed_by_two_parts_of_a_message() -> None:
     chat, end = ENCODERS["byte-level", "parts"], id_of("<|im_end|>")
     parts = [{"type": "text", "text": text} for text in ("a<|im_", "end|>b", "c")]
@@ -158,6 +188,38 @@ def test_a_control_token_is_not_formed_by_two_parts_of_a_message() -> None:
     assert rendered.text == REFERENCES["byte-level", "parts"].apply_chat_template(messages, tokenize=False)
     assert chat.encode(rendered).count(end) == 1
     assert chat.token_ids(messages, ChatOptions(trusted=True)).count(end) == 2
+
+
+@pytest.mark.parametrize(
+    "form", ["{{ X }}", "{{ X | tojson }}", "{{ X | tojson(ensure_ascii=true) }}", "{{ X | string | trim }}"]
+)
+@pytest.mark.parametrize("what", ["messages", "tools", "documents", "mood"])
+def test_control_tokens_are_text_wherever_a_template_puts_them(form: str, what: str) -> None:
+    """In keys and values of anything it is given; also next to characters like those that mark them inside."""
+    chat, end = encoder(TOKENIZERS["byte-level"], form.replace("X", what) + "<|im_end|>"), id_of("<|im_end|>")
+    given: dict[str, Any] = {"type": "a<|im_end|>", "<|im_end|>": ["\ufdd0<|im_end|>\ufdd1 \\ufdd2", {"role": "<|im_end|>"}]}
+    messages: Messages = [{"role": "user", "content": "<|im_end|>", **given}]
+    options = ChatOptions(tools=[given], documents=[given], variables={"mood": [given]})
+    rendered = chat.render(messages, options)
+    assert chat.encode(rendered).count(end) == 1
+    theirs = reference(TOKENIZERS["byte-level"], form.replace("X", what) + "<|im_end|>").apply_chat_template(
+        messages, tokenize=False, tools=[given], documents=[given], mood=[given]
+    )
+    assert rendered.text == theirs
+    assert chat.encode(chat.render(messages, dataclasses.replace(options, trusted=True))).count(end) > 1
+
+
+def test_characters_that_mark_control_tokens_inside_may_be_written() -> None:
+    chat, end = ENCODERS["byte-level", "chatml"], id_of("<|im_end|>")
+    for characters in (map(chr, range(0xFDD0, 0xFDF0)), map(chr, range(0xE000, 0xE100))):
+        messages = [{"role": "user", "content": "".join(characters) + "<|im_end|>"}]
+        rendered = chat.render(messages)
+        expected = REFERENCES["byte-level", "chatml"].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert rendered.text == expected
+        assert chat.encode(rendered).count(end) == 1
+    every = "".join(map(chr, [*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900)]))
+    with pytest.raises(UsageError, match="every character for private use"):
+        chat.render([{"role": "user", "content": every}])
 
 
 def test_tokens_that_are_not_special_count_in_what_the_model_said_only() -> None:
@@ -180,13 +242,17 @@ def test_a_named_template_is_chosen_as_by_transformers(options: dict[str, Any]) 
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama-3", "mistral", "gemma", "parts"])
+IN_PARTS = [{"type": "text", "text": "he "}, {"type": "text", "text": "llo "}]
+
+
 @pytest.mark.parametrize(
-    "content", ["hello the", "hello  ", [{"type": "text", "text": "he "}, {"type": "text", "text": "llo "}]]
+    ("name", "content"),
+    [
+        *itertools.product(["chatml", "llama-3", "mistral", "gemma", "parts"], ["hello the", "hello  "]),
+        ("parts", IN_PARTS),
+    ],
 )
 def test_the_final_message_can_be_left_open(name: str, content: Any) -> None:
-    if isinstance(content, list) and name != "parts":
-        pytest.skip("the template reads texts only")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
     ours = ENCODERS["byte-level", name].render(messages, ChatOptions(continue_final=True)).text
     theirs = REFERENCES["byte-level", name].apply_chat_template(messages, tokenize=False, continue_final_message=True)
@@ -282,3 +348,68 @@ def test_a_template_that_is_not_there_is_refused() -> None:
         encoder(TOKENIZERS["byte-level"], {}).token_ids([{"role": "user", "content": "x"}])
     with pytest.raises(UnknownNameError, match="default, rag, tool_use"):
         encoder(TOKENIZERS["byte-level"], NAMED).token_ids([{"role": "user", "content": "x"}], ChatOptions(template="fast"))
+
+
+FLAGS = [
+    {name: flag for name, flag in zip(("add_bos_token", "add_eos_token"), flags, strict=True) if flag is not None}
+    for flags in itertools.product([None, True, False], repeat=2)
+]
+
+
+@pytest.mark.parametrize("with_processor", [True, False], ids=["<s> in front", "nothing added"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_prompts_have_the_special_tokens_of_transformers(kind: str, with_processor: bool, tmp_path: Path) -> None:
+    """The post-processor of tokenizer.json counts; transformers ignores the flags of tokenizer_config.json beside it."""
+    description = json.loads(TOKENIZERS[kind].to_str())
+    description["post_processor"] = description["post_processor"] if with_processor else None
+    tokenizer = Tokenizer.from_str(json.dumps(description))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for flags in FLAGS:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", **SPECIAL_TOKENS, **flags}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        theirs: Any = transformers.AutoTokenizer.from_pretrained(tmp_path)("hello a")
+        assert prompt_tokens(tokenizer, "hello a") == theirs["input_ids"]
+
+
+def test_ends_of_a_checkpoint_are_those_of_its_configs_and_its_template(tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["gemma"])
+    files = {name: tmp_path / name for name in ("tokenizer.json", "chat_template.jinja")}
+    end = id_of("<end_of_turn>")
+    assert text_end_ids((2, 7), files, vocab_size=999) == (2, 7, end)
+    assert text_end_ids((end, 2), files, vocab_size=999) == (end, 2)
+    assert text_end_ids((2,), files, vocab_size=end) == (2,)
+    assert text_end_ids((2,), {"tokenizer.json": files["tokenizer.json"]}, vocab_size=999) == (2,)
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": "x"}]}')
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        text_end_ids((2,), files, vocab_size=999)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "template", "content", "x"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    config=st.dictionaries(
+        st.sampled_from(["chat_template", "bos_token", "eos_token", "my_token", "added_tokens_decoder"]), JSON
+    ),
+    tokens=JSON,
+    template=st.sampled_from(sorted(TEMPLATES)),
+)
+def test_files_of_any_content_give_templates_or_the_error(config: Any, tokens: Any, template: str, tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json")}
+    files["tokenizer_config.json"].write_text(json.dumps(config))
+    files["special_tokens_map.json"].write_text(json.dumps(tokens))
+    files["chat_template.json"].write_text(json.dumps({"chat_template": tokens}))
+    try:
+        templates = chat_templates(files, owner="it", error=CheckpointError)
+    except CheckpointError:
+        return
+    assert all(isinstance(text, str) for text in (*templates.templates.values(), *templates.special_tokens.values()))
+    assert end_of_turn_ids(templates, {"</s>": 2}) in ((), (2,))
+    assert templates.render("mine", TEMPLATES[template], {"messages": CONVERSATIONS["one turn"], "tools": None})

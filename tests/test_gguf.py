@@ -1,47 +1,26 @@
-"""A GGUF file is read as the model it was made from: config, weights, tokenizer; what contradicts itself is refused by name."""
+"""A GGUF file is read as the model it was made from: config, weights, tokenizer, from one file or several."""
 
 import gc
 import json
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from tests.dense_reference import decoder_steps, transformers_steps
-from tests.gguf_files import (
-    SAMPLES,
-    SIZES,
-    TEMPLATE,
-    VOCAB_SIZE,
-    converted_weights,
-    sample_metadata,
-    sample_model,
-    write_gguf,
-    write_sample,
-)
+from tests.gguf_files import Q_PROJ, converted_weights, refusal, sample_metadata, sample_model, write_gguf, write_sample
+from tests.gguf_samples import SAMPLES, SIZES, TEMPLATE, VOCAB_SIZE
 from trt_kv.errors import CheckpointError
+from trt_kv.export.checkpoints.context import in_context
 from trt_kv.export.checkpoints.gguf_file import open_gguf
 from trt_kv.export.checkpoints.huggingface import open_huggingface
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.decoder import decoder_from_checkpoint
-
-Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-
-
-def refusal(path: Path) -> CheckpointError:
-    """The error that opening ``path`` ends in; it names the file."""
-    with pytest.raises(CheckpointError) as caught:
-        open_gguf(path)
-    assert str(path) in caught.value.what
-    return caught.value
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -56,6 +35,8 @@ def test_a_file_has_the_config_and_the_weights_of_its_model(name: str, tmp_path:
         fields["architecture"] = "mistral"
     assert fields.pop("eos_token_ids") == [2, 4]
     wanted.pop("eos_token_ids")
+    factor = fields["rope"].pop("attention_factor", 1.0)  # of LongRoPE: stored as float32
+    assert factor == pytest.approx(wanted["rope"].pop("attention_factor", 1.0), rel=1e-6)
     assert fields == wanted
     assert got.tensor_names == expected.tensor_names
     for tensor in got.tensor_names:
@@ -142,7 +123,7 @@ def test_other_quantisations_are_read_as_transformers_reads_them(scheme: str, tm
         write()
     (tensor,) = read_gguf_header(tmp_path / "a.gguf").tensors.values()
     shape = (7, 3 * n_items)
-    values = StoredRows(tensor=tensor, shape=shape, stored_shape=shape).values()
+    values = StoredRows(tensor=tensor, shape=shape).values()
     expected = dequant.dequantize(torch.from_numpy(blocks.reshape(-1)), int(kind)).reshape(shape)
     assert values.isfinite().all()
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
@@ -220,6 +201,13 @@ def test_tokenizer_files_live_as_long_as_the_checkpoint(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_a_shorter_context_keeps_weights_and_tokenizer(tmp_path: Path) -> None:
+    checkpoint = in_context(open_gguf(write_sample(tmp_path / "model.gguf", "gemma2", scheme="Q8_0")), 20)
+    assert checkpoint.config.max_positions == 20
+    assert checkpoint.tokenizer_file.is_file()
+    assert checkpoint.tensor(Q_PROJ).shape == checkpoint.config.tensor_shapes()[Q_PROJ]
+
+
 def test_well_known_ends_of_a_turn_end_a_text(tmp_path: Path) -> None:
     """Only if they are control tokens: a vocabulary may have the text as a normal one."""
     sample = sample_metadata(SAMPLES["llama"])
@@ -233,112 +221,14 @@ def test_well_known_ends_of_a_turn_end_a_text(tmp_path: Path) -> None:
     assert open_gguf(write_sample(tmp_path / "b.gguf", changes=changes)).eos_token_ids == (2, 3, 200)
 
 
-def test_files_of_old_converters_have_defaults(tmp_path: Path) -> None:
-    absent: dict[str, Any] = {f"ARCH.{key}": ... for key in ("rope.freq_base", "rope.dimension_count")}
-    config = open_gguf(write_sample(tmp_path / "a.gguf", changes=absent)).config
-    assert (config.rope.theta, config.head_dim) == (10000.0, 16)
-    config = open_gguf(write_sample(tmp_path / "b.gguf", changes={"ARCH.rope.scale_linear": 4.0})).config
-    assert (config.rope.kind, config.rope.factor) == ("linear", 4.0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"ARCH.block_count": ...}, ["llama.block_count"]),
-        ({"ARCH.embedding_length": ...}, ["llama.embedding_length"]),
-        ({"ARCH.block_count": 3}, ["block_count 3", "2 layers"]),
-        ({"ARCH.block_count": 1}, ["block_count 1", "2 layers"]),
-        ({"ARCH.block_count": 2**31}, ["block_count 2147483648"]),
-        ({"ARCH.attention.head_count": 7}, ["7 heads", "96"]),
-        ({"ARCH.attention.head_count": 0}, ["0 heads"]),
-        ({"ARCH.attention.head_count": "six"}, ["six"]),
-        ({"ARCH.attention.head_count_kv": 3}, ["attn_k.weight", "[32, 96]", "[48, 96]"]),
-        ({"ARCH.attention.head_count_kv": [1, 2]}, ["head_count_kv", "differs from layer to layer"]),
-        ({"ARCH.feed_forward_length": 192}, ["ffn_gate.weight", "[192, 96]"]),
-        ({"ARCH.attention.key_length": 24, "ARCH.rope.dimension_count": 24}, ["attn_q.weight", "[144, 96]"]),
-        ({"ARCH.attention.value_length": 24}, ["key_length 16, value_length 24"]),
-        ({"ARCH.vocab_size": VOCAB_SIZE + 1}, [f"vocab_size {VOCAB_SIZE + 1}", f"{VOCAB_SIZE} rows"]),
-        ({"tokenizer.ggml.tokens": ["a", "b"]}, ["2 tokens", f"{VOCAB_SIZE} rows"]),
-        ({"tokenizer.ggml.tokens": ...}, ["no tokenizer"]),
-        ({"tokenizer.ggml.token_type": [1, 2]}, ["one type per token"]),
-        ({"tokenizer.ggml.eos_token_id": VOCAB_SIZE}, ["special token"]),
-        ({"tokenizer.ggml.unknown_token_id": VOCAB_SIZE}, ["unknown_token_id"]),
-        ({"tokenizer.ggml.model": "rwkv"}, ["rwkv", "gpt2"]),
-        ({"tokenizer.ggml.pre": "deepseek-coder"}, ["deepseek-coder", "llama-bpe"]),
-        ({"ARCH.expert_count": 8}, ["mixture of experts"]),
-        ({"ARCH.rope.scaling.type": "su"}, ["su"]),
-    ],
-    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
-)
-def test_metadata_that_are_missing_or_contradict_are_named(changes: dict[str, Any], words: list[str], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        open_gguf(write_sample(tmp_path / "model.gguf", changes=changes))
-    message = str(caught.value)
-    for word in words:
-        assert word in message
-    if "special token" not in message:
-        assert "model.gguf" in message
-
-
-@pytest.mark.parametrize("architecture", ["mamba", "deepseek2", "clip"])
-def test_other_architectures_are_refused_with_the_list(architecture: str, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "a.gguf", {"output_norm.weight": np.ones(32)}, {}, architecture=architecture)
-    error = refusal(path)
-    assert architecture in str(error.got)
-    assert "llama" in str(error.expected)
-
-
-def test_missing_and_foreign_weights_are_named(tmp_path: Path) -> None:
-    sample = SAMPLES["llama"]
-    weights = converted_weights(sample, sample_model(sample))
-    ffn = weights.pop("blk.1.ffn_up.weight")
-    error = refusal(write_gguf(tmp_path / "a.gguf", weights, sample_metadata(sample)))
-    assert "missing blk.1.ffn_up.weight" in str(error.got)
-    weights |= {"blk.1.ffn_up.weight": ffn, "blk.1.ffn_up_shexp.weight": ffn}
-    error = refusal(write_gguf(tmp_path / "b.gguf", weights, sample_metadata(sample)))
-    assert "left over blk.1.ffn_up_shexp.weight" in str(error.got)
-
-
-def llama3_divisors(*, factor: float, positions: int, size: int = 16, theta: float = 10000.0) -> NDArray[np.float32]:
-    """The divisors of each frequency as the converter computes them (transformers' ``_compute_llama3_parameters``)."""
-    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config = transformers.LlamaConfig(
-        head_dim=size, rope_parameters={**rope, "original_max_position_embeddings": positions}, max_position_embeddings=10**6
-    )
-    scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    return (plain / scaled.double()).to(torch.float32).numpy()
-
-
-@given(
-    factor=st.sampled_from([2.0, 4.0, 8.0, 32.0]),
-    positions=st.integers(32, 16_000),
-    size_and_theta=st.sampled_from([(16, 10000.0), (64, 500000.0), (128, 500000.0)]),
-)
-def test_llama3_rope_is_found_from_its_stored_divisors(
-    factor: float, positions: int, size_and_theta: tuple[int, float]
-) -> None:
-    """The settings found give the same divisors; where a frequency is blended, also the same original context."""
-    from trt_kv.export.checkpoints.gguf_config import llama3_settings
-
-    size, theta = size_and_theta
-    stored = llama3_divisors(factor=factor, positions=positions, size=size, theta=theta)
-    found = llama3_settings(stored, size=size, theta=theta)
-    assert found is not None
-    again = llama3_divisors(factor=found["factor"], positions=found["original_max_position_embeddings"], size=size, theta=theta)
-    np.testing.assert_allclose(again, stored, rtol=2e-4)
-
-
-def test_rope_divisors_become_the_settings_of_llama3(tmp_path: Path) -> None:
-    sample = SAMPLES["llama"]
-    weights = converted_weights(sample, sample_model(sample))
-    metadata = {**sample_metadata(sample), "llama.rope.freq_base": 10000.0}
-    weights["rope_freqs.weight"] = llama3_divisors(factor=4.0, positions=32)
-    rope = open_gguf(write_gguf(tmp_path / "a.gguf", weights, metadata)).config.rope
-    assert (rope.kind, rope.factor, rope.low_freq_factor, rope.high_freq_factor) == ("llama3", 4.0, 1.0, 4.0)
-    assert rope.original_max_positions == 32
-    weights["rope_freqs.weight"] = np.linspace(1, 3, 8, dtype=np.float32)
-    assert "rope_freqs.weight" in str(refusal(write_gguf(tmp_path / "b.gguf", weights, metadata)).got)
+def test_fused_rows_keep_their_blocks(tmp_path: Path) -> None:
+    checkpoint = open_gguf(write_sample(tmp_path / "a.gguf", "phi3", scheme="Q4_1"))
+    for part in ("q_proj", "k_proj", "v_proj"):
+        name = f"model.layers.1.self_attn.{part}.weight"
+        found = checkpoint.quantized(name)
+        assert found is not None
+        assert found.shape == checkpoint.config.tensor_shapes()[name]
+        np.testing.assert_array_equal(dequantised(found.scheme, found.blocks), checkpoint.tensor(name).numpy())
 
 
 def test_a_folder_of_gguf_files_says_to_pass_one(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Quantised Hugging Face checkpoints: their weights are those of the libraries that define the formats."""
 
+import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ from tests.quantised import (
     fp8_blocks,
     quantised,
 )
+from tests.test_fuzzed_engine import structures
 from trt_kv.errors import CheckpointError
 from trt_kv.export.checkpoints.huggingface import SINGLE_FILE, HuggingFaceCheckpoint, open_huggingface
 from trt_kv.export.checkpoints.quantized.arithmetic import unpacked
+from trt_kv.export.checkpoints.quantized.schemes import scheme_from_hf
 from trt_kv.export.engine import EngineRequest
 from trt_kv.policies import policy_from_name
 from trt_kv.runtime.engine import Engine
@@ -159,6 +163,14 @@ def test_other_schemes_are_refused_by_name(method: str, folder: Path) -> None:
 def test_settings_that_are_not_read_are_refused(config: Any, said: str, folder: Path) -> None:
     edit_config(folder, quantization_config=config)
     assert said in str(refusal(folder))
+
+
+@given(st.sampled_from(sorted(SCHEMES)), st.data())
+@settings(max_examples=200)
+def test_settings_changed_at_random_are_read_or_refused(name: str, data: st.DataObject) -> None:
+    config = json.loads(data.draw(structures(SCHEMES[name][0])))
+    with contextlib.suppress(CheckpointError):
+        scheme_from_hf({"quantization_config": config}, source="config.json")
 
 
 def test_settings_and_tensors_that_do_not_fit_together_are_refused(folder: Path) -> None:

@@ -132,9 +132,9 @@ def open_gguf(path: Path, *, revision: str | None = None) -> GgufCheckpoint:
 def _parts(path: Path) -> list[Path]:
     """The files of the checkpoint: ``path``, or all parts of the one that it is a part of."""
     match = _PART.fullmatch(path.name)
-    if match is None:
+    count = 0 if match is None else int(match["count"])
+    if match is None or count == 0:
         return [path]
-    count = int(match["count"])
     paths = [path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf") for number in range(1, count + 1)]
     absent = [part.name for part in paths if not part.is_file()]
     if absent:
@@ -149,8 +149,9 @@ def _parts(path: Path) -> list[Path]:
 
 def _check_parts(headers: list[GgufHeader]) -> None:
     for number, header in enumerate(headers):
-        stated = (header.metadata.get("split.no", 0), header.metadata.get("split.count", 1))
-        if stated not in ((number, len(headers)), (0, 0) if len(headers) == 1 else None):
+        stated = [header.metadata.get("split.no", 0), header.metadata.get("split.count", 1)]
+        known = ([number, len(headers)], [0, 0]) if len(headers) == 1 else ([number, len(headers)],)
+        if any(type(value) is not int for value in stated) or stated not in known:
             raise CheckpointError(
                 f"{header.path} is not the part that its name says",
                 got=f"split.no {stated[0]}, split.count {stated[1]}",

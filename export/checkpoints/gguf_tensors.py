@@ -9,28 +9,29 @@ import torch
 
 from trt_kv.errors import CheckpointError
 from trt_kv.export.checkpoints.base import QuantizedBlocks
-from trt_kv.export.checkpoints.gguf_families import FUSED, LAYER_NAMES, MODEL_NAMES, GgufFamily
+from trt_kv.export.checkpoints.gguf_families import LAYER_NAMES, MODEL_NAMES, GgufFamily
 from trt_kv.export.checkpoints.gguf_header import GgufTensor
 from trt_kv.export.checkpoints.gguf_metadata import ModelFacts
+from trt_kv.export.checkpoints.gguf_rope import DIVISORS, LONG, SHORT
 from trt_kv.export.checkpoints.tensor_matching import some
 from trt_kv.model_config import ModelConfig
 from trt_kv.require import require
+from trt_kv.weight_sources import stored_shapes, weight_sources
 
 _NUMBERS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_NOT_WEIGHTS = (DIVISORS, LONG, SHORT)
 _CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRows:
-    """A weight of ``shape``: rows of ``tensor``, which is to be of ``stored_shape``, from ``first_row`` on.
+    """A weight of ``shape``: rows of ``tensor`` from ``first_row`` on.
 
     ``n_interleaved``: heads whose rows are stored in pairs that rotate together; 0: the rows are in Hugging Face's order.
     """
 
     tensor: GgufTensor
     shape: tuple[int, ...]
-    stored_shape: tuple[int, ...]
     first_row: int = 0
     n_interleaved: int = 0
 
@@ -81,11 +82,10 @@ def stored_rows(
     """The decoder's weights, in its order. Raises ``CheckpointError`` for what is missing, left over, or of another shape or
     a type that cannot be read.
     """
-    shapes = config.tensor_shapes()
-    found = {name: _find(name, family, config, shapes, tensors) for name in shapes}
-    missing = [_stored_name(name, family) for name, rows in found.items() if rows is None]
-    used = {rows.tensor.name for rows in found.values() if rows is not None}
-    extra = [name for name in tensors if name not in used and name not in _NOT_WEIGHTS]
+    sources, shapes, stored = weight_sources(config), config.tensor_shapes(), stored_shapes(config)
+    names = {source.name: _stored_name(source.name, family) for source in sources.values()}
+    missing = [name for name in names.values() if name not in tensors]
+    extra = [name for name in tensors if name not in names.values() and name not in _NOT_WEIGHTS]
     if missing or extra:
         raise CheckpointError(
             f"the weights in {facts.path} are not those that its metadata describe",
@@ -93,69 +93,43 @@ def stored_rows(
             expected=f"the tensors of a {config.architecture} model of {config.n_layers} layers",
             fix="download it again, or take another conversion of the model",
         )
-    rows = {name: rows for name, rows in found.items() if rows is not None}
-    for weight in rows.values():
-        _check(weight, facts)
-    return rows
-
-
-def _find(
-    name: str,
-    family: GgufFamily,
-    config: ModelConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, GgufTensor],
-) -> StoredRows | None:
-    prefix, part, suffix = _split(name)
-    n_heads = {"self_attn.q_proj": config.n_heads, "self_attn.k_proj": config.n_kv_heads}.get(part, 0)
-    shape, tensor = shapes[name], tensors.get(_stored_name(name, family))
-    if tensor is None:
-        return None
-    if not family.fused or part not in FUSED:
-        first_row, n_rows = 0, shape[0]
-    else:
-        parts = FUSED[part][1]
-        heights = [shapes[f"{prefix}{other}{suffix}"][0] for other in parts]
-        first_row, n_rows = sum(heights[: parts.index(part)]), sum(heights)
-    return StoredRows(
-        tensor=tensor,
-        shape=shape,
-        stored_shape=(n_rows, *shape[1:]),
-        first_row=first_row,
-        n_interleaved=n_heads if family.interleaved else 0,
-    )
+    for source, name in names.items():
+        _check(tensors[name], stored[source], facts)
+    heads = {"self_attn.q_proj": config.n_heads, "self_attn.k_proj": config.n_kv_heads} if family.interleaved else {}
+    return {
+        name: StoredRows(
+            tensor=tensors[names[source.name]],
+            shape=shapes[name],
+            first_row=source.first_row,
+            n_interleaved=heads.get(_split(name)[1], 0),
+        )
+        for name, source in sources.items()
+    }
 
 
 def _stored_name(name: str, family: GgufFamily) -> str:
-    """The tensor in which the weight ``name`` is expected."""
-    prefix, part, suffix = _split(name)
-    if not prefix:
+    """The tensor that is Hugging Face's ``name``."""
+    block, part, suffix = _split(name)
+    if not block:
         return MODEL_NAMES.get(part, part) + suffix
-    if family.fused and part in FUSED:
-        return f"{_block(prefix)}{FUSED[part][0]}{suffix}"
-    return _block(prefix) + {**LAYER_NAMES, **family.norms}.get(part, part) + suffix
+    return block + {**LAYER_NAMES, **family.norms}.get(part, part) + suffix
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """E.g. ``model.layers.3.``, ``mlp.up_proj``, ``.weight``; no prefix outside the layers."""
+    """E.g. ``blk.3.``, ``mlp.up_proj``, ``.weight``; no block outside the layers."""
     part, dot, suffix = name.rpartition(".")
     words = part.split(".")
     if words[:2] != ["model", "layers"]:
         return "", part, dot + suffix
-    return ".".join(words[:3]) + ".", ".".join(words[3:]), dot + suffix
+    return f"blk.{words[2]}.", ".".join(words[3:]), dot + suffix
 
 
-def _block(prefix: str) -> str:
-    return f"blk.{prefix.split('.')[2]}."
-
-
-def _check(weight: StoredRows, facts: ModelFacts) -> None:
-    tensor = weight.tensor
-    if tensor.shape != weight.stored_shape:
+def _check(tensor: GgufTensor, shape: tuple[int, ...], facts: ModelFacts) -> None:
+    if tensor.shape != shape:
         raise CheckpointError(
             f"tensor {tensor.name!r} of {facts.path} does not have the shape that its metadata imply",
             got=list(tensor.shape),
-            expected=list(weight.stored_shape),
+            expected=list(shape),
             fix="download it again, or take another conversion of the model",
         )
     if not _is_readable(tensor.scheme):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trt_kv.errors import CheckpointError
+from trt_kv.errors import CheckpointError, TrtKvError
 from trt_kv.export.checkpoints.gguf_config import CONTROL
 from trt_kv.export.checkpoints.gguf_metadata import ModelFacts
 from trt_kv.require import require
@@ -93,7 +93,7 @@ def write_tokenizer(facts: ModelFacts, config: dict[str, Any], folder: Path) -> 
 
 def check_tokenizer(facts: ModelFacts) -> None:
     """Raise ``CheckpointError`` for a kind of tokenizer that ``write_tokenizer`` would refuse."""
-    kind, pre = facts.optional("tokenizer.ggml.model", prefixed=False), _pre(facts)
+    kind, pre = facts.text("tokenizer.ggml.model", prefixed=False), _pre(facts)
     if kind not in _BUILDERS:
         raise CheckpointError(
             f"{facts.path} has a tokenizer that trt-kv does not read from GGUF",
@@ -112,32 +112,32 @@ def check_tokenizer(facts: ModelFacts) -> None:
 
 
 def _pre(facts: ModelFacts) -> str:
-    return str(facts.optional("tokenizer.ggml.pre", prefixed=False) or "default")
+    return facts.text("tokenizer.ggml.pre", prefixed=False) or "default"
 
 
 def _vocabulary(facts: ModelFacts) -> _Vocabulary:
     tokens = facts.metadata["tokenizer.ggml.tokens"]
     kinds = facts.metadata.get("tokenizer.ggml.token_type")
     kinds = [1] * len(tokens) if kinds is None else kinds
-    if not isinstance(kinds, np.ndarray | list) or len(kinds) != len(tokens):
+    if not isinstance(kinds, np.ndarray | list) or len(kinds) != len(tokens) or any(isinstance(kind, str) for kind in kinds):
         raise facts.contradiction(
             "the vocabulary", f"{len(tokens)} tokens, another number of token types", "one type per token"
         )
     named = {}
     for name, key in _NAMED_TOKENS.items():
-        token = facts.optional(f"tokenizer.ggml.{key}_token_id", prefixed=False)
+        token = facts.integer(f"tokenizer.ggml.{key}_token_id", prefixed=False)
         if token is not None:
-            if type(token) is not int or not 0 <= token < len(tokens):
+            if token >= len(tokens):
                 raise facts.contradiction("a special token", f"{key}_token_id {token!r}", f"an id below {len(tokens)}")
             named[name] = tokens[token]
     is_sentencepiece = facts.metadata.get("tokenizer.ggml.model") == "llama"
-    adds_bos = facts.optional("tokenizer.ggml.add_bos_token", prefixed=False)
+    adds_bos = facts.flag("tokenizer.ggml.add_bos_token", prefixed=False)
     return _Vocabulary(
         tokens=tokens,
         kinds=[int(kind) for kind in kinds],
         named=named,
         adds_bos=bool((is_sentencepiece or _pre(facts) in _WHOLE_WORDS) if adds_bos is None else adds_bos) and "bos" in named,
-        adds_eos=bool(facts.optional("tokenizer.ggml.add_eos_token", prefixed=False)) and "eos" in named,
+        adds_eos=bool(facts.flag("tokenizer.ggml.add_eos_token", prefixed=False)) and "eos" in named,
         pre=_pre(facts),
     )
 
@@ -146,7 +146,12 @@ def _tokenizer(facts: ModelFacts, vocabulary: _Vocabulary) -> "Tokenizer":
     from tokenizers import AddedToken, processors
 
     check_tokenizer(facts)
-    tokenizer = _BUILDERS[facts.metadata["tokenizer.ggml.model"]](facts, vocabulary)
+    try:
+        tokenizer = _BUILDERS[facts.metadata["tokenizer.ggml.model"]](facts, vocabulary)
+    except TrtKvError:
+        raise
+    except Exception as cause:  # the packages raise no more specific class
+        raise facts.contradiction("the tokenizer", str(cause), "a vocabulary and its merges or scores") from cause
     special = [*vocabulary.added(CONTROL), *vocabulary.named.values()]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in dict.fromkeys(special) if text])
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in vocabulary.added(_USER_DEFINED)])
@@ -213,7 +218,7 @@ def _sentencepiece(facts: ModelFacts, vocabulary: _Vocabulary) -> "Tokenizer":
     converter = require("transformers.integrations.gguf", extra="gguf")
     tokenizer: Tokenizer = converter.convert_gguf_tokenizer(facts.architecture, known)[0]
     tokenizer.post_processor = None
-    adds_space = facts.optional("tokenizer.ggml.add_space_prefix", prefixed=False)
+    adds_space = facts.flag("tokenizer.ggml.add_space_prefix", prefixed=False)
     if adds_space is False and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace):
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

@@ -3,10 +3,11 @@
 Dense layers are everything in a decoder except its KV ops: embedding, norms, projections, RoPE, MLPs and output head.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from trt_kv.plugins.paging import Floats
-from trt_kv.runtime.backends.step import Ints, Step, StepResult
+from trt_kv.runtime.backends.step import Choice, Ints, Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 
 
@@ -48,4 +49,13 @@ class StepExecutor(Protocol):
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """Run ``step`` with the program of ``phase`` ("prefill" or "decode"), updating the pool."""
+        ...
+
+
+@runtime_checkable
+class ChoosingExecutor(StepExecutor, Protocol):
+    """Can also choose the tokens, where the logits are, so that these need not be copied to the host."""
+
+    def run_step_choosing(self, step: Step, pool: KvPool[Any], choices: Sequence[Choice]) -> StepResult:
+        """Run a decode step, and choose the token of each row by ``choices``."""
         ...

@@ -29,18 +29,41 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a row's token is to be chosen by an executor; fields as in ``SamplingParams``. ``uniform``: the random number in
+    [0, 1) that decides, if the temperature is above 0.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    uniform: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The token that an executor chose for a row, and the row's ``largest`` logit, NaN if any is."""
+
+    token_id: int
+    largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """Outputs of a step other than the KV state: logits [R, V] fp32, and ``kept`` [L, B], the tokens cached afterwards.
 
     ``adaptive_budget`` [L, B]: budgets that AdaptiveBudget computed for later steps; -1 if it did not, or if the budget was
     only for an eviction in this step. ``corrected`` [L, B, K]: 1 if a KV head drifted and chose pages with its current query
-    before attention; None if no layer recalls.
+    before attention; None if no layer recalls. ``chosen``: of each row, if the executor was to choose; ``logits`` are then
+    empty.
     """
 
     logits: NDArray[np.floating[Any]]
     kept: Ints
     adaptive_budget: Ints | None = None
     corrected: Ints | None = None
+    chosen: tuple[Chosen, ...] | None = None
 
     @classmethod
     def assemble(cls, step: Step, logits: NDArray[np.floating[Any]], made: Mapping[str, Mapping[int, Ints]]) -> Self:

@@ -67,7 +67,7 @@ class ChatEncoder:
         if options.continue_final:
             _leave_open(plain, marks.tail)
         given = {
-            "messages": [marks.marked(message, own=message["role"] in ("assistant", "model")) for message in plain],
+            "messages": [_marked(message, marks) for message in plain],
             "tools": marks.marked(tools),
             "documents": marks.marked(documents),
             "add_generation_prompt": options.generation_prompt and not options.continue_final,
@@ -92,7 +92,7 @@ class ChatEncoder:
         if not any(is_literal for _, is_literal in rendered.pieces):
             return list(self._tokenizer.encode(rendered.text, add_special_tokens=False).ids)
         tokenizer, names = self._renamed
-        pattern = pattern_of(names)
+        pattern = pattern_of(frozenset(names))
         renamed = [
             text if is_literal else pattern.sub(lambda match: names[match[0]], text) for text, is_literal in rendered.pieces
         ]
@@ -106,9 +106,15 @@ class ChatEncoder:
         return with_renamed_tokens(self._tokenizer, self._special | self._others)
 
     def _check_roles(self, messages: Sequence[Message]) -> None:
+        control = pattern_of(frozenset(token for token in self._special | self._others if not token.isalnum()))
         for index, message in enumerate(messages):
-            if pattern_of(self._special).search(message["role"]):
+            if control.search(message["role"]):
                 raise UsageError(f"messages[{index}] has a control token in its role", got=repr(message["role"]))
+
+
+def _marked(message: Mapping[str, Any], marks: Marks) -> dict[str, Any]:
+    marked: dict[str, Any] = marks.marked(message, own=message["role"] in ("assistant", "model"))
+    return {**marked, "role": message["role"]}
 
 
 def _leave_open(messages: list[dict[str, Any]], tail: str) -> None:

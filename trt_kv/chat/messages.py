@@ -63,7 +63,7 @@ def plain_tools(tools: Any, *, name: str = "tools") -> list[dict[str, Any]] | No
     raise UsageError(
         f"{name} is not a list of dictionaries",
         got=shortened(f"{type(tools).__name__}: {tools!r}"),
-        expected="JSON schemas of functions" if name == "tools" else 'a list of {"title": "...", "text": "..."}',
+        expected="JSON schemas of functions" if "tools" in name else 'a list of {"title": "...", "text": "..."}',
     )
 
 

@@ -1,13 +1,17 @@
 """A rendered conversation, in which texts of messages are told from what the template wrote around them."""
 
+import functools
 import itertools
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_CANDIDATES = (range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))
-"""Characters that Unicode keeps for the use inside of programs."""
+from trt_kv.errors import UsageError
+
+_CANDIDATES = (range(0xFDD0, 0xFDF0), range(0xE000, 0xF900))
+"""Characters that Unicode keeps for the use inside of programs. Python and JSON in ASCII escape them in the same way."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +42,23 @@ class Marks:
     """
 
     def __init__(self, special: Collection[str], others: Collection[str], taken: Iterable[str]) -> None:
-        used = set(itertools.chain.from_iterable(taken))
-        free = (chr(code) for code in itertools.chain(*_CANDIDATES) if chr(code) not in used)
-        self._begin, self._end, self.tail = itertools.islice(free, 3)
+        whole = "\0".join(taken)
+        candidates = map(chr, itertools.chain(*_CANDIDATES))
+        free = (mark for mark in candidates if mark not in whole and _escaped(mark) not in whole)
+        chosen = list(itertools.islice(free, 3))
+        if len(chosen) < 3:
+            raise UsageError("messages have every character for private use", expected="text")
+        self._begin, self._end, self.tail = chosen
         """``tail``: a character that is in no text."""
-        self._special = pattern_of(special)
-        self._any = pattern_of([*special, *others])
+        self._special = pattern_of(frozenset(special))
+        self._any = pattern_of(frozenset([*special, *others]))
 
     def marked(self, value: Any, *, own: bool = False) -> Any:
         """``value``, plain data, with marks in its texts; ``own``: the model's own."""
         if isinstance(value, str):
             return (self._special if own else self._any).sub(lambda match: f"{self._begin}{match[0]}{self._end}", value)
         if isinstance(value, dict):
-            return {key: item if key in ("role", "type") else self.marked(item, own=own) for key, item in value.items()}
+            return {self.marked(key, own=own): self.marked(item, own=own) for key, item in value.items()}
         if isinstance(value, list):
             return self._separated(value, [self.marked(item, own=own) for item in value], own=own)
         return value
@@ -71,6 +79,8 @@ class Marks:
         """The pieces of a text that a template rendered. ``is_control(token, written)``: whether a marked token would end a
         turn or the like; ``written`` is the text that the template wrote itself.
         """
+        for mark in (self._begin, self._end):  # a template may write JSON in ASCII
+            rendered = rendered.replace(_escaped(mark), mark)
         marked = re.compile(f"{self._begin}({self._any.pattern}){self._end}|[{self._begin}{self._end}]", re.DOTALL)
         written = marked.sub(self._end, rendered)
         return RenderedChat(tuple(_joined(self._pieces(rendered, marked, lambda token: is_control(token, written)))))
@@ -86,9 +96,15 @@ class Marks:
         yield rendered[at:], False
 
 
-def pattern_of(tokens: Collection[str]) -> re.Pattern[str]:
+@functools.lru_cache(maxsize=32)
+def pattern_of(tokens: frozenset[str]) -> re.Pattern[str]:
     """Finds any of ``tokens``, as tokenizers do: the longest of those that begin first."""
-    return re.compile("|".join(map(re.escape, sorted(set(tokens), key=len, reverse=True))) or "(?!)")
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _escaped(character: str) -> str:
+    """A character as JSON writes it in ASCII."""
+    return json.dumps(character)[1:-1]
 
 
 def _joined(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:

@@ -25,12 +25,13 @@ from jinja2.exceptions import SecurityError, TemplateError, TemplateRuntimeError
 from jinja2.visitor import NodeTransformer
 
 MAX_LENGTH = 2**24
-"""Characters of the rendered text and of any text on the way, items of a list, bits of an integer."""
+"""Characters of the rendered text and of any text on the way, items of a list."""
 MAX_STEPS = 300_000
 """Iterations of loops and calls of macros in one rendering: a second or two."""
 MAX_SECONDS = 10.0
 """Of one rendering."""
 _MOST_INDENT = 32
+_MOST_BITS = 2**14
 
 _used = threading.local()
 
@@ -74,7 +75,7 @@ class _Bounded(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
             _check_product(left, right)
-        elif operator == "**" and isinstance(right, int) and isinstance(left, int) and left.bit_length() * right > MAX_LENGTH:
+        elif operator == "**" and isinstance(right, int) and isinstance(left, int) and left.bit_length() * right > _MOST_BITS:
             raise TemplateRuntimeError(f"{left!r:.20} ** {right!r:.20} is too large")
         elif operator == "%" and isinstance(left, str):
             _check_format(left, right)
@@ -120,9 +121,10 @@ def _call(method: str, arguments: list[jinja2.nodes.Expr]) -> jinja2.nodes.Call:
 
 def bounded(value: Any) -> Any:
     """``value``, or an error if it is too large."""
-    size = len(value) if isinstance(value, _SIZED) else value.bit_length() if isinstance(value, int) else 0
-    if size > MAX_LENGTH:
-        raise TemplateRuntimeError(f"a {type(value).__name__} is too large: {size} of at most {MAX_LENGTH}")
+    if isinstance(value, _SIZED) and len(value) > MAX_LENGTH:
+        raise TemplateRuntimeError(f"a {type(value).__name__} is too large: {len(value)} of at most {MAX_LENGTH}")
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise TemplateRuntimeError(f"an integer is too large: {value.bit_length()} bits of at most {_MOST_BITS}")
     return value
 
 

@@ -17,8 +17,8 @@ LEGACY_FILE = "chat_template.json"
 CONFIG_FILE = "tokenizer_config.json"
 TOKENS_FILE = "special_tokens_map.json"
 DEFAULT = "default"
-MAX_TEMPLATE_BYTES = 2**20
-"""Thirty times the largest that are published."""
+MAX_TEMPLATE_BYTES = 2**18
+"""Several times the largest that are published."""
 
 _FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 """What a template raises beside jinja2's errors, with operations of Python on values of the wrong kind."""

@@ -47,6 +47,6 @@ def _end_id(templates: ChatTemplates, name: str, added_tokens: Mapping[str, int]
     except TrtKvError:
         return None
     _, answer, behind = rendered.rpartition(_ANSWER)
-    tokens = [token for token in added_tokens if token and not token.isspace()]
+    tokens = frozenset(token for token in added_tokens if token and not token.isspace())
     match = pattern_of(tokens).match(behind.lstrip()) if answer else None
     return added_tokens[match[0]] if match is not None else None

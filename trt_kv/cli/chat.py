@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from trt_kv.cli.options import any_path, debug_option, digest_option
 from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars
 from trt_kv.cli.run_options import device_options, resource_options
+from trt_kv.cli.sampling_notes import defaults_notes
 from trt_kv.cli.sampling_options import model_defaults_option, sampling_options
 from trt_kv.errors import TrtKvError, UsageError
 from trt_kv.pipeline.chat import Conversation
@@ -62,6 +64,8 @@ def command(
     with progress_bars() as on_progress:
         options_of_load = {**on.options, **resources.options(), "model_defaults": model_defaults}
         loaded = Engine.load(engine, digest=digest, on_progress=on_progress, **options_of_load)
+    for note in defaults_notes(loaded.model_defaults, replace(loaded.default_sampling, **sampling), given=list(sampling)):
+        say(note, err=True)
     with loaded:
         conversation = Conversation(loaded, system=system, sampling=sampling, of_template=of_template)
         session = Session(conversation, write=lambda text: click.echo(text, nl=False), say=lambda text: say(text, err=True))

@@ -49,6 +49,7 @@ class Session:
                 for piece in answer:
                     begun = True
                     self._write(piece)
+                begun = True  # an empty answer has a line too
             finally:
                 if begun:
                     self._write("\n")

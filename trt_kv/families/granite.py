@@ -1,4 +1,4 @@
-"""Granite 3 and the dense models of Granite 4 (IBM): Llama with factors on embeddings, residuals, attention and logits."""
+"""Granite 3 (IBM 2024): Llama with factors on embeddings, residuals, attention and logits."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023). The first 7B has a window of 4096 tokens in every layer; later ones have none."""
+"""Mistral (Jiang et al. 2023): the first 7B has a window of 4096 tokens in every layer; later ones have none."""
 
 from trt_kv.family import Family
 from trt_kv.layer_types import all_sliding

@@ -17,6 +17,7 @@ from trt_kv.pipeline.plans import TargetPlan
 from trt_kv.pipeline.reproduce import command_line_of, is_built
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.pipeline.sources import open_source
+from trt_kv.pipeline.tokenizer_notes import tokenizer_notes
 from trt_kv.presets import preset
 from trt_kv.profiles import DEFAULT as DEFAULT_PROFILE
 from trt_kv.profiles import build_profile
@@ -62,6 +63,8 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
         on_note(f"{out} is up to date")
         return out
     check_destination(out, replace=request.replace)
+    for note in tokenizer_notes(checkpoint):
+        on_note(note)
     recipe = Recipe.load(request.recipe) if request.recipe is not None else None
     policy = request.policy if recipe is None else policy_of_recipe(request.policy, recipe, on_note)
     applied = policy.applied_to(checkpoint.config.windows)

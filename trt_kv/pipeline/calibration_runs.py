@@ -2,33 +2,27 @@
 
 import dataclasses
 import math
-import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from trt_kv.chat.encoder import ChatEncoder
-from trt_kv.chat.templates import chat_templates
 from trt_kv.chat.turns import text_end_ids
 from trt_kv.drift import ALWAYS, Drift, drift_settings
-from trt_kv.errors import CheckpointError, UsageError
+from trt_kv.errors import UsageError
 from trt_kv.layer_budget import LayerBudget, layer_budgets
+from trt_kv.pipeline.calibration_prompts import calibration_prompts
 from trt_kv.pipeline.callbacks import OnNote, OnProgress
 from trt_kv.pipeline.continuation import continue_greedily
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policy import Policy
-from trt_kv.presets import is_bundled
 from trt_kv.program import PHASES, Program, program_of_model
-from trt_kv.prompt_tokens import prompt_tokens
 from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score
 
 if TYPE_CHECKING:
     import torch
-    from tokenizers import Tokenizer
 
     from trt_kv.calibration.drift import Trace, TraceOf
     from trt_kv.calibration.prefixkv import Importance
-    from trt_kv.calibration.prompt_files import ChatPrompt
     from trt_kv.export.checkpoints.base import Checkpoint
 
 CALIBRATION_TOKENS = 1024
@@ -43,8 +37,7 @@ def recipe_from_prompts(
     from trt_kv.calibration.prefixkv import calibrate_prefixkv
 
     _check_decides(checkpoint, policy)
-    _tell_what_prompts(checkpoint, plan, on_note)
-    prompts = _calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS)
+    prompts, source = calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS, on_note=on_note)
     longest = max(len(ids) for ids in prompts)
     if len(prompts) == 1 or longest < FEW_TOKENS:
         on_note(
@@ -57,7 +50,7 @@ def recipe_from_prompts(
         budget=policy.kept,
         score=recipe_score(policy),
         model=recipe_model(checkpoint),
-        source=plan.source,
+        source=source,
         seed=plan.seed,
         protected=Protected(sinks=policy.sinks, recent=policy.recent),
         windowed_layers=checkpoint.config.windowed_layers,
@@ -83,8 +76,8 @@ def drift_from_prompts(
 
     _check_decides(checkpoint, policy)
     policy = policy.applied_to(checkpoint.config.windows)
-    _tell_what_prompts(checkpoint, plan, on_note)
-    prompts = _calibration_prompts(checkpoint, plan, max(CALIBRATION_TOKENS, 2 * policy.tokens), new_tokens=drift.new_tokens)
+    n_tokens = max(CALIBRATION_TOKENS, 2 * policy.tokens)
+    prompts, source = calibration_prompts(checkpoint, plan, n_tokens, new_tokens=drift.new_tokens, on_note=on_note)
     kept_shares = recipe.kept if recipe is not None else None
     longest = max(len(ids) for ids in prompts)
     thresholds = calibrate_drift(
@@ -93,7 +86,7 @@ def drift_from_prompts(
         correction_rate=drift.correction_rate,
         model=recipe_model(checkpoint),
         settings=drift_settings(policy, drift.page_size),
-        source=plan.source,
+        source=source,
         seed=plan.seed,
         max_new_tokens=drift.new_tokens,
         on_sample=lambda done, total: on_progress("measuring queries", done, total),
@@ -213,13 +206,6 @@ def recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
     return RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
 
 
-def _tell_what_prompts(checkpoint: "Checkpoint", plan: CalibrationPlan, on_note: OnNote) -> None:
-    if plan.prompts is None and not is_bundled(checkpoint.location):
-        on_note(
-            "no PROMPTS given: calibrating on trt-kv's synthetic English; prompts like those in production give better results"
-        )
-
-
 def _programs(
     checkpoint: "Checkpoint", policy: Policy, page_size: int, kept_shares: Sequence[float] | None = None
 ) -> Mapping[str, Program]:
@@ -243,64 +229,3 @@ def _calibration_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
 
     n_weights = sum(math.prod(shape) for shape in checkpoint.config.tensor_shapes().values())
     return torch.float32 if 4 * n_weights < available_bytes() // 2 else checkpoint.tensor(checkpoint.tensor_names[0]).dtype
-
-
-def _calibration_prompts(
-    checkpoint: "Checkpoint", plan: CalibrationPlan, bundled_tokens: int, *, new_tokens: int = 0
-) -> list[list[int]]:
-    """Token ids of the calibration prompts; synthetic ones have about ``bundled_tokens`` words, or as many as leave room in the
-    context for ``new_tokens``, at most half of it.
-    """
-    from trt_kv.calibration.prompt_files import prompts_from_file
-    from trt_kv.runtime.text.tokenizer import load_tokenizer
-
-    limit = checkpoint.config.max_positions
-    tokenizer = load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError)
-    if plan.prompts is None:
-        return _synthetic_prompts(tokenizer, plan, bundled_tokens, limit - min(new_tokens, limit // 2))
-    given = prompts_from_file(plan.prompts)
-    given = random.Random(plan.seed).sample(given, min(plan.samples, len(given)))
-    prompts = _encoded(checkpoint, tokenizer, given)
-    for prompt, ids in zip(given, prompts, strict=True):
-        if len(ids) > limit:
-            text = prompt if isinstance(prompt, str) else prompt.messages[-1].get("content", "")
-            raise UsageError(
-                "a calibration prompt is longer than the model's positions",
-                got=f"{len(ids)} tokens: {text[:40]!r}...",
-                expected=f"at most {limit}",
-                fix=f"shorten it in {plan.prompts}, or remove it",
-            )
-    return prompts
-
-
-def _encoded(checkpoint: "Checkpoint", tokenizer: "Tokenizer", prompts: "Sequence[str | ChatPrompt]") -> list[list[int]]:
-    """Token ids of prompts; conversations are rendered with the checkpoint's chat template, and no token is added to those."""
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if len(texts) == len(prompts):
-        return [prompt_tokens(tokenizer, text) for text in texts]
-    chat = ChatEncoder(tokenizer, chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError))
-    return [
-        prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else chat.token_ids(prompt.messages, prompt.options)
-        for prompt in prompts
-    ]
-
-
-def _synthetic_prompts(tokenizer: "Tokenizer", plan: CalibrationPlan, n_words: int, limit: int) -> list[list[int]]:
-    """Synthetic prompts of ``n_words`` words, or of fewer if this tokenizer makes more than ``limit`` tokens of them."""
-    from trt_kv.calibration.tasks import calibration_prompts
-
-    n_words = min(n_words, limit)
-    while True:
-        try:
-            tasks = calibration_prompts(plan.samples, context_length=n_words, seed=plan.seed)
-        except UsageError as cause:
-            raise UsageError(
-                "the model's context is too short for synthetic calibration prompts",
-                got=f"{limit} tokens, room for {n_words} words",
-                fix="calibrate on prompts of your own: --prompts FILE (make: PROMPTS=FILE)",
-            ) from cause
-        prompts = [prompt_tokens(tokenizer, task.prompt) for task in tasks]
-        longest = max(map(len, prompts))
-        if longest <= limit:
-            return prompts
-        n_words = min(n_words - 1, n_words * limit // longest)

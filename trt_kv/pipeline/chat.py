@@ -65,12 +65,14 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         self._check_room(messages)
         stream = self.engine.stream_chat(messages, on_prefill=on_prefill, **self._options)
+        is_whole = False
         try:
             yield from stream
+            is_whole = True
         finally:
             stream.close()
             self.last = stream.result
-            if self.last.text or self.last.finish_reason == "stop":
+            if self.last.text or is_whole:
                 self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
 
     def save(self, path: Path) -> None:

@@ -172,7 +172,8 @@ def _fp8(read: "_Settings", method: str) -> Scheme:
 
 
 def _compressed_tensors(read: "_Settings") -> Scheme:
-    sparsity = (read.given.get("sparsity_config") or {}).get("format", "dense")
+    found = read.given.get("sparsity_config") or {}
+    sparsity = found.get("format", "dense") if isinstance(found, Mapping) else found
     if sparsity != "dense":
         raise read.refusal(f"sparsity of format {sparsity!r}", "dense weights", _ORIGINAL)
     if read.given.get("transform_config"):

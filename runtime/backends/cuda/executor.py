@@ -3,28 +3,33 @@
 benchmarks/gpu/README.md lists what has been run on a GPU.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trt_kv.errors import EngineError, UsageError, load_option
 from trt_kv.plugins.graph_io import makers_of, step_inputs_of
 from trt_kv.plugins.registry import Kernel, device_kernel
 from trt_kv.program import Program
+from trt_kv.runtime.backends.cuda.choice import chosen_tokens
 from trt_kv.runtime.backends.cuda.decoder import DeviceDecoder, ModuleDecoder
 from trt_kv.runtime.backends.cuda.step_buffers import StepBuffers, StepSizes
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.devices import told_out_of_memory
 from trt_kv.runtime.backends.ops import LayerOps
-from trt_kv.runtime.backends.step import Step, StepResult
+from trt_kv.runtime.backends.step import Choice, Chosen, Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 
 Tensors = dict[str, Tensor]
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,22 @@ class TorchDeviceExecutor:
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than planned, or without memory."""
+        values = self._values(phase, step, pool, None)
+        return StepResult.assemble(step, values["logits"], self._made(phase, values))
+
+    def run_step_choosing(self, step: Step, pool: KvPool[Any], choices: Sequence[Choice]) -> StepResult:
+        """See ``ChoosingExecutor``; errors as for ``run_step``."""
+        values = self._values("decode", step, pool, choices)
+        rows = zip(values["token_ids"].tolist(), values["largest"].tolist(), strict=True)
+        chosen = tuple(Chosen(token_id=token_id, largest=largest) for token_id, largest in rows)
+        result = StepResult.assemble(step, np.empty((0, 0), np.float32), self._made("decode", values))
+        return dataclasses.replace(result, chosen=chosen)
+
+    def _made(self, phase: str, values: Arrays) -> dict[str, dict[int, Any]]:
+        return {name: dict(zip(layers, values[name], strict=True)) for name, layers in self._makers[phase].items()}
+
+    def _values(self, phase: str, step: Step, pool: KvPool[Any], choices: Sequence[Choice] | None) -> Arrays:
+        """The results of a step on the host: logits, or, given ``choices``, tokens and the rows' largest logits."""
         if pool is not self._pool:
             raise UsageError("an executor on a device runs the steps of its own pool", fix="make one executor per pool")
         sizes = StepSizes.of(step, pool.page_size)
@@ -111,11 +132,10 @@ class TorchDeviceExecutor:
         with self._on_stream():
             recorded = self._graphs is not None and phase == "decode"
             results = self._replay(step, bucket) if recorded else self._launch(phase, step, bucket)
+            results = _with_logits(results) if choices is None else _with_tokens(results, choices)
             # To pinned memory if the device is a GPU.
             on_host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in results.items()}
-        values = {name: tensor.numpy() for name, tensor in on_host.items()}
-        made = {name: dict(zip(layers, values[name], strict=True)) for name, layers in self._makers[phase].items()}
-        return StepResult.assemble(step, values["logits"], made)
+        return {name: tensor.numpy() for name, tensor in on_host.items()}
 
     def _launch(self, phase: str, step: Step | None, sizes: StepSizes) -> Tensors:
         self._buffers[phase].fill(step, sizes)
@@ -142,13 +162,16 @@ class TorchDeviceExecutor:
 
     @torch.inference_mode()
     def _compute(self, phase: str, tensors: Tensors) -> Tensors:
-        """Everything that a step does on the device. Returns logits, and the ops' results for the runtime, one row per layer
-        that has them. Nothing here may wait for the device.
+        """Everything that a step does on the device. Returns logits, the largest of each row and its token while decoding, and
+        the ops' results for the runtime, one row per layer that has them. Nothing here may wait for the device.
         """
         attend = self._ops[phase].for_step(tensors | self._pool.states)
         logits = self._decoder(tensors["input_ids"], tensors["positions"], tensors["logit_rows"], attend)
         results = {name: torch.stack([*of_layers.values()]) for name, of_layers in attend.made.items()}
-        return results | {"logits": logits.float()}
+        logits_RV = logits.float()
+        if phase == "decode":
+            results |= {"token_ids": logits_RV.argmax(1), "largest": logits_RV.amax(1)}
+        return results | {"logits": logits_RV}
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -174,6 +197,18 @@ class TorchDeviceExecutor:
     def _wait(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def _with_logits(results: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in results.items() if name not in ("token_ids", "largest")}
+
+
+@torch.inference_mode()
+def _with_tokens(results: Tensors, choices: Sequence[Choice]) -> Tensors:
+    """``results`` with the tokens of the first rows, which are not padding, in place of the logits."""
+    n_rows, others = len(choices), {name: tensor for name, tensor in results.items() if name != "logits"}
+    token_ids = chosen_tokens(results["logits"][:n_rows], results["token_ids"][:n_rows], choices)
+    return others | {"token_ids": token_ids, "largest": results["largest"][:n_rows]}
 
 
 def _kernel_of(own: Mapping[str, Kernel], op: str) -> Kernel:
