@@ -111,9 +111,10 @@ def hide_earlier(products_RT: Floats, positions_R: Ints, positions_T: Ints, wind
 @njit(fastmath=FASTMATH)
 def cap(products_RT: Floats, n_rows: int, n_columns: int, soft_cap: np.float32) -> None:
     """c * tanh(x / c) of the first ``n_rows`` rows and ``n_columns`` columns."""
+    inverse = np.float32(1.0) / soft_cap
     for r in range(n_rows):
         for t in range(n_columns):
-            products_RT[r, t] = soft_cap * tanh_of(products_RT[r, t] / soft_cap)
+            products_RT[r, t] = soft_cap * tanh_of(products_RT[r, t] * inverse)
 
 
 @njit(parallel=True)

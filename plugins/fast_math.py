@@ -42,8 +42,8 @@ def tanh_of(x: np.float32) -> np.float32:
     square = x * x
     near = x * (T1 + square * (T3 + square * (T5 + square * (T7 + square * T9))))
     fallen = exp_nonpositive(np.float32(-2.0) * abs(x))
-    far = (ONE - fallen) / (ONE + fallen)
-    return near if abs(x) < NEAR else (far if x > np.float32(0.0) else -far)
+    far = np.copysign((ONE - fallen) / (ONE + fallen), x)
+    return far if square >= NEAR * NEAR else near
 
 
 @njit()

@@ -1,4 +1,4 @@
-"""docs/models.md from the table of families: ``python -m tests.models_page > docs/models.md``. Template: models_page.md."""
+"""docs/models.md from the table of families and models_page.md: ``python -m tests.models_page > docs/models.md``."""
 
 import importlib
 import sys

@@ -371,10 +371,29 @@ def test_what_a_build_says_about_the_tokenizer_and_its_prompts(run: Run, checkpo
     assert "puts no token behind a prompt" in err
 
 
+WITH_CTRL_C = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
+from trt_kv.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(folder: Path) -> None:
     """In a terminal: the answer is interrupted in the middle, the conversation goes on, and Ctrl-C at the prompt ends it."""
     main, terminal = pty.openpty()
-    words = [sys.executable, "-m", "trt_kv", "chat", str(folder), "--max-new-tokens", "1900", "--ignore-eos", "--threads", "1"]
+    words = [
+        sys.executable,
+        "-c",
+        WITH_CTRL_C,
+        "chat",
+        str(folder),
+        "--max-new-tokens",
+        "1900",
+        "--ignore-eos",
+        "--threads",
+        "1",
+    ]
     process = subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=ROOT)
     os.close(terminal)
     shown = b""
@@ -413,3 +432,9 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(folder: Path) -> None:
 
 def test_the_template_of_these_tests_is_that_of_the_checkpoint(checkpoint: Path) -> None:
     assert (checkpoint / "chat_template.jinja").read_text() == CHATML
+
+
+def test_a_build_of_a_model_that_talks_says_how_to_talk_with_it(run: Run, checkpoint: Path) -> None:
+    code, out, _ = run("build", "--checkpoint", checkpoint, "--policy", "full", "--out", "talks")
+    assert code == 0
+    assert out.splitlines()[-1] == "next:   trt-kv chat talks"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from trt_kv.plugins.attention_cpu import attend_chunk
-from trt_kv.plugins.chunk_blocks import BLOCK_TOKENS, STRIP_ROWS, TILE_ROWS
+from trt_kv.plugins.chunk_blocks import BLOCK_TOKENS, STRIP_ROWS, TILE_ROWS, cap
 from trt_kv.plugins.paging import Floats, Ints, gather_kv
 from trt_kv.plugins.token_scores.cpu import attention_received
 
@@ -86,3 +86,11 @@ def test_a_hidden_token_changes_nothing_and_nan_stays_nan() -> None:
     assert np.array_equal(chunk.attention()[0][:-1], out[:-1])
     chunk.kv[chunk.pages_T[0], 0, :, 0] = np.nan
     assert np.isnan(chunk.attention()[0]).all()
+
+
+def test_a_soft_cap_is_a_tanh_of_any_number() -> None:
+    """Both pieces of the function and the seam between them, infinities and what is no number."""
+    x = np.concatenate([np.linspace(-12, 12, 4001), [0.25, -0.25, 1e-30, -1e30, np.inf, -np.inf, np.nan]]).astype(np.float32)
+    capped = 2.0 * x[None].copy()
+    cap(capped, 1, len(x), np.float32(2.0))
+    np.testing.assert_allclose(capped[0], 2.0 * np.tanh(x.astype(np.float64)), atol=5e-7, rtol=5e-7)

@@ -72,7 +72,7 @@ def test_a_build_that_has_nothing_to_do_says_so(run: Run, small_checkpoint_folde
     assert run(*build)[0] == 0
     assert {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"} <= set(load_manifest(tmp_path / "engine").files)
     before = (tmp_path / "engine" / "manifest.json").stat().st_mtime_ns
-    assert run(*build) == (0, "engine: engine\nnext:   trt-kv generate engine 'a prompt'\n", "engine is up to date\n")
+    assert run(*build) == (0, "engine: engine\nnext:   trt-kv chat engine\n", "engine is up to date\n")
     assert (tmp_path / "engine" / "manifest.json").stat().st_mtime_ns == before
 
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')

@@ -83,6 +83,9 @@ def test_an_engine_is_built_in_its_context_and_says_which_factors_it_has(longrop
     assert "--context 32" in manifest.reproduce
     code, _, err = run(*words, "--context", str(ORIGINAL))
     assert (code, "is up to date" in err) == (0, True)
+    _, out, _ = run("inspect", engine)
+    assert "32 positions" in out
+    assert "RoPE: longrope, factors for short contexts; over 12 of 16 channels" in out
     code, _, err = run("generate", engine, "word " * 40)
     assert code == 2
     assert "at most 32" in err

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as theirs
 from trt_kv.runtime.sampling import SamplingParams
 from trt_kv.runtime.sampling.choice import candidates_of, log_probability, log_total, next_token, top_log_probabilities
 from trt_kv.runtime.sampling.processors import LogitsProcessor
-from trt_kv.runtime.sampling.selection import drawn, heaviest, keys_of
+from trt_kv.runtime.sampling.selection import drawn, keep_best
 
 V = 1500
 END = (7, 11)
@@ -112,24 +112,27 @@ def test_logits_that_nothing_changes_are_not_copied(params: dict[str, Any]) -> N
 
 
 @given(
-    values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=70),
+    values=st.lists(st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, 1.0]), min_size=1, max_size=70),
+    repeats=st.sampled_from([1, 3, 100]),
     share=st.floats(0.01, 1.5),
     seed=st.integers(0, 99),
 )
-def test_the_heaviest_are_a_prefix_of_the_sorted_tokens(values: list[float], share: float, seed: int) -> None:
-    values_N = np.array(values, np.float32)
-    weights_N = np.random.default_rng(seed).integers(0, 5, len(values)).astype(np.float32)
-    order = sorted(range(len(values)), key=lambda n: (-values_N[n], n))
+def test_the_best_are_a_prefix_of_the_sorted_tokens(values: list[float], repeats: int, share: float, seed: int) -> None:
+    """Also of more equal tokens than are sorted."""
+    values_N = np.tile(np.array(values, np.float32), repeats)
+    weights_N = np.random.default_rng(seed).integers(0, 5, len(values_N)).astype(np.float32)
+    order = sorted(np.flatnonzero(weights_N), key=lambda n: (-values_N[n], n))
     mass, total, expected = share * weights_N.sum(), 0.0, []
     for n in order:
         expected.append(n)
         total += float(weights_N[n])
         if total >= mass:
             break
-    found = heaviest(keys_of(values_N), weights_N, mass).tolist()
-    assert found == sorted(found)
-    weighty = {n for n in expected if weights_N[n]}
-    assert {n for n in found if weights_N[n]} == weighty, "tokens without weight are never drawn, so they may be left out"
+    found_N = weights_N.copy()
+    if weights_N.any():
+        keep_best(values_N, found_N, mass)
+    assert np.flatnonzero(found_N).tolist() == sorted(expected)
+    np.testing.assert_array_equal(found_N[sorted(expected)], weights_N[sorted(expected)])
 
 
 @given(
@@ -166,3 +169,27 @@ def test_forbidden_tokens_are_never_drawn() -> None:
     for filters_ in ({}, {"top_k": 50}, {"top_p": 0.99}, {"min_p": 0.1}, {"typical_p": 0.9}):
         params = SamplingParams(temperature=1.0, **filters_)
         assert {next_token(logits_V, params, rng) for _ in range(50)} <= {5, 590}
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e6])
+def test_the_best_of_a_vocabulary_beside_a_value_far_away(spread: float) -> None:
+    """The first passes leave nearly all tokens in one bracket."""
+    rng = np.random.default_rng(1)
+    values_N = rng.normal(size=20_000).astype(np.float32)
+    values_N[17] = -spread * 1e3
+    weights_N = rng.random(20_000).astype(np.float32)
+    order = np.argsort(-values_N, kind="stable")
+    before_N = np.cumsum(weights_N[order], dtype=np.float64) - weights_N[order]
+    for share in (0.0003, 0.1, 0.9, 0.9999):
+        mass = share * weights_N.sum(dtype=np.float64)
+        found_N = weights_N.copy()
+        keep_best(values_N, found_N, mass)
+        assert abs(np.count_nonzero(found_N) - np.count_nonzero(before_N < mass)) <= 1, "rounding may move the last one"
+        assert set(np.flatnonzero(found_N)) <= set(order[: np.count_nonzero(found_N)])
+
+
+def test_top_k_counts_tokens_that_may_not_come_next_last() -> None:
+    logits_V = np.full(600, -np.inf, np.float32)
+    logits_V[[5, 590]] = 1.0, 2.0
+    found = top_log_probabilities(logits_V, 4, log_total(logits_V))
+    assert [token_id for token_id, _ in found] == [590, 5, 0, 1]

@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "min-p 0.05": {"min_p": 0.05},
     "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
     "typical-p 0.9": {"typical_p": 0.9},
+    "top-p 0.9, typical-p 0.9": {"top_p": 0.9, "typical_p": 0.9},
     "top-p 0.9, penalties": {"top_p": 0.9, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1},
 }
 

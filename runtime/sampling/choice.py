@@ -10,7 +10,7 @@ import numpy as np
 
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.runtime.sampling.params import SamplingParams
-from trt_kv.runtime.sampling.selection import drawn, heaviest, keys_of
+from trt_kv.runtime.sampling.selection import drawn, drop_below, keep_best, negated_distance, scaled_exp, sums
 
 _COLDEST = 1e-30
 """Below it, a temperature has no fp32 reciprocal; any other token has long lost its probability there."""
@@ -20,15 +20,11 @@ _BLOCK = 512
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
     """Tokens ``ids`` [S] in ascending order, None for the whole vocabulary, and their ``weights`` [S], proportional to their
-    probabilities; fp32, at most 1.
+    probabilities; fp32, at most 1, and 0 for those that a filter has removed.
     """
 
     ids: Ints | None
     weights: Floats
-
-    def of(self, kept_S: Ints) -> "Candidates":
-        """Those at the indices ``kept_S``."""
-        return Candidates(ids=kept_S if self.ids is None else self.ids[kept_S], weights=self.weights[kept_S])
 
     def draw(self, rng: np.random.Generator) -> int:
         """One of the tokens, by its weight."""
@@ -47,16 +43,14 @@ def candidates_of(logits_V: Floats, params: SamplingParams) -> Candidates:
     """What the filters of ``params`` leave of logits [V] fp32, of which at least one is finite."""
     ids = _best(logits_V, params.top_k) if 0 < params.top_k < len(logits_V) else None
     kept = logits_V if ids is None else logits_V[ids]
-    with np.errstate(over="ignore"):
-        weights = np.exp((kept - kept.max()) / np.float32(max(params.temperature, _COLDEST)))
-    left = Candidates(ids=ids, weights=weights)
+    x, weights = scaled_exp(kept, kept.max(), np.float32(1.0 / max(params.temperature, _COLDEST)))
     if params.top_p < 1.0:
-        left = left.of(heaviest(left.weights.view(np.uint32), left.weights, params.top_p * _total(left.weights)))
+        keep_best(x, weights, params.top_p * sums(weights, x)[0])
     if params.min_p > 0.0:
-        left = left.of(np.flatnonzero(left.weights >= np.float32(params.min_p)))
+        drop_below(weights, weights, np.float32(params.min_p))
     if params.typical_p < 1.0:
-        left = left.of(_typical(left.weights, params.typical_p))
-    return left
+        _keep_typical(x, weights, params.typical_p)
+    return Candidates(ids=ids, weights=weights)
 
 
 def log_total(logits_V: Floats) -> float:
@@ -87,23 +81,19 @@ def _best(logits_V: Floats, k: int) -> Ints:
         likely = np.flatnonzero(logits_V >= np.partition(maxima, n_blocks - k)[n_blocks - k])
     else:
         likely = np.arange(len(logits_V))
-    among = heaviest(keys_of(logits_V[likely]), np.ones(len(likely), np.float32), float(k))
-    chosen: Ints = likely[among]
+    counted = np.isfinite(logits_V[likely]).astype(np.float32)
+    keep_best(logits_V[likely], counted, float(k))
+    chosen: Ints = likely[counted > 0.0]
+    if len(chosen) < k:  # the others may not come next
+        hidden = likely[np.isneginf(logits_V[likely])]
+        chosen = np.sort(np.concatenate([chosen, hidden[: k - len(chosen)]]))
     return chosen
 
 
-def _typical(weights_S: Floats, mass: float) -> Ints:
-    """The tokens whose information is closest to the distribution's entropy, until they have ``mass`` of it; indices."""
-    total = np.float32(_total(weights_S))
-    with np.errstate(divide="ignore"):
-        information_S = np.log(total) - np.log(weights_S)
-    shares_S = weights_S / total
-    finite_S = weights_S > 0.0
-    entropy = float((shares_S[finite_S] * information_S[finite_S]).sum(dtype=np.float64))
-    distance_S = np.abs(information_S - np.float32(entropy))
-    kept: Ints = heaviest(~distance_S.view(np.uint32), shares_S, mass)
-    return kept
-
-
-def _total(weights: Floats) -> float:
-    return float(weights.sum(dtype=np.float64))
+def _keep_typical(x_S: Floats, weights_S: Floats, mass: float) -> None:
+    """Set all weights to 0 but those of the tokens whose information is closest to the distribution's entropy, until they have
+    ``mass`` of it. Information is ``log(total) - x``, its mean is the entropy. ``x`` [S] is overwritten.
+    """
+    total, of_products = sums(weights_S, x_S)
+    negated_distance(x_S, np.float32(of_products / total))
+    keep_best(x_S, weights_S, mass * total)

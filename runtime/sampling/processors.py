@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.runtime.sampling.params import SamplingParams
 
@@ -29,9 +30,10 @@ class LogitsProcessor:
         self._longest = max((len(word) for word in self._bad_words), default=1) - 1
         self._recent = list(prompt_ids[len(prompt_ids) - self._longest :]) if self._longest else []
         self._bias_ids, self._biases = _arrays(params.logit_bias or {})
-        self._generated: Counter[int] = Counter()
         repeats = params.repetition_penalty != 1.0
         self._seen = _GrowingSet(prompt_ids if repeats else ())
+        self._generated = _GrowingSet(())
+        self._n_generated = 0
         self.is_needed = bool(
             repeats
             or params.presence_penalty
@@ -46,7 +48,8 @@ class LogitsProcessor:
         """Record a generated token."""
         if not self.is_needed:
             return
-        self._generated[token_id] += 1
+        self._generated.add(token_id)
+        self._n_generated += 1
         self._seen.add(token_id)
         if self._longest:
             self._recent = [*self._recent, token_id][-self._longest :]
@@ -55,42 +58,61 @@ class LogitsProcessor:
         """Changed logits [V], in an array of their own; ``-inf`` for tokens that may not come next."""
         params, changed_V = self._params, logits_V.copy()
         if params.repetition_penalty != 1.0:
-            ids = self._seen.ids
-            penalty, of_seen = np.float32(params.repetition_penalty), changed_V[ids]
-            changed_V[ids] = np.where(of_seen < 0, of_seen * penalty, of_seen / penalty)
-        if self._generated and (params.frequency_penalty or params.presence_penalty):
-            ids, counts = _arrays(self._generated)
-            changed_V[ids] -= np.float32(params.frequency_penalty) * counts + np.float32(params.presence_penalty)
+            _penalise(changed_V, self._seen.ids, np.float32(params.repetition_penalty))
+        if params.frequency_penalty or params.presence_penalty:
+            frequency, presence = np.float32(params.frequency_penalty), np.float32(params.presence_penalty)
+            _subtract(changed_V, self._generated.ids, self._generated.counts, frequency, presence)
         if len(self._bias_ids):
             changed_V[self._bias_ids] += self._biases
         for word in self._bad_words:
             if word[:-1] == tuple(self._recent[len(self._recent) - len(word) + 1 :]):
                 changed_V[word[-1]] = -np.inf
-        if params.min_tokens and self._generated.total() < params.min_tokens:
+        if params.min_tokens and self._n_generated < params.min_tokens:
             changed_V[self._end_ids] = -np.inf
         return changed_V
 
 
+@njit(nogil=True)
+def _penalise(logits_V: Floats, ids_S: Ints, penalty: np.float32) -> None:
+    """Make the tokens ``ids`` less likely, in place: divide logits above 0, multiply those below."""
+    for token_id in ids_S:
+        logit = logits_V[token_id]
+        logits_V[token_id] = logit * penalty if logit < 0 else logit / penalty
+
+
+@njit(nogil=True)
+def _subtract(logits_V: Floats, ids_S: Ints, counts_S: Floats, frequency: np.float32, presence: np.float32) -> None:
+    """Subtract ``frequency * count + presence`` from the logits of the tokens ``ids``, in place."""
+    for at, token_id in enumerate(ids_S):
+        logits_V[token_id] -= frequency * counts_S[at] + presence
+
+
 class _GrowingSet:
-    """Distinct token ids, as an array."""
+    """Distinct token ids and how often each was added, as arrays."""
 
     def __init__(self, ids: Sequence[int]) -> None:
-        self._ids = set(ids)
-        self._array: Ints = np.array(sorted(self._ids), np.int64)
-        self._n = len(self._array)
+        counted = Counter(ids)
+        self._at = {token_id: at for at, token_id in enumerate(counted)}
+        self._ids, self._counts = _arrays(counted)
 
     def add(self, token_id: int) -> None:
-        if token_id in self._ids:
-            return
-        self._ids.add(token_id)
-        if self._n == len(self._array):
-            self._array = np.concatenate([self._array, np.empty(max(64, self._n), np.int64)])
-        self._array[self._n] = token_id
-        self._n += 1
+        at = self._at.setdefault(token_id, len(self._at))
+        if at == len(self._ids):
+            more = max(64, at)
+            self._ids = np.concatenate([self._ids, np.empty(more, np.int64)])
+            self._counts = np.concatenate([self._counts, np.zeros(more, np.float32)])
+        self._ids[at] = token_id
+        self._counts[at] += 1.0
 
     @property
     def ids(self) -> Ints:
-        return self._array[: self._n]
+        """[S] int64, in the order in which they were first added."""
+        return self._ids[: len(self._at)]
+
+    @property
+    def counts(self) -> Floats:
+        """[S] fp32, of each of ``ids``."""
+        return self._counts[: len(self._at)]
 
 
 def _arrays(values: Mapping[int, float]) -> tuple[Ints, Floats]:

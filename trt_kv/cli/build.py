@@ -19,6 +19,7 @@ from trt_kv.cli.options import (
 from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.cli.termination import termination_unwinds
+from trt_kv.errors import EngineError
 from trt_kv.pipeline import BuildRequest, CalibrationPlan, DriftPlan, ModelSource, TargetPlan, build_engine
 from trt_kv.pipeline.names import default_name
 from trt_kv.policy import Policy
@@ -83,4 +84,14 @@ def command(
     with termination_unwinds(), progress_bars() as on_progress:
         engine = build_engine(request, on_progress=on_progress, on_note=say_note)
     say(f"engine: {engine}")
-    say(f"next:   {command_line(['generate', as_argument(engine), 'a prompt'])}")
+    say(f"next:   {command_line(_next_command(engine))}")
+
+
+def _next_command(engine: Path) -> list[str]:
+    """To talk with the engine's model, or to continue a text with one that was not trained on conversations."""
+    from trt_kv.chat.templates import chat_templates
+
+    files = {path.name: path for path in engine.glob("*")}
+    if chat_templates(files, owner=str(engine), error=EngineError).templates:
+        return ["chat", as_argument(engine)]
+    return ["generate", as_argument(engine), "a prompt"]

@@ -9,6 +9,7 @@ from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, load_manifest, recorded_digest
+from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import DECODES, GROUP_POOLINGS, METRIC_ROWS, PAGE_SUMMARIES, RESIDENCIES, Policy
 from trt_kv.policy_settings import differences, setting_as_text
@@ -55,6 +56,7 @@ def _model(folder: Path, manifest: Manifest) -> list[str]:
         f"model     {manifest.model_name}: {config.architecture}, {layers}, {heads}",
         f"          {config.max_positions} positions, vocabulary {config.vocab_size}",
         *_attention(manifest),
+        *_rope(manifest.config),
         f"target    {manifest.target}, {manifest.dtype}, pages of {manifest.page_size} tokens",
         *_plan(manifest),
     ]
@@ -69,6 +71,23 @@ def _attention(manifest: Manifest) -> list[str]:
         lines.append(f"          a window of {window} tokens in {which}")
     soft_cap = manifest.config.attention_soft_cap
     return lines + ([f"          logits of attention capped at {soft_cap:g}"] if soft_cap else [])
+
+
+def _rope(config: ModelConfig) -> list[str]:
+    """How RoPE differs from that of every channel in every layer with one theta, if it does."""
+    rope, facts = config.rope, []
+    if rope.kind == "longrope":
+        facts.append(
+            f"longrope, factors for {'long' if config.max_positions > rope.original_max_positions else 'short'} contexts"
+        )
+    elif rope.kind != "default":
+        facts.append(f"{rope.kind}, factor {rope.factor:g}")
+    facts += [f"over {rope.rotary_dim} of {config.head_dim} channels"] if rope.rotary_dim else []
+    if config.local_rope is not None:
+        layers = ", ".join(map(str, config.local_rope_layers))
+        facts.append(f"theta {rope.theta:g}, and {config.local_rope.theta:g} in layers {layers}")
+    facts += [f"none in layers {', '.join(map(str, config.unrotated_layers))}"] if config.unrotated_layers else []
+    return [f"          RoPE: {'; '.join(facts)}"] if facts else []
 
 
 def _plan(manifest: Manifest) -> list[str]:
