@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from tests.chat_templates import CONTROL, ENDS, NAMED, PLAIN, TEMPLATES, TOKENIZERS, TOOLS
 from trt_kv.chat.encoder import ChatEncoder, ChatOptions
-from trt_kv.chat.templates import ChatTemplates, chat_templates
+from trt_kv.chat.templates import MAX_TEMPLATES, ChatTemplates, chat_templates
 from trt_kv.chat.turns import end_of_turn_ids, text_end_ids
 from trt_kv.errors import CheckpointError, UnknownNameError, UsageError
 from trt_kv.prompt_tokens import prompt_tokens
@@ -406,6 +406,14 @@ def test_ends_of_a_checkpoint_are_those_of_its_configs_and_its_template(tmp_path
     (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": "x"}]}')
     with pytest.raises(CheckpointError, match="is not a tokenizer"):
         text_end_ids((2,), files, vocab_size=999)
+
+
+def test_the_number_of_templates_is_bounded(tmp_path: Path) -> None:
+    """Each is rendered when an engine is built."""
+    named = [{"name": f"t{i}", "template": "x"} for i in range(MAX_TEMPLATES + 1)]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    with pytest.raises(CheckpointError, match="too many chat templates"):
+        chat_templates({"tokenizer_config.json": tmp_path / "tokenizer_config.json"}, owner="it", error=CheckpointError)
 
 
 JSON = st.recursive(

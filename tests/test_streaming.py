@@ -20,6 +20,7 @@ from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
 from trt_kv.runtime.text.detokenizer import Detokenizer
+from trt_kv.runtime.text.stops import Stops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,6 +114,18 @@ def test_the_beginning_of_a_stop_is_held_back_until_it_is_none() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     ids = [tokenizer.get_vocab()[token] for token in ("he", "l", "a", "!")]
     assert pieces_of(request_of(tokenizer, stop=["lo", "elf"]), ids) == ["h", "", "ela", "!", ""]
+
+
+@given(st.text("ab", max_size=9), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))
+def test_what_is_held_back_is_the_longest_end_that_may_begin_a_stop(text: str, stops: list[str]) -> None:
+    ends = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    assert Stops(stops, None).n_begun(text) == max(ends, default=0)
+
+
+def test_a_stop_text_may_be_long() -> None:
+    """Each of its beginnings was compared with the text, at every token."""
+    stops = Stops(["x" * 10**6 + "y"], None)
+    assert [stops.n_begun("a" * 10**4), stops.n_begun("ax"), stops.n_begun("x" * 10**4)] == [0, 1, 10**4]
 
 
 def test_what_is_held_back_comes_when_the_text_ends() -> None:

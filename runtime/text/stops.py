@@ -26,11 +26,21 @@ class Stops:
 
     def n_begun(self, text: str) -> int:
         """Length of the longest end of ``text`` that may turn out to be the beginning of a stop text."""
-        return max((n for stop in self._texts for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        return max((_n_begun(stop, text) for stop in self._texts), default=0)
 
     def shown(self, text: str) -> str:
         """``text`` without the characters that stand for special tokens."""
         return text.translate(self._removed) if self._removed else text
+
+
+def _n_begun(stop: str, text: str) -> int:
+    """The longest end of ``text`` with which ``stop`` begins, and which is not all of it."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0:
+        if stop.startswith(text[at:]):
+            return len(text) - at
+        at = text.find(stop[0], at + 1)
+    return 0
 
 
 def _special_tokens_in(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, int]:

@@ -20,6 +20,8 @@ TOKENS_FILE = "special_tokens_map.json"
 DEFAULT = "default"
 MAX_TEMPLATE_BYTES = 2**18
 """Several times the largest that are published."""
+MAX_TEMPLATES = 64
+"""Of one checkpoint or engine: each is rendered to see how it ends a turn."""
 
 _FAILURES = (
     *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
@@ -117,6 +119,8 @@ def chat_templates(files: Mapping[str, Path], *, owner: str, error: type[TrtKvEr
     if not templates:
         given = config.get("chat_template") or _object(files.get(LEGACY_FILE), error).get("chat_template")
         templates = _named(given, owner, error)
+    if len(templates) > MAX_TEMPLATES:
+        raise error(f"{owner} has too many chat templates", got=len(templates), expected=f"at most {MAX_TEMPLATES}")
     return ChatTemplates(owner=owner, templates=templates, special_tokens=_special_tokens(config, files, error))
 
 
