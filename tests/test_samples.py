@@ -134,7 +134,13 @@ def test_samples_on_the_command_line(run: Run, small_folder: Any, small_engine: 
     expected = small_engine.generate("the old storm", n=2, max_new_tokens=5, temperature=1.5, seed=4)
     words = ("generate", small_folder, "the old storm", *"--n 2 --max-new-tokens 5 --temperature 1.5 --seed 4".split())
     texts = [one.text for one in expected.samples]
-    assert run(*words)[1] == f"--- sample 1 of 2, seed 4\n{texts[0]}\n--- sample 2 of 2, seed 5\n{texts[1]}\n"
+    _, out, err = run(*words)
+    assert out == f"--- sample 1 of 2, seed 4\n{texts[0]}\n--- sample 2 of 2, seed 5\n{texts[1]}\n"
+    for i, one in enumerate(expected.samples, start=1):
+        assert f"sample {i}: [{one.n_prompt_tokens} prompt tokens, {len(one.token_ids)} generated" in err
+    _, out, _ = run(*words, "--logprobs", "0")
+    tables = out.rstrip("\n").split("\n\n")[1:]
+    assert [table.split("\n")[0].rstrip() for table in tables] == ["sample 1:", "sample 2:"]
     code, _, err = run("generate", small_folder, "the old storm", "--n", "2")
     assert code == 2
     assert "greedy" in err

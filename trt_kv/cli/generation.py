@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_kv.cli.generation_notes import held_note, recall_note
+from trt_kv.cli.generation_notes import held_notes, recall_note
 from trt_kv.cli.progress import progress_bars
-from trt_kv.cli.sampling_notes import defaults_notes, logprobs_table, samples_text
+from trt_kv.cli.sampling_notes import defaults_notes, logprobs_text, samples_text
 from trt_kv.pipeline.destinations import check_new_file
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
 
@@ -76,13 +76,13 @@ def stream_text(
     yield from pieces
     result = result_of()
     if params.top_logprobs is not None:
-        for sample in result.samples:
-            yield "\n\n" + logprobs_table(sample, loaded.tokenizer)
+        yield logprobs_text(result, loaded.tokenizer)
     for note in defaults_notes(loaded.model_defaults, params, given=list(sampling)):
         on_end(note)
     if chat is None and sampling["parse_special_tokens"] and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
         on_end("[the prompt begins with the tokenizer's BOS: no second one was put in front]")
-    on_end(held_note(loaded.manifest, result))
+    for note in held_notes(loaded.manifest, result):
+        on_end(note)
     if not running.on.on_host:
         on_end(f"[run by {loaded.runner.description}]")
     counts = None if loaded.runner.tiers is None else loaded.runner.tiers.statistics

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 _MOST_DECIMALS = 3
 
 
+def held_notes(manifest: Manifest, result: "Generation") -> list[str]:
+    """``held_note`` of each sample."""
+    if not result.others:
+        return [held_note(manifest, result)]
+    return [f"sample {i}: {held_note(manifest, one)}" for i, one in enumerate(result.samples, start=1)]
+
+
 def held_note(manifest: Manifest, result: "Generation") -> str:
     """Lengths, and how much of the cache was held; of a cache on the host, what a step attends to."""
     begin = f"{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}"

@@ -33,6 +33,12 @@ def samples_text(result: "Generation") -> str:
     return "\n".join(f"--- sample {i} of {n}, seed {one.seed}\n{one.text}" for i, one in enumerate(result.samples, start=1))
 
 
+def logprobs_text(result: "Generation", tokenizer: "Tokenizer") -> str:
+    """A table of each sample, after an empty line."""
+    heads = [f"sample {i}:\n" for i in range(1, len(result.samples) + 1)] if result.others else [""]
+    return "".join(f"\n\n{head}{logprobs_table(one, tokenizer)}" for head, one in zip(heads, result.samples, strict=True))
+
+
 def logprobs_table(result: "Generation", tokenizer: "Tokenizer") -> str:
     """A line per token: its log-probability, the token, and the likeliest tokens in its place with theirs."""
 

@@ -81,10 +81,10 @@ class Conversation:
             if self.last.text or is_whole:
                 self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the conversation to the new file ``path``, as one JSON line, which calibration reads as a prompt."""
         try:
-            with path.open("x", encoding="utf-8") as file:
+            with Path(path).open("x", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except OSError as cause:
             raise UsageError(
