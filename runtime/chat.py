@@ -43,7 +43,7 @@ class EngineChat:
     the template: ``tools`` (JSON schemas), ``documents``, ``template`` (the name or the text of one; default: the engine's, or
     its "tool_use" if there are tools), ``template_variables`` (what else it reads, e.g. ``{"enable_thinking": False}``),
     ``continue_final_message`` (the last message is left open, and its continuation generated), ``trusted`` (control tokens
-    written in messages count; by default they are text, so that nobody ends his turn by writing <|im_end|>). Others: those of
+    written in messages count; by default they are text, so that nobody ends a turn by writing <|im_end|>). Others: those of
     ``SamplingParams``.
 
     Raises ``UsageError`` for messages that are malformed or that the template refuses, with what it says, and for an engine
