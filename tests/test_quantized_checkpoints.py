@@ -189,6 +189,8 @@ def test_settings_and_tensors_that_do_not_fit_together_are_refused(folder: Path)
         (*SCHEMES["awq"], {"qweight": torch.zeros(48, 7, dtype=torch.int32)}, "another shape"),
         (*SCHEMES["ct int4 groups"], {"weight_shape": torch.tensor([48, 47])}, "does not have the shape"),
         (*SCHEMES["ct int4 groups"], {"weight_packed": ...}, "not those that config.json describes"),
+        (*SCHEMES["ct int8 groups"], {"weight_scale": ...}, "no model.layers.0.self_attn.q_proj.weight_scale"),
+        (*SCHEMES["ct int8 with zero points"], {"weight_zero_point": ...}, "not complete"),
     ):
         save_file(original, folder / SINGLE_FILE)
         quantised(folder, config, quantise)
@@ -199,6 +201,16 @@ def test_settings_and_tensors_that_do_not_fit_together_are_refused(folder: Path)
     quantised(folder, *SCHEMES["gptq in activation order"])
     edit_tensors(folder, g_idx=torch.full((48,), 3, dtype=torch.int32))
     with pytest.raises(CheckpointError, match=Q_PROJ):
+        open_huggingface(folder).tensor(Q_PROJ)
+
+
+@pytest.mark.parametrize(("name", "part"), [("gptq", "scales"), ("awq", "scales"), ("ct int8 groups", "weight_scale")])
+def test_scales_that_are_no_numbers_are_refused(name: str, part: str, folder: Path) -> None:
+    quantised(folder, *SCHEMES[name])
+    scale = load_file(folder / SINGLE_FILE)[Q_PROJ.replace("weight", part)]
+    scale[0, 0] = float("nan")
+    edit_tensors(folder, **{part: scale})
+    with pytest.raises(CheckpointError, match=f"'{Q_PROJ}' of .*: a quantised weight has scales that are no finite numbers"):
         open_huggingface(folder).tensor(Q_PROJ)
 
 

@@ -6,16 +6,24 @@
 import torch
 from torch import Tensor
 
+from trt_kv.errors import CheckpointError
+
 _ROWS = 1024
 """Rows of a weight that are expanded at once, which bounds the memory besides the result."""
 
 
 def dequantized(codes_OI: Tensor, scale_RC: Tensor, zero_RC: Tensor | None, row_of_O: Tensor, column_of_I: Tensor) -> Tensor:
     """Weight [O, I] fp32 of ``codes_OI``. Output o and input i have the scale and zero point ``[row_of_O[o], column_of_I[i]]``,
-    both int64. Zero points None: 0.
+    both int64. Zero points None: 0. ``CheckpointError`` for scales that are no finite numbers.
     """
     weight_OI = torch.empty(codes_OI.shape, dtype=torch.float32)
     scale_RC = scale_RC.float()
+    if not scale_RC.isfinite().all():
+        raise CheckpointError(
+            "a quantised weight has scales that are no finite numbers",
+            got=f"{int((~scale_RC.isfinite()).sum())} of {scale_RC.numel()}",
+            fix="download the checkpoint again",
+        )
     for start in range(0, len(codes_OI), _ROWS):
         rows = row_of_O[start : start + _ROWS]
         values = codes_OI[start : start + _ROWS].float()

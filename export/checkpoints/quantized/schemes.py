@@ -91,7 +91,8 @@ class CompressedTensorsScheme:
 
     def layout_of(self, module: str, parts: Parts) -> Layout | None:
         is_packed = "weight_packed" in parts
-        if not is_packed and ("weight_scale" not in parts or "weight" not in parts):
+        is_narrow = "weight" in parts and ("weight_scale" in parts or parts["weight"].dtype in (*FP8, "I8"))
+        if not is_packed and not is_narrow:
             return None
         group = max(self.groups, key=lambda group: group.matches(module), default=None)
         if group is None or not group.matches(module) or is_packed != (group.format == "pack-quantized"):
@@ -104,7 +105,7 @@ class CompressedTensorsScheme:
         groups = group.strategy == "group" and "weight_g_idx" in parts
         if is_packed:
             return PackedLayout(n_bits=group.n_bits, group_size=group.block[1], symmetric=group.symmetric, groups=groups)
-        zero = "weight_zero_point" if "weight_zero_point" in parts else None
+        zero = "weight_zero_point" if "weight_zero_point" in parts or not group.symmetric else None
         return ScaledLayout(scale="weight_scale", zero=zero, groups="weight_g_idx" if groups else None, block=group.block)
 
 
