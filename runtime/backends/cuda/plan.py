@@ -46,8 +46,8 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
-    """``largest``: the largest step. ``n_pages``: pages of the pool on the device. ``most``: of each layer whose cache is in it, the
-    pages that it adds at most. ``recall``: None if no layer recalls.
+    """``largest``: the largest step. ``n_pages``: pages of the pool on the device. ``most``: of each layer whose cache is in
+    it, the pages that it adds at most. ``recall``: None if no layer recalls.
     """
 
     largest: StepSizes
