@@ -4,6 +4,7 @@ So an admitted request never runs out of memory, and none has to be preempted. T
 inspected, because all of their pages are allocated under reservations.
 """
 
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -143,9 +144,11 @@ class _Pages:
 
     option = "cache_tokens"
 
-    def __init__(self, pool: PagePool, *, n_layers: int) -> None:
+    def __init__(self, pool: PagePool, *, n_layers: int, most: Sequence[int] = ()) -> None:
+        """``most``: for each layer, the pages that it adds to the pool at most, however large the option; empty: no bound."""
         self.pool = pool
         self.n_layers = n_layers
+        self._most = most
 
     @property
     def name(self) -> str:
@@ -167,8 +170,10 @@ class _Pages:
         self.pool.secure(reserved)
 
     def _tokens(self, n_pages: int) -> int:
-        """Tokens per layer for which ``n_pages`` suffice."""
-        return -(-n_pages // self.n_layers) * self.pool.page_size
+        """The least number of tokens per layer for which a pool has ``n_pages``."""
+        most = self._most or [n_pages] * self.n_layers
+        per_layer = bisect_left(range(n_pages), n_pages, key=lambda n: sum(min(n, limit) for limit in most))
+        return per_layer * self.pool.page_size
 
 
 class CachePages(_Pages):
@@ -182,13 +187,15 @@ class CachePages(_Pages):
         n_protected: int,
         windows: Sequence[int] = (),
         chunk: int = 1,
+        most: Sequence[int] = (),
     ) -> None:
         """``budgets``: of each layer; None if it depends on the prompt, and so may be the whole prompt.
 
         ``n_protected`` tokens of each layer are kept whatever its budget. ``windows``: each layer's attention window in tokens,
-        0 for none; empty: no layer has one. ``chunk``: prompt tokens that are read in one step.
+        0 for none; empty: no layer has one. ``chunk``: prompt tokens that are read in one step. ``most``: for each layer, the
+        pages that it adds to the pool at most, however many tokens it is sized for; empty: no bound.
         """
-        super().__init__(pool, n_layers=len(budgets))
+        super().__init__(pool, n_layers=len(budgets), most=most)
         self._layers = list(zip(budgets, windows or [0] * len(budgets), strict=True))
         self._n_protected = n_protected
         self._chunk = chunk

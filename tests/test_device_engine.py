@@ -207,6 +207,21 @@ def test_requests_longer_than_a_windowed_layer_holds_are_admitted(folder_of: Cal
     assert on_device.after_reading(RequestSize(n_prompt=100, max_new_tokens=20)) == -(-(8 + 4 + 1) // 5)
 
 
+@pytest.mark.usefixtures("idle")
+def test_the_size_that_a_refusal_names_suffices_though_windows_bound_a_layer(folder_of: Callable[[str], Path]) -> None:
+    """A larger ``cache_tokens`` adds pages to the other layers only."""
+    folder, size = folder_of("h2o-windows"), RequestSize(n_prompt=POSITIONS - 8, max_new_tokens=8)
+    tight = load_on(folder, CPU, DeviceOptions(batch=1), cache_tokens=60)
+    with pytest.raises(CapacityError, match="the KV pool is too small") as caught:
+        tight.core.reservation.check(size)
+    assert caught.value.got == "room for 60 tokens per layer"
+    (named,) = re.findall(r"cache_tokens=(\d+)", str(caught.value))
+    load_on(folder, CPU, DeviceOptions(batch=1), cache_tokens=int(named)).core.reservation.check(size)
+    one_page_less = load_on(folder, CPU, DeviceOptions(batch=1), cache_tokens=int(named) - 5)
+    with pytest.raises(CapacityError, match="the KV pool is too small"):
+        one_page_less.core.reservation.check(size)
+
+
 def test_working_sets_that_grow_with_prompts_are_sized_for_the_longest_that_fits(folder_of: Callable[[str], Path]) -> None:
     manifest = load_manifest(folder_of("freekv-recipe"))
     roomy = planned(manifest, free_device=10**9)

@@ -20,7 +20,6 @@ from trt_kv.families import family_from_name, family_names
 from trt_kv.hf_config import model_config_from_hf
 from trt_kv.model_config import ModelConfig
 from trt_kv.rope_config import RopeConfig
-from trt_kv.rotation import rope_frequencies
 from trt_kv.weight_sources import stored_shapes, weight_sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,41 +194,6 @@ def test_attention_in_both_directions_is_refused(tmp_path: Path) -> None:
     edit_config(folder, use_bidirectional_attention=True)
     with pytest.raises(CheckpointError, match="both directions"):
         open_checkpoint(folder)
-
-
-ROPES: dict[str, dict[str, Any]] = {
-    "linear": {"factor": 3.0},
-    "yarn": {"factor": 8.0, "original_max_position_embeddings": 64},
-    "yarn-step": {
-        "rope_type": "yarn",
-        "factor": 8.0,
-        "original_max_position_embeddings": 64,
-        "beta_fast": 2.0,
-        "beta_slow": 2.0,
-    },
-    "yarn-no-original": {"rope_type": "yarn", "factor": 4.0},
-    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
-    "longrope": {
-        "short_factor": [1.0] * 16,
-        "long_factor": [2.0 + i for i in range(16)],
-        "original_max_position_embeddings": 64,
-    },
-    "longrope-factor": {"rope_type": "longrope", "short_factor": [1.5] * 16, "long_factor": [2.5] * 16, "factor": 6.0},
-    "proportional": {"partial_rotary_factor": 0.25, "factor": 2.0},
-}
-
-
-@pytest.mark.parametrize("name", ROPES)
-def test_frequencies_are_those_of_transformers(name: str) -> None:
-    settings = {"rope_type": name, "rope_theta": 5000.0, **ROPES[name]}
-    theirs = transformers.LlamaConfig(
-        hidden_size=128, num_attention_heads=4, head_dim=32, max_position_embeddings=512, rope_parameters=settings
-    )
-    of_type = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[settings["rope_type"]]
-    inverse, factor = of_type(theirs, torch.device("cpu"), seq_len=512)
-    ours = model_config_from_hf({**theirs.to_dict(), "rope_parameters": settings, "architectures": None}, source="config.json")
-    torch.testing.assert_close(rope_frequencies(ours.rope, 32), inverse, atol=0, rtol=1e-6)
-    assert ours.rope.attention_factor == pytest.approx(factor)
 
 
 def test_the_json_of_a_model_without_later_features_has_no_later_fields(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_model_config import read, read_mistral, read_qwen
+from tests.configs import read, read_mistral, read_qwen
 from trt_kv.errors import CheckpointError
 from trt_kv.families import family_names
 from trt_kv.unsupported_models import REFUSALS

@@ -4,50 +4,15 @@ import json
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from tests.configs import LLAMA3_SCALING, LLAMA_3_1_8B, read, read_qwen
 from trt_kv.errors import CheckpointError
 from trt_kv.families import family_from_name, family_names
 from trt_kv.hf_config import model_config_from_hf
 from trt_kv.model_config import ModelConfig, RopeConfig
-
-LLAMA3_SCALING = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-LLAMA_3_1_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3"},
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-}
-
-
-def read(**changes: Any) -> ModelConfig:
-    """The Llama 3.1 8B config with ``changes``; ``...`` removes a field."""
-    data = {**LLAMA_3_1_8B, **changes}
-    return model_config_from_hf({name: value for name, value in data.items() if value is not ...}, source="config.json")
-
 
 NEEDED = (
     "hidden_size",
@@ -60,14 +25,6 @@ NEEDED = (
     "max_position_embeddings",
 )
 """Fields that trt-kv does not guess for every family."""
-
-
-def read_qwen(**changes: Any) -> ModelConfig:
-    return read(model_type="qwen2", architectures=["Qwen2ForCausalLM"], rope_scaling=None, **changes)
-
-
-def read_mistral(**changes: Any) -> ModelConfig:
-    return read(model_type="mistral", architectures=["MistralForCausalLM"], rope_scaling=None, **changes)
 
 
 def test_llama_3_1_8b_is_read_in_full() -> None:
@@ -100,29 +57,6 @@ def test_llama_3_1_8b_has_the_published_number_of_weights() -> None:
     assert sum(sizes.values()) == 8_030_261_248
 
 
-@pytest.mark.parametrize(
-    "spelling",
-    [
-        {
-            "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **LLAMA3_SCALING},
-            "rope_scaling": ...,
-            "rope_theta": ...,
-        },
-        {"rope_parameters": {"rope_type": "llama3", **LLAMA3_SCALING}, "rope_scaling": ...},
-        {"rope_scaling": {"type": "llama3", **LLAMA3_SCALING}},
-        {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **LLAMA3_SCALING}},
-    ],
-    ids=["new", "new-with-theta-outside", "oldest", "both-alike"],
-)
-def test_every_spelling_of_rope_means_the_same(spelling: dict[str, Any]) -> None:
-    assert read(**spelling).rope == read().rope
-
-
-def test_two_spellings_of_rope_that_disagree_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="two different RoPE settings"):
-        read(rope_parameters={"rope_theta": 10000.0, "rope_type": "default"})
-
-
 def test_old_llama_configs_may_leave_out_what_the_first_llama_did_not_have() -> None:
     config = read(num_key_value_heads=..., rope_theta=..., rope_scaling=...)
     assert (config.n_kv_heads, config.rope) == (32, RopeConfig(theta=10000.0))
@@ -146,16 +80,6 @@ def test_null_kv_heads_are_as_many_as_query_heads(name: str) -> None:
     theirs = transformers.AutoConfig.for_model(name, num_key_value_heads=None)
     data = {**json.loads(theirs.to_json_string(use_diff=False)), "architectures": None, "num_key_value_heads": None}
     assert model_config_from_hf(data, source="config.json").n_kv_heads == theirs.num_attention_heads
-
-
-def test_dynamic_rope_is_plain_rope_within_the_context() -> None:
-    config = transformers.LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0})
-    plain = transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    dynamic, default = (LlamaRotaryEmbedding(c) for c in (config, plain))
-    x, positions = torch.zeros(1, 1, 1), torch.arange(config.max_position_embeddings)[None]
-    for ours, theirs in zip(dynamic(x, positions), default(x, positions), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert read(rope_scaling={"rope_type": "dynamic", "factor": 4.0}).rope == read(rope_scaling=None).rope
 
 
 @pytest.mark.parametrize("name", family_names())
@@ -204,13 +128,6 @@ def test_only_old_llamas_may_leave_out_fields(field: str) -> None:
         read_qwen(**{field: ...})
 
 
-@pytest.mark.parametrize("field", ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])
-def test_a_needed_rope_field_that_is_missing_is_named(field: str) -> None:
-    scaling = {name: value for name, value in LLAMA3_SCALING.items() if name != field}
-    with pytest.raises(CheckpointError, match=f"rope_scaling in config.json has no field '{field}'"):
-        read(rope_scaling={**scaling, "rope_type": "llama3"})
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -247,12 +164,6 @@ def test_a_field_of_the_wrong_type_is_named(field: str, value: object) -> None:
 def test_impossible_values_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read(**changes)
-
-
-@pytest.mark.parametrize("kind", ["mrope", None, 3])
-def test_unknown_rope_types_are_refused_and_the_known_ones_listed(kind: object) -> None:
-    with pytest.raises(CheckpointError, match=rf"type {kind!r}\n.*'default', 'linear', 'llama3', 'yarn'"):
-        read(rope_scaling={"rope_type": kind, "factor": 4.0})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from trt_kv.errors import CapacityError, EngineError, UsageError
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import build_engine
 from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
+from trt_kv.manifest import Plan
 from trt_kv.opspec import Case, OpSpec
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.policies import policy_from_name
@@ -27,7 +28,9 @@ from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.loading import LoadOptions
 from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.reservation import RequestSize
 
 PROGRAMS = {phase: program_of(policy_from_name("full"), phase=phase, n_layers=2, scale=1.0, page_size=4) for phase in PHASES}
 
@@ -127,6 +130,44 @@ def test_a_step_runs_in_the_profile_that_admits_it(executor: Any, sizes: dict[st
 def test_a_step_that_no_profile_admits_is_refused_with_what_is_admitted(executor: Any) -> None:
     with pytest.raises(CapacityError, match=r"17\.\.64"):
         executor.profile_index(PROFILES, {"N": 65, "B": 1})
+
+
+def test_columns_that_a_page_table_has_beyond_its_pages_do_not_count(executor: Any) -> None:
+    """Tables grow by doubling: with 11 pages they have 22 columns, which a plan for 12 does not admit."""
+    seen: list[Step] = []
+
+    class Watching(RecordingSteps):
+        def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
+            seen.append(executor.with_used_columns(step, 12, pool.page_size))
+            return super().run_step(phase, step, pool)
+
+    pool = HostKvPool(n_pages=60, page_size=4, n_kv_heads=1, head_size=2)
+    runner = ModelRunner(Watching(), pool, PROGRAMS, chunk=30)
+    sequence = runner.new_sequence()
+    runner.prefill(sequence, list(range(42)))
+    assert [step.page_table.shape[2] for step in seen] == [8, 12]
+    assert (seen[-1].page_table[:, 0, :11] == sequence.page_table[:, :11]).all()
+    runner.prefill(sequence, list(range(10)))
+    assert seen[-1].page_table.shape[2] == 13, "more than the plan admits is not hidden from it"
+
+
+def test_what_a_plan_does_not_admit_is_refused_before_it_starts(tensorrt: ModuleType, small_engine: Engine) -> None:
+    """A request longer than the plan's page tables; and chunks are no longer than its largest step."""
+    from trt_kv.runtime.backends.tensorrt.load import chunk_of, reservation_of
+
+    manifest, options = small_engine.manifest, LoadOptions(chunk=512)
+    profile = dataclasses.replace(build_profile("edge"), context_tokens=(1, 20, 40), prefill_tokens=((1, 8, 16), (17, 32, 64)))
+    ranges = profile.axis_ranges(n_layers=manifest.config.n_layers, page_size=manifest.page_size)
+    plan = Plan(file="model.plan", built_by="TensorRT", profiles=tuple(ranges))
+    assert chunk_of(plan, options) == 64
+    pool = HostKvPool(n_pages=300, page_size=manifest.page_size, n_kv_heads=1, head_size=2)
+    reservation = reservation_of(manifest, plan, pool, options)
+    reservation.check(RequestSize(n_prompt=40, max_new_tokens=1, n_sequences=4))
+    for size in (RequestSize(n_prompt=41, max_new_tokens=1), RequestSize(n_prompt=40, max_new_tokens=40)):
+        with pytest.raises(CapacityError, match="build with a PROFILE of longer contexts"):
+            reservation.check(size)
+    with pytest.raises(CapacityError, match="build with a PROFILE of more sequences"):
+        reservation.check(RequestSize(n_prompt=2, max_new_tokens=1, n_sequences=5))
 
 
 def test_a_plan_that_cannot_be_loaded_says_so(executor: Any, tmp_path: Path) -> None:

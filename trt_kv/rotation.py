@@ -18,13 +18,15 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     rotary_dim = rope.rotary_dim or head_dim
     size = head_dim if rope.kind == "proportional" else rotary_dim
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / size
-    frequencies = 1.0 / (rope.theta**exponents)
+    powers = rope.theta**exponents
+    frequencies = 1.0 / powers
+    # Operations in transformers' order, to the last bit: an angle has their error times its position.
     if rope.kind == "llama3":
         return _llama3(rope, frequencies)
     if rope.kind == "yarn":
-        return _yarn(rope, frequencies)
+        return _yarn(rope, frequencies, 1.0 / (rope.factor * powers))
     if rope.kind == "longrope":
-        return frequencies / torch.tensor(rope.factors, device="cpu")
+        return 1.0 / (torch.tensor(rope.factors, device="cpu") * powers)
     if rope.kind == "proportional":  # the other channels are rotated by nothing, so that pairs are half a head apart
         still = torch.zeros((head_dim - rotary_dim) // 2, device="cpu")
         return torch.cat((frequencies, still)) / rope.factor
@@ -41,10 +43,10 @@ def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
     return (1 - kept) * frequencies / rope.factor + kept * frequencies
 
 
-def _yarn(rope: RopeConfig, frequencies: Tensor) -> Tensor:
+def _yarn(rope: RopeConfig, frequencies: Tensor, divided: Tensor) -> Tensor:
     """YaRN (Peng et al. 2023, section 3.2): pairs that turn more than ``beta_fast`` times within the original context stay,
-    those that turn less than ``beta_slow`` times are divided by ``factor``, and in between the two are blended linearly along
-    the pairs.
+    those that turn less than ``beta_slow`` times are ``divided`` by ``factor``, and in between the two are blended linearly
+    along the pairs.
     """
     rotary_dim = 2 * len(frequencies)
 
@@ -59,8 +61,8 @@ def _yarn(rope: RopeConfig, frequencies: Tensor) -> Tensor:
     if first == last:
         last += 0.001  # a step instead of a ramp
     pairs = torch.arange(len(frequencies), dtype=torch.float32, device="cpu")
-    divided = ((pairs - first) / (last - first)).clamp(0.0, 1.0)
-    return frequencies / rope.factor * divided + frequencies * (1 - divided)
+    kept = 1 - ((pairs - first) / (last - first)).clamp(0.0, 1.0)
+    return divided * (1 - kept) + frequencies * kept
 
 
 def rotate(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ class SequenceCache:
 
         Such a layer holds its tokens in order of position, so these are the first pages of its page table.
         """
+        if not any(self._windows):
+            return
         size, kv_len = self.pool.page_size, self.kv_len.copy()
         for layer, window in enumerate(self._windows):
             n_hidden = int(kv_len[layer]) - (window - 1)

@@ -180,11 +180,11 @@ def _reservation(
     chunk: int,
 ) -> Reservation:
     policy, budgets, page_size = manifest.applied_policy, budgets_of(manifest.programs["prefill"]), manifest.page_size
-    windows, most = manifest.windows, plan.largest.n_sequences
-    places = Places(min(most, options.max_sequences or most), "send fewer at once, or load the engine with a larger batch")
+    windows, n_most = manifest.windows, plan.largest.n_sequences
+    places = Places(min(n_most, options.max_sequences or n_most), "send fewer at once, or load the engine with a larger batch")
     if recall is None or plan.recall is None:
         n_protected = policy.sinks + policy.recent
-        pages = CachePages(pool, budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk)
+        pages = CachePages(pool, budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk, most=plan.most)
         return Reservation([places, pages], [LargestStep(plan.largest, page_size=page_size, most_held=pages.most_in_any_layer)])
     layers = recalling_layers(manifest.programs["decode"])
     longest = page_size * min(plan.largest.table_width, plan.recall.host_pages // len(layers))
@@ -196,6 +196,7 @@ def _reservation(
     ]
     if len(layers) < len(budgets):
         whole = [window for layer, window in enumerate(windows) if layer not in layers]
-        resources.append(CachePages(pool, budgets=[ALL] * len(whole), n_protected=0, windows=whole, chunk=chunk))
+        whole_pages = CachePages(pool, budgets=[ALL] * len(whole), n_protected=0, windows=whole, chunk=chunk, most=plan.most)
+        resources.append(whole_pages)
     limit = LargestStep(plan.largest, page_size=page_size, longest_prompt=plan.recall.longest_prompt)
     return Reservation(resources, [limit])

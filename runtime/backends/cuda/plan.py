@@ -46,10 +46,13 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
-    """``largest``: the largest step. ``n_pages``: pages of the pool on the device. ``recall``: None if no layer recalls."""
+    """``largest``: the largest step. ``n_pages``: pages of the pool on the device. ``most``: of each layer whose cache is in
+    it, the pages that it adds at most. ``recall``: None if no layer recalls.
+    """
 
     largest: StepSizes
     n_pages: int
+    most: tuple[int, ...]
     recall: RecallCapacity | None = None
 
 
@@ -68,10 +71,11 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     recalling_numbers = recalling_layers(manifest.programs["decode"])
     windows = [window for layer, window in enumerate(manifest.windows) if layer not in recalling_numbers]
     recalling, whole = len(recalling_numbers), len(windows)
+    most_pages = tuple(COPIES * wanted.batch * _of_window(window, wanted, size) for window in windows)
 
     def pages_for(tokens: int) -> int:
         """Pages for ``tokens`` in each layer that does not recall, but of a window no more than all sequences can hold."""
-        return sum(min(_pages(tokens, size), COPIES * wanted.batch * _of_window(window, wanted, size)) for window in windows)
+        return sum(min(_pages(tokens, size), limit) for limit in most_pages)
 
     def whole_pages(n_bytes: int) -> int:
         if wanted.cache_tokens is not None or not any(windows):
@@ -81,7 +85,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
 
     if not recalling:
         n_pages = whole_pages(free_device // 2)
-        return DevicePlan(largest=largest, n_pages=n_pages)
+        return DevicePlan(largest=largest, n_pages=n_pages, most=most_pages)
     page_bytes = config.n_kv_heads * 2 * size * config.head_dim * element_bytes
     host_tokens = wanted.host_tokens or max(
         1, min(COPIES * config.max_positions, free_host // 2 * size // (recalling * page_bytes))
@@ -102,6 +106,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     return DevicePlan(
         largest=largest,
         n_pages=n_pages,
+        most=most_pages,
         recall=_fitting(manifest, capacity, free // (recalling * page_bytes)),
     )
 

@@ -19,10 +19,12 @@ class LargestStep:
         page_size: int,
         most_held: Callable[[RequestSize], int] = lambda size: size.n_prompt + max(0, size.max_new_tokens - 1),
         longest_prompt: int | None = None,
+        how_to_enlarge: str = "load the engine with a profile for a longer context",
     ) -> None:
         """``most_held``: the most tokens of a request that any layer holds. ``longest_prompt``: tokens of the longest prompt
-        that working sets were sized for; None: there are none.
+        that working sets were sized for; None: there are none. ``how_to_enlarge``: the fix in the error for longer sequences.
         """
+        self._how_to_enlarge = how_to_enlarge
         self._longest = largest.table_width * page_size
         self._most_held = most_held
         self._longest_prompt = longest_prompt
@@ -34,7 +36,7 @@ class LargestStep:
                 "the request is longer than this engine was loaded for",
                 got=f"{size.n_prompt} prompt tokens, {size.max_new_tokens} to generate",
                 expected=f"at most {self._longest} prompt tokens, and at most {self._longest} kept and generated ones together",
-                fix="shorten it, or load the engine with a profile for a longer context",
+                fix=f"shorten it, or {self._how_to_enlarge}",
             )
         if self._longest_prompt is not None and size.n_prompt > self._longest_prompt:
             raise CapacityError(

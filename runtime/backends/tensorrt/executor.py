@@ -3,6 +3,7 @@
 Needs an NVIDIA GPU, its driver, torch with CUDA, and TensorRT. docs/tensorrt.md lists what has been run on hardware.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from trt_kv.manifest import Plan
 from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, makers_of, results_of, states_of
 from trt_kv.plugins.tensorrt_base import OpPlugin, register_plugins, trt
 from trt_kv.program import Program
+from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES
 from trt_kv.runtime.backends.step import Ints, Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
@@ -51,6 +53,7 @@ class TensorRtExecutor:
         self._stream = torch.cuda.Stream()
         self._contexts = [self._context(index) for index in range(len(plan.profiles))]
         largest = {axis: max(ranges[axis][2] for ranges in plan.profiles) for axis in plan.profiles[0]}
+        self._most_columns = largest["T"]
         largest |= {"B+1": largest["B"] + 1, "L": len(program), "V": vocab_size, "K": n_kv_heads}
         types = {"float": TORCH_TYPES[dtype], "float32": torch.float32, "int64": torch.int64}
         states = states_of(program)
@@ -70,6 +73,7 @@ class TensorRtExecutor:
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``. Raises ``CapacityError`` for a step larger than the plan was built for."""
+        step = with_used_columns(step, self._most_columns, pool.page_size)
         sizes = {"N": len(step.input_ids), "R": len(step.logit_rows), "B": len(step.cu_tokens) - 1}
         sizes |= {"T": step.page_table.shape[2], "M": pool.n_pages, "U": pool.n_pages}
         index = profile_index(self._plan.profiles, sizes, newest_first=phase == "decode")
@@ -170,6 +174,12 @@ def engine_from_plan(path: Path) -> Any:
 def free_device_bytes() -> int:
     """Free bytes of the current GPU."""
     return int(torch.cuda.mem_get_info()[0])
+
+
+def with_used_columns(step: Step, most_columns: int, page_size: int) -> Step:
+    """``step`` with at most ``most_columns`` of its page table, if the others are unused: tables grow by doubling."""
+    used = StepSizes.of(step, page_size).table_width
+    return dataclasses.replace(step, page_table=step.page_table[:, :, : max(most_columns, used)])
 
 
 def profile_index(profiles: Sequence[Ranges], sizes: Mapping[str, int], *, newest_first: bool = False) -> int:

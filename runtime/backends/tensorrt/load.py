@@ -4,10 +4,13 @@ from pathlib import Path
 
 from trt_kv.errors import EngineError
 from trt_kv.layer_budget import ALL
-from trt_kv.manifest import Manifest
+from trt_kv.manifest import Manifest, Plan
 from trt_kv.program import budgets_of
+from trt_kv.runtime.backends.cuda.reservation import LargestStep
+from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.tensorrt.executor import TensorRtExecutor, free_device_bytes
+from trt_kv.runtime.cache.page_pool import PagePool
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import CachePages, Places, Reservation
@@ -47,15 +50,33 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         executor,
         pool,
         manifest.programs,
-        chunk=options.chunk,
+        chunk=chunk_of(plan, options),
         decode=policy.decode,
         decode_distance=policy.decode_distance,
         trace=options.trace,
     )
-    budgets = budgets_of(manifest.programs["prefill"])
+    return Loaded(runner=runner, reservation=reservation_of(manifest, plan, pool, options), token_budget=options.token_budget)
+
+
+def chunk_of(plan: Plan, options: LoadOptions) -> int:
+    """Prompt tokens per step: those of the options, but no more than the plan admits in a step of one sequence."""
+    return min(options.chunk, max(ranges["N"][2] for ranges in plan.profiles if ranges["B"][0] == 1))
+
+
+def reservation_of(manifest: Manifest, plan: Plan, pool: PagePool, options: LoadOptions) -> Reservation:
+    """Requests reserve pages and places in the plan's largest batch, and may be as long as its page tables."""
+    policy, budgets = manifest.applied_policy, budgets_of(manifest.programs["prefill"])
     kept = [ALL] * len(budgets) if policy.recalls else budgets
-    most = max(ranges["B"][2] for ranges in plan.profiles)
-    places = Places(min(most, options.max_sequences or most), "build with a PROFILE of more sequences")
-    n_protected = policy.sinks + policy.recent
-    pages = CachePages(pool, budgets=kept, n_protected=n_protected, windows=manifest.windows, chunk=options.chunk)
-    return Loaded(runner=runner, reservation=Reservation([places, pages]), token_budget=options.token_budget)
+    largest, how_to_enlarge = StepSizes.largest(plan.profiles), "build with a PROFILE of"
+    places = Places(min(largest.n_sequences, options.max_sequences or largest.n_sequences), f"{how_to_enlarge} more sequences")
+    pages = CachePages(
+        pool,
+        budgets=kept,
+        n_protected=policy.sinks + policy.recent,
+        windows=manifest.windows,
+        chunk=chunk_of(plan, options),
+    )
+    length = LargestStep(
+        largest, page_size=pool.page_size, most_held=pages.most_in_any_layer, how_to_enlarge=f"{how_to_enlarge} longer contexts"
+    )
+    return Reservation([places, pages], [length])
