@@ -164,6 +164,8 @@ def test_errors_name_the_template_and_its_line() -> None:
         TEMPLATES.render("default", "a\n{{ m.role }}", {})
     with pytest.raises(UsageError, match=r"TypeError: .*line 1"):
         TEMPLATES.render("default", "{{ 1 + 'a' }}", {})
+    with pytest.raises(UsageError, match="writes no text"):  # which no tokenizer takes
+        TEMPLATES.render("default", "{{ '\\ud800' }}", {})
     with pytest.raises(UsageError, match="SyntaxError"):
         TEMPLATES.render("default", "{{ x[1:2, 3] }}", {})
     with pytest.raises(UsageError, match="cannot be rendered") as caught:

@@ -10,7 +10,7 @@ from trt_kv.errors import TrtKvError, UnknownNameError, UsageError
 from trt_kv.json_file import MAX_DOCUMENT_BYTES, read_json
 from trt_kv.require import require
 from trt_kv.safe_path import check_size
-from trt_kv.text_file import shortened
+from trt_kv.text_file import lone_surrogate, shortened
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -87,7 +87,7 @@ class ChatTemplates:
         jinja2 = require("jinja2")
         where = f"the chat template {name!r} of {self.owner}"
         try:
-            return str(sandbox.render(source, {**self.special_tokens, **variables}))
+            text = str(sandbox.render(source, {**self.special_tokens, **variables}))
         except jinja2.TemplateSyntaxError as error:
             found = f"line {error.lineno}: {error.message}"
             raise UsageError(f"{where} is malformed", got=found, expected="a jinja template") from error
@@ -102,6 +102,9 @@ class ChatTemplates:
                 got=_said(error),
                 fix="change the messages as it says" if refuses else _HOW_TO_RENDER,
             ) from error
+        if (at := lone_surrogate(text)) is not None:
+            raise UsageError(f"{where} writes no text", got=f"half a surrogate pair, {text[at]!a}", fix=_HOW_TO_RENDER)
+        return text
 
 
 def chat_templates(files: Mapping[str, Path], *, owner: str, error: type[TrtKvError]) -> ChatTemplates:
