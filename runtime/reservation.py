@@ -267,15 +267,19 @@ class WorkingSetPages(_Pages):
         return CapacityError(error.what, got=error.got, expected=error.expected, fix=f"{error.fix}, {smaller}")
 
     def while_reading(self, size: RequestSize) -> int:
-        return self.after_reading(size)
+        reading = sum(self._of_layer(size, *layer, self._chunk) for layer in self._layers)
+        return max(reading, self.after_reading(size))
 
     def after_reading(self, size: RequestSize) -> int:
-        return size.n_sequences * sum(self._of_layer(size, *layer) for layer in self._layers)
+        return size.n_sequences * sum(self._of_layer(size, *layer, 1) for layer in self._layers)
 
-    def _of_layer(self, size: RequestSize, limits: PageLimits | None, budget: LayerBudget | None, window: int) -> int:
+    def _of_layer(
+        self, size: RequestSize, limits: PageLimits | None, budget: LayerBudget | None, window: int, n_new: int
+    ) -> int:
+        """The most pages of one layer of a sequence in steps of up to ``n_new`` tokens."""
         n_most = _pages(size.n_prompt + size.max_new_tokens, self.pool)
         if limits is None:
-            return min(n_most, window_pages(window, self._chunk, self.pool.page_size)) if window else n_most
+            return min(n_most, window_pages(window, n_new, self.pool.page_size)) if window else n_most
         n_tokens = size.n_prompt if budget is None else budget.of_prompt(size.n_prompt)
         n_chosen = min(limits.n_chosen(n_tokens), n_most)
         return limits.n_sinks + limits.n_newest + n_chosen + staging_slots(n_chosen)

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from tests.configs import LLAMA3_SCALING, read
 from trt_kv.errors import CheckpointError
 from trt_kv.hf_config import model_config_from_hf
+from trt_kv.model_config import ModelConfig, RopeConfig
 from trt_kv.rotation import rope_frequencies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +60,31 @@ def test_a_needed_rope_field_that_is_missing_is_named(field: str) -> None:
 def test_unknown_rope_types_are_refused_and_the_known_ones_listed(kind: object) -> None:
     with pytest.raises(CheckpointError, match=rf"type {kind!r}\n.*'default', 'linear', 'llama3', 'yarn'"):
         read(rope_scaling={"rope_type": kind, "factor": 4.0})
+
+
+GEMMA_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+def read_gemma3(**changes: Any) -> ModelConfig:
+    return read(model_type="gemma3_text", architectures=None, sliding_window=512, rope_theta=..., **changes)
+
+
+def test_one_rope_for_each_type_of_layer_is_read_in_both_spellings() -> None:
+    old = read_gemma3(rope_scaling={"rope_type": "linear", "factor": 8.0}, rope_local_base_freq=10000)
+    assert old == read_gemma3(rope_parameters=GEMMA_ROPES, rope_scaling=...)
+    assert old == read_gemma3(rope_parameters=GEMMA_ROPES, rope_scaling={"type": "linear", "factor": 8.0})
+    assert (old.rope.factor, old.local_rope) == (8.0, RopeConfig(theta=10000.0))
+
+
+def test_one_rope_for_each_type_of_layer_is_not_overlooked() -> None:
+    """Neither one for all layers, nor one beside them that says something else."""
+    with pytest.raises(CheckpointError, match="field 'rope_parameters'"):
+        read_gemma3(rope_parameters=GEMMA_ROPES["full_attention"], rope_scaling=...)
+    with pytest.raises(CheckpointError, match="two different RoPE settings"):
+        read_gemma3(rope_parameters=GEMMA_ROPES, rope_scaling={"rope_type": "linear", "factor": 4.0})
 
 
 ROPES: dict[str, dict[str, Any]] = {

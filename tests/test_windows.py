@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.windowed_models import CONFIG, dense_logits, windowed_config, windowed_runner
+from trt_kv.layer_budget import ALL
 from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
-from trt_kv.runtime.reservation import CachePages, RequestSize, window_pages
+from trt_kv.runtime.reservation import CachePages, RequestSize, WorkingSetPages, window_pages
 
 SHARES = (0.5, 0.3, 0.8)
 CHANGES: dict[str, dict[str, Any]] = {
@@ -206,6 +207,15 @@ def test_what_is_reserved_for_a_window_is_enough_and_is_needed(
         sequence.free_passed()
     assert most <= pages.while_reading(size) <= most + 3
     assert sequence.num_computed_tokens == size.n_prompt + size.max_new_tokens - 1
+
+
+def test_beside_layers_that_recall_a_chunk_is_reserved_only_while_the_prompt_is_read() -> None:
+    """(8 + 3 + 20) / 4 pages for one sequence that reads, (8 + 3 + 1) / 4 for each that decodes."""
+    runner = windowed_runner(windowed_config([9, 9, 9]), small_policy("full"), page_size=4, chunk=20)
+    pages = WorkingSetPages(runner.pool, limits=[None] * 3, budgets=[ALL] * 3, windows=[9, 9, 9], chunk=20)
+    for n_sequences, reading in ((1, 3 * 8), (2, 3 * 8), (3, 3 * 3 * 3)):
+        size = RequestSize(n_prompt=90, max_new_tokens=40, n_sequences=n_sequences)
+        assert (pages.while_reading(size), pages.after_reading(size)) == (reading, n_sequences * 3 * 3)
 
 
 def test_a_context_longer_than_the_pool_fits_if_layers_have_windows() -> None:

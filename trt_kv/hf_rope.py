@@ -26,12 +26,14 @@ def ropes_from_hf(fields: Fields, family: Family, *, head_dim: int, max_position
     nested = fields.data.get("rope_parameters")
     if nested is None:
         return reader.from_spellings(), reader.rope(Fields({"rope_theta": thetas[SLIDING]}, fields.source))
-    if not isinstance(nested, Mapping) or not all(isinstance(nested.get(kind) or {}, Mapping) for kind in thetas):
+    is_nested = isinstance(nested, Mapping) and (not nested or not thetas.keys().isdisjoint(nested))
+    if not is_nested or not all(isinstance(nested.get(kind) or {}, Mapping) for kind in thetas):
         raise fields.mistyped("rope_parameters", f"an object with one for {FULL!r} and one for {SLIDING!r}")
-    whole, local = (
-        reader.rope(Fields({"rope_theta": theta, **(nested.get(kind) or {})}, f"rope_parameters in {fields.source}"))
-        for kind, theta in thetas.items()
-    )
+    settings = {kind: {"rope_theta": theta, **(nested.get(kind) or {})} for kind, theta in thetas.items()}
+    whole, local = (reader.rope(Fields(settings[kind], f"rope_parameters in {fields.source}")) for kind in thetas)
+    scaling = fields.data.get("rope_scaling")
+    if scaling is not None and reader.spelled("rope_scaling", theta=whole.theta) != whole:
+        raise reader.disagreement()
     return whole, local
 
 
@@ -46,23 +48,31 @@ class _Reader:
         """From whichever spelling is there; from both, if they agree."""
         data = self._fields.data
         spellings = [name for name in ("rope_parameters", "rope_scaling") if data.get(name) is not None]
-        configs = [self._spelled(name) for name in spellings] or [self._spelled(None)]
+        configs = [self.spelled(name) for name in spellings] or [self.spelled(None)]
         if configs[0] != configs[-1]:
-            raise CheckpointError(
-                f"{self._fields.source} has two different RoPE settings",
-                got=f"rope_parameters {data['rope_parameters']}, rope_scaling {data['rope_scaling']}",
-                expected="one of the two",
-            )
+            raise self.disagreement()
         return configs[0]
 
-    def _spelled(self, name: str | None) -> RopeConfig:
+    def disagreement(self) -> CheckpointError:
+        """The error for two spellings that mean different things."""
+        data = self._fields.data
+        return CheckpointError(
+            f"{self._fields.source} has two different RoPE settings",
+            got=f"rope_parameters {data['rope_parameters']}, rope_scaling {data['rope_scaling']}",
+            expected="one of the two",
+        )
+
+    def spelled(self, name: str | None, *, theta: float | None = None) -> RopeConfig:
+        """From the field ``name``; None: from those that are outside of both. ``theta``: if the field has none; None: the
+        config's.
+        """
         source, settings = self._fields.source, {} if name is None else self._fields.data[name]
         if not isinstance(settings, Mapping) or any(isinstance(value, Mapping) for value in settings.values()):
             raise CheckpointError(
                 f"{name} in {source} is not one flat object", got=settings, expected="one RoPE for all layers"
             )
-        theta = {} if "rope_theta" in settings else {"rope_theta": self._fields.number("rope_theta")}
-        return self.rope(Fields({**theta, **settings}, source if name is None else f"{name} in {source}"))
+        known = {} if "rope_theta" in settings else {"rope_theta": theta or self._fields.number("rope_theta")}
+        return self.rope(Fields({**known, **settings}, source if name is None else f"{name} in {source}"))
 
     def rope(self, settings: Fields) -> RopeConfig:
         """From the settings of one RoPE, ``rope_theta`` among them."""
