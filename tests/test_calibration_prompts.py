@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trt_kv.errors import UsageError
-from trt_kv.pipeline.calibration_prompts import calibration_prompts
+from trt_kv.pipeline.calibration_prompts import calibration_prompts, calibration_source
 from trt_kv.pipeline.plans import CalibrationPlan
 
 
@@ -45,7 +45,7 @@ def of_bytes(tmp_path: Path) -> Path:
 
 def prompts_for(tokenizer: Path, max_positions: int, plan: CalibrationPlan, **options: Any) -> list[list[int]]:
     checkpoint: Any = ContextOnly(tokenizer_file=tokenizer, max_positions=max_positions)
-    return calibration_prompts(checkpoint, plan, 1024, on_note=print, **options)[0]
+    return calibration_prompts(checkpoint, plan, 1024, on_note=print, **options)
 
 
 @pytest.mark.parametrize(("max_positions", "new_tokens", "most"), [(512, 0, 512), (512, 64, 448), (700, 600, 350)])
@@ -76,11 +76,11 @@ def test_synthetic_prompts_are_messages_for_a_model_with_a_chat_template(of_byte
     (of_bytes.parent / "chat_template.jinja").write_text(template)
     checkpoint: Any = ContextOnly(tokenizer_file=of_bytes, max_positions=700)
     notes: list[str] = []
-    (prompt,), source = calibration_prompts(checkpoint, CalibrationPlan(samples=1), 1024, on_note=notes.append)
+    (prompt,) = calibration_prompts(checkpoint, CalibrationPlan(samples=1), 1024, on_note=notes.append)
     shown = Tokenizer.from_file(str(of_bytes)).decode(prompt).replace(" ", "")
     assert shown.startswith("<user>")
     assert shown.endswith("<bot>")
     assert len(text) <= 700
     assert len(prompt) <= 700
-    assert source == "bundled synthetic English, calibration split, as messages"
+    assert calibration_source(checkpoint, CalibrationPlan()) == "bundled synthetic English, calibration split, as messages"
     assert "in the model's chat template; conversations" in notes[0]

@@ -438,3 +438,12 @@ def test_a_build_of_a_model_that_talks_says_how_to_talk_with_it(run: Run, checkp
     code, out, _ = run("build", "--checkpoint", checkpoint, "--policy", "full", "--out", "talks")
     assert code == 0
     assert out.splitlines()[-1] == "next:   trt-kv chat talks"
+
+
+def test_the_same_build_of_a_model_that_talks_has_nothing_to_do(run: Run, checkpoint: Path) -> None:
+    """Its recipe says that the synthetic prompts were messages."""
+    build = ("build", "--checkpoint", checkpoint, "--policy", "prefixkv", "--samples", "1", "--out", "calibrated")
+    assert run(*build)[0] == 0
+    code, _, err = run(*build)
+    assert code == 0
+    assert err == "calibrated is up to date\n"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trt_kv.chat.encoder import ChatEncoder
-from trt_kv.chat.templates import DEFAULT, chat_templates
+from trt_kv.chat.templates import DEFAULT, ChatTemplates, chat_templates
 from trt_kv.errors import CheckpointError, UsageError
 from trt_kv.pipeline.callbacks import OnNote
 from trt_kv.pipeline.plans import CalibrationPlan
@@ -19,10 +19,16 @@ if TYPE_CHECKING:
     from trt_kv.export.checkpoints.base import Checkpoint
 
 
+def calibration_source(checkpoint: "Checkpoint", plan: CalibrationPlan) -> str:
+    """Where the prompts of ``plan`` come from, as recipes and thresholds of ``checkpoint`` record it."""
+    as_messages = plan.prompts is None and DEFAULT in _templates_of(checkpoint).templates
+    return f"{plan.source}, as messages" if as_messages else plan.source
+
+
 def calibration_prompts(
     checkpoint: "Checkpoint", plan: CalibrationPlan, n_synthetic: int, *, new_tokens: int = 0, on_note: OnNote
-) -> tuple[list[list[int]], str]:
-    """Token ids of the prompts of ``plan``, and where they come from, as recipes and thresholds record it.
+) -> list[list[int]]:
+    """Token ids of the prompts of ``plan``.
 
     Synthetic prompts have about ``n_synthetic`` words, or as many as leave room in the context for ``new_tokens``, at most half
     of it. For a model with a chat template each is the message of a user.
@@ -34,8 +40,7 @@ def calibration_prompts(
     encoder = _Encoder(checkpoint, load_tokenizer(checkpoint.tokenizer_file, error=CheckpointError))
     if plan.prompts is None:
         _tell_synthetic(checkpoint, encoder, on_note)
-        source = plan.source + (", as messages" if encoder.has_template else "")
-        return _synthetic_prompts(encoder, plan, n_synthetic, limit - min(new_tokens, limit // 2)), source
+        return _synthetic_prompts(encoder, plan, n_synthetic, limit - min(new_tokens, limit // 2))
     given = prompts_from_file(plan.prompts)
     given = random.Random(plan.seed).sample(given, min(plan.samples, len(given)))
     prompts = encoder.encoded(given)
@@ -48,7 +53,7 @@ def calibration_prompts(
                 expected=f"at most {limit}",
                 fix=f"shorten it in {plan.prompts}, or remove it",
             )
-    return prompts, plan.source
+    return prompts
 
 
 class _Encoder:
@@ -56,7 +61,7 @@ class _Encoder:
 
     def __init__(self, checkpoint: "Checkpoint", tokenizer: "Tokenizer") -> None:
         self._tokenizer = tokenizer
-        templates = chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError)
+        templates = _templates_of(checkpoint)
         self._chat = ChatEncoder(tokenizer, templates)
         self.has_template = DEFAULT in templates.templates
 
@@ -75,6 +80,10 @@ class _Encoder:
         if not self.has_template:
             return self.encoded(texts)
         return self.encoded([ChatPrompt(messages=[{"role": "user", "content": text}]) for text in texts])
+
+
+def _templates_of(checkpoint: "Checkpoint") -> ChatTemplates:
+    return chat_templates(checkpoint.tokenizer_files, owner=checkpoint.name, error=CheckpointError)
 
 
 def _tell_synthetic(checkpoint: "Checkpoint", encoder: _Encoder, on_note: OnNote) -> None:

@@ -9,7 +9,7 @@ from trt_kv.chat.turns import text_end_ids
 from trt_kv.drift import ALWAYS, Drift, drift_settings
 from trt_kv.errors import UsageError
 from trt_kv.layer_budget import LayerBudget, layer_budgets
-from trt_kv.pipeline.calibration_prompts import calibration_prompts
+from trt_kv.pipeline.calibration_prompts import calibration_prompts, calibration_source
 from trt_kv.pipeline.callbacks import OnNote, OnProgress
 from trt_kv.pipeline.continuation import continue_greedily
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
@@ -37,7 +37,7 @@ def recipe_from_prompts(
     from trt_kv.calibration.prefixkv import calibrate_prefixkv
 
     _check_decides(checkpoint, policy)
-    prompts, source = calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS, on_note=on_note)
+    prompts = calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS, on_note=on_note)
     longest = max(len(ids) for ids in prompts)
     if len(prompts) == 1 or longest < FEW_TOKENS:
         on_note(
@@ -50,7 +50,7 @@ def recipe_from_prompts(
         budget=policy.kept,
         score=recipe_score(policy),
         model=recipe_model(checkpoint),
-        source=source,
+        source=calibration_source(checkpoint, plan),
         seed=plan.seed,
         protected=Protected(sinks=policy.sinks, recent=policy.recent),
         windowed_layers=checkpoint.config.windowed_layers,
@@ -77,7 +77,7 @@ def drift_from_prompts(
     _check_decides(checkpoint, policy)
     policy = policy.applied_to(checkpoint.config.windows)
     n_tokens = max(CALIBRATION_TOKENS, 2 * policy.tokens)
-    prompts, source = calibration_prompts(checkpoint, plan, n_tokens, new_tokens=drift.new_tokens, on_note=on_note)
+    prompts = calibration_prompts(checkpoint, plan, n_tokens, new_tokens=drift.new_tokens, on_note=on_note)
     kept_shares = recipe.kept if recipe is not None else None
     longest = max(len(ids) for ids in prompts)
     thresholds = calibrate_drift(
@@ -86,7 +86,7 @@ def drift_from_prompts(
         correction_rate=drift.correction_rate,
         model=recipe_model(checkpoint),
         settings=drift_settings(policy, drift.page_size),
-        source=source,
+        source=calibration_source(checkpoint, plan),
         seed=plan.seed,
         max_new_tokens=drift.new_tokens,
         on_sample=lambda done, total: on_progress("measuring queries", done, total),

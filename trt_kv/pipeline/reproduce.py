@@ -10,6 +10,7 @@ from trt_kv.drift import Drift
 from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError, RecipeError
 from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, load_manifest
+from trt_kv.pipeline.calibration_prompts import calibration_source
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.policies import policy_from_name, policy_names
@@ -68,10 +69,10 @@ def is_built(folder: Path, request: BuildRequest, checkpoint: "Checkpoint") -> b
     # The kept share is among the words of the command, or that of the recipe.
     built = manifest.policy
     same_policy = built == dataclasses.replace(request.policy, summary=built.summary, kept=built.kept)
-    return made == wanted and same_policy and recorded == copied and _files_are_those_of(folder, manifest, request)
+    return made == wanted and same_policy and recorded == copied and _files_are_those_of(folder, manifest, request, checkpoint)
 
 
-def _files_are_those_of(folder: Path, manifest: Manifest, request: BuildRequest) -> bool:
+def _files_are_those_of(folder: Path, manifest: Manifest, request: BuildRequest, checkpoint: "Checkpoint") -> bool:
     """Whether the files that ``request`` names hold what the engine in ``folder`` was built from."""
     applied = manifest.applied_policy
     try:
@@ -79,7 +80,7 @@ def _files_are_those_of(folder: Path, manifest: Manifest, request: BuildRequest)
         drift = Drift.load(folder / DRIFT_FILE) if applied.needs_drift else None
     except RecipeError:
         return False
-    source = request.calibration.source
+    source = calibration_source(checkpoint, request.calibration)
     return all(
         (
             request.recipe is None or Recipe.load(request.recipe) == recipe,
