@@ -42,8 +42,7 @@ class Conversation:
         self.last: Generation | None = None
         """The result of the last answer."""
         self._options = {**(sampling or {}), **(of_template or {})}
-        self._of_template = dict(of_template or {})
-        engine.chat_encoder.templates.chosen(self._of_template.get("template"), has_tools=False)
+        engine.chat_encoder.templates.chosen((of_template or {}).get("template"), has_tools=False)
         self.start(system)
 
     @property
@@ -64,8 +63,9 @@ class Conversation:
         message is then not part of the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        self._check_room(messages)
-        stream = self.engine.stream_chat(messages, on_prefill=on_prefill, **self._options)
+        prompt, params = self.engine.chat_request(messages, None, **self._options)
+        self._check_room(len(prompt))
+        stream = self.engine.stream(prompt, params, on_prefill=on_prefill)
         is_whole = is_stopped = False
         try:
             yield from stream
@@ -91,8 +91,7 @@ class Conversation:
                 "the conversation cannot be saved", got=f"{path}: {cause.strerror}", expected="a new file"
             ) from cause
 
-    def _check_room(self, messages: list[dict[str, str]]) -> None:
-        n_tokens = len(self.engine.encode_chat(messages, **self._of_template))
+    def _check_room(self, n_tokens: int) -> None:
         most = self.engine.manifest.config.max_positions
         if n_tokens >= most:
             raise UsageError(
