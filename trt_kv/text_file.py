@@ -46,6 +46,18 @@ def check_encodable(text: str, *, what: str) -> None:
         )
 
 
+def check_whole_characters(text: str, *, what: str, fix: str | None = None) -> None:
+    """Raise ``UsageError`` for a text of a program that has lone surrogates; ``what`` names it."""
+    at = lone_surrogate(text)
+    if at is not None:
+        raise UsageError(
+            f"{what} is not text",
+            got=f"half a surrogate pair, {text[at]!a}, at character {at}",
+            expected="text that can be written as UTF-8",
+            fix=fix,
+        )
+
+
 def lone_surrogate(text: str) -> int | None:
     """The index of the first half of a surrogate pair in ``text``; None if it can be written as UTF-8."""
     try:

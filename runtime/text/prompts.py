@@ -10,7 +10,7 @@ from trt_kv.errors import UsageError
 from trt_kv.prompt_tokens import prompt_tokens
 from trt_kv.runtime.arguments import is_integer
 from trt_kv.runtime.text.tokenizer import literal_tokenizer
-from trt_kv.text_file import lone_surrogate
+from trt_kv.text_file import check_whole_characters
 
 Prompt = str | Sequence[int]
 """Text, or token ids that are used as they are."""
@@ -34,14 +34,7 @@ class PromptEncoder:
         """
         if not isinstance(prompt, str):
             return _checked_ids(prompt, name)
-        at = lone_surrogate(prompt)
-        if at is not None:
-            raise UsageError(
-                f"{name} is not text",
-                got=f"half a surrogate pair, {prompt[at]!a}, at character {at}",
-                expected="text that can be written as UTF-8",
-                fix="decode the bytes that it comes from with their encoding",
-            )
+        check_whole_characters(prompt, what=name, fix="decode the bytes that it comes from with their encoding")
         tokenizer = self._tokenizer if parse_special_tokens else self._literal
         return prompt_tokens(tokenizer, prompt) if is_whole else list(tokenizer.encode(prompt, add_special_tokens=False).ids)
 

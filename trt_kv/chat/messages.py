@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trt_kv.errors import UsageError
-from trt_kv.text_file import lone_surrogate, shortened
+from trt_kv.text_file import check_whole_characters, shortened
 
 Message = Mapping[str, Any]
 """``role`` and ``content`` (a text, or a list of parts ``{"type": "text", "text": ...}``), and what else its template reads."""
@@ -44,13 +44,7 @@ def plain_data(value: Any, name: str, *, depth: int = 0) -> Any:
             expected="what JSON has, without cycles",
         )
     if isinstance(value, str):
-        at = lone_surrogate(value)
-        if at is not None:
-            raise UsageError(
-                f"{name} is not text",
-                got=f"half a surrogate pair, {value[at]!a}, at character {at}",
-                expected="text that can be written as UTF-8",
-            )
+        check_whole_characters(value, what=name)
         return str.__str__(value)
     if isinstance(value, Mapping):
         return {

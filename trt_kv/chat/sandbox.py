@@ -134,11 +134,6 @@ def _call(method: str, arguments: list[jinja2.nodes.Expr]) -> jinja2.nodes.Call:
     return jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute(method), arguments, [], None, None)
 
 
-def _finalised(value: Any) -> Any:
-    """A value that is about to become text."""
-    return bounds.checked_result(value)
-
-
 _MOVES = {"attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map"}
 _MOVES |= {"max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique"}
 """Filters that make no text of the items that they are given."""
@@ -193,7 +188,7 @@ def _dict(*args: Any, **values: Any) -> dict[Any, Any]:
 @functools.cache
 def _environment() -> _Bounded:
     environment = _Bounded(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], finalize=_finalised
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], finalize=bounds.checked_result
     )
     environment.filters["tojson"] = _to_json
     environment.filters = {name: _bounded_filter(name, function) for name, function in environment.filters.items()}
