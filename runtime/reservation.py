@@ -4,6 +4,7 @@ So an admitted request never runs out of memory, and none has to be preempted. T
 inspected, because all of their pages are allocated under reservations.
 """
 
+import sys
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -214,17 +215,16 @@ class CachePages(_Pages):
     def _most_tokens(self, size: RequestSize, budget: LayerBudget | None, window: int) -> int:
         n_decoding = self._kept_at_most(size.n_prompt, budget) + size.max_new_tokens - 1  # the last token is never attended to
         n_tokens, page_size = max(size.n_prompt, n_decoding), self.pool.page_size
-        return min(n_tokens, window_pages(window, self._chunk, page_size) * page_size) if window else n_tokens
+        return min(n_tokens, window_pages(window, self._chunk, page_size) * page_size)
 
     def _of_prompt(self, n_prompt: int, window: int) -> int:
         """The most pages of one layer while the prompt is read."""
-        n_pages = _pages(n_prompt, self.pool)
-        return min(n_pages, window_pages(window, self._chunk, self.pool.page_size)) if window else n_pages
+        return min(_pages(n_prompt, self.pool), window_pages(window, self._chunk, self.pool.page_size))
 
     def _while_decoding(self, size: RequestSize, budget: LayerBudget | None, window: int) -> int:
         """The most pages of one layer of a sequence afterwards."""
         n_pages = _pages(self._kept_at_most(size.n_prompt, budget) + size.max_new_tokens, self.pool)
-        return min(n_pages, window_pages(window, 1, self.pool.page_size)) if window else n_pages
+        return min(n_pages, window_pages(window, 1, self.pool.page_size))
 
     def _kept_at_most(self, n_prompt: int, budget: LayerBudget | None) -> int:
         return n_prompt if budget is None else min(budget.of(n_prompt) + self._n_protected, n_prompt)
@@ -279,19 +279,19 @@ class WorkingSetPages(_Pages):
         """The most pages of one layer of a sequence in steps of up to ``n_new`` tokens."""
         n_most = _pages(size.n_prompt + size.max_new_tokens, self.pool)
         if limits is None:
-            return min(n_most, window_pages(window, n_new, self.pool.page_size)) if window else n_most
+            return min(n_most, window_pages(window, n_new, self.pool.page_size))
         n_tokens = size.n_prompt if budget is None else budget.of_prompt(size.n_prompt)
         n_chosen = min(limits.n_chosen(n_tokens), n_most)
         return limits.n_sinks + limits.n_newest + n_chosen + staging_slots(n_chosen)
 
 
 def window_pages(window: int, n_new: int, page_size: int) -> int:
-    """The most pages of a layer with a ``window`` in a step of ``n_new`` tokens.
+    """The most pages of a layer with a ``window`` in a step of ``n_new`` tokens; without one (0), more than any layer has.
 
     Between steps it holds the window - 1 tokens that the next query sees before itself, and at most page_size - 1 others that
     share a page with them (``SequenceCache.free_passed``).
     """
-    return -(-(window - 1 + page_size - 1 + n_new) // page_size)
+    return -(-(window - 1 + page_size - 1 + n_new) // page_size) if window else sys.maxsize
 
 
 def _pages(n_tokens: int, pool: PagePool) -> int:

@@ -4,7 +4,6 @@ Unless sizes are given, half of the free device memory is for the cache or its w
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,14 +63,14 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     config, size = manifest.config, manifest.page_size
     context = min(config.max_positions, wanted.context_tokens or config.max_positions)
     n_tokens = max(wanted.chunk, wanted.batch)
-    width = max(min(_pages(context, size), _of_window(window, wanted, size)) for window in manifest.windows)
+    width = max(min(_pages(context, size), window_pages(window, wanted.chunk, size)) for window in manifest.windows)
     largest = StepSizes(n_tokens=n_tokens, n_rows=n_tokens, n_sequences=wanted.batch, table_width=width)
     most = min(COPIES * wanted.batch * context, wanted.most_cache_tokens or COPIES * wanted.batch * context)
     of_token = token_bytes(config, element_bytes=element_bytes)
     recalling_numbers = recalling_layers(manifest.programs["decode"])
     windows = [window for layer, window in enumerate(manifest.windows) if layer not in recalling_numbers]
     recalling, whole = len(recalling_numbers), len(windows)
-    most_pages = tuple(COPIES * wanted.batch * _of_window(window, wanted, size) for window in windows)
+    most_pages = tuple(COPIES * wanted.batch * window_pages(window, wanted.chunk, size) for window in windows)
 
     def pages_for(tokens: int) -> int:
         """Pages for ``tokens`` in each layer that does not recall, but of a window no more than all sequences can hold."""
@@ -138,11 +137,6 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _of_window(window: int, wanted: Wanted, page_size: int) -> int:
-    """The most pages of a layer of one sequence that its ``window`` allows; without a window, more than any table has."""
-    return window_pages(window, wanted.chunk, page_size) if window else sys.maxsize
 
 
 def _pages(n_tokens: int, page_size: int) -> int:
