@@ -5,6 +5,7 @@ tensor's name, dimensions (the fastest first), type and offset; then, from the n
 numbers are little-endian. What is read here is bounded by the file's own size and by ``_MAX_HEADER_BYTES``.
 """
 
+import functools
 import math
 import struct
 from collections.abc import Iterator
@@ -222,10 +223,16 @@ def _tensor_entry(reader: _Reader) -> _Entry:
     return name, shape, reader.number("I"), reader.number("Q")
 
 
+@functools.cache
+def _block_sizes() -> dict[int, tuple[str, int, int]]:
+    """By number of a type: its name, and the values and bytes of a block."""
+    gguf = require("gguf", extra="gguf")
+    return {int(known): (known.name, *size) for known, size in gguf.GGML_QUANT_SIZES.items()}
+
+
 def _tensor(reader: _Reader, entry: _Entry, data_start: int, alignment: int) -> GgufTensor:
     name, shape, kind, offset = entry
-    gguf = require("gguf", extra="gguf")
-    sizes = {int(known): (known.name, *size) for known, size in gguf.GGML_QUANT_SIZES.items()}
+    sizes = _block_sizes()
     if kind not in sizes:
         raise CheckpointError(
             f"tensor {name!r} of {reader.path} has a type that the gguf package does not know",

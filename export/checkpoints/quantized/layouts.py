@@ -125,10 +125,8 @@ class PackedLayout:
         zero_OG = torch.full_like(scale_OG, 1 << (self.n_bits - 1), dtype=torch.float32)
         if not self.symmetric:
             zero_OG = unpacked(tensors["weight_zero_point"].T, self.n_bits, n_outputs).T
-        columns = _by_size(n_inputs, self.group_size)
-        if self.groups:
-            columns = _groups(tensors["weight_g_idx"], scale_OG.shape[1], columns)
-        return dequantized(codes_OI, scale_OG, zero_OG, torch.arange(n_outputs), columns)
+        stored = tensors["weight_g_idx"] if self.groups else None
+        return _of_groups(codes_OI, scale_OG, zero_OG, self.group_size, stored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +162,7 @@ class GptqLayout:
         n_outputs, n_inputs = len(scale_OG), len(tensors["qweight"]) * 32 // self.n_bits
         codes_OI = unpacked(tensors["qweight"].T, self.n_bits, n_inputs)
         zero_OG = unpacked(tensors["qzeros"], self.n_bits, n_outputs).T.float() + self.zero_offset
-        columns = _by_size(n_inputs, self.group_size)
-        if self.groups:
-            columns = _groups(tensors["g_idx"], scale_OG.shape[1], columns)
-        return dequantized(codes_OI, scale_OG, zero_OG, torch.arange(n_outputs), columns)
+        return _of_groups(codes_OI, scale_OG, zero_OG, self.group_size, tensors["g_idx"] if self.groups else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +193,7 @@ class AwqLayout:
     def weight_of(self, tensors: Tensors) -> Tensor:
         scale_OG, codes_OI = tensors["scales"].T, _in_order(tensors["qweight"]).T
         zero_OG = torch.full_like(scale_OG, 8.0) if self.symmetric else _in_order(tensors["qzeros"]).T
-        columns = _by_size(codes_OI.shape[1], self.group_size)
-        return dequantized(codes_OI, scale_OG, zero_OG, torch.arange(len(scale_OG)), columns)
+        return _of_groups(codes_OI, scale_OG, zero_OG, self.group_size)
 
 
 def _in_order(packed_RW: Tensor) -> Tensor:
@@ -208,8 +202,16 @@ def _in_order(packed_RW: Tensor) -> Tensor:
     return values[:, :, torch.tensor(_AWQ_ORDER).argsort()].reshape(len(packed_RW), -1)
 
 
-def _by_size(n_inputs: int, group_size: int | None) -> Tensor:
-    return torch.zeros(n_inputs, dtype=torch.int64) if group_size is None else torch.arange(n_inputs) // group_size
+def _of_groups(
+    codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_size: int | None, stored_I: Tensor | None = None
+) -> Tensor:
+    """The weight [O, I], with a scale and a zero point for each output and group of inputs: groups of ``group_size``
+    consecutive ones, None: one group; or those of ``stored_I``.
+    """
+    n_inputs = codes_OI.shape[1]
+    by_size = torch.zeros(n_inputs, dtype=torch.int64) if group_size is None else torch.arange(n_inputs) // group_size
+    columns = by_size if stored_I is None else _groups(stored_I, scale_OG.shape[1], by_size)
+    return dequantized(codes_OI, scale_OG, zero_OG, torch.arange(len(codes_OI)), columns)
 
 
 def _groups(stored_I: Tensor, n_groups: int, by_size_I: Tensor) -> Tensor:
