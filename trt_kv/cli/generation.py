@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trt_kv.runtime.engine import Engine
     from trt_kv.runtime.generation import Generation
     from trt_kv.runtime.sampling import SamplingParams
+    from trt_kv.runtime.text.prompts import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,8 @@ def stream_text(
         options_of_load = {**running.on.options, **running.resources.options()}
         options_of_load |= {"model_defaults": running.model_defaults}
         loaded = Engine.load(engine, digest=running.digest, trace=trace, on_progress=on_progress, **options_of_load)
-        ids, params = _request(loaded, prompt, sampling, chat)
-        pieces, result_of = _answer(loaded, ids, params, lambda done: on_progress("reading the prompt", done, len(ids)))
+        request, params, n_prompt = _request(loaded, prompt, sampling, chat)
+        pieces, result_of = _answer(loaded, request, params, lambda done: on_progress("reading the prompt", done, n_prompt))
         first = next(pieces, "")
     yield first
     yield from pieces
@@ -78,7 +79,7 @@ def stream_text(
         yield logprobs_text(result, loaded.tokenizer)
     for note in defaults_notes(loaded.model_defaults, params, given=list(sampling)):
         on_end(note)
-    if chat is None and sampling["parse_special_tokens"] and len(ids) < len(loaded.tokenizer.encode(prompt).ids):
+    if chat is None and sampling["parse_special_tokens"] and n_prompt < len(loaded.tokenizer.encode(prompt).ids):
         on_end("[the prompt begins with the tokenizer's BOS: no second one was put in front]")
     for note in held_notes(loaded.manifest, result):
         on_end(note)
@@ -95,16 +96,17 @@ def stream_text(
 
 def _request(
     engine: "Engine", prompt: str, sampling: dict[str, Any], chat: ChatChoice | None
-) -> "tuple[list[int], SamplingParams]":
-    """The token ids of what is asked of the engine, and with which parameters."""
+) -> "tuple[Prompt, SamplingParams, int]":
+    """What is asked of the engine, with which parameters, and its length in tokens."""
     if chat is not None:
-        return engine.chat_request(chat.messages(prompt), None, **sampling, **chat.of_template)
-    ids = engine.encode(prompt, parse_special_tokens=sampling["parse_special_tokens"])
-    return ids, replace(engine.default_sampling, **sampling)
+        ids, params = engine.chat_request(chat.messages(prompt), None, **sampling, **chat.of_template)
+        return ids, params, len(ids)
+    n_prompt = len(engine.encode(prompt, parse_special_tokens=sampling["parse_special_tokens"]))
+    return prompt, replace(engine.default_sampling, **sampling), n_prompt
 
 
 def _answer(
-    engine: "Engine", prompt: list[int], params: "SamplingParams", on_prefill: Callable[[int], None]
+    engine: "Engine", prompt: "Prompt", params: "SamplingParams", on_prefill: Callable[[int], None]
 ) -> tuple[Iterator[str], Callable[[], "Generation"]]:
     """The text of a prompt's continuation, as it comes, or of several samples at once; and what returns the result."""
     if params.n > 1:
