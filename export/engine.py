@@ -39,7 +39,8 @@ class EngineRequest:
     """What to build. ``reproduce`` is the command that makes the same engine again.
 
     With ``tensorrt`` the engine is compiled by TensorRT, otherwise its target is ONNX Runtime. ``dtype`` is the compute type of
-    the graphs; types other than float32 run on GPUs only.
+    the graphs; types other than float32 run on GPUs only. ``kv_dtype`` is the type in which the KV cache is stored; None: as
+    ``dtype``.
     """
 
     checkpoint: Checkpoint
@@ -48,6 +49,7 @@ class EngineRequest:
     drift: Drift | None = None
     page_size: int = DEFAULT_PAGE_SIZE
     dtype: str = "float32"
+    kv_dtype: str | None = None
     tensorrt: TensorRtOptions | None = None
     model_source: str = ""
     reproduce: str = ""
@@ -245,6 +247,8 @@ def _manifest(request: EngineRequest, folder: Path, programs: dict[str, Program]
         policy=request.policy,
         target=request.target,
         dtype=request.dtype,
+        quantization=None,
+        kv_dtype=request.kv_dtype or request.dtype,
         page_size=request.page_size,
         op_versions=dict.fromkeys(sorted(ops), OP_VERSION),
         programs=programs,

@@ -296,7 +296,7 @@ def test_a_damaged_engine_is_refused(damage: str, name: str, command: tuple[str,
     [
         ('"kept": 0.6', '"kept": 0.9', "was changed after the build"),
         ('"sinks": 1', '"sinks": 0', "was changed after the build"),
-        ('"version": 2', '"version": 3', "version 3"),
+        ('"version": 3', '"version": 4', "version 4"),
         ('"target": "onnxruntime"', '"target": "tensorrt"', "was changed after the build"),
         ("{", "", "is not JSON"),
     ],

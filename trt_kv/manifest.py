@@ -20,9 +20,9 @@ from trt_kv.safe_path import safe_join
 T = TypeVar("T")
 
 FORMAT = "trt-kv-engine"
-VERSION = 2
-READ_VERSIONS = (1, 2)
-"""In version 1, ``segments`` is called ``pieces``, and a tensor of plans has another name."""
+VERSION = 3
+READ_VERSIONS = (1, 2, 3)
+"""In version 1, ``segments`` is called ``pieces``, and a tensor of plans has another name. ``_added``: what version 3 added."""
 FILE_NAME = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 128 * 2**20
@@ -34,6 +34,8 @@ GRAPHS = "graphs"
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = tuple(ITEM_BYTES)
 """Compute types of an engine's graphs; CPUs run float32 only."""
+KV_DTYPES = (*DTYPES, "int8")
+"""Types in which a KV cache is stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +82,27 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How the matrices of a model are stored: integers of ``bits`` bits in blocks of ``block_size`` along the input axis, each
+    block with an fp32 scale, and unless ``symmetric`` a zero point.
+
+    ``accuracy_level``: of ONNX Runtime's MatMulNBits, 0 (activations in fp32) to 4 (in int8).
+    """
+
+    bits: int
+    block_size: int
+    symmetric: bool
+    accuracy_level: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything the runtime needs before it opens a graph.
 
     An engine for ONNX Runtime has ``segments`` and their ``attention_ports``, one for TensorRT has a ``plan``. ``programs`` are
-    the KV ops of the graphs, per phase; ``files`` covers every file except the manifest.
+    the KV ops of the graphs, per phase; ``files`` covers every file except the manifest. Types: weights are stored in
+    ``dtype``, or as ``quantization`` says; the graphs compute in ``dtype``; the KV cache is stored in ``kv_dtype``, unless it
+    is loaded with another one; attention, scores and softmax accumulate in fp32.
     """
 
     model_name: str
@@ -94,6 +112,8 @@ class Manifest:
     policy: Policy
     target: str
     dtype: str
+    quantization: Quantization | None
+    kv_dtype: str
     page_size: int
     op_versions: Mapping[str, int]
     programs: Mapping[str, Program]
@@ -106,6 +126,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         self.config.check_page_size(self.page_size)
+        if self.kv_dtype not in KV_DTYPES:
+            raise EngineError("unknown type of the KV cache", got=self.kv_dtype, expected=" or ".join(KV_DTYPES))
         if self.plan is None and not len(self.segments) - 1 == len(self.attention_ports) == self.config.n_layers:
             raise EngineError(
                 "the segments are not those of the model's layers",
@@ -159,6 +181,7 @@ class Manifest:
             "segments": [dataclasses.asdict(segment) for segment in self.segments],
             "attention_ports": [dataclasses.asdict(port) for port in self.attention_ports],
             "plan": None if self.plan is None else dataclasses.asdict(self.plan),
+            "quantization": None if self.quantization is None else dataclasses.asdict(self.quantization),
             "files": {name: dataclasses.asdict(record) for name, record in sorted(self.files.items())},
             "op_versions": dict(self.op_versions),
         }
@@ -169,7 +192,7 @@ class Manifest:
     def from_json(cls, data: Mapping[str, Any], *, source: Path) -> "Manifest":
         """Read what ``to_json`` wrote. Raises ``EngineError`` naming ``source`` for another format, version or shape."""
         version, has_plan = data.get("version"), data.get("plan") is not None
-        if data.get("format") != FORMAT or version not in READ_VERSIONS or (has_plan and version != VERSION):
+        if data.get("format") != FORMAT or version not in READ_VERSIONS or (has_plan and version == 1):
             raise EngineError(
                 f"{source} is not an engine manifest of this version",
                 got=f"format {data.get('format')!r}, version {version!r}{', with a TensorRT plan' if has_plan else ''}",
@@ -180,6 +203,8 @@ class Manifest:
         fields = {name: value for name, value in data.items() if name not in {"format", "version", "digest"}}
         if version == 1 and "pieces" in fields:
             fields["segments"] = fields.pop("pieces")
+        if version != VERSION:
+            fields = _added(fields) | fields
         if isinstance(fields.get("policy"), dict) and "floor" not in fields["policy"]:
             fields["reproduce"] = in_new_words(fields.get("reproduce"), fields["policy"])
         if set(fields) != names:
@@ -240,6 +265,17 @@ def _document(folder: Path) -> dict[str, Any]:
     return data
 
 
+def _added(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fields that version 3 added are in an engine of an earlier one."""
+    return {"quantization": None, "kv_dtype": fields.get("dtype")}
+
+
+def _quantization(data: Mapping[str, Any] | None) -> Quantization | None:
+    if data is None:
+        return None
+    return dataclass_from_json(Quantization, data, where="quantization", error=EngineError)
+
+
 def _plan(data: Mapping[str, Any]) -> Plan:
     profiles = [{axis: (low, usual, high) for axis, (low, usual, high) in ranges.items()} for ranges in data["profiles"]]
     for ranges in profiles:
@@ -265,7 +301,7 @@ def _listed(cls: type[T], values: list[Any], where: str) -> tuple[T, ...]:
 
 def _parsed(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that are not plain JSON, read; and those that are, checked."""
-    names = ("model_name", "model_digest", "model_source", "target", "dtype", "reproduce", "created_by")
+    names = ("model_name", "model_digest", "model_source", "target", "dtype", "kv_dtype", "reproduce", "created_by")
     if type(fields["page_size"]) is not int or not all(type(version) is int for version in fields["op_versions"].values()):
         raise EngineError("page_size or op_versions are not integers")
     return {
@@ -278,6 +314,7 @@ def _parsed(fields: Mapping[str, Any]) -> dict[str, Any]:
         "segments": _listed(GraphSegment, fields["segments"], "segments"),
         "attention_ports": _listed(AttentionPort, fields["attention_ports"], "attention_ports"),
         "plan": None if fields["plan"] is None else _plan(fields["plan"]),
+        "quantization": _quantization(fields["quantization"]),
         "files": {
             name: dataclass_from_json(FileRecord, record, where=f"files[{name!r}]", error=EngineError)
             for name, record in fields["files"].items()

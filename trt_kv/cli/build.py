@@ -18,7 +18,7 @@ from trt_kv.cli.options import (
 )
 from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars, say_note
-from trt_kv.cli.termination import termination_unwinds
+from trt_kv.cli.signals import termination_unwinds
 from trt_kv.errors import EngineError
 from trt_kv.pipeline import BuildRequest, CalibrationPlan, DriftPlan, ModelSource, TargetPlan, build_engine
 from trt_kv.pipeline.names import default_name

@@ -17,6 +17,7 @@ from trt_kv.cli.progress import progress_bars
 from trt_kv.cli.run_options import device_options, resource_options
 from trt_kv.cli.sampling_notes import defaults_notes
 from trt_kv.cli.sampling_options import answer_options, model_defaults_option
+from trt_kv.cli.signals import interrupts_noted
 from trt_kv.errors import TrtKvError, UsageError
 from trt_kv.pipeline.chat import Conversation
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
@@ -90,7 +91,8 @@ def _talk(session: Session) -> None:
             return
         try:
             check_encodable(line, what="the message")
-            session.take(line)
+            with interrupts_noted() as interrupts:
+                session.take(line, check=interrupts.check)
         except StopChat:
             return
         except KeyboardInterrupt:

@@ -34,21 +34,25 @@ class Session:
         self._write = write
         self._say = say
 
-    def take(self, line: str) -> None:
-        """Answer a message, or run a command. ``StopChat`` if it is /exit; errors as for ``Conversation.answer``."""
+    def take(self, line: str, *, check: Callable[[], None] = lambda: None) -> None:
+        """Answer a message, or run a command. ``StopChat`` if it is /exit; errors as for ``Conversation.answer``.
+
+        ``check`` is called after each chunk of the prompt and each piece of the answer; what it raises stops the answer.
+        """
         if line.startswith("/") and not line.startswith("//"):
             name, _, rest = line[1:].partition(" ")
             self._run(name, rest.strip())
         elif line.strip():
-            self._answer(line[1:] if line.startswith("//") else line)
+            self._answer(line[1:] if line.startswith("//") else line, check)
 
-    def _answer(self, text: str) -> None:
-        with contextlib.closing(self.conversation.answer(text)) as answer:
+    def _answer(self, text: str, check: Callable[[], None]) -> None:
+        with contextlib.closing(self.conversation.answer(text, on_prefill=lambda _: check())) as answer:
             begun = False
             try:
                 for piece in answer:
                     begun = True
                     self._write(piece)
+                    check()
                 begun = True  # an empty answer has a line too
             finally:
                 if begun:

@@ -10,7 +10,7 @@ from trt_kv.cli.options import any_path, debug_option, digest_option, existing_f
 from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.cli.run_options import device_options, resource_options
-from trt_kv.cli.termination import termination_unwinds
+from trt_kv.cli.signals import termination_unwinds
 from trt_kv.pipeline import DeviceChoice, EvaluationRequest, ResourceChoice, evaluate
 
 

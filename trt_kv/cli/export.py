@@ -7,7 +7,7 @@ import click
 from trt_kv.cli.options import any_path, debug_option, drift_file_option, existing_file, model_options, policy_options
 from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars, say_note
-from trt_kv.cli.termination import termination_unwinds
+from trt_kv.cli.signals import termination_unwinds
 from trt_kv.pipeline import DriftPlan, ExportRequest, ModelSource, export_graphs
 from trt_kv.policy import Policy
 
