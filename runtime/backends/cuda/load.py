@@ -117,6 +117,12 @@ def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOpt
             got=f"the device {device}",
             fix="leave the device out, or build an engine with --target onnxruntime",
         )
+    if manifest.quantization is not None:
+        raise UsageError(
+            f"{folder} has quantised weights, which run on a CPU only",
+            got=f"int{manifest.quantization.bits} weights on the device {device}",
+            fix="use the device cpu, or build the engine without --quant",
+        )
     if not manifest.applied_policy.recalls:
         check_no_host_tier(folder, manifest, options)
     elif finds_budgets(manifest.programs["prefill"]):
