@@ -400,7 +400,7 @@ def test_an_answer_stops_where_ctrl_c_is_checked(engine: Engine, calls: int) -> 
     assert conversation.last is not None
     assert (conversation.last.finish_reason, conversation.last.error) == ("cancelled", None)
     assert conversation.last.text.startswith("".join(shown[:-1]))
-    assert len(conversation.last.token_ids) < 20
+    assert len(conversation.last.token_ids) < 100
     session.take("hello")  # goes on
     assert conversation.last.finish_reason == "length"
 
