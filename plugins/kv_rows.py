@@ -118,7 +118,7 @@ def scale_of(row: Any) -> np.float32:
     raise NotImplementedError("numba kernels only")
 
 
-@overload(number, inline="always")
+@overload(number)
 def _number(element: Any) -> Any:
     def as_it_is(element: Any) -> Any:
         return np.float32(element)
@@ -132,17 +132,16 @@ def _number(element: Any) -> Any:
     return {types.int16: from_half, types.uint16: from_bfloat16_bits}.get(element, as_it_is)
 
 
-@overload(scale_of, inline="always")
+@overload(scale_of)
 def _scale_of(row: Any) -> Any:
     def one(row: Any) -> Any:  # noqa: ARG001
         return np.float32(1.0)
 
     def in_last_bytes(row: Any) -> Any:
         at = len(row) - SCALE_BYTES
-        bits = np.uint32(0)
-        for i in range(SCALE_BYTES):
-            bits |= np.uint32(np.uint8(row[at + i])) << np.uint32(8 * i)
-        return np.int32(bits).view(np.float32)
+        low = np.uint32(np.uint8(row[at])) | np.uint32(np.uint8(row[at + 1])) << np.uint32(8)
+        high = np.uint32(np.uint8(row[at + 2])) | np.uint32(np.uint8(row[at + 3])) << np.uint32(8)
+        return np.int32(low | high << np.uint32(16)).view(np.float32)
 
     return in_last_bytes if row.dtype == types.int8 else one
 
