@@ -32,6 +32,7 @@ SEED =
 TARGET =
 PROFILE =
 DTYPE =
+KV_DTYPE =
 # Empty: engines/NAME, the model or checkpoint, the policy and what else is set; `trt-kv build --where` prints it.
 OUT =
 FORCE =
@@ -59,6 +60,7 @@ help: ## show this list
 	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] one drift threshold per layer, for this correction rate'
 	echo '            [PAGE_SIZE=32] tokens per page; freekv recalls whole pages; [CONTEXT=4096] longest text in tokens, by default that of the model'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json]; [DTYPE=float16|bfloat16] for GPUs'
+	echo '            [KV_DTYPE=float32|float16|bfloat16|int8] what the KV cache is stored as on a CPU; generate, chat and evaluate too'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=FOLDER ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
 	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; chat and evaluate too; [TRACE=FILE.json] timeline for Perfetto'
 	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
@@ -87,7 +89,8 @@ build_options = --model '$(MODEL)' --policy '$(POLICY)' \
 		$(if $(SAMPLES),--samples '$(SAMPLES)') \
 		$(if $(SEED),--seed '$(SEED)') \
 		$(if $(TARGET),--target '$(TARGET)') \
-		$(if $(PAGE_SIZE),--page-size '$(PAGE_SIZE)')
+		$(if $(PAGE_SIZE),--page-size '$(PAGE_SIZE)') \
+		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)')
 
 # $$engine in the recipe: ENGINE or OUT, or the folder in which `make engine` puts it with the same variables. With DEVICE, PROFILE and DTYPE
 # apply to loading, and DTYPE to building too if there is such an engine.
@@ -104,6 +107,7 @@ generate: $(VENV)/.ready-build ## engine + prompt -> text
 	@$(find_engine)
 	$(VENV)/bin/trt-kv generate $(ARGS) \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(if $(TRACE),--trace '$(TRACE)') \
 		$(on_device) \
 		$(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- "$$engine" $(if $(PROMPT),"$$PROMPT")
@@ -112,6 +116,7 @@ chat: $(VENV)/.ready-build ## talk with an engine of an instruct model
 	@$(find_engine)
 	$(VENV)/bin/trt-kv chat $(ARGS) \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(on_device) -- "$$engine"
 
 evaluate: $(VENV)/.ready-build ## engine + your own tasks -> accuracy, perplexity, kept share
@@ -120,6 +125,7 @@ evaluate: $(VENV)/.ready-build ## engine + your own tasks -> accuracy, perplexit
 		$(if $(AGAINST),--against '$(AGAINST)') \
 		$(if $(RESULTS),--out '$(RESULTS)') \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(on_device) \
 		$(ARGS) -- "$$engine"
 

@@ -83,6 +83,7 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
         recipe=recipe,
         drift=drift,
         dtype=target.dtype or "float32",
+        kv_dtype=target.kv_dtype,
         page_size=target.page_size,
         tensorrt=options,
         model_source=request.source.checkpoint or preset(request.source.model).origin,
