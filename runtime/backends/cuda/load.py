@@ -19,7 +19,7 @@ from trt_kv.runtime.backends.cuda.reservation import LargestStep, WorkingSetBloc
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
 from trt_kv.runtime.backends.cuda.weights import decoder_from_engine
 from trt_kv.runtime.backends.devices import DENSE, DeviceOptions, free_device_bytes, told_out_of_memory
-from trt_kv.runtime.backends.host.onnxruntime_segments import check_shapes
+from trt_kv.runtime.backends.host.segments import check_shapes
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_kv_as_computed, check_no_host_tier
 from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import ModelRunner
