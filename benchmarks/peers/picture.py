@@ -18,7 +18,10 @@ _OF_POLICY = {"full": "#111827", "widewindow": "#1d4ed8", "refreekv": "#0e7490",
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of a document with tables. Peers are dashed (dotted if they evict), synthetic caches hollow; fp32 weights are thin."""
+    """Write the picture of a document with tables.
+
+    Peers are dashed, and dotted if they evict; synthetic caches are hollow; fp32 weights are thin.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
