@@ -34,6 +34,7 @@ class LoadOptions:
     token_budget: int | None = None
     max_sequences: int | None = None
     n_threads: int = 0
+    batch_invariant: bool | None = None
     trace: Trace = NO_TRACE
 
     def __post_init__(self) -> None:
@@ -55,6 +56,8 @@ class LoadOptions:
                 expected=f"at most {most}, {THREADS_PER_CPU} per CPU of this machine: each layer's session starts as many",
                 fix="leave it out: one per core",
             )
+        if not isinstance(self.batch_invariant, bool | None):
+            raise UsageError("bad batch_invariant", got=repr(self.batch_invariant), expected="True, False or None")
         if not isinstance(self.host_tier, str | None):
             raise UsageError("bad host_tier", got=repr(self.host_tier), expected="ram, or file:/path/of/a/new/file")
 

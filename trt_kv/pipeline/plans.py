@@ -233,6 +233,7 @@ class ResourceChoice:
     host_tokens: int | None = None
     chunk: int | None = None
     n_threads: int | None = None
+    batch_invariant: bool | None = None
 
     def options(self, *, has_host_tier: bool = True) -> dict[str, Any]:
         """Options of ``Engine.load``; without those of a host tier if the engine has none."""

@@ -11,6 +11,7 @@ from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecuto
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
+from trt_kv.runtime.backends.host.row_groups import with_rows_alike
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import PoolSizes, token_bytes
@@ -43,10 +44,11 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         on_segment=lambda done, total: tell("opening graphs", done, total),
     )
     check_shapes(folder / GRAPHS, executor.shapes, manifest.attention_ports, manifest.config)
+    dense = with_rows_alike(executor, manifest, wanted=options.batch_invariant)
     mapped = sum(record.n_bytes for name, record in manifest.files.items() if name.endswith(".data"))
     pool, recall = _memory(manifest, options, free_for_cache(mapped))
     runner = host_runner(
-        executor,
+        dense,
         pool,
         manifest.programs,
         chunk=options.chunk,
