@@ -24,7 +24,7 @@ from trt_kv.export.split import program_from_graph
 from trt_kv.export.targets.onnxruntime import save_onnxruntime_parts
 from trt_kv.export.targets.parts import Parts
 from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
-from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest, Plan, Quantization
+from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, KV_DTYPES, RECIPE_FILE, Manifest, Plan, Quantization
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of_model
@@ -71,6 +71,16 @@ class EngineRequest:
                     expected="target onnxruntime, float32",
                     fix="leave the quantisation out",
                 )
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            raise UsageError("unsupported type of the KV cache", got=self.kv_dtype, expected=" or ".join(KV_DTYPES))
+        on_gpus = self.tensorrt is not None or self.dtype != "float32"
+        if on_gpus and self.kv_dtype not in (None, self.dtype):
+            raise UsageError(
+                "on a GPU the KV cache is stored in the type of the computation",
+                got=f"kv_dtype={self.kv_dtype} for an engine in {self.dtype}",
+                expected=self.dtype,
+                fix="leave the type of the KV cache out, or build for the CPU: target onnxruntime in float32",
+            )
         if self.applied_policy.needs_recipe and self.recipe is None:
             raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
         if self.recipe is not None:

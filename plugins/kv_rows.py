@@ -21,9 +21,9 @@ from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
 from trt_kv.errors import UsageError
+from trt_kv.kv_memory import SCALE_BYTES, row_bytes
 from trt_kv.manifest import KV_DTYPES
 
-SCALE_BYTES = 4
 LARGEST_INT8 = np.float32(127)
 LARGEST_FLOAT16 = np.float32(65504)
 
@@ -52,10 +52,7 @@ class KvDtype:
 
     def row_length(self, head_size: int) -> int:
         """W: elements of a row of ``head_size`` numbers."""
-        return head_size + SCALE_BYTES if self.name == "int8" else head_size
-
-    def row_bytes(self, head_size: int) -> int:
-        return self.row_length(head_size) * self.stored_as.itemsize
+        return row_bytes(self.name, head_size) // self.stored_as.itemsize
 
 
 def dtype_of(rows: NDArray[Any]) -> KvDtype:

@@ -7,24 +7,19 @@ All layers share one pool because budgets differ per layer: a page freed by one 
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.tensors import Array
 from trt_kv.runtime.cache.page_pool import PagePool
 
 
-def token_bytes(config: ModelConfig, *, element_bytes: int) -> int:
-    """Bytes of a pool per token and layer: keys and values, an int64 position and an fp32 score per KV head."""
-    return config.n_kv_heads * (2 * config.head_dim * element_bytes + 8 + 4)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PoolSizes:
-    """Sizes of a pool: M pages of P tokens, K KV heads of size D."""
+    """Sizes of a pool: M pages of P tokens, K KV heads of size D, and the type in which keys and values are stored."""
 
     n_pages: int
     page_size: int
     n_kv_heads: int
     head_size: int
+    dtype: str
 
 
 class KvPool(PagePool, Generic[Array]):
@@ -37,6 +32,8 @@ class KvPool(PagePool, Generic[Array]):
 
     on_host = True
     """Whether host kernels can read the arrays."""
+    kv_dtype: str
+    """The type in which keys and values are stored."""
     kv: Array
     token_positions: Array
     scores: Array

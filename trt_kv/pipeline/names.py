@@ -72,6 +72,7 @@ def _target_options(target: TargetPlan) -> dict[str, object]:
         "target": _unless(target.target, default.target),
         "profile": None if target.profile is None else _stem(Path(target.profile)),
         "dtype": target.dtype,
+        "kv-dtype": target.kv_dtype,
         "page-size": _unless(target.page_size, default.page_size),
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 from trt_kv.digests import digest_of
 from trt_kv.drift import check_correction_rate
 from trt_kv.errors import UnknownNameError, UsageError
-from trt_kv.manifest import DTYPES, Quantization
+from trt_kv.manifest import DTYPES, KV_DTYPES, Quantization
 from trt_kv.presets import preset
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions
 
@@ -111,15 +111,23 @@ def check_page_size(page_size: int) -> None:
         raise UsageError("the page size is below 1", got=page_size, expected="--page-size >= 1")
 
 
+def check_kv_dtype(kv_dtype: str | None) -> None:
+    """``UnknownNameError`` unless ``kv_dtype`` is a type of KV caches, or None."""
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise UnknownNameError("KV cache type", kv_dtype, KV_DTYPES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetPlan:
-    """What runs the engine, and how it is compiled. ``page_size``: tokens per page of the KV cache. ``dtype``: compute
-    type. ``profile`` (a preset or a .json file) and ``timing_cache`` are TensorRT's; None: the default.
+    """What runs the engine, and how it is compiled. ``page_size``: tokens per page of the KV cache. ``dtype``: compute type.
+    ``kv_dtype``: what the KV cache is stored as; None: as computed. ``profile`` (a preset or a .json file) and ``timing_cache``
+    are TensorRT's; None: the default.
     """
 
     target: str = "onnxruntime"
     profile: str | None = None
     dtype: str | None = None
+    kv_dtype: str | None = None
     timing_cache: Path | None = None
     page_size: int = DEFAULT_PAGE_SIZE
 
@@ -129,6 +137,7 @@ class TargetPlan:
             raise UnknownNameError("target", self.target, TARGETS)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UnknownNameError("type", self.dtype, DTYPES)
+        check_kv_dtype(self.kv_dtype)
         given = {"--profile": self.profile, "--timing-cache": self.timing_cache}
         needless = [name for name, value in given.items() if value is not None]
         if self.target != "tensorrt" and needless:
@@ -226,7 +235,9 @@ class DeviceChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceChoice:
-    """How much memory and how many threads an engine may use: options of ``Engine.load``; None: its default."""
+    """How much memory and how many threads an engine may use, and what its KV cache is stored as: options of ``Engine.load``;
+    None: its default.
+    """
 
     cache_tokens: int | None = None
     host_tier: str | None = None
@@ -234,6 +245,10 @@ class ResourceChoice:
     chunk: int | None = None
     n_threads: int | None = None
     batch_invariant: bool | None = None
+    kv_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_kv_dtype(self.kv_dtype)
 
     def options(self, *, has_host_tier: bool = True) -> dict[str, Any]:
         """Options of ``Engine.load``; without those of a host tier if the engine has none."""

@@ -23,7 +23,7 @@ class HostKvPool(KvPool[np.ndarray]):
         RecallAttention runs on the pool in place, else 0.
         """
         super().__init__(n_pages=n_pages, page_size=page_size)
-        self.dtype = KvDtype(dtype)
+        self.kv_dtype, self.dtype = dtype, KvDtype(dtype)
         row_length, stored_as = self.dtype.row_length(head_size), self.dtype.stored_as
         self.kv = np.empty((n_pages, 2, n_kv_heads, page_size, row_length), stored_as)
         self.token_positions = np.empty((n_pages, n_kv_heads, page_size), np.int64)
