@@ -20,6 +20,7 @@ MODULES = {
     "attention_kernels": "benchmarks.speed.attention_kernels",
     "prefill_scores_cost": "benchmarks.speed.prefill_scores_cost",
     "prefill_memory": "benchmarks.speed.prefill_memory",
+    "weights_accuracy": "benchmarks.quality.weights_accuracy",
     "kvpress_overlap": "benchmarks.kvpress.overlap",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
 import numpy as np
 import onnx
 import pytest
@@ -15,9 +16,10 @@ from tests.packed_engines import ValuesOnly, logits_of, packed_matrices
 from tests.serving import Recorder, prompts_of, steps_changed
 from trt_kv.cli.inspection import describe_engine
 from trt_kv.errors import CheckpointError, EngineError, UsageError
-from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.checkpoints.base import Checkpoint, QuantizedBlocks
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
+from trt_kv.export.gguf_packing import FORMATS, packed_blocks
 from trt_kv.export.packed_weights import PackedWeights
 from trt_kv.manifest import Quantization, load_manifest
 from trt_kv.policies import policy_from_name
@@ -104,6 +106,26 @@ def test_blocks_of_a_gguf_file_are_not_rounded_again(
     got = logits_of(dense_of(engine), ids)
     wanted = logits_of(dense_of(build("values", None, checkpoint)), ids)
     assert (got - wanted).std() < allowed * wanted.std()
+
+
+@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q4_k", "q6_k", "q8_0"])
+def test_any_blocks_have_the_values_that_the_gguf_package_reads(scheme: str) -> None:
+    """Blocks of random bytes, whose halves of 16 bits are made finite. Values with a minimum within a rounding of fp32."""
+    kind = gguf.GGMLQuantizationType[scheme.upper()]
+    n_values, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(7).integers(0, 256, (30, 3, n_bytes), dtype=np.uint8)
+    for place in {"q4_0": [0], "q4_1": [0, 2], "q4_k": [0, 2], "q6_k": [208], "q8_0": [0]}[scheme]:
+        blocks[..., place + 1] &= 0b10111011
+    blocks[3, 1, :4] = 0
+    expected = gguf.dequantize(blocks.reshape(30, -1), kind)
+    matrix = packed_blocks(QuantizedBlocks(scheme=scheme, blocks=blocks, shape=(30, 3 * n_values)))
+    how = FORMATS[scheme]
+    assert {name: part.shape for name, part in matrix.parts.items()} == how.part_shapes((30, 3 * n_values))
+    if matrix.offsets is not None:
+        largest = np.abs(matrix.scales).max() * 15 + np.abs(matrix.offsets).max()
+        np.testing.assert_allclose(matrix.values(), expected, rtol=0, atol=2**-23 * largest)
+    else:
+        np.testing.assert_array_equal(matrix.values(), expected)
 
 
 def test_other_blocks_of_a_gguf_file_are_rounded_to_enough_bits(tmp_path: Path) -> None:
