@@ -169,7 +169,7 @@ def _log_softmax(logits: Floats) -> Floats:
 
 def _of_next(log_p: Floats, ids: np.ndarray) -> Floats:
     """The log-probability of each token but the first."""
-    return log_p[np.arange(len(ids) - 1), ids[1:]]
+    return np.asarray(log_p[np.arange(len(ids) - 1), ids[1:]], dtype=np.float64)
 
 
 def _known_words(tokenizer: Tokenizer, last_logits: Any) -> float:
