@@ -42,6 +42,7 @@ PROMPT_FILE =
 TASKS = examples/evaluate/tasks.jsonl
 AGAINST =
 RESULTS =
+QUANT =
 PAGE_SIZE =
 HOST_TIER =
 DEVICE =
@@ -59,6 +60,7 @@ help: ## show this list
 	echo '            SET="score=window budget=pyramid" changes parts of the policy; .venv/bin/trt-kv policies lists them'
 	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] one drift threshold per layer, for this correction rate'
 	echo '            [PAGE_SIZE=32] tokens per page; freekv recalls whole pages; [CONTEXT=4096] longest text in tokens, by default that of the model'
+	echo '            QUANT=int4|int8 weights in blocks of 4 or 8 bits, for CPUs; blocks of a .gguf file are taken as they are'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json]; [DTYPE=float16|bfloat16] for GPUs'
 	echo '            [KV_DTYPE=float32|float16|bfloat16|int8] what the KV cache is stored as on a CPU; generate, chat and evaluate too'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=FOLDER ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
@@ -89,6 +91,7 @@ build_options = --model '$(MODEL)' --policy '$(POLICY)' \
 		$(if $(SAMPLES),--samples '$(SAMPLES)') \
 		$(if $(SEED),--seed '$(SEED)') \
 		$(if $(TARGET),--target '$(TARGET)') \
+		$(if $(QUANT),--quant '$(QUANT)') \
 		$(if $(PAGE_SIZE),--page-size '$(PAGE_SIZE)') \
 		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)')
 

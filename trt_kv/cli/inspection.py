@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trt_kv.cli.generation_notes import attended_tokens
+from trt_kv.cli.inspected_types import described_types
 from trt_kv.drift import Drift
 from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError
@@ -61,6 +62,7 @@ def _model(folder: Path, manifest: Manifest) -> list[str]:
         *_rope(manifest.config),
         f"target    {manifest.target}, {manifest.dtype}, KV cache in {manifest.kv_dtype}, pages of {manifest.page_size} tokens",
         *_plan(manifest),
+        *described_types(folder, manifest),
     ]
 
 
@@ -264,7 +266,7 @@ def _shared(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _origins(manifest: Manifest, recipe: Recipe | None, drift: Drift | None) -> list[str]:
-    lines = [f"weights   {manifest.model_source}, {_short(manifest.model_digest)}"]
+    lines = [f"source    {manifest.model_source}, {_short(manifest.model_digest)}"]
     if recipe is not None:
         record = recipe.calibration
         seed = "" if record.seed is None else f", seed {record.seed}"

@@ -83,6 +83,7 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
         recipe=recipe,
         drift=drift,
         dtype=target.dtype or "float32",
+        quantization=request.weights.quantization,
         kv_dtype=target.kv_dtype,
         page_size=target.page_size,
         tensorrt=options,

@@ -19,7 +19,7 @@ from trt_kv.runtime.backends.cuda.reservation import LargestStep, WorkingSetBloc
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
 from trt_kv.runtime.backends.cuda.weights import decoder_from_engine
 from trt_kv.runtime.backends.devices import DENSE, DeviceOptions, free_device_bytes, told_out_of_memory
-from trt_kv.runtime.backends.host.onnxruntime_segments import check_shapes
+from trt_kv.runtime.backends.host.segments import check_shapes
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_kv_as_computed, check_no_host_tier
 from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import ModelRunner
@@ -117,6 +117,12 @@ def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOpt
             f"{folder} is a TensorRT plan, which runs only on the GPU that it was built for",
             got=f"the device {device}",
             fix="leave the device out, or build an engine with --target onnxruntime",
+        )
+    if manifest.quantization is not None:
+        raise UsageError(
+            f"{folder} has quantised weights, which run on a CPU only",
+            got=f"int{manifest.quantization.bits} weights on the device {device}",
+            fix="use the device cpu, or build the engine without --quant",
         )
     if not manifest.applied_policy.recalls:
         check_no_host_tier(folder, manifest, options)

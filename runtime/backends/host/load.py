@@ -8,11 +8,12 @@ from trt_kv.kv_memory import token_bytes
 from trt_kv.manifest import GRAPHS, Manifest
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import finds_budgets, recalling_layers
-from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor, check_shapes
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
 from trt_kv.runtime.backends.host.runner import host_runner
+from trt_kv.runtime.backends.host.segments import check_shapes
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
