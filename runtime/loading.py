@@ -8,6 +8,7 @@ from pathlib import Path
 from trt_kv.errors import UsageError
 from trt_kv.manifest import ITEM_BYTES, Manifest
 from trt_kv.runtime.arguments import is_integer
+from trt_kv.runtime.backends.devices import check_host_dense
 from trt_kv.runtime.cache.kv_pool import PoolSizes, token_bytes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.reservation import Reservation
@@ -25,7 +26,7 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Options for loading an engine; see ``Engine.load``."""
+    """Options for loading an engine; see ``Engine.load``. ``dense`` and ``precision`` are those of a host."""
 
     cache_tokens: int | None = None
     host_tier: str | None = None
@@ -34,6 +35,8 @@ class LoadOptions:
     token_budget: int | None = None
     max_sequences: int | None = None
     n_threads: int = 0
+    dense: str | None = None
+    precision: str | None = None
     trace: Trace = NO_TRACE
 
     def __post_init__(self) -> None:
@@ -55,6 +58,7 @@ class LoadOptions:
                 expected=f"at most {most}, {THREADS_PER_CPU} per CPU of this machine: each layer's session starts as many",
                 fix="leave it out: one per core",
             )
+        check_host_dense(self.dense, self.precision)
         if not isinstance(self.host_tier, str | None):
             raise UsageError("bad host_tier", got=repr(self.host_tier), expected="ram, or file:/path/of/a/new/file")
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trt_kv.errors import EngineError
+from trt_kv.errors import EngineError, UsageError
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest, Plan
 from trt_kv.program import budgets_of
@@ -23,6 +23,10 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     ``UsageError`` for options of a host cache, ``EngineError`` for a plan that TensorRT cannot load.
     """
     check_no_host_tier(folder, manifest, options)
+    if options.dense is not None:
+        raise UsageError(
+            f"TensorRT runs all of {folder}", got=f"the dense layers' library {options.dense!r}", fix="leave it out"
+        )
     plan, policy = manifest.plan, manifest.applied_policy
     assert plan is not None
     tell("loading the plan", 0, 1)
