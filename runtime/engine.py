@@ -90,6 +90,7 @@ class Engine(EngineChat):
         token_budget: int | None = None,
         max_sequences: int | None = None,
         n_threads: int = 0,
+        kv_dtype: str | None = None,
         trace: Trace = NO_TRACE,
         on_progress: OnProgress | None = None,
     ) -> "Engine":
@@ -101,7 +102,9 @@ class Engine(EngineChat):
         the KV pool: it holds that many tokens in every layer; by default twice the model's positions, or what fits into half
         of the free memory. ``chunk`` is the number of prompt tokens per prefill step; ``token_budget`` limits the prompt
         tokens between two decode steps (None: one chunk). At most ``max_sequences`` run at once (None: 256, or what the
-        device was planned for); others wait. ``n_threads`` 0: one per core. ``trace`` records timing spans.
+        device was planned for); others wait. ``n_threads`` 0: one per core. ``kv_dtype``: on a CPU keys and
+        values are stored as "float32", "float16", "bfloat16" or "int8"; None: as the engine was built. ``trace`` records timing
+        spans.
 
         For engines whose cache is on the host: ``host_tier`` is "ram" (the default) or "file:PATH", a file that need not fit
         into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
@@ -131,6 +134,7 @@ class Engine(EngineChat):
             n_threads=n_threads,
             dense=dense if device == HOST else None,
             precision=precision,
+            kv_dtype=kv_dtype,
             trace=trace,
         )
         on = DeviceOptions(

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import numpy as np
@@ -176,7 +177,7 @@ def test_queries_drift_as_often_as_they_are_told(drift: Drift) -> None:
 
 
 def test_sides_share_pages_that_none_of_them_can_change() -> None:
-    sizes = {"page_size": PAGE_SIZE, "n_kv_heads": 3, "head_size": 5}
+    sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "n_kv_heads": 3, "head_size": 5}
     pool = HostKvPool(n_pages=4, **sizes)
     pool.kv[:] = np.arange(pool.kv.size).reshape(pool.kv.shape)
     tier = SharedTier(PoolTier(pool), RamTier(n_pages=2, **sizes), n_shared=3)

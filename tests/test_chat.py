@@ -23,6 +23,7 @@ from tests.chat_templates import CHATML, TOOLS
 from tests.engines import Run
 from trt_kv import AsyncEngine, Engine, SamplingParams
 from trt_kv.cli.chat_session import Session, StopChat
+from trt_kv.cli.signals import interrupts_noted
 from trt_kv.engine_files import file_records
 from trt_kv.errors import EngineError, UsageError
 from trt_kv.export.checkpoints.opening import open_checkpoint
@@ -371,6 +372,39 @@ def test_what_a_build_says_about_the_tokenizer_and_its_prompts(run: Run, checkpo
     assert "puts no token behind a prompt" in err
 
 
+def test_ctrl_c_is_noted_and_raised_where_it_is_asked_for() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts_noted() as interrupts:
+        interrupts.check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+        with pytest.raises(KeyboardInterrupt):  # the user has lost patience
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5], ids=["within the prompt", "at the first piece", "later"])
+def test_an_answer_stops_where_ctrl_c_is_checked(engine: Engine, calls: int) -> None:
+    shown: list[str] = []
+    left = iter(range(calls - 1))
+
+    def check() -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    conversation = Conversation(engine, sampling={"max_new_tokens": 300, "ignore_eos": True})
+    session = Session(conversation, write=shown.append, say=shown.append)
+    with pytest.raises(KeyboardInterrupt):
+        session.take("hello", check=check)
+    assert conversation.last is not None
+    assert (conversation.last.finish_reason, conversation.last.error) == ("cancelled", None)
+    assert conversation.last.text.startswith("".join(shown[:-1]))
+    assert len(conversation.last.token_ids) < 100
+    session.take("hello")  # goes on
+    assert conversation.last.finish_reason == "length"
+
+
 WITH_CTRL_C = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
@@ -405,14 +439,20 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(folder: Path) -> None:
         while text not in shown[shown.find(more) :]:
             assert time.monotonic() < until, shown
             if select.select([main], [], [], 1.0)[0]:
-                shown += os.read(main, 4096)
+                try:
+                    shown += os.read(main, 4096)
+                except OSError:
+                    pytest.fail(f"the chat has ended; it wrote {shown!r}")
 
     try:
         wait_for(b"> ")
         os.write(main, b"/help\n")
         wait_for(b"/exit", b"/help")
+        wait_for(b"> ", b"//.")
         os.write(main, b"hello\n")
-        wait_for(b"hello\r\n", b"//.")
+        wait_for(b"> hello\r\n", b"//.")
+        while shown.endswith(b"> hello\r\n"):  # until the answer has begun: at the prompt Ctrl-C leaves
+            shown += os.read(main, 4096)
         process.send_signal(signal.SIGINT)
         wait_for(b"[stopped]", b"//.")
         os.write(main, b"/policy\n")

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.kv_rows import KvDtype, load, number, scale_of, store
+from trt_kv.plugins.paging import Floats, Ints, Rows
 
 MAXIMUM = (1, 3)
 """Values of the attribute ``pooling`` that take the maximum over a group; the others take the mean."""
@@ -28,17 +29,18 @@ def drifted_heads(q_HD: Floats, last_HD: Floats, n_kv_heads: int, tau: float) ->
     return drifted
 
 
-def summaries_of(k_MKPD: Floats, summary: int) -> Floats:
-    """lo and hi [M, K, 2, D] of the keys of full pages."""
+def summaries_of(k_MKPW: Rows, summary: int, dtype: KvDtype) -> Rows:
+    """lo and hi of the keys of full pages, both as rows of ``dtype``: [M, K, 2, W]."""
+    k_MKPD = load(k_MKPW)
     lo_MKD, hi_MKD = k_MKPD.min(axis=2), k_MKPD.max(axis=2)
     if summary == 1:
         middle_MKD = (lo_MKD + hi_MKD) / np.float32(2)
         deviation_MKD = np.abs(k_MKPD - middle_MKD[:, :, None]).mean(axis=2)
         lo_MKD, hi_MKD = middle_MKD - deviation_MKD, middle_MKD + deviation_MKD
-    return np.stack([lo_MKD, hi_MKD], axis=2)
+    return store(np.stack([lo_MKD, hi_MKD], axis=2), dtype)
 
 
-def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Floats, n_chosen: int, pooling: int, softmax_scale: float) -> Ints:
+def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Rows, n_chosen: int, pooling: int, softmax_scale: float) -> Ints:
     """For each KV head the ``n_chosen`` best of the pool pages ``pages_J``, as ascending indices into ``pages_J``: [K, C]."""
     if n_chosen == 0 or n_chosen == len(pages_J):
         return np.tile(np.arange(n_chosen), (summaries.shape[1], 1))
@@ -56,10 +58,10 @@ def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Floats, n_chosen: int
 
 @njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
 def page_values(
-    probe_HD: Floats, pages_J: Ints, summaries: Floats, softmax: bool, maximum: bool, softmax_scale: np.float32
+    probe_HD: Floats, pages_J: Ints, summaries: Rows, softmax: bool, maximum: bool, softmax_scale: np.float32
 ) -> Floats:
     """[K, J] fp32: the values that each KV head ranks pages by; summaries are read once, in order, for a whole query group."""
-    n_kv_heads, _, head_size = summaries.shape[1:]
+    n_kv_heads, head_size = summaries.shape[1], probe_HD.shape[1]
     group = len(probe_HD) // n_kv_heads
     n_pages = len(pages_J)
     values_KJ = np.empty((n_kv_heads, n_pages), np.float32)
@@ -67,11 +69,14 @@ def page_values(
     for j in range(n_pages):
         page = pages_J[j]
         for head in range(n_kv_heads):
+            lo_scale, hi_scale = scale_of(summaries[page, head, 0]), scale_of(summaries[page, head, 1])
             for g in range(group):
                 bound = np.float32(0.0)
                 for d in range(head_size):
                     x = probe_HD[head * group + g, d]
-                    bound += max(x * summaries[page, head, 0, d], x * summaries[page, head, 1, d])
+                    lo = lo_scale * number(summaries[page, head, 0, d])
+                    hi = hi_scale * number(summaries[page, head, 1, d])
+                    bound += max(x * lo, x * hi)
                 bounds_KGJ[head, g, j] = bound
     for head in range(n_kv_heads):
         bounds_GJ = bounds_KGJ[head]

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kv.plugins.attention_cpu import append_tokens, attend_cached, attend_tables
+from trt_kv.plugins.kv_rows import dtype_of
 from trt_kv.plugins.paging import Floats, Ints, pages_of
 from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.plugins.recall_attention.choice import best_pages, drifted_heads, summaries_of
@@ -26,7 +27,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
         n_cached, last = int(args.kv_len[args.layer, b]), int(args.cu_tokens[b + 1]) - 1
         pages = pages_of(args.page_table, args.layer, b, n_cached, args.page_size)
         filled = pages[(n_cached - n_new) // args.page_size : n_cached // args.page_size]
-        args.summaries[filled] = summaries_of(args.kv[filled, 0], args.summary)
+        args.summaries[filled] = summaries_of(args.kv[filled, 0], args.summary, dtype_of(args.summaries))
         row = args.query_rows[args.layer, b]
         if args.prompt_remaining[last] >= 0:
             chunk = slice(args.cu_tokens[b], args.cu_tokens[b + 1])
