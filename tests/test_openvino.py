@@ -31,7 +31,7 @@ def logits_of(dense: DenseExecutor, n_rows: int, logit_rows: int) -> Floats:
     return dense.run(ids, np.arange(n_rows), np.arange(n_rows - logit_rows, n_rows), one_by_one)
 
 
-def one_by_one(_layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
+def one_by_one(layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
     """In place of attention: what is computed of each token depends on that token alone."""
     return v.repeat(q.shape[1] // v.shape[1], axis=1) + 0.1 * q
 
