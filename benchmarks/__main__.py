@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -65,4 +66,8 @@ def _measured(name: str, quick: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["peers"]:  # has options of its own, and installs other engines: never among "all of them"
+        from benchmarks.peers.__main__ import main as compare_with_peers
+
+        compare_with_peers(sys.argv[2:])
     main()
