@@ -6,6 +6,7 @@ from pathlib import Path
 from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.kv_memory import token_bytes
 from trt_kv.manifest import GRAPHS, Manifest
+from trt_kv.plugins.kv_rows import converts_halves
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import finds_budgets, recalling_layers
 from trt_kv.require import require
@@ -38,6 +39,12 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
             got=f"graphs in {manifest.dtype}",
             expected="float32 on a host",
             fix=f"load it with {load_option('device', 'cuda')}, or build it again without --dtype",
+        )
+    if (options.kv_dtype or manifest.kv_dtype) == "float16" and not converts_halves():
+        raise UsageError(
+            "this processor has no instructions for float16",
+            got="float16 as the type of the KV cache",
+            fix=f"use {load_option('kv_dtype', 'bfloat16')}, which takes as much memory",
         )
     executor = _dense(folder, manifest, options, tell)
     check_shapes(folder / GRAPHS, executor.shapes, manifest.attention_ports, manifest.config)
