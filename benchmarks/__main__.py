@@ -22,6 +22,7 @@ MODULES = {
     "prefill_scores_cost": "benchmarks.speed.prefill_scores_cost",
     "prefill_memory": "benchmarks.speed.prefill_memory",
     "kvpress_overlap": "benchmarks.kvpress.overlap",
+    "kv_types": "benchmarks.quality.kv_types",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
     "recall_timeline": "benchmarks.speed.recall_timeline",
