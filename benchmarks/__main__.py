@@ -23,6 +23,7 @@ MODULES = {
     "prefill_memory": "benchmarks.speed.prefill_memory",
     "weights_accuracy": "benchmarks.quality.weights_accuracy",
     "kvpress_overlap": "benchmarks.kvpress.overlap",
+    "kv_types": "benchmarks.quality.kv_types",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
     "recall_timeline": "benchmarks.speed.recall_timeline",
