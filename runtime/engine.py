@@ -118,8 +118,11 @@ class Engine(EngineChat):
         ("float32", "float16", "bfloat16") as it loads them, or "onnxruntime" (needs onnxruntime-gpu), which computes in the
         engine's dtype. At most ``batch`` sequences decode together (default: the profile's, else 8). ``profile``: a build
         profile, by name or file, whose largest sizes bound steps, contexts and the cache. ``cuda_graphs``: capture decode steps
-        as CUDA graphs; None: if possible. ``batch_invariant``: the logits of a request are bit-identical in any batch; every
-        decode step is then padded to the largest sizes.
+        as CUDA graphs; None: if possible.
+
+        ``batch_invariant``: the logits of a request are bit-identical in any batch. On the CPU that is the default: if products
+        with quantised weights depend on the number of rows, rows are added; False: never. On a GPU the default is False; with
+        True every decode step is padded to the largest sizes.
 
         Raises ``EngineError`` unless the folder is a complete, unchanged engine whose policy this version applies,
         ``UsageError`` for what cannot run on ``device``, ``CapacityError`` if the device has too little memory.
@@ -132,6 +135,7 @@ class Engine(EngineChat):
             token_budget=token_budget,
             max_sequences=max_sequences,
             n_threads=n_threads,
+            batch_invariant=batch_invariant,
             dense=dense if device == HOST else None,
             precision=precision,
             kv_dtype=kv_dtype,

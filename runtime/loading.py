@@ -36,6 +36,7 @@ class LoadOptions:
     token_budget: int | None = None
     max_sequences: int | None = None
     n_threads: int = 0
+    batch_invariant: bool | None = None
     dense: str | None = None
     precision: str | None = None
     kv_dtype: str | None = None
@@ -60,6 +61,8 @@ class LoadOptions:
                 expected=f"at most {most}, {THREADS_PER_CPU} per CPU of this machine: each layer's session starts as many",
                 fix="leave it out: one per core",
             )
+        if not isinstance(self.batch_invariant, bool | None):
+            raise UsageError("bad batch_invariant", got=repr(self.batch_invariant), expected="True, False or None")
         check_host_dense(self.dense, self.precision)
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise UsageError("bad kv_dtype", got=repr(self.kv_dtype), expected=f"{', '.join(KV_DTYPES)}, or None")

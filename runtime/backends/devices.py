@@ -44,8 +44,10 @@ class DeviceOptions:
             raise UnknownNameError("dtype", self.dtype, DTYPES)
 
     def check_host(self) -> None:
-        """``UsageError`` if any option is set; for engines on the host, whose ``dense`` is checked elsewhere."""
-        given = [f"{name}={value}" for name, value in vars(self).items() if value is not None]
+        """``UsageError`` if any option is set that only devices have; for engines on the host, whose ``dense`` is checked
+        elsewhere.
+        """
+        given = [f"{name}={value}" for name, value in vars(self).items() if value is not None and name != "batch_invariant"]
         if given:
             raise UsageError(
                 f"{given[0].split('=')[0]} is for devices",

@@ -50,8 +50,8 @@ def device_options(command: CommandFunction) -> CommandFunction:
 
 
 def resource_options(command: CommandFunction) -> CommandFunction:
-    """Add --kv-dtype, --cache-tokens, --host-tier, --host-tokens, --chunk and --threads; ``command`` receives ``resources``, a
-    ``ResourceChoice``.
+    """Add --kv-dtype, --cache-tokens, --host-tier, --host-tokens, --chunk, --threads and --batch-invariant; ``command``
+    receives ``resources``, a ``ResourceChoice``.
     """
     count = click.IntRange(min=1)
 
@@ -76,6 +76,11 @@ def resource_options(command: CommandFunction) -> CommandFunction:
     )
     @click.option("--chunk", type=count, metavar="N", help="Prompt tokens per step; fewer take less memory. Default: 512.")
     @click.option("--threads", type=count, metavar="N", help="CPU threads that compute. Default: one per core.")
+    @click.option(
+        "--batch-invariant/--no-batch-invariant",
+        default=None,
+        help="Results that do not depend, bit for bit, on what else runs. Default: yes on a CPU, no on a GPU.",
+    )
     @functools.wraps(command)
     def collected(
         *,
@@ -85,6 +90,7 @@ def resource_options(command: CommandFunction) -> CommandFunction:
         host_tokens: int | None,
         chunk: int | None,
         threads: int | None,
+        batch_invariant: bool | None,
         **others: Any,
     ) -> None:
         resources = ResourceChoice(
@@ -94,6 +100,7 @@ def resource_options(command: CommandFunction) -> CommandFunction:
             host_tokens=host_tokens,
             chunk=chunk,
             n_threads=threads,
+            batch_invariant=batch_invariant,
         )
         command(resources=resources, **others)
 

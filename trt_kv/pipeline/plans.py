@@ -253,6 +253,7 @@ class ResourceChoice:
     host_tokens: int | None = None
     chunk: int | None = None
     n_threads: int | None = None
+    batch_invariant: bool | None = None
     kv_dtype: str | None = None
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from trt_kv.beside import beside
 from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.kv_memory import token_bytes
 from trt_kv.manifest import GRAPHS, Manifest
+from trt_kv.plugins.kv_rows import converts_halves
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import finds_budgets, recalling_layers
 from trt_kv.require import require
@@ -17,6 +18,7 @@ from trt_kv.runtime.backends.host.openvino_segments import OpenVinoExecutor, def
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
+from trt_kv.runtime.backends.host.row_groups import with_rows_alike
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.segments import SegmentExecutor, check_shapes
 from trt_kv.runtime.backends.host.store import HostKvPool
@@ -43,15 +45,22 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
             expected="float32 on a host",
             fix=f"load it with {load_option('device', 'cuda')}, or build it again without --dtype",
         )
+    if (options.kv_dtype or manifest.kv_dtype) == "float16" and not converts_halves():
+        raise UsageError(
+            "this processor has no instructions for float16",
+            got="float16 as the type of the KV cache",
+            fix=f"use {load_option('kv_dtype', 'bfloat16')}, which takes as much memory",
+        )
     will_compute()
     with beside(partial(_dense, folder, manifest, options), partial(tell, "opening graphs")) as opening:
         warm_up_kernels(manifest.programs, "cpu", options.kv_dtype or manifest.kv_dtype)
         executor = opening.result()
     check_shapes(folder / GRAPHS, executor.shapes, manifest.attention_ports, manifest.config)
+    dense = with_rows_alike(executor, manifest, wanted=options.batch_invariant)
     mapped = sum(record.n_bytes for name, record in manifest.files.items() if name.endswith(".data"))
     pool, recall = _memory(manifest, options, free_for_cache(mapped))
     runner = host_runner(
-        executor,
+        dense,
         pool,
         manifest.programs,
         chunk=options.chunk,
@@ -90,7 +99,6 @@ def _dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segment: C
         segments,
         ports,
         precision=precision,
-        quantised=manifest.quantization is not None,
         n_threads=options.n_threads,
         on_segment=on_segment,
     )

@@ -23,6 +23,8 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     ``UsageError`` for options of a host cache, ``EngineError`` for a plan that TensorRT cannot load.
     """
     check_no_host_tier(folder, manifest, options)
+    if options.batch_invariant:
+        raise UsageError("a TensorRT plan is not batch-invariant", got="batch_invariant=True", fix="leave it out")
     if options.dense is not None:
         raise UsageError(
             f"TensorRT runs all of {folder}", got=f"the dense layers' library {options.dense!r}", fix="leave it out"
