@@ -1,8 +1,11 @@
 """Loads an engine on the CPU: ONNX Runtime and host kernels; if the policy recalls, a cache in RAM or in a file."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from trt_kv.beside import beside
 from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.kv_memory import token_bytes
 from trt_kv.manifest import GRAPHS, Manifest
@@ -10,6 +13,7 @@ from trt_kv.plugins.kv_rows import converts_halves
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import finds_budgets, recalling_layers
 from trt_kv.require import require
+from trt_kv.runtime.backends.host.executor import warm_up_kernels
 from trt_kv.runtime.backends.host.openvino_segments import OpenVinoExecutor, default_precision
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
@@ -22,6 +26,7 @@ from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
 from trt_kv.runtime.memory import available_bytes, free_for_cache
 from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.processes import will_compute
 from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservation, Resource, WorkingSetPages
 
 
@@ -46,7 +51,10 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
             got="float16 as the type of the KV cache",
             fix=f"use {load_option('kv_dtype', 'bfloat16')}, which takes as much memory",
         )
-    executor = _dense(folder, manifest, options, tell)
+    will_compute()
+    with beside(partial(_dense, folder, manifest, options), partial(tell, "opening graphs")) as opening:
+        warm_up_kernels(manifest.programs, "cpu", options.kv_dtype or manifest.kv_dtype)
+        executor = opening.result()
     check_shapes(folder / GRAPHS, executor.shapes, manifest.attention_ports, manifest.config)
     dense = with_rows_alike(executor, manifest, wanted=options.batch_invariant)
     mapped = sum(record.n_bytes for name, record in manifest.files.items() if name.endswith(".data"))
@@ -69,13 +77,9 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     )
 
 
-def _dense(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgress) -> SegmentExecutor:
+def _dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segment: Callable[..., None]) -> SegmentExecutor:
     """What runs the dense layers. ``UsageError`` for integers as activations of weights that are not quantised."""
     folder, segments, ports = folder / GRAPHS, manifest.segments, manifest.attention_ports
-
-    def on_segment(done: int, total: int) -> None:
-        tell("opening graphs", done, total)
-
     if options.dense != "openvino":
         module = require("trt_kv.runtime.backends.host.onnxruntime_segments")
         run: SegmentExecutor = module.OnnxRuntimeExecutor(
@@ -95,7 +99,6 @@ def _dense(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgr
         segments,
         ports,
         precision=precision,
-        quantised=manifest.quantization is not None,
         n_threads=options.n_threads,
         on_segment=on_segment,
     )
