@@ -96,9 +96,9 @@ def test_a_file_tier_and_a_batch_give_the_tokens_of_one_alone_in_memory(folder: 
 def test_a_refusal_in_memory_asks_for_what_is_enough(folder: Path) -> None:
     """Both for the tier, and for the pool of the layers that do not recall."""
     sizes = {"cache_tokens": 50, "host_tokens": 50}
-    for expected in ("host_tokens", "cache_tokens", None):
+    for expected in ("cache_tokens", "host_tokens", None):
         with load(folder, host_tier="ram", **sizes) as engine:
-            prompt = random_ids(engine, 300, seed=0)
+            prompt = random_ids(engine, 90, seed=0)
             if expected is None:
                 assert len(engine.generate(prompt, max_new_tokens=30).token_ids) == 30
                 continue
@@ -159,14 +159,14 @@ def test_a_request_whose_pages_are_lost_fails_and_the_others_go_on(engine: Engin
     expected = [engine.generate(prompt, max_new_tokens=15).token_ids for prompt in prompts]
     assert isinstance(engine.runner.tiers, StreamedRecall)
     host = engine.runner.tiers.host
-    read, lost = host.read_head, set[int]()
+    read, lost = host.read_heads, set[int]()
 
-    def read_unless_lost(page: int, head: int, into_2PD: np.ndarray) -> None:
-        if page in lost:
+    def read_unless_lost(pages_M: np.ndarray, *to: Any) -> None:
+        if lost & set(pages_M.tolist()):
             raise OSError("the disk is gone")
-        read(page, head, into_2PD)
+        read(pages_M, *to)
 
-    monkeypatch.setattr(host, "read_head", read_unless_lost)
+    monkeypatch.setattr(host, "read_heads", read_unless_lost)
     original = engine.runner.run
 
     def run(plan: StepPlan[Request]) -> Any:

@@ -22,7 +22,7 @@ from trt_kv.runtime.backends.host.recall import background
 from trt_kv.runtime.backends.host.recall import layer as layer_streams
 from trt_kv.runtime.backends.host.recall.background import Copies, Job
 from trt_kv.runtime.backends.host.recall.layer import LayerStreams
-from trt_kv.runtime.backends.host.recall.working_set import Move, Prefetch, WorkingSet
+from trt_kv.runtime.backends.host.recall.working_set import Prefetch, WorkingSet
 
 MODEL = RandomModel(steadiness=0.6)
 POLICY = freekv(tokens=28, sinks=3, recent=2, tau=0.3)
@@ -58,8 +58,8 @@ def test_2_a_slot_is_not_overwritten_while_attention_reads_it(monkeypatch: pytes
     """Published: the scatter of the next step's pages does not wait for this step's attention."""
     assert streams_like_the_op(StepwiseCopies(eagerness=1.0))
 
-    def without_waiting(moves: list[Move], _prefetch: Prefetch) -> Iterator[Move | Event]:
-        yield from moves
+    def without_waiting(moves_M4: Ints, _prefetch: Prefetch) -> Iterator[Ints | Event]:
+        yield from (moves_M4[m : m + 1] for m in range(len(moves_M4)))
 
     monkeypatch.setattr(layer_streams, "in_turn", without_waiting)
     assert not streams_like_the_op(StepwiseCopies(eagerness=1.0))

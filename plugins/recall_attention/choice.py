@@ -170,16 +170,18 @@ def _bound_block(
     """The bounds of a block of pages, if there is something to choose; a page's summaries are read once for all heads."""
     if n_chosen_B[b] <= 0 or n_chosen_B[b] >= n_between_B[b]:
         return
-    n_heads, head_size = probe_BHD.shape[1:]
-    group = n_heads // summaries.shape[1]
+    n_kv_heads, head_size = summaries.shape[1], probe_BHD.shape[2]
+    group = probe_BHD.shape[1] // n_kv_heads
     for j in range(block * BLOCK_PAGES, min((block + 1) * BLOCK_PAGES, n_between_B[b])):
         page = page_table_BT[b, first_B[b] + j]
-        for h in range(n_heads):
-            bound = np.float32(0.0)
-            for d in range(head_size):
-                x = probe_BHD[b, h, d]
-                bound += max(x * summaries[page, h // group, 0, d], x * summaries[page, h // group, 1, d])
-            bounds_BHJ[b, h, j] = bound
+        for head in range(n_kv_heads):
+            lo_D, hi_D = summaries[page, head, 0], summaries[page, head, 1]
+            for h in range(head * group, (head + 1) * group):
+                bound = np.float32(0.0)
+                for d in range(head_size):
+                    x = probe_BHD[b, h, d]
+                    bound += max(x * lo_D[d], x * hi_D[d])
+                bounds_BHJ[b, h, j] = bound
 
 
 @njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})

@@ -98,13 +98,3 @@ def attended_tables(
             for page in range(first, n_pages_B[b]):
                 pages_T[page - n_left_out_B[b]] = page_table_BT[b, page]
     return table_BKT, kv_len_B - n_left_out_B * page_size
-
-
-def attended_pages(chosen_KC: Ints, limits: PageLimits, n_tokens: int) -> Ints:
-    """The pages that each KV head attends to, as indices within the sequence, in order: [K, T]."""
-    n_pages = -(-n_tokens // limits.page_size)
-    n_kv_heads = len(chosen_KC)
-    first = max(limits.first_newest(n_tokens), min(limits.n_sinks, n_pages))
-    ends = [np.arange(min(limits.n_sinks, n_pages)), np.arange(first, n_pages)]
-    sinks_KT, newest_KT = (np.broadcast_to(pages, (n_kv_heads, len(pages))) for pages in ends)
-    return np.concatenate([sinks_KT, chosen_KC, newest_KT], axis=1)
