@@ -32,6 +32,7 @@ SEED =
 TARGET =
 PROFILE =
 DTYPE =
+KV_DTYPE =
 # Empty: engines/NAME, the model or checkpoint, the policy and what else is set; `trt-kv build --where` prints it.
 OUT =
 FORCE =
@@ -41,6 +42,7 @@ PROMPT_FILE =
 TASKS = examples/evaluate/tasks.jsonl
 AGAINST =
 RESULTS =
+QUANT =
 PAGE_SIZE =
 HOST_TIER =
 DEVICE =
@@ -58,7 +60,9 @@ help: ## show this list
 	echo '            SET="score=window budget=pyramid" changes parts of the policy; .venv/bin/trt-kv policies lists them'
 	echo '            POLICY=freekv SET="drift=calibrated" [CORRECTION=0.1 or DRIFT=FILE] one drift threshold per layer, for this correction rate'
 	echo '            [PAGE_SIZE=32] tokens per page; freekv recalls whole pages; [CONTEXT=4096] longest text in tokens, by default that of the model'
+	echo '            QUANT=int4|int8 weights in blocks of 4 or 8 bits, for CPUs; blocks of a .gguf file are taken as they are'
 	echo '            TARGET=tensorrt [PROFILE=edge|datacenter|FILE.json]; [DTYPE=float16|bfloat16] for GPUs'
+	echo '            [KV_DTYPE=float32|float16|bfloat16|int8] what the KV cache is stored as on a CPU; generate, chat and evaluate too'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=FOLDER ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
 	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; chat and evaluate too; [TRACE=FILE.json] timeline for Perfetto'
 	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
@@ -87,7 +91,9 @@ build_options = --model '$(MODEL)' --policy '$(POLICY)' \
 		$(if $(SAMPLES),--samples '$(SAMPLES)') \
 		$(if $(SEED),--seed '$(SEED)') \
 		$(if $(TARGET),--target '$(TARGET)') \
-		$(if $(PAGE_SIZE),--page-size '$(PAGE_SIZE)')
+		$(if $(QUANT),--quant '$(QUANT)') \
+		$(if $(PAGE_SIZE),--page-size '$(PAGE_SIZE)') \
+		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)')
 
 # $$engine in the recipe: ENGINE or OUT, or the folder in which `make engine` puts it with the same variables. With DEVICE, PROFILE and DTYPE
 # apply to loading, and DTYPE to building too if there is such an engine.
@@ -104,6 +110,7 @@ generate: $(VENV)/.ready-build ## engine + prompt -> text
 	@$(find_engine)
 	$(VENV)/bin/trt-kv generate $(ARGS) \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(if $(TRACE),--trace '$(TRACE)') \
 		$(on_device) \
 		$(if $(PROMPT_FILE),--prompt-file '$(PROMPT_FILE)') -- "$$engine" $(if $(PROMPT),"$$PROMPT")
@@ -112,6 +119,7 @@ chat: $(VENV)/.ready-build ## talk with an engine of an instruct model
 	@$(find_engine)
 	$(VENV)/bin/trt-kv chat $(ARGS) \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(on_device) -- "$$engine"
 
 evaluate: $(VENV)/.ready-build ## engine + your own tasks -> accuracy, perplexity, kept share
@@ -120,6 +128,7 @@ evaluate: $(VENV)/.ready-build ## engine + your own tasks -> accuracy, perplexit
 		$(if $(AGAINST),--against '$(AGAINST)') \
 		$(if $(RESULTS),--out '$(RESULTS)') \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(on_device) \
 		$(ARGS) -- "$$engine"
 

@@ -23,6 +23,7 @@ MODULES = {
     "kvpress_overlap": "benchmarks.kvpress.overlap",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
+    "recall_steps": "benchmarks.speed.recall_steps",
     "recall_timeline": "benchmarks.speed.recall_timeline",
     "serving_core": "benchmarks.serving.serving_core",
 }

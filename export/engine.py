@@ -17,12 +17,14 @@ from trt_kv.errors import CheckpointError, RecipeError, UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.graph import graph_from_checkpoint, save_graphs
 from trt_kv.export.new_folder import new_folder
+from trt_kv.export.packed_weights import PackedWeights
+from trt_kv.export.quantized_graph import quantize_graph
 from trt_kv.export.shared_weights import link_weights
 from trt_kv.export.split import program_from_graph
 from trt_kv.export.targets.onnxruntime import save_onnxruntime_parts
 from trt_kv.export.targets.parts import Parts
 from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
-from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest, Plan
+from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, KV_DTYPES, RECIPE_FILE, Manifest, Plan, Quantization
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of_model
@@ -39,7 +41,8 @@ class EngineRequest:
     """What to build. ``reproduce`` is the command that makes the same engine again.
 
     With ``tensorrt`` the engine is compiled by TensorRT, otherwise its target is ONNX Runtime. ``dtype`` is the compute type of
-    the graphs; types other than float32 run on GPUs only. ``kv_dtype`` is the type in which the KV cache is stored; None: as
+    the graphs; types other than float32 run on GPUs only. ``quantization``: how big matrices are stored; None: in ``dtype``. It
+    runs on CPUs only. ``kv_dtype`` is the type in which the KV cache is stored; None: as
     ``dtype``.
     """
 
@@ -49,6 +52,7 @@ class EngineRequest:
     drift: Drift | None = None
     page_size: int = DEFAULT_PAGE_SIZE
     dtype: str = "float32"
+    quantization: Quantization | None = None
     kv_dtype: str | None = None
     tensorrt: TensorRtOptions | None = None
     model_source: str = ""
@@ -58,6 +62,25 @@ class EngineRequest:
         self.checkpoint.config.check_page_size(self.page_size)
         if self.dtype not in DTYPES:
             raise UsageError("unsupported compute type", got=self.dtype, expected=" or ".join(DTYPES))
+        if self.quantization is not None:
+            self.quantization.check(UsageError)
+            if self.tensorrt is not None or self.dtype != "float32":
+                raise UsageError(
+                    "quantised weights are for ONNX Runtime on a CPU",
+                    got=f"target {self.target}, {self.dtype}",
+                    expected="target onnxruntime, float32",
+                    fix="leave the quantisation out",
+                )
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            raise UsageError("unsupported type of the KV cache", got=self.kv_dtype, expected=" or ".join(KV_DTYPES))
+        on_gpus = self.tensorrt is not None or self.dtype != "float32"
+        if on_gpus and self.kv_dtype not in (None, self.dtype):
+            raise UsageError(
+                "on a GPU the KV cache is stored in the type of the computation",
+                got=f"kv_dtype={self.kv_dtype} for an engine in {self.dtype}",
+                expected=self.dtype,
+                fix="leave the type of the KV cache out, or build for the CPU: target onnxruntime in float32",
+            )
         if self.applied_policy.needs_recipe and self.recipe is None:
             raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
         if self.recipe is not None:
@@ -124,6 +147,7 @@ def export_graphs(
     ``offsets``: of the weights in ``weights.data``, if it is there already.
     """
     graphs = {}
+    packed = packed_weights_of(request)
     for done, phase in enumerate(PHASES):
         _tell(on_progress, "tracing graphs", done, len(PHASES))
         program = program_of_model(
@@ -137,8 +161,15 @@ def export_graphs(
         graphs[phase] = graph_from_checkpoint(
             request.checkpoint, program, page_size=request.page_size, dtype=getattr(torch, request.dtype)
         )
+        if packed is not None:
+            quantize_graph(graphs[phase], packed)
     _tell(on_progress, "tracing graphs", len(PHASES), len(PHASES))
     save_graphs(graphs, folder, lambda done, total: _tell(on_progress, "writing weights", done, total), offsets=offsets)
+
+
+def packed_weights_of(request: EngineRequest) -> PackedWeights | None:
+    """The matrices that the engine has in blocks; None if all are stored in its ``dtype``."""
+    return None if request.quantization is None else PackedWeights(request.checkpoint, request.quantization)
 
 
 def build_engine(
@@ -159,19 +190,22 @@ def build_engine(
     with new_folder(destination, replace=replace) as folder:
         graphs = folder / GRAPHS
         graphs.mkdir()
-        offsets = None
+        offsets, packed = None, packed_weights_of(request)
         if request.tensorrt is None:  # a plan has its own copy of the weights, and the graphs do not stay
             offsets = link_weights(
                 request.checkpoint,
                 destination,
                 graphs,
                 dtype=request.dtype,
+                packed=packed,
                 on_weight=lambda done, total: _tell(on_progress, "comparing weights", done, total),
             )
         export_graphs(request, graphs, on_progress, offsets=offsets)
         programs = {phase: program_from_graph(_load_graph(graphs, phase)) for phase in PHASES}
         if request.tensorrt is None:
-            parts = save_onnxruntime_parts(request.checkpoint, _load_graph(graphs, "decode"), graphs, dtype=request.dtype)
+            parts = save_onnxruntime_parts(
+                request.checkpoint, _load_graph(graphs, "decode"), graphs, dtype=request.dtype, packed=packed
+            )
         else:
             parts = Parts(plan=_compile(request, request.tensorrt, programs, folder, on_progress))
             shutil.rmtree(graphs)
@@ -247,7 +281,7 @@ def _manifest(request: EngineRequest, folder: Path, programs: dict[str, Program]
         policy=request.policy,
         target=request.target,
         dtype=request.dtype,
-        quantization=None,
+        quantization=request.quantization,
         kv_dtype=request.kv_dtype or request.dtype,
         page_size=request.page_size,
         op_versions=dict.fromkeys(sorted(ops), OP_VERSION),

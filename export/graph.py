@@ -6,7 +6,6 @@ time, so that export needs memory for the largest tensor only.
 
 import contextlib
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from trt_kv.decoder import Decoder
 from trt_kv.export.checkpoints.base import Checkpoint
+from trt_kv.export.packed_weights import is_traced_exactly, stored_name
 from trt_kv.model_config import ModelConfig
 from trt_kv.opspec import DOMAIN
 from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, made_by, specs_of, states_of, step_tensors_of
@@ -28,9 +28,6 @@ from trt_kv.plugins.registry import op_specs
 from trt_kv.program import Program
 
 WEIGHTS_FILE = "weights.data"
-TRACED_EXACTLY = 4096
-"""Weights of at most this many elements are traced with their values: the exporter shares small tensors that are equal."""
-
 ALIGNMENT = 4096
 
 _EXAMPLE_SIZES = {"N": 7, "R": 3, "B": 2, "B+1": 3, "T": 5, "M": 11, "U": 13}
@@ -90,25 +87,25 @@ def save_graphs(
 ) -> None:
     """Write ``<name>.onnx`` for each graph and their shared weights once, as ``weights.data``, streaming tensor by tensor.
 
-    ``offsets``: of each big weight in the file ``weights.data`` that is in ``folder`` already; None: write it. The file is
-    read-only, because engines of one checkpoint share it.
+    ``offsets``: of each big array, by ``stored_name``, in the file ``weights.data`` that is in ``folder`` already; None: write
+    it. The file is read-only, because engines of one checkpoint share it.
     """
-    shared: dict[str, ir.ExternalTensor] = {}
     weights = {name: value for graph in graphs.values() for name, value in graph.graph.initializers.items()}
-    big = [name for name, value in weights.items() if _is_big(value)]
-    if offsets is not None:
-        shared = {name: _external(name, weights[name].const_value, offsets[name], folder) for name in big}
-    else:
+    big = {name: value.const_value for name, value in weights.items() if isinstance(value.const_value, ir.LazyTensor)}
+    if offsets is None:
+        offsets = {}
         with (folder / WEIGHTS_FILE).open("wb") as file:
-            for done, name in enumerate(big, start=1):
-                shared[name] = _append_tensor(file, name, weights[name].const_value, folder)
+            for done, (name, tensor) in enumerate(big.items(), start=1):
+                if stored_name(name) not in offsets:
+                    offsets[stored_name(name)] = _append_tensor(file, tensor)
                 if on_weight is not None:
                     on_weight(done, len(big))
         (folder / WEIGHTS_FILE).chmod(0o444)
+    shared = {name: _external(name, tensor, offsets[stored_name(name)], folder) for name, tensor in big.items()}
     for graph_name, model in graphs.items():
-        for name, tensor in shared.items():
+        for name, external in shared.items():
             if name in model.graph.initializers:
-                model.graph.initializers[name].const_value = tensor
+                model.graph.initializers[name].const_value = external
         ir.save(model, folder / f"{graph_name}.onnx")
 
 
@@ -181,28 +178,21 @@ def _lazy_weight(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> ir.La
     )
 
 
-def is_traced_exactly(shape: Sequence[int]) -> bool:
-    """Whether a weight of this shape is in the graphs themselves; the others are in ``weights.data``."""
-    return math.prod(shape) <= TRACED_EXACTLY
-
-
 def _is_big(value: ir.Value) -> bool:
     assert value.shape is not None
     return not is_traced_exactly(value.shape.numpy())
 
 
-def _append_tensor(file: BinaryIO, name: str, tensor: ir.TensorProtocol | None, folder: Path) -> ir.ExternalTensor:
-    """Write one tensor at the next aligned offset, so that ONNX Runtime can map it."""
-    assert tensor is not None
+def _append_tensor(file: BinaryIO, tensor: ir.TensorProtocol) -> int:
+    """Write one tensor at the next aligned offset, so that ONNX Runtime can map it; returns the offset."""
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
     offset = file.tell()
     file.write(tensor.numpy().reshape(-1).view(np.uint8).data)
-    return _external(name, tensor, offset, folder)
+    return offset
 
 
-def _external(name: str, tensor: ir.TensorProtocol | None, offset: int, folder: Path) -> ir.ExternalTensor:
+def _external(name: str, tensor: ir.TensorProtocol, offset: int, folder: Path) -> ir.ExternalTensor:
     """The tensor as the graphs refer to it."""
-    assert tensor is not None
     return ir.ExternalTensor(
         WEIGHTS_FILE, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=folder
     )

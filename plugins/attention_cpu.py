@@ -24,17 +24,18 @@ from trt_kv.plugins.chunk_blocks import (
 )
 from trt_kv.plugins.fast_math import LANES, exp_nonpositive, exp_or_zero, largest_of
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.paging import Floats, Ints, gather_slots
+from trt_kv.plugins.kv_rows import dtype_of, number, scale_of, store
+from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots
 
 NO_WINDOW = (0, np.zeros(0, np.int64), np.zeros((0, 0, 0), np.int64))
 """The arguments ``window``, ``positions_N`` and ``token_positions`` of ``attend_one`` if all tokens are visible."""
 
 
-def append_tokens(kv: Floats, token_positions: Ints, slots_N: Ints, k_NKD: Floats, v_NKD: Floats, positions_N: Ints) -> None:
-    """Write this step's tokens to their slots, the same in all KV heads."""
+def append_tokens(kv: Rows, token_positions: Ints, slots_N: Ints, k_NKD: Floats, v_NKD: Floats, positions_N: Ints) -> None:
+    """Write this step's tokens to their slots, the same in all KV heads, in the type of the pool."""
     pages_N, offsets_N = np.divmod(slots_N, kv.shape[3])
-    kv[pages_N, 0, :, offsets_N] = k_NKD
-    kv[pages_N, 1, :, offsets_N] = v_NKD
+    kv[pages_N, 0, :, offsets_N] = store(k_NKD, dtype_of(kv))
+    kv[pages_N, 1, :, offsets_N] = store(v_NKD, dtype_of(kv))
     token_positions[pages_N, :, offsets_N] = positions_N[:, None]
 
 
@@ -43,7 +44,7 @@ def attend_cached(
     positions_N: Ints,
     pages_T: Ints,
     n_cached: int,
-    kv: Floats,
+    kv: Rows,
     token_positions: Ints,
     scale: float,
     *,
@@ -59,7 +60,7 @@ def attend_chunk(
     q_NHD: Floats,
     positions_N: Ints,
     pages_T: Ints,
-    kv: Floats,
+    kv: Rows,
     positions_KS: Ints,
     scale: float,
     *,
@@ -150,7 +151,7 @@ def _exponentiate(weights_RT: Floats, n_tokens: int, largest_R: Floats, total_R:
 def attend_tables(
     q_NHD: Floats,
     entries: Sequence[tuple[int, Ints, int]],
-    kv: Floats,
+    kv: Rows,
     scale: float,
     soft_cap: float,
     out_NHD: Floats,
@@ -199,7 +200,7 @@ def attend_one(
     rows_B: Ints,
     page_table_BKT: Ints,
     kv_len_B: Ints,
-    kv: Floats,
+    kv: Rows,
     scale: np.float32,
     soft_cap: np.float32,
     window: int,
@@ -213,7 +214,8 @@ def attend_one(
     With a ``window`` it sees those of them whose position is greater than ``positions_N`` of its row minus the window.
     One task per (sequence, KV head): a page-head is contiguous and is read once for the whole query group.
     """
-    n_kv_heads, page_size, head_size = kv.shape[2:]
+    n_kv_heads, page_size = kv.shape[2:4]
+    head_size = q_NHD.shape[2]
     group = q_NHD.shape[1] // n_kv_heads
     for task in numba.prange(len(rows_B) * n_kv_heads):
         b = task // n_kv_heads
@@ -228,8 +230,8 @@ def attend_one(
                 for s in range(min(page_size, n_cached - p * page_size)):
                     dot = np.float32(0.0)
                     for d in range(head_size):
-                        dot += q_NHD[row, head * group + g, d] * kv[page, 0, head, s, d]
-                    weights[g, p * page_size + s] = dot * scale
+                        dot += q_NHD[row, head * group + g, d] * number(kv[page, 0, head, s, d])
+                    weights[g, p * page_size + s] = dot * scale_of(kv[page, 0, head, s]) * scale
         if soft_cap > 0.0:
             cap(weights, group, n_cached, soft_cap)
         if window > 0:
@@ -241,7 +243,7 @@ def attend_one(
             page = page_table_BKT[b, head, p]
             for g in range(group):
                 for s in range(min(page_size, n_cached - p * page_size)):
-                    weight = weights[g, p * page_size + s]
+                    weight = weights[g, p * page_size + s] * scale_of(kv[page, 1, head, s])
                     for d in range(head_size):
-                        sums[g, d] += weight * kv[page, 1, head, s, d]
+                        sums[g, d] += weight * number(kv[page, 1, head, s, d])
         out_NHD[row, head * group : (head + 1) * group] = sums

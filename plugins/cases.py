@@ -6,16 +6,21 @@ from typing import Any
 import numpy as np
 
 from trt_kv.opspec import Case, OpSpec
+from trt_kv.plugins.kv_rows import KvDtype, store
 
 POISON = -(2**40)
 """Poison in integer tensors where nothing may be read; floats are poisoned with NaN."""
 
 
-def case_inputs(spec: OpSpec, case: Case, *, seed: int = 0) -> dict[str, Any]:
-    """The spec's inputs (numpy arrays by name) and attributes of ``case``, states as they are before the op."""
+def case_inputs(spec: OpSpec, case: Case, *, seed: int = 0, kv_dtype: str = "float32") -> dict[str, Any]:
+    """The spec's inputs (numpy arrays by name) and attributes of ``case``, states as they are before the op.
+
+    Keys, values and summaries are stored as ``kv_dtype``.
+    """
     appends = any(t.name == "k" for t in spec.inputs)
     drawn = _PagedCase(case, np.random.default_rng([seed, len(case.name), sum(case.cached)]), new_written=not appends)
     inputs = {t.name: drawn.tensor(t.name) for t in spec.inputs if not t.optional or t.name in case.values}
+    inputs |= {name: store(inputs[name], KvDtype(kv_dtype)) for name in ("kv", "summaries") if name in inputs}
     attributes = {a.name: case.attributes.get(a.name, a.default) for a in spec.attributes}
     attributes |= {"layer": case.dims["L"] - 1, "page_size": case.dims["P"]}
     attributes |= {"scale": case.dims["D"] ** -0.5} if "scale" in attributes else {}

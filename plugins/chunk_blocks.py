@@ -8,7 +8,8 @@ import numpy as np
 
 from trt_kv.plugins.fast_math import tanh_of
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.kv_rows import head_size_of, number, scale_of
+from trt_kv.plugins.paging import Floats, Ints, Rows
 
 BLOCK_TOKENS = 256
 """Cached tokens of a block."""
@@ -31,18 +32,17 @@ def query_rows(q_NHD: Floats, n_kv_heads: int, scale: float) -> Floats:
     return rows.reshape(n_kv_heads, -1, rows.shape[-1])
 
 
-def key_blocks(kv: Floats, pages_T: Ints, n_cached: int) -> Floats:
-    """K of the first ``n_cached`` slots of ``pages_T``, transposed: [K, blocks, C, T]; C as in ``query_rows``."""
-    n_kv_heads, _, head_size = kv.shape[2:]
-    blocks = np.zeros((n_kv_heads, _n_blocks(n_cached), _rounded_up(head_size), BLOCK_TOKENS), np.float32)
-    _gather_transposed(kv, pages_T, n_cached, blocks)
+def key_blocks(kv: Rows, pages_T: Ints, n_cached: int) -> Floats:
+    """K of the first ``n_cached`` slots of ``pages_T`` in fp32, transposed: [K, blocks, C, T]; C as in ``query_rows``."""
+    shape = kv.shape[2], _n_blocks(n_cached), _rounded_up(head_size_of(kv)), BLOCK_TOKENS
+    blocks = np.zeros(shape, np.float32)
+    _gather_transposed(kv, pages_T, n_cached, head_size_of(kv), blocks)
     return blocks
 
 
-def value_blocks(kv: Floats, pages_T: Ints, n_cached: int) -> Floats:
-    """V of the first ``n_cached`` slots of ``pages_T``: [K, blocks, T, D]. Zeros at the end."""
-    n_kv_heads, _, head_size = kv.shape[2:]
-    blocks = np.zeros((n_kv_heads, _n_blocks(n_cached), BLOCK_TOKENS, head_size), np.float32)
+def value_blocks(kv: Rows, pages_T: Ints, n_cached: int) -> Floats:
+    """V of the first ``n_cached`` slots of ``pages_T`` in fp32: [K, blocks, T, D]. Zeros at the end."""
+    blocks = np.zeros((kv.shape[2], _n_blocks(n_cached), BLOCK_TOKENS, head_size_of(kv)), np.float32)
     _gather(kv, pages_T, n_cached, blocks)
     return blocks
 
@@ -118,28 +118,33 @@ def cap(products_RT: Floats, n_rows: int, n_columns: int, soft_cap: np.float32) 
 
 
 @njit(parallel=True)
-def _gather(kv: Floats, pages_T: Ints, n_cached: int, blocks_KBTD: Floats) -> None:
+def _gather(kv: Rows, pages_T: Ints, n_cached: int, blocks_KBTD: Floats) -> None:
     n_kv_heads, n_blocks = blocks_KBTD.shape[:2]
-    page_size = kv.shape[3]
+    page_size, head_size = kv.shape[3], blocks_KBTD.shape[3]
     for task in numba.prange(n_kv_heads * n_blocks):
         head, block = task // n_blocks, task % n_blocks
         first = block * BLOCK_TOKENS
         for t in range(min(BLOCK_TOKENS, n_cached - first)):
             page, offset = pages_T[(first + t) // page_size], (first + t) % page_size
-            blocks_KBTD[head, block, t] = kv[page, 1, head, offset]
+            scale = scale_of(kv[page, 1, head, offset])
+            for d in range(head_size):
+                blocks_KBTD[head, block, t, d] = scale * number(kv[page, 1, head, offset, d])
 
 
 @njit(parallel=True)
-def _gather_transposed(kv: Floats, pages_T: Ints, n_cached: int, blocks_KBCT: Floats) -> None:
+def _gather_transposed(kv: Rows, pages_T: Ints, n_cached: int, head_size: int, blocks_KBCT: Floats) -> None:
     n_kv_heads, n_blocks = blocks_KBCT.shape[:2]
-    page_size, head_size = kv.shape[3:]
+    page_size = kv.shape[3]
     for task in numba.prange(n_kv_heads * n_blocks):
         head, block = task // n_blocks, task % n_blocks
         first = block * BLOCK_TOKENS
         n_tokens = min(BLOCK_TOKENS, n_cached - first)
         k_TD = np.empty((n_tokens, head_size), np.float32)
         for t in range(n_tokens):
-            k_TD[t] = kv[pages_T[(first + t) // page_size], 0, head, (first + t) % page_size]
+            page, offset = pages_T[(first + t) // page_size], (first + t) % page_size
+            scale = scale_of(kv[page, 0, head, offset])
+            for d in range(head_size):
+                k_TD[t, d] = scale * number(kv[page, 0, head, offset, d])
         for d in range(head_size):
             for t in range(n_tokens):
                 blocks_KBCT[head, block, d, t] = k_TD[t, d]

@@ -21,9 +21,9 @@ from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
 from trt_kv.errors import UsageError
+from trt_kv.kv_memory import SCALE_BYTES, row_bytes
 from trt_kv.manifest import KV_DTYPES
 
-SCALE_BYTES = 4
 LARGEST_INT8 = np.float32(127)
 LARGEST_FLOAT16 = np.float32(65504)
 
@@ -52,10 +52,7 @@ class KvDtype:
 
     def row_length(self, head_size: int) -> int:
         """W: elements of a row of ``head_size`` numbers."""
-        return head_size + SCALE_BYTES if self.name == "int8" else head_size
-
-    def row_bytes(self, head_size: int) -> int:
-        return self.row_length(head_size) * self.stored_as.itemsize
+        return row_bytes(self.name, head_size) // self.stored_as.itemsize
 
 
 def dtype_of(rows: NDArray[Any]) -> KvDtype:
@@ -118,7 +115,7 @@ def scale_of(row: Any) -> np.float32:
     raise NotImplementedError("numba kernels only")
 
 
-@overload(number, inline="always")
+@overload(number)
 def _number(element: Any) -> Any:
     def as_it_is(element: Any) -> Any:
         return np.float32(element)
@@ -132,17 +129,16 @@ def _number(element: Any) -> Any:
     return {types.int16: from_half, types.uint16: from_bfloat16_bits}.get(element, as_it_is)
 
 
-@overload(scale_of, inline="always")
+@overload(scale_of)
 def _scale_of(row: Any) -> Any:
     def one(row: Any) -> Any:  # noqa: ARG001
         return np.float32(1.0)
 
     def in_last_bytes(row: Any) -> Any:
         at = len(row) - SCALE_BYTES
-        bits = np.uint32(0)
-        for i in range(SCALE_BYTES):
-            bits |= np.uint32(np.uint8(row[at + i])) << np.uint32(8 * i)
-        return np.int32(bits).view(np.float32)
+        low = np.uint32(np.uint8(row[at])) | np.uint32(np.uint8(row[at + 1])) << np.uint32(8)
+        high = np.uint32(np.uint8(row[at + 2])) | np.uint32(np.uint8(row[at + 3])) << np.uint32(8)
+        return np.int32(low | high << np.uint32(16)).view(np.float32)
 
     return in_last_bytes if row.dtype == types.int8 else one
 

@@ -5,8 +5,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_kv.plugins.kv_rows import load
+
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
+Rows = NDArray[Any]
+"""Stored rows of a KV cache (``kv_rows``)."""
 
 
 def capped(logits: Floats, soft_cap: float) -> Floats:
@@ -19,10 +23,10 @@ def pages_of(page_table: Ints, layer: int, sequence: int | np.integer[Any], n_to
     return page_table[layer, sequence, : -(-n_tokens // page_size)]
 
 
-def gather_kv(kv: Floats, pages: Ints, n_tokens: int) -> tuple[Floats, Floats]:
-    """Contiguous copies of K and V, each [K, S, D], of the first ``n_tokens`` slots of ``pages``; kv is [M, 2, K, P, D]."""
-    kv_2KTPD = kv[pages].transpose(1, 2, 0, 3, 4)
-    kv_2KSD = kv_2KTPD.reshape(2, kv.shape[2], -1, kv.shape[4])[:, :, :n_tokens]
+def gather_kv(kv: Rows, pages: Ints, n_tokens: int) -> tuple[Floats, Floats]:
+    """Copies of K and V in fp32, each [K, S, D], of the first ``n_tokens`` slots of ``pages``; kv is [M, 2, K, P, W]."""
+    kv_2KTPW = kv[pages].transpose(1, 2, 0, 3, 4)
+    kv_2KSD = load(kv_2KTPW.reshape(2, kv.shape[2], -1, kv.shape[4])[:, :, :n_tokens])
     return kv_2KSD[0], kv_2KSD[1]
 
 

@@ -89,6 +89,7 @@ class Engine(EngineChat):
         token_budget: int | None = None,
         max_sequences: int | None = None,
         n_threads: int = 0,
+        kv_dtype: str | None = None,
         trace: Trace = NO_TRACE,
         on_progress: OnProgress | None = None,
     ) -> "Engine":
@@ -100,10 +101,13 @@ class Engine(EngineChat):
         the KV pool: it holds that many tokens in every layer; by default twice the model's positions, or what fits into half
         of the free memory. ``chunk`` is the number of prompt tokens per prefill step; ``token_budget`` limits the prompt
         tokens between two decode steps (None: one chunk). At most ``max_sequences`` run at once (None: 256, or what the
-        device was planned for); others wait. ``n_threads`` 0: one per core. ``trace`` records timing spans.
+        device was planned for); others wait. ``n_threads`` 0: one per core. ``kv_dtype``: on a CPU keys and
+        values are stored as "float32", "float16", "bfloat16" or "int8"; None: as the engine was built. ``trace`` records timing
+        spans.
 
         For engines whose cache is on the host: ``host_tier`` is "ram" (the default) or "file:PATH", a file that need not fit
-        into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
+        into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds the layers that do not
+        recall and, unless a CPU reads the tier in memory, working sets.
 
         ``device`` "cpu": the target that the engine was built for. "cuda" or "cuda:N": an engine for ONNX Runtime runs on an
         NVIDIA GPU, its ops as Triton kernels, a cache on the host in pinned memory; caches are allocated when it is loaded.
@@ -125,6 +129,7 @@ class Engine(EngineChat):
             token_budget=token_budget,
             max_sequences=max_sequences,
             n_threads=n_threads,
+            kv_dtype=kv_dtype,
             trace=trace,
         )
         on = DeviceOptions(

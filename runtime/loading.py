@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_kv.errors import UsageError
-from trt_kv.manifest import ITEM_BYTES, Manifest
+from trt_kv.errors import UsageError, load_option
+from trt_kv.kv_memory import token_bytes
+from trt_kv.manifest import KV_DTYPES, Manifest
 from trt_kv.runtime.arguments import is_integer
-from trt_kv.runtime.cache.kv_pool import PoolSizes, token_bytes
+from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.reservation import Reservation
 from trt_kv.runtime.trace import NO_TRACE, Trace
@@ -34,6 +35,7 @@ class LoadOptions:
     token_budget: int | None = None
     max_sequences: int | None = None
     n_threads: int = 0
+    kv_dtype: str | None = None
     trace: Trace = NO_TRACE
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class LoadOptions:
                 expected=f"at most {most}, {THREADS_PER_CPU} per CPU of this machine: each layer's session starts as many",
                 fix="leave it out: one per core",
             )
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise UsageError("bad kv_dtype", got=repr(self.kv_dtype), expected=f"{', '.join(KV_DTYPES)}, or None")
         if not isinstance(self.host_tier, str | None):
             raise UsageError("bad host_tier", got=repr(self.host_tier), expected="ram, or file:/path/of/a/new/file")
 
@@ -82,15 +86,30 @@ def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -
         )
 
 
-def pool_sizes(manifest: Manifest, cache_tokens: int | None, n_bytes: int) -> PoolSizes:
-    """Sizes of a pool for ``cache_tokens`` tokens in every layer. None: as many as fit into ``n_bytes``, at most twice the
-    model's maximum positions, and what a working set takes besides: sinks and newest tokens in whole pages.
+def check_kv_as_computed(folder: Path, manifest: Manifest, options: LoadOptions, dtype: str) -> None:
+    """``UsageError`` if keys and values are to be stored in another type than ``dtype``, in which a GPU computes."""
+    built = manifest.kv_dtype if manifest.kv_dtype != manifest.dtype else dtype
+    wanted = options.kv_dtype or built
+    if wanted != dtype:
+        asked = "asked for" if options.kv_dtype else f"which {folder} was built with"
+        raise UsageError(
+            "on a GPU the KV cache is stored in the type of the computation",
+            got=f"{wanted}, {asked}",
+            expected=dtype,
+            fix=f"use {load_option('kv_dtype', dtype)}, or the device cpu, which stores any of {', '.join(KV_DTYPES)}",
+        )
+
+
+def pool_sizes(manifest: Manifest, cache_tokens: int | None, n_bytes: int, *, kv_dtype: str) -> PoolSizes:
+    """Sizes of a pool for ``cache_tokens`` tokens in every layer, stored as ``kv_dtype``. None: as many as fit into
+    ``n_bytes``, at most twice the model's maximum positions, and what a working set takes besides: sinks and newest tokens
+    in whole pages.
 
     Layers with an attention window take part as if they had none: the pages that they do not need serve the others.
     """
     config, policy = manifest.config, manifest.applied_policy
     if cache_tokens is None:
-        bytes_per_token = config.n_layers * token_bytes(config, element_bytes=ITEM_BYTES[manifest.dtype])
+        bytes_per_token = config.n_layers * token_bytes(config, kv_dtype)
         besides = policy.sinks + policy.recent + 4 * manifest.page_size if policy.recalls else 0
         cache_tokens = max(1, min(2 * config.max_positions + besides, n_bytes // bytes_per_token))
     return PoolSizes(
@@ -98,4 +117,5 @@ def pool_sizes(manifest: Manifest, cache_tokens: int | None, n_bytes: int) -> Po
         page_size=manifest.page_size,
         n_kv_heads=config.n_kv_heads,
         head_size=config.head_dim,
+        dtype=kv_dtype,
     )

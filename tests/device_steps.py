@@ -90,7 +90,7 @@ def device_runner(side: Side, checkpoint: Checkpoint, *, device: str = "cpu", cu
     return ModelRunner(executor, pool, programs, chunk=CHUNK, decode=policy.decode)
 
 
-def _pool_sizes(decoder: Decoder) -> dict[str, int]:
+def _pool_sizes(decoder: Decoder) -> dict[str, Any]:
     config = decoder.config
     return {
         "n_pages": 100,

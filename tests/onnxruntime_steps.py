@@ -6,6 +6,7 @@ A program, because the variable has to be set before a kernel is imported.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def two_rows(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.tensor(ids, device=device), torch.tensor(positions, device=device), torch.tensor(rows, device=device)
 
 
-def _pool_sizes(manifest: Manifest) -> dict[str, int]:
+def _pool_sizes(manifest: Manifest) -> dict[str, Any]:
     config = manifest.config
     return {
         "n_pages": N_PAGES,

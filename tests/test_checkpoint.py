@@ -390,6 +390,9 @@ class CheckpointInMemory:
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    def scheme(self, name: str) -> str | None:
+        return None
+
     def quantized(self, name: str) -> QuantizedBlocks | None:
         return None
 

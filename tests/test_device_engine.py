@@ -173,7 +173,7 @@ def test_a_reservation_counts_until_its_request_ends(folder_of: Callable[[str], 
 
 def planned(manifest: Manifest, *, free_device: int, **wanted: int) -> DevicePlan:
     sizes = Wanted(**({"chunk": 32, "batch": 4} | wanted))
-    return device_plan(manifest, sizes, element_bytes=4, free_device=free_device, free_host=10**9)
+    return device_plan(manifest, sizes, dtype="float32", free_device=free_device, free_host=10**9)
 
 
 def test_half_of_the_free_memory_holds_the_cache(folder_of: Callable[[str], Path]) -> None:

@@ -32,6 +32,11 @@ LONG_SETTINGS = (
         (["--recipe", "FILE"], "llama3-prefixkv-recipe=file"),
         (["--policy", "full", "--samples", "3"], "llama3-full"),
         (["--policy", "full", "--page-size", "8", "--dtype", "float16"], "llama3-full-dtype=float16-page-size=8"),
+        (["--quant", "int4", "--quant-block-size", "32", "--quant-accuracy-level", "4"], "llama3-prefixkv-int4"),
+        (
+            ["--quant", "int8", "--quant-block-size", "64", "--quant-symmetric", "--quant-accuracy-level", "0"],
+            "llama3-prefixkv-int8-block-size=64-symmetric-level=0",
+        ),
         (["--target", "tensorrt", "--profile", "edge", "--policy", "full"], "llama3-full-target=tensorrt-profile=edge"),
         (
             ["--policy", "freekv", "--set", "tokens=256", "drift=calibrated", "--correction-rate", "0.2"],
@@ -103,6 +108,7 @@ printf '%s\\n' "$@"
     [
         ([], "engines/llama3-prefixkv"),
         (["POLICY=freekv", "SET=tokens=256 sinks=16", "PAGE_SIZE=8"], "engines/llama3-freekv-tokens=256-sinks=16-page-size=8"),
+        (["QUANT=int4"], "engines/llama3-prefixkv-int4"),
         (["POLICY=snapkv", "BUDGET=0.2", "DTYPE=bfloat16"], "engines/llama3-snapkv-budget=0.2-dtype=bfloat16"),
         (["POLICY=snapkv", "DTYPE=bfloat16", "PROFILE=datacenter", "DEVICE=cuda"], "engines/llama3-snapkv"),
         (["OUT=engines/mine", "BUDGET=0.2"], "engines/mine"),

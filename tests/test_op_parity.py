@@ -9,6 +9,7 @@ from typing import Any, get_origin, get_type_hints
 import numpy as np
 import pytest
 
+from trt_kv.manifest import KV_DTYPES
 from trt_kv.opspec import Case, OpSpec, TensorSpec
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.registry import IMPLEMENTATIONS, kernel, op_specs
@@ -57,14 +58,19 @@ def live_slots(spec: OpSpec, inputs: dict[str, Any], outputs: dict[str, np.ndarr
     return live
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize(("spec", "case"), CASES)
-def test_kernel_equals_reference(spec: OpSpec, case: Case, implementation: str) -> None:
-    inputs = case_inputs(spec, case)
+def test_kernel_equals_reference(spec: OpSpec, case: Case, implementation: str, kv_dtype: str) -> None:
+    """Also in the bytes that it stores: a kernel and the reference write and read the same rows."""
+    inputs = case_inputs(spec, case, kv_dtype=kv_dtype)
     expected, got = run(spec, "reference", inputs), run(spec, implementation, inputs)
     live = live_slots(spec, inputs, expected)
     for name, reference in expected.items():
         where = live if is_per_slot(name) else ...
+        if name == "kv_out":
+            np.testing.assert_array_equal(got[name][where], reference[where])
+            continue
         np.testing.assert_allclose(
             got[name][where], reference[where], atol=spec.tolerance.atol, rtol=spec.tolerance.rtol, err_msg=name
         )

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def _runner(folder: Path, policy: Policy, *, streams: bool = False) -> ModelRunn
     programs = {
         phase: program_of(policy, phase=phase, n_layers=config.n_layers, scale=config.scale, page_size=PAGE) for phase in PHASES
     }
-    sizes = {"n_pages": 1000, "page_size": PAGE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
+    sizes: dict[str, Any] = {"n_pages": 1000, "page_size": PAGE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
     pool = HostKvPool(**sizes, n_query_heads=0 if streams else config.n_heads)
     executor = OnnxRuntimeExecutor(folder / "graphs", manifest.segments, manifest.attention_ports)
     recall = None

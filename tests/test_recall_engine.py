@@ -95,7 +95,7 @@ def test_a_file_tier_and_a_batch_give_the_tokens_of_one_alone_in_memory(folder: 
 
 def test_a_refusal_in_memory_asks_for_what_is_enough(folder: Path) -> None:
     """Both for the tier, and for the pool of the layers that do not recall."""
-    sizes = {"cache_tokens": 50, "host_tokens": 50}
+    sizes = {"cache_tokens": 10, "host_tokens": 50}
     for expected in ("cache_tokens", "host_tokens", None):
         with load(folder, host_tier="ram", **sizes) as engine:
             prompt = random_ids(engine, 90, seed=0)

@@ -215,7 +215,7 @@ def test_the_file_has_no_name_while_it_is_used_and_is_gone_afterwards(tmp_path: 
 
 
 def tiers(tmp_path: Path) -> list[HostTier]:
-    sizes = {"n_pages": 9, "page_size": 3, "n_kv_heads": 2, "head_size": 5}
+    sizes: dict[str, Any] = {"n_pages": 9, "page_size": 3, "n_kv_heads": 2, "head_size": 5}
     return [host_tier_at("ram", **sizes), host_tier_at(f"file:{tmp_path}", **sizes)]
 
 

@@ -145,7 +145,7 @@ def test_8_equal_pages_are_chosen_in_one_order(monkeypatch: pytest.MonkeyPatch) 
     choices._best(values_J, 10, best_C)
     assert best_C.tolist() == [10, 11, 13]
 
-    def every_page_the_same(k_MKPD: Floats, _summary: int) -> Floats:
+    def every_page_the_same(k_MKPD: Floats, *_: Any) -> Floats:
         return np.zeros((*k_MKPD.shape[:2], 2, k_MKPD.shape[3]), np.float32)
 
     for module in (layer_streams, recall_attention):

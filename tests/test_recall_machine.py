@@ -1,6 +1,7 @@
 """Requests that come, decode together and go in any order, copies that run in any order and sometimes fail; and long ones."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,12 @@ TestRecallMachine.settings = settings(max_examples=40, stateful_step_count=15)
 def long_generation(copies: Copies, tmp_path: Path, n_new: int) -> tuple[list[int], list[dict[str, int]], ModelRunner]:
     """Greedy tokens, and the bytes in use every 500 tokens."""
     model = RandomModel(n_layers=2, head_size=4, max_positions=n_new + 100)
-    sizes = {"n_pages": 2 * (n_new // 16 + 10), "page_size": 16, "n_kv_heads": model.n_kv_heads, "head_size": model.head_size}
+    sizes: dict[str, Any] = {
+        "n_pages": 2 * (n_new // 16 + 10),
+        "page_size": 16,
+        "n_kv_heads": model.n_kv_heads,
+        "head_size": model.head_size,
+    }
     host = host_tier_at(f"file:{tmp_path}", **sizes)
     runner = runner_of(model, freekv(tokens=160, sinks=16, recent=32), copies=copies, host=host, page_size=16, n_pages=200)
     sequence = runner.new_sequence()

@@ -70,7 +70,7 @@ def test_streamed_is_the_op_bit_for_bit_in_any_order(
 def test_threads_and_files_change_nothing(where: str, tmp_path: Any) -> None:
     model, policy = RandomModel(steadiness=0.8), freekv()
     expected = generate(runner_of(model, policy), prompt_of(70), 100)
-    sizes = {"n_pages": 600, "page_size": 4, "n_kv_heads": model.n_kv_heads, "head_size": model.head_size}
+    sizes: dict[str, Any] = {"n_pages": 600, "page_size": 4, "n_kv_heads": model.n_kv_heads, "head_size": model.head_size}
     host = host_tier_at(where if where == "ram" else f"file:{tmp_path}", **sizes)
     copies = ThreadedCopies()
     runner = runner_of(model, policy, copies=copies, host=host)

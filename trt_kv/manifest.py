@@ -34,6 +34,9 @@ GRAPHS = "graphs"
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = tuple(ITEM_BYTES)
 """Compute types of an engine's graphs; CPUs run float32 only."""
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+"""Values per block of a quantised weight."""
+ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 KV_DTYPES = (*DTYPES, "int8")
 """Types in which a KV cache is stored."""
 
@@ -93,6 +96,16 @@ class Quantization:
     block_size: int
     symmetric: bool
     accuracy_level: int
+
+    def check(self, error: type[TrtKvError]) -> None:
+        """Raise ``error`` for values out of range."""
+        for what, value, expected in (
+            ("bits of a weight", self.bits, (4, 8)),
+            ("block size of weights", self.block_size, BLOCK_SIZES),
+            ("accuracy level", self.accuracy_level, ACCURACY_LEVELS),
+        ):
+            if value not in expected:
+                raise error(f"bad {what}", got=value, expected=f"one of {', '.join(map(str, expected))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +286,9 @@ def _added(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _quantization(data: Mapping[str, Any] | None) -> Quantization | None:
     if data is None:
         return None
-    return dataclass_from_json(Quantization, data, where="quantization", error=EngineError)
+    quantization = dataclass_from_json(Quantization, data, where="quantization", error=EngineError)
+    quantization.check(EngineError)
+    return quantization
 
 
 def _plan(data: Mapping[str, Any]) -> Plan:

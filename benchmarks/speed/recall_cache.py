@@ -14,7 +14,8 @@ import numpy as np
 
 from benchmarks.models import PAGE_SIZE
 from trt_kv.model_config import ModelConfig
-from trt_kv.plugins.paging import Floats
+from trt_kv.plugins.kv_rows import dtype_of, head_size_of, store
+from trt_kv.plugins.paging import Floats, Rows
 from trt_kv.plugins.recall_attention.choice import summaries_of
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policies import policy_from_name
@@ -58,17 +59,17 @@ class SharedTier(HostTier):
         super().__init__(n_pages=n_shared + own.n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
         self._base, self._own, self._n_shared = base, own, n_shared
 
-    def write(self, page: int, kv_2KPD: Floats) -> None:
+    def write(self, page: int, kv_2KPD: Rows) -> None:
         assert page >= self._n_shared, "a shared page is never written"
         self._own.write(page - self._n_shared, kv_2KPD)
 
-    def read_head(self, page: int, head: int, into_2PD: Floats) -> None:
+    def read_head(self, page: int, head: int, into_2PD: Rows) -> None:
         if page < self._n_shared:
             self._base.read_head(page, head, into_2PD)
         else:
             self._own.read_head(page - self._n_shared, head, into_2PD)
 
-    def read_pages(self, pages: Sequence[int]) -> Floats:
+    def read_pages(self, pages: Sequence[int]) -> Rows:
         own = [page - self._n_shared for page in pages if page >= self._n_shared]
         shared = [page for page in pages if page < self._n_shared]
         assert list(pages) == [*shared, *(page + self._n_shared for page in own)]
@@ -170,14 +171,16 @@ class RecallSide:
         self.recall.close()
 
 
-def fill_pages(host: HostTier, summaries: Floats, n_pages: int, *, seed: int = 0) -> None:
-    """Random keys and values in the first pages of a tier, and their summaries [M, K, 2, D]."""
+def fill_pages(host: HostTier, summaries: Rows, n_pages: int, *, seed: int = 0) -> None:
+    """Random keys and values in the first pages of a tier, and their summaries [M, K, 2, W]."""
     rng = np.random.default_rng(seed)
+    shape = *host.page_shape[:-1], head_size_of(summaries)
     for first in range(0, n_pages, PAGES_AT_A_TIME):
-        kv_M2KPD = rng.standard_normal((min(PAGES_AT_A_TIME, n_pages - first), *host.page_shape), np.float32)
-        for page, kv_2KPD in enumerate(kv_M2KPD, start=first):
-            host.write(page, kv_2KPD)
-        summaries[first : first + len(kv_M2KPD)] = summaries_of(kv_M2KPD[:, 0], 0)
+        kv_M2KPD = rng.standard_normal((min(PAGES_AT_A_TIME, n_pages - first), *shape), np.float32)
+        kv_M2KPW = store(kv_M2KPD, host.dtype)
+        for page, kv_2KPW in enumerate(kv_M2KPW, start=first):
+            host.write(page, kv_2KPW)
+        summaries[first : first + len(kv_M2KPW)] = summaries_of(kv_M2KPW[:, 0], 0, dtype_of(summaries))
 
 
 def device_pages(policy: Policy, n_layers: int) -> int:
@@ -201,7 +204,7 @@ def recall_side(
     n_tokens: int = 0,
     queries_LHD: Floats | None = None,
     policy: Policy = FREEKV,
-    summaries: Floats | None = None,
+    summaries: Rows | None = None,
     trace: Trace = NO_TRACE,
 ) -> RecallSide:
     """A sequence of ``n_tokens`` whose pages are already on ``host``, as its first ones, layer after layer.

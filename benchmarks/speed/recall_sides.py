@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def pages_for(config: ModelConfig, n_tokens: int, folder: Path) -> Pages:
     """Random pages for ``n_tokens`` in every layer, in memory and in a file without a name in ``folder``."""
     n_pages = config.n_layers * n_tokens // PAGE_SIZE
     n_all = n_pages + config.n_layers * OWN_PAGES
-    sizes = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
+    sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
     pool = HostKvPool(n_pages=n_all, **sizes)
     summaries = np.empty((n_all, config.n_kv_heads, 2, config.head_dim), np.float32)
     ram = PoolTier(pool)
@@ -90,7 +91,7 @@ def recall_sides(
     executor: DenseExecutor, config: ModelConfig, pages: Pages, policy: Policy, context: int, first_LHD: Floats, tier: str
 ) -> dict[str, RecallSide]:
     """Streamed, not overlapped, all at once; each with its own working set."""
-    sizes = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
+    sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
     where = {"ram": "ram", "file": f"file:{pages.folder}"}[tier]
     sides = {}
     for name, tau, copies in (
@@ -118,7 +119,7 @@ def check_placed(folder: Path) -> Check:
     model = exported_model(random_checkpoint(NARROW, folder / "narrow"), folder / "narrow-graphs")
     config = model.config
     policy = dataclasses.replace(FREEKV, tokens=512)
-    sizes = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
+    sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "n_kv_heads": config.n_kv_heads, "head_size": config.head_dim}
     n_tokens, n_steps = 1024, 12
     n_pages = config.n_layers * n_tokens // PAGE_SIZE
     host = host_tier_at("ram", n_pages=n_pages + config.n_layers, **sizes)

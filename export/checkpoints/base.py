@@ -67,6 +67,9 @@ class Checkpoint(Protocol):
         Raises ``CheckpointError`` if the file has changed since the checkpoint was opened.
         """
 
+    def scheme(self, name: str) -> str | None:
+        """The scheme of ``quantized(name)``, of which nothing is read; None if that is None."""
+
     def quantized(self, name: str) -> QuantizedBlocks | None:
         """The weight ``name`` as it is stored, if it is stored in blocks; ``tensor(name)`` has their values.
 

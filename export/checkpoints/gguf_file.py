@@ -86,6 +86,10 @@ class GgufCheckpoint:
         """
         return self.stored[name].values()
 
+    def scheme(self, name: str) -> str | None:
+        """ggml's name of the quantisation of a weight; None if it is stored as numbers."""
+        return self.stored[name].scheme
+
     def quantized(self, name: str) -> QuantizedBlocks | None:
         """The stored blocks of a weight, with whole rows in Hugging Face's order; None if it is stored as numbers."""
         return self.stored[name].blocks()

@@ -39,6 +39,11 @@ class StoredRows:
     def n_rows(self) -> int:
         return self.shape[0] if len(self.shape) > 1 else 1
 
+    @property
+    def scheme(self) -> str | None:
+        """ggml's name of the quantisation, such as "q4_1"; None if the weight is stored as numbers."""
+        return None if self.tensor.scheme in _NUMBERS else self.tensor.scheme.lower()
+
     def chunks(self) -> Iterator[bytes]:
         """The bytes as they are stored, some rows at a time."""
         for row in range(0, self.n_rows, _CHUNK_ROWS):
@@ -55,10 +60,10 @@ class StoredRows:
 
     def blocks(self) -> QuantizedBlocks | None:
         """The blocks as they are stored; None if the weight is stored as numbers."""
-        if self.tensor.scheme in _NUMBERS:
+        if self.scheme is None:
             return None
         blocks = self._read().reshape(self.n_rows, -1, self.tensor.block_bytes)
-        return QuantizedBlocks(scheme=self.tensor.scheme.lower(), blocks=blocks, shape=self.shape)
+        return QuantizedBlocks(scheme=self.scheme, blocks=blocks, shape=self.shape)
 
     def _read(self) -> np.ndarray:
         """The bytes, uint8 ``[rows, row_bytes]``, rows in Hugging Face's order."""

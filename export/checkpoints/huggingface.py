@@ -102,6 +102,10 @@ class HuggingFaceCheckpoint:
         tensor = self.stored[source.name].read()[source.first_row : source.first_row + source.n_rows]
         return tensor.float() + source.offset if source.offset else tensor
 
+    def scheme(self, name: str) -> str | None:
+        """None: safetensors hold values, no blocks."""
+        return None
+
     def quantized(self, name: str) -> QuantizedBlocks | None:
         """None: safetensors hold values, no blocks."""
         return None

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from trt_kv.plugins.adaptive_budget.arguments import Arguments
 from trt_kv.plugins.adaptive_budget.spec import NO_WEIGHT
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.paging import Floats, Ints, gather_slots, head_groups, pages_of
+from trt_kv.plugins.kv_rows import number, scale_of
+from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots, head_groups, pages_of
 
 
 def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
@@ -83,14 +84,14 @@ def smallest_cut(squares_RC: Floats, threshold: float) -> int:
 
 @njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
 def attention_row(
-    q_HD: Floats, lse_H: Floats, pages_T: Ints, n_cached: int, kv: Floats, scale: np.float32, soft_cap: np.float32
+    q_HD: Floats, lse_H: Floats, pages_T: Ints, n_cached: int, kv: Rows, scale: np.float32, soft_cap: np.float32
 ) -> Floats:
     """exp(logit - lse) of one query for the tokens in its pages, with scale * q.k, capped, as the logit: [H, S] fp64.
 
     Pages are read once, in place, all heads of a page together because they are adjacent in memory.
     """
-    n_kv_heads, page_size, head_size = kv.shape[2:]
-    n_heads = len(q_HD)
+    n_kv_heads, page_size = kv.shape[2:4]
+    n_heads, head_size = q_HD.shape
     group = n_heads // n_kv_heads
     weights_HS = np.empty((n_heads, n_cached), np.float64)
     for t in numba.prange(len(pages_T)):
@@ -101,8 +102,8 @@ def attention_row(
             for s in range(min(page_size, n_cached - first)):
                 dot = np.float32(0.0)
                 for d in range(head_size):
-                    dot += q_HD[head, d] * kv[page, 0, kv_head, s, d]
-                logit = np.float64(dot * scale)
+                    dot += q_HD[head, d] * number(kv[page, 0, kv_head, s, d])
+                logit = np.float64(dot * scale_of(kv[page, 0, kv_head, s]) * scale)
                 if soft_cap > 0.0:
                     logit = np.float64(soft_cap) * math.tanh(logit / np.float64(soft_cap))
                 weights_HS[head, first + s] = math.exp(logit - np.float64(lse_H[head]))

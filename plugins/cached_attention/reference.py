@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kv.plugins.cached_attention.arguments import Arguments
+from trt_kv.plugins.kv_rows import dtype_of, store
 from trt_kv.plugins.paging import Floats, capped, gather_kv, gather_slots, pages_of
 
 
@@ -15,8 +16,8 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats]:
     n_kv_heads = args.kv.shape[2]
     for i in range(n_tokens):
         page, offset = divmod(int(args.slots[args.layer, i]), args.page_size)
-        args.kv[page, 0, :, offset] = args.k[i]
-        args.kv[page, 1, :, offset] = args.v[i]
+        args.kv[page, 0, :, offset] = store(args.k[i], dtype_of(args.kv))
+        args.kv[page, 1, :, offset] = store(args.v[i], dtype_of(args.kv))
         args.token_positions[page, :, offset] = args.positions[i]
 
     out = np.empty_like(args.q)

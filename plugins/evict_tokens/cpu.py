@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from trt_kv.plugins import lots
 from trt_kv.plugins.evict_tokens.arguments import Arguments
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.paging import Floats, Ints, gather_slots, pages_of
+from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots, pages_of
 from trt_kv.policy import kept_tokens as tokens_of_budget
 
 TO_BUDGET, DROP = 1, 2
@@ -113,19 +113,19 @@ def sources_of(chosen_KS: Bools, order_KS: Ints | None, n_kept: int, *, stay: bo
 
 
 @njit(parallel=True)
-def move_tokens(kv: Floats, token_positions: Ints, scores: Floats, pages_T: Ints, sources_KC: Ints) -> None:
+def move_tokens(kv: Rows, token_positions: Ints, scores: Floats, pages_T: Ints, sources_KC: Ints) -> None:
     """Move the content of slot ``sources_KC[k, i]`` of the sequence to its slot i, for each KV head k.
 
     If no source precedes its target, moving in ascending order overwrites nothing unread. Else sources are read from a copy.
     """
     n_heads, n_kept = sources_KC.shape
-    page_size, head_size = kv.shape[3:]
+    page_size, row_length = kv.shape[3:]
     for head in numba.prange(n_heads):
         is_forward = True
         for i in range(n_kept):
             is_forward &= sources_KC[head, i] >= i
         n_copied = 0 if is_forward else n_kept
-        rows = np.empty((n_copied, 2, head_size), kv.dtype)
+        rows = np.empty((n_copied, 2, row_length), kv.dtype)
         positions = np.empty(n_copied, np.int64)
         values = np.empty(n_copied, np.float32)
         for i in range(n_copied):
@@ -143,20 +143,20 @@ def move_tokens(kv: Floats, token_positions: Ints, scores: Floats, pages_T: Ints
 
 
 @njit()
-def _move(kv: Floats, token_positions: Ints, scores: Floats, pages_T: Ints, head: int, source: int, target: int) -> None:
-    page_size, head_size = kv.shape[3:]
+def _move(kv: Rows, token_positions: Ints, scores: Floats, pages_T: Ints, head: int, source: int, target: int) -> None:
+    page_size, row_length = kv.shape[3:]
     from_page, from_offset = pages_T[source // page_size], source % page_size
     page, offset = pages_T[target // page_size], target % page_size
     for half in range(2):
-        for d in range(head_size):
-            kv[page, half, head, offset, d] = kv[from_page, half, head, from_offset, d]
+        for w in range(row_length):
+            kv[page, half, head, offset, w] = kv[from_page, half, head, from_offset, w]
     token_positions[page, head, offset] = token_positions[from_page, head, from_offset]
     scores[page, head, offset] = scores[from_page, head, from_offset]
 
 
 @njit(parallel=True)
 def drop_one(
-    kv: Floats,
+    kv: Rows,
     token_positions: Ints,
     scores: Floats,
     page_table_BT: Ints,

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.kv_rows import KvDtype, load, number, scale_of, store
+from trt_kv.plugins.paging import Floats, Ints, Rows
 
 MAXIMUM = (1, 3)
 """Values of the attribute ``pooling`` that take the maximum over a group; the others take the mean."""
@@ -71,17 +72,18 @@ def _cosines(q_HD: Floats, last_HD: Floats, n_kv_heads: int) -> npt.NDArray[np.f
     return cosine_K
 
 
-def summaries_of(k_MKPD: Floats, summary: int) -> Floats:
-    """lo and hi [M, K, 2, D] of the keys of full pages."""
+def summaries_of(k_MKPW: Rows, summary: int, dtype: KvDtype) -> Rows:
+    """lo and hi of the keys of full pages, both as rows of ``dtype``: [M, K, 2, W]."""
+    k_MKPD = load(k_MKPW)
     lo_MKD, hi_MKD = k_MKPD.min(axis=2), k_MKPD.max(axis=2)
     if summary == 1:
         middle_MKD = (lo_MKD + hi_MKD) / np.float32(2)
         deviation_MKD = np.abs(k_MKPD - middle_MKD[:, :, None]).mean(axis=2)
         lo_MKD, hi_MKD = middle_MKD - deviation_MKD, middle_MKD + deviation_MKD
-    return np.stack([lo_MKD, hi_MKD], axis=2)
+    return store(np.stack([lo_MKD, hi_MKD], axis=2), dtype)
 
 
-def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Floats, n_chosen: int, pooling: int, softmax_scale: float) -> Ints:
+def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Rows, n_chosen: int, pooling: int, softmax_scale: float) -> Ints:
     """For each KV head the ``n_chosen`` best of the pool pages ``pages_J``, as ascending indices into ``pages_J``: [K, C]."""
     first_B, n_between_B, n_chosen_B = np.array([0, len(pages_J), n_chosen])[:, None]
     chosen_BKC = choose_pages(
@@ -97,7 +99,7 @@ def choose_pages(
     first_B: Ints,
     n_between_B: Ints,
     n_chosen_B: Ints,
-    summaries: Floats,
+    summaries: Rows,
     pooling: int,
     softmax_scale: float,
 ) -> Ints:
@@ -128,7 +130,7 @@ def _choose(
     first_B: Ints,
     n_between_B: Ints,
     n_chosen_B: Ints,
-    summaries: Floats,
+    summaries: Rows,
     softmax: bool,
     maximum: bool,
     softmax_scale: np.float32,
@@ -164,7 +166,7 @@ def _bound_block(
     first_B: Ints,
     n_between_B: Ints,
     n_chosen_B: Ints,
-    summaries: Floats,
+    summaries: Rows,
     bounds_BHJ: Floats,
 ) -> None:
     """The bounds of a block of pages, if there is something to choose; a page's summaries are read once for all heads."""
@@ -175,12 +177,13 @@ def _bound_block(
     for j in range(block * BLOCK_PAGES, min((block + 1) * BLOCK_PAGES, n_between_B[b])):
         page = page_table_BT[b, first_B[b] + j]
         for head in range(n_kv_heads):
-            lo_D, hi_D = summaries[page, head, 0], summaries[page, head, 1]
+            lo_W, hi_W = summaries[page, head, 0], summaries[page, head, 1]
+            lo_scale, hi_scale = scale_of(lo_W), scale_of(hi_W)
             for h in range(head * group, (head + 1) * group):
                 bound = np.float32(0.0)
                 for d in range(head_size):
                     x = probe_BHD[b, h, d]
-                    bound += max(x * lo_D[d], x * hi_D[d])
+                    bound += max(x * (lo_scale * number(lo_W[d])), x * (hi_scale * number(hi_W[d])))
                 bounds_BHJ[b, h, j] = bound
 
 

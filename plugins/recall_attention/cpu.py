@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from trt_kv.plugins.attention_cpu import NO_WINDOW, append_tokens, attend_cached, attend_one
 from trt_kv.plugins.jit import njit
+from trt_kv.plugins.kv_rows import dtype_of
 from trt_kv.plugins.paging import Floats, Ints, pages_of
 from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.plugins.recall_attention.choice import choose_pages, probes_of, summaries_of
@@ -27,7 +28,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
         first, full = (n_cached - (end - begin)) // args.page_size, n_cached // args.page_size
         if first < full:
             filled = page_table_BT[b, first:full]
-            args.summaries[filled] = summaries_of(args.kv[filled, 0], args.summary)
+            args.summaries[filled] = summaries_of(args.kv[filled, 0], args.summary, dtype_of(args.summaries))
         if args.prompt_remaining[end - 1] < 0:
             decoding.append(b)
             continue

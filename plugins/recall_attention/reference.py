@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_kv.plugins.kv_rows import dtype_of, load, store
 from trt_kv.plugins.paging import Floats, Ints, capped, gather_kv, pages_of
 from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.policy import kept_tokens as kept_of
@@ -16,8 +17,8 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
     n_heads, n_kv_heads, scale = args.q.shape[1], args.kv.shape[2], np.float32(args.scale)
     for i in range(len(args.q)):
         page, offset = divmod(int(args.slots[args.layer, i]), args.page_size)
-        args.kv[page, 0, :, offset] = args.k[i]
-        args.kv[page, 1, :, offset] = args.v[i]
+        args.kv[page, 0, :, offset] = store(args.k[i], dtype_of(args.kv))
+        args.kv[page, 1, :, offset] = store(args.v[i], dtype_of(args.kv))
         args.token_positions[page, :, offset] = args.positions[i]
 
     out, lse = np.empty(args.q.shape, np.float32), np.empty((len(args.q), n_heads), np.float32)
@@ -30,7 +31,8 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
         pages = pages_of(args.page_table, args.layer, b, n, args.page_size)
         for j in range((n - len(rows)) // args.page_size, n // args.page_size):
             for head in range(n_kv_heads):
-                args.summaries[pages[j], head] = summary_of(args.kv[pages[j], 0, head].astype(np.float32), args.summary)
+                lo_hi = summary_of(load(args.kv[pages[j], 0, head]), args.summary)
+                args.summaries[pages[j], head] = store(lo_hi, dtype_of(args.summaries))
         k_KSD, v_KSD = gather_kv(args.kv, pages, n)
         row = int(args.query_rows[args.layer, b])
         generated = args.prompt_remaining[rows[-1]] < 0
@@ -51,7 +53,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
                 else:
                     probe = before
                 values = page_values(
-                    probe, args.summaries[pages[between.start : between.stop], head], args.pooling, args.softmax_scale
+                    probe, load(args.summaries[pages[between.start : between.stop], head]), args.pooling, args.softmax_scale
                 )
                 ranked = sorted((-value, page) for value, page in zip(values, between, strict=True))
                 chosen = {page for _, page in ranked[:room]} | set(range(n_sinks)) | set(range(first_newest, len(pages)))

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from trt_kv.plugins.chunk_blocks import BLOCK_TOKENS, FASTMATH, STRIP_ROWS, cap, hide_later, key_blocks, multiply, query_rows
 from trt_kv.plugins.fast_math import exp_nonpositive, exp_or_zero, tanh_of
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.paging import Floats, Ints, gather_slots, pages_of, scatter_slots
+from trt_kv.plugins.kv_rows import number, scale_of
+from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots, pages_of, scatter_slots
 from trt_kv.plugins.token_scores.arguments import Arguments
 
 
@@ -77,7 +78,7 @@ def attention_received(
     lse_NH: Floats,
     positions_N: Ints,
     pages_T: Ints,
-    kv: Floats,
+    kv: Rows,
     positions_KS: Ints,
     scale: float,
     *,
@@ -155,14 +156,15 @@ def receive_one(
     rows_B: Ints,
     page_table_BT: Ints,
     kv_len_B: Ints,
-    kv: Floats,
+    kv: Rows,
     scale: np.float32,
     soft_cap: np.float32,
     per_head: bool,
     scores: Floats,
 ) -> None:
     """Add to ``scores`` the attention that the ``kv_len_B[b]`` tokens of sequence b receive from row ``rows_B[b]`` of q."""
-    n_kv_heads, page_size, head_size = kv.shape[2:]
+    n_kv_heads, page_size = kv.shape[2:4]
+    head_size = q_NHD.shape[2]
     group = q_NHD.shape[1] // n_kv_heads
     received_BKS = np.zeros((len(rows_B), n_kv_heads, kv_len_B.max()), np.float32)
     for task in numba.prange(len(rows_B) * n_kv_heads):
@@ -176,8 +178,8 @@ def receive_one(
                 for s in range(min(page_size, kv_len_B[b] - p * page_size)):
                     dot = np.float32(0.0)
                     for d in range(head_size):
-                        dot += q_NHD[row, head * group + g, d] * kv[page, 0, head, s, d]
-                    logit = dot * scale
+                        dot += q_NHD[row, head * group + g, d] * number(kv[page, 0, head, s, d])
+                    logit = dot * scale_of(kv[page, 0, head, s]) * scale
                     if soft_cap > 0.0:
                         logit = soft_cap * tanh_of(logit / soft_cap)
                     received_BKS[b, head, p * page_size + s] += exp_nonpositive(logit - lse) / np.float32(group)

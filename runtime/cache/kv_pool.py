@@ -7,36 +7,33 @@ All layers share one pool because budgets differ per layer: a page freed by one 
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.tensors import Array
 from trt_kv.runtime.cache.page_pool import PagePool
 
 
-def token_bytes(config: ModelConfig, *, element_bytes: int) -> int:
-    """Bytes of a pool per token and layer: keys and values, an int64 position and an fp32 score per KV head."""
-    return config.n_kv_heads * (2 * config.head_dim * element_bytes + 8 + 4)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PoolSizes:
-    """Sizes of a pool: M pages of P tokens, K KV heads of size D."""
+    """Sizes of a pool: M pages of P tokens, K KV heads of size D, and the type in which keys and values are stored."""
 
     n_pages: int
     page_size: int
     n_kv_heads: int
     head_size: int
+    dtype: str
 
 
 class KvPool(PagePool, Generic[Array]):
-    """Pages of ``page_size`` slots: kv [M, 2, K, P, D], token_positions and scores [M, K, P].
+    """Pages of ``page_size`` slots: kv [M, 2, K, P, W], token_positions and scores [M, K, P].
 
-    If RecallAttention runs on the pool in place, the pool also holds its states: summaries [M, K, 2, D], and last_query
+    If RecallAttention runs on the pool in place, the pool also holds its states: summaries [M, K, 2, W], and last_query
     [M, H, D], in which a layer of a sequence uses the row of its first page. Otherwise these two have no rows. Each backend
     allocates the arrays in a subclass.
     """
 
     on_host = True
     """Whether host kernels can read the arrays."""
+    kv_dtype: str
+    """The type in which keys and values are stored."""
     kv: Array
     token_positions: Array
     scores: Array

@@ -19,8 +19,9 @@ from trt_kv.cli.options import (
 from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.cli.signals import termination_unwinds
+from trt_kv.cli.weight_options import weight_options
 from trt_kv.errors import EngineError
-from trt_kv.pipeline import BuildRequest, CalibrationPlan, DriftPlan, ModelSource, TargetPlan, build_engine
+from trt_kv.pipeline import BuildRequest, CalibrationPlan, DriftPlan, ModelSource, TargetPlan, WeightPlan, build_engine
 from trt_kv.pipeline.names import default_name
 from trt_kv.policy import Policy
 
@@ -32,6 +33,7 @@ from trt_kv.policy import Policy
 @drift_options(with_file=True)
 @calibration_options
 @target_options
+@weight_options
 @click.option(
     "--out",
     type=any_path,
@@ -49,6 +51,7 @@ def command(
     drift: DriftPlan,
     calibration: CalibrationPlan,
     target: TargetPlan,
+    weights: WeightPlan,
     out: Path | None,
     where: bool,
     force: bool,
@@ -64,6 +67,7 @@ def command(
       trt-kv build --policy prefixkv --budget 0.3 --score window --out engines/small
       trt-kv build --policy freekv --set tokens=512 drift=calibrated --correction-rate 0.05
       trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/full
+      trt-kv build --checkpoint ~/models/Llama-3.2-1B.Q4_K_M.gguf --quant int4
       trt-kv build --checkpoint ~/models/Llama-3.1-8B --target tensorrt --profile datacenter --dtype bfloat16
     """
     request = BuildRequest(
@@ -73,6 +77,7 @@ def command(
         drift=drift,
         calibration=calibration,
         target=target,
+        weights=weights,
         out=out or Path(),
         replace=force,
     )

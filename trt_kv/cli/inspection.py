@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trt_kv.cli.generation_notes import attended_tokens
+from trt_kv.cli.inspected_types import described_types
 from trt_kv.drift import Drift
 from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError
+from trt_kv.kv_memory import kv_bytes, token_bytes
 from trt_kv.layer_budget import ALL
-from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, load_manifest, recorded_digest
+from trt_kv.manifest import DRIFT_FILE, KV_DTYPES, RECIPE_FILE, Manifest, load_manifest, recorded_digest
 from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import DECODES, GROUP_POOLINGS, METRIC_ROWS, PAGE_SUMMARIES, RESIDENCIES, Policy
@@ -36,6 +38,7 @@ def describe_engine(folder: Path, *, digest: str | None = None) -> str:
         _budgets(manifest, recipe),
         _taus(manifest, drift),
         [*_sizes(manifest), *_shared(folder, manifest)],
+        _bits(manifest),
         [*_origins(manifest, recipe, drift), f"digest    {recorded_digest(folder)}"],
     ]
     return "\n\n".join("\n".join(map(printable, section)) for section in sections if section)
@@ -57,8 +60,9 @@ def _model(folder: Path, manifest: Manifest) -> list[str]:
         f"          {config.max_positions} positions, vocabulary {config.vocab_size}",
         *_attention(manifest),
         *_rope(manifest.config),
-        f"target    {manifest.target}, {manifest.dtype}, pages of {manifest.page_size} tokens",
+        f"target    {manifest.target}, {manifest.dtype}, KV cache in {manifest.kv_dtype}, pages of {manifest.page_size} tokens",
         *_plan(manifest),
+        *described_types(folder, manifest),
     ]
 
 
@@ -213,9 +217,9 @@ def _shares(manifest: Manifest) -> list[float]:
 
 def _sizes(manifest: Manifest) -> list[str]:
     config = manifest.config
-    token_bytes = 2 * config.n_kv_heads * config.head_dim * (4 if manifest.dtype == "float32" else 2)
-    full = token_bytes * config.n_layers * config.max_positions
-    kept = token_bytes * config.max_positions * sum(_shares(manifest))
+    of_token = kv_bytes(config, manifest.kv_dtype)
+    full = of_token * config.n_layers * config.max_positions
+    kept = of_token * config.max_positions * sum(_shares(manifest))
     total = sum(record.n_bytes for record in manifest.files.values())
     weights = manifest.files["graphs/weights.data" if manifest.plan is None else manifest.plan.file].n_bytes
     instead = f"at {config.max_positions} tokens, instead of {_megabytes(full)}"
@@ -227,10 +231,28 @@ def _sizes(manifest: Manifest) -> list[str]:
         f"{told:<10}{at_most}{_megabytes(kept)} {instead} (computed from shapes and shares)",
     ]
     if recalls:
-        host = token_bytes * sum(tau is not None for tau in manifest.taus) * config.max_positions
+        host = of_token * sum(tau is not None for tau in manifest.taus) * config.max_positions
         summaries = _megabytes(host / manifest.page_size)
         lines.append(f"on host   {_megabytes(host)} at {config.max_positions} tokens, and {summaries} of summaries")
     return lines
+
+
+def _bits(manifest: Manifest) -> list[str]:
+    """Bits of a cached token in the engine's type and in those that it can be loaded with."""
+    config, on_gpus = manifest.config, manifest.plan is not None or manifest.dtype != "float32"
+    others = token_bytes(config, manifest.kv_dtype) - kv_bytes(config, manifest.kv_dtype)
+    sizes = {name: kv_bytes(config, name) for name in KV_DTYPES if name == manifest.kv_dtype or not on_gpus}
+    rows = [*sizes.items(), ("positions and scores", others)]
+    width = max(len(name) for name, _ in rows)
+    return [
+        f"bits of a token in the KV cache{'' if on_gpus else ' (--kv-dtype loads the engine with another type)'}",
+        f"  {'':<{width}} {'in a layer':>12} {'in all':>12}",
+        *(
+            f"  {name:<{width}} {8 * n:>12,} {8 * n * config.n_layers:>12,}"
+            + ("  this engine" if name == manifest.kv_dtype else "  besides, in every type" if name not in sizes else "")
+            for name, n in rows
+        ),
+    ]
 
 
 def _shared(folder: Path, manifest: Manifest) -> list[str]:
@@ -244,7 +266,7 @@ def _shared(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _origins(manifest: Manifest, recipe: Recipe | None, drift: Drift | None) -> list[str]:
-    lines = [f"weights   {manifest.model_source}, {_short(manifest.model_digest)}"]
+    lines = [f"source    {manifest.model_source}, {_short(manifest.model_digest)}"]
     if recipe is not None:
         record = recipe.calibration
         seed = "" if record.seed is None else f", seed {record.seed}"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from trt_kv.errors import UsageError
+from trt_kv.manifest import KV_DTYPES
 from trt_kv.pipeline.plans import (
     DEFAULT_CORRECTION_RATE,
     DEFAULT_NEW_TOKENS,
@@ -179,14 +180,33 @@ def target_options(command: CommandFunction) -> CommandFunction:
     )
     @click.option("--dtype", metavar="NAME", help="Compute type: float32 (the default); float16 or bfloat16, for GPUs.")
     @click.option(
+        "--kv-dtype",
+        metavar="NAME",
+        help=f"Type in which the KV cache is stored on a CPU: one of {', '.join(KV_DTYPES)}. Default: float32.",
+    )
+    @click.option(
         "--timing-cache", type=any_path, metavar="FILE", help="TensorRT timing cache, read if it exists, then updated."
     )
     @page_size_option
     @functools.wraps(command)
     def collected(
-        *, target: str, profile: str | None, dtype: str | None, timing_cache: Path | None, page_size: int, **others: Any
+        *,
+        target: str,
+        profile: str | None,
+        dtype: str | None,
+        kv_dtype: str | None,
+        timing_cache: Path | None,
+        page_size: int,
+        **others: Any,
     ) -> None:
-        plan = TargetPlan(target=target, profile=profile, dtype=dtype, timing_cache=timing_cache, page_size=page_size)
+        plan = TargetPlan(
+            target=target,
+            profile=profile,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            timing_cache=timing_cache,
+            page_size=page_size,
+        )
         command(target=plan, **others)
 
     return collected

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from trt_kv.cli.options import CommandFunction
+from trt_kv.manifest import KV_DTYPES
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
 
 
@@ -40,11 +41,16 @@ def device_options(command: CommandFunction) -> CommandFunction:
 
 
 def resource_options(command: CommandFunction) -> CommandFunction:
-    """Add --cache-tokens, --host-tier, --host-tokens, --chunk and --threads; ``command`` receives ``resources``, a
+    """Add --kv-dtype, --cache-tokens, --host-tier, --host-tokens, --chunk and --threads; ``command`` receives ``resources``, a
     ``ResourceChoice``.
     """
     count = click.IntRange(min=1)
 
+    @click.option(
+        "--kv-dtype",
+        metavar="NAME",
+        help=f"Store the KV cache in this type on a CPU: one of {', '.join(KV_DTYPES)}. Default: as the engine was built.",
+    )
     @click.option(
         "--cache-tokens",
         type=count,
@@ -64,6 +70,7 @@ def resource_options(command: CommandFunction) -> CommandFunction:
     @functools.wraps(command)
     def collected(
         *,
+        kv_dtype: str | None,
         cache_tokens: int | None,
         host_tier: str | None,
         host_tokens: int | None,
@@ -72,7 +79,12 @@ def resource_options(command: CommandFunction) -> CommandFunction:
         **others: Any,
     ) -> None:
         resources = ResourceChoice(
-            cache_tokens=cache_tokens, host_tier=host_tier, host_tokens=host_tokens, chunk=chunk, n_threads=threads
+            kv_dtype=kv_dtype,
+            cache_tokens=cache_tokens,
+            host_tier=host_tier,
+            host_tokens=host_tokens,
+            chunk=chunk,
+            n_threads=threads,
         )
         command(resources=resources, **others)
 

@@ -22,7 +22,15 @@ from trt_kv.pipeline.chat import Conversation
 from trt_kv.pipeline.environment import Finding, State, examine
 from trt_kv.pipeline.evaluation import evaluate
 from trt_kv.pipeline.export import export_graphs
-from trt_kv.pipeline.plans import CalibrationPlan, DeviceChoice, DriftPlan, ModelSource, ResourceChoice, TargetPlan
+from trt_kv.pipeline.plans import (
+    CalibrationPlan,
+    DeviceChoice,
+    DriftPlan,
+    ModelSource,
+    ResourceChoice,
+    TargetPlan,
+    WeightPlan,
+)
 from trt_kv.pipeline.requests import BuildRequest, DriftRequest, EvaluationRequest, ExportRequest, RecipeRequest
 
 __all__ = [
@@ -43,6 +51,7 @@ __all__ = [
     "ResourceChoice",
     "State",
     "TargetPlan",
+    "WeightPlan",
     "build_engine",
     "calibrate_drift",
     "calibrate_recipe",

@@ -12,7 +12,6 @@ from trt_kv.calibration.task_files import tasks_from_file
 from trt_kv.digests import digest_of
 from trt_kv.errors import ReportError, UsageError
 from trt_kv.manifest import TOKENIZER_FILE, Manifest, load_manifest
-from trt_kv.pipeline.plans import DeviceChoice
 from trt_kv.pipeline.requests import EvaluationRequest
 from trt_kv.require import require
 from trt_kv.runtime.backends.devices import DENSE, device_from_name
@@ -39,7 +38,7 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
         trt_kv=trt_kv.__version__,
     )
     tasks = tasks_from_file(request.tasks)[: request.limit]
-    facts = _engine_facts(request.engine, manifest, request.on)
+    facts = _engine_facts(request.engine, manifest, request)
     evaluation = Evaluation(
         tasks=request.tasks.name,
         n_tasks=len(tasks),
@@ -61,16 +60,19 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
     return evaluation, cases_from_tasks(tasks, tokenizer, rules, source=request.tasks, chat=chat)
 
 
-def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "EngineFacts":
+def _engine_facts(folder: Path, manifest: Manifest, request: EvaluationRequest) -> "EngineFacts":
     """Raises ``EngineError`` if loading the engine would, except for changed files."""
     from trt_kv.calibration.answer_files import EngineFacts
     from trt_kv.runtime.compatibility import check_compatible
 
     check_compatible(folder, manifest)
+    on = request.on
     library = "onnxruntime" if on.on_host else on.dense or DENSE[0]
     module = "trt_kv.runtime.backends.onnx_runtime" if library == "onnxruntime" else library
     version = require(module).ort.__version__ if library == "onnxruntime" else require(module).__version__
     runs_on = manifest.plan.built_by if manifest.plan is not None else f"{library} {version}"
+    kv_dtype = request.resources.kv_dtype or manifest.kv_dtype
+    stored = "" if kv_dtype == manifest.dtype else f", KV cache in {kv_dtype}"
     return EngineFacts(
         name=folder.resolve().name,
         digest=manifest.to_json()["digest"],
@@ -80,7 +82,7 @@ def _engine_facts(folder: Path, manifest: Manifest, on: DeviceChoice) -> "Engine
         policy=manifest.policy,
         target=manifest.target,
         dtype=on.dtype or manifest.dtype,
-        runs_on=runs_on if on.on_host else f"{runs_on} on {on.device}",
+        runs_on=f"{runs_on}{stored}" if on.on_host else f"{runs_on} on {on.device}",
         windows=manifest.config.windows,
     )
 
@@ -97,7 +99,7 @@ def _other_run(request: EvaluationRequest, facts: "EngineFacts", settings: "Sett
     if path.is_file():
         run = _run_of_file(path, settings, n_tasks)
     else:
-        run = Run(engine=_engine_facts(path, load_manifest(path), request.on))
+        run = Run(engine=_engine_facts(path, load_manifest(path), request))
     for what, mine, theirs in (
         ("models", facts.model_digest, run.engine.model_digest),
         ("tokenizers", facts.tokenizer_digest, run.engine.tokenizer_digest),

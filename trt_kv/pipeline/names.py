@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from trt_kv.export.checkpoints.hub import hub_id_of
-from trt_kv.pipeline.plans import CalibrationPlan, DriftPlan, TargetPlan
+from trt_kv.pipeline.plans import CalibrationPlan, DriftPlan, TargetPlan, WeightPlan
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy_settings import differences, setting_as_text
@@ -34,6 +34,7 @@ def default_name(request: BuildRequest) -> str:
         **_target_options(request.target),
     }
     settings += [f"{name}={value}" for name, value in options.items() if value is not None]
+    settings += [request.weights.quant, *_quant_options(request.weights)] if request.weights.quantization is not None else []
     return _as_file_name("-".join([model, policy.name, *settings]))
 
 
@@ -71,8 +72,19 @@ def _target_options(target: TargetPlan) -> dict[str, object]:
         "target": _unless(target.target, default.target),
         "profile": None if target.profile is None else _stem(Path(target.profile)),
         "dtype": target.dtype,
+        "kv-dtype": target.kv_dtype,
         "page-size": _unless(target.page_size, default.page_size),
     }
+
+
+def _quant_options(plan: WeightPlan) -> list[str]:
+    """What of the quantisation is not at its default."""
+    chosen, default = plan.quantization, WeightPlan(quant=plan.quant).quantization
+    assert chosen is not None
+    assert default is not None
+    words = [f"block-size={chosen.block_size}"] if chosen.block_size != default.block_size else []
+    words += ["symmetric" if chosen.symmetric else "asymmetric"] if chosen.symmetric != default.symmetric else []
+    return words + ([f"level={chosen.accuracy_level}"] if chosen.accuracy_level != default.accuracy_level else [])
 
 
 def _unless(value: object, default: object) -> object:

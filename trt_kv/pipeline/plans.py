@@ -10,7 +10,7 @@ from typing import Any
 from trt_kv.digests import digest_of
 from trt_kv.drift import check_correction_rate
 from trt_kv.errors import UnknownNameError, UsageError
-from trt_kv.manifest import DTYPES
+from trt_kv.manifest import DTYPES, KV_DTYPES, Quantization
 from trt_kv.presets import preset
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions
 
@@ -19,6 +19,8 @@ DEFAULT_NEW_TOKENS = 64
 DEFAULT_PAGE_SIZE = 32
 _DIGEST_CHARACTERS = len("sha256:") + 12
 TARGETS = ("onnxruntime", "tensorrt")
+QUANTS = {"none": None, "int8": 8, "int4": 4}
+"""Bits of a weight, by name; None: weights are not quantised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +111,23 @@ def check_page_size(page_size: int) -> None:
         raise UsageError("the page size is below 1", got=page_size, expected="--page-size >= 1")
 
 
+def check_kv_dtype(kv_dtype: str | None) -> None:
+    """``UnknownNameError`` unless ``kv_dtype`` is a type of KV caches, or None."""
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise UnknownNameError("KV cache type", kv_dtype, KV_DTYPES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetPlan:
-    """What runs the engine, and how it is compiled. ``page_size``: tokens per page of the KV cache. ``dtype``: compute
-    type. ``profile`` (a preset or a .json file) and ``timing_cache`` are TensorRT's; None: the default.
+    """What runs the engine, and how it is compiled. ``page_size``: tokens per page of the KV cache. ``dtype``: compute type.
+    ``kv_dtype``: what the KV cache is stored as; None: as computed. ``profile`` (a preset or a .json file) and ``timing_cache``
+    are TensorRT's; None: the default.
     """
 
     target: str = "onnxruntime"
     profile: str | None = None
     dtype: str | None = None
+    kv_dtype: str | None = None
     timing_cache: Path | None = None
     page_size: int = DEFAULT_PAGE_SIZE
 
@@ -127,6 +137,7 @@ class TargetPlan:
             raise UnknownNameError("target", self.target, TARGETS)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UnknownNameError("type", self.dtype, DTYPES)
+        check_kv_dtype(self.kv_dtype)
         given = {"--profile": self.profile, "--timing-cache": self.timing_cache}
         needless = [name for name, value in given.items() if value is not None]
         if self.target != "tensorrt" and needless:
@@ -135,6 +146,61 @@ class TargetPlan:
                 got=f"--target {self.target}",
                 fix=f"add --target tensorrt, or leave {needless[0]} out",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPlan:
+    """How weights are stored: ``quant`` "none", "int8" or "int4", and the details of ``Quantization``; None: the default."""
+
+    quant: str = "none"
+    block_size: int | None = None
+    symmetric: bool | None = None
+    accuracy_level: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.quant not in QUANTS:
+            raise UnknownNameError("quantisation of weights", self.quant, tuple(QUANTS))
+        if self.quantization is None and self.details:
+            raise UsageError(
+                f"{self.details[0]} applies to quantised weights only",
+                got="--quant none",
+                fix=f"add --quant int4, or leave {self.details[0]} out",
+            )
+        if self.quantization is not None:
+            self.quantization.check(UsageError)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """With the defaults filled in; None if weights are not quantised."""
+        bits = QUANTS[self.quant]
+        if bits is None:
+            return None
+        return Quantization(
+            bits=bits,
+            block_size=32 if self.block_size is None else self.block_size,
+            symmetric=False if self.symmetric is None else self.symmetric,
+            accuracy_level=4 if self.accuracy_level is None else self.accuracy_level,
+        )
+
+    @property
+    def details(self) -> list[str]:
+        """The options that were given beside --quant, as words of a command."""
+        words = [f"--quant-block-size={self.block_size}"] if self.block_size is not None else []
+        words += [f"--quant-{'symmetric' if self.symmetric else 'asymmetric'}"] if self.symmetric is not None else []
+        words += [f"--quant-accuracy-level={self.accuracy_level}"] if self.accuracy_level is not None else []
+        return words
+
+    def check_target(self, target: TargetPlan) -> None:
+        """``UsageError`` for a target or a type that has no quantised weights."""
+        if self.quantization is None or (target.target == "onnxruntime" and target.dtype in (None, "float32")):
+            return
+        dtype = "" if target.dtype is None else f" --dtype {target.dtype}"
+        raise UsageError(
+            "quantised weights are for ONNX Runtime on a CPU",
+            got=f"--quant {self.quant} with --target {target.target}{dtype}",
+            expected="--target onnxruntime, and no --dtype",
+            fix="leave --quant out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +235,19 @@ class DeviceChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceChoice:
-    """How much memory and how many threads an engine may use: options of ``Engine.load``; None: its default."""
+    """How much memory and how many threads an engine may use, and what its KV cache is stored as: options of ``Engine.load``;
+    None: its default.
+    """
 
     cache_tokens: int | None = None
     host_tier: str | None = None
     host_tokens: int | None = None
     chunk: int | None = None
     n_threads: int | None = None
+    kv_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_kv_dtype(self.kv_dtype)
 
     def options(self, *, has_host_tier: bool = True) -> dict[str, Any]:
         """Options of ``Engine.load``; without those of a host tier if the engine has none."""

@@ -51,7 +51,9 @@ def build_words(request: BuildRequest) -> list[str]:
     words += ["--target", target.target] if target.target != "onnxruntime" else []
     words += ["--profile", target.profile] if target.profile else []
     words += ["--dtype", target.dtype] if target.dtype else []
+    words += ["--kv-dtype", target.kv_dtype] if target.kv_dtype else []
     words += ["--page-size", target.page_size] if target.page_size != DEFAULT_PAGE_SIZE else []
+    words += ["--quant", request.weights.quant, *request.weights.details] if request.weights.quantization is not None else []
     return [str(word) for word in words]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trt_kv.calibration.task_files import Match
 from trt_kv.errors import UsageError
-from trt_kv.pipeline.plans import CalibrationPlan, DeviceChoice, DriftPlan, ModelSource, ResourceChoice, TargetPlan
+from trt_kv.pipeline.plans import CalibrationPlan, DeviceChoice, DriftPlan, ModelSource, ResourceChoice, TargetPlan, WeightPlan
 from trt_kv.policy import Policy
 
 
@@ -24,9 +24,11 @@ class BuildRequest:
     drift: DriftPlan = field(default_factory=DriftPlan)
     calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
     target: TargetPlan = field(default_factory=TargetPlan)
+    weights: WeightPlan = field(default_factory=WeightPlan)
     replace: bool = False
 
     def __post_init__(self) -> None:
+        self.weights.check_target(self.target)
         check_recipe_is_read(self.policy, self.recipe)
         check_drift_is_read(self.policy, self.drift)
 

@@ -19,8 +19,8 @@ from trt_kv.runtime.backends.cuda.reservation import LargestStep, WorkingSetBloc
 from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
 from trt_kv.runtime.backends.cuda.weights import decoder_from_engine
 from trt_kv.runtime.backends.devices import DENSE, DeviceOptions, free_device_bytes, told_out_of_memory
-from trt_kv.runtime.backends.host.onnxruntime_segments import check_shapes
-from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier
+from trt_kv.runtime.backends.host.segments import check_shapes
+from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_kv_as_computed, check_no_host_tier
 from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservation, Resource
@@ -38,6 +38,7 @@ def load(
     dtype = on.dtype or manifest.dtype
     wanted = _wanted(options, on)
     _check(folder, manifest, options, on, device)
+    check_kv_as_computed(folder, manifest, options, dtype)
     with told_out_of_memory(
         f"too little free memory for this engine on {device}",
         fix=f"lower {load_option('cache_tokens')} or {load_option('host_tokens')}, use {load_option('dtype', 'bfloat16')}, "
@@ -47,7 +48,7 @@ def load(
         plan = device_plan(
             manifest,
             wanted,
-            element_bytes=TORCH_TYPES[dtype].itemsize,
+            dtype=dtype,
             free_device=free_device_bytes(device) if device.type == "cuda" else available_bytes(),
             free_host=available_bytes(),
         )
@@ -116,6 +117,12 @@ def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOpt
             f"{folder} is a TensorRT plan, which runs only on the GPU that it was built for",
             got=f"the device {device}",
             fix="leave the device out, or build an engine with --target onnxruntime",
+        )
+    if manifest.quantization is not None:
+        raise UsageError(
+            f"{folder} has quantised weights, which run on a CPU only",
+            got=f"int{manifest.quantization.bits} weights on the device {device}",
+            fix="use the device cpu, or build the engine without --quant",
         )
     if not manifest.applied_policy.recalls:
         check_no_host_tier(folder, manifest, options)

@@ -10,7 +10,8 @@ from torch import Tensor
 from trt_kv.errors import EngineError, MissingDependencyError, UsageError
 from trt_kv.manifest import AttentionPort, GraphSegment
 from trt_kv.runtime.backends.cuda.decoder import DeviceAttend
-from trt_kv.runtime.backends.host.onnxruntime_segments import SESSION_OPTIONS, open_segment, shapes_of
+from trt_kv.runtime.backends.host.onnxruntime_segments import SESSION_OPTIONS, open_segment
+from trt_kv.runtime.backends.host.segments import shapes_of
 from trt_kv.runtime.backends.onnx_runtime import ort
 from trt_kv.safe_path import safe_join
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trt_kv.errors import CapacityError, UsageError, load_option
+from trt_kv.kv_memory import kv_bytes, token_bytes
 from trt_kv.manifest import Manifest
 from trt_kv.program import recalling_layers
 from trt_kv.runtime.arguments import is_integer
 from trt_kv.runtime.backends.cuda.recall.driver import RecallCapacity
 from trt_kv.runtime.backends.cuda.recall.working_set import BlockSizes
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
-from trt_kv.runtime.cache.kv_pool import token_bytes
 from trt_kv.runtime.reservation import window_pages
 
 DEFAULT_BATCH = 8
@@ -55,8 +55,8 @@ class DevicePlan:
     recall: RecallCapacity | None = None
 
 
-def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_device: int, free_host: int) -> DevicePlan:
-    """Divide ``free_device`` and ``free_host`` bytes.
+def device_plan(manifest: Manifest, wanted: Wanted, *, dtype: str, free_device: int, free_host: int) -> DevicePlan:
+    """Divide ``free_device`` and ``free_host`` bytes; keys and values are stored as ``dtype``.
 
     ``CapacityError`` if not even one working set fits, ``UsageError`` for budgets that recall on a device does not support.
     """
@@ -66,7 +66,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     width = max(min(_pages(context, size), window_pages(window, wanted.chunk, size)) for window in manifest.windows)
     largest = StepSizes(n_tokens=n_tokens, n_rows=n_tokens, n_sequences=wanted.batch, table_width=width)
     most = min(COPIES * wanted.batch * context, wanted.most_cache_tokens or COPIES * wanted.batch * context)
-    of_token = token_bytes(config, element_bytes=element_bytes)
+    of_token = token_bytes(config, dtype)
     recalling_numbers = recalling_layers(manifest.programs["decode"])
     windows = [window for layer, window in enumerate(manifest.windows) if layer not in recalling_numbers]
     recalling, whole = len(recalling_numbers), len(windows)
@@ -85,7 +85,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, element_bytes: int, free_
     if not recalling:
         n_pages = whole_pages(free_device // 2)
         return DevicePlan(largest=largest, n_pages=n_pages, most=most_pages)
-    page_bytes = config.n_kv_heads * 2 * size * config.head_dim * element_bytes
+    page_bytes = size * kv_bytes(config, dtype)
     host_tokens = wanted.host_tokens or max(
         1, min(COPIES * config.max_positions, free_host // 2 * size // (recalling * page_bytes))
     )

@@ -32,7 +32,7 @@ class DeviceKvPool(KvPool[Tensor]):
         """``spare_page``: one more page after the last, which is never allocated: padding of steps writes to it."""
         super().__init__(n_pages=n_pages, page_size=page_size)
         self.device = torch.device(device)
-        self.dtype = TORCH_TYPES[dtype]
+        self.kv_dtype, self.dtype = dtype, TORCH_TYPES[dtype]
         self.spare_page = n_pages if spare_page else None
         n_rows = n_pages + spare_page
         n_recalling = n_rows if n_query_heads else 0

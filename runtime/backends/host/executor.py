@@ -23,11 +23,13 @@ class SplitStepExecutor:
         *,
         implementation: str = "cpu",
         kernels: Mapping[str, Kernel] | None = None,
+        kv_dtype: str = "float32",
     ) -> None:
-        """``kernels``, by op name, replace those of ``implementation``."""
+        """``kernels``, by op name, replace those of ``implementation``. ``kv_dtype``: of the pools that steps will run on."""
         self.dense = dense
         self._programs = programs
         self._implementation = implementation
+        self._kv_dtype = kv_dtype
         own = kernels or {}
         self._ops = {
             phase: LayerOps(program, lambda op: own.get(op) or kernel(op, implementation))
@@ -42,7 +44,7 @@ class SplitStepExecutor:
         """Run each op once on its spec's first case, which compiles kernels that are compiled at their first call."""
         specs = {spec.name: spec for program in self._programs.values() for spec in specs_of(program)}
         for spec in specs.values():
-            kernel(spec.name, self._implementation)(**case_inputs(spec, spec.cases[0]))
+            kernel(spec.name, self._implementation)(**case_inputs(spec, spec.cases[0], kv_dtype=self._kv_dtype))
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``."""

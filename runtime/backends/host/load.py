@@ -4,17 +4,19 @@ import dataclasses
 from pathlib import Path
 
 from trt_kv.errors import CapacityError, UsageError, load_option
-from trt_kv.manifest import GRAPHS, ITEM_BYTES, Manifest
+from trt_kv.kv_memory import token_bytes
+from trt_kv.manifest import GRAPHS, Manifest
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import finds_budgets, recalling_layers
-from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor, check_shapes
+from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.in_place import MemoryTier, RecallInPlace
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
 from trt_kv.runtime.backends.host.runner import host_runner
+from trt_kv.runtime.backends.host.segments import check_shapes
 from trt_kv.runtime.backends.host.store import HostKvPool
-from trt_kv.runtime.cache.kv_pool import PoolSizes, token_bytes
+from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
 from trt_kv.runtime.memory import available_bytes, free_for_cache
 from trt_kv.runtime.model_runner import ModelRunner
@@ -76,8 +78,9 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     n_layers, n_host_layers = manifest.config.n_layers, len(recalling_layers(manifest.programs["decode"]))
     on_disk = free_on_disk(where)
     if options.cache_tokens is not None:
-        n_free -= _n_bytes(manifest, pool_sizes(manifest, options.cache_tokens, 0))
-    whole = pool_sizes(manifest, host_tokens, max(0, n_free if on_disk is None else on_disk) // 2)
+        n_free -= _n_bytes(manifest, _sizes(manifest, options, options.cache_tokens, 0))
+    n_bytes = max(0, n_free if on_disk is None else on_disk) // 2
+    whole = _sizes(manifest, options, host_tokens, n_bytes)
     n_pages = whole.n_pages // n_layers * n_host_layers
     if on_disk is None and host_tokens is not None:
         _check_free("host_tokens", _n_bytes(manifest, dataclasses.replace(whole, n_pages=n_pages)), available_bytes())
@@ -93,9 +96,14 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     return pool, recall
 
 
+def _sizes(manifest: Manifest, options: LoadOptions, n_tokens: int | None, n_bytes: int) -> PoolSizes:
+    """``pool_sizes`` in the type of the options, or that of the engine."""
+    return pool_sizes(manifest, n_tokens, n_bytes, kv_dtype=options.kv_dtype or manifest.kv_dtype)
+
+
 def _pool(manifest: Manifest, options: LoadOptions, n_free: int) -> HostKvPool:
     """The pool: of ``cache_tokens``, or of half of ``n_free`` bytes."""
-    sizes = pool_sizes(manifest, options.cache_tokens, n_free // 2)
+    sizes = _sizes(manifest, options, options.cache_tokens, n_free // 2)
     if options.cache_tokens is not None:
         _check_free("cache_tokens", _n_bytes(manifest, sizes), available_bytes())
     return HostKvPool(**dataclasses.asdict(sizes))
@@ -113,7 +121,7 @@ def _check_free(option: str, n_bytes: int, n_free: int) -> None:
 
 
 def _n_bytes(manifest: Manifest, sizes: PoolSizes) -> int:
-    return sizes.n_pages * sizes.page_size * token_bytes(manifest.config, element_bytes=ITEM_BYTES[manifest.dtype])
+    return sizes.n_pages * sizes.page_size * token_bytes(manifest.config, sizes.dtype)
 
 
 def _pages(manifest: Manifest, runner: ModelRunner, chunk: int) -> list[Resource]:

@@ -27,5 +27,5 @@ def host_runner(
     the whole cache in ``pool``.
     """
     kernels = None if recall is None else recall.kernels
-    steps = SplitStepExecutor(dense, programs, implementation=implementation, kernels=kernels)
+    steps = SplitStepExecutor(dense, programs, implementation=implementation, kernels=kernels, kv_dtype=pool.kv_dtype)
     return ModelRunner(steps, pool, programs, tiers=recall, **options)

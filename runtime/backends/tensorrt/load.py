@@ -11,7 +11,7 @@ from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.tensorrt.executor import TensorRtExecutor, free_device_bytes
 from trt_kv.runtime.cache.page_pool import PagePool
-from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
+from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_kv_as_computed, check_no_host_tier, pool_sizes
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import CachePages, Places, Reservation
 from trt_kv.safe_path import safe_join
@@ -23,6 +23,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     ``UsageError`` for options of a host cache, ``EngineError`` for a plan that TensorRT cannot load.
     """
     check_no_host_tier(folder, manifest, options)
+    check_kv_as_computed(folder, manifest, options, manifest.dtype)
     plan, policy = manifest.plan, manifest.applied_policy
     assert plan is not None
     tell("loading the plan", 0, 1)
@@ -34,7 +35,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         n_kv_heads=manifest.config.n_kv_heads,
         dtype=manifest.dtype,
     )
-    sizes = pool_sizes(manifest, options.cache_tokens, free_device_bytes() // 2)
+    sizes = pool_sizes(manifest, options.cache_tokens, free_device_bytes() // 2, kv_dtype=manifest.dtype)
     largest = max(ranges["M"][2] for ranges in plan.profiles)
     n_query_heads = manifest.config.n_heads if policy.recalls else 0
     pool = DeviceKvPool(

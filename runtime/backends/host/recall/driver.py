@@ -27,7 +27,7 @@ from trt_kv.errors import RecallError
 from trt_kv.plugins.adaptive_budget.arguments import Arguments as BudgetArguments
 from trt_kv.plugins.adaptive_budget.cpu import budget_of_row
 from trt_kv.plugins.attention_cpu import attend_tables
-from trt_kv.plugins.paging import Floats, Ints, pages_of
+from trt_kv.plugins.paging import Floats, Ints, Rows, pages_of
 from trt_kv.plugins.recall_attention.arguments import Arguments as RecallArguments
 from trt_kv.plugins.recall_attention.page_counts import PageLimits, budget_tokens
 from trt_kv.plugins.registry import Implementation, Kernel, called_by_name
@@ -64,12 +64,12 @@ class StreamedRecall:
         """Choice of the first step after a prompt, before AdaptiveBudget replaces its budget; by first host page."""
 
     @property
-    def summaries(self) -> Floats:
-        """Summaries (lo and hi) of the keys of every full host page: [M, K, 2, D]."""
+    def summaries(self) -> Rows:
+        """Summaries (lo and hi) of the keys of every full host page, stored as the pool's type: [M, K, 2, W]."""
         return self._streams.summaries
 
     @summaries.setter
-    def summaries(self, summaries: Floats) -> None:
+    def summaries(self, summaries: Rows) -> None:
         """Set the summaries of a host tier that was filled earlier."""
         self._streams.summaries = summaries
 

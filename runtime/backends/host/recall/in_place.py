@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from trt_kv.errors import load_option
-from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.kv_rows import head_size_of
+from trt_kv.plugins.paging import Floats, Ints, Rows
 from trt_kv.plugins.registry import Kernel, kernel
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.tiered_sequence import Held
@@ -29,13 +30,13 @@ class RecallInPlace:
 
     def __init__(self, host: MemoryTier, device: HostKvPool, *, n_layers: int, n_query_heads: int) -> None:
         """``device`` holds the layers that do not recall."""
-        n_pages, _, n_kv_heads, _, head_size = host.kv.shape
+        n_pages, _, n_kv_heads, _, row_length = host.kv.shape
         self.host = host
         self.device = device
         self.sets: Mapping[int, Held] = {}
-        self.summaries: Floats = np.empty((n_pages, n_kv_heads, 2, head_size), np.float32)
-        """Summaries (lo and hi) of the keys of every full page: [M, K, 2, D]."""
-        self.last_query: Floats = np.empty((n_pages, n_query_heads, head_size), np.float32)
+        self.summaries: Rows = np.empty((n_pages, n_kv_heads, 2, row_length), host.kv.dtype)
+        """Summaries (lo and hi) of the keys of every full page, stored like them: [M, K, 2, W]."""
+        self.last_query: Floats = np.empty((n_pages, n_query_heads, head_size_of(host.kv)), np.float32)
         """The query of the last token of a layer of a sequence, in the row of its first page: [M, H, D]."""
         self.statistics = RecallStatistics(
             n_layers=n_layers, n_kv_heads=n_kv_heads, page_head_bytes=host.kv[0].nbytes // n_kv_heads

@@ -7,7 +7,8 @@ from threading import Event
 
 import numpy as np
 
-from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.kv_rows import dtype_of
+from trt_kv.plugins.paging import Floats, Ints, Rows
 from trt_kv.plugins.recall_attention.choice import best_pages, drifted_heads, summaries_of
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.backends.host.recall.background import Copies, Job, Work, join, lost_pages
@@ -56,7 +57,7 @@ class LayerStreams:
         self.copies = copies
         self.statistics = statistics
         self.trace = trace
-        self.summaries = np.empty((host.n_pages, device.kv.shape[2], 2, device.kv.shape[4]), np.float32)
+        self.summaries: Rows = np.empty((host.n_pages, device.kv.shape[2], 2, device.kv.shape[4]), device.kv.dtype)
 
     def fork(self, working_set: WorkingSet, twin: WorkingSet, pages: Ints, twin_pages: Ints) -> None:
         """Copy one layer of a sequence from its host pages ``pages`` to ``twin`` and the new host pages ``twin_pages``."""
@@ -91,7 +92,7 @@ class LayerStreams:
             out, lse = attend_prompt(q, n_cached, earlier, block, self.read_pages, scale=scale, soft_cap=soft_cap)
         working_set.place(block, n_cached)
         working_set.query_HD, working_set.ranked_KC = q[-1].copy(), None
-        self.summaries[choice.pages[first:full]] = summaries_of(block[: full - first, 0], summary)
+        self.summaries[choice.pages[first:full]] = summaries_of(block[: full - first, 0], summary, dtype_of(self.summaries))
         self._write_behind(working_set, choice.pages[first:full], block[: full - first])
         return out, lse
 
@@ -108,7 +109,7 @@ class LayerStreams:
         if n_tokens % size == 0:
             number = n_tokens // size - 1
             page = self.device.kv[working_set.page_of(number)][None]
-            self.summaries[choice.pages[number:]] = summaries_of(page[:, 0], summary)
+            self.summaries[choice.pages[number:]] = summaries_of(page[:, 0], summary, dtype_of(self.summaries))
             self._write_behind(working_set, choice.pages[number:], page)
         drifted_K = drifted_heads(q, working_set.query_HD, len(k), choice.tau)
         n_moved = 0
@@ -194,15 +195,15 @@ class LayerStreams:
         self.host.read_heads(pages[numbers], heads, self.device.kv, working_set.device_pages(slots))
         held_KS[heads, slots] = numbers
 
-    def _write_behind(self, working_set: WorkingSet, pages: Ints, block: Floats) -> None:
+    def _write_behind(self, working_set: WorkingSet, pages: Ints, block: Rows) -> None:
         """Store full pages on the host in the background. ``block`` must not change before the layer is joined again."""
         if not len(pages):
             return
         self.statistics.pages_written += len(pages)
 
         def work() -> Iterator[Event | None]:
-            for page, kv_2KPD in zip(pages, block, strict=True):
-                self.host.write(int(page), kv_2KPD)
+            for page, kv_2KPW in zip(pages, block, strict=True):
+                self.host.write(int(page), kv_2KPW)
                 yield None
 
         self._submit(working_set, "storing pages", work)
@@ -231,13 +232,13 @@ class LayerStreams:
             working_set.held_KS, working_set.chosen_KC = prefetch.held_KS, prefetch.chosen_KC
         return prefetch
 
-    def _write_now(self, page: int, kv_2KPD: Floats) -> None:
+    def _write_now(self, page: int, kv_2KPW: Rows) -> None:
         try:
-            self.host.write(page, kv_2KPD)
+            self.host.write(page, kv_2KPW)
         except OSError as error:
             raise lost_pages("the KV cache on the host cannot be read or written", error) from error
 
-    def read_pages(self, pages: Ints) -> Floats:
+    def read_pages(self, pages: Ints) -> Rows:
         """Read pages from the host synchronously; ``RecallError`` if they cannot be read."""
         try:
             return self.host.read_pages([int(page) for page in pages])

@@ -6,19 +6,19 @@ import numpy as np
 
 from trt_kv.plugins.adaptive_budget.cpu import attention_row
 from trt_kv.plugins.attention_cpu import attend_chunk
-from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.paging import Floats, Ints, Rows
 
 BLOCK_TOKENS = 4096
 """Tokens of the cache that are read at a time."""
 
-ReadPages = Callable[[Ints], Floats]
+ReadPages = Callable[[Ints], Rows]
 
 
 def attend_prompt(
     q_NHD: Floats,
     n_cached: int,
     earlier_pages: Ints,
-    block: Floats,
+    block: Rows,
     read_pages: ReadPages,
     *,
     scale: float,
@@ -26,7 +26,7 @@ def attend_prompt(
 ) -> tuple[Floats, Floats]:
     """Causal attention of the last N of ``n_cached`` tokens: (out [N, H, D], lse [N, H]), fp32.
 
-    ``earlier_pages`` are full and are read by ``read_pages``; ``block`` [n, 2, K, P, D] holds the pages after them. Blocks are
+    ``earlier_pages`` are full and are read by ``read_pages``; ``block`` [n, 2, K, P, W] holds the pages after them. Blocks are
     merged by their log-sum-exps (FlashAttention, arXiv 2205.14135, section 3.1). If everything fits into one block, the result
     is bit-identical to attention over the whole cache.
     """
@@ -46,9 +46,9 @@ def attend_prompt(
 
 
 def _attend(
-    q_NHD: Floats, positions_N: Ints, pages: Floats, tokens: range, scale: float, soft_cap: float
+    q_NHD: Floats, positions_N: Ints, pages: Rows, tokens: range, scale: float, soft_cap: float
 ) -> tuple[Floats, Floats]:
-    """``attend_chunk`` to the tokens at the positions ``tokens``, which fill ``pages`` [n, 2, K, P, D] in order."""
+    """``attend_chunk`` to the tokens at the positions ``tokens``, which fill ``pages`` [n, 2, K, P, W] in order."""
     positions_KS = np.tile(np.arange(tokens.start, tokens.stop), (pages.shape[2], 1))
     return attend_chunk(q_NHD, positions_N, np.arange(len(pages)), pages, positions_KS, scale, soft_cap=soft_cap)
 
@@ -64,13 +64,13 @@ def last_query_row(
     lse_H: Floats,
     n_cached: int,
     pages: Ints,
-    open_page: Floats,
+    open_page: Rows,
     read_pages: ReadPages,
     *,
     scale: float,
     soft_cap: float = 0.0,
 ) -> Floats:
-    """Attention weights of one query for every token: [H, S] fp64. ``open_page`` [1, 2, K, P, D] follows ``pages``."""
+    """Attention weights of one query for every token: [H, S] fp64. ``open_page`` [1, 2, K, P, W] follows ``pages``."""
     size, of_logits = open_page.shape[3], (np.float32(scale), np.float32(soft_cap))
     rows = [
         attention_row(q_HD, lse_H, np.arange(len(part)), len(part) * size, read_pages(part), *of_logits)

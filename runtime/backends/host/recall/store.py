@@ -1,7 +1,7 @@
 """The host tier of the KV cache: all of its pages, in memory or in a file that may be larger than memory.
 
-Pages are [2, K, P, D] on the host and on the device. A page-head, which is the keys and values of one KV head in one page, is
-two contiguous runs of P * D numbers in both tiers and is copied without conversion.
+Pages are [2, K, P, W] on the host and on the device, of rows of the same type (``plugins/kv_rows.py``). A page-head, which is
+the keys and values of one KV head in one page, is two contiguous runs of P rows in both tiers and is copied without conversion.
 """
 
 import errno
@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from trt_kv.errors import CapacityError, UsageError, load_option
-from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.kv_rows import KvDtype
+from trt_kv.plugins.paging import Ints, Rows
 from trt_kv.runtime.backends.host.recall.file_kernels import read_heads
 from trt_kv.runtime.cache.page_pool import PagePool
 
 
 class HostTier(PagePool):
-    """Pages of keys and values, fp32. Any thread may read and write, concurrently for different page-heads.
+    """Pages of keys and values, stored as ``dtype``. Any thread may read and write, concurrently for different page-heads.
 
     Failures raise ``OSError``, which becomes a ``RecallError`` if the copy is joined.
     """
@@ -31,29 +32,30 @@ class HostTier(PagePool):
     how_to_enlarge = f"raise {load_option('host_tokens')}, or send shorter or fewer prompts at once"
     description = ""
 
-    def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
+    def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int, dtype: str = "float32") -> None:
         super().__init__(n_pages=n_pages, page_size=page_size)
-        self.page_shape = (2, n_kv_heads, page_size, head_size)
+        self.dtype = KvDtype(dtype)
+        self.page_shape = (2, n_kv_heads, page_size, self.dtype.row_length(head_size))
 
     @property
     def page_bytes(self) -> int:
-        return 4 * int(np.prod(self.page_shape))
+        return self.dtype.stored_as.itemsize * int(np.prod(self.page_shape))
 
-    def write(self, page: int, kv_2KPD: Floats) -> None:
-        """Store a page; ``kv_2KPD`` is contiguous."""
+    def write(self, page: int, kv_2KPW: Rows) -> None:
+        """Store a page; ``kv_2KPW`` is contiguous."""
         raise NotImplementedError
 
-    def read_head(self, page: int, head: int, into_2PD: Floats) -> None:
-        """Copy a page-head to ``into_2PD``, whose halves are contiguous."""
+    def read_head(self, page: int, head: int, into_2PW: Rows) -> None:
+        """Copy a page-head to ``into_2PW``, whose halves are contiguous."""
         raise NotImplementedError
 
-    def read_heads(self, pages_M: Ints, heads_M: Ints, into: Floats, into_pages_M: Ints) -> None:
-        """Copy M page-heads: that of page ``pages_M[m]`` to page ``into_pages_M[m]`` of ``into`` [.., 2, K, P, D]."""
+    def read_heads(self, pages_M: Ints, heads_M: Ints, into: Rows, into_pages_M: Ints) -> None:
+        """Copy M page-heads: that of page ``pages_M[m]`` to page ``into_pages_M[m]`` of ``into`` [.., 2, K, P, W]."""
         for page, head, to in zip(pages_M.tolist(), heads_M.tolist(), into_pages_M.tolist(), strict=True):
             self.read_head(page, head, into[to, :, head])
 
-    def read_pages(self, pages: Sequence[int]) -> Floats:
-        """Copies of whole pages: [len(pages), 2, K, P, D]."""
+    def read_pages(self, pages: Sequence[int]) -> Rows:
+        """Copies of whole pages: [len(pages), 2, K, P, W]."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -65,17 +67,17 @@ class RamTier(HostTier):
 
     description = "ram"
 
-    def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
-        super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
-        self._kv = np.empty((n_pages, *self.page_shape), np.float32)
+    def __init__(self, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int, dtype: str = "float32") -> None:
+        super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size, dtype=dtype)
+        self._kv = np.empty((n_pages, *self.page_shape), self.dtype.stored_as)
 
-    def write(self, page: int, kv_2KPD: Floats) -> None:
-        self._kv[page] = kv_2KPD
+    def write(self, page: int, kv_2KPW: Rows) -> None:
+        self._kv[page] = kv_2KPW
 
-    def read_head(self, page: int, head: int, into_2PD: Floats) -> None:
-        into_2PD[...] = self._kv[page, :, head]
+    def read_head(self, page: int, head: int, into_2PW: Rows) -> None:
+        into_2PW[...] = self._kv[page, :, head]
 
-    def read_pages(self, pages: Sequence[int]) -> Floats:
+    def read_pages(self, pages: Sequence[int]) -> Rows:
         return self._kv[np.asarray(pages, np.int64)]
 
 
@@ -87,11 +89,13 @@ class FileTier(HostTier):
     either way.
     """
 
-    def __init__(self, path: Path, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> None:
+    def __init__(
+        self, path: Path, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int, dtype: str = "float32"
+    ) -> None:
         """``path``: a file that does not exist yet, or a folder. ``UsageError`` if no file can be created there,
         ``CapacityError`` if it cannot have the size of the tier.
         """
-        super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
+        super().__init__(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size, dtype=dtype)
         self.description = f"file:{path}"
         self.file_descriptor = _nameless_file(path)
         self._n_secured = 0
@@ -131,17 +135,17 @@ class FileTier(HostTier):
             ) from error
         self._n_secured = n_pages
 
-    def write(self, page: int, kv_2KPD: Floats) -> None:
+    def write(self, page: int, kv_2KPW: Rows) -> None:
         self._check_whole()
-        self._transfer(os.pwritev, kv_2KPD, page * self.page_bytes)
+        self._transfer(os.pwritev, kv_2KPW, page * self.page_bytes)
 
-    def read_head(self, page: int, head: int, into_2PD: Floats) -> None:
+    def read_head(self, page: int, head: int, into_2PW: Rows) -> None:
         half_bytes = self.page_bytes // 2
         head_bytes = half_bytes // self.page_shape[1]
         for half in range(2):
-            self._transfer(os.preadv, into_2PD[half], page * self.page_bytes + half * half_bytes + head * head_bytes)
+            self._transfer(os.preadv, into_2PW[half], page * self.page_bytes + half * half_bytes + head * head_bytes)
 
-    def read_heads(self, pages_M: Ints, heads_M: Ints, into: Floats, into_pages_M: Ints) -> None:
+    def read_heads(self, pages_M: Ints, heads_M: Ints, into: Rows, into_pages_M: Ints) -> None:
         """See ``HostTier.read_heads``. One call without the GIL; what it cannot read, ``read_head`` reads, or says why not."""
         done = 0
         while True:
@@ -152,8 +156,8 @@ class FileTier(HostTier):
             self.read_head(int(pages_M[done]), head, into[into_pages_M[done], :, head])
             done += 1
 
-    def read_pages(self, pages: Sequence[int]) -> Floats:
-        out = np.empty((len(pages), *self.page_shape), np.float32)
+    def read_pages(self, pages: Sequence[int]) -> Rows:
+        out = np.empty((len(pages), *self.page_shape), self.dtype.stored_as)
         for at, page in enumerate(pages):
             self._transfer(os.preadv, out[at], int(page) * self.page_bytes)
         return out
@@ -168,7 +172,7 @@ class FileTier(HostTier):
         if n_bytes < self.n_pages * self.page_bytes:
             raise OSError(f"the host tier's file was truncated to {n_bytes} bytes")
 
-    def _transfer(self, call: Callable[[int, list[memoryview], int], int], array: Floats, offset: int) -> None:
+    def _transfer(self, call: Callable[[int, list[memoryview], int], int], array: Rows, offset: int) -> None:
         """Read or write all of a contiguous ``array``; ``OSError`` if the file ends before it does."""
         rest = array.reshape(-1).view(np.uint8).data
         while rest:
@@ -178,12 +182,16 @@ class FileTier(HostTier):
             rest, offset = rest[n_bytes:], offset + n_bytes
 
 
-def host_tier_at(where: str, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int) -> HostTier:
-    """The tier named ``ram`` or ``file:PATH``. ``UsageError`` for any other name, or if no file can be created."""
+def host_tier_at(
+    where: str, *, n_pages: int, page_size: int, n_kv_heads: int, head_size: int, dtype: str = "float32"
+) -> HostTier:
+    """The tier named ``ram`` or ``file:PATH``, of rows of ``dtype`` (``KvDtype``). ``UsageError`` for any other name, or if no
+    file can be created.
+    """
     path = _path_of(where)
     if path is None:
-        return RamTier(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
-    return FileTier(path, n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size)
+        return RamTier(n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size, dtype=dtype)
+    return FileTier(path, n_pages=n_pages, page_size=page_size, n_kv_heads=n_kv_heads, head_size=head_size, dtype=dtype)
 
 
 def free_on_disk(where: str) -> int | None:

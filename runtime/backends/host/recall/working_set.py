@@ -1,8 +1,8 @@
 """One layer of one sequence on the device: sinks, the newest pages, and slots for pages that were recalled.
 
-K KV heads, P page size, D head size, S slots, C chosen pages. A page number is the index of a page within its sequence; device
-pages and host pages are indices into the two pools. A slot is a device page in which each KV head may hold its part of a
-different page.
+K KV heads, P page size, D head size, W length of a stored row, S slots, C chosen pages. A page number is the index of a page
+within its sequence; device pages and host pages are indices into the two pools. A slot is a device page in which each KV head
+may hold its part of a different page.
 """
 
 import threading
@@ -13,7 +13,8 @@ import numpy as np
 
 from trt_kv.errors import TrtKvError
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.kv_rows import store
+from trt_kv.plugins.paging import Floats, Ints, Rows
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.backends.host.recall.background import Job
 from trt_kv.runtime.backends.host.store import HostKvPool
@@ -92,24 +93,24 @@ class WorkingSet:
         """Write one token to the open page, the one that is not full yet."""
         number, offset = divmod(self.n_tokens, self.limits.page_size)
         page = self.page_of(number)
-        self._device.kv[page, 0, :, offset] = k_KD
-        self._device.kv[page, 1, :, offset] = v_KD
+        self._device.kv[page, 0, :, offset] = store(k_KD, self._device.dtype)
+        self._device.kv[page, 1, :, offset] = store(v_KD, self._device.dtype)
         self.n_tokens += 1
 
-    def block_with(self, k_NKD: Floats, v_NKD: Floats) -> Floats:
-        """The open page's tokens and then the new ones, as pages [n, 2, K, P, D]; undefined after the last token."""
+    def block_with(self, k_NKD: Floats, v_NKD: Floats) -> Rows:
+        """The open page's tokens and then the new ones, as pages [n, 2, K, P, W]; undefined after the last token."""
         size = self.limits.page_size
         n_open = self.n_tokens % size
         n_pages = -(-(n_open + len(k_NKD)) // size)
-        block = np.empty((n_pages, *self._device.kv.shape[1:]), np.float32)
+        block = np.empty((n_pages, *self._device.kv.shape[1:]), self._device.kv.dtype)
         if n_open:
             block[0] = self._device.kv[self.page_of(self.n_tokens // size)]
         pages_N, offsets_N = np.divmod(n_open + np.arange(len(k_NKD)), size)
-        block[pages_N, 0, :, offsets_N] = k_NKD
-        block[pages_N, 1, :, offsets_N] = v_NKD
+        block[pages_N, 0, :, offsets_N] = store(k_NKD, self._device.dtype)
+        block[pages_N, 1, :, offsets_N] = store(v_NKD, self._device.dtype)
         return block
 
-    def place(self, block: Floats, n_tokens: int) -> None:
+    def place(self, block: Rows, n_tokens: int) -> None:
         """Copy the sinks and the newest pages of ``block``, which ends with token ``n_tokens``, to their device pages."""
         first = self.n_tokens // self.limits.page_size
         end = first + len(block)
