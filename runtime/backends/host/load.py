@@ -88,7 +88,8 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     if on_disk is None:
         tier = MemoryTier(**sizes)
         pool = _pool(manifest, options, max(0, n_free - tier.n_pages * tier.page_bytes))
-        return pool, RecallInPlace(tier, pool, n_layers=n_layers, n_query_heads=manifest.config.n_heads)
+        n_heads = manifest.config.n_heads
+        return pool, RecallInPlace(tier, pool, n_layers=n_layers, n_query_heads=n_heads, trace=options.trace)
     host = host_tier_at(where, **sizes)
     pool = _pool(manifest, options, n_free)
     finds = finds_budgets(manifest.programs["prefill"])

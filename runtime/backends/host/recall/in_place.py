@@ -16,6 +16,7 @@ from trt_kv.plugins.registry import Kernel, kernel
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.tiered_sequence import Held
 from trt_kv.runtime.statistics import RecallStatistics
+from trt_kv.runtime.trace import NO_TRACE, Trace
 
 
 class MemoryTier(HostKvPool):
@@ -28,9 +29,12 @@ class MemoryTier(HostKvPool):
 class RecallInPlace:
     """Kernels of RecallAttention and AdaptiveBudget over ``host``. See ``Tiers``."""
 
-    def __init__(self, host: MemoryTier, device: HostKvPool, *, n_layers: int, n_query_heads: int) -> None:
+    def __init__(
+        self, host: MemoryTier, device: HostKvPool, *, n_layers: int, n_query_heads: int, trace: Trace = NO_TRACE
+    ) -> None:
         """``device`` holds the layers that do not recall."""
         n_pages, _, n_kv_heads, _, row_length = host.kv.shape
+        self._trace = trace
         self.host = host
         self.device = device
         self.sets: Mapping[int, Held] = {}
@@ -49,7 +53,8 @@ class RecallInPlace:
         attend, find_budget = kernel("RecallAttention", "cpu"), kernel("AdaptiveBudget", "cpu")
 
         def attend_and_count(**given: Any) -> tuple[Any, ...]:
-            results = attend(**(given | states | {"summaries": self.summaries, "last_query": self.last_query}))
+            with self._trace.span("attention", layer=given["layer"]):
+                results = attend(**(given | states | {"summaries": self.summaries, "last_query": self.last_query}))
             self._count(given["layer"], given["prompt_remaining"], results[-1])
             return results
 

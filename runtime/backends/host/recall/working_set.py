@@ -170,10 +170,12 @@ def attended_pages(
     for head in range(n_kv_heads):
         pages_KT[head, :n_sinks] = sinks[:n_sinks]
         order_S = np.argsort(held_KS[head])
-        slots_of_held_S = slots_S[order_S]
-        at_C = np.searchsorted(held_KS[head][order_S], chosen_KC[head])
+        ordered_S = held_KS[head][order_S]
+        at_C = np.searchsorted(ordered_S, chosen_KC[head])
         for c in range(n_chosen):
-            pages_KT[head, n_sinks + c] = slots_of_held_S[at_C[c]]
+            if at_C[c] == len(ordered_S) or ordered_S[at_C[c]] != chosen_KC[head, c]:
+                raise IndexError("a chosen page is not held")
+            pages_KT[head, n_sinks + c] = slots_S[order_S[at_C[c]]]
         for page in range(first, n_pages):
             pages_KT[head, n_sinks + n_chosen + page - first] = newest[page % len(newest)]
     return pages_KT
