@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ MODULES = {
     "attention_kernels": "benchmarks.speed.attention_kernels",
     "prefill_scores_cost": "benchmarks.speed.prefill_scores_cost",
     "prefill_memory": "benchmarks.speed.prefill_memory",
+    "weights_accuracy": "benchmarks.quality.weights_accuracy",
     "kvpress_overlap": "benchmarks.kvpress.overlap",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
@@ -66,4 +68,8 @@ def _measured(name: str, quick: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["peers"]:  # has options of its own, and installs other engines: never among "all of them"
+        from benchmarks.peers.__main__ import main as compare_with_peers
+
+        compare_with_peers(sys.argv[2:])
     main()

@@ -10,7 +10,9 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from trt_kv.plugins.kv_rows import KvDtype, store
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
@@ -137,11 +139,16 @@ class StepwiseCopies:
         return event is None
 
 
-def poisoned_tier(n_pages: int, model: RandomModel, page_size: int) -> RamTier:
+def poisoned_tier(n_pages: int, model: RandomModel, page_size: int, dtype: str = "float32") -> RamTier:
     """A tier in memory in which everything that was never written is not a number."""
-    tier = RamTier(n_pages=n_pages, page_size=page_size, n_kv_heads=model.n_kv_heads, head_size=model.head_size)
-    tier._kv[:] = np.nan
+    tier = RamTier(n_pages=n_pages, page_size=page_size, n_kv_heads=model.n_kv_heads, head_size=model.head_size, dtype=dtype)
+    tier._kv[:] = poison(model.head_size, dtype)
     return tier
+
+
+def poison(head_size: int, dtype: str) -> NDArray[Any]:
+    """A stored row [W] that is not a number."""
+    return store(np.full(head_size, np.nan, np.float32), KvDtype(dtype))
 
 
 def runner_of(
@@ -153,6 +160,7 @@ def runner_of(
     page_size: int = 4,
     chunk: int = 16,
     n_pages: int = 600,
+    dtype: str = "float32",
 ) -> ModelRunner:
     """A runner that streams with ``copies``; without them one that runs the op itself over the whole cache."""
     scale = model.head_size**-0.5
@@ -164,13 +172,14 @@ def runner_of(
         page_size=page_size,
         n_kv_heads=model.n_kv_heads,
         head_size=model.head_size,
+        dtype=dtype,
         n_query_heads=model.n_heads if copies is None else 0,
     )
-    pool.kv[:] = np.nan
+    pool.kv[:] = poison(model.head_size, dtype)
     recall = None
     if copies is not None:
         recall = StreamedRecall(
-            host or poisoned_tier(n_pages, model, page_size),
+            host or poisoned_tier(n_pages, model, page_size, dtype),
             pool,
             copies,
             n_layers=model.n_layers,

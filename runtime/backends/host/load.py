@@ -6,15 +6,18 @@ from pathlib import Path
 from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.kv_memory import token_bytes
 from trt_kv.manifest import GRAPHS, Manifest
+from trt_kv.plugins.kv_rows import converts_halves
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import finds_budgets, recalling_layers
-from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.require import require
+from trt_kv.runtime.backends.host.openvino_segments import OpenVinoExecutor, default_precision
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.in_place import MemoryTier, RecallInPlace
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
+from trt_kv.runtime.backends.host.row_groups import with_rows_alike
 from trt_kv.runtime.backends.host.runner import host_runner
-from trt_kv.runtime.backends.host.segments import check_shapes
+from trt_kv.runtime.backends.host.segments import SegmentExecutor, check_shapes
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
@@ -38,18 +41,19 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
             expected="float32 on a host",
             fix=f"load it with {load_option('device', 'cuda')}, or build it again without --dtype",
         )
-    executor = OnnxRuntimeExecutor(
-        folder / GRAPHS,
-        manifest.segments,
-        manifest.attention_ports,
-        n_threads=options.n_threads,
-        on_segment=lambda done, total: tell("opening graphs", done, total),
-    )
+    if (options.kv_dtype or manifest.kv_dtype) == "float16" and not converts_halves():
+        raise UsageError(
+            "this processor has no instructions for float16",
+            got="float16 as the type of the KV cache",
+            fix=f"use {load_option('kv_dtype', 'bfloat16')}, which takes as much memory",
+        )
+    executor = _dense(folder, manifest, options, tell)
     check_shapes(folder / GRAPHS, executor.shapes, manifest.attention_ports, manifest.config)
+    dense = with_rows_alike(executor, manifest, wanted=options.batch_invariant)
     mapped = sum(record.n_bytes for name, record in manifest.files.items() if name.endswith(".data"))
     pool, recall = _memory(manifest, options, free_for_cache(mapped))
     runner = host_runner(
-        executor,
+        dense,
         pool,
         manifest.programs,
         chunk=options.chunk,
@@ -63,6 +67,38 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         runner=runner,
         reservation=Reservation([places, *_pages(manifest, runner, options.chunk)]),
         token_budget=options.token_budget,
+    )
+
+
+def _dense(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgress) -> SegmentExecutor:
+    """What runs the dense layers. ``UsageError`` for integers as activations of weights that are not quantised."""
+    folder, segments, ports = folder / GRAPHS, manifest.segments, manifest.attention_ports
+
+    def on_segment(done: int, total: int) -> None:
+        tell("opening graphs", done, total)
+
+    if options.dense != "openvino":
+        module = require("trt_kv.runtime.backends.host.onnxruntime_segments")
+        run: SegmentExecutor = module.OnnxRuntimeExecutor(
+            folder, segments, ports, n_threads=options.n_threads, on_segment=on_segment
+        )
+        return run
+    precision = options.precision or default_precision(manifest.quantization)
+    if precision == "int8" and manifest.quantization is None:
+        raise UsageError(
+            f"{folder.parent} has no quantised weights",
+            got="precision 'int8'",
+            expected="float32 or bfloat16",
+            fix="build the engine with --quant int8 or int4",
+        )
+    return OpenVinoExecutor(
+        folder,
+        segments,
+        ports,
+        precision=precision,
+        quantised=manifest.quantization is not None,
+        n_threads=options.n_threads,
+        on_segment=on_segment,
     )
 
 

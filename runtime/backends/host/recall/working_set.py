@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trt_kv.errors import TrtKvError
+from trt_kv.plugins.attention_cpu import write_rows
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.kv_rows import store
 from trt_kv.plugins.paging import Floats, Ints, Rows
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.backends.host.recall.background import Job
@@ -93,8 +93,7 @@ class WorkingSet:
         """Write one token to the open page, the one that is not full yet."""
         number, offset = divmod(self.n_tokens, self.limits.page_size)
         page = self.page_of(number)
-        self._device.kv[page, 0, :, offset] = store(k_KD, self._device.dtype)
-        self._device.kv[page, 1, :, offset] = store(v_KD, self._device.dtype)
+        write_rows(self._device.kv, np.array([page * self.limits.page_size + offset]), k_KD[None], v_KD[None])
         self.n_tokens += 1
 
     def block_with(self, k_NKD: Floats, v_NKD: Floats) -> Rows:
@@ -105,9 +104,7 @@ class WorkingSet:
         block = np.empty((n_pages, *self._device.kv.shape[1:]), self._device.kv.dtype)
         if n_open:
             block[0] = self._device.kv[self.page_of(self.n_tokens // size)]
-        pages_N, offsets_N = np.divmod(n_open + np.arange(len(k_NKD)), size)
-        block[pages_N, 0, :, offsets_N] = store(k_NKD, self._device.dtype)
-        block[pages_N, 1, :, offsets_N] = store(v_NKD, self._device.dtype)
+        write_rows(block, n_open + np.arange(len(k_NKD)), k_NKD, v_NKD)
         return block
 
     def place(self, block: Rows, n_tokens: int) -> None:
