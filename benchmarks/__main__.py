@@ -21,9 +21,12 @@ MODULES = {
     "attention_kernels": "benchmarks.speed.attention_kernels",
     "prefill_scores_cost": "benchmarks.speed.prefill_scores_cost",
     "prefill_memory": "benchmarks.speed.prefill_memory",
+    "weights_accuracy": "benchmarks.quality.weights_accuracy",
     "kvpress_overlap": "benchmarks.kvpress.overlap",
+    "kv_types": "benchmarks.quality.kv_types",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
+    "recall_steps": "benchmarks.speed.recall_steps",
     "recall_timeline": "benchmarks.speed.recall_timeline",
     "serving_core": "benchmarks.serving.serving_core",
 }

@@ -9,6 +9,7 @@ from trt_kv.errors import UsageError, load_option
 from trt_kv.kv_memory import token_bytes
 from trt_kv.manifest import KV_DTYPES, Manifest
 from trt_kv.runtime.arguments import is_integer
+from trt_kv.runtime.backends.devices import check_host_dense
 from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.reservation import Reservation
@@ -26,7 +27,7 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Options for loading an engine; see ``Engine.load``."""
+    """Options for loading an engine; see ``Engine.load``. ``dense`` and ``precision`` are those of a host."""
 
     cache_tokens: int | None = None
     host_tier: str | None = None
@@ -35,6 +36,9 @@ class LoadOptions:
     token_budget: int | None = None
     max_sequences: int | None = None
     n_threads: int = 0
+    batch_invariant: bool | None = None
+    dense: str | None = None
+    precision: str | None = None
     kv_dtype: str | None = None
     trace: Trace = NO_TRACE
 
@@ -57,6 +61,9 @@ class LoadOptions:
                 expected=f"at most {most}, {THREADS_PER_CPU} per CPU of this machine: each layer's session starts as many",
                 fix="leave it out: one per core",
             )
+        if not isinstance(self.batch_invariant, bool | None):
+            raise UsageError("bad batch_invariant", got=repr(self.batch_invariant), expected="True, False or None")
+        check_host_dense(self.dense, self.precision)
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise UsageError("bad kv_dtype", got=repr(self.kv_dtype), expected=f"{', '.join(KV_DTYPES)}, or None")
         if not isinstance(self.host_tier, str | None):
