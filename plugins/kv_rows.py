@@ -11,11 +11,13 @@ on when a token was moved or on its neighbours. All arithmetic is in fp32 on loa
 float16 on CPUs: arrays hold the bits of float16 as int16 and those of bfloat16 as uint16.
 """
 
+import platform
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
@@ -53,6 +55,11 @@ class KvDtype:
     def row_length(self, head_size: int) -> int:
         """W: elements of a row of ``head_size`` numbers."""
         return row_bytes(self.name, head_size) // self.stored_as.itemsize
+
+
+def converts_halves() -> bool:
+    """Whether this processor has instructions for float16, which kernels need: on x86 those of 2012 and later (F16C)."""
+    return platform.machine() not in ("x86_64", "AMD64") or bool(get_host_cpu_features().get("f16c"))
 
 
 def dtype_of(rows: NDArray[Any]) -> KvDtype:

@@ -110,6 +110,12 @@ def test_an_engine_has_a_type_and_is_loaded_with_another(small_folder: Path, sma
         Engine.load(small_folder, kv_dtype="int4")
 
 
+def test_a_processor_without_halves_is_told(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_load, "converts_halves", lambda: False)
+    with pytest.raises(UsageError, match="no instructions for float16"):
+        Engine.load(small_folder, kv_dtype="float16")
+
+
 def test_a_smaller_type_makes_room_for_more_tokens(small_folder: Path) -> None:
     pages = {}
     for dtype in KV_DTYPES:

@@ -42,12 +42,17 @@ class SplitStepExecutor:
 
     def warm_up(self) -> None:
         """Run each op once on its spec's first case, which compiles kernels that are compiled at their first call."""
-        specs = {spec.name: spec for program in self._programs.values() for spec in specs_of(program)}
-        for spec in specs.values():
-            kernel(spec.name, self._implementation)(**case_inputs(spec, spec.cases[0], kv_dtype=self._kv_dtype))
+        warm_up_kernels(self._programs, self._implementation, self._kv_dtype)
 
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``."""
         attend = self._ops[phase].for_step(vars(step) | pool.states)
         logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
         return StepResult.assemble(step, logits, attend.made)
+
+
+def warm_up_kernels(programs: Mapping[str, Program], implementation: str, kv_dtype: str) -> None:
+    """Run each op of ``programs`` once on its spec's first case. See ``StepExecutor.warm_up``."""
+    specs = {spec.name: spec for program in programs.values() for spec in specs_of(program)}
+    for spec in specs.values():
+        kernel(spec.name, implementation)(**case_inputs(spec, spec.cases[0], kv_dtype=kv_dtype))

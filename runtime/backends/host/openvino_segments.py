@@ -22,10 +22,6 @@ _LARGE = 64
 """Rows from which on a segment gives its scratch memory back as soon as it has run."""
 _INT8_LEVEL = 4
 """The accuracy level that lets ``MatMulNBits`` multiply integers."""
-_LEAST_ROWS = {"float32": 2, "bfloat16": 8, "int8": 1}
-"""Rows from which on products with quantised weights do not depend on their number, by precision; fewer have kernels of their
-own, which add in another order. Found by trying; a test tries again.
-"""
 
 
 def default_precision(quantization: Quantization | None) -> str:
@@ -34,7 +30,7 @@ def default_precision(quantization: Quantization | None) -> str:
 
 
 class OpenVinoExecutor(SegmentExecutor):
-    """The segments in OpenVINO. A row's results do not depend on the other rows or their number. See ``DenseExecutor``."""
+    """The segments in OpenVINO. See ``DenseExecutor``."""
 
     def __init__(
         self,
@@ -43,13 +39,11 @@ class OpenVinoExecutor(SegmentExecutor):
         ports: Sequence[AttentionPort],
         *,
         precision: str = "float32",
-        quantised: bool = False,
         n_threads: int = 0,
         on_segment: Callable[[int, int], None] | None = None,
     ) -> None:
-        """``folder`` holds the segment files and their weights. ``precision``: one of ``PRECISIONS``; "int8" needs weights that
-        are ``quantised``. ``n_threads`` 0: one per core; the threads are those of the process, shared by all segments and
-        engines.
+        """``folder`` holds the segment files and their weights. ``precision``: one of ``PRECISIONS``; "int8" is for quantised
+        weights. ``n_threads`` 0: one per core; the threads are those of the process, shared by all segments and engines.
 
         Raises ``MissingDependencyError`` without OpenVINO, ``EngineError`` for a segment that it cannot load.
         """
@@ -62,13 +56,12 @@ class OpenVinoExecutor(SegmentExecutor):
             if on_segment is not None:
                 on_segment(done, len(segments))
         version = openvino.__version__.partition("-")[0]
-        self._least_rows = _LEAST_ROWS[precision] if quantised else 1
         super().__init__(folder, segments, ports, sessions, description=f"OpenVINO {version}, CPU, {precision}")
 
     def run(self, input_ids: Ints, positions: Ints, logit_rows: Ints, attend: Attend) -> Floats:
         """See ``DenseExecutor.run``. Rows are added up to one of few numbers: OpenVINO prepares its kernels for each number."""
         n_rows, n_logits = len(input_ids), len(logit_rows)
-        n_more = self._padded(n_rows) - n_rows
+        n_more = padded(n_rows) - n_rows
 
         def attend_to_rows(layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
             out: Floats = _with_more(attend(layer, q[:n_rows], k[:n_rows], v[:n_rows]), n_more)
@@ -77,13 +70,10 @@ class OpenVinoExecutor(SegmentExecutor):
         logits = super().run(
             _with_more(input_ids, n_more),
             _with_more(positions, n_more),
-            _with_more(logit_rows, self._padded(n_logits) - n_logits),
+            _with_more(logit_rows, padded(n_logits) - n_logits),
             attend_to_rows if n_more else attend,
         )
         return logits[:n_logits]
-
-    def _padded(self, n_rows: int) -> int:
-        return padded(max(n_rows, self._least_rows))
 
 
 def padded(n_rows: int) -> int:
