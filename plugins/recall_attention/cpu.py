@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_kv.plugins.attention_cpu import NO_WINDOW, append_tokens, attend_cached, attend_one
+from trt_kv.plugins.attention_cpu import append_tokens, attend_cached
+from trt_kv.plugins.decode_cpu import NO_WINDOW, attend_one
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import dtype_of
 from trt_kv.plugins.paging import Floats, Ints, pages_of
