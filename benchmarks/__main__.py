@@ -23,8 +23,10 @@ MODULES = {
     "prefill_memory": "benchmarks.speed.prefill_memory",
     "weights_accuracy": "benchmarks.quality.weights_accuracy",
     "kvpress_overlap": "benchmarks.kvpress.overlap",
+    "kv_types": "benchmarks.quality.kv_types",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
+    "recall_steps": "benchmarks.speed.recall_steps",
     "recall_timeline": "benchmarks.speed.recall_timeline",
     "serving_core": "benchmarks.serving.serving_core",
 }

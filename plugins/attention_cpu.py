@@ -1,4 +1,4 @@
-"""Attention on the CPU, shared by the ops that attend: one query over pages in place, a chunk of queries in blocks (numba).
+"""Attention on the CPU, shared by the ops that attend: a chunk of queries in blocks (numba), one query by ``decode_cpu``.
 
 Why two kernels: docs/decisions/0004-cpu-kernels.md.
 """
@@ -22,13 +22,11 @@ from trt_kv.plugins.chunk_blocks import (
     query_rows,
     value_blocks,
 )
-from trt_kv.plugins.fast_math import LANES, exp_nonpositive, exp_or_zero, largest_of
+from trt_kv.plugins.decode_cpu import NO_WINDOW, attend_one
+from trt_kv.plugins.fast_math import LANES, exp_or_zero, largest_of
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.kv_rows import number, put, scale_of
+from trt_kv.plugins.kv_rows import put
 from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots
-
-NO_WINDOW = (0, np.zeros(0, np.int64), np.zeros((0, 0, 0), np.int64))
-"""The arguments ``window``, ``positions_N`` and ``token_positions`` of ``attend_one`` if all tokens are visible."""
 
 
 def append_tokens(kv: Rows, token_positions: Ints, slots_N: Ints, k_NKD: Floats, v_NKD: Floats, positions_N: Ints) -> None:
@@ -174,86 +172,3 @@ def attend_tables(
         table_BKT[i, :, : pages_KT.shape[1]] = pages_KT
     rows_B, n_tokens_B = (np.array([entry[at] for entry in entries]) for at in (0, 2))
     attend_one(q_NHD, rows_B, table_BKT, n_tokens_B, kv, np.float32(scale), np.float32(soft_cap), *NO_WINDOW, out_NHD, lse_NH)
-
-
-@njit()
-def _hide_before(logits_GS: Floats, last_hidden: int, pages_T: Ints, token_positions_MP: Ints) -> None:
-    """-inf for the tokens at positions up to ``last_hidden``."""
-    page_size = token_positions_MP.shape[1]
-    for s in range(logits_GS.shape[1]):
-        if token_positions_MP[pages_T[s // page_size], s % page_size] <= last_hidden:
-            logits_GS[:, s] = -np.inf
-
-
-@njit(fastmath=FASTMATH)
-def _normalise(logits_S: Floats, hides: bool) -> np.float32:
-    """Replace a row of logits by its softmax; returns the log of the denominator. ``hides``: some of them are -inf."""
-    largest = logits_S.max()
-    total = np.float32(0.0)
-    if hides:
-        for s in range(len(logits_S)):
-            logits_S[s] = exp_or_zero(logits_S[s] - largest)
-            total += logits_S[s]
-    else:
-        for s in range(len(logits_S)):
-            logits_S[s] = exp_nonpositive(logits_S[s] - largest)
-            total += logits_S[s]
-    for s in range(len(logits_S)):
-        logits_S[s] /= total
-    log: np.float32 = largest + np.log(total)
-    return log
-
-
-@njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
-def attend_one(
-    q_NHD: Floats,
-    rows_B: Ints,
-    page_table_BKT: Ints,
-    kv_len_B: Ints,
-    kv: Rows,
-    scale: np.float32,
-    soft_cap: np.float32,
-    window: int,
-    positions_N: Ints,
-    token_positions: Ints,
-    out_NHD: Floats,
-    lse_NH: Floats,
-) -> None:
-    """Row ``rows_B[b]`` of q attends in place to the first ``kv_len_B[b]`` tokens of its pages; each KV head has its own pages.
-
-    With a ``window`` it sees those of them whose position is greater than ``positions_N`` of its row minus the window.
-    One task per (sequence, KV head): a page-head is contiguous and is read once for the whole query group.
-    """
-    n_kv_heads, page_size = kv.shape[2:4]
-    head_size = q_NHD.shape[2]
-    group = q_NHD.shape[1] // n_kv_heads
-    for task in numba.prange(len(rows_B) * n_kv_heads):
-        b = task // n_kv_heads
-        head = task % n_kv_heads
-        row = rows_B[b]
-        n_cached = kv_len_B[b]
-        n_pages = (n_cached + page_size - 1) // page_size
-        weights = np.empty((group, n_cached), np.float32)
-        for p in range(n_pages):
-            page = page_table_BKT[b, head, p]
-            for g in range(group):
-                for s in range(min(page_size, n_cached - p * page_size)):
-                    dot = np.float32(0.0)
-                    for d in range(head_size):
-                        dot += q_NHD[row, head * group + g, d] * number(kv[page, 0, head, s, d])
-                    weights[g, p * page_size + s] = dot * scale_of(kv[page, 0, head, s]) * scale
-        if soft_cap > 0.0:
-            cap(weights, group, n_cached, soft_cap)
-        if window > 0:
-            _hide_before(weights, positions_N[row] - window, page_table_BKT[b, head], token_positions[:, head])
-        for g in range(group):
-            lse_NH[row, head * group + g] = _normalise(weights[g], window > 0)
-        sums = np.zeros((group, head_size), np.float32)
-        for p in range(n_pages):
-            page = page_table_BKT[b, head, p]
-            for g in range(group):
-                for s in range(min(page_size, n_cached - p * page_size)):
-                    weight = weights[g, p * page_size + s] * scale_of(kv[page, 1, head, s])
-                    for d in range(head_size):
-                        sums[g, d] += weight * number(kv[page, 1, head, s, d])
-        out_NHD[row, head * group : (head + 1) * group] = sums

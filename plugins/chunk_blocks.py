@@ -10,6 +10,8 @@ from trt_kv.plugins.fast_math import tanh_of
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import head_size_of, number, scale_of
 from trt_kv.plugins.paging import Floats, Ints, Rows
+from trt_kv.plugins.vector_products import accumulate
+from trt_kv.plugins.vectors import WIDEST, vector_width
 
 BLOCK_TOKENS = 256
 """Cached tokens of a block."""
@@ -57,33 +59,26 @@ def _n_blocks(n_cached: int) -> int:
 
 @njit(fastmath=FASTMATH)
 def multiply(a_RC: Floats, b_CS: Floats, out_RS: Floats, n_columns: int) -> None:
-    """``out = a @ b`` for the first ``n_columns`` columns; zeros up to the next multiple of ``UNROLLED``."""
-    out_RS[: len(a_RC), : n_columns + UNROLLED] = 0.0
-    add_product(a_RC, b_CS, out_RS, a_RC.shape[1], n_columns)
+    """``out = a @ b`` for the first ``n_columns`` columns, or more up to the next multiple of ``WIDEST``, which b has."""
+    n_filled = (n_columns + WIDEST - 1) // WIDEST * WIDEST
+    out_RS[: len(a_RC), :n_filled] = 0.0
+    add_product(a_RC, b_CS, out_RS, a_RC.shape[1], n_filled)
 
 
 @njit(fastmath=FASTMATH)
 def add_product(a_RC: Floats, b_CS: Floats, out_RS: Floats, n_terms: int, n_columns: int) -> None:
-    """``out += a @ b`` for the first ``n_columns`` columns, summed over the first ``n_terms`` (and zeros after them).
+    """``out += a @ b`` for the first ``n_columns`` columns, summed over the first ``n_terms``.
 
     A row of the result has the same bits wherever it is among the rows. ``out`` has as many rows as count.
     """
     n_rows = min(len(a_RC), len(out_RS))
-    for c in range(0, n_terms, UNROLLED):
-        for r in range(n_rows):
-            a0, a1, a2, a3 = a_RC[r, c], a_RC[r, c + 1], a_RC[r, c + 2], a_RC[r, c + 3]
-            a4, a5, a6, a7 = a_RC[r, c + 4], a_RC[r, c + 5], a_RC[r, c + 6], a_RC[r, c + 7]
-            for s in range(n_columns):
-                out_RS[r, s] += (
-                    a0 * b_CS[c, s]
-                    + a1 * b_CS[c + 1, s]
-                    + a2 * b_CS[c + 2, s]
-                    + a3 * b_CS[c + 3, s]
-                    + a4 * b_CS[c + 4, s]
-                    + a5 * b_CS[c + 5, s]
-                    + a6 * b_CS[c + 6, s]
-                    + a7 * b_CS[c + 7, s]
-                )
+    accumulate(a_RC, b_CS, out_RS, n_rows, n_terms, n_columns)
+    for r in range(n_rows):
+        for s in range(n_columns - n_columns % vector_width(), n_columns):
+            total = np.float32(0.0)
+            for c in range(n_terms):
+                total += a_RC[r, c] * b_CS[c, s]
+            out_RS[r, s] += total
 
 
 @njit()

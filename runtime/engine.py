@@ -108,7 +108,8 @@ class Engine(EngineChat):
         spans.
 
         For engines whose cache is on the host: ``host_tier`` is "ram" (the default) or "file:PATH", a file that need not fit
-        into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
+        into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds the layers that do not
+        recall and, unless a CPU reads the tier in memory, working sets.
 
         ``device`` "cpu": the target that the engine was built for. There, ``dense`` is the library that runs the dense layers
         of an engine for ONNX Runtime: "onnxruntime" (the default), or "openvino" (needs the extra ``openvino``), which

@@ -19,6 +19,7 @@ from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with
 from trt_kv.program import PHASES, finds_budgets, program_of
 from trt_kv.runtime.backends.base import Attend
+from trt_kv.runtime.backends.host.recall import working_set
 from trt_kv.runtime.backends.host.recall.background import Copies, Job
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import HostTier, RamTier
@@ -27,6 +28,7 @@ from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
 
+working_set.MOVES_AT_A_TIME = 1  # a job can be paused between any two copies
 VOCABULARY = 29
 SMALL: dict[str, Any] = {"tokens": 24, "sinks": 3, "recent": 5, "tau": 0.6}
 

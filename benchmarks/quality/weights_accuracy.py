@@ -32,6 +32,8 @@ from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 
 PAGE_SIZE = 32
+LIKELIEST = 1000
+"""How many of the next tokens llama.cpp is asked for; others are less likely, whichever they are."""
 
 
 class Numbers:
@@ -72,8 +74,8 @@ def run(folder: Path, *, quick: bool) -> Report:
         rows.append(_row(name, ids, logits, expected, known) | {"weights_mib": rounded(n_bytes / 2**20)})
         for file in place.iterdir():
             file.unlink()
-    if not quick and importlib.util.find_spec("xllamacpp") is not None:
-        rows.append(_llama_row(packaged, tokenizer, ids, expected))
+        if len(rows) == 1 and not quick and importlib.util.find_spec("xllamacpp") is not None:
+            rows.append(_llama_row(packaged, tokenizer, ids, expected))
     return Report(
         title="Accuracy of quantised weights",
         settings={"model": preset.name, "tokens": len(ids), "statements": len(STATEMENTS)},
@@ -97,11 +99,9 @@ def _ways(checkpoint: Checkpoint, quick: bool) -> list[tuple[str, Any, Quantizat
         ]
     ways += [
         ("int8 symmetric", numbers, of(8, symmetric=True)),
-        ("int8 asymmetric", numbers, of(8)),
         ("int4 asymmetric, level 0", numbers, of(4, level=0)),
         ("int4 asymmetric", numbers, of(4)),
         ("int4 symmetric", numbers, of(4, symmetric=True)),
-        ("int4 asymmetric, blocks of 16", numbers, of(4, size=16)),
         ("int4 asymmetric, blocks of 64", numbers, of(4, size=64)),
     ]
     return ways
@@ -194,13 +194,13 @@ def _llama_row(file: Path | None, tokenizer: Tokenizer, ids: np.ndarray, expecte
         answer = server.handle_completions(
             {"prompt": prompt.tolist(), "n_predict": 1, "n_probs": n, "temperature": 0.0, "cache_prompt": True}
         )
-        likeliest = answer["completion_probabilities"][0]["top_logprobs"]
+        likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return {token["id"]: token["logprob"] for token in likeliest}
 
     assert expected is not None
     losses, same = [], []
     for end in range(1, len(ids)):
-        found = next_tokens(ids[:end], 1000)
+        found = next_tokens(ids[:end], LIKELIEST)
         if int(ids[end]) not in found:
             found = next_tokens(ids[:end], tokenizer.get_vocab_size())
         losses.append(-found[int(ids[end])])
@@ -208,7 +208,7 @@ def _llama_row(file: Path | None, tokenizer: Tokenizer, ids: np.ndarray, expecte
 
     def last_logits(statement: np.ndarray) -> Floats:
         logits = np.full(tokenizer.get_vocab_size(), -np.inf)
-        found = next_tokens(statement, tokenizer.get_vocab_size())
+        found = next_tokens(statement, LIKELIEST)
         logits[list(found)] = list(found.values())
         return logits
 

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_kv.plugins.attention_cpu import append_tokens, attend_cached, attend_one
+from trt_kv.plugins.attention_cpu import append_tokens, attend_cached
 from trt_kv.plugins.cached_attention.arguments import Arguments
+from trt_kv.plugins.decode_cpu import attend_one
 from trt_kv.plugins.paging import Floats, pages_of
 
 

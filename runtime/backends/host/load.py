@@ -18,6 +18,7 @@ from trt_kv.runtime.backends.host.executor import warm_up_kernels
 from trt_kv.runtime.backends.host.openvino_segments import OpenVinoExecutor, default_precision
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.host.recall.in_place import MemoryTier, RecallInPlace
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
 from trt_kv.runtime.backends.host.row_groups import with_rows_alike
 from trt_kv.runtime.backends.host.runner import host_runner
@@ -112,8 +113,8 @@ def _dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segment: C
     )
 
 
-def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[HostKvPool, StreamedRecall | None]:
-    """The pool, and if the policy recalls, the host tier with the threads that copy its pages.
+def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[HostKvPool, StreamedRecall | RecallInPlace | None]:
+    """The pool, and if the policy recalls, the host tier: in memory it is read in place, from a file threads copy pages.
 
     A size that is not given in tokens is half of the free memory or disk: first the tier, then the pool, of the memory that the
     tier leaves.
@@ -130,10 +131,14 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     n_pages = whole.n_pages // n_layers * n_host_layers
     if on_disk is None and host_tokens is not None:
         _check_free("host_tokens", _n_bytes(manifest, dataclasses.replace(whole, n_pages=n_pages)), available_bytes())
-    host = host_tier_at(where, **dataclasses.asdict(whole) | {"n_pages": n_pages})
+    sizes = dataclasses.asdict(whole) | {"n_pages": n_pages}
     if on_disk is None:
-        n_free -= host.n_pages * host.page_bytes
-    pool = _pool(manifest, options, max(0, n_free))
+        tier = MemoryTier(**sizes)
+        pool = _pool(manifest, options, max(0, n_free - tier.n_pages * tier.page_bytes))
+        n_heads = manifest.config.n_heads
+        return pool, RecallInPlace(tier, pool, n_layers=n_layers, n_query_heads=n_heads, trace=options.trace)
+    host = host_tier_at(where, **sizes)
+    pool = _pool(manifest, options, n_free)
     finds = finds_budgets(manifest.programs["prefill"])
     recall = StreamedRecall(host, pool, ThreadedCopies(), n_layers=n_layers, finds_budgets=finds, trace=options.trace)
     return pool, recall
@@ -173,15 +178,19 @@ def _pages(manifest: Manifest, runner: ModelRunner, chunk: int) -> list[Resource
     if runner.tiers is None:
         n_protected = policy.sinks + policy.recent
         return [CachePages(runner.pool, budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk)]
-    limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
     recalling = recalling_layers(manifest.programs["decode"])
-    return [
-        WorkingSetPages(
+    host = HostPages(runner.tiers.host, n_layers=len(recalling))
+    if isinstance(runner.tiers, RecallInPlace):
+        others = [window for layer, window in enumerate(windows) if layer not in recalling]
+        pool = CachePages(
             runner.pool,
-            limits=[limits if layer in recalling else None for layer in range(len(budgets))],
-            budgets=budgets,
-            windows=windows,
+            budgets=[None] * len(others),
+            n_protected=0,
+            windows=others,
             chunk=chunk,
-        ),
-        HostPages(runner.tiers.host, n_layers=len(recalling)),
-    ]
+            n_layers=len(windows),
+        )
+        return [pool, host]
+    limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
+    of_layers = [limits if layer in recalling else None for layer in range(len(budgets))]
+    return [WorkingSetPages(runner.pool, limits=of_layers, budgets=budgets, windows=windows, chunk=chunk), host]

@@ -7,6 +7,7 @@ from trt_kv.program import Program
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.host.recall.in_place import RecallInPlace
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
@@ -18,7 +19,7 @@ def host_runner(
     *,
     implementation: str = "cpu",
     n_threads: int = 0,
-    recall: StreamedRecall | None = None,
+    recall: StreamedRecall | RecallInPlace | None = None,
     **options: Any,
 ) -> ModelRunner:
     """A ``ModelRunner`` of ``dense`` and the KV ops' kernels of ``implementation``; ``options`` as for ``ModelRunner``.
