@@ -112,7 +112,7 @@ class Run:
         if row not in workers:
             worker = Worker(
                 needs.python,
-                needs.module,
+                f"benchmarks.peers.runners.{needs.module}",
                 log=peers_folder() / "logs" / f"{subject.name}-{row}-{context}.log".replace(" ", "_").replace("/", "_"),
                 environment={"OMP_NUM_THREADS": str(self._plan.threads), **needs.environment},
             )

@@ -69,18 +69,19 @@ def _ours(name: str, build: dict[str, Any], *, weights: str = "fp32", cache: str
     )
 
 
-def _openvino(name: str, **options: Any) -> Row:
+def _openvino(name: str, module: str = "openvino_genai", **options: Any) -> Row:
     def prepare(subject: Subject) -> Prepared:
         python = python_of("openvino")
-        module = "benchmarks.peers.runners.openvino_convert"
-        folder = converted(subject, "openvino", lambda out: [str(python), "-m", module, str(subject.gguf), str(out)])
+        convert = "benchmarks.peers.runners.openvino_convert"
+        folder = converted(subject, "openvino", lambda out: [str(python), "-m", convert, str(subject.gguf), str(out)])
         return Prepared(
             python=python,
-            module="openvino_genai",
+            module=module,
             model=folder,
             options={"vocab_size": subject.vocab_size, **options},
             weight_bytes=disk_bytes(folder / "openvino_model.bin"),
             kv_element_bytes=1.0,
+            places_caches=module == "openvino_runtime",
         )
 
     return Row(
@@ -168,6 +169,7 @@ ROWS: dict[str, Row] = {
         _ours("freekv 2048 int4, file", RECALL | INT4, weights="int4", host_tier=FILE),
         _openvino("OpenVINO GenAI"),
         _openvino("OpenVINO GenAI, its eviction to 20 %", evict=0.2),
+        _openvino("OpenVINO runtime", "openvino_runtime"),
         _llamacpp(),
         _onnxruntime_genai("int4"),
         _onnxruntime_genai("fp32"),

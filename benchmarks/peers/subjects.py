@@ -152,7 +152,7 @@ def _once(out: Path, make: Callable[[Path], object]) -> None:
     if out.exists():
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f"{out.stem}.part{out.suffix}")
+    scratch = out.with_name(f"part-{out.name}")
     if scratch.is_dir():
         shutil.rmtree(scratch)
     make(scratch)

@@ -37,11 +37,11 @@ class Worker:
     """A running runner. Use it in a ``with`` statement, or call ``close``."""
 
     def __init__(self, python: Path, module: str, *, log: Path, environment: Mapping[str, str]) -> None:
-        """``log`` receives what the runner prints. ``environment`` is added to ours."""
+        """``module``: of the runner. ``log`` receives what it prints. ``environment`` is added to ours."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [str(python), "-m", f"benchmarks.peers.runners.{module}"],
+                [str(python), "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -49,6 +49,10 @@ class Worker:
                 env={**os.environ, **environment},
             )
         self._log = log
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def set_up(self, setup: Setup, *, within_s: float) -> tuple[dict[str, Any], float] | Refusal:
         """Facts about the runner, and how many seconds loading took."""

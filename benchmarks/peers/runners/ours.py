@@ -24,12 +24,13 @@ def set_up(setup: Setup) -> tuple[dict[str, Any], Run]:
     caches = PlacedCaches(engine)
 
     def run(job: Job) -> Answer:
-        return caches.decode(job) if job.synthetic else _request(engine, job)
+        return caches.decode(job) if job.synthetic else request_of(engine, job)
 
     return {"version": trt_kv.__version__, "backend": engine.runner.description}, run
 
 
-def _request(engine: Engine, job: Job) -> Answer:
+def request_of(engine: Engine, job: Job) -> Answer:
+    """A request as any client sends it."""
     prompt = prompt_ids(job, engine.manifest.config.vocab_size)
     # One token more than is timed: the sequence, and so what it holds, lasts as long as its request.
     request = engine.submit(prompt, max_new_tokens=job.n_tokens + 2, temperature=0.0, ignore_eos=True)
