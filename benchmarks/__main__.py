@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ MODULES = {
     "attention_kernels": "benchmarks.speed.attention_kernels",
     "prefill_scores_cost": "benchmarks.speed.prefill_scores_cost",
     "prefill_memory": "benchmarks.speed.prefill_memory",
+    "weights_accuracy": "benchmarks.quality.weights_accuracy",
     "kvpress_overlap": "benchmarks.kvpress.overlap",
+    "kv_types": "benchmarks.quality.kv_types",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
+    "recall_steps": "benchmarks.speed.recall_steps",
     "recall_timeline": "benchmarks.speed.recall_timeline",
     "serving_core": "benchmarks.serving.serving_core",
 }
@@ -65,4 +69,8 @@ def _measured(name: str, quick: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["peers"]:  # has options of its own, and installs other engines: never among "all of them"
+        from benchmarks.peers.__main__ import main as compare_with_peers
+
+        compare_with_peers(sys.argv[2:])
     main()

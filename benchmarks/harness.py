@@ -144,10 +144,10 @@ def joined(timings: Sequence[Timings]) -> Timings:
 
 def measured(run: Callable[[], Report]) -> dict[str, Any]:
     """The document of one benchmark: results, machine, versions, and how much other work ran meanwhile."""
-    start, busy_start = time.perf_counter(), _busy_seconds_of_others()
+    start, busy_start = time.perf_counter(), busy_seconds_of_others()
     report = run()
     elapsed_s = time.perf_counter() - start
-    others = (_busy_seconds_of_others() - busy_start) / elapsed_s
+    others = (busy_seconds_of_others() - busy_start) / elapsed_s
     return {
         "version": VERSION,
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -221,7 +221,7 @@ def _markdown_table(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _busy_seconds_of_others() -> float:
+def busy_seconds_of_others() -> float:
     """CPU seconds used since boot by everything except this process and its finished children."""
     system, own = psutil.cpu_times(), os.times()
     return float(sum(system) - system.idle - system.iowait - sum(own[:4]))

@@ -1,5 +1,6 @@
 """Which of a checkpoint's weights are stored in blocks of integers, in which format, and their arrays."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -8,9 +9,9 @@ import torch
 
 from trt_kv.errors import CheckpointError
 from trt_kv.export.checkpoints.base import Checkpoint
-from trt_kv.export.gguf_packing import FORMATS, packed_blocks
+from trt_kv.export.gguf_packing import FORMATS, USUAL_BLOCK_SIZE, packed_blocks
 from trt_kv.export.packing import PackedMatrix, block_format, packed
-from trt_kv.manifest import Quantization
+from trt_kv.manifest import INT8_ACTIVATIONS, Quantization
 from trt_kv.weight_index import BlockFormat
 
 TRACED_EXACTLY = 4096
@@ -35,9 +36,10 @@ def stored_name(name: str) -> str:
 class PackedWeights:
     """The matrices of ``checkpoint`` that are stored in blocks.
 
-    A matrix that the checkpoint holds in blocks that can be taken as they are, of the size that ``quantization`` asks for,
-    keeps them, however many bits ``quantization`` asks for: nothing is rounded twice. Another one that it holds in more than
-    4 bits and a half per value is rounded to 8 bits. All others are rounded as ``quantization`` says.
+    A matrix that the checkpoint holds in blocks that can be taken as they are keeps them, however many bits ``quantization``
+    asks for, unless it asks for another block size than the usual one: nothing is rounded twice. Another one that it holds in
+    more than 4 bits and a half per value is rounded to 8 bits. All others are rounded as ``quantization`` says. Below accuracy
+    level 4 matrices of 8 bits stay in fp32, because ONNX Runtime would make numbers of all their blocks in every step.
     """
 
     def __init__(self, checkpoint: Checkpoint, quantization: Quantization) -> None:
@@ -85,9 +87,9 @@ class PackedWeights:
 
 def _format(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], quantization: Quantization) -> BlockFormat | None:
     scheme = checkpoint.scheme(name)
-    if scheme in FORMATS and FORMATS[scheme].block_size == quantization.block_size:
-        return FORMATS[scheme]
     how = block_format(shape[1], quantization)
-    if how is not None and scheme is not None and scheme not in _COARSE:
-        return BlockFormat(bits=8, block_size=how.block_size, zero_points=how.zero_points, offsets=False)
-    return how
+    if scheme in FORMATS and quantization.block_size == USUAL_BLOCK_SIZE:
+        how = FORMATS[scheme]
+    elif how is not None and scheme is not None and scheme not in _COARSE:
+        how = dataclasses.replace(how, bits=8)
+    return None if how is not None and how.bits == 8 and quantization.accuracy_level < INT8_ACTIVATIONS else how

@@ -25,16 +25,26 @@ from trt_kv.plugins.chunk_blocks import (
 from trt_kv.plugins.decode_cpu import NO_WINDOW, attend_one
 from trt_kv.plugins.fast_math import LANES, exp_or_zero, largest_of
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.kv_rows import dtype_of, store
+from trt_kv.plugins.kv_rows import put
 from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots
 
 
 def append_tokens(kv: Rows, token_positions: Ints, slots_N: Ints, k_NKD: Floats, v_NKD: Floats, positions_N: Ints) -> None:
     """Write this step's tokens to their slots, the same in all KV heads, in the type of the pool."""
+    write_rows(kv, slots_N, k_NKD, v_NKD)
     pages_N, offsets_N = np.divmod(slots_N, kv.shape[3])
-    kv[pages_N, 0, :, offsets_N] = store(k_NKD, dtype_of(kv))
-    kv[pages_N, 1, :, offsets_N] = store(v_NKD, dtype_of(kv))
     token_positions[pages_N, :, offsets_N] = positions_N[:, None]
+
+
+@njit()
+def write_rows(kv: Rows, slots_N: Ints, k_NKD: Floats, v_NKD: Floats) -> None:
+    """Store keys and values in slots of ``kv`` [M, 2, K, P, W] (page * P + offset), with the bits of ``kv_rows.store``."""
+    page_size = kv.shape[3]
+    for n in range(len(slots_N)):
+        page, offset = slots_N[n] // page_size, slots_N[n] % page_size
+        for head in range(kv.shape[2]):
+            put(kv[page, 0, head, offset], k_NKD[n, head])
+            put(kv[page, 1, head, offset], v_NKD[n, head])
 
 
 def attend_cached(

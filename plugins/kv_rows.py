@@ -11,11 +11,13 @@ on when a token was moved or on its neighbours. All arithmetic is in fp32 on loa
 float16 on CPUs: arrays hold the bits of float16 as int16 and those of bfloat16 as uint16.
 """
 
+import platform
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
@@ -55,6 +57,11 @@ class KvDtype:
         return row_bytes(self.name, head_size) // self.stored_as.itemsize
 
 
+def converts_halves() -> bool:
+    """Whether this processor has instructions for float16, which kernels need: on x86 those of 2012 and later (F16C)."""
+    return platform.machine() not in ("x86_64", "AMD64") or bool(get_host_cpu_features().get("f16c"))
+
+
 def dtype_of(rows: NDArray[Any]) -> KvDtype:
     """The type of stored rows [..., W], by the type of their array."""
     return KvDtype(next(name for name, stored in _STORED_AS.items() if rows.dtype == stored))
@@ -78,8 +85,9 @@ def store(values: NDArray[np.float32], dtype: KvDtype) -> NDArray[Any]:
     if dtype.name == "bfloat16":
         return _bfloat16_bits(values)
     scales = np.abs(values).max(axis=-1, keepdims=True, initial=0.0) / LARGEST_INT8
-    with np.errstate(invalid="ignore", divide="ignore"):
-        integers = np.nan_to_num(np.rint(values / scales)).clip(-LARGEST_INT8, LARGEST_INT8).astype(np.int8)
+    with np.errstate(invalid="ignore"):
+        shares = np.divide(values, scales, out=np.zeros_like(values), where=scales != 0)
+        integers = np.nan_to_num(np.rint(shares)).clip(-LARGEST_INT8, LARGEST_INT8).astype(np.int8)
     return np.concatenate([integers, np.ascontiguousarray(scales, np.float32).view(np.int8)], axis=-1)
 
 
@@ -115,6 +123,11 @@ def scale_of(row: Any) -> np.float32:
     raise NotImplementedError("numba kernels only")
 
 
+def put(row: Any, values: Any) -> None:
+    """Store ``values`` [D] fp32 as a row [W], with the bits that ``store`` makes. Only in kernels."""
+    raise NotImplementedError("numba kernels only")
+
+
 @overload(number)
 def _number(element: Any) -> Any:
     def as_it_is(element: Any) -> Any:
@@ -141,6 +154,52 @@ def _scale_of(row: Any) -> Any:
         return np.int32(low | high << np.uint32(16)).view(np.float32)
 
     return in_last_bytes if row.dtype == types.int8 else one
+
+
+@overload(put)
+def _put(row: Any, values: Any) -> Any:  # noqa: ARG001
+    def as_it_is(row: Any, values: Any) -> None:
+        for d in range(len(values)):
+            row[d] = values[d]
+
+    def as_half(row: Any, values: Any) -> None:
+        for d in range(len(values)):
+            capped = LARGEST_FLOAT16 if values[d] > LARGEST_FLOAT16 else values[d]
+            row[d] = _float_to_half(-LARGEST_FLOAT16 if capped < -LARGEST_FLOAT16 else capped)  # type: ignore[call-arg]
+
+    def as_bfloat16_bits(row: Any, values: Any) -> None:
+        for d in range(len(values)):
+            bits = np.float32(values[d]).view(np.uint32)
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            row[d] = np.uint16(0x7FC0) if np.isnan(values[d]) else np.uint16(rounded)
+
+    def as_int8(row: Any, values: Any) -> None:
+        largest = np.float32(0.0)
+        for d in range(len(values)):
+            size = abs(values[d])
+            if size > largest or np.isnan(size):
+                largest = size
+        scale = largest / LARGEST_INT8
+        divisor = scale if scale != 0.0 else np.float32(np.inf)
+        for d in range(len(values)):
+            share = np.rint(values[d] / divisor)
+            share = np.float32(0.0) if np.isnan(share) else share
+            row[d] = np.int8(min(max(share, -LARGEST_INT8), LARGEST_INT8))
+        bits = np.float32(scale).view(np.uint32)
+        for i in range(SCALE_BYTES):
+            row[len(values) + i] = np.int8(np.uint8((bits >> np.uint32(8 * i)) & np.uint32(0xFF)))
+
+    return {types.int16: as_half, types.uint16: as_bfloat16_bits, types.int8: as_int8}.get(row.dtype, as_it_is)
+
+
+@intrinsic
+def _float_to_half(typing_context: Any, number: Any) -> Any:  # noqa: ARG001
+    """An fp32 number as the bits of an IEEE half, rounded to nearest, ties to even."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(number), code
 
 
 @intrinsic

@@ -1,9 +1,11 @@
 """Every op by name: its spec and its implementations, found by folder."""
 
+import functools
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from trt_kv import plugins
@@ -25,10 +27,16 @@ def op_folders() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(plugins.__path__) if module.ispkg)
 
 
-def op_specs() -> dict[str, OpSpec]:
+def op_specs() -> Mapping[str, OpSpec]:
     """All specs by op name."""
+    return _specs()
+
+
+@functools.cache
+def _specs() -> Mapping[str, OpSpec]:
+    """Found once: loading an engine asks for each node."""
     specs = (importlib.import_module(f"trt_kv.plugins.{folder}.spec").SPEC for folder in op_folders())
-    return {spec.name: spec for spec in specs}
+    return MappingProxyType({spec.name: spec for spec in specs})
 
 
 def kernel(op: str, implementation: str) -> Kernel:

@@ -77,6 +77,7 @@ class Engine(EngineChat):
         model_defaults: bool = True,
         device: str = HOST,
         dense: str | None = None,
+        precision: str | None = None,
         dtype: str | None = None,
         batch: int | None = None,
         profile: str | None = None,
@@ -101,21 +102,29 @@ class Engine(EngineChat):
         the KV pool: it holds that many tokens in every layer; by default twice the model's positions, or what fits into half
         of the free memory. ``chunk`` is the number of prompt tokens per prefill step; ``token_budget`` limits the prompt
         tokens between two decode steps (None: one chunk). At most ``max_sequences`` run at once (None: 256, or what the
-        device was planned for); others wait. ``n_threads`` 0: one per core. ``kv_dtype``: on a CPU keys and
+        device was planned for); others wait. ``n_threads``: those that compute; 0 is one per CPU that
+        this process may use, the most that start. ``kv_dtype``: on a CPU keys and
         values are stored as "float32", "float16", "bfloat16" or "int8"; None: as the engine was built. ``trace`` records timing
         spans.
 
         For engines whose cache is on the host: ``host_tier`` is "ram" (the default) or "file:PATH", a file that need not fit
-        into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds working sets.
+        into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds the layers that do not
+        recall and, unless a CPU reads the tier in memory, working sets.
 
-        ``device`` "cpu": the target that the engine was built for. "cuda" or "cuda:N": an engine for ONNX Runtime runs on an
-        NVIDIA GPU, its ops as Triton kernels, a cache on the host in pinned memory; caches are allocated when it is loaded.
+        ``device`` "cpu": the target that the engine was built for. There, ``dense`` is the library that runs the dense layers
+        of an engine for ONNX Runtime: "onnxruntime" (the default), or "openvino" (needs the extra ``openvino``), which
+        multiplies weights by activations in ``precision``: "float32", "bfloat16", or "int8" for quantised weights (None: what
+        the engine was built for). "cuda" or "cuda:N": an engine for ONNX Runtime runs on an NVIDIA GPU, its ops as Triton
+        kernels, a cache on the host in pinned memory; caches are allocated when it is loaded.
         There, ``dense`` is the library that runs the dense layers: "torch" (the default), which converts weights to ``dtype``
         ("float32", "float16", "bfloat16") as it loads them, or "onnxruntime" (needs onnxruntime-gpu), which computes in the
         engine's dtype. At most ``batch`` sequences decode together (default: the profile's, else 8). ``profile``: a build
         profile, by name or file, whose largest sizes bound steps, contexts and the cache. ``cuda_graphs``: capture decode steps
-        as CUDA graphs; None: if possible. ``batch_invariant``: the logits of a request are bit-identical in any batch; every
-        decode step is then padded to the largest sizes.
+        as CUDA graphs; None: if possible.
+
+        ``batch_invariant``: the logits of a request are bit-identical in any batch. On the CPU that is the default: if products
+        with quantised weights depend on the number of rows, rows are added; False: never. On a GPU the default is False; with
+        True every decode step is padded to the largest sizes.
 
         Raises ``EngineError`` unless the folder is a complete, unchanged engine whose policy this version applies,
         ``UsageError`` for what cannot run on ``device``, ``CapacityError`` if the device has too little memory.
@@ -128,11 +137,19 @@ class Engine(EngineChat):
             token_budget=token_budget,
             max_sequences=max_sequences,
             n_threads=n_threads,
+            batch_invariant=batch_invariant,
+            dense=dense if device == HOST else None,
+            precision=precision,
             kv_dtype=kv_dtype,
             trace=trace,
         )
         on = DeviceOptions(
-            dense=dense, dtype=dtype, batch=batch, profile=profile, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant
+            dense=dense if device != HOST else None,
+            dtype=dtype,
+            batch=batch,
+            profile=profile,
+            cuda_graphs=cuda_graphs,
+            batch_invariant=batch_invariant,
         )
         place = device_from_name(device)
         if place is None:

@@ -1,6 +1,5 @@
 """Options for loading an engine, and the result of every backend's ``load``."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from trt_kv.errors import UsageError, load_option
 from trt_kv.kv_memory import token_bytes
 from trt_kv.manifest import KV_DTYPES, Manifest
 from trt_kv.runtime.arguments import is_integer
+from trt_kv.runtime.backends.devices import check_host_dense
 from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.reservation import Reservation
@@ -17,16 +17,13 @@ from trt_kv.runtime.trace import NO_TRACE, Trace
 MAX_SEQUENCES = 256
 """Default limit of sequences that run at once."""
 
-THREADS_PER_CPU = 4
-"""Limit of ``n_threads``. Above one they only wait; some room is left for settings that are used on several machines."""
-
 OnProgress = Callable[[str, int, int], None]
 """Progress callback, called with (stage, done, total)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Options for loading an engine; see ``Engine.load``."""
+    """Options for loading an engine; see ``Engine.load``. ``dense`` and ``precision`` are those of a host."""
 
     cache_tokens: int | None = None
     host_tier: str | None = None
@@ -35,6 +32,9 @@ class LoadOptions:
     token_budget: int | None = None
     max_sequences: int | None = None
     n_threads: int = 0
+    batch_invariant: bool | None = None
+    dense: str | None = None
+    precision: str | None = None
     kv_dtype: str | None = None
     trace: Trace = NO_TRACE
 
@@ -45,18 +45,14 @@ class LoadOptions:
             ("chunk", "tokens >= 1"),
             ("token_budget", "tokens >= 1, or None"),
             ("max_sequences", "an integer >= 1, or None"),
-            ("n_threads", "threads >= 1, or 0: one per core"),
+            ("n_threads", "threads >= 1, or 0: one per CPU"),
         ):
             got = getattr(self, name)
             if not ((got is None and expected.endswith("or None")) or is_integer(got, 0 if name == "n_threads" else 1)):
                 raise UsageError(f"bad {name}", got=repr(got), expected=expected)
-        if self.n_threads > (most := THREADS_PER_CPU * (os.cpu_count() or 1)):
-            raise UsageError(
-                "bad n_threads",
-                got=repr(self.n_threads),
-                expected=f"at most {most}, {THREADS_PER_CPU} per CPU of this machine: each layer's session starts as many",
-                fix="leave it out: one per core",
-            )
+        if not isinstance(self.batch_invariant, bool | None):
+            raise UsageError("bad batch_invariant", got=repr(self.batch_invariant), expected="True, False or None")
+        check_host_dense(self.dense, self.precision)
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise UsageError("bad kv_dtype", got=repr(self.kv_dtype), expected=f"{', '.join(KV_DTYPES)}, or None")
         if not isinstance(self.host_tier, str | None):

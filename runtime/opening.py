@@ -1,12 +1,14 @@
 """Opens an engine folder: checks what it holds, and loads it with the backend of its target or of a device."""
 
+import contextlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from trt_kv.engine_files import check_files, verify_files
+from trt_kv.engine_files import check_files, verified
 from trt_kv.manifest import Manifest, load_manifest
 from trt_kv.require import require
 from trt_kv.runtime.backends.devices import DeviceOptions
@@ -49,34 +51,26 @@ def open_engine(
     check_can_load()
     manifest = load_manifest(folder, digest=digest)
     check_compatible(folder, manifest)
-    if verify:
-        _verify_with_progress(folder, manifest, tell)
-    else:
+    if not verify:
         check_files(folder, manifest)
-    check_weights(folder, manifest)
-    check_recipe(folder, manifest)
-    tokenizer = tokenizer_of_engine(folder, manifest)
-    model_defaults = model_defaults_of(folder, manifest) if defaults else NO_DEFAULTS
-    if device is not None:
-        loaded = require("trt_kv.runtime.backends.cuda.load", extra="gpu").load(folder, manifest, options, on, device, tell)
-    elif manifest.plan is not None:
-        loaded = require("trt_kv.runtime.backends.tensorrt.load", extra="gpu").load(folder, manifest, options, tell)
-    else:
-        loaded = load_on_host(folder, manifest, options, tell)
-    tell("compiling kernels", 0, 1)
-    will_compute()
-    loaded.runner.warm_up()
-    tell("compiling kernels", 1, 1)
+    verifying = verified(folder, manifest, partial(tell, "checking digests")) if verify else contextlib.nullcontext()
+    with contextlib.ExitStack() as undo:
+        with verifying:
+            check_weights(folder, manifest)
+            check_recipe(folder, manifest)
+            tokenizer = tokenizer_of_engine(folder, manifest)
+            model_defaults = model_defaults_of(folder, manifest) if defaults else NO_DEFAULTS
+            if device is not None:
+                device_load = require("trt_kv.runtime.backends.cuda.load", extra="gpu").load
+                loaded = device_load(folder, manifest, options, on, device, tell)
+            elif manifest.plan is not None:
+                loaded = require("trt_kv.runtime.backends.tensorrt.load", extra="gpu").load(folder, manifest, options, tell)
+            else:
+                loaded = load_on_host(folder, manifest, options, tell)
+            undo.callback(loaded.runner.close)
+            tell("compiling kernels", 0, 1)
+            will_compute()
+            loaded.runner.warm_up()
+            tell("compiling kernels", 1, 1)
+        undo.pop_all()
     return OpenedEngine(manifest=manifest, loaded=loaded, tokenizer=tokenizer, model_defaults=model_defaults)
-
-
-def _verify_with_progress(folder: Path, manifest: Manifest, on_progress: OnProgress) -> None:
-    total = sum(record.n_bytes for record in manifest.files.values())
-    done = 0
-
-    def on_bytes(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        on_progress("checking digests", done, total)
-
-    verify_files(folder, manifest, on_bytes)

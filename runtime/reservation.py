@@ -189,14 +189,16 @@ class CachePages(_Pages):
         windows: Sequence[int] = (),
         chunk: int = 1,
         most: Sequence[int] = (),
+        n_layers: int | None = None,
     ) -> None:
-        """``budgets``: of each layer; None if it depends on the prompt, and so may be the whole prompt.
+        """``budgets``: of each layer; None if it depends on the prompt, and so may be the whole prompt. ``n_layers``: that the
+        pool was sized for; None: those that have a budget here.
 
         ``n_protected`` tokens of each layer are kept whatever its budget. ``windows``: each layer's attention window in tokens,
         0 for none; empty: no layer has one. ``chunk``: prompt tokens that are read in one step. ``most``: for each layer, the
         pages that it adds to the pool at most, however many tokens it is sized for; empty: no bound.
         """
-        super().__init__(pool, n_layers=len(budgets), most=most)
+        super().__init__(pool, n_layers=n_layers or len(budgets), most=most)
         self._layers = list(zip(budgets, windows or [0] * len(budgets), strict=True))
         self._n_protected = n_protected
         self._chunk = chunk

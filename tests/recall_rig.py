@@ -10,13 +10,16 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from trt_kv.plugins.kv_rows import KvDtype, store
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with
 from trt_kv.program import PHASES, finds_budgets, program_of
 from trt_kv.runtime.backends.base import Attend
+from trt_kv.runtime.backends.host.recall import working_set
 from trt_kv.runtime.backends.host.recall.background import Copies, Job
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.store import HostTier, RamTier
@@ -25,6 +28,7 @@ from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
 
+working_set.MOVES_AT_A_TIME = 1  # a job can be paused between any two copies
 VOCABULARY = 29
 SMALL: dict[str, Any] = {"tokens": 24, "sinks": 3, "recent": 5, "tau": 0.6}
 
@@ -135,11 +139,16 @@ class StepwiseCopies:
         return event is None
 
 
-def poisoned_tier(n_pages: int, model: RandomModel, page_size: int) -> RamTier:
+def poisoned_tier(n_pages: int, model: RandomModel, page_size: int, dtype: str = "float32") -> RamTier:
     """A tier in memory in which everything that was never written is not a number."""
-    tier = RamTier(n_pages=n_pages, page_size=page_size, n_kv_heads=model.n_kv_heads, head_size=model.head_size)
-    tier._kv[:] = np.nan
+    tier = RamTier(n_pages=n_pages, page_size=page_size, n_kv_heads=model.n_kv_heads, head_size=model.head_size, dtype=dtype)
+    tier._kv[:] = poison(model.head_size, dtype)
     return tier
+
+
+def poison(head_size: int, dtype: str) -> NDArray[Any]:
+    """A stored row [W] that is not a number."""
+    return store(np.full(head_size, np.nan, np.float32), KvDtype(dtype))
 
 
 def runner_of(
@@ -151,6 +160,7 @@ def runner_of(
     page_size: int = 4,
     chunk: int = 16,
     n_pages: int = 600,
+    dtype: str = "float32",
 ) -> ModelRunner:
     """A runner that streams with ``copies``; without them one that runs the op itself over the whole cache."""
     scale = model.head_size**-0.5
@@ -162,13 +172,14 @@ def runner_of(
         page_size=page_size,
         n_kv_heads=model.n_kv_heads,
         head_size=model.head_size,
+        dtype=dtype,
         n_query_heads=model.n_heads if copies is None else 0,
     )
-    pool.kv[:] = np.nan
+    pool.kv[:] = poison(model.head_size, dtype)
     recall = None
     if copies is not None:
         recall = StreamedRecall(
-            host or poisoned_tier(n_pages, model, page_size),
+            host or poisoned_tier(n_pages, model, page_size, dtype),
             pool,
             copies,
             n_layers=model.n_layers,

@@ -1,6 +1,7 @@
 """Small engines of any policy, none of which is built: the dense pieces of one engine under the KV ops of another policy."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def small_policy(name: str) -> Policy:
     return policy_with(policy_without_floor(name), SETTINGS.get(name, {}))
+
+
+def streamed(name: str) -> dict[str, Any]:
+    """Options for freekv: a tier in a file, so that pages are copied. The other policies that recall read theirs in memory."""
+    return {"host_tier": f"file:{tempfile.gettempdir()}"} if name == "freekv" else {}
 
 
 def engine_under(dense: Engine, policy: Policy, **options: Any) -> Engine:

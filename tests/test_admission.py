@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serving import CHUNK, assert_idle, engine_under, prompts_of, small_policy
+from tests.serving import CHUNK, assert_idle, engine_under, prompts_of, small_policy, streamed
 from trt_kv.errors import CapacityError
 from trt_kv.layer_budget import ALL, LayerBudget
 from trt_kv.plugins.paging import Floats, Ints
@@ -325,6 +325,8 @@ def _smallest(engine: Engine, lengths: Sequence[int], max_new_tokens: int) -> di
     n_layers = engine.manifest.config.n_layers
     for resource, option in zip(engine.core.reservation.resources[1:], ("cache_tokens", "host_tokens"), strict=False):
         n_pages = max(resource.while_reading(RequestSize(n_prompt=n, max_new_tokens=max_new_tokens)) for n in lengths)
+        if not n_pages:
+            continue  # every layer's cache is in the other pool
         n_of_layers = len(engine.runner._host_layers) if option == "host_tokens" else n_layers
         found[option] = -(-n_pages // n_of_layers) * engine.manifest.page_size
     return found
@@ -334,19 +336,20 @@ def _smallest(engine: Engine, lengths: Sequence[int], max_new_tokens: int) -> di
 def test_more_requests_than_fit_all_get_what_they_get_alone(name: str, small_engine: Engine) -> None:
     lengths, new = (61, 9, 40, 23, 61, 55, 2), 24
     params: dict[str, Any] = {"max_new_tokens": new, "temperature": 1.3, "seed": 8}
-    with engine_under(small_engine, small_policy(name)) as roomy:
+    with engine_under(small_engine, small_policy(name), **streamed(name)) as roomy:
         prompts = prompts_of(roomy, lengths)
         alone = [roomy.generate(prompt, **params) for prompt in prompts]
         tight_sizes = _smallest(roomy, lengths, new)
     for more in (1.0, 1.6):
         tokens = {option: int(more * n) for option, n in tight_sizes.items()}
-        with engine_under(small_engine, small_policy(name), **tokens) as tight:
+        with engine_under(small_engine, small_policy(name), **tokens, **streamed(name)) as tight:
             assert tight.generate_batch(prompts, **params) == alone
             assert_idle(tight)
-    one_less = tight_sizes | {"cache_tokens": tight_sizes["cache_tokens"] - small_engine.manifest.page_size}
+    option = next(iter(tight_sizes))
+    one_less = tight_sizes | {option: tight_sizes[option] - small_engine.manifest.page_size}
     with (
-        engine_under(small_engine, small_policy(name), **one_less) as small,
-        pytest.raises(CapacityError, match="cache_tokens="),
+        engine_under(small_engine, small_policy(name), **one_less, **streamed(name)) as small,
+        pytest.raises(CapacityError, match=f"{option}="),
     ):
         small.generate_batch(prompts, **params)
 

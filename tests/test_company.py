@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.serving import Recorder, assert_idle, engine_under, prompts_of, small_policy, steps_changed
+from tests.serving import Recorder, assert_idle, engine_under, prompts_of, small_policy, steps_changed, streamed
 from trt_kv.errors import LogitsError, RecallError
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_names
@@ -45,7 +45,7 @@ class BrokenTokenizer:
 
 @pytest.fixture(params=POLICIES)
 def engine(request: pytest.FixtureRequest, small_engine: Engine) -> Iterator[Engine]:
-    with engine_under(small_engine, small_policy(request.param)) as engine:
+    with engine_under(small_engine, small_policy(request.param), **streamed(request.param)) as engine:
         yield engine
 
 
@@ -252,7 +252,7 @@ def family(engine: Engine, prompt: list[int], tokenizer: Tokenizer, n_forks: int
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_fork_that_ends_before_the_prompt_was_read_disturbs_nobody(name: str, small_engine: Engine) -> None:
-    with engine_under(small_engine, small_policy(name)) as engine:
+    with engine_under(small_engine, small_policy(name), **streamed(name)) as engine:
         prompt, beside = prompts_of(engine, (60, 20))
         whole = family(engine, prompt, engine.tokenizer)
         engine.core.add([whole])

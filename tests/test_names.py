@@ -33,9 +33,10 @@ LONG_SETTINGS = (
         (["--policy", "full", "--samples", "3"], "llama3-full"),
         (["--policy", "full", "--page-size", "8", "--dtype", "float16"], "llama3-full-dtype=float16-page-size=8"),
         (["--quant", "int4", "--quant-block-size", "32", "--quant-accuracy-level", "4"], "llama3-prefixkv-int4"),
+        (["--quant", "int4", "--quant-accuracy-level", "0"], "llama3-prefixkv-int4-level=0"),
         (
-            ["--quant", "int8", "--quant-block-size", "64", "--quant-symmetric", "--quant-accuracy-level", "0"],
-            "llama3-prefixkv-int8-block-size=64-symmetric-level=0",
+            ["--quant", "int8", "--quant-block-size", "64", "--quant-symmetric", "--quant-accuracy-level", "4"],
+            "llama3-prefixkv-int8-block-size=64-symmetric",
         ),
         (["--target", "tensorrt", "--profile", "edge", "--policy", "full"], "llama3-full-target=tensorrt-profile=edge"),
         (

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from trt_kv.runtime.backends.host.recall import driver as streamed
 from trt_kv.runtime.backends.host.recall import layer as layer_streams
 from trt_kv.runtime.backends.host.recall import working_set
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.host.recall.in_place import RecallInPlace
 from trt_kv.runtime.cache import page_pool, tiered_sequence
 from trt_kv.runtime.cache import sequence as sequence_cache
 from trt_kv.runtime.engine import Engine
@@ -54,7 +56,9 @@ def recipe_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_fol
 
 
 def load(folder: Path, **options: Any) -> Engine:
-    return Engine.load(folder, **({"cache_tokens": 400, "host_tokens": 1000, "chunk": CHUNK, "n_threads": 1} | options))
+    """With the host tier in a file, from which pages are streamed."""
+    sizes = {"cache_tokens": 400, "host_tokens": 1000, "chunk": CHUNK, "n_threads": 1}
+    return Engine.load(folder, **(sizes | {"host_tier": f"file:{tempfile.gettempdir()}"} | options))
 
 
 @pytest.fixture
@@ -64,20 +68,45 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 
 def assert_nothing_leaked(engine: Engine) -> None:
-    assert isinstance(engine.runner.tiers, StreamedRecall)
+    assert isinstance(engine.runner.tiers, StreamedRecall | RecallInPlace)
     engine.runner.pool.check_integrity([])
     engine.runner.tiers.host.check_integrity([])
 
 
-def test_a_file_tier_and_a_batch_give_the_tokens_of_one_alone_in_memory(engine: Engine, folder: Path, tmp_path: Path) -> None:
-    prompts = [random_ids(engine, n, seed=n) for n in (100, 7, 61)]
-    alone = [engine.generate(prompt, max_new_tokens=20).token_ids for prompt in prompts]
-    assert [r.token_ids for r in engine.generate_batch(prompts, max_new_tokens=20)] == alone
+def test_a_file_tier_and_a_batch_give_the_tokens_of_one_alone_in_memory(folder: Path, tmp_path: Path) -> None:
+    with load(folder, host_tier="ram") as in_memory:
+        assert isinstance(in_memory.runner.tiers, RecallInPlace)
+        prompts = [random_ids(in_memory, n, seed=n) for n in (100, 7, 61)]
+        alone = [in_memory.generate(prompt, max_new_tokens=20) for prompt in prompts]
+        assert in_memory.generate_batch(prompts, max_new_tokens=20) == alone
+        corrected_LK = in_memory.runner.tiers.statistics.corrected_LK.copy()
+        assert_nothing_leaked(in_memory)
     with load(folder, host_tier=f"file:{tmp_path}") as in_file:
-        assert [r.token_ids for r in in_file.generate_batch(prompts, max_new_tokens=20)] == alone
+        for results in (
+            in_file.generate_batch(prompts, max_new_tokens=20),
+            [in_file.generate(p, max_new_tokens=20) for p in prompts],
+        ):
+            assert [result.token_ids for result in results] == [result.token_ids for result in alone]
+        assert isinstance(in_file.runner.tiers, StreamedRecall)
+        assert (in_file.runner.tiers.statistics.corrected_LK == corrected_LK).all()
         assert_nothing_leaked(in_file)
     assert list(tmp_path.iterdir()) == []
-    assert_nothing_leaked(engine)
+
+
+def test_a_refusal_in_memory_asks_for_what_is_enough(folder: Path) -> None:
+    """Both for the tier, and for the pool of the layers that do not recall."""
+    sizes = {"cache_tokens": 10, "host_tokens": 50}
+    for expected in ("cache_tokens", "host_tokens", None):
+        with load(folder, host_tier="ram", **sizes) as engine:
+            prompt = random_ids(engine, 90, seed=0)
+            if expected is None:
+                assert len(engine.generate(prompt, max_new_tokens=30).token_ids) == 30
+                continue
+            with pytest.raises(CapacityError, match=expected) as refusal:
+                engine.generate(prompt, max_new_tokens=30)
+            (asked_for,) = re.findall(rf"{expected}=(\d+)", str(refusal.value))
+            sizes[expected] = int(asked_for)
+            assert_nothing_leaked(engine)
 
 
 def test_results_tell_what_the_device_held(engine: Engine) -> None:
@@ -130,14 +159,14 @@ def test_a_request_whose_pages_are_lost_fails_and_the_others_go_on(engine: Engin
     expected = [engine.generate(prompt, max_new_tokens=15).token_ids for prompt in prompts]
     assert isinstance(engine.runner.tiers, StreamedRecall)
     host = engine.runner.tiers.host
-    read, lost = host.read_head, set[int]()
+    read, lost = host.read_heads, set[int]()
 
-    def read_unless_lost(page: int, head: int, into_2PD: np.ndarray) -> None:
-        if page in lost:
+    def read_unless_lost(pages_M: np.ndarray, *to: Any) -> None:
+        if lost & set(pages_M.tolist()):
             raise OSError("the disk is gone")
-        read(page, head, into_2PD)
+        read(pages_M, *to)
 
-    monkeypatch.setattr(host, "read_head", read_unless_lost)
+    monkeypatch.setattr(host, "read_heads", read_unless_lost)
     original = engine.runner.run
 
     def run(plan: StepPlan[Request]) -> Any:

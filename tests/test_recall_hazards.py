@@ -16,12 +16,13 @@ from tests.recall_rig import RandomModel, StepwiseCopies, freekv, generate, prom
 from trt_kv.errors import RecallError, TrtKvError
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention import choice as choices
+from trt_kv.plugins.recall_attention import cpu as recall_attention
 from trt_kv.policy import Policy
 from trt_kv.runtime.backends.host.recall import background
 from trt_kv.runtime.backends.host.recall import layer as layer_streams
 from trt_kv.runtime.backends.host.recall.background import Copies, Job
 from trt_kv.runtime.backends.host.recall.layer import LayerStreams
-from trt_kv.runtime.backends.host.recall.working_set import Move, Prefetch, WorkingSet
+from trt_kv.runtime.backends.host.recall.working_set import Prefetch, WorkingSet
 
 MODEL = RandomModel(steadiness=0.6)
 POLICY = freekv(tokens=28, sinks=3, recent=2, tau=0.3)
@@ -57,8 +58,8 @@ def test_2_a_slot_is_not_overwritten_while_attention_reads_it(monkeypatch: pytes
     """Published: the scatter of the next step's pages does not wait for this step's attention."""
     assert streams_like_the_op(StepwiseCopies(eagerness=1.0))
 
-    def without_waiting(moves: list[Move], _prefetch: Prefetch) -> Iterator[Move | Event]:
-        yield from moves
+    def without_waiting(moves_M4: Ints, _prefetch: Prefetch) -> Iterator[Ints | Event]:
+        yield from (moves_M4[m : m + 1] for m in range(len(moves_M4)))
 
     monkeypatch.setattr(layer_streams, "in_turn", without_waiting)
     assert not streams_like_the_op(StepwiseCopies(eagerness=1.0))
@@ -139,19 +140,23 @@ def test_7_a_recall_begins_when_the_pages_it_reads_are_stored(monkeypatch: pytes
 
 def test_8_equal_pages_are_chosen_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Published: scores in bf16 tie, and which of two equal pages stays is left to chance. Here the lower page is chosen."""
-    values_KJ = np.array([[1.0, 3.0, 1.0, 3.0, 1.0, 0.5]], np.float32)
-    assert choices._best(values_KJ, 3).tolist() == [[0, 1, 3]]
+    values_J = np.array([1.0, 3.0, 1.0, 3.0, 1.0, 0.5], np.float32)
+    best_C = np.empty(3, np.int64)
+    choices._best(values_J, 10, best_C)
+    assert best_C.tolist() == [10, 11, 13]
 
-    def every_page_the_same(_probe_HD: Floats, pages_J: Ints, summaries: Floats, *_: Any) -> Floats:
-        return np.zeros((summaries.shape[1], len(pages_J)), np.float32)
+    def every_page_the_same(k_MKPD: Floats, *_: Any) -> Floats:
+        return np.zeros((*k_MKPD.shape[:2], 2, k_MKPD.shape[3]), np.float32)
 
-    monkeypatch.setattr(choices, "page_values", every_page_the_same)
+    for module in (layer_streams, recall_attention):
+        monkeypatch.setattr(module, "summaries_of", every_page_the_same)
     assert streams_like_the_op(SynchronousCopies())
     expected = generate(runner_of(MODEL, POLICY), prompt_of(60), 30)
     by_lot = np.random.default_rng(0)
-    monkeypatch.setattr(
-        choices,
-        "_best",
-        lambda values_KJ, n: np.stack([np.sort(by_lot.permutation(values_KJ.shape[1])[:n]) for _ in values_KJ]),
-    )
+
+    def any_of_the_equal(_probe: Floats, _table: Ints, first_B: Ints, n_between_B: Ints, n_chosen_B: Ints, *_: Any) -> Ints:
+        chosen = [np.sort(first_B[0] + by_lot.permutation(n_between_B[0])[: n_chosen_B[0]]) for _ in range(MODEL.n_kv_heads)]
+        return np.stack(chosen)[None]
+
+    monkeypatch.setattr(recall_attention, "choose_pages", any_of_the_equal)
     assert not np.array_equal(generate(runner_of(MODEL, POLICY), prompt_of(60), 30), expected)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.engines import Run
-from tests.serving import CHUNK, assert_idle, engine_under, prompts_of, small_policy, steps_changed
+from tests.serving import CHUNK, assert_idle, engine_under, prompts_of, small_policy, steps_changed, streamed
 from trt_kv.errors import CapacityError, LogitsError, UsageError
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_names
@@ -32,7 +32,7 @@ def test_samples_are_the_requests_with_the_next_seeds(name: str, small_engine: E
         steps.append(plan.phase)
         return logits
 
-    with engine_under(small_engine, small_policy(name)) as engine:
+    with engine_under(small_engine, small_policy(name), **streamed(name)) as engine:
         prompt, beside = prompts_of(engine, (60, 20))
         alone = [engine.generate(prompt, **SAMPLED | {"seed": 11 + i}) for i in range(3)]
         other = engine.generate(beside, max_new_tokens=6)

@@ -17,7 +17,7 @@ from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.layer import Choice, LayerStreams
 from trt_kv.runtime.backends.host.recall.store import host_tier_at
-from trt_kv.runtime.backends.host.recall.working_set import moves_to
+from trt_kv.runtime.backends.host.recall.working_set import HEAD, PAGE, SLOT, WAITS, moves_to
 
 N_NEW = 40
 
@@ -259,12 +259,12 @@ def test_moves_bring_what_is_missing_into_slots_that_nobody_needs(data: st.DataO
     )
     held = np.array([data.draw(st.permutations(range(-1, 12)))[:n_slots] for _ in range(2)], np.int64).reshape(2, n_slots)
     moves = moves_to(wanted, held, attended, [0, 1])
-    assert [move.waits for move in moves] == sorted(move.waits for move in moves)
+    assert moves[:, WAITS].tolist() == sorted(moves[:, WAITS].tolist())
     for head in (0, 1):
-        own = [move for move in moves if move.head == head]
+        own = moves[moves[:, HEAD] == head]
         missing = [page for page in wanted[head] if page not in held[head]]
         free = [slot for slot in range(n_slots) if held[head, slot] not in wanted[head]]
         unread = [slot for slot in free if held[head, slot] not in attended[head]]
-        assert [move.page for move in own] == missing
-        assert [move.slot for move in own] == [*unread, *(slot for slot in free if slot not in unread)][: len(missing)]
-        assert [move.waits for move in own] == [move.slot not in unread for move in own]
+        assert own[:, PAGE].tolist() == missing
+        assert own[:, SLOT].tolist() == [*unread, *(slot for slot in free if slot not in unread)][: len(missing)]
+        assert own[:, WAITS].tolist() == [slot not in unread for slot in own[:, SLOT]]

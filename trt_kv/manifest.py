@@ -37,6 +37,8 @@ DTYPES = tuple(ITEM_BYTES)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Values per block of a quantised weight."""
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+INT8_ACTIVATIONS = 4
+"""The accuracy level at which products round activations to int8."""
 KV_DTYPES = (*DTYPES, "int8")
 """Types in which a KV cache is stored."""
 
@@ -106,6 +108,13 @@ class Quantization:
         ):
             if value not in expected:
                 raise error(f"bad {what}", got=value, expected=f"one of {', '.join(map(str, expected))}")
+        if self.bits == 8 and self.accuracy_level < INT8_ACTIVATIONS:
+            raise error(
+                "weights of 8 bits have products with activations in int8 only",
+                got=f"accuracy level {self.accuracy_level}",
+                expected=f"{INT8_ACTIVATIONS}",
+                fix="take int4, or weights that are not quantised",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

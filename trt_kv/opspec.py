@@ -20,7 +20,10 @@ AttributeType = Literal["int", "float", "string"]
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One input or output. ``dtype`` "float" is the engine's compute type; ``state`` is read and updated in place."""
+    """One input or output. ``dtype`` "float" is the engine's compute type; ``state`` is read and updated in place.
+
+    On the CPU ``kv`` and ``summaries`` hold rows of the type of the KV cache in place of D numbers (``plugins/kv_rows.py``).
+    """
 
     name: str
     axes: tuple[str, ...]

@@ -11,6 +11,7 @@ EXTRAS = {
     "build": ("huggingface_hub", "matplotlib", "onnx", "onnxscript", "safetensors", "torch"),
     "gguf": ("gguf", "transformers"),
     "gpu": ("torch", "triton"),
+    "openvino": ("openvino",),
     "smollm2": ("gguf", "transformers"),
 }
 # Packages that no extra installs, because only some machines can use them.

@@ -190,9 +190,9 @@ def device_pages(policy: Policy, n_layers: int) -> int:
     return n_layers * (limits.n_sinks + limits.n_newest + n_chosen + staging_slots(n_chosen))
 
 
-def limits_of(policy: Policy) -> PageLimits:
+def limits_of(policy: Policy, page_size: int = PAGE_SIZE) -> PageLimits:
     """Sinks and newest in pages."""
-    return PageLimits(page_size=PAGE_SIZE, sinks=policy.sinks, recent=policy.recent)
+    return PageLimits(page_size=page_size, sinks=policy.sinks, recent=policy.recent)
 
 
 def recall_side(

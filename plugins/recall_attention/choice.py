@@ -1,8 +1,9 @@
 """Which pages a KV head chooses, and when its choice is corrected: arithmetic shared by everything that recalls on a CPU.
 
-Single-threaded and without the GIL, so that it can run in the background, and deterministic.
+Deterministic, however many threads run it.
 """
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -13,20 +14,62 @@ from trt_kv.plugins.paging import Floats, Ints, Rows
 MAXIMUM = (1, 3)
 """Values of the attribute ``pooling`` that take the maximum over a group; the others take the mean."""
 
+BLOCK_PAGES = 256
+"""Pages that a thread ranks at a time."""
+
+WORTH_THREADS = 2**17
+"""Numbers in summaries (of one of the two bounds) from which on it is worth waking a sleeping thread."""
+
 
 def cosines(q_HD: Floats, last_HD: Floats, n_kv_heads: int) -> npt.NDArray[np.float64]:
     """[K]: each KV head's mean over its query heads of cos(q, last); NaN if one of the vectors is zero (FreeKV, C_g)."""
-    now_HD, last_HD = q_HD.astype(np.float64), last_HD.astype(np.float64)
-    norms_H = np.sqrt((now_HD * now_HD).sum(axis=1)) * np.sqrt((last_HD * last_HD).sum(axis=1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosine_K: npt.NDArray[np.float64] = ((now_HD * last_HD).sum(axis=1) / norms_H).reshape(n_kv_heads, -1).mean(axis=1)
-    return cosine_K
+    found_K: npt.NDArray[np.float64] = _cosines(np.asarray(q_HD, np.float32), np.asarray(last_HD, np.float32), n_kv_heads)
+    return found_K
 
 
 def drifted_heads(q_HD: Floats, last_HD: Floats, n_kv_heads: int, tau: float) -> np.ndarray:
     """[K] bool: KV heads whose queries' mean cosine with those before is not at least ``tau`` (FreeKV, C_g < tau)."""
     drifted: np.ndarray = ~(cosines(q_HD, last_HD, n_kv_heads) >= np.float32(tau))
     return drifted
+
+
+@njit(nogil=True)
+def probes_of(
+    q_NHD: Floats, rows_B: Ints, last_UHD: Floats, query_rows_B: Ints, n_kv_heads: int, tau: np.float32
+) -> tuple[npt.NDArray[np.bool_], Floats]:
+    """Which KV heads drifted, [B, K], and the queries to choose pages with, [B, H, D]: those of row ``rows_B[b]`` of ``q_NHD``
+    for heads that did, those of row ``query_rows_B[b]`` of ``last_UHD`` for the others.
+    """
+    group = q_NHD.shape[1] // n_kv_heads
+    drifted_BK = np.empty((len(rows_B), n_kv_heads), np.bool_)
+    probe_BHD = np.empty((len(rows_B), *q_NHD.shape[1:]), np.float32)
+    for b in range(len(rows_B)):
+        q_HD, last_HD = q_NHD[rows_B[b]], last_UHD[query_rows_B[b]]
+        cosine_K = _cosines(q_HD, last_HD, n_kv_heads)
+        for head in range(n_kv_heads):
+            drifted_BK[b, head] = not cosine_K[head] >= tau
+            heads = slice(head * group, (head + 1) * group)
+            probe_BHD[b, heads] = q_HD[heads] if drifted_BK[b, head] else last_HD[heads]
+    return drifted_BK, probe_BHD
+
+
+@njit(nogil=True)
+def _cosines(q_HD: Floats, last_HD: Floats, n_kv_heads: int) -> npt.NDArray[np.float64]:
+    group = len(q_HD) // n_kv_heads
+    cosine_K = np.empty(n_kv_heads, np.float64)
+    for head in range(n_kv_heads):
+        total = 0.0
+        for h in range(head * group, (head + 1) * group):
+            product = squares = last_squares = 0.0
+            for d in range(q_HD.shape[1]):
+                now, before = np.float64(q_HD[h, d]), np.float64(last_HD[h, d])
+                product += now * before
+                squares += now * now
+                last_squares += before * before
+            norms = np.sqrt(squares) * np.sqrt(last_squares)
+            total += product / norms if norms > 0.0 else np.nan
+        cosine_K[head] = total / group
+    return cosine_K
 
 
 def summaries_of(k_MKPW: Rows, summary: int, dtype: KvDtype) -> Rows:
@@ -42,83 +85,165 @@ def summaries_of(k_MKPW: Rows, summary: int, dtype: KvDtype) -> Rows:
 
 def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Rows, n_chosen: int, pooling: int, softmax_scale: float) -> Ints:
     """For each KV head the ``n_chosen`` best of the pool pages ``pages_J``, as ascending indices into ``pages_J``: [K, C]."""
-    if n_chosen == 0 or n_chosen == len(pages_J):
-        return np.tile(np.arange(n_chosen), (summaries.shape[1], 1))
-    values_KJ = page_values(
-        np.ascontiguousarray(probe_HD, np.float32),
-        np.ascontiguousarray(pages_J),
-        summaries,
-        pooling < 2,
-        pooling in MAXIMUM,
-        np.float32(softmax_scale),
+    first_B, n_between_B, n_chosen_B = np.array([0, len(pages_J), n_chosen])[:, None]
+    chosen_BKC = choose_pages(
+        probe_HD[None], pages_J[None], first_B, n_between_B, n_chosen_B, summaries, pooling, softmax_scale
     )
-    best_KC: Ints = _best(values_KJ, n_chosen)
+    best_KC: Ints = chosen_BKC[0]
     return best_KC
 
 
+def choose_pages(
+    probe_BHD: Floats,
+    page_table_BT: Ints,
+    first_B: Ints,
+    n_between_B: Ints,
+    n_chosen_B: Ints,
+    summaries: Rows,
+    pooling: int,
+    softmax_scale: float,
+) -> Ints:
+    """The pages that each KV head chooses for its queries ``probe_BHD``, as ascending page numbers: [B, K, C].
+
+    Sequence b chooses ``n_chosen_B[b]`` of the ``n_between_B[b]`` pages from number ``first_B[b]`` on; C is the most of any
+    sequence, and what is beyond a sequence's own is undefined. Summaries are read by several threads if there are many.
+    """
+    n_sequences, n_heads, head_size = probe_BHD.shape
+    n_kv_heads, widest = summaries.shape[1], int(n_between_B.max())
+    chosen_BKC = np.empty((n_sequences, n_kv_heads, int(n_chosen_B.max())), np.int64)
+    _choose(
+        np.asarray(probe_BHD, np.float32, order="C"),
+        *(page_table_BT, first_B, n_between_B, n_chosen_B, summaries),
+        *(pooling < 2, pooling in MAXIMUM, np.float32(softmax_scale)),
+        -(-widest // BLOCK_PAGES),
+        n_sequences * widest * n_kv_heads * head_size >= WORTH_THREADS,
+        np.empty((n_sequences, n_heads, widest), np.float32),
+        chosen_BKC,
+    )
+    return chosen_BKC
+
+
+@njit(nogil=True, parallel=True)
+def _choose(
+    probe_BHD: Floats,
+    page_table_BT: Ints,
+    first_B: Ints,
+    n_between_B: Ints,
+    n_chosen_B: Ints,
+    summaries: Rows,
+    softmax: bool,
+    maximum: bool,
+    softmax_scale: np.float32,
+    n_blocks: int,
+    in_threads: bool,
+    bounds_BHJ: Floats,
+    chosen_BKC: Ints,
+) -> None:
+    n_sequences, n_kv_heads = chosen_BKC.shape[:2]
+    if not in_threads:
+        for b in range(n_sequences):
+            for block in range(n_blocks):
+                _bound_block(b, block, probe_BHD, page_table_BT, first_B, n_between_B, n_chosen_B, summaries, bounds_BHJ)
+            for head in range(n_kv_heads):
+                _choose_for_head(
+                    b, head, first_B, n_between_B, n_chosen_B, bounds_BHJ, softmax, maximum, softmax_scale, chosen_BKC
+                )
+    else:
+        for task in numba.prange(n_sequences * n_blocks):
+            b, block = task // n_blocks, task % n_blocks
+            _bound_block(b, block, probe_BHD, page_table_BT, first_B, n_between_B, n_chosen_B, summaries, bounds_BHJ)
+        for task in numba.prange(n_sequences * n_kv_heads):
+            b, head = task // n_kv_heads, task % n_kv_heads
+            _choose_for_head(b, head, first_B, n_between_B, n_chosen_B, bounds_BHJ, softmax, maximum, softmax_scale, chosen_BKC)
+
+
 @njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
-def page_values(
-    probe_HD: Floats, pages_J: Ints, summaries: Rows, softmax: bool, maximum: bool, softmax_scale: np.float32
-) -> Floats:
-    """[K, J] fp32: the values that each KV head ranks pages by; summaries are read once, in order, for a whole query group."""
-    n_kv_heads, head_size = summaries.shape[1], probe_HD.shape[1]
-    group = len(probe_HD) // n_kv_heads
-    n_pages = len(pages_J)
-    values_KJ = np.empty((n_kv_heads, n_pages), np.float32)
-    bounds_KGJ = np.empty((n_kv_heads, group, n_pages), np.float32)
-    for j in range(n_pages):
-        page = pages_J[j]
+def _bound_block(
+    b: int,
+    block: int,
+    probe_BHD: Floats,
+    page_table_BT: Ints,
+    first_B: Ints,
+    n_between_B: Ints,
+    n_chosen_B: Ints,
+    summaries: Rows,
+    bounds_BHJ: Floats,
+) -> None:
+    """The bounds of a block of pages, if there is something to choose; a page's summaries are read once for all heads."""
+    if n_chosen_B[b] <= 0 or n_chosen_B[b] >= n_between_B[b]:
+        return
+    n_kv_heads, head_size = summaries.shape[1], probe_BHD.shape[2]
+    group = probe_BHD.shape[1] // n_kv_heads
+    for j in range(block * BLOCK_PAGES, min((block + 1) * BLOCK_PAGES, n_between_B[b])):
+        page = page_table_BT[b, first_B[b] + j]
         for head in range(n_kv_heads):
-            lo_scale, hi_scale = scale_of(summaries[page, head, 0]), scale_of(summaries[page, head, 1])
-            for g in range(group):
+            lo_W, hi_W = summaries[page, head, 0], summaries[page, head, 1]
+            lo_scale, hi_scale = scale_of(lo_W), scale_of(hi_W)
+            for h in range(head * group, (head + 1) * group):
                 bound = np.float32(0.0)
                 for d in range(head_size):
-                    x = probe_HD[head * group + g, d]
-                    lo = lo_scale * number(summaries[page, head, 0, d])
-                    hi = hi_scale * number(summaries[page, head, 1, d])
-                    bound += max(x * lo, x * hi)
-                bounds_KGJ[head, g, j] = bound
-    for head in range(n_kv_heads):
-        bounds_GJ = bounds_KGJ[head]
-        if softmax:
-            for g in range(group):
-                largest = bounds_GJ[g].max()
-                total = np.float32(0.0)
-                for j in range(n_pages):
-                    bounds_GJ[g, j] = np.exp(softmax_scale * (bounds_GJ[g, j] - largest))
-                    total += bounds_GJ[g, j]
-                for j in range(n_pages):
-                    bounds_GJ[g, j] /= total
+                    x = probe_BHD[b, h, d]
+                    bound += max(x * (lo_scale * number(lo_W[d])), x * (hi_scale * number(hi_W[d])))
+                bounds_BHJ[b, h, j] = bound
+
+
+@njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
+def _choose_for_head(
+    b: int,
+    head: int,
+    first_B: Ints,
+    n_between_B: Ints,
+    n_chosen_B: Ints,
+    bounds_BHJ: Floats,
+    softmax: bool,
+    maximum: bool,
+    softmax_scale: np.float32,
+    chosen_BKC: Ints,
+) -> None:
+    """One value per page from the bounds of a KV head's query heads, then the best pages."""
+    n_pages, n_chosen = n_between_B[b], n_chosen_B[b]
+    if n_chosen <= 0:
+        return
+    if n_chosen >= n_pages:
+        chosen_BKC[b, head, :n_pages] = np.arange(first_B[b], first_B[b] + n_pages)
+        return
+    group = bounds_BHJ.shape[1] // chosen_BKC.shape[1]
+    bounds_GJ = bounds_BHJ[b, head * group : (head + 1) * group, :n_pages]
+    if softmax:
+        for g in range(group):
+            largest = bounds_GJ[g].max()
+            total = np.float32(0.0)
+            for j in range(n_pages):
+                bounds_GJ[g, j] = np.exp(softmax_scale * (bounds_GJ[g, j] - largest))
+                total += bounds_GJ[g, j]
+            for j in range(n_pages):
+                bounds_GJ[g, j] /= total
+    values_J = bounds_GJ[0]
+    for g in range(1, group):
         for j in range(n_pages):
-            pooled = bounds_GJ[0, j]
-            for g in range(1, group):
-                pooled = max(pooled, bounds_GJ[g, j]) if maximum else pooled + bounds_GJ[g, j]
-            values_KJ[head, j] = pooled
-    return values_KJ
+            values_J[j] = max(values_J[j], bounds_GJ[g, j]) if maximum else values_J[j] + bounds_GJ[g, j]
+    _best(values_J, first_B[b], chosen_BKC[b, head, :n_chosen])
 
 
 @njit(nogil=True)
-def _best(values_KJ: Floats, n_chosen: int) -> Ints:
-    """Indices of each row's ``n_chosen`` largest values, ascending; among equal ones the lower index is chosen.
+def _best(values_J: Floats, first: int, chosen_C: Ints) -> None:
+    """Fill ``chosen_C`` with ``first`` + the indices of the C largest values, ascending; among equal ones the lower index is
+    chosen.
 
-    NaN is chosen last. Values above the ``n_chosen``-th largest are chosen, and the first ones equal to it fill the rest, so
-    nothing is sorted: at thousands of pages that took longer than computing their values.
+    NaN is chosen last. Values above the C-th largest are chosen, and the first ones equal to it fill the rest, so nothing is
+    sorted: at thousands of pages that took longer than computing their values.
     """
-    n_pages = values_KJ.shape[1]
-    chosen_KC = np.empty((len(values_KJ), n_chosen), np.int64)
-    for head in range(len(values_KJ)):
-        values_J = values_KJ[head]
-        if np.isnan(values_J).any():
-            order = np.argsort(-values_J, kind="mergesort")
-            chosen_KC[head] = np.sort(order[:n_chosen])
-            continue
-        least = np.partition(values_J, n_pages - n_chosen)[n_pages - n_chosen]
-        n_equal = n_chosen - (values_J > least).sum()
-        at = 0
-        for j in range(n_pages):
-            is_equal = values_J[j] == least and n_equal > 0
-            if is_equal or values_J[j] > least:
-                chosen_KC[head, at] = j
-                at += 1
-                n_equal -= is_equal
-    return chosen_KC
+    n_pages, n_chosen = len(values_J), len(chosen_C)
+    if np.isnan(values_J).any():
+        order = np.argsort(-values_J, kind="mergesort")
+        chosen_C[:] = first + np.sort(order[:n_chosen])
+        return
+    least = np.partition(values_J, n_pages - n_chosen)[n_pages - n_chosen]
+    n_equal = n_chosen - (values_J > least).sum()
+    at = 0
+    for j in range(n_pages):
+        is_equal = values_J[j] == least and n_equal > 0
+        if is_equal or values_J[j] > least:
+            chosen_C[at] = first + j
+            at += 1
+            n_equal -= is_equal

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 HOST = "cpu"
 DENSE = ("torch", "onnxruntime")
 """Libraries that can run a decoder's dense layers on a device; the first is the default."""
+HOST_DENSE = ("onnxruntime", "openvino")
+"""Libraries that can run them on the host; the first is the default."""
+PRECISIONS = ("float32", "bfloat16", "int8")
+"""Types of what weights are multiplied by, with OpenVINO. int8: integers with a scale per row and block of 32, for quantised
+weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +44,33 @@ class DeviceOptions:
             raise UnknownNameError("dtype", self.dtype, DTYPES)
 
     def check_host(self) -> None:
-        """``UsageError`` if any option is set; for engines on the host."""
-        given = [f"{name}={value}" for name, value in vars(self).items() if value is not None]
+        """``UsageError`` if any option is set that only devices have; for engines on the host, whose ``dense`` is checked
+        elsewhere.
+        """
+        given = [f"{name}={value}" for name, value in vars(self).items() if value is not None and name != "batch_invariant"]
         if given:
             raise UsageError(
                 f"{given[0].split('=')[0]} is for devices",
                 got=f"{', '.join(given)} on the device {HOST}",
                 fix=f"add {load_option('device', 'cuda')}, or leave it out",
             )
+
+
+def check_host_dense(dense: str | None, precision: str | None) -> None:
+    """``UsageError`` unless a host can run dense layers with the library ``dense`` in ``precision``; None: the default."""
+    if dense is not None and dense not in HOST_DENSE:
+        raise UnknownNameError("library for dense layers on the CPU", dense, HOST_DENSE)
+    if precision is None:
+        return
+    if precision not in PRECISIONS:
+        raise UnknownNameError("precision", precision, PRECISIONS)
+    if dense != "openvino":
+        raise UsageError(
+            "ONNX Runtime computes in what the engine was built for",
+            got=f"precision {precision!r}",
+            expected="none",
+            fix=f"add {load_option('dense', 'openvino')}, or leave it out",
+        )
 
 
 def device_from_name(name: str) -> "torch.device | None":

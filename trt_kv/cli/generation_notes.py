@@ -33,16 +33,16 @@ def held_note(manifest: Manifest, result: "Generation") -> str:
 
 
 def recall_note(manifest: Manifest, result: "Generation", counts: "RecallStatistics") -> str:
-    """How much was recalled from the host, and how often KV heads were corrected."""
+    """How much was recalled from the host, if it was copied, and how often KV heads were corrected."""
     seen = result.num_computed_tokens
     attended = attended_tokens(manifest, result.n_prompt_tokens, seen)
     if attended is not None and min(attended) == seen:
         return "[nothing could be recalled: a step attends to all tokens]"
+    rates = f"{counts.head_rate:.0%} of KV heads were corrected, in {counts.layer_step_rate:.0%} of all (layer, step) pairs"
+    if not counts.pages_written:
+        return f"[pages were read where they are; {rates}]"
     moved = counts.moved_bytes / max(1, len(result.token_ids)) / 2**10
-    return (
-        f"[recalled {moved:.0f} KiB per token from the host; {counts.head_rate:.0%} of KV heads were corrected, in "
-        f"{counts.layer_step_rate:.0%} of all (layer, step) pairs; waited {counts.waited_ms:.0f} ms for copies]"
-    )
+    return f"[recalled {moved:.0f} KiB per token from the host; {rates}; waited {counts.waited_ms:.0f} ms for copies]"
 
 
 def attended_tokens(manifest: Manifest, n_prompt: int, n_tokens: int) -> list[int] | None:

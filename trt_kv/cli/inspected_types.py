@@ -4,14 +4,14 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from trt_kv.manifest import GRAPHS, Manifest
+from trt_kv.manifest import GRAPHS, INT8_ACTIVATIONS, Manifest
 from trt_kv.weight_index import FILE_NAME, BlockFormat, load_weight_index
 
 
 def described_types(folder: Path, manifest: Manifest) -> list[str]:
     """Lines on the types of weights with their bytes, of activations, of the KV cache and of sums."""
     products = manifest.dtype
-    if manifest.quantization is not None and manifest.quantization.accuracy_level == 4:
+    if manifest.quantization is not None and manifest.quantization.accuracy_level == INT8_ACTIVATIONS:
         products += ", products with quantised weights of activations in int8"
     return [
         *_weights(folder, manifest),

@@ -11,7 +11,7 @@ from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
 
 
 def device_options(command: CommandFunction) -> CommandFunction:
-    """Add --device, --dtype, --dense and --profile; ``command`` receives ``on``, a ``DeviceChoice``."""
+    """Add --device, --dtype, --dense, --precision and --profile; ``command`` receives ``on``, a ``DeviceChoice``."""
 
     @click.option(
         "--device",
@@ -26,7 +26,14 @@ def device_options(command: CommandFunction) -> CommandFunction:
     @click.option(
         "--dense",
         metavar="NAME",
-        help="What runs the dense layers with --device cuda: torch (the default), or onnxruntime (needs onnxruntime-gpu).",
+        help="What runs the dense layers. On the CPU: onnxruntime (the default), or openvino (needs the extra openvino). With "
+        "--device cuda: torch (the default), or onnxruntime (needs onnxruntime-gpu).",
+    )
+    @click.option(
+        "--precision",
+        metavar="NAME",
+        help="What --dense openvino multiplies weights by: float32, bfloat16, or int8 for quantised weights. Default: what the "
+        "engine was built for.",
     )
     @click.option(
         "--profile",
@@ -34,15 +41,17 @@ def device_options(command: CommandFunction) -> CommandFunction:
         help="Sizes to reserve memory for with --device cuda, as in build. Default: the model's limits, reduced to fit.",
     )
     @functools.wraps(command)
-    def collected(*, device: str, dense: str | None, dtype: str | None, profile: str | None, **others: Any) -> None:
-        command(on=DeviceChoice(device=device, dense=dense, dtype=dtype, profile=profile), **others)
+    def collected(
+        *, device: str, dense: str | None, precision: str | None, dtype: str | None, profile: str | None, **others: Any
+    ) -> None:
+        command(on=DeviceChoice(device=device, dense=dense, precision=precision, dtype=dtype, profile=profile), **others)
 
     return collected
 
 
 def resource_options(command: CommandFunction) -> CommandFunction:
-    """Add --kv-dtype, --cache-tokens, --host-tier, --host-tokens, --chunk and --threads; ``command`` receives ``resources``, a
-    ``ResourceChoice``.
+    """Add --kv-dtype, --cache-tokens, --host-tier, --host-tokens, --chunk, --threads and --batch-invariant; ``command``
+    receives ``resources``, a ``ResourceChoice``.
     """
     count = click.IntRange(min=1)
 
@@ -67,6 +76,11 @@ def resource_options(command: CommandFunction) -> CommandFunction:
     )
     @click.option("--chunk", type=count, metavar="N", help="Prompt tokens per step; fewer take less memory. Default: 512.")
     @click.option("--threads", type=count, metavar="N", help="CPU threads that compute. Default: one per core.")
+    @click.option(
+        "--batch-invariant/--no-batch-invariant",
+        default=None,
+        help="Results that do not depend, bit for bit, on what else runs. Default: yes on a CPU, no on a GPU.",
+    )
     @functools.wraps(command)
     def collected(
         *,
@@ -76,6 +90,7 @@ def resource_options(command: CommandFunction) -> CommandFunction:
         host_tokens: int | None,
         chunk: int | None,
         threads: int | None,
+        batch_invariant: bool | None,
         **others: Any,
     ) -> None:
         resources = ResourceChoice(
@@ -85,6 +100,7 @@ def resource_options(command: CommandFunction) -> CommandFunction:
             host_tokens=host_tokens,
             chunk=chunk,
             n_threads=threads,
+            batch_invariant=batch_invariant,
         )
         command(resources=resources, **others)
 

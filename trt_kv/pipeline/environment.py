@@ -27,6 +27,7 @@ PURPOSES = {
     "build": "builds, calibrates and exports engines",
     "gguf": "reads GGUF files",
     "gpu": "runs engines on NVIDIA GPUs",
+    "openvino": "runs engines on a CPU with --dense openvino",
     "smollm2": "reads the model smollm2",
 }
 

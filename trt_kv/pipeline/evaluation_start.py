@@ -14,7 +14,7 @@ from trt_kv.errors import ReportError, UsageError
 from trt_kv.manifest import TOKENIZER_FILE, Manifest, load_manifest
 from trt_kv.pipeline.requests import EvaluationRequest
 from trt_kv.require import require
-from trt_kv.runtime.backends.devices import DENSE, device_from_name
+from trt_kv.runtime.backends.devices import DENSE, HOST_DENSE, device_from_name
 
 if TYPE_CHECKING:
     from trt_kv.calibration.answer_files import EngineFacts, Evaluation, Run, Settings
@@ -67,10 +67,11 @@ def _engine_facts(folder: Path, manifest: Manifest, request: EvaluationRequest) 
 
     check_compatible(folder, manifest)
     on = request.on
-    library = "onnxruntime" if on.on_host else on.dense or DENSE[0]
+    library = on.dense or (HOST_DENSE if on.on_host else DENSE)[0]
     module = "trt_kv.runtime.backends.onnx_runtime" if library == "onnxruntime" else library
     version = require(module).ort.__version__ if library == "onnxruntime" else require(module).__version__
-    runs_on = manifest.plan.built_by if manifest.plan is not None else f"{library} {version}"
+    precision = f", {on.precision}" if on.precision is not None else ""
+    runs_on = manifest.plan.built_by if manifest.plan is not None else f"{library} {version}{precision}"
     kv_dtype = request.resources.kv_dtype or manifest.kv_dtype
     stored = "" if kv_dtype == manifest.dtype else f", KV cache in {kv_dtype}"
     return EngineFacts(

@@ -12,7 +12,7 @@ from trt_kv.drift import check_correction_rate
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.manifest import DTYPES, KV_DTYPES, Quantization
 from trt_kv.presets import preset
-from trt_kv.runtime.backends.devices import HOST, DeviceOptions
+from trt_kv.runtime.backends.devices import HOST, DeviceOptions, check_host_dense
 
 DEFAULT_CORRECTION_RATE = 0.1
 DEFAULT_NEW_TOKENS = 64
@@ -209,18 +209,27 @@ class DeviceChoice:
 
     device: str = HOST
     dense: str | None = None
+    precision: str | None = None
     dtype: str | None = None
     profile: str | None = None
 
     def __post_init__(self) -> None:
-        DeviceOptions(dense=self.dense, dtype=self.dtype)  # refuses unknown names
-        given = {"--dense": self.dense, "--dtype": self.dtype, "--profile": self.profile}
+        if self.on_host:
+            check_host_dense(self.dense, self.precision)
+        DeviceOptions(dense=None if self.on_host else self.dense, dtype=self.dtype)  # refuses unknown names
+        given = {"--dtype": self.dtype, "--profile": self.profile}
         needless = [name for name, value in given.items() if value is not None]
         if self.on_host and needless:
             raise UsageError(
                 f"{needless[0]} applies to devices only",
                 got=f"--device {self.device}",
                 fix=f"add --device cuda, or leave {needless[0]} out",
+            )
+        if not self.on_host and self.precision is not None:
+            raise UsageError(
+                "--precision applies to --dense openvino only",
+                got=f"--device {self.device}",
+                fix="leave --precision out; --dtype sets a device's type",
             )
 
     @property
@@ -244,6 +253,7 @@ class ResourceChoice:
     host_tokens: int | None = None
     chunk: int | None = None
     n_threads: int | None = None
+    batch_invariant: bool | None = None
     kv_dtype: str | None = None
 
     def __post_init__(self) -> None:

@@ -1,25 +1,39 @@
 """Loads an engine on the CPU: ONNX Runtime and host kernels; if the policy recalls, a cache in RAM or in a file."""
 
 import dataclasses
+import mmap
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from trt_kv.beside import beside
 from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.kv_memory import token_bytes
 from trt_kv.manifest import GRAPHS, Manifest
+from trt_kv.plugins.kv_rows import converts_halves
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import finds_budgets, recalling_layers
-from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.require import require
+from trt_kv.runtime.backends.host.executor import warm_up_kernels
+from trt_kv.runtime.backends.host.openvino_segments import OpenVinoExecutor, default_precision
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.backends.host.recall.in_place import MemoryTier, RecallInPlace
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
+from trt_kv.runtime.backends.host.row_groups import with_rows_alike
 from trt_kv.runtime.backends.host.runner import host_runner
-from trt_kv.runtime.backends.host.segments import check_shapes
+from trt_kv.runtime.backends.host.segments import SegmentExecutor, check_shapes
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import PoolSizes
+from trt_kv.runtime.cpus import threads_for
 from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
 from trt_kv.runtime.memory import available_bytes, free_for_cache
 from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.processes import will_compute
 from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservation, Resource, WorkingSetPages
+
+_ROOM_FOR_THREADS = 64 * 2**20
+"""Bytes of address space that kernels' threads and sessions need at once, at the least."""
 
 
 def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgress) -> Loaded:
@@ -37,20 +51,27 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
             expected="float32 on a host",
             fix=f"load it with {load_option('device', 'cuda')}, or build it again without --dtype",
         )
-    executor = OnnxRuntimeExecutor(
-        folder / GRAPHS,
-        manifest.segments,
-        manifest.attention_ports,
-        n_threads=options.n_threads,
-        on_segment=lambda done, total: tell("opening graphs", done, total),
-    )
+    if (options.kv_dtype or manifest.kv_dtype) == "float16" and not converts_halves():
+        raise UsageError(
+            "this processor has no instructions for float16",
+            got="float16 as the type of the KV cache",
+            fix=f"use {load_option('kv_dtype', 'bfloat16')}, which takes as much memory",
+        )
+    # OpenMP ends the process if it cannot start a thread: better an error, which this raises.
+    mmap.mmap(-1, _ROOM_FOR_THREADS).close()
+    will_compute()
+    with beside(partial(_dense, folder, manifest, options), partial(tell, "opening graphs")) as opening:
+        warm_up_kernels(manifest.programs, "cpu", options.kv_dtype or manifest.kv_dtype)
+        executor = opening.result()
     check_shapes(folder / GRAPHS, executor.shapes, manifest.attention_ports, manifest.config)
+    dense = with_rows_alike(executor, manifest, wanted=options.batch_invariant)
     mapped = sum(record.n_bytes for name, record in manifest.files.items() if name.endswith(".data"))
     pool, recall = _memory(manifest, options, free_for_cache(mapped))
     runner = host_runner(
-        executor,
+        dense,
         pool,
         manifest.programs,
+        n_threads=threads_for(options.n_threads),
         chunk=options.chunk,
         decode=policy.decode,
         decode_distance=policy.decode_distance,
@@ -65,8 +86,35 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     )
 
 
-def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[HostKvPool, StreamedRecall | None]:
-    """The pool, and if the policy recalls, the host tier with the threads that copy its pages.
+def _dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segment: Callable[..., None]) -> SegmentExecutor:
+    """What runs the dense layers. ``UsageError`` for integers as activations of weights that are not quantised."""
+    folder, segments, ports = folder / GRAPHS, manifest.segments, manifest.attention_ports
+    if options.dense != "openvino":
+        module = require("trt_kv.runtime.backends.host.onnxruntime_segments")
+        run: SegmentExecutor = module.OnnxRuntimeExecutor(
+            folder, segments, ports, n_threads=threads_for(options.n_threads), on_segment=on_segment
+        )
+        return run
+    precision = options.precision or default_precision(manifest.quantization)
+    if precision == "int8" and manifest.quantization is None:
+        raise UsageError(
+            f"{folder.parent} has no quantised weights",
+            got="precision 'int8'",
+            expected="float32 or bfloat16",
+            fix="build the engine with --quant int8 or int4",
+        )
+    return OpenVinoExecutor(
+        folder,
+        segments,
+        ports,
+        precision=precision,
+        n_threads=threads_for(options.n_threads),
+        on_segment=on_segment,
+    )
+
+
+def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[HostKvPool, StreamedRecall | RecallInPlace | None]:
+    """The pool, and if the policy recalls, the host tier: in memory it is read in place, from a file threads copy pages.
 
     A size that is not given in tokens is half of the free memory or disk: first the tier, then the pool, of the memory that the
     tier leaves.
@@ -83,10 +131,14 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     n_pages = whole.n_pages // n_layers * n_host_layers
     if on_disk is None and host_tokens is not None:
         _check_free("host_tokens", _n_bytes(manifest, dataclasses.replace(whole, n_pages=n_pages)), available_bytes())
-    host = host_tier_at(where, **dataclasses.asdict(whole) | {"n_pages": n_pages})
+    sizes = dataclasses.asdict(whole) | {"n_pages": n_pages}
     if on_disk is None:
-        n_free -= host.n_pages * host.page_bytes
-    pool = _pool(manifest, options, max(0, n_free))
+        tier = MemoryTier(**sizes)
+        pool = _pool(manifest, options, max(0, n_free - tier.n_pages * tier.page_bytes))
+        n_heads = manifest.config.n_heads
+        return pool, RecallInPlace(tier, pool, n_layers=n_layers, n_query_heads=n_heads, trace=options.trace)
+    host = host_tier_at(where, **sizes)
+    pool = _pool(manifest, options, n_free)
     finds = finds_budgets(manifest.programs["prefill"])
     recall = StreamedRecall(host, pool, ThreadedCopies(), n_layers=n_layers, finds_budgets=finds, trace=options.trace)
     return pool, recall
@@ -126,15 +178,19 @@ def _pages(manifest: Manifest, runner: ModelRunner, chunk: int) -> list[Resource
     if runner.tiers is None:
         n_protected = policy.sinks + policy.recent
         return [CachePages(runner.pool, budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk)]
-    limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
     recalling = recalling_layers(manifest.programs["decode"])
-    return [
-        WorkingSetPages(
+    host = HostPages(runner.tiers.host, n_layers=len(recalling))
+    if isinstance(runner.tiers, RecallInPlace):
+        others = [window for layer, window in enumerate(windows) if layer not in recalling]
+        pool = CachePages(
             runner.pool,
-            limits=[limits if layer in recalling else None for layer in range(len(budgets))],
-            budgets=budgets,
-            windows=windows,
+            budgets=[None] * len(others),
+            n_protected=0,
+            windows=others,
             chunk=chunk,
-        ),
-        HostPages(runner.tiers.host, n_layers=len(recalling)),
-    ]
+            n_layers=len(windows),
+        )
+        return [pool, host]
+    limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
+    of_layers = [limits if layer in recalling else None for layer in range(len(budgets))]
+    return [WorkingSetPages(runner.pool, limits=of_layers, budgets=budgets, windows=windows, chunk=chunk), host]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trt_kv.errors import EngineError
+from trt_kv.errors import EngineError, UsageError
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest, Plan
 from trt_kv.program import budgets_of
@@ -23,6 +23,12 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     ``UsageError`` for options of a host cache, ``EngineError`` for a plan that TensorRT cannot load.
     """
     check_no_host_tier(folder, manifest, options)
+    if options.batch_invariant:
+        raise UsageError("a TensorRT plan is not batch-invariant", got="batch_invariant=True", fix="leave it out")
+    if options.dense is not None:
+        raise UsageError(
+            f"TensorRT runs all of {folder}", got=f"the dense layers' library {options.dense!r}", fix="leave it out"
+        )
     check_kv_as_computed(folder, manifest, options, manifest.dtype)
     plan, policy = manifest.plan, manifest.applied_policy
     assert plan is not None

@@ -14,7 +14,7 @@ from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.backends.host.recall.background import Copies, Job, Work, join, lost_pages
 from trt_kv.runtime.backends.host.recall.prompt_attention import attend_prompt
 from trt_kv.runtime.backends.host.recall.store import HostTier
-from trt_kv.runtime.backends.host.recall.working_set import NO_PAGE, Move, Prefetch, WorkingSet, in_turn, moves_to
+from trt_kv.runtime.backends.host.recall.working_set import HEAD, NO_PAGE, PAGE, SLOT, Prefetch, WorkingSet, in_turn, moves_to
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.statistics import RecallStatistics
 from trt_kv.runtime.trace import Trace
@@ -139,8 +139,7 @@ class LayerStreams:
             working_set.chosen_KC[heads] = wanted_KC[heads]
             moves = moves_to(wanted_KC, working_set.held_KS, wanted_KC[:, :0], heads)
             try:
-                for move in moves:
-                    self._bring(working_set, choice.pages, move, working_set.held_KS)
+                self._bring(working_set, choice.pages, moves, working_set.held_KS)
             except OSError as error:
                 raise lost_pages("the KV cache on the host cannot be read or written", error) from error
             return len(moves)
@@ -157,18 +156,13 @@ class LayerStreams:
         n_chosen = choice.n_chosen(n_next)
         working_set.make_room(n_chosen + staging_slots(n_chosen))
         prefetch = Prefetch(held_KS=working_set.held_KS.copy())
-        query_HD, attended_KC = working_set.query_HD, working_set.chosen_KC
         same_pages = choice.limits.choosable(n_next) == choice.limits.choosable(working_set.n_tokens)
         ranked_KC = working_set.ranked_KC if same_pages else None
+        prefetch.chosen_KC = self._choose(working_set.query_HD, choice, n_next) if ranked_KC is None else ranked_KC
+        moves = moves_to(prefetch.chosen_KC, prefetch.held_KS, working_set.chosen_KC, range(len(prefetch.held_KS)))
+        prefetch.n_moved = len(moves)
 
         def work() -> Iterator[Event | None]:
-            if ranked_KC is not None:
-                prefetch.chosen_KC = ranked_KC
-            else:
-                with self.trace.span("choose pages"):
-                    prefetch.chosen_KC = self._choose(query_HD, choice, n_next)
-            moves = moves_to(prefetch.chosen_KC, prefetch.held_KS, attended_KC, range(len(prefetch.held_KS)))
-            prefetch.n_moved = len(moves)
             for step in in_turn(moves, prefetch):
                 if isinstance(step, Event):
                     with self.trace.span("waiting for attention"):
@@ -184,20 +178,22 @@ class LayerStreams:
     def _choose(self, query_HD: Floats, choice: Choice, n_tokens: int) -> Ints:
         """The page numbers that each KV head chooses for a query, in a step with ``n_tokens`` tokens: [K, C]."""
         between = choice.limits.choosable(n_tokens)
-        return between.start + best_pages(
-            query_HD,
-            choice.pages[between.start : between.stop],
-            self.summaries,
-            choice.n_chosen(n_tokens),
-            choice.pooling,
-            choice.softmax_scale,
-        )
+        with self.trace.span("choose pages"):
+            return between.start + best_pages(
+                query_HD,
+                choice.pages[between.start : between.stop],
+                self.summaries,
+                choice.n_chosen(n_tokens),
+                choice.pooling,
+                choice.softmax_scale,
+            )
 
-    def _bring(self, working_set: WorkingSet, pages: Ints, move: Move, held_KS: Ints) -> None:
-        """Copy one page-head into its slot, which is marked as empty during the copy."""
-        held_KS[move.head, move.slot] = NO_PAGE
-        self.host.read_head(int(pages[move.page]), move.head, working_set.slot(move.slot, move.head))
-        held_KS[move.head, move.slot] = move.page
+    def _bring(self, working_set: WorkingSet, pages: Ints, moves_M4: Ints, held_KS: Ints) -> None:
+        """Copy page-heads into their slots, which are marked as empty during the copies."""
+        heads, numbers, slots = moves_M4[:, HEAD], moves_M4[:, PAGE], moves_M4[:, SLOT]
+        held_KS[heads, slots] = NO_PAGE
+        self.host.read_heads(pages[numbers], heads, self.device.kv, working_set.device_pages(slots))
+        held_KS[heads, slots] = numbers
 
     def _write_behind(self, working_set: WorkingSet, pages: Ints, block: Rows) -> None:
         """Store full pages on the host in the background. ``block`` must not change before the layer is joined again."""

@@ -17,7 +17,8 @@ import numpy as np
 
 from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.plugins.kv_rows import KvDtype
-from trt_kv.plugins.paging import Rows
+from trt_kv.plugins.paging import Ints, Rows
+from trt_kv.runtime.backends.host.recall.file_kernels import read_heads
 from trt_kv.runtime.cache.page_pool import PagePool
 
 
@@ -47,6 +48,11 @@ class HostTier(PagePool):
     def read_head(self, page: int, head: int, into_2PW: Rows) -> None:
         """Copy a page-head to ``into_2PW``, whose halves are contiguous."""
         raise NotImplementedError
+
+    def read_heads(self, pages_M: Ints, heads_M: Ints, into: Rows, into_pages_M: Ints) -> None:
+        """Copy M page-heads: that of page ``pages_M[m]`` to page ``into_pages_M[m]`` of ``into`` [.., 2, K, P, W]."""
+        for page, head, to in zip(pages_M.tolist(), heads_M.tolist(), into_pages_M.tolist(), strict=True):
+            self.read_head(page, head, into[to, :, head])
 
     def read_pages(self, pages: Sequence[int]) -> Rows:
         """Copies of whole pages: [len(pages), 2, K, P, W]."""
@@ -138,6 +144,17 @@ class FileTier(HostTier):
         head_bytes = half_bytes // self.page_shape[1]
         for half in range(2):
             self._transfer(os.preadv, into_2PW[half], page * self.page_bytes + half * half_bytes + head * head_bytes)
+
+    def read_heads(self, pages_M: Ints, heads_M: Ints, into: Rows, into_pages_M: Ints) -> None:
+        """See ``HostTier.read_heads``. One call without the GIL; what it cannot read, ``read_head`` reads, or says why not."""
+        done = 0
+        while True:
+            done += read_heads(self.file_descriptor, pages_M[done:], heads_M[done:], into, into_pages_M[done:])
+            if done == len(pages_M):
+                return
+            head = int(heads_M[done])
+            self.read_head(int(pages_M[done]), head, into[into_pages_M[done], :, head])
+            done += 1
 
     def read_pages(self, pages: Sequence[int]) -> Rows:
         out = np.empty((len(pages), *self.page_shape), self.dtype.stored_as)

@@ -12,28 +12,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trt_kv.errors import TrtKvError
+from trt_kv.plugins.attention_cpu import write_rows
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.kv_rows import store
 from trt_kv.plugins.paging import Floats, Ints, Rows
-from trt_kv.plugins.recall_attention.cpu import attended_pages
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.backends.host.recall.background import Job
 from trt_kv.runtime.backends.host.store import HostKvPool
 
 NO_PAGE = -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Move:
-    """Copy of one page-head: page ``page`` of the sequence into slot ``slot`` of KV head ``head``.
-
-    ``waits``: the copy waits for the attention of the step that it overlaps with, which reads the slot.
-    """
-
-    head: int
-    page: int
-    slot: int
-    waits: bool
+HEAD, PAGE, SLOT, WAITS = range(4)
+"""Columns of moves, copies of page-heads: page ``PAGE`` of the sequence into slot ``SLOT`` of KV head ``HEAD``. ``WAITS``: 1 if
+the copy waits for the attention of the step that it overlaps with, which reads the slot.
+"""
+MOVES_AT_A_TIME = 64
+"""Copies between two points at which a job can be paused."""
 
 
 @dataclass(kw_only=True)
@@ -101,8 +93,7 @@ class WorkingSet:
         """Write one token to the open page, the one that is not full yet."""
         number, offset = divmod(self.n_tokens, self.limits.page_size)
         page = self.page_of(number)
-        self._device.kv[page, 0, :, offset] = store(k_KD, self._device.dtype)
-        self._device.kv[page, 1, :, offset] = store(v_KD, self._device.dtype)
+        write_rows(self._device.kv, np.array([page * self.limits.page_size + offset]), k_KD[None], v_KD[None])
         self.n_tokens += 1
 
     def block_with(self, k_NKD: Floats, v_NKD: Floats) -> Rows:
@@ -113,9 +104,7 @@ class WorkingSet:
         block = np.empty((n_pages, *self._device.kv.shape[1:]), self._device.kv.dtype)
         if n_open:
             block[0] = self._device.kv[self.page_of(self.n_tokens // size)]
-        pages_N, offsets_N = np.divmod(n_open + np.arange(len(k_NKD)), size)
-        block[pages_N, 0, :, offsets_N] = store(k_NKD, self._device.dtype)
-        block[pages_N, 1, :, offsets_N] = store(v_NKD, self._device.dtype)
+        write_rows(block, n_open + np.arange(len(k_NKD)), k_NKD, v_NKD)
         return block
 
     def place(self, block: Rows, n_tokens: int) -> None:
@@ -129,13 +118,15 @@ class WorkingSet:
 
     def attended(self) -> Ints:
         """The device pages that each KV head attends to now, in order of position: [K, T]."""
-        numbers_KT = attended_pages(self.chosen_KC, self.limits, self.n_tokens)
-        n_chosen = self.chosen_KC.shape[1]
-        n_sinks = min(self.limits.n_sinks, -(-self.n_tokens // self.limits.page_size))
-        pages_KT = np.empty_like(numbers_KT)
-        for at in (*range(n_sinks), *range(n_sinks + n_chosen, numbers_KT.shape[1])):
-            pages_KT[:, at] = self.page_of(int(numbers_KT[0, at]))
-        pages_KT[:, n_sinks : n_sinks + n_chosen] = np.array(self._slots, np.int64)[slots_of(self.held_KS, self.chosen_KC)]
+        pages_KT: Ints = attended_pages(
+            self.chosen_KC,
+            self.held_KS,
+            np.array(self._slots, np.int64),
+            np.array(self._sinks, np.int64),
+            np.array(self._newest, np.int64),
+            self.limits.first_newest(self.n_tokens),
+            -(-self.n_tokens // self.limits.page_size),
+        )
         return pages_KT
 
     def make_room(self, n_slots: int) -> None:
@@ -146,10 +137,9 @@ class WorkingSet:
             fresh_KS = np.full((len(self.held_KS), n_more), NO_PAGE)
             self.held_KS = np.concatenate([self.held_KS, fresh_KS], axis=1)
 
-    def slot(self, slot: int, head: int) -> Rows:
-        """View of the part of a slot that belongs to a KV head: [2, P, W]."""
-        view: Rows = self._device.kv[self._slots[slot], :, head]
-        return view
+    def device_pages(self, slots: Ints) -> Ints:
+        """The device pages of slots."""
+        return np.array(self._slots, np.int64)[slots]
 
     def copy_from(self, original: "WorkingSet") -> None:
         """Hold the same pages as ``original`` in device pages of its own. No job of either may be running."""
@@ -165,24 +155,38 @@ class WorkingSet:
         self._sinks, self._newest, self._slots = [], [], []
 
 
-def slots_of(held_KS: Ints, pages_KC: Ints) -> Ints:
-    """The slot in which each KV head holds each of its pages: [K, C]. Every page must be held."""
-    order_KS = np.argsort(held_KS, axis=1)
-    slots_KC = np.empty(pages_KC.shape, np.int64)
-    for head, (held_S, order_S, pages_C) in enumerate(zip(held_KS, order_KS, pages_KC, strict=True)):
-        slots_KC[head] = order_S[np.searchsorted(held_S, pages_C, sorter=order_S)]
-    return slots_KC
+@njit(nogil=True)
+def attended_pages(
+    chosen_KC: Ints, held_KS: Ints, slots_S: Ints, sinks: Ints, newest: Ints, first_newest: int, n_pages: int
+) -> Ints:
+    """The device pages [K, T] of the sinks, of the chosen pages, every one of which is held, and of the newest pages."""
+    n_kv_heads, n_chosen = chosen_KC.shape
+    n_sinks = min(len(sinks), n_pages)
+    first = max(first_newest, n_sinks)
+    pages_KT = np.empty((n_kv_heads, n_sinks + n_chosen + n_pages - first), np.int64)
+    for head in range(n_kv_heads):
+        pages_KT[head, :n_sinks] = sinks[:n_sinks]
+        order_S = np.argsort(held_KS[head])
+        ordered_S = held_KS[head][order_S]
+        at_C = np.searchsorted(ordered_S, chosen_KC[head])
+        for c in range(n_chosen):
+            if at_C[c] == len(ordered_S) or ordered_S[at_C[c]] != chosen_KC[head, c]:
+                raise IndexError("a chosen page is not held")
+            pages_KT[head, n_sinks + c] = slots_S[order_S[at_C[c]]]
+        for page in range(first, n_pages):
+            pages_KT[head, n_sinks + n_chosen + page - first] = newest[page % len(newest)]
+    return pages_KT
 
 
-def moves_to(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Iterable[int]) -> list[Move]:
-    """The copies after which each of ``heads`` holds its wanted pages: only missing pages are copied.
+def moves_to(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Iterable[int]) -> Ints:
+    """The copies of page-heads after which each of ``heads`` holds its wanted pages, as rows (head, page, slot, waits): only
+    missing pages are copied. [M, 4]
 
     Slots whose page is not wanted are overwritten: first those that the running step does not attend to, then the others.
-    Wanted and attended pages are in ascending order.
+    Copies into these come last: they wait for attention. Wanted and attended pages are in ascending order.
     """
-    found_M4 = planned_moves(wanted_KC, held_KS, attended_KC, np.fromiter(heads, np.int64))
-    moves = [Move(head=head, page=page, slot=slot, waits=bool(waits)) for head, page, slot, waits in found_M4.tolist()]
-    return sorted(moves, key=lambda move: move.waits)
+    found_M4: Ints = planned_moves(wanted_KC, held_KS, attended_KC, np.fromiter(heads, np.int64))
+    return found_M4[np.argsort(found_M4[:, WAITS], kind="stable")]
 
 
 @njit(nogil=True)
@@ -221,11 +225,11 @@ def planned_moves(wanted_KC: Ints, held_KS: Ints, attended_KC: Ints, heads: Ints
     return moves_M4[:n_moves]
 
 
-def in_turn(moves: Iterable[Move], prefetch: Prefetch) -> Iterator[Move | threading.Event]:
-    """The moves of a prefetch; before the first one into a slot that attention reads, the event to wait for."""
-    waited = False
-    for move in moves:
-        if move.waits and not waited:
+def in_turn(moves_M4: Ints, prefetch: Prefetch) -> Iterator[Ints | threading.Event]:
+    """The moves of a prefetch, some at a time; before the first ones into slots that attention reads, the event to wait for."""
+    n_unread = int(np.count_nonzero(moves_M4[:, WAITS] == 0))
+    for moves, waits in ((moves_M4[:n_unread], False), (moves_M4[n_unread:], True)):
+        if waits and len(moves):
             yield prefetch.attention_done
-            waited = True
-        yield move
+        for first in range(0, len(moves), MOVES_AT_A_TIME):
+            yield moves[first : first + MOVES_AT_A_TIME]

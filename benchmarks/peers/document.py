@@ -1,0 +1,42 @@
+"""The results file: as ``benchmarks.harness`` writes them, and all samples, so that tables can be made again from it."""
+
+import dataclasses
+import datetime as dt
+import importlib.metadata
+from typing import Any
+
+import trt_kv
+from benchmarks.harness import PACKAGES, VERSION, machine
+from benchmarks.peers.aims import targets_of
+from benchmarks.peers.measure import Plan
+from benchmarks.peers.results import lines_of, loading_lines, synthetic_lines
+from benchmarks.peers.subjects import TITLES
+
+
+def begun(plan: Plan) -> dict[str, Any]:
+    """A document without results."""
+    return {
+        "version": VERSION,
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "title": "The engine beside other engines, on one machine, in turn",
+        "machine": machine(),
+        "packages": {"trt-kv": trt_kv.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "settings": dataclasses.asdict(plan),
+        "elapsed_s": 0.0,
+        "checks": [],
+        "samples": [],
+    }
+
+
+def with_tables(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with tables and aims made from its samples."""
+    samples = document["samples"]
+    subjects = list(dict.fromkeys(sample["subject"] for sample in samples))
+    lines = {subject: lines_of(samples, subject) for subject in subjects}
+    tables = {TITLES[subject]: found for subject, found in lines.items()}
+    tables |= {"synthetic caches beside prompts that were read": synthetic_lines(samples), "loading": loading_lines(samples)}
+    targets = [target for subject, found in lines.items() for target in targets_of(TITLES[subject], found)]
+    return document | {
+        "tables": {caption: rows for caption, rows in tables.items() if rows},
+        "targets": [{**dataclasses.asdict(target), "is_met": target.is_met} for target in targets],
+    }

@@ -1,0 +1,87 @@
+"""RecallAttention over a cache in memory: attention reads the chosen pages where they are, and nothing is ever moved.
+
+On a CPU the memory of a host tier is that of the device, so a working set would only be a second copy
+(docs/decisions/0050-recall-in-place.md). The ops' own kernels run on the tier's pages.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trt_kv.errors import load_option
+from trt_kv.plugins.kv_rows import head_size_of
+from trt_kv.plugins.paging import Floats, Ints, Rows
+from trt_kv.plugins.registry import Kernel, kernel
+from trt_kv.runtime.backends.host.store import HostKvPool
+from trt_kv.runtime.cache.tiered_sequence import Held
+from trt_kv.runtime.statistics import RecallStatistics
+from trt_kv.runtime.trace import NO_TRACE, Trace
+
+
+class MemoryTier(HostKvPool):
+    """Pages of the layers that recall, in memory: reserved when created and committed as they are written."""
+
+    name = "the host tier"
+    how_to_enlarge = f"raise {load_option('host_tokens')}, or send shorter or fewer prompts at once"
+
+
+class RecallInPlace:
+    """Kernels of RecallAttention and AdaptiveBudget over ``host``. See ``Tiers``."""
+
+    def __init__(
+        self, host: MemoryTier, device: HostKvPool, *, n_layers: int, n_query_heads: int, trace: Trace = NO_TRACE
+    ) -> None:
+        """``device`` holds the layers that do not recall."""
+        n_pages, _, n_kv_heads, _, row_length = host.kv.shape
+        self._trace = trace
+        self.host = host
+        self.device = device
+        self.sets: Mapping[int, Held] = {}
+        self.summaries: Rows = np.empty((n_pages, n_kv_heads, 2, row_length), host.kv.dtype)
+        """Summaries (lo and hi) of the keys of every full page, stored like them: [M, K, 2, W]."""
+        self.last_query: Floats = np.empty((n_pages, n_query_heads, head_size_of(host.kv)), np.float32)
+        """The query of the last token of a layer of a sequence, in the row of its first page: [M, H, D]."""
+        self.statistics = RecallStatistics(
+            n_layers=n_layers, n_kv_heads=n_kv_heads, page_head_bytes=host.kv[0].nbytes // n_kv_heads
+        )
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """The ops' own kernels, which replace those over the pool, by op name."""
+        states = {"kv": self.host.kv, "token_positions": self.host.token_positions}
+        attend, find_budget = kernel("RecallAttention", "cpu"), kernel("AdaptiveBudget", "cpu")
+
+        def attend_and_count(**given: Any) -> tuple[Any, ...]:
+            with self._trace.span("attention", layer=given["layer"]):
+                results = attend(**(given | states | {"summaries": self.summaries, "last_query": self.last_query}))
+            self._count(given["layer"], given["prompt_remaining"], results[-1])
+            return results
+
+        return {"RecallAttention": attend_and_count, "AdaptiveBudget": lambda **given: find_budget(**(given | states))}
+
+    def _count(self, layer: int, prompt_remaining: Ints, corrected_BK: Ints) -> None:
+        self.statistics.layer_steps_L[layer] += np.count_nonzero(prompt_remaining < 0)
+        if corrected_BK.any():
+            self.statistics.corrected_LK[layer] += corrected_BK.sum(axis=0)
+            self.statistics.corrected_layer_steps_L[layer] += np.count_nonzero(corrected_BK.any(axis=1))
+
+    @property
+    def used_bytes(self) -> dict[str, int]:
+        """Exact bytes in use: pages of either pool, summaries of the pages on the host."""
+        n_host, per_page = self.host.n_pages - self.host.n_free, self.summaries.nbytes // self.host.n_pages
+        return {"host": self.host.used_bytes, "device": self.device.used_bytes, "summaries": n_host * per_page}
+
+    def fork(self, pages: Ints, twin_pages: Ints) -> None:
+        """Copy one layer of a sequence from its pages ``pages`` to the new pages ``twin_pages`` of its fork."""
+        for array in (self.host.kv, self.host.token_positions, self.summaries, self.last_query):
+            array[twin_pages] = array[pages]
+
+    def warm_up(self) -> None:
+        """Nothing is compiled but the ops' kernels."""
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Sequences have no state here but their pages."""
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
