@@ -102,7 +102,8 @@ class Engine(EngineChat):
         the KV pool: it holds that many tokens in every layer; by default twice the model's positions, or what fits into half
         of the free memory. ``chunk`` is the number of prompt tokens per prefill step; ``token_budget`` limits the prompt
         tokens between two decode steps (None: one chunk). At most ``max_sequences`` run at once (None: 256, or what the
-        device was planned for); others wait. ``n_threads`` 0: one per core. ``kv_dtype``: on a CPU keys and
+        device was planned for); others wait. ``n_threads``: those that compute; 0 is one per CPU that
+        this process may use, the most that start. ``kv_dtype``: on a CPU keys and
         values are stored as "float32", "float16", "bfloat16" or "int8"; None: as the engine was built. ``trace`` records timing
         spans.
 

@@ -1,6 +1,5 @@
 """Options for loading an engine, and the result of every backend's ``load``."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,6 @@ from trt_kv.runtime.trace import NO_TRACE, Trace
 
 MAX_SEQUENCES = 256
 """Default limit of sequences that run at once."""
-
-THREADS_PER_CPU = 4
-"""Limit of ``n_threads``. Above one they only wait; some room is left for settings that are used on several machines."""
 
 OnProgress = Callable[[str, int, int], None]
 """Progress callback, called with (stage, done, total)."""
@@ -49,18 +45,11 @@ class LoadOptions:
             ("chunk", "tokens >= 1"),
             ("token_budget", "tokens >= 1, or None"),
             ("max_sequences", "an integer >= 1, or None"),
-            ("n_threads", "threads >= 1, or 0: one per core"),
+            ("n_threads", "threads >= 1, or 0: one per CPU"),
         ):
             got = getattr(self, name)
             if not ((got is None and expected.endswith("or None")) or is_integer(got, 0 if name == "n_threads" else 1)):
                 raise UsageError(f"bad {name}", got=repr(got), expected=expected)
-        if self.n_threads > (most := THREADS_PER_CPU * (os.cpu_count() or 1)):
-            raise UsageError(
-                "bad n_threads",
-                got=repr(self.n_threads),
-                expected=f"at most {most}, {THREADS_PER_CPU} per CPU of this machine: each layer's session starts as many",
-                fix="leave it out: one per core",
-            )
         if not isinstance(self.batch_invariant, bool | None):
             raise UsageError("bad batch_invariant", got=repr(self.batch_invariant), expected="True, False or None")
         check_host_dense(self.dense, self.precision)

@@ -12,7 +12,6 @@ from tests.serving import assert_idle, engine_under, prompts_of, small_policy
 from trt_kv.errors import CapacityError, EngineError, RecallError, UsageError
 from trt_kv.runtime import memory
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.loading import LoadOptions
 
 ROOT = Path(__file__).parent.parent
 IN_A_CHILD = """
@@ -154,15 +153,6 @@ LOST_PAGES = RecallError("pages cannot be read", got="Cannot allocate memory")
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     for error in (RuntimeError("a bug"), CapacityError("std::bad_alloc"), OSError("No space left on device"), LOST_PAGES):
         assert memory.memory_error(error, "a step") is None
-
-
-def test_more_threads_than_a_few_per_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 5)
-    assert LoadOptions(n_threads=20).n_threads == 20
-    for n_threads in (21, 64, 100_000):
-        with pytest.raises(UsageError, match="bad n_threads") as caught:
-            LoadOptions(n_threads=n_threads)
-        assert "at most 20" in str(caught.value.expected)
 
 
 @pytest.mark.parametrize("policy", ["prefixkv", "freekv"])

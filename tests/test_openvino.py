@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.engines import CACHE_TOKENS, CHUNK, Run, random_ids
+from tests.engines import CACHE_TOKENS, CHUNK, Run, build_for_test, random_ids
 from trt_kv.errors import EngineError, MissingDependencyError, UnknownNameError, UsageError
-from trt_kv.manifest import GRAPHS, load_manifest
+from trt_kv.export.checkpoints.opening import open_checkpoint
+from trt_kv.export.engine import EngineRequest
+from trt_kv.manifest import GRAPHS, Quantization, load_manifest
 from trt_kv.pipeline import DeviceChoice
 from trt_kv.plugins.paging import Floats
+from trt_kv.policies import policy_from_name
 from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 from trt_kv.runtime.backends.host.openvino_segments import OpenVinoExecutor, padded
 from trt_kv.runtime.engine import Engine
@@ -159,3 +163,32 @@ def test_the_command_line_takes_it(run: Run, small_folder: Path) -> None:
     code, text, _ = run(*words, "--dense", "openvino", "--precision", "float32")
     assert (code, text) == run(*words)[:2]
     assert code == 0
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("quantization", "tolerance"),
+    [
+        (Quantization(bits=4, block_size=32, symmetric=True, accuracy_level=0), 1e-5),
+        (Quantization(bits=4, block_size=32, symmetric=True, accuracy_level=4), 0.05),
+        (Quantization(bits=8, block_size=32, symmetric=True, accuracy_level=4), 0.05),
+    ],
+    ids=str,
+)
+def test_quantised_weights_are_those_of_onnx_runtime(
+    quantization: Quantization, tolerance: float, small_checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    """Gathered embeddings included; and rows do not depend on their number unless that is asked for."""
+    checkpoint, policy = open_checkpoint(small_checkpoint_folder), policy_from_name("full")
+    request = EngineRequest(checkpoint=checkpoint, policy=policy, page_size=5, quantization=quantization)
+    folder = build_for_test(request, tmp_path / "engine")
+    logits = {}
+    for dense in ("onnxruntime", "openvino"):
+        with Engine.load(folder, dense=dense, cache_tokens=300, n_threads=1) as engine:
+            steps = engine.runner._executor
+            assert isinstance(steps, SplitStepExecutor)
+            whole = logits[dense] = logits_of(steps.dense, 70, 70)
+            for n_rows in (1, 2, 7, 33):
+                np.testing.assert_array_equal(logits_of(steps.dense, n_rows, 1), whole[n_rows - 1 : n_rows])
+    expected = logits["onnxruntime"]
+    assert np.abs(logits["openvino"] - expected).max() <= tolerance * np.abs(expected).max()

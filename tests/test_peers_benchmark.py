@@ -133,9 +133,7 @@ def test_a_placed_cache_holds_what_a_prompt_leaves(
     folder = request.getfixturevalue("full_folder" if policy == "full" else f"small_{policy}_folder")
     job = Job(context=100, n_tokens=3, seed=1)
     where = f"file:{tmp_path}" if tier == "file" else tier
-    with Engine.load(
-        folder, verify=False, cache_tokens=1000, host_tier=where, host_tokens=None if tier is None else 1000
-    ) as engine:
+    with Engine.load(folder, verify=False, cache_tokens=1000, host_tier=where, host_tokens=1000 if tier else None) as engine:
         read = request_of(engine, job)
         placed = PlacedCaches(engine).decode(job)
         assert engine.runner.pool.n_free == engine.runner.pool.n_pages

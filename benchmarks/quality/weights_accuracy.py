@@ -32,6 +32,8 @@ from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
 
 PAGE_SIZE = 32
+TOKENS = 320
+"""Of the text."""
 LIKELIEST = 1000
 """How many of the next tokens llama.cpp is asked for; others are less likely, whichever they are."""
 
@@ -58,7 +60,7 @@ def run(folder: Path, *, quick: bool) -> Report:
         raise BenchmarkError("the model is not installed", fix=preset.packaged.install_command)
     checkpoint = open_checkpoint(packaged or Path(__file__).parents[2] / "trt_kv" / "models" / str(preset.bundled))
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
-    ids = np.array(tokenizer.encode(PROSE, add_special_tokens=False).ids[: 60 if quick else None], dtype=np.int64)
+    ids = np.array(tokenizer.encode(PROSE, add_special_tokens=False).ids[: 60 if quick else TOKENS], dtype=np.int64)
     graph = _traced(checkpoint)
     ways = _ways(checkpoint, quick)
     expected = None
@@ -187,7 +189,8 @@ def _llama_row(file: Path | None, tokenizer: Tokenizer, ids: np.ndarray, expecte
     xllamacpp = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
-    params.n_ctx, params.n_parallel, params.verbosity = 2048, 1, 0
+    params.n_ctx, params.n_parallel, params.verbosity = 1024, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # its threads wait for each other
     server = xllamacpp.Server(params)
 
     def next_tokens(prompt: np.ndarray, n: int) -> dict[int, float]:

@@ -1,4 +1,7 @@
-"""CPU kernels compared with the obvious alternatives: decode attention, attention and scores of a prefill chunk."""
+"""CPU kernels compared with the obvious alternatives: decode attention, attention and scores of a prefill chunk.
+
+And how near decode attention comes to the memory's bandwidth.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Check, Report, Row, check_close, take_turns
+from benchmarks.speed.decode_bandwidth import READ_BYTES, bandwidth
 from trt_kv.opspec import Case
 from trt_kv.plugins.attention_cpu import attend_chunk
 from trt_kv.plugins.cached_attention.spec import SPEC
@@ -41,6 +45,9 @@ def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001  every benchmar
             timings = take_turns(sides, rounds=rounds)
             rows = ({"cached_tokens": n_cached, **row} for row in timings.rows(next(iter(sides))))
             tables.setdefault(caption, []).extend(rows)
+    contexts, read_bytes = ((512,), 2**24) if quick else ((8192, 32768, 131072), READ_BYTES)
+    tables["decode in the types of the KV cache"], agreed = bandwidth(contexts, 3 if quick else 9, read_bytes)
+    checks += agreed
     return Report(
         title="CPU attention kernels",
         settings={"heads": HEADS, "chunk_tokens": CHUNK, "rounds": rounds, "decode_steps_per_round": N_LAYERS},

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kv.plugins.chunk_blocks import BLOCK_TOKENS, FASTMATH, STRIP_ROWS, cap, hide_later, key_blocks, multiply, query_rows
-from trt_kv.plugins.fast_math import exp_nonpositive, exp_or_zero, tanh_of
+from trt_kv.plugins.decode_cpu import first_parts, multiply_page, pages_of_part
+from trt_kv.plugins.fast_math import exp_nonpositive, exp_or_zero
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.kv_rows import number, scale_of
 from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots, pages_of, scatter_slots
 from trt_kv.plugins.token_scores.arguments import Arguments
+from trt_kv.plugins.vectors import HEADS, WIDEST
 
 
 def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
@@ -149,7 +150,7 @@ def pool_neighbours(positions_KS: Ints, scores_KS: Floats, *, end: int, pooling:
     np.copyto(scores_KS, pooled_KS, where=is_pooled_KS)
 
 
-@njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
+@njit(parallel=True, fastmath=FASTMATH)
 def receive_one(
     q_NHD: Floats,
     lse_NH: Floats,
@@ -163,29 +164,37 @@ def receive_one(
     scores: Floats,
 ) -> None:
     """Add to ``scores`` the attention that the ``kv_len_B[b]`` tokens of sequence b receive from row ``rows_B[b]`` of q."""
+    page_size = kv.shape[3]
+    first_B = first_parts(kv_len_B, page_size)
+    for i in numba.prange(first_B[-1]):
+        b = np.searchsorted(first_B, i, side="right") - 1
+        first, end = pages_of_part(i - first_B[b], kv_len_B[b], page_size)
+        q_HD = q_NHD[rows_B[b]] * scale
+        for p in range(first, end):
+            page, n_rows = page_table_BT[b, p], min(page_size, kv_len_B[b] - p * page_size)
+            received_KS = _page_received(q_HD, lse_NH[rows_B[b]], kv, page, n_rows, soft_cap)
+            for s in range(n_rows):
+                mean = received_KS[:, s].sum() / np.float32(len(received_KS))
+                for head in range(len(received_KS)):
+                    scores[page, head, s] += received_KS[head, s] if per_head else mean
+
+
+@njit(fastmath=FASTMATH)
+def _page_received(q_HD: Floats, lse_H: Floats, kv: Rows, page: int, n_rows: int, soft_cap: np.float32) -> Floats:
+    """Attention that a page's tokens receive from one query, the mean over the query heads of each KV head: [K, n_rows]."""
+    n_heads, head_size = q_HD.shape
     n_kv_heads, page_size = kv.shape[2:4]
-    head_size = q_NHD.shape[2]
-    group = q_NHD.shape[1] // n_kv_heads
-    received_BKS = np.zeros((len(rows_B), n_kv_heads, kv_len_B.max()), np.float32)
-    for task in numba.prange(len(rows_B) * n_kv_heads):
-        b = task // n_kv_heads
-        head = task % n_kv_heads
-        row = rows_B[b]
-        for p in range((kv_len_B[b] + page_size - 1) // page_size):
-            page = page_table_BT[b, p]
-            for g in range(group):
-                lse = lse_NH[row, head * group + g]
-                for s in range(min(page_size, kv_len_B[b] - p * page_size)):
-                    dot = np.float32(0.0)
-                    for d in range(head_size):
-                        dot += q_NHD[row, head * group + g, d] * number(kv[page, 0, head, s, d])
-                    logit = dot * scale_of(kv[page, 0, head, s]) * scale
-                    if soft_cap > 0.0:
-                        logit = soft_cap * tanh_of(logit / soft_cap)
-                    received_BKS[b, head, p * page_size + s] += exp_nonpositive(logit - lse) / np.float32(group)
-    for b in numba.prange(len(rows_B)):
-        for s in range(kv_len_B[b]):
-            page = page_table_BT[b, s // page_size]
-            mean = received_BKS[b, :, s].sum() / np.float32(n_kv_heads)
-            for head in range(n_kv_heads):
-                scores[page, head, s % page_size] += received_BKS[b, head, s] if per_head else mean
+    group = n_heads // n_kv_heads
+    received_KS = np.zeros((n_kv_heads, n_rows), np.float32)
+    weights_1S = np.empty((1, page_size * HEADS + WIDEST), np.float32)
+    for head in range(n_kv_heads):
+        for first in range(head * group, (head + 1) * group, HEADS):
+            n = min(HEADS, (head + 1) * group - first)
+            multiply_page(q_HD.reshape(-1), first * head_size, n, head_size, kv, page, head, 0, n_rows, weights_1S[0], 0)
+            if soft_cap > 0.0:
+                cap(weights_1S, 1, n_rows * HEADS, soft_cap)
+            for s in range(n_rows):
+                for g in range(n):
+                    weight = exp_nonpositive(weights_1S[0, s * HEADS + g] - lse_H[first + g])
+                    received_KS[head, s] += weight / np.float32(group)
+    return received_KS

@@ -1,7 +1,10 @@
 """Whole steps on the host from a ``DenseExecutor`` and the KV ops that run between its layers."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numba
 
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.graph_io import specs_of
@@ -24,12 +27,16 @@ class SplitStepExecutor:
         implementation: str = "cpu",
         kernels: Mapping[str, Kernel] | None = None,
         kv_dtype: str = "float32",
+        n_threads: int = 0,
     ) -> None:
-        """``kernels``, by op name, replace those of ``implementation``. ``kv_dtype``: of the pools that steps will run on."""
+        """``kernels``, by op name, replace those of ``implementation``. ``kv_dtype``: of the pools that steps will run on.
+        ``n_threads`` run the kernels; 0: as many as numba has.
+        """
         self.dense = dense
         self._programs = programs
         self._implementation = implementation
         self._kv_dtype = kv_dtype
+        self._n_threads = n_threads
         own = kernels or {}
         self._ops = {
             phase: LayerOps(program, lambda op: own.get(op) or kernel(op, implementation))
@@ -47,8 +54,20 @@ class SplitStepExecutor:
     def run_step(self, phase: str, step: Step, pool: KvPool[Any]) -> StepResult:
         """See ``StepExecutor.run_step``."""
         attend = self._ops[phase].for_step(vars(step) | pool.states)
-        logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
+        with _kernels_on(self._n_threads):
+            logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
         return StepResult.assemble(step, logits, attend.made)
+
+
+@contextlib.contextmanager
+def _kernels_on(n_threads: int) -> Iterator[None]:
+    """Let kernels that this thread starts run on ``n_threads`` threads, or if 0, or above what numba has, on those it has."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(n_threads or before, int(vars(numba.config)["NUMBA_NUM_THREADS"])))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 def warm_up_kernels(programs: Mapping[str, Program], implementation: str, kv_dtype: str) -> None:

@@ -1,6 +1,7 @@
 """Loads an engine on the CPU: ONNX Runtime and host kernels; if the policy recalls, a cache in RAM or in a file."""
 
 import dataclasses
+import mmap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,15 @@ from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.segments import SegmentExecutor, check_shapes
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import PoolSizes
+from trt_kv.runtime.cpus import threads_for
 from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
 from trt_kv.runtime.memory import available_bytes, free_for_cache
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.processes import will_compute
 from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservation, Resource, WorkingSetPages
+
+_ROOM_FOR_THREADS = 64 * 2**20
+"""Bytes of address space that kernels' threads and sessions need at once, at the least."""
 
 
 def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgress) -> Loaded:
@@ -52,6 +57,8 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
             got="float16 as the type of the KV cache",
             fix=f"use {load_option('kv_dtype', 'bfloat16')}, which takes as much memory",
         )
+    # OpenMP ends the process if it cannot start a thread: better an error, which this raises.
+    mmap.mmap(-1, _ROOM_FOR_THREADS).close()
     will_compute()
     with beside(partial(_dense, folder, manifest, options), partial(tell, "opening graphs")) as opening:
         warm_up_kernels(manifest.programs, "cpu", options.kv_dtype or manifest.kv_dtype)
@@ -64,6 +71,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         dense,
         pool,
         manifest.programs,
+        n_threads=threads_for(options.n_threads),
         chunk=options.chunk,
         decode=policy.decode,
         decode_distance=policy.decode_distance,
@@ -84,7 +92,7 @@ def _dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segment: C
     if options.dense != "openvino":
         module = require("trt_kv.runtime.backends.host.onnxruntime_segments")
         run: SegmentExecutor = module.OnnxRuntimeExecutor(
-            folder, segments, ports, n_threads=options.n_threads, on_segment=on_segment
+            folder, segments, ports, n_threads=threads_for(options.n_threads), on_segment=on_segment
         )
         return run
     precision = options.precision or default_precision(manifest.quantization)
@@ -100,7 +108,7 @@ def _dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segment: C
         segments,
         ports,
         precision=precision,
-        n_threads=options.n_threads,
+        n_threads=threads_for(options.n_threads),
         on_segment=on_segment,
     )
 

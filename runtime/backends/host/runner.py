@@ -18,6 +18,7 @@ def host_runner(
     programs: Mapping[str, Program],
     *,
     implementation: str = "cpu",
+    n_threads: int = 0,
     recall: StreamedRecall | RecallInPlace | None = None,
     **options: Any,
 ) -> ModelRunner:
@@ -27,5 +28,7 @@ def host_runner(
     the whole cache in ``pool``.
     """
     kernels = None if recall is None else recall.kernels
-    steps = SplitStepExecutor(dense, programs, implementation=implementation, kernels=kernels, kv_dtype=pool.kv_dtype)
+    steps = SplitStepExecutor(
+        dense, programs, implementation=implementation, kernels=kernels, kv_dtype=pool.kv_dtype, n_threads=n_threads
+    )
     return ModelRunner(steps, pool, programs, tiers=recall, **options)
