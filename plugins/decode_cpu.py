@@ -79,9 +79,7 @@ def multiply_page(
                 rest = np.float32(0.0)
                 for d in range(n_whole, head_size):
                     rest += q[q_at + g * head_size + d] * number(kv[page, 0, head, s, d])
-                out[out_at + HEADS * s + g] += rest
-    if kv.itemsize == 1:
-        _scale_by_rows(out, out_at, kv[page, 0, head], n_rows)
+                out[out_at + HEADS * s + g] += rest * scale_of(kv[page, 0, head, s])
 
 
 @njit(fastmath=FASTMATH)
@@ -98,25 +96,16 @@ def add_page(
     sums: Floats,
     sums_at: int,
 ) -> None:
-    """Add a page's values of a KV head, each times its weight, to the sums of ``n_heads`` queries; may change the weights."""
-    if kv.itemsize == 1:
-        _scale_by_rows(weights, weights_at, kv[page, 1, head], n_rows)
+    """Add a page's values of a KV head, each times its weight, to the sums of ``n_heads`` queries."""
     row = page * kv.strides[0] + kv.strides[1] + head * kv.strides[2]
     add_rows(weights, weights_at, n_heads, head_size, kv, row, kv.strides[3], ahead, n_rows, sums, sums_at)
     for d in range(head_size - head_size % vector_width(), head_size):
         for g in range(n_heads):
             rest = np.float32(0.0)
             for s in range(n_rows):
-                rest += weights[weights_at + HEADS * s + g] * number(kv[page, 1, head, s, d])
+                weight = weights[weights_at + HEADS * s + g] * scale_of(kv[page, 1, head, s])
+                rest += weight * number(kv[page, 1, head, s, d])
             sums[sums_at + g * head_size + d] += rest
-
-
-@njit()
-def _scale_by_rows(numbers: Floats, at: int, rows_PW: Rows, n_rows: int) -> None:
-    for s in range(n_rows):
-        scale = scale_of(rows_PW[s])
-        for g in range(HEADS):
-            numbers[at + HEADS * s + g] *= scale
 
 
 @njit()

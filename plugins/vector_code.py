@@ -78,9 +78,17 @@ class Code:
 
     def everywhere(self, address: Any) -> Any:
         """The number at an address, in all lanes."""
-        number = self.builder.load(self.builder.inttoptr(address, F32.as_pointer()), align=FLOAT_BYTES)
+        number = self.builder.load(self.builder.inttoptr(address, F32.as_pointer()), align=1)
         first = self.builder.insert_element(ir.Constant(self.vector, ir.Undefined), number, I32(0))
         return self.shuffled(first, first, [0] * self.width)
+
+    def per_token(self, addresses: Sequence[Any], n_lanes: int) -> Any:
+        """The numbers at these addresses, each in ``n_lanes`` lanes."""
+        vector = self.everywhere(addresses[0])
+        for i, address in enumerate(addresses[1:], 1):
+            lanes = [lane + self.width * (lane >= i * n_lanes) for lane in range(self.width)]
+            vector = self.shuffled(vector, self.everywhere(address), lanes)
+        return vector
 
     def same(self, value: Any) -> Any:
         return ir.Constant(self.vector, [float(value)] * self.width)

@@ -6,7 +6,7 @@ lanes of all sums are added together, by a tree that ends in one vector with a s
 
 ``row`` is an offset in bytes into ``kv``, whose last axis is contiguous: ``n_rows`` rows follow each other at a distance of
 ``step`` bytes. What is ``ahead`` bytes behind each row is fetched into the second-level cache. Of a row's n numbers only those
-of whole vectors are used; the rest is left to the caller. int8 rows count without their scale.
+of whole vectors are used; the rest is left to the caller.
 """
 
 from typing import Any
@@ -80,7 +80,10 @@ def multiply_rows(
                 zero = code.same(0.0)
                 sums = code.loop(code.quotient(n, code.width), [zero] * (n_tokens * n_heads), products)
                 lanes = [sums[i * n_heads + g] if g < n_heads else zero for i in range(n_tokens) for g in range(HEADS)]
-                code.store(code.sums_of(lanes), code.plus(to, code.times(t, code.bytes)))
+                total = code.sums_of(lanes)
+                if kv.dtype == types.int8:
+                    total = builder.fmul(total, code.per_token([code.plus(at, n) for at in rows], HEADS))
+                code.store(total, code.plus(to, code.times(t, code.bytes)))
                 return []
 
             code.loop(code.quotient(code.plus(n_rows, n_tokens - 1), n_tokens), [], tokens)
@@ -138,6 +141,9 @@ def add_rows(
                     numbers = [code.load(code.plus(at, part_bytes * v), kv.dtype) for v in range(n_vectors)]
                     token = code.plus(weights_from, code.times(t, FLOAT_BYTES * HEADS))
                     factors = [code.everywhere(code.plus(token, FLOAT_BYTES * g)) for g in range(n_heads)]
+                    if kv.dtype == types.int8:
+                        scale = code.everywhere(code.plus(first, code.times(t, step), n))
+                        factors = [builder.fmul(factor, scale) for factor in factors]
                     pairs = [(number, factor) for factor in factors for number in numbers]
                     return [code.product_plus(a, b, total) for (a, b), total in zip(pairs, totals, strict=True)]
 

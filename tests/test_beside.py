@@ -1,6 +1,8 @@
 """Work beside a block: its result, its error, what it tells, and its end if the block is interrupted."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +34,19 @@ def test_the_work_runs_during_the_block_and_is_told_of_on_this_thread() -> None:
         assert job.result() == "done"
     assert told == [(1, threading.get_ident()), (2, threading.get_ident())]
     assert threading.get_ident() not in threads
+
+
+def test_a_result_lives_no_longer_than_its_user() -> None:
+    class Result:
+        pass
+
+    gc.disable()
+    try:
+        with beside(lambda _: Result(), print) as job:
+            ended = weakref.ref(job.result())
+        assert ended() is None
+    finally:
+        gc.enable()
 
 
 def test_an_error_of_the_work_is_that_of_its_result() -> None:

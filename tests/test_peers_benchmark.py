@@ -90,10 +90,10 @@ def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
 
 def test_no_two_requests_have_the_same_prompt() -> None:
     jobs = [Job(context=n, n_tokens=1, seed=seed) for n in (40, 50) for seed in range(3)]
-    prompts = {tuple(prompt_ids(job, 1000)[:10]) for job in jobs}
+    prompts = {tuple(prompt_ids(job, 1400)[:10]) for job in jobs}
     assert len(prompts) == len(jobs)
-    assert prompt_ids(jobs[0], 1000) == prompt_ids(jobs[0], 1000)
-    assert all(300 <= token < 700 for prompt in prompts for token in prompt)
+    assert prompt_ids(jobs[0], 1400) == prompt_ids(jobs[0], 1400)
+    assert all(300 <= token < 1100 for prompt in prompts for token in prompt)
 
 
 def test_a_written_shape_is_a_checkpoint(tmp_path: Path) -> None:
@@ -126,11 +126,14 @@ def test_a_bfloat16_tensor_depends_on_its_name_alone() -> None:
     assert (random_tensor("a", (4, 8)) != random_tensor("b", (4, 8))).any()
 
 
-@pytest.mark.parametrize("policy", ["small_folder", "small_freekv_folder", "small_h2o_folder"])
-def test_a_placed_cache_holds_what_a_prompt_leaves(policy: str, request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue(policy)
-    job = Job(context=100, n_tokens=3, seed=1)
-    with Engine.load(folder, verify=False) as engine:
+@pytest.mark.parametrize(("policy", "tier"), [("full", None), ("h2o", None), ("freekv", "ram"), ("freekv", "file")])
+def test_a_placed_cache_holds_what_a_prompt_leaves(
+    policy: str, tier: str | None, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue("full_folder" if policy == "full" else f"small_{policy}_folder")
+    job = Job(context=160, n_tokens=3, seed=1)
+    where = f"file:{tmp_path}" if tier == "file" else tier
+    with Engine.load(folder, verify=False, cache_tokens=1000, host_tier=where, host_tokens=1000 if tier else None) as engine:
         read = request_of(engine, job)
         placed = PlacedCaches(engine).decode(job)
         assert engine.runner.pool.n_free == engine.runner.pool.n_pages

@@ -28,7 +28,9 @@ class Job(Generic[T]):
         """Wait for the work; its result, or its error. Once only."""
         while (progress := self._reports.get()) is not None:
             self._tell(*progress)
-        return self._future.result()
+        future = self._future
+        del self._future  # which holds the result, and by its callback this job: sessions would live until a collection
+        return future.result()
 
     def _start(self, pool: ThreadPoolExecutor, work: Callable[[Callable[..., None]], T]) -> None:
         self._future = pool.submit(work, self.report)

@@ -65,6 +65,10 @@ def to_line(message: Setup | Job | Answer | Refusal | dict[str, Any]) -> str:
 
 
 def prompt_ids(job: Job, vocab_size: int) -> list[int]:
-    """Random token ids, none of the first 300 or last 300, where special tokens are; the same for all runners."""
+    """Random token ids, the same for all runners.
+
+    None of the first or last 300 (a quarter, in a small vocabulary), where special tokens are.
+    """
+    margin = min(300, vocab_size // 4)
     draw = random.Random(f"{job.seed} {job.context}")
-    return [draw.randrange(300, vocab_size - 300) for _ in range(job.context)]
+    return [draw.randrange(margin, vocab_size - margin) for _ in range(job.context)]
