@@ -169,7 +169,7 @@ def probe(context: int) -> dict[str, Any]:
     return {"subject": "smollm2", "row": "bandwidth", "context": context, "round": 0, "gb_per_s": 10.0}
 
 
-FULL, PART, RECALL = "trt-kv full int4", "trt-kv widewindow 20 % int4", "trt-kv freekv 2048 int4, file"
+FULL, PART, RECALL = "trt-kv full int4", "trt-kv pooledwindow 20 % int4", "trt-kv freekv 2048 int4, file"
 SAMPLES = [
     probe(8192),
     sample(FULL, 8192, [9.0, 10.0, 11.0]),
@@ -202,7 +202,7 @@ def test_aims_compare_with_the_best_peer_that_keeps_the_whole_cache() -> None:
     assert decoding.is_met
     reading = next(target for what, target in found.items() if "time to read" in what)
     assert (reading.measured, reading.is_met) == (2.0, False)
-    part = next(target for what, target in found.items() if "widewindow" in what and "times faster" in what)
+    part = next(target for what, target in found.items() if "pooledwindow" in what and "times faster" in what)
     assert part.measured == pytest.approx(5 / 12, abs=0.001)
     assert (part.limit, part.is_met) == (0.5, True)
 

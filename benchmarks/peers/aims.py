@@ -28,7 +28,7 @@ def targets_of(title: str, lines: Sequence[Line]) -> list[Target]:
         ours = [line for line in at if _is_ours(line)]
         peers = [line for line in at if not _is_ours(line) and not ROWS[line["row"]].drops]
         found += _full(title, context, [line for line in ours if _is(line, "full", "int4")], peers)
-        for policy in ("widewindow", "freekv"):
+        for policy in ("pooledwindow", "freekv"):
             found += _part(title, context, [line for line in ours if _is(line, policy)], peers, lines)
     found += _flat(title, [line for line in timed if _is(line, "freekv", "int4")])
     found += _rooflines(title, [line for line in timed if _is_ours(line)])

@@ -14,7 +14,7 @@ _OF_ENGINE = {
     "onnxruntime-genai": "#be123c",
     "transformers": "#6b7280",
 }
-_OF_POLICY = {"full": "#111827", "widewindow": "#1d4ed8", "refreekv": "#0e7490", "freekv": "#15803d"}
+_OF_POLICY = {"full": "#111827", "pooledwindow": "#1d4ed8", "refreekv": "#0e7490", "freekv": "#15803d"}
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
