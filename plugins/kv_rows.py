@@ -63,7 +63,9 @@ def converts_halves() -> bool:
 
 
 def dtype_of(rows: NDArray[Any]) -> KvDtype:
-    """The type of stored rows [..., W], by the type of their array."""
+    """The type of stored rows [..., W], by the type of their array; any type of numbers is what it is, as float32 is."""
+    if rows.dtype.kind == "f":
+        return KvDtype("float32")
     return KvDtype(next(name for name, stored in _STORED_AS.items() if rows.dtype == stored))
 
 
@@ -93,8 +95,8 @@ def store(values: NDArray[np.float32], dtype: KvDtype) -> NDArray[Any]:
 
 def load(rows: NDArray[Any]) -> NDArray[np.float32]:
     """The values [..., D] fp32 of stored rows [..., W]; fp32 rows themselves."""
-    if rows.dtype == np.float32:
-        return rows
+    if rows.dtype.kind == "f":
+        return rows.astype(np.float32, copy=False)
     if rows.dtype == np.int16:
         return np.ascontiguousarray(rows).view(np.float16).astype(np.float32)
     if rows.dtype == np.uint16:

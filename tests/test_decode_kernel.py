@@ -23,7 +23,9 @@ def decode(q_BHD: Floats, table_BKT: Ints, kv: Any, lengths: tuple[int, ...]) ->
     return out, lse
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(
+    "kv_dtype", [pytest.param(name, marks=pytest.mark.slow if "float16" in name else ()) for name in KV_DTYPES]
+)
 def test_one_query_as_in_fp64_and_with_the_same_bits_in_any_company(kv_dtype: str) -> None:
     """Each KV head has pages of its own. What is behind the last token is NaN, and must not be read."""
     rng = np.random.default_rng(0)

@@ -33,7 +33,8 @@ SMALLER = [pytest.param(name, marks=() if name == "int8" else pytest.mark.slow) 
 LENGTHS = (37, 5, 50)
 
 
-@pytest.mark.parametrize("dtype", SMALLER)
+@pytest.mark.slow  # compiles every kernel
+@pytest.mark.parametrize("dtype", KV_DTYPES[1:])
 @pytest.mark.parametrize("policy", ["h2o", "refreekv", "freekv"])
 def test_a_request_gets_the_logits_it_gets_alone(policy: str, dtype: str, small_engine: Engine) -> None:
     with engine_under(small_engine, small_policy(policy), kv_dtype=dtype) as engine:

@@ -126,7 +126,13 @@ def test_a_bfloat16_tensor_depends_on_its_name_alone() -> None:
     assert (random_tensor("a", (4, 8)) != random_tensor("b", (4, 8))).any()
 
 
-@pytest.mark.parametrize(("policy", "tier"), [("full", None), ("h2o", None), ("freekv", "ram"), ("freekv", "file")])
+SIDES = [
+    ("full", None),
+    *(pytest.param(*side, marks=pytest.mark.slow) for side in [("h2o", None), ("freekv", "ram"), ("freekv", "file")]),
+]
+
+
+@pytest.mark.parametrize(("policy", "tier"), SIDES)
 def test_a_placed_cache_holds_what_a_prompt_leaves(
     policy: str, tier: str | None, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -52,8 +52,9 @@ def pieces_of(request: Request, token_ids: Sequence[int]) -> list[str]:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(text=texts)
 def test_pieces_are_whole_characters_and_make_up_the_text(kind: str, text: str) -> None:
-    """And each piece comes with the token that completes it."""
+    """And each piece comes with the token that completes it. A U+FFFD at the end looks like a character that is cut off."""
     tokenizer = TOKENIZERS[kind]
+    text = text.rstrip("\ufffd")
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     request = request_of(tokenizer)
     pieces = pieces_of(request, ids)
