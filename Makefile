@@ -67,7 +67,7 @@ help: ## show this list
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=FOLDER ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
 	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; chat and evaluate too; [TRACE=FILE.json] timeline for Perfetto'
 	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
-	echo '            DENSE=openvino on a CPU: prompts in half the time; chat and evaluate too'
+	echo '            DENSE=openvino on a CPU: OpenVINO computes the matrices; chat and evaluate too'
 	echo '  chat      MODEL=smollm2 [ENGINE=FOLDER DEVICE= ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=FOLDER AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]; test also [JOBS=$(JOBS)]'
