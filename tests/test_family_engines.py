@@ -102,7 +102,8 @@ def test_an_engine_that_evicts_equals_attention_to_what_is_left(sample: str, tmp
     got += [runner.decode([sequence], [token]) for token in tokens[N_PROMPT:]]
     masked = dense_logits(config, tokens, seen, decoder=decoder_from_checkpoint(checkpoint))
     np.testing.assert_allclose(got[0], expected[:N_PROMPT], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(np.concatenate(got), masked, atol=2 * ATOL, rtol=0)  # rounding of a chunk reaches all later tokens
+    # Twice, as the rounding of a chunk reaches all later tokens.
+    np.testing.assert_allclose(np.concatenate(got), masked, atol=2 * ATOL, rtol=0)
     if seen:
         assert np.abs(masked - expected).max() > 100 * ATOL
 
