@@ -62,7 +62,7 @@ GROWTH = 1024
 
 def run(folder: Path, *, quick: bool) -> Report:
     """All sides at every context."""
-    contexts, rounds, shape = ((512,), 3, TINY) if quick else ((2048, 8192, 32768), 20, SMALL)
+    contexts, rounds, shape = ((512,), 3, TINY) if quick else ((2048, 8192), 8, SMALL)
     model = exported_model(random_checkpoint(shape, folder / "checkpoint"), folder / "graphs")
     executor = model.executor()
     checks: list[Check] = []
