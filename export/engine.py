@@ -1,6 +1,7 @@
 """Checkpoint + policy + recipe -> engine folder, built beside its destination and renamed into place."""
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -42,8 +43,7 @@ class EngineRequest:
 
     With ``tensorrt`` the engine is compiled by TensorRT, otherwise its target is ONNX Runtime. ``dtype`` is the compute type of
     the graphs; types other than float32 run on GPUs only. ``quantization``: how big matrices are stored; None: in ``dtype``. It
-    runs on CPUs only. ``kv_dtype`` is the type in which the KV cache is stored; None: as
-    ``dtype``.
+    runs on CPUs only. ``kv_dtype`` is the type in which the KV cache is stored; None: as ``dtype``.
     """
 
     checkpoint: Checkpoint
@@ -64,7 +64,7 @@ class EngineRequest:
             raise UsageError("unsupported compute type", got=self.dtype, expected=" or ".join(DTYPES))
         if self.quantization is not None:
             self.quantization.check(UsageError)
-            if self.tensorrt is not None or self.dtype != "float32":
+            if self.is_for_gpus:
                 raise UsageError(
                     "quantised weights are for ONNX Runtime on a CPU",
                     got=f"target {self.target}, {self.dtype}",
@@ -73,8 +73,7 @@ class EngineRequest:
                 )
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise UsageError("unsupported type of the KV cache", got=self.kv_dtype, expected=" or ".join(KV_DTYPES))
-        on_gpus = self.tensorrt is not None or self.dtype != "float32"
-        if on_gpus and self.kv_dtype not in (None, self.dtype):
+        if self.is_for_gpus and self.kv_dtype not in (None, self.dtype):
             raise UsageError(
                 "on a GPU the KV cache is stored in the type of the computation",
                 got=f"kv_dtype={self.kv_dtype} for an engine in {self.dtype}",
@@ -122,8 +121,17 @@ class EngineRequest:
         return self.policy.applied_to(self.checkpoint.config.windows)
 
     @property
+    def is_for_gpus(self) -> bool:
+        return self.tensorrt is not None or self.dtype != "float32"
+
+    @property
     def target(self) -> str:
         return "onnxruntime" if self.tensorrt is None else "tensorrt"
+
+    @functools.cached_property
+    def packed_weights(self) -> PackedWeights | None:
+        """The matrices that the engine has in blocks; None if all are stored in its ``dtype``."""
+        return None if self.quantization is None else PackedWeights(self.checkpoint, self.quantization)
 
     @property
     def kept_shares(self) -> list[float] | None:
@@ -147,7 +155,7 @@ def export_graphs(
     ``offsets``: of the weights in ``weights.data``, if it is there already.
     """
     graphs = {}
-    packed = packed_weights_of(request)
+    packed = request.packed_weights
     for done, phase in enumerate(PHASES):
         _tell(on_progress, "tracing graphs", done, len(PHASES))
         program = program_of_model(
@@ -165,11 +173,6 @@ def export_graphs(
             quantize_graph(graphs[phase], packed)
     _tell(on_progress, "tracing graphs", len(PHASES), len(PHASES))
     save_graphs(graphs, folder, lambda done, total: _tell(on_progress, "writing weights", done, total), offsets=offsets)
-
-
-def packed_weights_of(request: EngineRequest) -> PackedWeights | None:
-    """The matrices that the engine has in blocks; None if all are stored in its ``dtype``."""
-    return None if request.quantization is None else PackedWeights(request.checkpoint, request.quantization)
 
 
 def build_engine(
@@ -190,7 +193,7 @@ def build_engine(
     with new_folder(destination, replace=replace) as folder:
         graphs = folder / GRAPHS
         graphs.mkdir()
-        offsets, packed = None, packed_weights_of(request)
+        offsets, packed = None, request.packed_weights
         if request.tensorrt is None:  # a plan has its own copy of the weights, and the graphs do not stay
             offsets = link_weights(
                 request.checkpoint,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trt_kv.errors import EngineError
-from trt_kv.manifest import AttentionPort, GraphSegment, Quantization
+from trt_kv.manifest import INT8_ACTIVATIONS, AttentionPort, GraphSegment, Quantization
 from trt_kv.plugins.paging import Floats
 from trt_kv.require import require
 from trt_kv.runtime.backends.base import Attend
@@ -20,13 +20,11 @@ from trt_kv.safe_path import safe_join
 
 _LARGE = 64
 """Rows from which on a segment gives its scratch memory back as soon as it has run."""
-_INT8_LEVEL = 4
-"""The accuracy level that lets ``MatMulNBits`` multiply integers."""
 
 
 def default_precision(quantization: Quantization | None) -> str:
     """The precision of an engine whose loader was given none: what the engine's weights were built for."""
-    return "int8" if quantization is not None and quantization.accuracy_level == _INT8_LEVEL else "float32"
+    return "int8" if quantization is not None and quantization.accuracy_level == INT8_ACTIVATIONS else "float32"
 
 
 class OpenVinoExecutor(SegmentExecutor):
