@@ -154,7 +154,7 @@ report: $(VENV)/.ready-dev ## measure quality against budget and write the repor
 
 clean: ## remove caches and build leftovers; engines and the virtual environment stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
-	find trt_kv export plugins runtime calibration tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find trt_kv export plugins runtime calibration serving tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 comma = ,
 # $(call set_up,EXTRA): the virtual environment with trt-kv[EXTRA], silent unless pip fails.
@@ -199,8 +199,9 @@ $(VENV)/.ready-smollm2: $(VENV)/.ready-gguf
 	}
 	touch $@
 
-$(VENV)/.ready-dev: pyproject.toml constraints.txt $(wildcard tests/rig/*) $(addprefix benchmarks/kvpress/,requirements.txt set_up.py)
+$(VENV)/.ready-dev: pyproject.toml constraints.txt $(wildcard tests/rig/*) $(addprefix tests/triton_rig/,requirements.txt set_up.py) $(addprefix benchmarks/kvpress/,requirements.txt set_up.py)
 	$(call set_up,dev)
 	$(VENV)/bin/python -m tests.rig.set_up $(PIP_ARGS) > /dev/null
+	$(VENV)/bin/python -m tests.triton_rig.set_up $(PIP_ARGS) > /dev/null
 	$(VENV)/bin/python -m benchmarks.kvpress.set_up $(PIP_ARGS) > /dev/null
 	touch $@ $(VENV)/.ready-build $(VENV)/.ready-gguf $(VENV)/.ready-openvino

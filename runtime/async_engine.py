@@ -61,6 +61,25 @@ class AsyncEngine:
         await stream.end_of_others()
         return stream.result
 
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_update: Callable[[], None],
+        **sampling: Unpack[SamplingOptions],
+    ) -> Request:
+        """Queue a request from any thread, for servers; ``on_update``: see ``Request``. Errors as for ``Engine.submit``."""
+        request = self.engine.submit(prompt, params, on_update=on_update, **sampling)
+        self._ensure_thread()
+        return request
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests make progress: false once the engine is closed, or if its thread has ended for another reason."""
+        thread = self._thread
+        return not self._is_closed and (thread is None or thread.is_alive())
+
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatKeywords]
     ) -> "AsyncStream":
@@ -103,8 +122,9 @@ class AsyncEngine:
     def _ensure_thread(self) -> None:
         with self._lock:
             if self._thread is None and not self._is_closed:
-                self._thread = threading.Thread(target=self._run, name="trt-kv steps", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="trt-kv steps", daemon=True)
+                thread.start()
+                self._thread = thread
 
 
 class AsyncStream(AsyncIterator[str]):
@@ -188,10 +208,7 @@ class AsyncStream(AsyncIterator[str]):
                 loop.call_soon_threadsafe(changed.set)
 
         prompt, params, sampling = self._wanted
-        engine = self._owner.engine
-        (of_prompt,) = params_of_each(1, params, sampling, engine.default_sampling)
+        (of_prompt,) = params_of_each(1, params, sampling, self._owner.engine.default_sampling)
         if self._one_sample:
             check_one_sample(of_prompt)
-        request = engine.submit(prompt, of_prompt, on_update=tell)
-        self._owner._ensure_thread()
-        return request, changed
+        return self._owner.submit(prompt, of_prompt, on_update=tell), changed
