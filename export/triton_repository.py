@@ -1,6 +1,6 @@
 """The model repository for NVIDIA's Triton Inference Server that every engine has in its folder ``triton``.
 
-``tritonserver --model-repository=ENGINE/triton`` serves it where it stands. Nothing in it depends on the engine's place, so that
+``tritonserver --model-repository=ENGINE/triton`` serves it where it stands. Nothing in it depends on the engine's place, so
 engines that are built twice are equal.
 """
 
@@ -23,7 +23,8 @@ max_batch_size: 0
 model_transaction_policy {{ decoupled: True }}
 instance_group [ {{ kind: {kind} count: 1 }} ]
 """
-WITHOUT_BATCH_DIMENSION = """# Shapes as clients of vLLM's backend send them over gRPC; NVIDIA's OpenAI frontend needs --backend vllm.
+WITHOUT_BATCH_DIMENSION = """\
+# Shapes as clients of vLLM's backend send them over gRPC. NVIDIA's OpenAI frontend needs --backend vllm.
 parameters { key: "batch_dimension" value { string_value: "false" } }
 """
 

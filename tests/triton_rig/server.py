@@ -49,12 +49,20 @@ class Server:
         found = [int(pid) for task in children.parents[1].glob("*/children") for pid in task.read_text().split()]
         return sorted(set(found))
 
-    def status(self, path: str, method: str = "GET") -> int:
+    def status(self, path: str) -> int:
         """The HTTP status of an answer whose body does not matter."""
+        return self._got(path)[0]
+
+    def get(self, path: str) -> str:
+        """The body of an answer."""
+        return self._got(path)[1].decode()
+
+    def _got(self, path: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=30)
         try:
-            connection.request(method, path)
-            return connection.getresponse().status
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
         finally:
             connection.close()
 
@@ -107,8 +115,7 @@ def _started(repositories: Sequence[Path], rig: Path, scratch: Path, options: Se
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=os.environ
-            | {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(python_libraries())},
+            env=os.environ | paths,
             start_new_session=True,
             preexec_fn=_die_with_parent,  # noqa: PLW1509  (one call of the C library; there is no option for it)
         )
