@@ -25,6 +25,8 @@ class HttpServer(uvicorn.Server):
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
         self.settings = settings
         self.socket = bound_socket(settings.host, settings.port)
+        host, port = self.socket.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self.app = make_app(engine, settings)
         config = uvicorn.Config(
             self.app,
@@ -39,12 +41,6 @@ class HttpServer(uvicorn.Server):
             ws="none",
         )
         super().__init__(config)
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        host, port = self.socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def run_until_stopped(self) -> None:
         """Serve in this thread; in the main one signals stop it."""
