@@ -1,4 +1,4 @@
-"""Engines as models of a real tritonserver: clients get the tokens that they would get alone, or an error, and wait for nothing."""
+"""Engines as models of a real tritonserver: clients get the tokens that they would get alone, or an error, and never hang."""
 
 import json
 import shutil

@@ -1,5 +1,6 @@
 """The class that Triton's Python backend loads, from the ``model.py`` of a model repository."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ class TritonPythonModel:
         """Load the engine. What is wrong with it, or with ``model.json``, becomes Triton's reason for not loading the model."""
         import triton_python_backend_utils as backend
 
+        from trt_kv.serving.logs import log_to
         from trt_kv.serving.triton.service import Service, load_engine
 
+        log_to(sys.stderr)
         folder = Path(args["model_repository"]) / args["model_version"]
         gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         engine, options = load_engine(folder, gpu=gpu)
-        self._service = Service(engine, options, backend)
+        self._service = Service(engine, options, backend, model_name=args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Take requests; their answers are sent as they are made."""

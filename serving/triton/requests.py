@@ -89,7 +89,7 @@ def in_clients_words(error: UsageError) -> UsageError:
     """An error about ``SamplingParams`` with the names that clients of Triton know."""
     names = {"max_new_tokens": "max_tokens", "top_logprobs": "logprobs"}
     what = re.sub("|".join(names), lambda match: names[match[0]], error.what)
-    return UsageError(what, got=error.got, expected=error.expected, fix=error.fix)
+    return UsageError(what, got=error.got, expected=error.expected, fix=error.fix, parameter=error.parameter)
 
 
 def _prompt(arrays: Arrays) -> str | list[int]:
