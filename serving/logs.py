@@ -31,7 +31,7 @@ def log_event(event: str, *, level: int = logging.INFO, bug: BaseException | Non
     LOGGER.log(level, event, extra={"fields": given}, exc_info=bug)
 
 
-def log_generated(sample: Request, *, request_id: str | None, **texts: str) -> None:
+def log_generated(sample: Request, *, request_id: str | None, **texts: Any) -> None:
     """Log the end of a sample: its sizes and times. ``texts``: its texts, if a server was told to log them."""
     result = sample.result()
     first_s = result.times.to_first_token_s

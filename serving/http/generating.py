@@ -164,7 +164,7 @@ def _log_end(context: Context, running: Running, request_id: str) -> None:
     """One line for each sample: its sizes and times, and its text only if the server was told so."""
     for sample in running.samples:
         tokenizer = context.engine.engine.tokenizer
-        texts: dict[str, str] = {}
+        texts: dict[str, Any] = {}
         if context.settings.log_prompts:
             texts = {"prompt": tokenizer.decode(list(sample.prompt_ids)), "text": sample.result().text}
         log_generated(sample, request_id=request_id, **texts)

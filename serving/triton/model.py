@@ -1,5 +1,6 @@
 """The class that Triton's Python backend loads, from the ``model.py`` of a model repository."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,14 @@ class TritonPythonModel:
 
         from trt_kv.serving.logs import log_to
         from trt_kv.serving.triton.service import Service, load_engine
+        from trt_kv.serving.triton.watch import Watch
 
         log_to(sys.stderr)
         folder = Path(args["model_repository"]) / args["model_version"]
         gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         engine, options = load_engine(folder, gpu=gpu)
         self._service = Service(engine, options, backend, model_name=args["model_name"])
+        self._watch = Watch(os.getppid()) if options.end_server_if_killed else None
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Take requests; their answers are sent as they are made."""
@@ -40,4 +43,6 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Wait for requests that run, for a time; end the others; close the engine."""
+        if self._watch is not None:
+            self._watch.close()
         self._service.close()

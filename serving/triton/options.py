@@ -8,21 +8,22 @@ from typing import Any
 from trt_kv.errors import UsageError
 from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, read_json
 from trt_kv.manifest import load_manifest
-from trt_kv.runtime.arguments import is_integer
 
 OPTIONS_FILE = "model.json"
+_OF_THE_SERVICE = {"engine", "max_queue", "drain_seconds", "end_server_if_killed"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """``engine``: its folder, absolute or relative to the folder of ``model.json``. At most ``max_queue`` requests wait for
-    their first step; more are refused. ``drain_seconds``: how long unloading waits for requests that run. The other fields are
-    options of ``Engine.load``.
+    their first step; more are refused. ``drain_seconds``: how long unloading waits for requests that run.
+    ``end_server_if_killed``: see ``watch.py``. The other fields are options of ``Engine.load``.
     """
 
     engine: str
     max_queue: int = 256
     drain_seconds: float = 10.0
+    end_server_if_killed: bool = True
     digest: str | None = None
     verify: bool = True
     model_defaults: bool = True
@@ -43,8 +44,6 @@ class ModelOptions:
     batch_invariant: bool | None = None
 
     def __post_init__(self) -> None:
-        if not is_integer(self.max_queue, 1):
-            raise UsageError("bad max_queue", got=self.max_queue, expected="requests >= 1")
         if self.drain_seconds < 0:
             raise UsageError("bad drain_seconds", got=self.drain_seconds, expected="seconds >= 0")
 
@@ -63,7 +62,7 @@ class ModelOptions:
         """Keyword arguments of ``Engine.load``. ``gpu``: on which Triton places the model; an engine for ONNX Runtime runs
         there unless ``device`` says otherwise, one for TensorRT in any case.
         """
-        names = {field.name for field in dataclasses.fields(self)} - {"engine", "max_queue", "drain_seconds"}
+        names = {field.name for field in dataclasses.fields(self)} - _OF_THE_SERVICE
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if gpu is not None and self.device is None and load_manifest(self.engine_folder(folder)).plan is None:
             given["device"] = f"cuda:{gpu}"

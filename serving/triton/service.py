@@ -26,7 +26,7 @@ END_S = 10.0
 """Time for open requests to end after the engine was closed."""
 
 
-class CancelledError(TrtKvError):
+class ClientGoneError(TrtKvError):
     """The client cancelled its request, or has gone."""
 
 
@@ -124,9 +124,10 @@ class Service:
             if ended:
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(queued.changed(), POLL_S)
+                async with asyncio.timeout(POLL_S):
+                    await queued.changed()
             if sender.is_cancelled():
-                raise CancelledError("the request was cancelled by its client")
+                raise ClientGoneError("the request was cancelled by its client")
             if not self.engine.is_running and not self._admission.is_draining:
                 raise EngineError("the engine has stopped", fix="reload the model")
 
@@ -161,7 +162,7 @@ class Service:
 
 _CODES: dict[tuple[type[TrtKvError], ...], str] = {
     (UsageError, CapacityError, NoTokenLeftError): "INVALID_ARG",
-    (CancelledError,): "CANCELLED",
+    (ClientGoneError,): "CANCELLED",
     (BusyError, EngineError): "UNAVAILABLE",
 }
 """Triton's names of codes, which it makes statuses of HTTP and gRPC; all other errors are INTERNAL. ``EngineError``: the engine

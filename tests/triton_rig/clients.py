@@ -81,7 +81,7 @@ def grpc_stream(server: Server, model: str, *, leading: tuple[int, ...] = (1,), 
 def _tensor(grpc: Any, name: str, value: Any, leading: tuple[int, ...]) -> Any:
     (dtype,) = (tensor.dtype for tensor in INPUTS if tensor.name == name)
     kinds = {"STRING": np.object_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_}
-    array = np.atleast_1d(np.array(value, kinds[dtype]))
+    array: np.ndarray[Any, Any] = np.atleast_1d(np.array(value, kinds[dtype]))
     array = array.reshape(*leading, *array.shape)
     tensor = grpc.InferInput(name, list(array.shape), "BYTES" if dtype == "STRING" else dtype)
     tensor.set_data_from_numpy(array)

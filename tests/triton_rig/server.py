@@ -43,11 +43,11 @@ class Server:
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def stubs(self) -> list[int]:
-        """Processes that run models."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        found = [int(pid) for task in children.parents[1].glob("*/children") for pid in task.read_text().split()]
-        return sorted(set(found))
+    def stubs(self, model: str) -> list[int]:
+        """Processes that run a model."""
+        of_threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        children = sorted({int(pid) for found in of_threads for pid in found.read_text().split()})
+        return [pid for pid in children if f"/{model}/" in Path(f"/proc/{pid}/cmdline").read_text()]
 
     def status(self, path: str) -> int:
         """The HTTP status of an answer whose body does not matter."""
@@ -57,8 +57,14 @@ class Server:
         """The body of an answer."""
         return self._got(path)[1].decode()
 
-    def _got(self, path: str) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=30)
+    def metrics(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """Values of Triton's metrics by name and labels."""
+        lines = self._got("/metrics", self.metrics_port)[1].decode().splitlines()
+        found = [re.fullmatch(r"([^{ ]+)\{(.*)\} (\S+)", line) for line in lines if not line.startswith("#")]
+        return {(one[1], tuple(re.findall(r'(\w+)="([^"]*)"', one[2]))): float(one[3]) for one in found if one is not None}
+
+    def _got(self, path: str, port: int | None = None) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", port or self.http_port, timeout=30)
         try:
             connection.request("GET", path)
             response = connection.getresponse()
@@ -104,7 +110,7 @@ def _started(repositories: Sequence[Path], rig: Path, scratch: Path, options: Se
         *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
         *(f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)),
         "--allow-gpu-metrics=false",
-        "--exit-timeout-secs=10",
+        "--exit-timeout-secs=4",
         *options,
     ]
     paths = {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(python_libraries())}
