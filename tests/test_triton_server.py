@@ -1,6 +1,5 @@
 """Engines as models of a real tritonserver: clients get the tokens that they would get alone, or an error, and never hang."""
 
-import http.client
 import json
 import os
 import shutil
@@ -275,9 +274,7 @@ def test_a_killed_model_ends_the_server_so_that_no_client_waits_for_ever(site: S
         events = events_of(response)
         next(events)
         os.kill(stub, signal.SIGKILL)
-        with pytest.raises((OSError, http.client.HTTPException)):
-            for _ in events:
-                pass
+        assert not joined(list(events), "finish_reason")  # the connection was closed
     assert site.server.process.wait(10) is not None
 
 
