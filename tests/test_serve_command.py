@@ -23,8 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_server_begins_and_ends(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     trace = tmp_path / "trace.json"
-    command = [sys.executable, "-m", "trt_kv", "serve", folder, "--port", "0", "--threads", "1", "--cache-tokens", "4000"]
-    command += ["--model-name", "mine", "--trace", trace]
+    command = [sys.executable, "-m", "trt_kv", "serve", str(folder), "--port", "0", "--threads", "1"]
+    command += ["--cache-tokens", "4000", "--model-name", "mine", "--trace", str(trace)]
     said = tmp_path / "stderr"
     with said.open("w") as stderr, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         assert eventually(lambda: '"started"' in said.read_text() or process.poll() is not None, 60), said.read_text()

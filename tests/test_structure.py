@@ -48,7 +48,9 @@ def test_samples_are_json_of_the_schema(engine: Engine) -> None:
         assert len(answer["name"]) <= 8
         assert set(answer["tags"]) <= {"a", "ü"}
     params = [
-        SamplingParams(**wild, **structure) for structure in ({"json_schema": json.dumps(SCHEMA)}, {"regex": "[xyz]{5,9}"}, {})
+        SamplingParams(**wild, json_schema=json.dumps(SCHEMA)),
+        SamplingParams(**wild, regex="[xyz]{5,9}"),
+        SamplingParams(**wild),
     ]
     together = engine.generate_batch(["x", "x", "x"], params)
     assert together[0].text == whole.text
