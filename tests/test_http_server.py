@@ -73,7 +73,7 @@ def test_an_answer_is_that_of_the_engine_whole_and_streamed(client: openai.OpenA
     assert len(choice.logprobs.content) == len(expected.token_ids)
     assert whole.usage is not None
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (expected.n_prompt_tokens, len(expected.token_ids))
-    kv = whole.usage.model_extra["kv"]  # type: ignore[index]
+    kv = whole.usage.model_extra["kv"]
     assert kv["kept_tokens"] == pytest.approx(sum(expected.kv_tokens) / len(expected.kv_tokens), abs=0.01)
     assert kv["kept_share_per_layer"] == pytest.approx([n / kv["computed_tokens"] for n in expected.kv_tokens], abs=1e-4)
     assert 0.0 < kv["kept_share_per_layer"][0] < 1.0
