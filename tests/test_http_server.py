@@ -272,13 +272,13 @@ def test_a_client_that_goes_away_frees_its_pages_within_a_step(tiny: Served, str
 
 
 @contextlib.contextmanager
-def begun(server: Served, body: Any) -> Iterator[None]:
-    """A request whose answer nobody waits for: the connection is closed at the end of the block."""
+def begun(server: Served, body: Any) -> Iterator[socket.socket]:
+    """A connection on which a request has been sent; it is closed at the end of the block."""
     content = json.dumps(body).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     with socket.create_connection(server.server.socket.getsockname()) as connection:
         connection.sendall(head.encode() + content)
-        yield
+        yield connection
 
 
 def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
                 answer = post(server, CHAT, long)
                 assert answer.status_code == 503
                 assert int(answer.headers["Retry-After"]) >= 1
-                assert answer.json()["error"]["code"] == "overloaded"
+                assert answer.json()["error"]["code"] == "unavailable"
                 assert "trt_kv_requests_refused_total{" in httpx.get(server.url + "/metrics").text
 
 
@@ -313,9 +313,13 @@ def test_stopping_lets_requests_end_and_takes_no_more(folder: Path, alone: Engin
 def test_stopping_ends_requests_that_take_too_long(folder: Path) -> None:
     with served(folder, drain_seconds=0) as server, server.slow(0.05), httpx.Client(timeout=60) as client:
         body = {"messages": said("x"), "max_tokens": 1500, "ignore_eos": True, "stream": True}
-        with client.stream("POST", server.url + CHAT, json=body):
-            assert eventually(lambda: server.engine.core.statistics.n_running == 1)
+        with client.stream("POST", server.url + CHAT, json=body) as answer, begun(server, body | {"stream": False}) as other:
+            assert eventually(lambda: server.engine.core.statistics.n_running == 2)
             server.server.stop()
+            *_, last, end = [line for line in answer.iter_lines() if line]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
+            assert end == "data: [DONE]"
+            assert other.recv(1000).startswith(b"HTTP/1.1 503 ")
             server.thread.join(10)
             assert not server.thread.is_alive()
 

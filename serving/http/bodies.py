@@ -5,6 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MOST_LOGPROBS = 20
+# What is looked at in every step of an answer is bounded, because other requests wait for it.
+_Stop = Annotated[str, Field(max_length=256)]
+_Stops = Annotated[list[_Stop], Field(max_length=64)]
+_BadWords = Annotated[list[str], Field(max_length=256)]
+_Ids = Annotated[list[int], Field(max_length=1024)]
 _Json = dict[str, Any]
 
 
@@ -68,7 +73,7 @@ class Generating(WithoutEffect):
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    stop: str | list[str] | None = None
+    stop: _Stop | _Stops | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -80,8 +85,8 @@ class Generating(WithoutEffect):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    stop_token_ids: _Ids | None = None
+    bad_words: _BadWords | None = None
     skip_special_tokens: bool | None = None
     timeout_s: float | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -41,6 +41,7 @@ class Asked:
 
 async def chat(context: Context, request: Request) -> Response:
     """Answer a conversation."""
+    _check_open(context)
     body = await context.body(request, ChatBody)
     context.check_model(body.model)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -59,6 +60,7 @@ async def chat(context: Context, request: Request) -> Response:
 
 async def complete(context: Context, request: Request) -> Response:
     """Continue prompts."""
+    _check_open(context)
     body = await context.body(request, CompletionBody)
     context.check_model(body.model)
     names = {"json_schema": "response_format"}
@@ -83,6 +85,14 @@ async def complete(context: Context, request: Request) -> Response:
     return await _answer(
         context, request, Asked(prompts=prompts, params=params, form=form, body=body, names=names, param="prompt")
     )
+
+
+def _check_open(context: Context) -> None:
+    """Refuse a request before anything is computed for it, if there will be no place for it."""
+    try:
+        context.admission.check_open()
+    except TrtKvError as error:
+        raise refusal_of(error) from error
 
 
 def _text(tokenizer: Any, prompt: str | list[int]) -> str:

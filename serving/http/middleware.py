@@ -57,7 +57,12 @@ class Surroundings:
         finally:
             seconds = round(time.monotonic() - begin, 4)
             log_event(
-                "request", request_id=request_id, method=scope["method"], path=scope["path"], status=status, seconds=seconds
+                "request",
+                request_id=request_id,
+                method=scope["method"],
+                path=scope["path"][:200],
+                status=status,
+                seconds=seconds,
             )
 
     def _check_key(self, given: bytes) -> None:

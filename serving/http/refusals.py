@@ -47,7 +47,7 @@ def refusal_of(error: TrtKvError, names: Mapping[str, str] | None = None, *, def
     """
     message = str(error)
     if isinstance(error, BusyError):
-        return RefusedError(503, message, code="overloaded", headers={"Retry-After": str(error.retry_after_s)})
+        return RefusedError(503, message, code="unavailable", headers={"Retry-After": str(error.retry_after_s)})
     if isinstance(error, UsageError):
         param = error.parameter or default_param
         return RefusedError(400, message, param={**_NAMES, **(names or {})}.get(param or "", param), code="invalid_value")

@@ -8,7 +8,7 @@ from trt_kv.runtime.async_engine import AsyncEngine, AsyncRequest
 from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
-from trt_kv.serving.admission import Admission
+from trt_kv.serving.admission import Admission, shutting_down
 from trt_kv.serving.http.answers import News
 
 
@@ -28,8 +28,10 @@ class Running:
             tickets = [self._places.enter_context(self._admission.ticket()) for _ in prompts]
             for ticket, prompt in zip(tickets, prompts, strict=True):
                 queued = await self._engine.submit(prompt, params, changed=self._changed)
-                ticket.request = queued.request
                 self._queued.append(queued)
+                ticket.request = queued.request
+                if self._admission.is_over:
+                    ticket.end()
         except BaseException:
             self.close()
             raise
@@ -58,6 +60,8 @@ class Running:
                     del running[index]
                     if sample.error is not None:
                         raise sample.error
+                    if sample.finish_reason == "cancelled":  # not by this client, who would have closed this
+                        raise shutting_down()
                 if text or logprobs or has_ended:
                     reason = sample.finish_reason if has_ended else None
                     yield News(index=index, text=text, logprobs=logprobs, finish_reason=reason)

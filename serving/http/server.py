@@ -1,5 +1,6 @@
 """Running the application with uvicorn until it is told to stop, and then until its requests have ended."""
 
+import asyncio
 import socket
 from types import FrameType
 from typing import Any
@@ -13,6 +14,8 @@ from trt_kv.serving.http.settings import ServerSettings
 from trt_kv.serving.logs import log_event
 
 KEEP_ALIVE_S = 75
+ENDING_S = 10
+"""How long requests that are ended may take to tell their clients; connections that are left then are closed."""
 
 
 class HttpServer(uvicorn.Server):
@@ -34,7 +37,7 @@ class HttpServer(uvicorn.Server):
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=settings.drain_seconds,
+            timeout_graceful_shutdown=settings.drain_seconds + ENDING_S,
             lifespan="on",
             loop="asyncio",
             http="h11",
@@ -65,9 +68,11 @@ class HttpServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain."""
-        n_running = self.app.state.context.admission.n_inside
-        log_event("stopping", requests=n_running, drain_seconds=self.settings.drain_seconds)
+        admission, seconds = self.app.state.context.admission, self.settings.drain_seconds
+        log_event("stopping", requests=admission.n_inside, drain_seconds=seconds)
+        over = asyncio.get_running_loop().call_later(seconds, admission.end_all)
         await super().shutdown(sockets)
+        over.cancel()
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
