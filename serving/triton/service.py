@@ -12,6 +12,7 @@ from typing import Any
 from trt_kv.errors import BusyError, CapacityError, EngineError, NoTokenLeftError, TrtKvError, UsageError
 from trt_kv.runtime.async_engine import AsyncEngine, AsyncRequest
 from trt_kv.serving.admission import Admission, Ticket
+from trt_kv.serving.first_tokens import generate_first_tokens
 from trt_kv.serving.logs import log_event, log_generated
 from trt_kv.serving.triton.metrics import Exporter
 from trt_kv.serving.triton.options import ModelOptions
@@ -31,9 +32,11 @@ class ClientGoneError(TrtKvError):
 
 
 def load_engine(folder: Path, *, gpu: int | None) -> tuple[AsyncEngine, ModelOptions]:
-    """The engine of the model version in ``folder``, and its options. Errors as for ``Engine.load``."""
+    """The engine of the model version in ``folder``, ready for requests, and its options. Errors as for ``Engine.load``."""
     options = ModelOptions.read(folder)
-    return AsyncEngine.load(options.engine_folder(folder), **options.load_options(folder, gpu=gpu)), options
+    engine = AsyncEngine.load(options.engine_folder(folder), **options.load_options(folder, gpu=gpu))
+    generate_first_tokens(engine.engine)
+    return engine, options
 
 
 class Service:
