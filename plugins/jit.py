@@ -34,6 +34,11 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return compiled
 
 
+def part_of_kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """``njit`` for functions that kernels alone call: what Python would call is not compiled."""
+    return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
+
+
 def cache_folder() -> str | None:
     """The folder in which kernels are cached; None if they are not."""
     try:
