@@ -24,7 +24,7 @@ from trt_kv.plugins.chunk_blocks import (
 )
 from trt_kv.plugins.decode_cpu import NO_WINDOW, attend_one
 from trt_kv.plugins.fast_math import LANES, exp_or_zero, fill, largest_of
-from trt_kv.plugins.jit import njit, part_of_kernel
+from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import put
 from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots
 
@@ -123,7 +123,7 @@ def _attend_blocks(
         )
 
 
-@part_of_kernel(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH)
 def _attend_tile(
     q_RC: Floats,
     k_BCT: Floats,
@@ -168,7 +168,7 @@ def _attend_tile(
             out_NGD[n, g, d] = sums_RD[r, d] / total_R[r]
 
 
-@part_of_kernel(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH)
 def _exponentiate(weights_RT: Floats, n_tokens: int, largest_R: Floats, total_R: Floats, sums_RD: Floats) -> None:
     """Replace a block's logits by exp(logit - the row's maximum so far); scale the sums so far to that maximum."""
     lanes = np.empty(LANES, np.float32)

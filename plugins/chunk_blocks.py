@@ -7,7 +7,7 @@ import numba
 import numpy as np
 
 from trt_kv.plugins.fast_math import fill, tanh_of
-from trt_kv.plugins.jit import njit, part_of_kernel
+from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import head_size_of, number, scale_of
 from trt_kv.plugins.paging import Floats, Ints, Rows
 from trt_kv.plugins.vector_products import accumulate
@@ -57,7 +57,7 @@ def _n_blocks(n_cached: int) -> int:
     return -(-n_cached // BLOCK_TOKENS)
 
 
-@part_of_kernel(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH)
 def multiply(a_RC: Floats, b_CS: Floats, out_RS: Floats, n_columns: int) -> None:
     """``out = a @ b`` for the first ``n_columns`` columns, or more up to the next multiple of ``WIDEST``, which b has."""
     n_filled = (n_columns + WIDEST - 1) // WIDEST * WIDEST
@@ -66,7 +66,7 @@ def multiply(a_RC: Floats, b_CS: Floats, out_RS: Floats, n_columns: int) -> None
     add_product(a_RC, b_CS, out_RS, a_RC.shape[1], n_filled)
 
 
-@part_of_kernel(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH)
 def add_product(a_RC: Floats, b_CS: Floats, out_RS: Floats, n_terms: int, n_columns: int) -> None:
     """``out += a @ b`` for the first ``n_columns`` columns, summed over the first ``n_terms``.
 
@@ -82,7 +82,7 @@ def add_product(a_RC: Floats, b_CS: Floats, out_RS: Floats, n_terms: int, n_colu
             out_RS[r, s] += total
 
 
-@part_of_kernel()
+@njit()
 def hide_later(products_RT: Floats, positions_R: Ints, positions_T: Ints) -> None:
     """-inf where a row's position is before the token's."""
     if positions_T.max() <= positions_R.min():
@@ -93,7 +93,7 @@ def hide_later(products_RT: Floats, positions_R: Ints, positions_T: Ints) -> Non
                 products_RT[r, t] = -np.inf
 
 
-@part_of_kernel()
+@njit()
 def hide_earlier(products_RT: Floats, positions_R: Ints, positions_T: Ints, window: int) -> None:
     """-inf where the token is before the ``window`` positions that end with the row's."""
     if positions_T.min() > positions_R.max() - window:
@@ -104,7 +104,7 @@ def hide_earlier(products_RT: Floats, positions_R: Ints, positions_T: Ints, wind
                 products_RT[r, t] = -np.inf
 
 
-@part_of_kernel(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH)
 def cap(products_RT: Floats, n_rows: int, n_columns: int, soft_cap: np.float32) -> None:
     """c * tanh(x / c) of the first ``n_rows`` rows and ``n_columns`` columns."""
     inverse = np.float32(1.0) / soft_cap

@@ -11,7 +11,7 @@ import numpy as np
 
 from trt_kv.plugins.chunk_blocks import FASTMATH, cap
 from trt_kv.plugins.fast_math import exp_or_zero, fill
-from trt_kv.plugins.jit import njit, part_of_kernel
+from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import number, scale_of
 from trt_kv.plugins.paging import Floats, Ints, Rows
 from trt_kv.plugins.vectors import HEADS, WIDEST, add_rows, exponentiate, multiply_rows, vector_width
@@ -28,7 +28,7 @@ NO_WINDOW = (0, np.zeros(0, np.int64), np.zeros((0, 0, 0), np.int64))
 """The arguments ``window``, ``positions_N`` and ``token_positions`` of ``attend_one`` if all tokens are visible."""
 
 
-@part_of_kernel()
+@njit()
 def pages_per_part(n_tokens: int, page_size: int) -> int:
     """Pages of each part of a sequence; the last one may have fewer."""
     return max(1, max(PART_TOKENS, (n_tokens + MOST_PARTS - 1) // MOST_PARTS) // page_size)
@@ -45,7 +45,7 @@ def first_parts(kv_len_B: Ints, page_size: int) -> Ints:
     return first_B
 
 
-@part_of_kernel()
+@njit()
 def pages_of_part(part: int, n_tokens: int, page_size: int) -> tuple[int, int]:
     """The first page of a sequence's part, and the end."""
     size = pages_per_part(n_tokens, page_size)
@@ -53,7 +53,7 @@ def pages_of_part(part: int, n_tokens: int, page_size: int) -> tuple[int, int]:
     return part * size, end
 
 
-@part_of_kernel(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH)
 def multiply_page(
     q: Floats,
     q_at: int,
@@ -83,7 +83,7 @@ def multiply_page(
                 out[out_at + HEADS * s + g] += rest * scale_of(kv[page, 0, head, s])
 
 
-@part_of_kernel(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH)
 def add_page(
     weights: Floats,
     weights_at: int,
@@ -109,7 +109,7 @@ def add_page(
             sums[sums_at + g * head_size + d] += rest
 
 
-@part_of_kernel()
+@njit()
 def _ahead(piece: int, pages_KT: Ints, block: int, block_end: int, end: int, kv: Rows) -> int:
     """Bytes from a piece (the keys or the values of a page and KV head) to one that is read about ``AHEAD_BYTES`` later.
 
@@ -127,7 +127,7 @@ def _ahead(piece: int, pages_KT: Ints, block: int, block_end: int, end: int, kv:
     return ahead
 
 
-@part_of_kernel()
+@njit()
 def _offset(piece: int, pages_KT: Ints, block: int, n_pages: int, kv: Rows) -> int:
     which, place = divmod(piece, n_pages * len(pages_KT))
     p, head = divmod(place, len(pages_KT))
@@ -241,7 +241,7 @@ def _join_parts(
         lse_NH[rows_B[b], h] = _join(largest_IH[parts, h], total_IH[parts, h], sums_IHD[parts, h], out_NHD[rows_B[b], h])
 
 
-@part_of_kernel(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH)
 def _join(largest_I: Floats, total_I: Floats, sums_ID: Floats, out_D: Floats) -> np.float32:
     """The output from all parts' sums; returns the log-sum-exp."""
     largest, total = largest_I.max(), np.float32(0.0)
@@ -257,7 +257,7 @@ def _join(largest_I: Floats, total_I: Floats, sums_ID: Floats, out_D: Floats) ->
     return lse
 
 
-@part_of_kernel(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH)
 def _attend_part(
     q_HD: Floats,
     pages_KT: Ints,
@@ -322,7 +322,7 @@ def _attend_part(
             total_H[h] += total_CL[c, lane]
 
 
-@part_of_kernel()
+@njit()
 def _hide_before(weights_CL: Floats, n_weights: int, last_hidden: int, pages_KT: Ints, token_positions: Ints) -> None:
     """-inf for the tokens at positions up to ``last_hidden``."""
     page_size = token_positions.shape[2]

@@ -4,7 +4,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_kv.plugins.jit import part_of_kernel
+from trt_kv.plugins.jit import njit
 
 LOG2_E = np.float32(1.4426950408889634)
 SMALLEST = np.float32(-87.0)
@@ -46,14 +46,14 @@ def tanh_of(x: np.float32) -> np.float32:
     return far if square >= NEAR * NEAR else near
 
 
-@part_of_kernel()
+@njit()
 def fill(values: NDArray[np.float32], first: int, end: int, value: np.float32) -> None:
     """``values[first:end] = value``, for which numba compiles many functions that make texts of errors: seconds."""
     for i in range(first, end):
         values[i] = value
 
 
-@part_of_kernel()
+@njit()
 def largest_of(values: NDArray[np.float32], n: int, lanes: NDArray[np.float32]) -> np.float32:
     """The maximum of the first ``n`` values, NaN ignored. ``lanes`` [LANES]: memory for the maxima of every 16th value, because
     the vectoriser refuses the maximum of a whole row, whose result depends on the order if a value is NaN.
