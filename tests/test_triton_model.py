@@ -14,7 +14,7 @@ import pytest
 from tests.engines import assert_nothing_leaked
 from tests.http_server import eventually
 from trt_kv.errors import UsageError
-from trt_kv.export.triton_repository import FOLDER
+from trt_kv.export.triton_repository import FOLDER, write_repository
 from trt_kv.runtime.async_engine import AsyncEngine
 from trt_kv.runtime.engine import Engine
 from trt_kv.serving.triton.options import ModelOptions
@@ -207,6 +207,14 @@ def test_options_are_read_strictly_and_place_an_engine_on_tritons_gpu(small_fold
         ModelOptions.read(tmp_path)
     with pytest.raises(UsageError, match="bad drain_seconds"):
         ModelOptions(engine="x", drain_seconds=-1.0)
+
+
+def test_engines_for_gpus_are_placed_on_gpus_and_names_are_those_that_triton_takes(tmp_path: Path) -> None:
+    write_repository(tmp_path, "some org/Model 1.5-full", is_for_gpus=True)
+    (model,) = (tmp_path / FOLDER).iterdir()
+    assert model.name == "some-org-Model-1.5-full"
+    kinds = {path.name: "KIND_GPU" in path.read_text() for path in model.rglob("*.pbtxt")}
+    assert kinds == {"config.pbtxt": True, "vllm.pbtxt": True, "gpu.pbtxt": True, "cpu.pbtxt": False}
 
 
 @pytest.mark.parametrize(("parameters", "dims"), [({}, [1, 1]), ({"batch_dimension": {"string_value": "false"}}, [1])])
