@@ -90,6 +90,8 @@ def command(
         try:
             server = HttpServer(AsyncEngine(loaded), of_server)
             say(f"{of_server.model_name} at {server.url}/v1, chat page at {server.url}", err=True)
+            if of_server.is_open:
+                say("[anybody who reaches this address can use the model: --api-key asks for a key]", err=True)
             log_event("started", url=server.url, model=of_server.model_name, process=os.getpid())
             server.run_until_stopped()
         finally:
