@@ -11,7 +11,7 @@ from tests.configs import LLAMA3_SCALING, read
 from trt_kv.errors import CheckpointError
 from trt_kv.hf_config import model_config_from_hf
 from trt_kv.model_config import ModelConfig, RopeConfig
-from trt_kv.rotation import rope_frequencies
+from trt_kv.rope_frequencies import rope_frequencies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

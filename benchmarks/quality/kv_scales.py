@@ -14,7 +14,7 @@ from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.kv_rows import KvDtype, load, store
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.choice import best_pages, summaries_of
-from trt_kv.rotation import rope_frequencies
+from trt_kv.rope_frequencies import rope_frequencies
 from trt_kv.runtime.backends.base import Attend, DenseExecutor
 
 N_QUERIES = 64
