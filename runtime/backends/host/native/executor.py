@@ -1,26 +1,24 @@
 """The dense layers of an engine with packed weights, run by kernels of our own. See ``DenseExecutor``."""
 
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numba
 import numpy as np
 
-from trt_kv.errors import EngineError, UsageError
-from trt_kv.manifest import GRAPHS, INT8_ACTIVATIONS, Manifest
+from trt_kv.errors import UsageError
 from trt_kv.model_config import ModelConfig
+from trt_kv.plugins.packed_products import RoundedRows, rounded_rows
+from trt_kv.plugins.packed_weights import weight_table
 from trt_kv.plugins.paging import Floats
 from trt_kv.rope_config import RopeConfig
 from trt_kv.rope_frequencies import rope_frequencies
 from trt_kv.runtime.backends.base import Attend
-from trt_kv.runtime.backends.host.native.interpreter import External, Model, Step, run_segment
-from trt_kv.runtime.backends.host.native.matrices import UnsupportedWeights, Weights, open_weights
-from trt_kv.runtime.backends.host.native.program import ARENA, PORTS, dense_program
+from trt_kv.runtime.backends.host.native.interpreter import run_segment
+from trt_kv.runtime.backends.host.native.layout import Layout
+from trt_kv.runtime.backends.host.native.ops import Array
+from trt_kv.runtime.backends.host.native.program import dense_program
+from trt_kv.runtime.backends.host.native.weights import Weights
 from trt_kv.runtime.backends.step import Ints
-from trt_kv.weight_index import load_weight_index
-
-SMALLEST_BLOCK = 16
 
 
 class NativeExecutor:
@@ -32,41 +30,57 @@ class NativeExecutor:
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self._config = config
-        self._program = program = dense_program(config, weights)
-        self._model = Model(program.buffers, weights.matrices, weights.mapped, program.constants)
+        program = dense_program(config, weights.places, len(weights.constants))
+        self._segments = program.segments
+        self._matrices = [weights.matrices[name] for name in program.matrices]
+        self._table = weight_table(self._matrices)
+        self._constants = np.concatenate([weights.constants, np.array(program.numbers, np.float32)])
         self._ropes = [_Rope(rope, config.head_dim) for rope in (config.rope, config.local_rope) if rope is not None]
-        self._memory = _memory(0, program.width_of(ARENA), program.largest_input)
+        self._layout = Layout(config, [rope.n_pairs for rope in self._ropes])
+        self._arena, self._rounded = self._memory(0)
 
     @property
     def description(self) -> str:
-        return f"own kernels, numba {numba.__version__}, CPU"
+        return f"own kernels (numba {numba.__version__}), CPU"
 
     def run(self, input_ids: Ints, positions: Ints, logit_rows: Ints, attend: Attend) -> Floats:
         """See ``DenseExecutor.run``."""
-        config, program, n = self._config, self._program, len(input_ids)
-        step = self._step(input_ids, positions, logit_rows)
-        nothing = np.zeros(0, np.float32)
-        attended, logits = nothing, np.empty((len(logit_rows), config.vocab_size), np.float32)
-        for layer, ops in enumerate(program.segments[:-1]):
-            ports = np.empty(n * program.width_of(PORTS), np.float32)
-            run_segment(ops, n, self._model, step, External(ports, attended, nothing))
-            q, k, v = np.split(ports, self._ends(n))
-            out = attend(layer, *(x.reshape(n, -1, config.head_dim) for x in (q, k, v)))
-            attended = np.ascontiguousarray(out, np.float32).reshape(-1)
-        run_segment(program.segments[-1], len(logit_rows), self._model, step, External(nothing, attended, logits.reshape(-1)))
+        config, n, n_logits = self._config, len(input_ids), len(logit_rows)
+        self._check(input_ids, logit_rows)
+        n_rows = {array: n for array in Array} | {Array.ARENA: max(n, n_logits), Array.LOGITS: n_logits}
+        if len(self._rounded.values) < n_rows[Array.ARENA]:
+            self._arena, self._rounded = self._memory(n_rows[Array.ARENA])
+        rotations = np.concatenate([rope.rotation(positions) for rope in self._ropes])
+        logits = np.empty((n_logits, config.vocab_size), np.float32)
+        attended = logits  # replaced before it is read
+        frame, arrays = self._layout.frame(n_rows), np.zeros(len(Array), np.int64)
+        arrays[[Array.ARENA, Array.LOGITS, Array.ROTATIONS]] = [a.ctypes.data for a in (self._arena, logits, rotations)]
+        rest = (frame, arrays, self._constants, self._table, input_ids, logit_rows, self._rounded)
+        q_end, k_end = n * config.n_heads * config.head_dim, n * (config.n_heads + config.n_kv_heads) * config.head_dim
+        for layer, ops in enumerate(self._segments[:-1]):
+            ports = np.empty(n * self._layout.widths[Array.PORTS], np.float32)
+            arrays[Array.PORTS] = ports.ctypes.data
+            run_segment(ops, n, *rest)
+            q, k, v = (
+                part.reshape(n, -1, config.head_dim) for part in (ports[:q_end], ports[q_end:k_end], ports[k_end:])
+            )
+            attended = np.ascontiguousarray(attend(layer, q, k, v), np.float32)
+            arrays[Array.ATTENDED] = attended.ctypes.data
+        run_segment(self._segments[-1], n_logits, *rest)
         return logits
 
-    def _ends(self, n_rows: int) -> tuple[int, int]:
-        """Where q and k end in an array of q, k and v."""
-        q_width, kv_width = (heads * self._config.head_dim for heads in (self._config.n_heads, self._config.n_kv_heads))
-        return n_rows * q_width, n_rows * (q_width + kv_width)
+    def _check(self, input_ids: Ints, logit_rows: Ints) -> None:
+        """Compiled code does not check what it reads."""
+        for name, numbers, end in (
+            ("a token", input_ids, self._config.vocab_size),
+            ("a row that needs logits", logit_rows, len(input_ids)),
+        ):
+            if len(numbers) and not 0 <= numbers.min() <= numbers.max() < end:
+                raise UsageError(f"{name} is out of range", got=numbers.tolist(), expected=f"numbers below {end}")
 
-    def _step(self, input_ids: Ints, positions: Ints, logit_rows: Ints) -> Step:
-        rotations = np.stack([rope.rotation(positions) for rope in self._ropes])
-        n_rows = max(len(input_ids), len(logit_rows))
-        if n_rows * self._program.width_of(ARENA) > len(self._memory[0]):
-            self._memory = _memory(n_rows, self._program.width_of(ARENA), self._program.largest_input)
-        return Step(input_ids, logit_rows, rotations, *self._memory)
+    def _memory(self, n_rows: int) -> tuple[Floats, RoundedRows]:
+        n_inputs = max(matrix.n_inputs for matrix in self._matrices)
+        return np.empty(n_rows * self._layout.widths[Array.ARENA], np.float32), rounded_rows(n_rows, n_inputs)
 
 
 class _Rope:
@@ -74,18 +88,11 @@ class _Rope:
         self._frequencies = rope_frequencies(rope, head_dim, array=partial(np.array, dtype=np.float32))
         self._factor = np.float32(rope.attention_factor)
 
+    @property
+    def n_pairs(self) -> int:
+        return len(self._frequencies)
+
     def rotation(self, positions: Ints) -> Floats:
-        """Cosines and sines of ``positions``: ``[2, N, pairs]``."""
+        """Cosines ``[N, pairs]`` and then sines of ``positions``, flat."""
         angles = positions.astype(np.float32)[:, None] * self._frequencies
-        return np.stack([np.cos(angles), np.sin(angles)]) * self._factor
-
-
-def _memory(n_rows: int, n_columns: int, largest_input: int) -> tuple[np.ndarray, np.ndarray, Floats, Floats]:
-    """The last four fields of ``Step``."""
-    n_blocks = n_rows * largest_input // SMALLEST_BLOCK
-    return (
-        np.empty(n_rows * n_columns, np.float32),
-        np.empty(n_rows * largest_input, np.int8),
-        np.empty(n_blocks, np.float32),
-        np.empty(n_blocks, np.float32),
-    )
+        return np.concatenate([np.cos(angles), np.sin(angles)]).reshape(-1) * self._factor

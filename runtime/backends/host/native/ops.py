@@ -1,37 +1,41 @@
-"""Operations on the rows of a step: what a ``Segment`` is a list of, and what ``interpreter.py`` runs.
+"""Operations on the rows of a step: what the segments of ``program.py`` are lists of, and what ``interpreter.py`` runs.
 
 An operation is a row of integers: its code, the buffers that it reads and writes, and numbers whose meaning depends on the code.
-Each row of a buffer is computed from the same rows of others alone, so that it does not depend on how many rows there are.
+Each row of a buffer is computed from the same row of others alone, so that it does not depend on how many rows there are.
 """
 
 from enum import IntEnum
 
 
 class Op(IntEnum):
-    """Codes. ``[a, b, ...]`` are the integers behind one; numbers of type fp32 are places in the array of constants."""
+    """Codes, and the integers behind them. A weight or a number of fp32 is its place among the constants."""
 
     EMBED = 0
-    """[matrix, out]: rows of a matrix, of the step's tokens."""
+    """[matrix, out]: the rows of a matrix that the step's tokens are."""
     TAKE = 1
     """[source, out]: the rows that need logits."""
-    NORMALIZE = 2
-    """[source, out, weight, eps, width]: RMSNorm of each ``width`` channels (Zhang and Sennrich 2019, equation 4)."""
-    ROTATE = 3
-    """[buffer, n_heads, rope]: channel d with channel d + the number of pairs of every head."""
-    GATE = 4
+    COPY = 2
+    """[source, out]."""
+    NORMALIZE = 3
+    """[source, out, weight, eps, width]: RMSNorm of each ``width`` columns (Zhang and Sennrich 2019, equation 4)."""
+    ROTATE = 4
+    """[source, out, head size, cosines, sines]: channel d with channel d + the number of pairs of every head."""
+    GATE = 5
     """[gate, up, activation]: ``gate = activation(gate) * up``, by an ``Activation``."""
-    ADD = 5
+    ADD = 6
     """[sum, addend, factor]: ``sum += factor * addend``."""
-    SCALE = 6
+    SCALE = 7
     """[buffer, factor]."""
-    CAP = 7
+    CAP = 8
     """[buffer, cap]: ``cap * tanh(x / cap)``."""
-    ROUND = 8
-    """[source, block size]: to int8, for the products behind it."""
-    MULTIPLY_FP32 = 9
-    """[source, matrix, out]: the product with a small matrix that is not packed."""
+    ROUND = 9
+    """[source]: to int8, for the products that follow."""
     MULTIPLY = 10
-    """[source, n, matrix, out, matrix, out, ...]: products of the source, which was rounded last, with ``n`` packed matrices."""
+    """[matrix, n, out]: products of what was rounded last with ``n`` matrices that follow one another, next to one another."""
+
+
+OPERANDS = 5
+"""Integers of an operation besides its code."""
 
 
 class Activation(IntEnum):
@@ -42,25 +46,39 @@ class Activation(IntEnum):
 
 
 class Buffer(IntEnum):
-    """Values of a step, a row per token. Those in ``EXTERNAL`` belong to the caller."""
+    """Columns of fp32 numbers, with a row per token, or for those that are taken and for logits per row that needs logits."""
 
     X = 0
     """The residual sum."""
-    TAKEN = 1
-    """That of the rows that need logits."""
-    NORMED = 2
-    PROJECTED = 3
-    GATE = 4
-    UP = 5
-    TAKEN_ATTENDED = 6
-    Q = 7
-    K = 8
-    V = 9
-    ATTENDED = 10
-    LOGITS = 11
+    NORMED = 1
+    PROJECTED = 2
+    """What attention or the MLP adds to it."""
+    QKV = 3
+    """What is multiplied at once, and its parts before norms and rotation."""
+    Q_PART = 4
+    K_PART = 5
+    V_PART = 6
+    GATE_UP = 7
+    GATE = 8
+    UP = 9
+    TAKEN = 10
+    TAKEN_ATTENDED = 11
+    Q = 12
+    K = 13
+    V = 14
+    ATTENDED = 15
+    LOGITS = 16
+    COS = 17
+    SIN = 18
+    LOCAL_COS = 19
+    LOCAL_SIN = 20
 
 
-OPERANDS = 8
-"""Integers of an operation besides its code."""
-MOST_PRODUCTS = 3
-"""Matrices of one MULTIPLY."""
+class Array(IntEnum):
+    """Memory that buffers are in: what all segments use again, q, k and v, the result of attention, logits, and rotations."""
+
+    ARENA = 0
+    PORTS = 1
+    ATTENDED = 2
+    LOGITS = 3
+    ROTATIONS = 4

@@ -39,13 +39,15 @@ def normalize(x: Floats, weight: Floats, eps: np.float32, lanes: Floats, out: Fl
 
 
 @njit()
-def rotate(head: Floats, cos: Floats, sin: Floats) -> None:
+def rotate(head: Floats, cos: Floats, sin: Floats, out: Floats) -> None:
     """Channel d with channel d + ``len(cos)``; those behind the pairs stay."""
     n_pairs = len(cos)
     for d in range(n_pairs):
         low, high = head[d], head[d + n_pairs]
-        head[d] = low * cos[d] - high * sin[d]
-        head[d + n_pairs] = high * cos[d] + low * sin[d]
+        out[d] = low * cos[d] - high * sin[d]
+        out[d + n_pairs] = high * cos[d] + low * sin[d]
+    for d in range(2 * n_pairs, len(head)):
+        out[d] = head[d]
 
 
 @njit()
@@ -69,10 +71,12 @@ def cap(x: Floats, most: np.float32) -> None:
 
 
 @njit()
-def multiply_fp32(x: Floats, matrix_NK: Floats, bias: Floats, out: Floats) -> None:
-    """``out = matrix_NK @ x + bias``; of a small matrix. An empty ``bias``: none."""
-    for n in range(len(matrix_NK)):
-        total = np.float32(0.0)
-        for k in range(len(x)):
-            total += x[k] * matrix_NK[n, k]
-        out[n] = total + bias[n] if len(bias) else total
+def add(total: Floats, addend: Floats, factor: np.float32) -> None:
+    for i in range(len(total)):
+        total[i] += factor * addend[i]
+
+
+@njit()
+def copy(source: Floats, out: Floats) -> None:
+    for i in range(len(source)):
+        out[i] = source[i]
