@@ -43,6 +43,11 @@ class NativeExecutor:
     def description(self) -> str:
         return f"own kernels (numba {numba.__version__}), CPU"
 
+    def warm_up(self) -> None:
+        """Compile, or load from the cache, what a step runs."""
+        first = np.zeros(1, np.int64)
+        self.run(first, first, first, lambda _layer, q, _k, _v: q)
+
     def run(self, input_ids: Ints, positions: Ints, logit_rows: Ints, attend: Attend) -> Floats:
         """See ``DenseExecutor.run``."""
         config, n, n_logits = self._config, len(input_ids), len(logit_rows)

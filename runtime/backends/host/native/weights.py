@@ -16,10 +16,6 @@ from trt_kv.safe_path import safe_join
 from trt_kv.weight_index import PackedWeight, StoredWeight, WeightIndex
 
 
-class UnsupportedWeights(Exception):  # noqa: N818 -- another executor may run the engine
-    """Weights that are stored in a way that products of packed matrices cannot read."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weights:
     """``matrices`` by name, without ".weight"; ``constants``: all other weights, fp32, each from ``places`` on."""
@@ -30,8 +26,7 @@ class Weights:
 
 
 def open_weights(folder: Path, index: WeightIndex) -> Weights:
-    """The weights that ``index``, which ``load_weight_index`` checked, finds in ``folder``. Raises ``UnsupportedWeights``."""
-    check_supported(index)
+    """The weights that ``index``, which ``load_weight_index`` checked, finds in ``folder``, which are not ``unsupported``."""
     vectors = {weight.name: _read(folder, weight) for weight in index.weights}
     ends = np.cumsum([0, *map(len, vectors.values())]).tolist()
     files = {file: _mapped(safe_join(folder, file, error=EngineError)) for file in {matrix.file for matrix in index.packed}}
@@ -46,16 +41,17 @@ def open_weights(folder: Path, index: WeightIndex) -> Weights:
     )
 
 
-def check_supported(index: WeightIndex) -> None:
-    """``UnsupportedWeights``, with the first reason, unless ``open_weights`` can open weights like these."""
+def unsupported(index: WeightIndex) -> str | None:
+    """The first reason why ``open_weights`` cannot open weights like these; None if it can."""
     if index.dtype != "float32":
-        raise UnsupportedWeights(f"weights that are not packed are in {index.dtype}")
-    for weight in index.weights:
-        if len(weight.shape) != 1:
-            raise UnsupportedWeights(f"{weight.name} is not in blocks of integers")
-    for matrix in index.packed:
-        if matrix.format.block_size not in BLOCK_SIZES:
-            raise UnsupportedWeights(f"{matrix.name} has blocks of {matrix.format.block_size}")
+        return f"weights that are not packed are in {index.dtype}"
+    stored = [f"{weight.name}, which is not in blocks of integers" for weight in index.weights if len(weight.shape) != 1]
+    stored += [
+        f"{matrix.name} in blocks of {matrix.format.block_size}"
+        for matrix in index.packed
+        if matrix.format.block_size not in BLOCK_SIZES
+    ]
+    return stored[0] if stored else None
 
 
 def _read(folder: Path, weight: StoredWeight) -> Floats:
