@@ -52,6 +52,7 @@ class NativeExecutor:
         """See ``DenseExecutor.run``."""
         config, n, n_logits = self._config, len(input_ids), len(logit_rows)
         self._check(input_ids, logit_rows)
+        input_ids, logit_rows = (np.ascontiguousarray(numbers, np.int64) for numbers in (input_ids, logit_rows))
         n_rows = {array: n for array in Array} | {Array.ARENA: max(n, n_logits), Array.LOGITS: n_logits}
         if len(self._rounded.values) < n_rows[Array.ARENA]:
             self._arena, self._rounded = self._memory(n_rows[Array.ARENA])
