@@ -58,21 +58,19 @@ class NativeExecutor:
             self._arena, self._rounded = self._memory(n_rows[Array.ARENA])
         rotations = np.concatenate([rope.rotation(positions) for rope in self._ropes])
         logits = np.empty((n_logits, config.vocab_size), np.float32)
-        attended = logits  # replaced before it is read
-        frame, arrays = self._layout.frame(n_rows), np.zeros(len(Array), np.int64)
-        arrays[[Array.ARENA, Array.LOGITS, Array.ROTATIONS]] = [a.ctypes.data for a in (self._arena, logits, rotations)]
-        rest = (frame, arrays, self._constants, self._table, input_ids, logit_rows, self._rounded)
+        nothing = np.empty(0, np.float32)
+        attended = nothing.reshape(0, 0, 0)
+        tables = (self._layout.frame(n_rows), self._constants, self._table, input_ids, logit_rows, self._rounded)
+        memory = (self._arena, rotations, logits)
+        n_ports = n * self._layout.widths[Array.PORTS]
         q_end, k_end = n * config.n_heads * config.head_dim, n * (config.n_heads + config.n_kv_heads) * config.head_dim
+        shape = n, -1, config.head_dim
         for layer, ops in enumerate(self._segments[:-1]):
-            ports = np.empty(n * self._layout.widths[Array.PORTS], np.float32)
-            arrays[Array.PORTS] = ports.ctypes.data
-            run_segment(ops, n, *rest)
-            q, k, v = (
-                part.reshape(n, -1, config.head_dim) for part in (ports[:q_end], ports[q_end:k_end], ports[k_end:])
-            )
+            ports = np.empty(n_ports, np.float32)
+            run_segment(ops, n, *tables, *memory, ports, attended)
+            q, k, v = ports[:q_end].reshape(shape), ports[q_end:k_end].reshape(shape), ports[k_end:].reshape(shape)
             attended = np.ascontiguousarray(attend(layer, q, k, v), np.float32)
-            arrays[Array.ATTENDED] = attended.ctypes.data
-        run_segment(self._segments[-1], n_logits, *rest)
+        run_segment(self._segments[-1], n_logits, *tables, *memory, nothing, attended)
         return logits
 
     def _check(self, input_ids: Ints, logit_rows: Ints) -> None:
@@ -102,3 +100,4 @@ class _Rope:
         """Cosines ``[N, pairs]`` and then sines of ``positions``, flat."""
         angles = positions.astype(np.float32)[:, None] * self._frequencies
         return np.concatenate([np.cos(angles), np.sin(angles)]).reshape(-1) * self._factor
+

@@ -14,7 +14,7 @@ from trt_kv.plugins.packed_products import RoundedRows, _round_row, gather_packe
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.vector_integers import _float_pointer, floats_at
 from trt_kv.runtime.backends.host.native.layout import ARRAY, BEGIN, ROW_BYTES, WIDTH
-from trt_kv.runtime.backends.host.native.ops import Activation, Op
+from trt_kv.runtime.backends.host.native.ops import Activation, Array, Op
 from trt_kv.runtime.backends.host.native.rows import (
     LANES,
     add,
@@ -28,6 +28,8 @@ from trt_kv.runtime.backends.host.native.rows import (
 
 ROWS_AT_A_TIME = 4
 EMBED, TAKE, COPY, NORMALIZE, ROTATE, GATE, ADD, SCALE, CAP, ROUND, MULTIPLY = (int(op) for op in Op)
+ARENA, ROTATIONS, LOGITS, PORTS, ATTENDED = (int(array) for array in Array)
+N_ARRAYS = len(Array)
 GELU_TANH = int(Activation.GELU_TANH)
 
 
@@ -36,18 +38,25 @@ def run_segment(
     ops: Ints,
     n_rows: int,
     frame: Ints,
-    arrays: Ints,
     constants: Floats,
     matrices: Ints,
     input_ids: Ints,
     logit_rows: Ints,
     rounded: RoundedRows,
+    arena: Floats,
+    rotations: Floats,
+    logits_RV: Floats,
+    ports: Floats,
+    attended_NHD: Floats,
 ) -> None:
     """Run ``ops`` on ``n_rows`` rows: the step's tokens, or those that need logits.
 
-    ``frame``: see ``Layout.frame``, of arrays at the addresses ``arrays``. ``matrices``: see ``weight_table``. ``rounded``:
-    memory for the activations that products read.
+    ``frame``: see ``Layout.frame``, of the last five arguments, which are those of ``Array``. ``matrices``: see ``weight_table``.
+    ``rounded``: memory for the activations that products read.
     """
+    arrays = np.empty(N_ARRAYS, np.int64)
+    arrays[ARENA], arrays[ROTATIONS], arrays[LOGITS] = arena.ctypes.data, rotations.ctypes.data, logits_RV.ctypes.data
+    arrays[PORTS], arrays[ATTENDED] = ports.ctypes.data, attended_NHD.ctypes.data
     at = 0
     while at < len(ops):
         end = at

@@ -75,10 +75,10 @@ class Buffer(IntEnum):
 
 
 class Array(IntEnum):
-    """Memory that buffers are in: what all segments use again, q, k and v, the result of attention, logits, and rotations."""
+    """Memory that buffers are in: what all segments use again, rotations, logits, q, k and v, and the result of attention."""
 
     ARENA = 0
-    PORTS = 1
-    ATTENDED = 2
-    LOGITS = 3
-    ROTATIONS = 4
+    ROTATIONS = 1
+    LOGITS = 2
+    PORTS = 3
+    ATTENDED = 4
