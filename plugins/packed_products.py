@@ -14,25 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.packed_weights import (
-    BIAS,
-    BLOCK_SIZE,
-    BLOCKS,
-    N_BITS,
-    N_BLOCKS,
-    N_COLUMNS,
-    OFFSETS,
-    SCALES,
-    ZERO_POINTS,
-)
+from trt_kv.plugins.packed_weights import BLOCK_SIZE, BLOCKS, N_BITS, N_BLOCKS, N_COLUMNS, OFFSETS, SCALES, ZERO_POINTS
 from trt_kv.plugins.paging import Floats, Ints
-from trt_kv.plugins.vector_integers import bytes_at, floats_at, fused
+from trt_kv.plugins.vector_integers import LANES, byte_at, float_at
+from trt_kv.plugins.vector_packed_rows import FEW, UNIT, multiply_columns
+from trt_kv.plugins.vector_packed_tiles import TILE_COLUMNS, UNIT_BYTES, UNIT_FLOATS, multiply_tile, unpack_tile
 
-UNIT = 32
-"""Activations that share a scale."""
-LANES = 8
 PADDED = UNIT * LANES
 """Rounded rows are filled up with zeros to a multiple of it."""
+TASK_COLUMNS = 8
+LOT_ROWS = 128
 SMALLEST = np.float32(1e-36)
 """Activations whose largest in a unit is smaller count as zeros: the quotient 127 / largest would overflow."""
 TO_WHOLE = np.float32(3 * 2.0**22)
@@ -117,68 +108,81 @@ def multiply_packed(rounded: RoundedRows, table: Ints, first: int, count: int, o
     n_columns = 0
     for i in range(first, first + count):
         n_columns += table[i, N_COLUMNS]
-    for column in numba.prange(n_columns):
-        matrix, n = _place(table, first, np.int64(column))
-        for r in range(len(out)):
-            out[r, column] = _product(rounded, r, table[matrix], n)
+    if len(out) <= FEW:
+        for task in numba.prange((n_columns + TASK_COLUMNS - 1) // TASK_COLUMNS):
+            begin = np.int64(task) * TASK_COLUMNS
+            _multiply_range(rounded, table, first, begin, min(begin + TASK_COLUMNS, n_columns), out)
+    else:
+        n_tiles = 0
+        for i in range(first, first + count):
+            n_tiles += _tiles(table, i)
+        n_lots = (len(out) + LOT_ROWS - 1) // LOT_ROWS
+        for task in numba.prange(n_lots * n_tiles):
+            row = np.int64(task) // n_tiles * LOT_ROWS
+            _multiply_lot(rounded, table, first, np.int64(task) % n_tiles, row, min(LOT_ROWS, len(out) - row), out)
 
 
 @njit()
-def _place(table: Ints, matrix: int, column: int) -> tuple[int, int]:
-    """The matrix that a column of the output belongs to, and its number there."""
-    while column >= table[matrix, N_COLUMNS]:
-        column -= table[matrix, N_COLUMNS]
+def _tiles(table: Ints, matrix: int) -> int:
+    n_tiles: int = (table[matrix, N_COLUMNS] + TILE_COLUMNS - 1) // TILE_COLUMNS
+    return n_tiles
+
+
+@njit()
+def _multiply_lot(rounded: RoundedRows, table: Ints, matrix: int, tile: int, row: int, n_rows: int, out: Floats) -> None:
+    """A tile of columns times a lot of rows. The last tile of a matrix begins so that it is whole."""
+    values, scales, sums, half_sums = rounded
+    first = 0
+    while tile >= _tiles(table, matrix):
+        tile -= _tiles(table, matrix)
+        first += table[matrix, N_COLUMNS]
         matrix += 1
-    return matrix, column
+    n_columns = table[matrix, N_COLUMNS]
+    if n_columns < TILE_COLUMNS:
+        for some in range(row, row + n_rows, FEW):
+            n = min(FEW, row + n_rows - some)
+            multiply_columns(values, scales, sums, half_sums, some, n, table, matrix, 0, n_columns, out, first)
+        return
+    column = min(tile * TILE_COLUMNS, n_columns - TILE_COLUMNS)
+    n_units = table[matrix, N_BLOCKS] * table[matrix, BLOCK_SIZE] // min(table[matrix, BLOCK_SIZE], UNIT)
+    unpacked, factors = np.empty(n_units * UNIT_BYTES, np.uint8), np.empty(n_units * UNIT_FLOATS, np.float32)
+    unpack_tile(table, matrix, column, unpacked, factors)
+    multiply_tile(
+        values, scales, sums, half_sums, row, n_rows, table, matrix, column, unpacked, factors, out, first + column
+    )
 
 
 @njit()
-def _product(rounded: RoundedRows, r: int, weights: Ints, n: int) -> np.float32:
-    n_blocks, size, bits = weights[N_BLOCKS], weights[BLOCK_SIZE], weights[N_BITS]
-    unit = min(UNIT, size)
-    x_K = rounded.values[r, 0]
-    sums_U = rounded.sums[r] if unit == UNIT else rounded.half_sums[r]
-    blocks = bytes_at(weights[BLOCKS], weights[N_COLUMNS] * n_blocks * size * bits // 8)
-    scales = floats_at(weights[SCALES], weights[N_COLUMNS] * n_blocks)
-    chains = np.zeros(LANES, np.float32)
-    for u in range(n_blocks * size // unit):
-        block = n * n_blocks + u * unit // size
-        dot = np.int32(0)
-        for i in range(unit):
-            place = n * n_blocks * size + u * unit + i
-            dot += _integer(blocks, place, bits) * np.int32(x_K[u * unit + i])
-        zero = np.float32(_zero_point(weights, n, u * unit // size))
-        offset = np.float32(0.0)
-        if weights[OFFSETS] != 0:
-            offset = floats_at(weights[OFFSETS], block + 1)[block]
-        correction = fused(-scales[block], zero, offset)
-        total = fused(rounded.scales[r, u * unit // UNIT] * scales[block], np.float32(dot), chains[u % LANES])
-        chains[u % LANES] = fused(correction, sums_U[u], total)
-    for step in (4, 2, 1):
-        for lane in range(step):
-            chains[lane] += chains[lane + step]
-    if weights[BIAS] != 0:
-        chains[0] += floats_at(weights[BIAS], n + 1)[n]
-    product: np.float32 = chains[0]
-    return product
+def _multiply_range(rounded: RoundedRows, table: Ints, matrix: int, begin: int, end: int, out: Floats) -> None:
+    """Columns ``begin`` to ``end`` of the output."""
+    values, scales, sums, half_sums = rounded
+    first = 0
+    while first < end:
+        column = max(begin - first, 0)
+        n = min(end - first, table[matrix, N_COLUMNS]) - column
+        for row in range(0, len(out) if n > 0 else 0, FEW):
+            n_rows = min(FEW, len(out) - row)
+            multiply_columns(
+                values, scales, sums, half_sums, row, n_rows, table, matrix, column, n, out, first + column
+            )
+        first += table[matrix, N_COLUMNS]
+        matrix += 1
 
 
 @njit()
-def _zero_point(weights: Ints, n: int, block: int) -> np.int32:
+def _zero_point(weights: Ints, n: int, block: int) -> int:
     bits = weights[N_BITS]
     if weights[ZERO_POINTS] == 0:
-        return np.int32(1 << (bits - 1))
-    n_bytes = (weights[N_BLOCKS] * bits + 7) // 8
-    zeros = bytes_at(weights[ZERO_POINTS] + n * n_bytes, n_bytes)
-    zero: np.int32 = _integer(zeros, block, bits)
-    return zero
+        return 1 << (bits - 1)
+    return _integer(weights[ZERO_POINTS] + n * ((weights[N_BLOCKS] * bits + 7) // 8), block, bits)
 
 
 @njit()
-def _integer(packed: NDArray[np.uint8], place: int, bits: int) -> np.int32:
+def _integer(packed: int, place: int, bits: int) -> int:
+    """One of the integers from an address on."""
     if bits == 8:
-        return np.int32(packed[place])
-    return np.int32((packed[place // 2] >> (place % 2 * 4)) & 15)
+        return np.int64(byte_at(packed, place))
+    return np.int64((byte_at(packed, place // 2) >> (place % 2 * 4)) & 15)
 
 
 @njit(parallel=True)
@@ -186,16 +190,13 @@ def gather_packed(table: Ints, matrix: int, ids_R: Ints, out_RK: Floats) -> None
     """Rows ``ids_R`` of a matrix of a ``weight_table``, each operation of ``scale * (q - zero) + offset`` rounded to fp32."""
     weights = table[matrix]
     n_blocks, size, bits = weights[N_BLOCKS], weights[BLOCK_SIZE], weights[N_BITS]
-    block_bytes = size * bits // 8
     for r in numba.prange(len(ids_R)):
         n = ids_R[r]
-        scales = floats_at(weights[SCALES] + 4 * n * n_blocks, n_blocks)
-        blocks = bytes_at(weights[BLOCKS] + n * n_blocks * block_bytes, n_blocks * block_bytes)
+        blocks = weights[BLOCKS] + n * n_blocks * (size * bits // 8)
         for block in range(n_blocks):
-            scale, zero = scales[block], _zero_point(weights, n, block)
+            scale, zero = float_at(weights[SCALES], n * n_blocks + block), _zero_point(weights, n, block)
             offset = np.float32(0.0)
             if weights[OFFSETS] != 0:
-                offset = floats_at(weights[OFFSETS] + 4 * n * n_blocks, n_blocks)[block]
-            for i in range(size):
-                place = block * size + i
+                offset = float_at(weights[OFFSETS], n * n_blocks + block)
+            for place in range(block * size, (block + 1) * size):
                 out_RK[r, place] = scale * np.float32(_integer(blocks, place, bits) - zero) + offset
