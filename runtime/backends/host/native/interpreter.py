@@ -12,8 +12,8 @@ import numpy as np
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.packed_products import RoundedRows, _round_row, gather_packed, multiply_packed
 from trt_kv.plugins.paging import Floats, Ints
-from trt_kv.plugins.vector_integers import _float_pointer, floats_at
 from trt_kv.runtime.backends.host.native.layout import ARRAY, BEGIN, ROW_BYTES, WIDTH
+from trt_kv.runtime.backends.host.native.memory import row_at, rows_at
 from trt_kv.runtime.backends.host.native.ops import Activation, Array, Op
 from trt_kv.runtime.backends.host.native.rows import (
     LANES,
@@ -146,10 +146,10 @@ def _address(frame: Ints, arrays: Ints, buffer: int, row: int) -> int:
 
 @njit()
 def _row(frame: Ints, arrays: Ints, buffer: int, row: int) -> Any:
-    return floats_at(_address(frame, arrays, buffer, row), frame[buffer, WIDTH])
+    return row_at(_address(frame, arrays, buffer, row), frame[buffer, WIDTH])
 
 
 @njit()
 def _rows(frame: Ints, arrays: Ints, buffer: int, n_rows: int) -> Any:
     """The first rows of a buffer that is not a part of another."""
-    return numba.carray(_float_pointer(_address(frame, arrays, buffer, 0)), (n_rows, frame[buffer, WIDTH]))
+    return rows_at(_address(frame, arrays, buffer, 0), n_rows, frame[buffer, WIDTH])
