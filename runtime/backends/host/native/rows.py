@@ -13,14 +13,14 @@ GELU_INNER, GELU_CUBE = np.float32(0.7978845608028654), np.float32(0.044715)
 """sqrt(2 / pi), and the factor of x**3, in the tanh approximation of GELU (Hendrycks and Gimpel 2016)."""
 
 
-@numba.njit(inline="always")
+@numba.njit(inline="always", error_model="numpy")
 def sigmoid(x: np.float32) -> np.float32:
     """1 / (1 + exp(-x))."""
     fallen = exp_nonpositive(-abs(x))
     return (ONE if x >= 0 else fallen) / (ONE + fallen)
 
 
-@njit()
+@njit(error_model="numpy")
 def normalize(x: Floats, weight: Floats, eps: np.float32, lanes: Floats, out: Floats) -> None:
     """``out = x / sqrt(mean(x * x) + eps) * weight``. ``lanes`` [LANES]: memory for sums of every 16th number."""
     n_whole = len(x) - len(x) % LANES
@@ -38,7 +38,7 @@ def normalize(x: Floats, weight: Floats, eps: np.float32, lanes: Floats, out: Fl
         out[i] = x[i] * factor * weight[i]
 
 
-@njit()
+@njit(error_model="numpy")
 def rotate(head: Floats, cos: Floats, sin: Floats, out: Floats) -> None:
     """Channel d with channel d + ``len(cos)``; those behind the pairs stay."""
     n_pairs = len(cos)
@@ -50,13 +50,13 @@ def rotate(head: Floats, cos: Floats, sin: Floats, out: Floats) -> None:
         out[d] = head[d]
 
 
-@njit()
+@njit(error_model="numpy")
 def gate_by_silu(gate: Floats, up: Floats) -> None:
     for i in range(len(gate)):
         gate[i] = gate[i] * sigmoid(gate[i]) * up[i]
 
 
-@njit()
+@njit(error_model="numpy")
 def gate_by_gelu(gate: Floats, up: Floats) -> None:
     """(1 + tanh(y)) / 2 is sigmoid(2 y)."""
     for i in range(len(gate)):
@@ -64,19 +64,19 @@ def gate_by_gelu(gate: Floats, up: Floats) -> None:
         gate[i] = x * sigmoid(TWO * GELU_INNER * (x + GELU_CUBE * x * x * x)) * up[i]
 
 
-@njit()
+@njit(error_model="numpy")
 def cap(x: Floats, most: np.float32) -> None:
     for i in range(len(x)):
         x[i] = most * tanh_of(x[i] / most)
 
 
-@njit()
+@njit(error_model="numpy")
 def add(total: Floats, addend: Floats, factor: np.float32) -> None:
     for i in range(len(total)):
         total[i] += factor * addend[i]
 
 
-@njit()
+@njit(error_model="numpy")
 def copy(source: Floats, out: Floats) -> None:
     for i in range(len(source)):
         out[i] = source[i]
