@@ -1,7 +1,7 @@
-"""Dense layers in kernels of our own: what the decoder computes with rounded activations, for every family, each row by itself."""
+"""Dense layers in kernels of our own: what the decoder computes with rounded activations, in every family, row by row."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ class Model:
         return TorchDecoderExecutor(decode)
 
 
-def _bias(vectors: dict[str, Floats], name: str) -> dict[str, Floats]:
+def _bias(vectors: dict[str, Floats], name: str) -> dict[str, Any]:
     bias = vectors.get(f"{name.removesuffix('.weight')}.bias")
     return {} if bias is None else {"bias": bias}
 
@@ -141,8 +141,8 @@ def test_every_family_is_computed_as_its_decoder_computes_it(sample: str) -> Non
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    yield Model(config_of("gemma3"))
+def model() -> Model:
+    return Model(config_of("gemma3"))
 
 
 @settings(deadline=None, max_examples=30)

@@ -1,4 +1,4 @@
-"""Engines whose dense layers run in kernels of our own: by default where they can, refused with the reason where they cannot."""
+"""Engines whose dense layers run in kernels of our own: by default where they can, else refused with a reason."""
 
 import dataclasses
 import os

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_kv.errors import EngineError, UsageError, load_option
+from trt_kv.errors import UsageError, load_option
 from trt_kv.manifest import GRAPHS, INT8_ACTIVATIONS, Manifest
 from trt_kv.require import require
 from trt_kv.runtime.backends.base import DenseExecutor

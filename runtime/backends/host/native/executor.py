@@ -53,7 +53,7 @@ class NativeExecutor:
         config, n, n_logits = self._config, len(input_ids), len(logit_rows)
         self._check(input_ids, logit_rows)
         input_ids, logit_rows = (np.ascontiguousarray(numbers, np.int64) for numbers in (input_ids, logit_rows))
-        n_rows = {array: n for array in Array} | {Array.ARENA: max(n, n_logits), Array.LOGITS: n_logits}
+        n_rows = dict.fromkeys(Array, n) | {Array.ARENA: max(n, n_logits), Array.LOGITS: n_logits}
         if len(self._rounded.values) < n_rows[Array.ARENA]:
             self._arena, self._rounded = self._memory(n_rows[Array.ARENA])
         rotations = np.concatenate([rope.rotation(positions) for rope in self._ropes])
@@ -100,4 +100,3 @@ class _Rope:
         """Cosines ``[N, pairs]`` and then sines of ``positions``, flat."""
         angles = positions.astype(np.float32)[:, None] * self._frequencies
         return np.concatenate([np.cos(angles), np.sin(angles)]).reshape(-1) * self._factor
-

@@ -12,8 +12,8 @@ import numpy as np
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.packed_products import RoundedRows, _round_row, gather_packed, multiply_packed
 from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.vector_memory import row_at, rows_at
 from trt_kv.runtime.backends.host.native.layout import ARRAY, BEGIN, ROW_BYTES, WIDTH
-from trt_kv.runtime.backends.host.native.memory import row_at, rows_at
 from trt_kv.runtime.backends.host.native.ops import Activation, Array, Op
 from trt_kv.runtime.backends.host.native.rows import (
     LANES,
@@ -51,8 +51,8 @@ def run_segment(
 ) -> None:
     """Run ``ops`` on ``n_rows`` rows: the step's tokens, or those that need logits.
 
-    ``frame``: see ``Layout.frame``, of the last five arguments, which are those of ``Array``. ``matrices``: see ``weight_table``.
-    ``rounded``: memory for the activations that products read.
+    ``frame``: see ``Layout.frame``, of the last five arguments, which are those of ``Array``. ``matrices``: see
+    ``weight_table``. ``rounded``: memory for the activations that products read.
     """
     arrays = np.empty(N_ARRAYS, np.int64)
     arrays[ARENA], arrays[ROTATIONS], arrays[LOGITS] = arena.ctypes.data, rotations.ctypes.data, logits_RV.ctypes.data

@@ -41,8 +41,8 @@ class Layout:
         self._table = np.array([self._rows.get(buffer, (Array.ROTATIONS, 0, 0, 0, 0)) for buffer in Buffer], np.int64)
 
     def frame(self, n_rows: Mapping[Array, int]) -> NDArray[np.int64]:
-        """``[buffers, 4]``: of each buffer its array, where it begins there, the distance of its rows, both in bytes, and its width,
-        if arrays have so many rows.
+        """``[buffers, 4]``: of each buffer its array, where it begins there, the distance of its rows, both in bytes, and its
+        width, if arrays have so many rows.
         """
         arrays, first, joint, column, width = self._table.T
         rows = np.array([n_rows[array] for array in Array], np.int64)

@@ -7,15 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kv.model_config import ModelConfig
-from trt_kv.runtime.backends.host.native.ops import OPERANDS, Activation, Array, Buffer, Op
+from trt_kv.runtime.backends.host.native.ops import OPERANDS, Activation, Buffer, Op
 
 EMBEDDING = "model.embed_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseProgram:
-    """``segments``: of each, operations ``[n, 1 + OPERANDS]``, which refer to ``matrices`` by their number, to weights among the
-    constants, and behind those to ``numbers``.
+    """``segments``: of each, operations ``[n, 1 + OPERANDS]``, which refer to ``matrices`` by their number, to weights among
+    the constants, and behind those to ``numbers``.
     """
 
     segments: Sequence[NDArray[np.int64]]
@@ -25,9 +25,7 @@ class DenseProgram:
 
 def dense_program(config: ModelConfig, places: Mapping[str, int], n_constants: int) -> DenseProgram:
     """The segments of ``config``, with a weight at each of ``places`` of ``n_constants`` constants."""
-    matrices = [
-        name.removesuffix(".weight") for name, shape in config.tensor_shapes().items() if len(shape) == 2
-    ]
+    matrices = [name.removesuffix(".weight") for name, shape in config.tensor_shapes().items() if len(shape) == 2]
     build = _Builder(config, {name: number for number, name in enumerate(matrices)}, places, n_constants)
     layers = range(config.n_layers)
     segments = [build.first(), *map(build.between, layers[1:]), build.last()]
@@ -37,9 +35,7 @@ def dense_program(config: ModelConfig, places: Mapping[str, int], n_constants: i
 class _Builder:
     """Appends operations to the segment that is being built."""
 
-    def __init__(
-        self, config: ModelConfig, matrices: Mapping[str, int], places: Mapping[str, int], n_constants: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, matrices: Mapping[str, int], places: Mapping[str, int], n_constants: int) -> None:
         self._config = config
         self._matrices, self._places, self._n_constants = matrices, places, n_constants
         self._ops: list[list[int]] = []

@@ -1,4 +1,7 @@
-"""What is computed of one row at a time (numba). The order of every sum is fixed: a row has the same bits wherever it is computed."""
+"""What is computed of one row at a time (numba).
+
+The order of every sum is fixed, and nothing may change it: a row has the same bits wherever it is computed.
+"""
 
 import numba
 import numpy as np
@@ -52,13 +55,14 @@ def rotate(head: Floats, cos: Floats, sin: Floats, out: Floats) -> None:
 
 @njit(error_model="numpy")
 def gate_by_silu(gate: Floats, up: Floats) -> None:
+    """``gate = gate * sigmoid(gate) * up``."""
     for i in range(len(gate)):
         gate[i] = gate[i] * sigmoid(gate[i]) * up[i]
 
 
 @njit(error_model="numpy")
 def gate_by_gelu(gate: Floats, up: Floats) -> None:
-    """(1 + tanh(y)) / 2 is sigmoid(2 y)."""
+    """``gate = gelu(gate) * up``; (1 + tanh(y)) / 2 is sigmoid(2 y)."""
     for i in range(len(gate)):
         x = gate[i]
         gate[i] = x * sigmoid(TWO * GELU_INNER * (x + GELU_CUBE * x * x * x)) * up[i]
@@ -66,17 +70,20 @@ def gate_by_gelu(gate: Floats, up: Floats) -> None:
 
 @njit(error_model="numpy")
 def cap(x: Floats, most: np.float32) -> None:
+    """``most * tanh(x / most)``."""
     for i in range(len(x)):
         x[i] = most * tanh_of(x[i] / most)
 
 
 @njit(error_model="numpy")
 def add(total: Floats, addend: Floats, factor: np.float32) -> None:
+    """``total += factor * addend``."""
     for i in range(len(total)):
         total[i] += factor * addend[i]
 
 
 @njit(error_model="numpy")
 def copy(source: Floats, out: Floats) -> None:
+    """``out = source``."""
     for i in range(len(source)):
         out[i] = source[i]

@@ -5,6 +5,7 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +67,9 @@ def _mapped(path: Path) -> NDArray[np.uint8]:
 
 
 def _matrix(stored: NDArray[np.uint8], matrix: PackedWeight, bias: Floats | None) -> PackedWeights:
-    shapes, parts = matrix.format.part_shapes(matrix.shape), {}
+    shapes = matrix.format.part_shapes(matrix.shape)
+    parts: dict[str, Any] = {} if bias is None else {"bias": bias}
     for (part, n_bytes), offset in zip(matrix.part_sizes.items(), matrix.offsets, strict=True):
         dtype = np.uint8 if part in ("blocks", "zero_points") else np.float32
         parts[part] = stored[offset : offset + n_bytes].view(dtype).reshape(shapes[part])
-    return PackedWeights(bits=matrix.format.bits, **parts, **({} if bias is None else {"bias": bias}))
+    return PackedWeights(bits=matrix.format.bits, **parts)
