@@ -90,6 +90,18 @@ class IntegerCode(Code):
             products = b.add(b.add(quarters[0], quarters[1]), b.add(quarters[2], quarters[3]))
         return products if total is None else b.add(total, products)
 
+    def in_registers(self, vectors: Sequence[Any]) -> list[Any]:
+        """The same vectors; what is read after this is not read before. Else LLVM forms one sum after the other, for which it
+        keeps everything that is read in more registers than there are.
+        """
+        if not self.has_pairs:
+            return list(vectors)
+        n = len(vectors)
+        kind = ir.FunctionType(ir.LiteralStructType([vector.type for vector in vectors]), [vector.type for vector in vectors])
+        constraints = ",".join(["=x"] * n + [str(i) for i in range(n)] + ["~{memory}"])
+        held = self.builder.call(ir.InlineAsm(kind, "", constraints, side_effect=True), vectors)
+        return [self.builder.extract_value(held, i) for i in range(n)]
+
     def whole(self, total: Any, factor: int = 1) -> Any:
         if total.type == WORDS:
             return total

@@ -32,29 +32,27 @@ class _Form:
     def __init__(self, code: IntegerCode, bits: int, unit: int) -> None:
         self.code, self.bits, self.unit = code, bits, unit
         self.stored_words = unit * bits // 8 // WORD_BYTES
-        places = [WORD_BYTES * j for j in range(self.stored_words)]
-        if bits == 4:
-            self.words = [(place + half * UNIT, 1) for place in places for half in (0, 1)]
-        else:
-            self.words = [(place, factor) for factor in code.plane_factors for place in places]
+        # Runs of ``stored_words`` words: the place of the first one's activations, and a factor.
+        self.runs = [(0, 1), (UNIT, 1)] if bits == 4 else [(0, factor) for factor in code.plane_factors]
         self.word_bytes = TILE_COLUMNS * WORD_BYTES
-        self.unit_bytes = len(self.words) * self.word_bytes
+        self.run_bytes = self.stored_words * self.word_bytes
+        self.unit_bytes = len(self.runs) * self.run_bytes
 
     def unpacked(self, stored: list[Any]) -> list[Any]:
-        """Vectors of 4 bytes per column in the order of ``words``."""
+        """Vectors of 4 bytes per column in the order of ``runs``."""
         if self.bits == 4:
-            return [half(vector) for vector in stored for half in (self.code.low_halves, self.code.high_halves)]
+            return [half(vector) for half in (self.code.low_halves, self.code.high_halves) for vector in stored]
         planes = [self.code.planes(vector) for vector in stored]
         return [plane[i][0] for i in range(len(planes[0])) for plane in planes]
 
-    def first_activation(self, chain: Any) -> Any:
-        """The offset of the activations of a chain's first unit."""
+    def first_activation(self, unit: Any) -> Any:
+        """The offset of a unit's activations."""
         code = self.code
         if self.bits == 8:
-            return code.times(chain, self.unit)
+            return code.times(unit, self.unit)
         per_run = 2 * UNIT // self.unit
-        run = code.quotient(chain, per_run)
-        within = code.builder.sub(chain, code.times(run, per_run))
+        run = code.builder.udiv(unit, I64(per_run))
+        within = code.builder.and_(unit, I64(per_run - 1))
         return code.plus(code.times(run, 2 * UNIT), code.times(within, self.unit // 2))
 
 
@@ -203,14 +201,9 @@ def multiply_tile(
                 # Behind the last row it is multiplied again.
                 places = [code.plus(code.times(i, ROWS), r) for r in range(ROWS)]
                 rows = [code.plus(first_row, b.select(b.icmp_signed("<", place, last), place, last)) for place in places]
-
-                def one_chain(chain: Any, _: Any) -> list[Any]:
-                    to = code.plus(memory, code.times(chain, n_sums * code.bytes))
-                    for k, total in enumerate(product.chain_sums(chain, rows)):
-                        code.store(total, code.plus(to, k * code.bytes))
-                    return []
-
-                code.loop(I64(LANES), [], one_chain)
+                for k in range(LANES * n_sums):
+                    code.store(code.same(0.0), code.plus(memory, k * code.bytes))
+                product.add_units(rows, memory)
                 for k in range(n_sums):
                     chains = [code.load(code.plus(memory, (c * n_sums + k) * code.bytes)) for c in range(LANES)]
                     for n in (4, 2, 1):
@@ -236,51 +229,56 @@ def multiply_tile(
 
 
 class _Tile:
-    """The sums of ``ROWS`` rows with a tile, chain by chain."""
+    """The sums of ``ROWS`` rows with a tile."""
 
     def __init__(self, code: IntegerCode, form: _Form, n_units: Any) -> None:
         self.code, self.form, self.n_units = code, form, n_units
 
-    def chain_sums(self, chain: Any, rows: list[Any]) -> list[Any]:
+    def add_units(self, rows: list[Any], chains: Any) -> None:
+        """Add every unit to its chain: fp32 [LANES, ROWS, TILE_COLUMNS] in memory, because there are not enough registers."""
         code, form = self.code, self.form
         sums_argument = 2 if form.unit == UNIT else 3
-        order = code.plus(code.times(code.row_bytes_of(0, 1), int(form.bits == 4)), form.first_activation(chain))
         values, scales, sums = (
             [code.plus(code.address_of(i), code.times(row, code.row_bytes_of(i))) for row in rows] for i in (0, 1, sums_argument)
         )
-        values = [code.plus(row, order) for row in values]
-        count = code.quotient(code.plus(code.builder.sub(self.n_units, chain), LANES - 1), LANES)
+        order = code.times(code.row_bytes_of(0, 1), int(form.bits == 4))
 
-        def one_unit(i: Any, totals: list[Any]) -> list[Any]:
-            u = code.plus(chain, code.times(i, LANES))
-            at = [code.plus(row, code.times(i, LANES * form.unit)) for row in values]
-            dots = self._dots(code.plus(code.address_of(9), code.times(u, form.unit_bytes)), at)
+        def one_unit(u: Any, _: Any) -> list[Any]:
+            place = code.plus(order, form.first_activation(u))
+            tile = code.plus(code.address_of(9), code.times(u, form.unit_bytes))
+            dots = self._dots(tile, [code.plus(row, place) for row in values])
             factors = code.plus(code.address_of(10), code.times(u, UNIT_FLOATS * FLOAT_BYTES))
-            results = []
+            chain = code.builder.and_(u, I64(LANES - 1))
+            to = code.plus(chains, code.times(chain, ROWS * HALVES * code.bytes))
+            scale_at = code.times(u if form.unit == UNIT else code.quotient(u, 2), FLOAT_BYTES)
             for r in range(ROWS):
-                scale_at = u if form.unit == UNIT else code.quotient(u, 2)
-                scale = code.everywhere(code.plus(scales[r], code.times(scale_at, FLOAT_BYTES)))
+                scale = code.everywhere(code.plus(scales[r], scale_at))
                 total = code.everywhere(code.plus(sums[r], code.times(u, FLOAT_BYTES)))
                 for half in range(HALVES):
+                    k = r * HALVES + half
                     weight_scale = code.load(code.plus(factors, half * code.bytes))
                     correction = code.load(code.plus(factors, (HALVES + half) * code.bytes))
-                    k = r * HALVES + half
+                    at = code.plus(to, k * code.bytes)
                     numbers = code.builder.sitofp(dots[k], code.vector)
-                    added = code.fused(code.builder.fmul(scale, weight_scale), numbers, totals[k])
-                    results.append(code.fused(correction, total, added))
-            return results
+                    added = code.fused(code.builder.fmul(scale, weight_scale), numbers, code.load(at))
+                    code.store(code.fused(correction, total, added), at)
+            return []
 
-        return code.loop(count, [code.same(0.0)] * (ROWS * HALVES), one_unit)
+        code.loop(self.n_units, [], one_unit)
 
     def _dots(self, unit: Any, values: list[Any]) -> list[Any]:
         code, form = self.code, self.form
-        totals: list[dict[int, Any]] = [{} for _ in range(ROWS * HALVES)]
-        for w, (place, factor) in enumerate(form.words):
-            columns = [code.read(code.plus(unit, w * form.word_bytes + half * VECTOR_BYTES), BYTES) for half in range(HALVES)]
-            for r, row in enumerate(values):
-                word = code.spread(code.read(code.plus(row, place), I32))
-                signed = code.builder.bitcast(word, BYTES)
-                for half, unsigned in enumerate(columns):
-                    total = totals[r * HALVES + half]
-                    total[factor] = code.add_products(total.get(factor), unsigned, signed)
-        return [code.whole_sum(total) for total in totals]
+        by_factor: dict[int, list[Any]] = {}
+        for i, (place, factor) in enumerate(form.runs):
+            for j in range(form.stored_words):
+                at = code.plus(unit, i * form.run_bytes + j * form.word_bytes)
+                columns = [code.read(code.plus(at, half * VECTOR_BYTES), BYTES) for half in range(HALVES)]
+                totals = by_factor.get(factor, [None] * (ROWS * HALVES))
+                results = []
+                for r, row in enumerate(values):
+                    word = code.spread(code.read(code.plus(row, place + j * WORD_BYTES), I32))
+                    signed = code.builder.bitcast(word, BYTES)
+                    some = totals[r * HALVES : (r + 1) * HALVES]
+                    results += [code.add_products(total, part, signed) for total, part in zip(some, columns, strict=True)]
+                by_factor[factor] = code.in_registers(results)
+        return [code.whole_sum(dict(zip(by_factor, totals, strict=True))) for totals in zip(*by_factor.values(), strict=True)]
