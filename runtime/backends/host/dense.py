@@ -25,10 +25,10 @@ def open_dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segmen
 
     ``UsageError`` for what cannot run it.
     """
-    reason = why_not_native(folder, manifest) if options.dense in (None, "native") else "it was not asked for"
-    if reason is None:
-        return _native(folder, manifest)
-    if options.dense == "native":
+    if chosen_dense(folder, manifest, options.dense) == "native":
+        reason = why_not_native(folder, manifest)
+        if reason is None:
+            return _native(folder, manifest)
         raise UsageError(
             f"the dense layers of {folder} cannot run in kernels of our own",
             got=reason,
@@ -38,6 +38,13 @@ def open_dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segmen
     segments = _segments(folder, manifest, options, on_segment)
     check_shapes(folder / GRAPHS, segments.shapes, manifest.attention_ports, manifest.config)
     return with_rows_alike(segments, manifest, wanted=options.batch_invariant)
+
+
+def chosen_dense(folder: Path, manifest: Manifest, asked_for: str | None) -> str:
+    """The one of ``HOST_DENSE`` that runs the engine in ``folder``."""
+    if asked_for is not None:
+        return asked_for
+    return "onnxruntime" if why_not_native(folder, manifest) else "native"
 
 
 def why_not_native(folder: Path, manifest: Manifest) -> str | None:
