@@ -1,6 +1,6 @@
 """Operations on the rows of a step: what the segments of ``program.py`` are lists of, and what ``interpreter.py`` runs.
 
-An operation is a row of integers: its code, the buffers that it reads and writes, and numbers whose meaning depends on the code.
+An operation is a row of integers: a code, the buffers that it reads and writes, and numbers whose meaning depends on the code.
 Each row of a buffer is computed from the same row of others alone, so it does not depend on the number of rows.
 """
 
