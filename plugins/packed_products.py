@@ -19,15 +19,16 @@ from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.vector_integers import LANES, byte_at, float_at
 from trt_kv.plugins.vector_packed_rows import FEW, UNIT, multiply_columns
 from trt_kv.plugins.vector_packed_tiles import TILE_COLUMNS, UNIT_BYTES, UNIT_FLOATS, multiply_tile, unpack_tile
+from trt_kv.plugins.vector_rounding import PADDED, round_row
 
-PADDED = UNIT * LANES
-"""Rounded rows are filled up with zeros to a multiple of it."""
-TASK_COLUMNS = 8
+TASKS, LEAST_COLUMNS, MOST_COLUMNS = 32, 8, 64
+"""Tasks if there are few rows, and columns of a task: one costs as much as some columns, few cannot be shared out evenly.
+They do not depend on the number of threads, which numba does not tell to code that it caches.
+"""
 LOT_ROWS = 128
-SMALLEST = np.float32(1e-36)
-"""Activations whose largest in a unit is smaller count as zeros: the quotient 127 / largest would overflow."""
-TO_WHOLE = np.float32(3 * 2.0**22)
-"""Added and taken away again, it leaves the nearest integer, ties to even."""
+"""Rows that a tile is unpacked for."""
+LOT_ROUNDED = 8
+"""From so many rows on, they are rounded in parallel."""
 
 
 class RoundedRows(NamedTuple):
@@ -59,44 +60,12 @@ def rounded_rows(n_rows: int, n_inputs: int) -> RoundedRows:
 def round_activations(x_RK: Floats, rounded: RoundedRows) -> None:
     """Round rows to int8, each unit to its largest value / 127. A unit that is not finite becomes NaN as a whole."""
     values, scales, sums, half_sums = rounded
-    if len(x_RK) < 8:
+    if len(x_RK) < LOT_ROUNDED:
         for r in range(len(x_RK)):
-            _round_row(x_RK[r], values[r], scales[r], sums[r], half_sums[r])
+            round_row(x_RK, r, values, scales, sums, half_sums)
     else:
         for r in numba.prange(len(x_RK)):
-            _round_row(x_RK[r], values[r], scales[r], sums[r], half_sums[r])
-
-
-@njit()
-def _round_row(x_K: Floats, values_2K: NDArray[np.int8], scales_U: Floats, sums_U: Floats, half_sums_H: Floats) -> None:
-    bits_K = x_K.view(np.int32)
-    for u in range((len(x_K) + PADDED - 1) // PADDED * LANES):
-        first = u * UNIT
-        n = max(0, min(UNIT, len(x_K) - first))
-        top_bits = np.int32(0)
-        for i in range(first, first + n):
-            top_bits = max(top_bits, bits_K[i] & np.int32(0x7FFFFFFF))
-        top = np.int32(top_bits).view(np.float32)
-        is_zero, is_finite = top < SMALLEST, top_bits < np.int32(0x7F800000)
-        scale = np.float32(0.0) if is_zero else top / np.float32(127.0)
-        if not is_finite:
-            scale = np.float32(np.nan)
-        inverse = np.float32(127.0) / top if is_finite and not is_zero else np.float32(0.0)
-        total = 0
-        for half in range(2):
-            half_total = 0
-            for i in range(half * UNIT // 2, (half + 1) * UNIT // 2):
-                q = np.int8(0)
-                if i < n and is_finite:
-                    q = np.int8((x_K[first + i] * inverse + TO_WHOLE) - TO_WHOLE)
-                place = first + i
-                values_2K[0, place] = q
-                values_2K[1, place // 64 * 64 + place % 2 * 32 + place % 64 // 2] = q
-                half_total += int(q)
-            half_sums_H[2 * u + half] = np.float32(half_total) * scale
-            total += half_total
-        sums_U[u] = np.float32(total) * scale
-        scales_U[u] = scale
+            round_row(x_RK, np.int64(r), values, scales, sums, half_sums)
 
 
 @njit(parallel=True)
@@ -109,9 +78,10 @@ def multiply_packed(rounded: RoundedRows, table: Ints, first: int, count: int, o
     for i in range(first, first + count):
         n_columns += table[i, N_COLUMNS]
     if len(out) <= FEW:
-        for task in numba.prange((n_columns + TASK_COLUMNS - 1) // TASK_COLUMNS):
-            begin = np.int64(task) * TASK_COLUMNS
-            _multiply_range(rounded, table, first, begin, min(begin + TASK_COLUMNS, n_columns), out)
+        size = min(max(n_columns // TASKS, LEAST_COLUMNS), MOST_COLUMNS)
+        for task in numba.prange((n_columns + size - 1) // size):
+            begin = np.int64(task) * size
+            _multiply_range(rounded, table, first, begin, min(begin + size, n_columns), out)
     else:
         n_tiles = 0
         for i in range(first, first + count):
@@ -147,9 +117,7 @@ def _multiply_lot(rounded: RoundedRows, table: Ints, matrix: int, tile: int, row
     n_units = table[matrix, N_BLOCKS] * table[matrix, BLOCK_SIZE] // min(table[matrix, BLOCK_SIZE], UNIT)
     unpacked, factors = np.empty(n_units * UNIT_BYTES, np.uint8), np.empty(n_units * UNIT_FLOATS, np.float32)
     unpack_tile(table, matrix, column, unpacked, factors)
-    multiply_tile(
-        values, scales, sums, half_sums, row, n_rows, table, matrix, column, unpacked, factors, out, first + column
-    )
+    multiply_tile(values, scales, sums, half_sums, row, n_rows, table, matrix, column, unpacked, factors, out, first + column)
 
 
 @njit()
@@ -162,9 +130,7 @@ def _multiply_range(rounded: RoundedRows, table: Ints, matrix: int, begin: int, 
         n = min(end - first, table[matrix, N_COLUMNS]) - column
         for row in range(0, len(out) if n > 0 else 0, FEW):
             n_rows = min(FEW, len(out) - row)
-            multiply_columns(
-                values, scales, sums, half_sums, row, n_rows, table, matrix, column, n, out, first + column
-            )
+            multiply_columns(values, scales, sums, half_sums, row, n_rows, table, matrix, column, n, out, first + column)
         first += table[matrix, N_COLUMNS]
         matrix += 1
 

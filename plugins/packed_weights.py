@@ -24,7 +24,7 @@ class PackedWeights:
 
     ``blocks``: the q, uint8 [N, M, S * bits / 8], of 4 bits the earlier value in the low half. ``scales`` and ``offsets``: fp32
     [N, M]. ``zero_points``: uint8 [N, ceil(M * bits / 8)], packed like the q. ``bias``: fp32 [N], added to products. Of size 0
-    if there is none: zero points ``2 ** (bits - 1)``, offsets and bias 0. All may be memory maps, also ones that cannot be written.
+    if there is none: zero points ``2 ** (bits - 1)``, offsets and bias 0. They may be memory maps, read-only ones too.
     """
 
     bits: int

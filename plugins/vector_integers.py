@@ -72,7 +72,7 @@ class IntegerCode(Code):
         return self.builder.lshr(stored, BYTES([4] * 32))
 
     def add_products(self, total: Any, unsigned: Any, signed: Any) -> Any:
-        """Products of two vectors of bytes added to a total, or to nothing. Without VNNI: up to 8 times, of numbers up to 15."""
+        """Products of two vectors of bytes added to a total or None. Without VNNI: up to 8 times, of numbers up to 15."""
         b = self.builder
         if self.has_vnni:
             kind = ir.FunctionType(WORDS, [WORDS] * 3)

@@ -70,7 +70,7 @@ def multiply_columns(
     out: Any,
     out_column: Any,
 ) -> Any:
-    """``out[first_row + r, out_column + i]``: products of r < ``n_rows`` <= ``FEW`` rows with ``n_columns`` from ``column`` on."""
+    """``out[first_row + r, out_column + i]``: products of r < ``n_rows`` <= ``FEW`` rows with ``n_columns`` columns."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         code = IntegerCode(context, builder, signature, arguments)
@@ -144,10 +144,15 @@ class _Columns:
         self.offsets = code.plus(self.weights.fields[OFFSETS], b.mul(column, scale_bytes))
         self.zeros = code.plus(self.weights.fields[ZERO_POINTS], b.mul(column, self.zero_bytes))
         start = [code.same(0.0)] * len(inputs)
-        totals = code.loop(self.n_groups, start, lambda g, carried: self._group(g, carried, inputs, None))
+        totals = code.loop(self.n_groups, start, lambda g, carried: self._group(g, carried, inputs, None, self.n_vectors))
         rest = b.sub(self.n_units, code.times(self.n_groups, LANES))
-        some = b.zext(b.icmp_signed(">", rest, I64(0)), I64)
-        totals = code.loop(some, totals, lambda _, carried: self._group(self.n_groups, carried, inputs, rest))
+        per_vector = I64(LANES // self.n_vectors)
+        is_short = b.and_(b.icmp_signed(">", rest, I64(0)), b.icmp_signed("<=", rest, per_vector))
+        is_long = b.icmp_signed(">", rest, per_vector)
+        for which, n in ((is_short, 1), (is_long, self.n_vectors)):
+            totals = code.loop(
+                b.zext(which, I64), totals, lambda _, carried, n=n: self._group(self.n_groups, carried, inputs, rest, n)
+            )
         sums = [code.sum_of_lanes(total) for total in totals]
 
         def biased(total: Any) -> Any:
@@ -157,11 +162,11 @@ class _Columns:
         absent = self.weights.fields[BIAS]
         return [code.chosen(absent, {0: lambda total=total: total}, lambda total=total: biased(total)) for total in sums]
 
-    def _group(self, group: Any, totals: list[Any], inputs: list[tuple[Any, Any, Any]], rest: Any) -> list[Any]:
-        """Add 8 units of the column, of which there are only ``rest`` if that is not None."""
+    def _group(self, group: Any, totals: list[Any], inputs: list[tuple[Any, Any, Any]], rest: Any, n_vectors: int) -> list[Any]:
+        """Add 8 units of the column, of which there are only ``rest``, in ``n_vectors`` vectors, if that is not None."""
         code, b = self.code, self.code.builder
         at = code.plus(self.blocks, code.times(group, self.n_vectors * VECTOR_BYTES))
-        stored = [self._stored(code.plus(at, VECTOR_BYTES * v), v, rest) for v in range(self.n_vectors)]
+        stored = [self._stored(code.plus(at, VECTOR_BYTES * v), v, rest) for v in range(n_vectors)]
         scale = self._floats(self.scales, group, rest)
         offset = code.chosen(
             self.weights.fields[OFFSETS], {0: lambda: code.same(0.0)}, lambda: self._floats(self.offsets, group, rest)
@@ -201,6 +206,7 @@ class _Columns:
                 signed = code.read(code.plus(values, VECTOR_BYTES * v), BYTES)
                 totals = {factor: code.add_products(None, plane, signed) for plane, factor in code.planes(vector)}
                 sums.append(code.whole_sum(totals))
+        sums += [ir.Constant(WORDS, None)] * (self.n_vectors - len(sums))
         return code.sums_by_label(sums, self.labels)
 
     def _activation_scales(self, scales: Any, group: Any) -> Any:

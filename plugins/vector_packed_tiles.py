@@ -12,7 +12,7 @@ from numba.core import cgutils
 
 from trt_kv.plugins.packed_weights import BIAS, BLOCK_SIZE, BLOCKS, N_BITS, N_BLOCKS, OFFSETS, SCALES, ZERO_POINTS
 from trt_kv.plugins.vector_code import F32, FLOAT_BYTES, I8, I32, I64, in_kernels
-from trt_kv.plugins.vector_integers import BYTES, LANES, VECTOR_BYTES, WORDS, IntegerCode
+from trt_kv.plugins.vector_integers import BYTES, LANES, VECTOR_BYTES, IntegerCode
 from trt_kv.plugins.vector_packed_rows import UNIT, Matrix
 
 TILE_COLUMNS = 16
@@ -71,7 +71,7 @@ def _n_units(code: IntegerCode, weights: Matrix, unit: int) -> Any:
 
 @in_kernels
 def unpack_tile(typing_context: Any, table: Any, matrix: Any, column: Any, tile: Any, factors: Any) -> Any:
-    """Unpack ``TILE_COLUMNS`` columns from ``column`` on.
+    """Unpack ``TILE_COLUMNS`` columns from ``column`` on, and fetch those behind them into the second-level cache.
 
     ``tile``: uint8, ``UNIT_BYTES`` per unit. ``factors``: fp32, ``UNIT_FLOATS`` per unit.
     """
@@ -105,6 +105,10 @@ def unpack_tile(typing_context: Any, table: Any, matrix: Any, column: Any, tile:
                 return []
 
             code.loop(n_units, [], one_unit)
+            following = code.plus(arguments[2], TILE_COLUMNS)
+            scale_bytes = code.times(fields[N_BLOCKS], FLOAT_BYTES)
+            for field, n_bytes in ((BLOCKS, row_bytes), (SCALES, scale_bytes), (OFFSETS, scale_bytes)):
+                code.prefetch(code.plus(fields[field], b.mul(following, n_bytes)), code.times(n_bytes, TILE_COLUMNS))
 
         _by_form(code, weights, with_form)
         return context.get_dummy_value()
@@ -239,7 +243,8 @@ class _Tile:
         code, form = self.code, self.form
         sums_argument = 2 if form.unit == UNIT else 3
         values, scales, sums = (
-            [code.plus(code.address_of(i), code.times(row, code.row_bytes_of(i))) for row in rows] for i in (0, 1, sums_argument)
+            [code.plus(code.address_of(i), code.times(row, code.row_bytes_of(i))) for row in rows]
+            for i in (0, 1, sums_argument)
         )
         order = code.times(code.row_bytes_of(0, 1), int(form.bits == 4))
 

@@ -1,10 +1,10 @@
 """Products with weights in blocks of 4 bits and offsets, as GGUF files of type Q4_1 have them: our kernels and ONNX Runtime.
 
-One row reads more matrices than the CPU caches, as a decode step does; a probe tells how fast memory is. Activations are rounded
-to int8 on both sides, within what is timed.
+One row reads more matrices than the CPU caches, as a decode step does; a probe tells how fast memory is. Both sides round
+activations to int8, within what is timed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numba
@@ -63,10 +63,13 @@ def _measured(
     n_matrices = max(1, read_bytes // matrix_bytes) if n_rows < 64 else 1
     matrices = [_matrix(n_columns, n_inputs, seed) for seed in range(n_matrices)]
     x_RK = np.random.default_rng(1).standard_normal((n_rows, n_inputs), np.float32)
-    sides: Mapping[str, Callable[[], Floats]] = {"ours": _ours(x_RK, matrices), "theirs": _theirs(x_RK, matrices, n_threads)}
-    expected = sides["theirs"]()
+    sides: Mapping[str, Callable[[], Sequence[Floats]]] = {
+        "ours": _ours(x_RK, matrices),
+        "theirs": _theirs(x_RK, matrices, n_threads),
+    }
+    found, expected = np.stack(sides["ours"]()), np.stack(sides["theirs"]())
     what = f"{n_rows} rows x [{n_inputs}, {n_columns}]"
-    check = check_close(what, sides["ours"](), expected, within=AGREE_WITHIN * float(np.abs(expected).max()))
+    check = check_close(what, found, expected, within=AGREE_WITHIN * float(np.abs(expected).max()))
     timings = take_turns({**sides, "probe": lambda: total_of(probe)}, rounds=rounds, warmup=1)
     median_s = {side: float(np.median(samples)) / 1e3 for side, samples in timings.samples_ms.items()}
     reached = n_matrices * matrix_bytes / median_s["ours"]
@@ -111,7 +114,7 @@ def _ours(x_RK: Floats, matrices: list[PackedWeights]) -> Callable[[], Floats]:
     return multiply
 
 
-def _theirs(x_RK: Floats, matrices: list[PackedWeights], n_threads: int) -> Callable[[], Floats]:
+def _theirs(x_RK: Floats, matrices: list[PackedWeights], n_threads: int) -> Callable[[], Sequence[Floats]]:
     """A graph with MatMulNBits, and the product of offsets and sums over blocks, for each matrix."""
     n_columns, n_inputs = matrices[0].n_columns, matrices[0].n_inputs
     constants = [numpy_helper.from_array(np.array(v), k) for k, v in (("blocked", [0, -1, BLOCK]), ("last", [2]))]
@@ -121,8 +124,8 @@ def _theirs(x_RK: Floats, matrices: list[PackedWeights], n_threads: int) -> Call
     ]
     how = {"K": n_inputs, "N": n_columns, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
     for i, matrix in enumerate(matrices):
-        for name in ("blocks", "scales", "offsets"):
-            constants.append(numpy_helper.from_array(getattr(matrix, name), f"{name}_{i}"))
+        parts = {"blocks": matrix.blocks, "scales": matrix.scales, "offsets": matrix.offsets}
+        constants += [numpy_helper.from_array(array, f"{name}_{i}") for name, array in parts.items()]
         product = ["x", f"blocks_{i}", f"scales_{i}"]
         nodes.append(helper.make_node("MatMulNBits", product, [f"product_{i}"], domain="com.microsoft", **how))
         nodes.append(helper.make_node("Gemm", ["sums", f"offsets_{i}", f"product_{i}"], [f"y_{i}"], transB=1))
@@ -136,4 +139,4 @@ def _theirs(x_RK: Floats, matrices: list[PackedWeights], n_threads: int) -> Call
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda: np.stack(session.run(None, {"x": x_RK}))
+    return lambda: session.run(None, {"x": x_RK})
