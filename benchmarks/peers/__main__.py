@@ -30,8 +30,11 @@ MODELS = ("smollm2", "llama-3.2-1b")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Requests of each row and context.")
 @click.option("--tokens", default=24, show_default=True, type=click.IntRange(2), help="Decoded tokens of each request.")
 @click.option("--threads", default=0, type=click.IntRange(0), help="Of each engine. Default: one per core.")
-@click.option("--minutes", default=240.0, show_default=True, help="Begin nothing new after so long.")
+@click.option(
+    "--minutes", default=240.0, show_default=True, help="Begin nothing new after so long, without making what is missing."
+)
 @click.option("--job-seconds", default=120.0, show_default=True, help="Leave out requests that take longer.")
+@click.option("--prepare", is_flag=True, help="Measure nothing; make environments, models and engines that are missing.")
 @click.option("--resume", is_flag=True, help="Continue what an interrupted run has written.")
 @click.option("--from-results", is_flag=True, help="Measure nothing; make the tables, page and picture again.")
 @click.option(
@@ -48,6 +51,7 @@ def main(
     threads: int,
     minutes: float,
     job_seconds: float,
+    prepare: bool,
     resume: bool,
     from_results: bool,
     out: Path | None,
@@ -73,6 +77,9 @@ def main(
             minutes=minutes,
             job_s=job_seconds,
         )
+        if prepare:
+            Run(plan, [], save=lambda: None, say=lambda text: console.print(text, markup=False)).prepare()
+            return
         document = load(path) if from_results or (resume and path.exists()) else begun(plan)
         if not from_results:
             _measure(plan, document, path, console)
