@@ -203,7 +203,7 @@ def test_a_line_has_medians_and_its_roofline() -> None:
 
 
 def test_aims_compare_with_the_best_peer_that_keeps_the_whole_cache() -> None:
-    found = {target.what: target for target in targets_of("M", lines_of(SAMPLES, "smollm2"))}
+    found = {target.what: target for target in targets_of("M", lines_of(SAMPLES, "smollm2"), with_memory=False)}
     decoding = next(target for what, target in found.items() if "whole cache" in what)
     assert "OpenVINO GenAI 12" in decoding.what
     assert decoding.measured == pytest.approx(10 / 12, abs=0.001)
@@ -222,11 +222,25 @@ def test_where_no_peer_was_measured_its_least_time_stands_in() -> None:
         probe(131072),
         sample(RECALL, 131072, [11.0], synthetic=True, first_token_s=None),
     ]
-    targets = targets_of("M", lines_of(samples, "smollm2"))
+    targets = targets_of("M", lines_of(samples, "smollm2"), with_memory=False)
     bound = next(target for target in targets if "none was measured" in target.what)
     # llama.cpp reads 400 MB and 122 bytes per token: 416 MB at 10 GB/s.
     assert bound.measured == pytest.approx(11.0 / 41.6, rel=0.02)
     assert not bound.is_met
+
+
+def test_memory_is_judged_by_what_a_step_reads_and_by_two_gib() -> None:
+    samples = [
+        sample(PART, 32768, [5.0], peak_bytes=112 * 10**6),
+        sample("trt-kv freekv 2048 int4, RAM", 32768, [5.0]),
+        sample(RECALL, 131072, [6.0], peak_bytes=3 * 2**30),
+    ]
+    lines = lines_of(samples, "smollm2")
+    found = {target.what: target for target in targets_of("M", lines, with_memory=True) if target.what.startswith("3.")}
+    of_budget, of_limit = found.values()
+    assert ("32768" in of_budget.what, of_budget.is_met, of_budget.measured) == (True, False, pytest.approx(1.11, abs=0.01))
+    assert (RECALL in of_limit.what, of_limit.is_met, of_limit.measured) == (True, False, 3072.0)
+    assert not [t for t in targets_of("M", lines, with_memory=False) if t.what.startswith("3.")]
 
 
 def test_results_become_a_page_and_a_picture(tmp_path: Path) -> None:
