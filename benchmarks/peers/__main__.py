@@ -13,7 +13,7 @@ from benchmarks.peers.document import begun, with_tables
 from benchmarks.peers.measure import Plan, Run
 from benchmarks.peers.page import write_page
 from benchmarks.peers.picture import draw
-from benchmarks.peers.rows import ROWS
+from benchmarks.peers.rows import ROWS, SHORT
 from benchmarks.peers.subjects import SUBJECTS
 from trt_kv.errors import TrtKvError
 
@@ -26,6 +26,7 @@ MODELS = ("smollm2", "llama-3.2-1b")
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(tuple(SUBJECTS)), help=f"Default: {' and '.join(MODELS)}.")
 @click.option("--row", "rows", multiple=True, type=click.Choice(tuple(ROWS)), help="Only these rows. Default: all.")
+@click.option("--short", is_flag=True, help="Without --row: the rows that the aims speak of.")
 @click.option("--contexts", default="512,2048,8192,32768,65536,131072", show_default=True, help="Tokens, with commas between.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Requests of each row and context.")
 @click.option("--tokens", default=24, show_default=True, type=click.IntRange(2), help="Decoded tokens of each request.")
@@ -45,6 +46,7 @@ MODELS = ("smollm2", "llama-3.2-1b")
 def main(
     models: tuple[str, ...],
     rows: tuple[str, ...],
+    short: bool,
     contexts: str,
     rounds: int,
     tokens: int,
@@ -69,7 +71,7 @@ def main(
     try:
         plan = Plan(
             subjects=models or MODELS,
-            rows=rows or tuple(ROWS),
+            rows=rows or (SHORT if short else tuple(ROWS)),
             contexts=_numbers(contexts),
             rounds=rounds,
             n_tokens=tokens,

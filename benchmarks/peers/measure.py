@@ -120,8 +120,8 @@ class Run:
         self._record(key | {"round": "loading", "load_s": load_s, "facts": facts})
         # Kernels are compiled and memory is touched at a first request, which is not counted. It is as long as a chunk of a
         # prompt, so that the peak of a request with a synthetic cache has memory for chunks in it.
-        worker.run(Job(context=min(key["context"], CHUNK), n_tokens=4, seed=-1), within_s=self._plan.job_s)
-        return facts
+        answered = worker.run(Job(context=min(key["context"], CHUNK), n_tokens=4, seed=-1), within_s=LOADING_S)
+        return answered if isinstance(answered, Refusal) else facts
 
     def _job(self, subject: Subject, row: str, needs: Prepared, context: int, index: int) -> Job | Refusal:
         """What to ask at a context, or why nothing."""

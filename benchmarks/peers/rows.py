@@ -188,6 +188,20 @@ ROWS: dict[str, Row] = {
 }
 """By name, in the order of the tables."""
 
+SHORT = (
+    "trt-kv full int4",
+    "trt-kv full int4, int8 cache",
+    "trt-kv pooledwindow 20 % int4",
+    "trt-kv pooledwindow 20 % int4, int8 cache",
+    "trt-kv freekv 2048 int4, RAM",
+    "trt-kv freekv 2048 int4, int8 cache, RAM",
+    "trt-kv freekv 2048 int4, int8 cache, file",
+    "OpenVINO GenAI",
+    "OpenVINO runtime",
+    "llama.cpp",
+)
+"""A selection for a short run: what the aims speak of."""
+
 
 def prepared(row: Row, subject: Subject) -> Prepared | str:
     """What the row's worker needs, or why there is none."""
