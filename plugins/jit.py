@@ -13,13 +13,16 @@ _untold = [True]
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """``numba.njit(cache=True, **options)``; without a cache, and with one warning, if no folder for it can be written.
 
+    An entry point for C, which takes time to compile, is left out. The one for Python is not: numba would end the process
+    where a test calls a kernel without one.
+
     numba caches in ``__pycache__`` next to the kernel, else in the user's cache folder, or in NUMBA_CACHE_DIR. A service user
     in a container often can write neither.
     """
 
     def compiled(kernel: Callable[..., Any]) -> Any:
         try:
-            return numba.njit(cache=True, **options)(kernel)
+            return numba.njit(cache=True, no_cfunc_wrapper=True, **options)(kernel)
         except RuntimeError as error:
             if "cannot cache function" not in str(error):
                 raise
@@ -29,7 +32,7 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
                 "compiled kernels cannot be cached, and are compiled again by each process (some seconds): neither the "
                 "installation nor the home folder can be written; set NUMBA_CACHE_DIR to a folder that can"
             )
-        return numba.njit(**options)(kernel)
+        return numba.njit(no_cfunc_wrapper=True, **options)(kernel)
 
     return compiled
 
