@@ -27,7 +27,8 @@ from trt_kv.runtime.engine import Engine
 SHORT_PROMPT = 32
 """Tokens that a request really reads before its cache is replaced by a long one."""
 WARM_UP_STEPS = 3
-PAGES_AT_A_TIME = 256
+PAGES_AT_A_TIME = 64
+"""Of the block of random pages: small beside what is measured."""
 
 
 class PlacedCaches:
