@@ -20,9 +20,11 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     in a container often can write neither.
     """
 
+    options["no_cfunc_wrapper"] = True
+
     def compiled(kernel: Callable[..., Any]) -> Any:
         try:
-            return numba.njit(cache=True, no_cfunc_wrapper=True, **options)(kernel)
+            return numba.njit(cache=True, **options)(kernel)
         except RuntimeError as error:
             if "cannot cache function" not in str(error):
                 raise
@@ -32,7 +34,7 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
                 "compiled kernels cannot be cached, and are compiled again by each process (some seconds): neither the "
                 "installation nor the home folder can be written; set NUMBA_CACHE_DIR to a folder that can"
             )
-        return numba.njit(no_cfunc_wrapper=True, **options)(kernel)
+        return numba.njit(**options)(kernel)
 
     return compiled
 

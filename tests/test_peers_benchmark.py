@@ -238,8 +238,11 @@ def test_memory_is_judged_by_what_a_step_reads_and_by_two_gib() -> None:
     lines = lines_of(samples, "smollm2")
     found = {target.what: target for target in targets_of("M", lines, with_memory=True) if target.what.startswith("3.")}
     of_budget, of_limit = found.values()
-    assert ("32768" in of_budget.what, of_budget.is_met, of_budget.measured) == (True, False, pytest.approx(1.11, abs=0.01))
-    assert (RECALL in of_limit.what, of_limit.is_met, of_limit.measured) == (True, False, 3072.0)
+    assert "32768" in of_budget.what
+    assert of_budget.measured == pytest.approx(1.11, abs=0.01)
+    assert RECALL in of_limit.what
+    assert of_limit.measured == 3072.0
+    assert not (of_budget.is_met or of_limit.is_met)
     assert not [t for t in targets_of("M", lines, with_memory=False) if t.what.startswith("3.")]
 
 
