@@ -5,7 +5,7 @@ SHELL := bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help engine generate chat serve evaluate test check bench report clean
+.PHONY: help engine generate chat serve evaluate test soak check bench report clean
 
 # Machine settings, which may come from the environment. PIP_ARGS is added to every pip install, e.g. an index with CPU builds.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell command -v $(name))) python3.11)
@@ -149,6 +149,9 @@ evaluate: $(ready_dense) ## engine + your own tasks -> accuracy, perplexity, kep
 test: $(VENV)/.ready-dev ## run all tests except those marked slow
 	@$(VENV)/bin/python -m pytest --numprocesses '$(JOBS)' --dist loadfile --no-loadscope-reorder $(ARGS)
 
+soak: $(VENV)/.ready-dev ## both servers under load for 10 minutes (ARGS="--minutes 1"): nothing lost, mixed or left behind
+	@$(VENV)/bin/python -m tests.soak $(ARGS)
+
 check: $(VENV)/.ready-dev ## lint, format, types, import rules
 	@$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -212,8 +215,9 @@ $(VENV)/.ready-smollm2: $(VENV)/.ready-gguf
 	}
 	touch $@
 
-$(VENV)/.ready-dev: pyproject.toml constraints.txt $(wildcard tests/rig/*) $(addprefix benchmarks/kvpress/,requirements.txt set_up.py)
+$(VENV)/.ready-dev: pyproject.toml constraints.txt $(wildcard tests/rig/*) $(addprefix tests/triton_rig/,requirements.txt set_up.py) $(addprefix benchmarks/kvpress/,requirements.txt set_up.py)
 	$(call set_up,dev)
 	$(VENV)/bin/python -m tests.rig.set_up $(PIP_ARGS) > /dev/null
+	$(VENV)/bin/python -m tests.triton_rig.set_up $(PIP_ARGS) > /dev/null
 	$(VENV)/bin/python -m benchmarks.kvpress.set_up $(PIP_ARGS) > /dev/null
 	touch $@ $(VENV)/.ready-build $(VENV)/.ready-gguf $(VENV)/.ready-openvino $(VENV)/.ready-serve

@@ -100,6 +100,12 @@ class AsyncEngine:
         prompt, params = self.engine.chat_request(messages, params, **options)
         return await self.generate(prompt, params)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether requests make progress: false once the engine is closed, or if its thread has ended for another reason."""
+        thread = self._thread
+        return not self._is_closed and (thread is None or thread.is_alive())
+
     async def close(self) -> None:
         """Abort all requests, stop the thread and close the engine. Open streams raise ``EngineError``."""
         await asyncio.to_thread(self._close)
@@ -128,8 +134,9 @@ class AsyncEngine:
     def _ensure_thread(self) -> None:
         with self._lock:
             if self._thread is None and not self._is_closed:
-                self._thread = threading.Thread(target=self._run, name="trt-kv steps", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="trt-kv steps", daemon=True)
+                thread.start()
+                self._thread = thread
 
 
 class AsyncStream(AsyncIterator[str]):

@@ -19,7 +19,7 @@ from trt_kv.serving.http.parameters import chat_request, completion_params, prom
 from trt_kv.serving.http.refusals import RefusedError, refusal_of
 from trt_kv.serving.http.running import Running
 from trt_kv.serving.http.usage import usage_of
-from trt_kv.serving.logs import log_event
+from trt_kv.serving.logs import log_generated
 
 GONE = Response(status_code=499)
 """Nobody reads it: the client has gone away. The number is the one that nginx logs."""
@@ -173,19 +173,8 @@ def _event(data: dict[str, Any]) -> str:
 def _log_end(context: Context, running: Running, request_id: str) -> None:
     """One line for each sample: its sizes and times, and its text only if the server was told so."""
     for sample in running.samples:
-        result = sample.result()
-        first_s = result.times.to_first_token_s
         tokenizer = context.engine.engine.tokenizer
         texts: dict[str, Any] = {}
         if context.settings.log_prompts:
-            texts = {"prompt": tokenizer.decode(list(sample.prompt_ids)), "text": result.text}
-        log_event(
-            "generated",
-            request_id=request_id,
-            prompt_tokens=result.n_prompt_tokens,
-            generated_tokens=len(result.token_ids),
-            finish_reason=result.finish_reason if sample.is_finished else "cancelled",
-            error=None if sample.error is None else type(sample.error).__name__,
-            first_token_s=None if first_s is None else round(first_s, 4),
-            **texts,
-        )
+            texts = {"prompt": tokenizer.decode(list(sample.prompt_ids)), "text": sample.result().text}
+        log_generated(sample, request_id=request_id, **texts)

@@ -102,12 +102,13 @@ def command(
 
 
 def _load(engine: Path, **options: Any) -> "Engine":
-    """The engine, after a first token: kernels that are compiled at their first call are not the first client's to wait for."""
+    """The engine, after first tokens."""
     from trt_kv.runtime.engine import Engine
+    from trt_kv.serving.first_tokens import generate_first_tokens
 
     with progress_bars() as on_progress:
         loaded = Engine.load(engine, on_progress=on_progress, **options)
         on_progress("first token", 0, 1)
-        loaded.generate([0], max_new_tokens=2, ignore_eos=True)
+        generate_first_tokens(loaded)
         on_progress("first token", 1, 1)
     return loaded
