@@ -166,6 +166,7 @@ ROWS: dict[str, Row] = {
         _ours("full fp32", FULL),
         _ours("full int4", FULL | INT4, weights="int4"),
         _ours("full int4, int8 cache", FULL | INT4, weights="int4", **INT8_CACHE),
+        _ours("full int4, ONNX Runtime's matrices", FULL | INT4, weights="int4", dense="onnxruntime"),
         _ours("full int4, OpenVINO's matrices", FULL | INT4, weights="int4", dense="openvino"),
         _ours("pooledwindow 20 % fp32", PART),
         _ours("pooledwindow 20 % int4", PART | INT4, weights="int4"),
