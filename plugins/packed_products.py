@@ -7,7 +7,7 @@ summed in ``LANES`` chains (u, u + 8, u + 16 ...), and the chains by a fixed tre
 rows, with any number of threads, on any processor.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -136,7 +136,7 @@ def _multiply_range(rounded: RoundedRows, table: Ints, matrix: int, begin: int, 
 
 
 @njit()
-def _zero_point(weights: Ints, n: int, block: int) -> int:
+def _zero_point(weights: Ints, n: int, block: int) -> Any:
     bits = weights[N_BITS]
     if weights[ZERO_POINTS] == 0:
         return 1 << (bits - 1)
@@ -144,7 +144,7 @@ def _zero_point(weights: Ints, n: int, block: int) -> int:
 
 
 @njit()
-def _integer(packed: int, place: int, bits: int) -> int:
+def _integer(packed: int, place: int, bits: int) -> Any:
     """One of the integers from an address on."""
     if bits == 8:
         return np.int64(byte_at(packed, place))

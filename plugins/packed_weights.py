@@ -56,7 +56,7 @@ class PackedWeights:
 
     @property
     def block_size(self) -> int:
-        return self.blocks.shape[2] * 8 // self.bits
+        return int(self.blocks.shape[2]) * 8 // self.bits
 
     @property
     def n_columns(self) -> int:
@@ -66,7 +66,7 @@ class PackedWeights:
     @property
     def n_inputs(self) -> int:
         """K."""
-        return self.blocks.shape[1] * self.block_size
+        return int(self.blocks.shape[1]) * self.block_size
 
 
 def weight_table(matrices: Sequence[PackedWeights]) -> Ints:

@@ -3,6 +3,7 @@
 The lanes of a vector are 8 units of a column, so that its blocks, scales and offsets are read in the order of memory.
 """
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -35,7 +36,6 @@ class Matrix:
         self.code = code
         at = code.plus(table, code.times(matrix, FIELDS * FIELD_BYTES))
         self.fields = [code.read(code.plus(at, i * FIELD_BYTES), I64) for i in range(FIELDS)]
-        self.n_units = I64(0)
 
     def per_block(self, field: int, column: Any, n_bytes: Any) -> Any:
         return self.code.plus(self.fields[field], self.code.times(column, n_bytes))
@@ -50,7 +50,7 @@ class Matrix:
 
         if unit < UNIT:
             return spread_over(LANES)
-        bodies = {size: lambda size=size: spread_over(LANES * UNIT // size) for size in (64, 128)}
+        bodies = {size: partial(spread_over, LANES * UNIT // size) for size in (64, 128)}
         return code.chosen(self.fields[BLOCK_SIZE], bodies, lambda: spread_over(LANES))
 
 
@@ -121,6 +121,11 @@ def multiply_columns(
     return types.void(values, scales, sums, half_sums, i, i, table, i, i, i, out, i), generate
 
 
+def same(value: Any) -> Any:
+    """The value: what ``chosen`` takes if nothing is added."""
+    return value
+
+
 class _Columns:
     """The sums of one column at a time, in one of the forms."""
 
@@ -150,9 +155,7 @@ class _Columns:
         is_short = b.and_(b.icmp_signed(">", rest, I64(0)), b.icmp_signed("<=", rest, per_vector))
         is_long = b.icmp_signed(">", rest, per_vector)
         for which, n in ((is_short, 1), (is_long, self.n_vectors)):
-            totals = code.loop(
-                b.zext(which, I64), totals, lambda _, carried, n=n: self._group(self.n_groups, carried, inputs, rest, n)
-            )
+            totals = code.loop(b.zext(which, I64), totals, partial(self._last_group, inputs, rest, n))
         sums = [code.sum_of_lanes(total) for total in totals]
 
         def biased(total: Any) -> Any:
@@ -160,7 +163,12 @@ class _Columns:
             return b.fadd(total, code.read(at, F32))
 
         absent = self.weights.fields[BIAS]
-        return [code.chosen(absent, {0: lambda total=total: total}, lambda total=total: biased(total)) for total in sums]
+        return [code.chosen(absent, {0: partial(same, total)}, partial(biased, total)) for total in sums]
+
+    def _last_group(
+        self, inputs: list[tuple[Any, Any, Any]], rest: Any, n_vectors: int, _: Any, totals: list[Any]
+    ) -> list[Any]:
+        return self._group(self.n_groups, totals, inputs, rest, n_vectors)
 
     def _group(self, group: Any, totals: list[Any], inputs: list[tuple[Any, Any, Any]], rest: Any, n_vectors: int) -> list[Any]:
         """Add 8 units of the column, of which there are only ``rest``, in ``n_vectors`` vectors, if that is not None."""

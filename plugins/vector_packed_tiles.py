@@ -4,6 +4,7 @@ The lanes of a vector are 8 columns. Sums have the same addends in the same orde
 lanes are units: a chain here is a lane there.
 """
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -13,7 +14,7 @@ from numba.core import cgutils
 from trt_kv.plugins.packed_weights import BIAS, BLOCK_SIZE, BLOCKS, N_BITS, N_BLOCKS, OFFSETS, SCALES, ZERO_POINTS
 from trt_kv.plugins.vector_code import F32, FLOAT_BYTES, I8, I32, I64, in_kernels
 from trt_kv.plugins.vector_integers import BYTES, LANES, VECTOR_BYTES, IntegerCode
-from trt_kv.plugins.vector_packed_rows import UNIT, Matrix
+from trt_kv.plugins.vector_packed_rows import UNIT, Matrix, same
 
 TILE_COLUMNS = 16
 ROWS = 4
@@ -24,6 +25,9 @@ UNIT_BYTES = UNIT * TILE_COLUMNS * 2
 """The most memory that a unit of a tile takes: of 8 bits with AVX2 a byte for each half of a number."""
 UNIT_FLOATS = 2 * TILE_COLUMNS
 """Scales and corrections of a unit of a tile."""
+
+
+_allocated: Any = cgutils.alloca_once
 
 
 class _Form:
@@ -195,7 +199,7 @@ def multiply_tile(
         weights, b = Matrix(code, code.address_of(6), arguments[7]), builder
         last = b.sub(n_rows, I64(1))
         chain_type = ir.ArrayType(code.vector, ROWS * HALVES)
-        memory = b.ptrtoint(cgutils.alloca_once(b, chain_type, size=I32(LANES)), I64)
+        memory = b.ptrtoint(_allocated(b, chain_type, size=I32(LANES)), I64)
         n_sums = ROWS * HALVES
 
         def with_form(form: _Form) -> None:
@@ -218,7 +222,7 @@ def multiply_tile(
                         at = code.plus(weights.fields[BIAS], code.times(column, FLOAT_BYTES), half * code.bytes)
                         return b.fadd(total, code.load(at))
 
-                    total = code.chosen(weights.fields[BIAS], {0: lambda total=chains[0]: total}, biased)
+                    total = code.chosen(weights.fields[BIAS], {0: partial(same, chains[0])}, biased)
                     line = code.plus(code.address_of(11), code.times(row, code.row_bytes_of(11)))
                     code.store(total, code.plus(line, code.times(out_column, FLOAT_BYTES), half * code.bytes))
                 return []

@@ -105,7 +105,7 @@ class _Rounding(IntegerCode):
         self.put_float(scale, places[0])
         self.put_float(sums[0], places[1])
         pairs = [self.shuffled(integers[i], integers[i + 1], range(2 * LANES)) for i in (0, 2)]
-        return b.trunc(self.shuffled(*pairs, range(UNIT)), ir.VectorType(I8, UNIT)), sums[1], sums[2]
+        return b.trunc(self.shuffled(pairs[0], pairs[1], range(UNIT)), ir.VectorType(I8, UNIT)), sums[1], sums[2]
 
     def _reduced(self, how: str, words: Any) -> Any:
         function = _declared(self.builder.module, ir.FunctionType(I32, [WORDS]), f"llvm.vector.reduce.{how}.v{LANES}i32")

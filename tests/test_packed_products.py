@@ -1,5 +1,8 @@
 """Products with packed weights: the bits of a plain reference, in any number of rows and with any number of threads."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numba
@@ -104,3 +107,26 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     }.items():
         with pytest.raises(EngineError, match="do not fit"):
             PackedWeights(**{**good, name: bad})
+
+
+COMPILE = """
+import re, numba
+from numba import types as t
+from trt_kv.plugins import packed_products as p
+rows, table, out, i = numba.typeof(p.rounded_rows(1, 256)), t.int64[:, ::1], t.float32[:, ::1], t.int64
+for kernel, counts in ((p._multiply_range, [i] * 3), (p._multiply_lot, [i] * 4)):
+    kernel.compile((rows, table, *counts, out))
+    code = next(iter(kernel.inspect_asm().values()))
+    print("vpdpbusd" in code, "vpmaddubsw" in code)
+"""
+AVX512 = "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni"
+
+
+@pytest.mark.slow
+def test_processors_with_vnni_get_its_instruction(tmp_path: Any) -> None:
+    """Compiled for another processor than this one, and not run: only the instruction differs from what other tests run."""
+    cpu = {"NUMBA_CPU_NAME": "znver4", "NUMBA_CPU_FEATURES": AVX512, "NUMBA_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE], env={**os.environ, **cpu}, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["True", "False"] * 2

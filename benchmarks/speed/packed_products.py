@@ -6,6 +6,7 @@ activations to int8, within what is timed.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.harness import Check, Report, Row, check_close, rounded, take_turns
 from benchmarks.speed.decode_bandwidth import total_of
-from trt_kv.plugins.packed_products import multiply_packed, round_activations, rounded_rows
+from trt_kv.plugins.packed_products import RoundedRows, multiply_packed, round_activations, rounded_rows
 from trt_kv.plugins.packed_weights import PackedWeights, weight_table
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.runtime.backends.onnx_runtime import ort
@@ -96,20 +97,20 @@ def _matrix(n_columns: int, n_inputs: int, seed: int) -> PackedWeights:
     return PackedWeights(bits=4, blocks=blocks, scales=scales, offsets=rng.standard_normal(scales.shape, np.float32) / 16)
 
 
-@numba.njit()  # type: ignore[untyped-decorator]  # numba has no types
-def _multiply_all(x_RK: Floats, rows: tuple[Floats, ...], table: Ints, out_MRN: Floats) -> None:
+@numba.njit()
+def _multiply_all(x_RK: Floats, rows: RoundedRows, table: Ints, out_MRN: Floats) -> None:
     round_activations(x_RK, rows)
     for i in range(len(table)):
         multiply_packed(rows, table, i, 1, out_MRN[i])
 
 
-def _ours(x_RK: Floats, matrices: list[PackedWeights]) -> Callable[[], Floats]:
+def _ours(x_RK: Floats, matrices: list[PackedWeights]) -> Callable[[], Sequence[Floats]]:
     rows, table = rounded_rows(*x_RK.shape), weight_table(matrices)
     out_MRN = np.zeros((len(matrices), len(x_RK), matrices[0].n_columns), np.float32)
 
-    def multiply() -> Floats:
+    def multiply() -> Sequence[Floats]:
         _multiply_all(x_RK, rows, table, out_MRN)
-        return out_MRN
+        return list(out_MRN)
 
     return multiply
 
@@ -122,7 +123,7 @@ def _theirs(x_RK: Floats, matrices: list[PackedWeights], n_threads: int) -> Call
         helper.make_node("Reshape", ["x", "blocked"], ["x_blocks"]),
         helper.make_node("ReduceSum", ["x_blocks", "last"], ["sums"], keepdims=0),
     ]
-    how = {"K": n_inputs, "N": n_columns, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+    how: dict[str, Any] = {"K": n_inputs, "N": n_columns, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
     for i, matrix in enumerate(matrices):
         parts = {"blocks": matrix.blocks, "scales": matrix.scales, "offsets": matrix.offsets}
         constants += [numpy_helper.from_array(array, f"{name}_{i}") for name, array in parts.items()]
