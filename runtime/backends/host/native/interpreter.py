@@ -10,9 +10,10 @@ import numba
 import numpy as np
 
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.packed_products import RoundedRows, _round_row, gather_packed, multiply_packed
+from trt_kv.plugins.packed_products import RoundedRows, gather_packed, multiply_packed
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.vector_memory import row_at, rows_at
+from trt_kv.plugins.vector_rounding import round_row
 from trt_kv.runtime.backends.host.native.layout import ARRAY, BEGIN, ROW_BYTES, WIDTH
 from trt_kv.runtime.backends.host.native.ops import Activation, Array, Op
 from trt_kv.runtime.backends.host.native.rows import (
@@ -114,7 +115,8 @@ def _run_row(
         return
     a = _row(frame, arrays, op[1], row)
     if code == ROUND:
-        _round_row(a, rounded.values[row], rounded.scales[row], rounded.sums[row], rounded.half_sums[row])
+        x, this = rows_at(_address(frame, arrays, op[1], row), 1, len(a)), slice(row, row + 1)
+        round_row(x, 0, rounded.values[this], rounded.scales[this], rounded.sums[this], rounded.half_sums[this])
     elif code == SCALE:
         a *= constants[op[2]]
     elif code == CAP:
