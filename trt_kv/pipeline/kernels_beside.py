@@ -9,6 +9,8 @@ from trt_kv.pipeline.callbacks import OnProgress
 from trt_kv.pipeline.requests import BuildRequest
 
 STAGE = "compiling kernels (once per machine)"
+_N_LAYERS = 4
+"""More than any preset exempts from its policy."""
 
 
 @contextlib.contextmanager
@@ -36,19 +38,19 @@ def kernels_beside(request: BuildRequest, on_progress: OnProgress) -> Iterator[N
 
 def _command(request: BuildRequest) -> Sequence[str] | None:
     """What compiles the kernels of ``request``'s engine; None if nothing has to be compiled."""
-    target = request.target
+    target, kv_dtype = request.target, request.target.kv_dtype or "float32"
     if target.target != "onnxruntime" or target.dtype not in (None, "float32"):
         return None
     from trt_kv.program import PHASES, program_of
     from trt_kv.runtime.backends.host import kernels_ahead
 
     programs = [
-        program_of(request.policy, phase=phase, n_layers=1, scale=1.0, page_size=target.page_size) for phase in PHASES
+        program_of(request.policy, phase=phase, n_layers=_N_LAYERS, scale=1.0, page_size=target.page_size) for phase in PHASES
     ]
     ops = sorted({node.op for program in programs for nodes in program for node in nodes})
     if request.weights.quantization is not None:
         ops.append(kernels_ahead.NATIVE)
-    marker = kernels_ahead.marker_of(target.kv_dtype, ops)
+    marker = kernels_ahead.marker_of(kv_dtype, ops)
     if marker is None or marker.exists():
         return None
-    return [sys.executable, "-m", kernels_ahead.__name__, target.kv_dtype, *ops]
+    return [sys.executable, "-m", kernels_ahead.__name__, kv_dtype, *ops]

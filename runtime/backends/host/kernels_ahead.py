@@ -45,7 +45,7 @@ def marker_of(kv_dtype: str, ops: Sequence[str]) -> Path | None:
 
 def compile_kernels(kv_dtype: str, ops: Sequence[str]) -> None:
     """Run the ``ops`` on every case of their specs, and for ``native`` a model of one layer; then choose tokens."""
-    specs = {spec.name: spec for spec in op_specs()}
+    specs = op_specs()
     for name in ops:
         if name == NATIVE:
             _smallest_model().warm_up()
@@ -74,9 +74,7 @@ def _smallest_model() -> NativeExecutor:
     )
     shapes = config.tensor_shapes()
     vectors = [name for name, shape in shapes.items() if len(shape) == 1]
-    matrix = PackedWeights(
-        bits=4, blocks=np.zeros((_SIZE, 1, _SIZE // 2), np.uint8), scales=np.ones((_SIZE, 1), np.float32)
-    )
+    matrix = PackedWeights(bits=4, blocks=np.zeros((_SIZE, 1, _SIZE // 2), np.uint8), scales=np.ones((_SIZE, 1), np.float32))
     weights = Weights(
         matrices={name.removesuffix(".weight"): matrix for name, shape in shapes.items() if len(shape) == 2},
         constants=np.ones(_SIZE * len(vectors), np.float32),
