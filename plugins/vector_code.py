@@ -31,12 +31,15 @@ def width_of(context: Any) -> int:
 
 
 class Code:
-    """Adds the instructions of an intrinsic to its caller. Addresses are integers, offsets from them bytes."""
+    """Adds the instructions of an intrinsic to its caller. Addresses are integers, offsets from them bytes.
 
-    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+    ``width``: numbers of a vector, if not those of the processor.
+    """
+
+    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, width: int | None = None) -> None:
         self.context, self.builder = context, builder
         self.types, self.arguments = signature.args, arguments
-        self.width = width_of(context)
+        self.width = width or width_of(context)
         self.vector = ir.VectorType(F32, self.width)
         self.bytes = FLOAT_BYTES * self.width
 
@@ -45,10 +48,10 @@ class Code:
         array = self.context.make_array(self.types[argument])(self.context, self.builder, self.arguments[argument])
         return self.builder.ptrtoint(array.data, I64)
 
-    def row_bytes_of(self, argument: int) -> Any:
-        """The distance between an array's rows."""
+    def row_bytes_of(self, argument: int, axis: int = 0) -> Any:
+        """The distance between an array's rows, or what is next to each other along another axis."""
         array = self.context.make_array(self.types[argument])(self.context, self.builder, self.arguments[argument])
-        return self.builder.extract_value(array.strides, 0)
+        return self.builder.extract_value(array.strides, axis)
 
     def plus(self, value: Any, *others: Any) -> Any:
         for other in others:

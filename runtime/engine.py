@@ -113,8 +113,9 @@ class Engine(EngineChat):
         into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds the layers that do not
         recall and, unless a CPU reads the tier in memory, working sets.
 
-        ``device`` "cpu": the target that the engine was built for. There, ``dense`` is the library that runs the dense layers
-        of an engine for ONNX Runtime: "onnxruntime" (the default), or "openvino" (needs the extra ``openvino``), which
+        ``device`` "cpu": the target that the engine was built for. There, ``dense`` runs the dense layers of an engine for
+        ONNX Runtime: "native", kernels of our own for quantised weights with activations in int8 (the default for these),
+        "onnxruntime" (the default for others), or "openvino" (needs the extra ``openvino``), which
         multiplies weights by activations in ``precision``: "float32", "bfloat16", or "int8" for quantised weights (None: what
         the engine was built for). "cuda" or "cuda:N": an engine for ONNX Runtime runs on an NVIDIA GPU, its ops as Triton
         kernels, a cache on the host in pinned memory; caches are allocated when it is loaded.

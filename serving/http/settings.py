@@ -29,6 +29,11 @@ class ServerSettings:
     drain_seconds: int = 30
     log_prompts: bool = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether other machines can use the model without a key."""
+        return self.api_key is None and self.host not in ("127.0.0.1", "::1", "localhost")
+
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise UsageError("bad port", got=self.port, expected="0 (any that is free) .. 65535", parameter="port")

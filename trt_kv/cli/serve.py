@@ -86,10 +86,12 @@ def command(
     options: dict[str, Any] = {**on.options, **resources.options(), "model_defaults": model_defaults}
     with termination_unwinds():
         loaded = _load(engine, digest=digest, trace=timeline, max_sequences=max_sequences, **options)
-        log_to(sys.stderr)
         try:
             server = HttpServer(AsyncEngine(loaded), of_server)
+            log_to(sys.stderr)
             say(f"{of_server.model_name} at {server.url}/v1, chat page at {server.url}", err=True)
+            if of_server.is_open:
+                say("[anybody who reaches this address can use the model: --api-key asks for a key]", err=True)
             log_event("started", url=server.url, model=of_server.model_name, process=os.getpid())
             server.run_until_stopped()
         finally:
