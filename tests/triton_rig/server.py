@@ -1,5 +1,6 @@
 """A tritonserver process for tests: free ports, an own environment for its models, and nothing of it left behind."""
 
+import contextlib
 import ctypes
 import http.client
 import os
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from tests.triton_rig.set_up import SERVER, python_libraries
 
@@ -45,9 +48,11 @@ class Server:
 
     def stubs(self, model: str) -> list[int]:
         """Processes that run a model."""
-        of_threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        children = sorted({int(pid) for found in of_threads for pid in found.read_text().split()})
-        return [pid for pid in children if f"/{model}/" in Path(f"/proc/{pid}/cmdline").read_text()]
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                found += [child.pid] if any(f"/{model}/" in word for word in child.cmdline()) else []
+        return found
 
     def status(self, path: str) -> int:
         """The HTTP status of an answer whose body does not matter."""
