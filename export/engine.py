@@ -25,6 +25,7 @@ from trt_kv.export.split import program_from_graph
 from trt_kv.export.targets.onnxruntime import save_onnxruntime_parts
 from trt_kv.export.targets.parts import Parts
 from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
+from trt_kv.export.triton_repository import write_repository
 from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, KV_DTYPES, RECIPE_FILE, Manifest, Plan, Quantization
 from trt_kv.opspec import OP_VERSION
 from trt_kv.policy import Policy
@@ -221,6 +222,7 @@ def build_engine(
             request.recipe.save(folder / RECIPE_FILE)
         if request.drift is not None:
             request.drift.save(folder / DRIFT_FILE)
+        write_repository(folder, f"{request.checkpoint.name}-{request.policy.name}", is_for_gpus=request.is_for_gpus)
         _tell(on_progress, "computing digests", 0, 1)
         manifest = _manifest(request, folder, programs, parts)
         manifest.save(folder)

@@ -23,7 +23,7 @@ from trt_kv.plugins.chunk_blocks import (
     value_blocks,
 )
 from trt_kv.plugins.decode_cpu import NO_WINDOW, attend_one
-from trt_kv.plugins.fast_math import LANES, exp_or_zero, largest_of
+from trt_kv.plugins.fast_math import LANES, exp_or_zero, fill, largest_of
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import put
 from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots
@@ -103,35 +103,69 @@ def _attend_blocks(
 ) -> None:
     """One task per KV head and tile of rows. A block stays in the CPU's cache for all strips of the tile."""
     n_kv_heads, n_rows, _ = q_KRC.shape
-    n_cached, head_size = positions_KS.shape[1], v_KBTD.shape[3]
     group = n_rows // len(positions_N)
     n_tiles = (n_rows + TILE_ROWS - 1) // TILE_ROWS
     for task in numba.prange(n_kv_heads * n_tiles):
         head, first_row = task // n_tiles, task % n_tiles * TILE_ROWS
         q_RC = q_KRC[head, first_row : first_row + TILE_ROWS]
-        positions_R = positions_N[np.arange(first_row, first_row + len(q_RC)) // group]
-        largest_R = np.full(len(q_RC), np.float32(-np.inf))
-        total_R = np.zeros(len(q_RC), np.float32)
-        sums_RD = np.zeros((len(q_RC), head_size), np.float32)
-        weights_RT = np.empty((STRIP_ROWS, BLOCK_TOKENS), np.float32)
-        for block in range(k_KBCT.shape[1]):
-            positions_T = positions_KS[head, block * BLOCK_TOKENS : min((block + 1) * BLOCK_TOKENS, n_cached)]
-            if positions_T.min() > positions_R.max() or (window > 0 and positions_T.max() <= positions_R.min() - window):
-                continue
-            for first in range(0, len(q_RC), STRIP_ROWS):
-                strip = slice(first, first + STRIP_ROWS)
-                multiply(q_RC[strip], k_KBCT[head, block], weights_RT, len(positions_T))
-                if soft_cap > 0.0:
-                    cap(weights_RT, len(largest_R[strip]), len(positions_T), soft_cap)
-                hide_later(weights_RT, positions_R[strip], positions_T)
-                if window > 0:
-                    hide_earlier(weights_RT, positions_R[strip], positions_T, window)
-                _exponentiate(weights_RT, len(positions_T), largest_R[strip], total_R[strip], sums_RD[strip])
-                add_product(weights_RT, v_KBTD[head, block], sums_RD[strip], len(positions_T), head_size)
-        for r in range(len(q_RC)):
-            n, h = (first_row + r) // group, head * group + (first_row + r) % group
-            lse_NH[n, h] = largest_R[r] + np.log(total_R[r])
-            out_NHD[n, h] = sums_RD[r] / total_R[r]
+        _attend_tile(
+            q_RC,
+            k_KBCT[head],
+            v_KBTD[head],
+            positions_N,
+            positions_KS[head],
+            window,
+            soft_cap,
+            first_row,
+            group,
+            out_NHD[:, head * group : (head + 1) * group],
+            lse_NH[:, head * group : (head + 1) * group],
+        )
+
+
+@njit(fastmath=FASTMATH)
+def _attend_tile(
+    q_RC: Floats,
+    k_BCT: Floats,
+    v_BTD: Floats,
+    positions_N: Ints,
+    positions_S: Ints,
+    window: int,
+    soft_cap: np.float32,
+    first_row: int,
+    group: int,
+    out_NGD: Floats,
+    lse_NG: Floats,
+) -> None:
+    """Rows from ``first_row`` on attend to the blocks of their KV head. Row r is query head r % group of token r // group."""
+    n_cached, head_size = len(positions_S), v_BTD.shape[2]
+    positions_R = np.empty(len(q_RC), np.int64)
+    largest_R = np.empty(len(q_RC), np.float32)
+    total_R = np.zeros(len(q_RC), np.float32)
+    sums_RD = np.zeros((len(q_RC), head_size), np.float32)
+    weights_RT = np.empty((STRIP_ROWS, BLOCK_TOKENS), np.float32)
+    for r in range(len(q_RC)):
+        positions_R[r] = positions_N[(first_row + r) // group]
+        largest_R[r] = -np.inf
+    for block in range(len(k_BCT)):
+        positions_T = positions_S[block * BLOCK_TOKENS : min((block + 1) * BLOCK_TOKENS, n_cached)]
+        if positions_T.min() > positions_R.max() or (window > 0 and positions_T.max() <= positions_R.min() - window):
+            continue
+        for first in range(0, len(q_RC), STRIP_ROWS):
+            strip = slice(first, first + STRIP_ROWS)
+            multiply(q_RC[strip], k_BCT[block], weights_RT, len(positions_T))
+            if soft_cap > 0.0:
+                cap(weights_RT, len(largest_R[strip]), len(positions_T), soft_cap)
+            hide_later(weights_RT, positions_R[strip], positions_T)
+            if window > 0:
+                hide_earlier(weights_RT, positions_R[strip], positions_T, window)
+            _exponentiate(weights_RT, len(positions_T), largest_R[strip], total_R[strip], sums_RD[strip])
+            add_product(weights_RT, v_BTD[block], sums_RD[strip], len(positions_T), head_size)
+    for r in range(len(q_RC)):
+        n, g = (first_row + r) // group, (first_row + r) % group
+        lse_NG[n, g] = largest_R[r] + np.log(total_R[r])
+        for d in range(head_size):
+            out_NGD[n, g, d] = sums_RD[r, d] / total_R[r]
 
 
 @njit(fastmath=FASTMATH)
@@ -141,12 +175,13 @@ def _exponentiate(weights_RT: Floats, n_tokens: int, largest_R: Floats, total_R:
     for r in range(len(largest_R)):
         largest = max(largest_R[r], largest_of(weights_RT[r], n_tokens, lanes))
         if largest == -np.inf:
-            weights_RT[r] = 0.0
+            fill(weights_RT[r], 0, len(weights_RT[r]), np.float32(0.0))
             continue
         if largest > largest_R[r]:
             shrink = exp_or_zero(largest_R[r] - largest)
             total_R[r] *= shrink
-            sums_RD[r] *= shrink
+            for d in range(sums_RD.shape[1]):
+                sums_RD[r, d] *= shrink
             largest_R[r] = largest
         total = np.float32(0.0)
         for t in range(n_tokens):

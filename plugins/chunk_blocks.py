@@ -6,7 +6,7 @@ Why not a BLAS: docs/decisions/0034-runtime-without-torch.md.
 import numba
 import numpy as np
 
-from trt_kv.plugins.fast_math import tanh_of
+from trt_kv.plugins.fast_math import fill, tanh_of
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import head_size_of, number, scale_of
 from trt_kv.plugins.paging import Floats, Ints, Rows
@@ -61,7 +61,8 @@ def _n_blocks(n_cached: int) -> int:
 def multiply(a_RC: Floats, b_CS: Floats, out_RS: Floats, n_columns: int) -> None:
     """``out = a @ b`` for the first ``n_columns`` columns, or more up to the next multiple of ``WIDEST``, which b has."""
     n_filled = (n_columns + WIDEST - 1) // WIDEST * WIDEST
-    out_RS[: len(a_RC), :n_filled] = 0.0
+    for r in range(len(a_RC)):
+        fill(out_RS[r], 0, n_filled, np.float32(0.0))
     add_product(a_RC, b_CS, out_RS, a_RC.shape[1], n_filled)
 
 

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from trt_kv.plugins.chunk_blocks import FASTMATH, cap
-from trt_kv.plugins.fast_math import exp_or_zero
+from trt_kv.plugins.fast_math import exp_or_zero, fill
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import number, scale_of
 from trt_kv.plugins.paging import Floats, Ints, Rows
@@ -23,6 +23,7 @@ BLOCK_TOKENS = 32
 AHEAD_BYTES = 8192
 """How far in front of the rows that are read now memory is fetched."""
 
+HIDDEN_LOGIT = np.float32(-np.inf)
 NO_WINDOW = (0, np.zeros(0, np.int64), np.zeros((0, 0, 0), np.int64))
 """The arguments ``window``, ``positions_N`` and ``token_positions`` of ``attend_one`` if all tokens are visible."""
 
@@ -134,7 +135,6 @@ def _offset(piece: int, pages_KT: Ints, block: int, n_pages: int, kv: Rows) -> i
     return offset
 
 
-@njit(parallel=True, fastmath=FASTMATH)
 def attend_one(
     q_NHD: Floats,
     rows_B: Ints,
@@ -154,17 +154,59 @@ def attend_one(
     With a ``window`` it sees those of them whose position is greater than ``positions_N`` of its row minus the window.
     The last axis of ``kv`` is contiguous.
     """
-    n_heads, head_size = q_NHD.shape[1:]
     first_B = first_parts(kv_len_B, kv.shape[3])
-    largest_IH = np.empty((first_B[-1], n_heads), np.float32)
-    total_IH = np.empty((first_B[-1], n_heads), np.float32)
-    sums_IHD = np.empty((first_B[-1], n_heads, head_size), np.float32)
+    largest_IH = np.empty((first_B[-1], q_NHD.shape[1]), np.float32)
+    total_IH = np.empty(largest_IH.shape, np.float32)
+    sums_IHD = np.empty((first_B[-1], *q_NHD.shape[1:]), np.float32)
+    hides = window > 0
+    last_hidden_B = positions_N[rows_B] - window if hides else np.zeros(len(rows_B), np.int64)
+    _attend_parts(
+        q_NHD,
+        rows_B,
+        page_table_BKT,
+        kv_len_B,
+        first_B,
+        kv,
+        scale,
+        soft_cap,
+        hides,
+        last_hidden_B,
+        token_positions,
+        largest_IH,
+        total_IH,
+        sums_IHD,
+    )
+    _join_parts(rows_B, first_B, largest_IH, total_IH, sums_IHD, out_NHD, lse_NH)
+
+
+@njit(parallel=True, fastmath=FASTMATH)
+def _attend_parts(
+    q_NHD: Floats,
+    rows_B: Ints,
+    page_table_BKT: Ints,
+    kv_len_B: Ints,
+    first_B: Ints,
+    kv: Rows,
+    scale: np.float32,
+    soft_cap: np.float32,
+    hides: bool,
+    last_hidden_B: Ints,
+    token_positions: Ints,
+    largest_IH: Floats,
+    total_IH: Floats,
+    sums_IHD: Floats,
+) -> None:
+    """What ``_attend_part`` computes, of all parts of all sequences. A kernel of its own: the code of a part is long, and is
+    compiled once for each parallel loop of a kernel.
+    """
+    n_heads, head_size = q_NHD.shape[1:]
     for i in numba.prange(first_B[-1]):
         b = np.searchsorted(first_B, i, side="right") - 1
         pages = pages_of_part(i - first_B[b], kv_len_B[b], kv.shape[3])
-        row = rows_B[b]
-        q_HD = q_NHD[row] * scale
-        last_hidden = positions_N[row] - window if window > 0 else 0
+        q_HD = np.empty((n_heads, head_size), np.float32)
+        for h in range(n_heads):
+            for d in range(head_size):
+                q_HD[h, d] = q_NHD[rows_B[b], h, d] * scale
         _attend_part(
             q_HD,
             page_table_BKT[b],
@@ -172,13 +214,27 @@ def attend_one(
             pages,
             kv,
             soft_cap,
-            window > 0,
-            last_hidden,
+            hides,
+            last_hidden_B[b],
             token_positions,
             largest_IH[i],
             total_IH[i],
             sums_IHD[i],
         )
+
+
+@njit(parallel=True, fastmath=FASTMATH)
+def _join_parts(
+    rows_B: Ints,
+    first_B: Ints,
+    largest_IH: Floats,
+    total_IH: Floats,
+    sums_IHD: Floats,
+    out_NHD: Floats,
+    lse_NH: Floats,
+) -> None:
+    """The output and the log-sum-exp of each row and head from those of its parts."""
+    n_heads = out_NHD.shape[1]
     for task in numba.prange(len(rows_B) * n_heads):
         b, h = task // n_heads, task % n_heads
         parts = slice(first_B[b], first_B[b + 1])
@@ -189,13 +245,14 @@ def attend_one(
 def _join(largest_I: Floats, total_I: Floats, sums_ID: Floats, out_D: Floats) -> np.float32:
     """The output from all parts' sums; returns the log-sum-exp."""
     largest, total = largest_I.max(), np.float32(0.0)
-    out_D[:] = 0.0
+    fill(out_D, 0, len(out_D), np.float32(0.0))
     for i in range(len(largest_I)):
         share = exp_or_zero(largest_I[i] - largest)
         total += share * total_I[i]
         for d in range(len(out_D)):
             out_D[d] += share * sums_ID[i, d]
-    out_D /= total
+    for d in range(len(out_D)):
+        out_D[d] /= total
     lse: np.float32 = largest + np.log(total)
     return lse
 
@@ -221,7 +278,7 @@ def _attend_part(
     n_sets = (group + HEADS - 1) // HEADS  # of at most HEADS query heads
     block_pages = max(1, BLOCK_TOKENS // page_size)
     q, sums = q_HD.reshape(-1), sums_HD.reshape(-1)
-    sums[:] = 0.0
+    fill(sums, 0, len(sums), np.float32(0.0))
     largest_CL = np.full((n_kv_heads * n_sets, WIDEST), np.float32(-np.inf))
     total_CL = np.zeros((n_kv_heads * n_sets, WIDEST), np.float32)
     shrink_L = np.empty(WIDEST, np.float32)
@@ -241,12 +298,13 @@ def _attend_part(
                     _hide_before(weights_CL, n_weights, last_hidden, pages_KT[:, block:block_end], token_positions)
                 n_filled = (n_weights + WIDEST - 1) // WIDEST * WIDEST
                 for c in range(len(weights_CL)):
-                    weights_CL[c, n_weights:n_filled] = -np.inf
+                    fill(weights_CL[c], n_weights, n_filled, HIDDEN_LOGIT)
                     exponentiate(weights_CL[c], n_filled, largest_CL[c], total_CL[c], shrink_L)
                     first = c // n_sets * group + c % n_sets * HEADS
                     for g in range(min(HEADS, group - c % n_sets * HEADS)):
                         if shrink_L[g] != 1.0:
-                            sums_HD[first + g] *= shrink_L[g]
+                            for d in range(head_size):
+                                sums_HD[first + g, d] *= shrink_L[g]
             page = pages_KT[head, block + p]
             n_rows = min(page_size, n_cached - (block + p) * page_size)
             ahead = _ahead(piece, pages_KT, block, block_end, part[1], kv)
@@ -273,4 +331,4 @@ def _hide_before(weights_CL: Floats, n_weights: int, last_hidden: int, pages_KT:
         head = c // n_sets
         for s in range(n_weights // HEADS):
             if token_positions[pages_KT[head, s // page_size], head, s % page_size] <= last_hidden:
-                weights_CL[c, s * HEADS : (s + 1) * HEADS] = -np.inf
+                fill(weights_CL[c], s * HEADS, (s + 1) * HEADS, HIDDEN_LOGIT)

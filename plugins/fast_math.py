@@ -47,11 +47,18 @@ def tanh_of(x: np.float32) -> np.float32:
 
 
 @njit()
+def fill(values: NDArray[np.float32], first: int, end: int, value: np.float32) -> None:
+    """``values[first:end] = value``, for which numba compiles many functions that make texts of errors: seconds."""
+    for i in range(first, end):
+        values[i] = value
+
+
+@njit()
 def largest_of(values: NDArray[np.float32], n: int, lanes: NDArray[np.float32]) -> np.float32:
     """The maximum of the first ``n`` values, NaN ignored. ``lanes`` [LANES]: memory for the maxima of every 16th value, because
     the vectoriser refuses the maximum of a whole row, whose result depends on the order if a value is NaN.
     """
-    lanes[:] = -np.inf
+    fill(lanes, 0, LANES, np.float32(-np.inf))
     n_whole = n - n % LANES
     for first in range(0, n_whole, LANES):
         for lane in range(LANES):

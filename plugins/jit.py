@@ -13,9 +13,14 @@ _untold = [True]
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """``numba.njit(cache=True, **options)``; without a cache, and with one warning, if no folder for it can be written.
 
+    An entry point for C, which takes time to compile, is left out. The one for Python is not: numba would end the process
+    where a test calls a kernel without one.
+
     numba caches in ``__pycache__`` next to the kernel, else in the user's cache folder, or in NUMBA_CACHE_DIR. A service user
     in a container often can write neither.
     """
+
+    options["no_cfunc_wrapper"] = True
 
     def compiled(kernel: Callable[..., Any]) -> Any:
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -61,6 +62,30 @@ class AsyncEngine:
         await stream.end_of_others()
         return stream.result
 
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        changed: asyncio.Event | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> "AsyncRequest":
+        """Queue a request, for servers that need its samples, tokens and times as they come. Errors as for ``Engine.submit``.
+
+        The prompt is encoded in another thread, so that a long one does not hold up the event loop. ``changed``: an event that
+        several requests share, so that one task can wait for all of them.
+        """
+        self._ensure_thread()
+        loop, changed = asyncio.get_running_loop(), changed or asyncio.Event()
+        submit = partial(self.engine.submit, prompt, params, on_update=_notifier(loop, changed), **sampling)
+        queued = loop.run_in_executor(None, submit)
+        try:
+            request = await asyncio.shield(queued)
+        except asyncio.CancelledError:
+            queued.add_done_callback(_cancel_queued)
+            raise
+        return AsyncRequest(request, changed)
+
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatKeywords]
     ) -> "AsyncStream":
@@ -74,6 +99,12 @@ class AsyncEngine:
         """Generate the assistant's answer to a conversation. Errors as for ``Engine.chat``."""
         prompt, params = self.engine.chat_request(messages, params, **options)
         return await self.generate(prompt, params)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests make progress: false once the engine is closed, or if its thread has ended for another reason."""
+        thread = self._thread
+        return not self._is_closed and (thread is None or thread.is_alive())
 
     async def close(self) -> None:
         """Abort all requests, stop the thread and close the engine. Open streams raise ``EngineError``."""
@@ -103,8 +134,9 @@ class AsyncEngine:
     def _ensure_thread(self) -> None:
         with self._lock:
             if self._thread is None and not self._is_closed:
-                self._thread = threading.Thread(target=self._run, name="trt-kv steps", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="trt-kv steps", daemon=True)
+                thread.start()
+                self._thread = thread
 
 
 class AsyncStream(AsyncIterator[str]):
@@ -122,17 +154,15 @@ class AsyncStream(AsyncIterator[str]):
         self._owner = owner
         self._wanted = prompt, params, sampling
         self._one_sample = one_sample
-        self._request: Request | None = None
-        self._changed: asyncio.Event | None = None
+        self._queued: AsyncRequest | None = None
 
     async def __anext__(self) -> str:
-        if self._request is None or self._changed is None:
-            self._request, self._changed = self._submit()
-        request, changed = self._request, self._changed
+        if self._queued is None:
+            self._queued = self._submit()
+        request = self._queued.request
         try:
             while not request.pieces and not request.is_finished:
-                await changed.wait()
-                changed.clear()
+                await self._queued.changed()
         except BaseException:
             await self.aclose()
             raise
@@ -144,54 +174,88 @@ class AsyncStream(AsyncIterator[str]):
 
     async def aclose(self) -> None:
         """Cancel the request if it has not ended. Returns once its pages are freed, which is before the next step."""
-        request, changed = self._request, self._changed
-        if request is None or changed is None:
-            return
-        for one in request.family:
-            one.cancelled = True
-        await self._wait_for(lambda one: one.is_finished and one.held_sequence is None)
+        if self._queued is not None:
+            self._queued.cancel()
+            await self._queued.freed()
 
     async def end_of_others(self) -> None:
         """Return when the other samples of the prompt have ended too; raises the error that ended one of them."""
+        if self._queued is None:
+            return
         try:
-            await self._wait_for(lambda one: one.is_finished)
+            await self._queued.finished()
         except BaseException:
             await self.aclose()
             raise
-        for one in self._request.family if self._request is not None else ():
+        for one in self._queued.request.family:
             if one.error is not None:
                 raise one.error
 
-    async def _wait_for(self, state: Callable[[Request], bool]) -> None:
-        request, changed = self._request, self._changed
-        while request is not None and changed is not None and not all(map(state, request.family)):
-            await changed.wait()
-            changed.clear()
-
     def __del__(self) -> None:
-        if self._request is not None:
-            for one in self._request.family:
-                one.cancelled = True  # the thread that runs steps frees its pages
+        if self._queued is not None:
+            self._queued.cancel()
 
     @property
     def result(self) -> Generation:
         """What has been generated so far; ``RuntimeError`` before the first text was awaited."""
-        if self._request is None:
+        if self._queued is None:
             raise RuntimeError("nothing has been generated: the stream has not been awaited")
-        return self._request.result()
+        return self._queued.request.result()
 
-    def _submit(self) -> tuple[Request, asyncio.Event]:
+    def _submit(self) -> "AsyncRequest":
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-        def tell() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(changed.set)
-
         prompt, params, sampling = self._wanted
         engine = self._owner.engine
         (of_prompt,) = params_of_each(1, params, sampling, engine.default_sampling)
         if self._one_sample:
             check_one_sample(of_prompt)
-        request = engine.submit(prompt, of_prompt, on_update=tell)
+        request = engine.submit(prompt, of_prompt, on_update=_notifier(loop, changed))
         self._owner._ensure_thread()
-        return request, changed
+        return AsyncRequest(request, changed)
+
+
+class AsyncRequest:
+    """A queued request, and its forks if several samples were asked for. Await it from one task at a time."""
+
+    def __init__(self, request: Request, changed: asyncio.Event) -> None:
+        self.request = request
+        self._changed = changed
+
+    async def changed(self) -> None:
+        """Return when a sample of it has new text, or has ended, since the last call."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    async def finished(self) -> None:
+        """Return when every sample has ended."""
+        await self._until(lambda one: one.is_finished)
+
+    async def freed(self) -> None:
+        """Return when every sample has ended and its pages are free."""
+        await self._until(lambda one: one.is_finished and one.held_sequence is None)
+
+    def cancel(self) -> None:
+        """End it, if it has not ended. The thread that runs steps frees its pages, before the next step."""
+        for one in self.request.family:
+            one.cancelled = True
+
+    async def _until(self, state: Callable[[Request], bool]) -> None:
+        while not all(map(state, self.request.family)):
+            await self.changed()
+
+
+def _notifier(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> Callable[[], None]:
+    """What sets ``changed`` from another thread."""
+
+    def tell() -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(changed.set)
+
+    return tell
+
+
+def _cancel_queued(queued: "asyncio.Future[Request]") -> None:
+    """End a request whose client went away while it was queued."""
+    if not queued.cancelled() and queued.exception() is None:
+        for one in queued.result().family:
+            one.cancelled = True

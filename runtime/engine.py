@@ -21,6 +21,7 @@ from trt_kv.runtime.request import Request
 from trt_kv.runtime.samples import check_fits, check_one_sample, samples_of
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.sampling.model_defaults import NO_DEFAULTS, ModelDefaults, params_of_each
+from trt_kv.runtime.sampling.structure import Structures
 from trt_kv.runtime.stream import Stream
 from trt_kv.runtime.text.prompts import Prompt, PromptEncoder, prompt_name
 from trt_kv.runtime.trace import NO_TRACE, Trace
@@ -52,6 +53,7 @@ class Engine(EngineChat):
         self.model_defaults = model_defaults
         config = manifest.config
         self._prompts = PromptEncoder(tokenizer, max_positions=config.max_positions, vocab_size=config.vocab_size)
+        self._structures = Structures(tokenizer, vocab_size=config.vocab_size, end_ids=config.eos_token_ids)
         self.core = EngineCore(loaded.runner, loaded.reservation, token_budget=loaded.token_budget)
 
     @property
@@ -111,8 +113,9 @@ class Engine(EngineChat):
         into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds the layers that do not
         recall and, unless a CPU reads the tier in memory, working sets.
 
-        ``device`` "cpu": the target that the engine was built for. There, ``dense`` is the library that runs the dense layers
-        of an engine for ONNX Runtime: "onnxruntime" (the default), or "openvino" (needs the extra ``openvino``), which
+        ``device`` "cpu": the target that the engine was built for. There, ``dense`` runs the dense layers of an engine for
+        ONNX Runtime: "native", kernels of our own for quantised weights with activations in int8 (the default for these),
+        "onnxruntime" (the default for others), or "openvino" (needs the extra ``openvino``), which
         multiplies weights by activations in ``precision``: "float32", "bfloat16", or "int8" for quantised weights (None: what
         the engine was built for). "cuda" or "cuda:N": an engine for ONNX Runtime runs on an NVIDIA GPU, its ops as Triton
         kernels, a cache on the host in pinned memory; caches are allocated when it is loaded.
@@ -313,10 +316,16 @@ class Engine(EngineChat):
             of_prompt.check_vocabulary(config.vocab_size)
             limit = min(of_prompt.max_new_tokens, config.max_positions - len(ids) + 1)
             check_fits(self.core.reservation, of_prompt, n_prompt=len(ids), limit=limit)
-            make = partial(Request, prompt_ids=ids, tokenizer=self.tokenizer, eos_token_ids=config.eos_token_ids, limit=limit)
+            make = partial(self._sample, prompt_ids=ids, limit=limit)
             name = f"request {index} of {len(prompts)}" if len(prompts) > 1 else "the request"
             requests.append(samples_of(make, of_prompt, name=name))
         return requests
+
+    def _sample(self, *, params: SamplingParams, **given: Any) -> Request:
+        """A request for one sample of a prompt; ``given``: its other fields."""
+        ends = self.manifest.config.eos_token_ids
+        structure = self._structures.of(params)
+        return Request(params=params, tokenizer=self.tokenizer, eos_token_ids=ends, structure=structure, **given)
 
 
 def _tell_nobody(stage: str, done: int, total: int) -> None:

@@ -278,8 +278,7 @@ class EngineCore:
             self._scheduler.remove(request)
         if ended:
             for request in ended:
-                reason = str(request.finish_reason)
-                self.statistics.n_finished[reason] = self.statistics.n_finished.get(reason, 0) + 1
+                self.statistics.count_end(request.result(), now)
                 _notify_client(request)
             self._live = [request for request in self._live if not request.is_finished]
         self.statistics.n_waiting, self.statistics.n_running = self._scheduler.n_waiting, self._scheduler.n_running

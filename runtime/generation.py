@@ -35,6 +35,16 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RequestRecall:
+    """What one request recalled from a cache on the host: the bytes that were copied for it, 0 if pages are read where they
+    are, and the share of its (layer, token, KV head) triples in which the pages were chosen again because the query drifted.
+    """
+
+    moved_bytes: int
+    correction_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation:
     """Result of a request: ``text``, without the prompt, and its ``token_ids``, without the one that ended it.
 
@@ -42,7 +52,8 @@ class Generation:
     cache, or in the working set if the cache is on the host. ``finish_reason``: "stop" (end of sequence, or a stop text),
     "length" (``max_new_tokens``, or the model's positions), "timeout", "cancelled", or "error", with the ``error`` that
     ended the request. ``seed``: the seed of its random numbers. ``logprobs``: of each token, if ``top_logprobs`` asks for them.
-    ``others``: the second and later samples of the prompt, if ``n`` asks for them.
+    ``others``: the second and later samples of the prompt, if ``n`` asks for them. ``recall``: None if the cache is not on the
+    host, or its device keeps no counts.
     """
 
     text: str
@@ -56,6 +67,7 @@ class Generation:
     times: RequestTimes = field(default_factory=RequestTimes, compare=False)
     logprobs: tuple[TokenLogprob, ...] = ()
     others: tuple["Generation", ...] = ()
+    recall: RequestRecall | None = field(default=None, compare=False)
 
     @property
     def samples(self) -> tuple["Generation", ...]:

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import Tokenizer
 
-from trt_kv.errors import LogitsError
+from trt_kv.errors import LogitsError, NoTokenLeftError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.step import Choice, Chosen
 from trt_kv.runtime.cache.sequence import SequenceCache
-from trt_kv.runtime.generation import FinishReason, Generation, RequestTimes, TokenLogprob
+from trt_kv.runtime.generation import FinishReason, Generation, RequestRecall, RequestTimes, TokenLogprob
 from trt_kv.runtime.reservation import RequestSize
 from trt_kv.runtime.sampling import SamplingParams
 from trt_kv.runtime.sampling.choice import log_probability, log_total, next_token, top_log_probabilities
 from trt_kv.runtime.sampling.processors import LogitsProcessor
+from trt_kv.runtime.sampling.structure import Structure
 from trt_kv.runtime.text.detokenizer import Detokenizer
 from trt_kv.runtime.text.prompts import token_ids_of_words
 from trt_kv.runtime.text.stops import Stops
@@ -30,7 +31,8 @@ class Request:
 
     ``limit``: the most tokens it may generate, given the model's positions. ``tokenizer`` None: token ids only, no text.
     ``forced``: tokens that are fed instead of sampled ones; ``log_probabilities`` then holds the model's log-probability of
-    each. ``forks``: requests with the same prompt, which is computed once; each fork continues on a copy of its KV cache.
+    each. ``structure``: what the output must conform to, in the state of this request. ``forks``: requests with the same
+    prompt, which is computed once; each fork continues on a copy of its KV cache.
     """
 
     prompt_ids: Sequence[int]
@@ -39,6 +41,7 @@ class Request:
     eos_token_ids: Sequence[int]
     limit: int
     forced: Sequence[int] | None = None
+    structure: Structure | None = None
     forks: Sequence["Request"] = ()
     on_update: Callable[[], None] | None = None
     """Called by the thread that runs steps, on new pieces and at the end. Must not block, raise or call the engine."""
@@ -67,7 +70,11 @@ class Request:
         own_ends = () if self.params.ignore_eos else self.eos_token_ids
         bad_words = token_ids_of_words(self.params.bad_words, self.tokenizer)
         self._processor = LogitsProcessor(
-            self.params, self.prompt_ids, end_ids=[*own_ends, *self.params.stop_token_ids], bad_words=bad_words
+            self.params,
+            self.prompt_ids,
+            end_ids=[*own_ends, *self.params.stop_token_ids],
+            bad_words=bad_words,
+            structure=self.structure,
         )
         self._detokenizer = (
             None
@@ -77,7 +84,7 @@ class Request:
         self._text = ""
         """All text, with the stand-ins of special tokens that are searched for."""
         self._n_emitted = 0
-        self._held: tuple[int, tuple[int, ...]] | None = None
+        self._held: tuple[int, tuple[int, ...], RequestRecall | None] | None = None
 
     @property
     def size(self) -> RequestSize:
@@ -162,7 +169,9 @@ class Request:
                 self.logprobs.append(TokenLogprob(token_id=token_id, logprob=logprob, top=top))
             self.times.tokens.append(time.monotonic())
             self._text += self._text_of(token_id)
-            if len(self.token_ids) >= self.limit:
+            if self._processor.is_complete and len(self.token_ids) >= self.params.min_tokens:
+                reason = "stop"
+            elif len(self.token_ids) >= self.limit:
                 reason = "length"
         self._say(reason)
 
@@ -175,10 +184,10 @@ class Request:
             return next_token(logits_V, self.params, self._rng)
         changed_V = self._processor.process(logits_V)
         if not np.isfinite(changed_V.max()):
-            raise LogitsError(
+            raise NoTokenLeftError(
                 f"{self.name} cannot continue: its parameters leave no token",
                 got=f"{changed_V.max()} as the largest logit",
-                fix="lower penalties and biases, or shorten bad_words",
+                fix="lower penalties and biases, shorten bad_words, or lower min_tokens if the output has a structure",
             )
         return next_token(changed_V, self.params, self._rng)
 
@@ -204,7 +213,7 @@ class Request:
     def result(self) -> Generation:
         """The result so far. May be called from any thread."""
         sequence = self.held_sequence
-        holding = (0, ()) if sequence is None else self._holding(sequence)
+        holding = (0, (), None) if sequence is None else self._holding(sequence)
         held = self._held or holding  # read last: it is set before pages are freed
         return Generation(
             text=self._stops.shown(self._text),
@@ -217,6 +226,7 @@ class Request:
             seed=self.seed,
             times=self.times,
             logprobs=tuple(self.logprobs),
+            recall=held[2],
             others=tuple(fork.result() for fork in self.forks) if self.params.n > 1 else (),
         )
 
@@ -228,9 +238,9 @@ class Request:
         return self._detokenizer.step(token_id) if stand_in is None else self._detokenizer.finish() + stand_in
 
     @staticmethod
-    def _holding(sequence: SequenceCache) -> tuple[int, tuple[int, ...]]:
-        """(computed tokens, held tokens per layer) of a sequence."""
-        return sequence.num_computed_tokens, tuple(int(n) for n in sequence.held_tokens)
+    def _holding(sequence: SequenceCache) -> tuple[int, tuple[int, ...], RequestRecall | None]:
+        """(computed tokens, held tokens per layer, what was recalled) of a sequence."""
+        return sequence.num_computed_tokens, tuple(int(n) for n in sequence.held_tokens), sequence.recalled
 
     def _say(self, reason: FinishReason | None) -> None:
         """Append the text that is final by now to ``pieces``. ``reason``: why the request ends here, if it does; set last,

@@ -4,16 +4,17 @@ import contextlib
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 class Trace:
-    """Collects spans from any thread. ``NO_TRACE`` collects none."""
+    """Collects spans from any thread, at most ``n_last``, the last ones. ``NO_TRACE`` collects none."""
 
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
+    def __init__(self, *, n_last: int | None = None) -> None:
+        self.events: deque[dict[str, Any]] = deque(maxlen=n_last)
         self._threads: dict[int, str] = {}
         self._start_ns = time.perf_counter_ns()
 

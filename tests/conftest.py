@@ -16,7 +16,7 @@ from trt_kv import policies, scores
 # Before torch is imported: OpenMP threads that spin between kernels make small models slow, tenfold on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-pytest_plugins = ["tests.engines", "tests.quality", "tests.rig.fixtures"]
+pytest_plugins = ["tests.engines", "tests.quality", "tests.rig.fixtures", "tests.triton_rig.fixtures"]
 
 # derandomize: the same examples in CI and at home; no deadline: the first call of a compiled kernel takes seconds.
 hypothesis.settings.register_profile("trt-kv", derandomize=True, deadline=None, database=None, print_blob=True)

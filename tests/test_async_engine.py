@@ -151,3 +151,27 @@ def test_a_client_that_cannot_be_called_loses_its_request_and_nobody_elses(small
     engine, result = run(small_folder, use)
     assert result == alone
     assert_nothing_leaked(engine)
+
+
+def test_a_request_whose_client_goes_away_while_its_prompt_is_encoded_ends(small_folder: Path) -> None:
+    async def use(engine: AsyncEngine) -> int:
+        submit = engine.engine.submit
+
+        def submit_slowly(*args: Any, **options: Any) -> Any:
+            time.sleep(0.1)
+            return submit(*args, **options)
+
+        engine.engine.submit = submit_slowly  # type: ignore[method-assign]
+        queued = asyncio.create_task(engine.submit([1, 5, 6], max_new_tokens=60, ignore_eos=True))
+        await asyncio.sleep(0.02)
+        queued.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await queued
+        while not engine.engine.core.statistics.n_finished:
+            await asyncio.sleep(0.01)
+        return engine.engine.core.statistics.decode_steps
+
+    engine, n_steps = run(small_folder, use)
+    assert engine.core.statistics.n_finished == {"cancelled": 1}
+    assert n_steps < 20
+    assert_nothing_leaked(engine)

@@ -18,7 +18,7 @@ from tests.bare_python import make_bare_environment
 from trt_kv import require
 
 ROOT = Path(__file__).parent.parent
-LINKED = ("calibration", "export", "plugins", "runtime")
+LINKED = ("calibration", "export", "plugins", "runtime", "serving")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

@@ -1,6 +1,7 @@
 """The benchmark beside other engines: runners are alone and bounded, placed caches are like real ones, aims are judged."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,13 +18,14 @@ from benchmarks.peers import __main__ as command
 from benchmarks.peers import measure, subjects
 from benchmarks.peers.aims import targets_of
 from benchmarks.peers.document import with_tables
-from benchmarks.peers.measure import OUT_OF_TIME, Plan, Run
+from benchmarks.peers.history import OUT_OF_TIME, History
+from benchmarks.peers.measure import Plan, Run
 from benchmarks.peers.page import section
 from benchmarks.peers.picture import draw
 from benchmarks.peers.protocol import Answer, Job, Refusal, Setup, prompt_ids
 from benchmarks.peers.results import lines_of
 from benchmarks.peers.rows import ROWS, Prepared
-from benchmarks.peers.runners.ours import request_of
+from benchmarks.peers.runners.our_requests import request_of
 from benchmarks.peers.runners.placed_caches import PlacedCaches
 from benchmarks.peers.shape_checkpoint import (
     BFLOAT16,
@@ -201,7 +203,7 @@ def test_a_line_has_medians_and_its_roofline() -> None:
 
 
 def test_aims_compare_with_the_best_peer_that_keeps_the_whole_cache() -> None:
-    found = {target.what: target for target in targets_of("M", lines_of(SAMPLES, "smollm2"))}
+    found = {target.what: target for target in targets_of("M", lines_of(SAMPLES, "smollm2"), with_memory=False)}
     decoding = next(target for what, target in found.items() if "whole cache" in what)
     assert "OpenVINO GenAI 12" in decoding.what
     assert decoding.measured == pytest.approx(10 / 12, abs=0.001)
@@ -220,11 +222,29 @@ def test_where_no_peer_was_measured_its_least_time_stands_in() -> None:
         probe(131072),
         sample(RECALL, 131072, [11.0], synthetic=True, first_token_s=None),
     ]
-    targets = targets_of("M", lines_of(samples, "smollm2"))
+    targets = targets_of("M", lines_of(samples, "smollm2"), with_memory=False)
     bound = next(target for target in targets if "none was measured" in target.what)
     # llama.cpp reads 400 MB and 122 bytes per token: 416 MB at 10 GB/s.
     assert bound.measured == pytest.approx(11.0 / 41.6, rel=0.02)
     assert not bound.is_met
+
+
+def test_memory_is_judged_by_what_a_step_reads_and_by_two_gib() -> None:
+    samples = [
+        sample(PART, 32768, [5.0], peak_bytes=112 * 10**6),
+        sample("trt-kv freekv 2048 int4, RAM", 32768, [5.0]),
+        sample(RECALL, 131072, [6.0], peak_bytes=3 * 2**30),
+    ]
+    lines = lines_of(samples, "smollm2")
+    found = {target.what: target for target in targets_of("M", lines, with_memory=True) if target.what.startswith("3.")}
+    of_budget, of_limit = found.values()
+    assert "32768" in of_budget.what
+    assert of_budget.measured == pytest.approx(1.11, abs=0.01)
+    assert RECALL in of_limit.what
+    assert of_limit.measured == 3072.0
+    assert not of_budget.is_met
+    assert not of_limit.is_met
+    assert not [t for t in targets_of("M", lines, with_memory=False) if t.what.startswith("3.")]
 
 
 def test_results_become_a_page_and_a_picture(tmp_path: Path) -> None:
@@ -244,10 +264,15 @@ def plan(**changes: Any) -> Plan:
     return Plan(**{**values, "threads": 1, "minutes": 1.0, "job_s": 5.0, **changes})
 
 
+contexts: list[tuple[int, bool]] = []
+"""Context and kind of cache of each job that workers of ``without_models`` were asked for."""
+
+
 @pytest.fixture
 def without_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, int]]:
     """Rows whose workers answer at once; the list of (model, seed) that were asked."""
     asked: list[tuple[str, int]] = []
+    contexts.clear()
     subject = subjects.Subject(
         name="tiny",
         title="tiny",
@@ -264,6 +289,8 @@ def without_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tupl
     )
 
     class FakeWorker:
+        is_alive = True
+
         def __init__(self, *_: object, **__: object) -> None:
             self.model = ""
 
@@ -280,6 +307,7 @@ def without_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tupl
         def run(self, job: Job, *, within_s: float) -> Measured:
             if job.seed >= 0:
                 asked.append((self.model, job.seed))
+                contexts.append((job.context, job.synthetic))
             answer = Answer(first_token_s=within_s, token_ms=[1.0] * job.n_tokens)
             return Measured(answer=answer, peak_bytes=1, cpu_s=1.0, wall_s=1.0)
 
@@ -312,6 +340,29 @@ def test_rows_take_turns_and_a_finished_run_measures_nothing_more(without_models
     assert without_models == [(FULL, 0), (PART, 0), (PART, 1), (FULL, 1)]
     run(plan(), samples)
     assert len(without_models) == 4
+
+
+def test_beyond_a_models_positions_and_long_prompts_caches_are_synthetic(without_models: list[tuple[str, int]]) -> None:
+    run(plan(rows=(FULL,), contexts=(4096, 512, 2048), rounds=1), [])
+    assert len(without_models) == 3
+    # Prompt, answer and room fit the 2,048 positions.
+    assert contexts == [(512, False), (1952, True), (4096, True)]
+
+
+def test_how_long_a_prompt_takes_follows_from_the_two_longest_ones() -> None:
+    def read(context: int, seconds: float) -> dict[str, Any]:
+        return sample(FULL, context, [1.0], first_token_s=seconds)
+
+    history = History([read(512, 9.0), read(1024, 1.0), read(2048, 3.0)])
+    assert history.expected_s("smollm2", FULL, 4096) == pytest.approx(9.0)
+    assert History([read(1024, 1.0)]).expected_s("smollm2", FULL, 4096) == pytest.approx(4.0)
+    assert History([]).expected_s("smollm2", FULL, 4096) == 0.0
+
+
+def test_our_runner_does_not_hold_what_an_engine_does_not_need() -> None:
+    code = "import sys, benchmarks.peers.runners.ours; print({'torch', 'onnx'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_what_a_run_had_no_time_for_is_said_and_made_up_for(without_models: list[tuple[str, int]]) -> None:

@@ -1,7 +1,9 @@
 """RoPE of a config.json: every spelling, type and setting means what it means in transformers, or is refused."""
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,7 +13,7 @@ from tests.configs import LLAMA3_SCALING, read
 from trt_kv.errors import CheckpointError
 from trt_kv.hf_config import model_config_from_hf
 from trt_kv.model_config import ModelConfig, RopeConfig
-from trt_kv.rotation import rope_frequencies
+from trt_kv.rope_frequencies import rope_frequencies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,5 +121,8 @@ def test_frequencies_are_those_of_transformers_to_the_last_bit(name: str, theta:
     of_type = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[settings["rope_type"]]
     inverse, factor = of_type(theirs, torch.device("cpu"), seq_len=512)
     ours = model_config_from_hf({**theirs.to_dict(), "rope_parameters": settings, "architectures": None}, source="config.json")
-    torch.testing.assert_close(rope_frequencies(ours.rope, 32), inverse, atol=0, rtol=0)
+    torch.testing.assert_close(rope_frequencies(ours.rope, 32, array=torch.tensor), inverse, atol=0, rtol=0)
+    in_numpy = rope_frequencies(ours.rope, 32, array=partial(np.array, dtype=np.float32))
+    assert in_numpy.dtype == np.float32
+    np.testing.assert_allclose(in_numpy, inverse.numpy(), rtol=1e-6)  # powers differ in the last bit
     assert ours.rope.attention_factor == pytest.approx(factor)

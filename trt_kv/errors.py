@@ -8,6 +8,8 @@ TrtKvError                 exit code 1
 ├── EngineError            an engine folder that is half-built, tampered with or of another format
 ├── CapacityError          a request that does not fit into the KV pool
 ├── LogitsError            logits that are NaN or infinite
+│   └── NoTokenLeftError   parameters of a request that leave no token to choose
+├── BusyError              a server whose queue is full, or that is shutting down
 ├── RecallError            KV pages that could not be written to or read from the host tier
 ├── ReportError            a results file that cannot be read or lacks what a report needs
 └── MissingDependencyError an optional package that is not installed
@@ -39,9 +41,15 @@ class TrtKvError(Exception):
 
 
 class UsageError(TrtKvError):
-    """The request itself is wrong: a bad option, prompt or value."""
+    """The request itself is wrong: a bad option, prompt or value. ``parameter``: the name of the one that is, if it is one."""
 
     exit_code = 2
+
+    def __init__(
+        self, what: str, *, got: object = None, expected: object = None, fix: str | None = None, parameter: str | None = None
+    ) -> None:
+        self.parameter = parameter
+        super().__init__(what, got=got, expected=expected, fix=fix)
 
 
 class UnknownNameError(UsageError):
@@ -70,8 +78,20 @@ class CapacityError(TrtKvError):
     """A request that does not fit into the KV pool; nothing was allocated for it."""
 
 
+class BusyError(TrtKvError):
+    """A server that takes no request now. ``retry_after_s``: seconds after which it may."""
+
+    def __init__(self, what: str, *, retry_after_s: int, got: object = None, fix: str | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(what, got=got, fix=fix)
+
+
 class LogitsError(TrtKvError):
     """Logits that are NaN or infinite, from which no token can be sampled; the request they belong to ends."""
+
+
+class NoTokenLeftError(LogitsError):
+    """Penalties, ``bad_words``, ``min_tokens`` and a structure that together leave a request no token to choose."""
 
 
 class RecallError(TrtKvError):

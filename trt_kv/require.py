@@ -12,7 +12,9 @@ EXTRAS = {
     "gguf": ("gguf", "transformers"),
     "gpu": ("torch", "triton"),
     "openvino": ("openvino",),
+    "serve": ("llguidance", "prometheus_client", "pydantic", "starlette", "uvicorn"),
     "smollm2": ("gguf", "transformers"),
+    "structured": ("llguidance",),
 }
 # Packages that no extra installs, because only some machines can use them.
 SEPARATE = ("tensorrt", "tensorrt_rtx")

@@ -13,7 +13,7 @@ from benchmarks.peers.document import begun, with_tables
 from benchmarks.peers.measure import Plan, Run
 from benchmarks.peers.page import write_page
 from benchmarks.peers.picture import draw
-from benchmarks.peers.rows import ROWS
+from benchmarks.peers.rows import ROWS, SHORT
 from benchmarks.peers.subjects import SUBJECTS
 from trt_kv.errors import TrtKvError
 
@@ -26,12 +26,16 @@ MODELS = ("smollm2", "llama-3.2-1b")
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(tuple(SUBJECTS)), help=f"Default: {' and '.join(MODELS)}.")
 @click.option("--row", "rows", multiple=True, type=click.Choice(tuple(ROWS)), help="Only these rows. Default: all.")
+@click.option("--short", is_flag=True, help="Without --row: the rows that the aims speak of.")
 @click.option("--contexts", default="512,2048,8192,32768,65536,131072", show_default=True, help="Tokens, with commas between.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Requests of each row and context.")
 @click.option("--tokens", default=24, show_default=True, type=click.IntRange(2), help="Decoded tokens of each request.")
 @click.option("--threads", default=0, type=click.IntRange(0), help="Of each engine. Default: one per core.")
-@click.option("--minutes", default=240.0, show_default=True, help="Begin nothing new after so long.")
+@click.option(
+    "--minutes", default=240.0, show_default=True, help="Begin nothing new after so long, without making what is missing."
+)
 @click.option("--job-seconds", default=120.0, show_default=True, help="Leave out requests that take longer.")
+@click.option("--prepare", is_flag=True, help="Measure nothing; make environments, models and engines that are missing.")
 @click.option("--resume", is_flag=True, help="Continue what an interrupted run has written.")
 @click.option("--from-results", is_flag=True, help="Measure nothing; make the tables, page and picture again.")
 @click.option(
@@ -42,12 +46,14 @@ MODELS = ("smollm2", "llama-3.2-1b")
 def main(
     models: tuple[str, ...],
     rows: tuple[str, ...],
+    short: bool,
     contexts: str,
     rounds: int,
     tokens: int,
     threads: int,
     minutes: float,
     job_seconds: float,
+    prepare: bool,
     resume: bool,
     from_results: bool,
     out: Path | None,
@@ -65,7 +71,7 @@ def main(
     try:
         plan = Plan(
             subjects=models or MODELS,
-            rows=rows or tuple(ROWS),
+            rows=rows or (SHORT if short else tuple(ROWS)),
             contexts=_numbers(contexts),
             rounds=rounds,
             n_tokens=tokens,
@@ -73,6 +79,9 @@ def main(
             minutes=minutes,
             job_s=job_seconds,
         )
+        if prepare:
+            Run(plan, [], save=lambda: None, say=lambda text: console.print(text, markup=False)).prepare()
+            return
         document = load(path) if from_results or (resume and path.exists()) else begun(plan)
         if not from_results:
             _measure(plan, document, path, console)

@@ -18,8 +18,8 @@ NEAR = 256
 """Contexts are a little shorter where prompt and answer together fill the model's positions."""
 
 
-def targets_of(title: str, lines: Sequence[Line]) -> list[Target]:
-    """All aims that the lines of one model say something about."""
+def targets_of(title: str, lines: Sequence[Line], *, with_memory: bool) -> list[Target]:
+    """All aims that the lines of one model say something about, those for memory if ``with_memory``."""
     timed = [line for line in lines if line["ms_per_token"] is not None]
     contexts = sorted({line["context_tokens"] for line in timed})
     found: list[Target] = []
@@ -32,7 +32,7 @@ def targets_of(title: str, lines: Sequence[Line]) -> list[Target]:
             found += _part(title, context, [line for line in ours if _is(line, policy)], peers, lines)
     found += _flat(title, [line for line in timed if _is(line, "freekv", "int4")])
     found += _rooflines(title, [line for line in timed if _is_ours(line)])
-    return found + _memory(title, [line for line in timed if _is_ours(line)])
+    return found + (_memory(title, [line for line in timed if _is_ours(line)]) if with_memory else [])
 
 
 def _is_ours(line: Line) -> bool:
@@ -124,13 +124,13 @@ def _rooflines(title: str, lines: Sequence[Line]) -> list[Target]:
 
 
 def _memory(title: str, lines: Sequence[Line]) -> list[Target]:
-    """Aim 3. What a step reads is weights and budget, except with a cache in RAM that is read in part."""
+    """Aim 3, of int4 weights. What a step reads is weights and budget, except with a cache in RAM that is read in part."""
     targets = []
-    for line in lines:
+    for line in (line for line in lines if line["weights"] == "int4"):
         if line["context_tokens"] == 32768 and not line["row"].endswith("RAM"):
             what = f"3. {title}, {line['row']}, 32768 tokens: peak memory {line['peak_mib']} MiB / weights and budget"
             targets.append(Target(what=what, measured=_ratio(line["peak_mib"], line["read_mib_per_token"]), limit=OF_MEMORY))
-        if line["context_tokens"] == 131072 and line["row"].endswith("int4, file"):
+        if line["context_tokens"] == 131072 and line["row"].endswith("file"):
             what = f"3. {title}, {line['row']}, 131072 tokens: peak memory, MiB"
             targets.append(Target(what=what, measured=float(line["peak_mib"]), limit=MOST_MIB))
     return targets

@@ -1,4 +1,4 @@
-"""The loop: every row once per round, alone at a time, in rotating order; results are saved after each visit."""
+"""The loop: in every round each row answers one request of each context, alone, in rotating order. All is saved at once."""
 
 import contextlib
 import dataclasses
@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from benchmarks.peers.bandwidth import Probe
 from benchmarks.peers.environments import peers_folder
+from benchmarks.peers.history import OUT_OF_TIME, History, Sample, key_of
 from benchmarks.peers.protocol import Job, Refusal, Setup
 from benchmarks.peers.rows import OURS, ROWS, Prepared, prepared
 from benchmarks.peers.subjects import SUBJECTS, Subject
@@ -18,14 +17,11 @@ from benchmarks.peers.worker import Measured, Worker
 
 ROOM = 64
 """Tokens that a cache has room for beyond prompt and answer."""
+CHUNK = 512
+"""Prompt tokens that our engine reads at once."""
 LOADING_S = 600
-MEMORY_SHARE = 0.6
-"""Of the free memory that runners which wait may hold together; if they need more, each is loaded again at every visit."""
 SYNTHETIC_TOO = 2048
 """At this context our rows are measured with synthetic caches, too, to show what those are worth."""
-OUT_OF_TIME = "the time that the run was given was over"
-
-Sample = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +42,27 @@ class Run:
     """One run of a plan: ``samples`` so far, of this run or of an interrupted one that it continues."""
 
     def __init__(self, plan: Plan, samples: list[Sample], *, save: Callable[[], None], say: Callable[[str], None]) -> None:
-        """``save`` is called after each visit; ``say`` tells what happens."""
-        samples[:] = [sample for sample in samples if sample.get("why") != OUT_OF_TIME]
-        self.samples = samples
+        """``save`` is called after each request; ``say`` tells what happens."""
+        self._history = History(samples)
         self._plan, self._save, self._say = plan, save, say
         self._deadline = time.monotonic() + 60 * plan.minutes
 
     def measure(self) -> None:
         """Measure everything that is not in ``samples`` yet."""
+        for subject, ready in self.prepare():
+            rows = list(ready)
+            for index in range(self._plan.rounds if rows else 0):
+                self._probe(subject, index)
+                turn = index % len(rows)
+                for row in rows[turn:] + rows[:turn]:
+                    self._turn(subject, row, ready[row], index)
+
+    def prepare(self) -> list[tuple[Subject, dict[str, Prepared]]]:
+        """The models, and what the workers of their rows need, which is made if it is missing; rows that cannot be had say why.
+
+        The time of the plan begins afterwards.
+        """
+        made = []
         for name in self._plan.subjects:
             subject = SUBJECTS[name]()
             ready: dict[str, Prepared] = {}
@@ -63,88 +72,93 @@ class Run:
                 if isinstance(outcome, Prepared):
                     ready[row] = outcome
                 else:
-                    self._refuse_all(subject, row, outcome)
-            for context in sorted(self._plan.contexts):
-                if context <= subject.max_positions:
-                    self._at_context(subject, context, ready)
+                    for context in self._contexts(subject):
+                        self._record(key_of(subject.name, row, context, 0) | {"why": outcome})
+            made.append((subject, ready))
+        self._deadline = time.monotonic() + 60 * self._plan.minutes
+        return made
 
-    def _at_context(self, subject: Subject, context: int, ready: dict[str, Prepared]) -> None:
-        # A prompt and its answer fit the model's positions.
-        context = min(context, (subject.max_positions - self._plan.n_tokens - ROOM) // 32 * 32)
-        rows = [row for row in ready if not self._is_done(subject, row, context)]
-        if not rows:
-            return
-        keep = self._plan.rounds > 1 and self._fit_together(subject, context, [ready[row] for row in rows])
+    def _contexts(self, subject: Subject) -> list[int]:
+        """Ascending. Prompt and answer fit the model's positions, except where the context alone is meant not to."""
+        fitting = (subject.max_positions - self._plan.n_tokens - ROOM) // 32 * 32
+        return [min(n, fitting) if n <= subject.max_positions else n for n in sorted(self._plan.contexts)]
+
+    def _turn(self, subject: Subject, row: str, needs: Prepared, index: int) -> None:
+        """A request of one row at each context, by one runner, or one for each context if it is ``sized_by_context``."""
+        wanted = [n for n in self._contexts(subject) if not self._history.is_done(subject.name, row, n, index)]
+        worker: Worker | None = None
         with contextlib.ExitStack() as stack:
-            open_workers: dict[str, Worker] = {}
-            for index in range(self._plan.rounds):
-                self._probe(subject, context, index)
-                turn = index % len(rows)
-                for row in rows[turn:] + rows[:turn]:
-                    with contextlib.ExitStack() as visit:
-                        if not self._has_refused(subject, row, context):
-                            owner = stack if keep else visit
-                            self._visit(subject, context, index, row, ready, owner, open_workers)
-                        if not keep:
-                            open_workers.pop(row, None)
+            for context in wanted:
+                key = key_of(subject.name, row, context, index)
+                job = self._job(subject, row, needs, context, index)
+                if isinstance(job, Refusal):
+                    self._record(key | {"why": job.why})
+                    continue
+                if worker is None or not worker.is_alive or needs.sized_by_context:
+                    stack.close()
+                    worker = stack.enter_context(self._worker(subject, row, needs, context))
+                    facts = self._load(worker, needs, key, context if needs.sized_by_context else wanted[-1])
+                    if isinstance(facts, Refusal):
+                        self._record(key | {"why": facts.why})
+                        worker.close()
+                        continue
+                    needs = dataclasses.replace(needs, weight_bytes=needs.weight_bytes or int(facts["weight_bytes"]))
+                self._request(subject, row, needs, worker, job)
 
-    def _visit(
-        self,
-        subject: Subject,
-        context: int,
-        index: int,
-        row: str,
-        ready: dict[str, Prepared],
-        stack: contextlib.ExitStack,
-        workers: dict[str, Worker],
-    ) -> None:
-        """One request of one row, whose runner is started if it does not run."""
-        needs = ready[row]
-        key = {"subject": subject.name, "row": row, "context": context, "round": index}
+    def _load(self, worker: Worker, needs: Prepared, key: Sample, longest: int) -> dict[str, Any] | Refusal:
+        """Set the worker up for contexts up to ``longest``, and let it answer once; facts about it."""
+        setup = Setup(
+            model=str(needs.model.absolute()),
+            threads=self._plan.threads,
+            context=longest + self._plan.n_tokens + ROOM,
+            options=needs.options,
+        )
+        loaded = worker.set_up(setup, within_s=LOADING_S)
+        if isinstance(loaded, Refusal):
+            return loaded
+        facts, load_s = loaded
+        self._record(key | {"round": "loading", "load_s": load_s, "facts": facts})
+        # Kernels are compiled and memory is touched at a first request, which is not counted. It is as long as a chunk of a
+        # prompt, so that the peak of a request with a synthetic cache has memory for chunks in it.
+        answered = worker.run(Job(context=min(key["context"], CHUNK), n_tokens=4, seed=-1), within_s=LOADING_S)
+        return answered if isinstance(answered, Refusal) else facts
+
+    def _job(self, subject: Subject, row: str, needs: Prepared, context: int, index: int) -> Job | Refusal:
+        """What to ask at a context, or why nothing."""
         if time.monotonic() > self._deadline:
-            self._record({**key, "why": OUT_OF_TIME})
-            return
-        expected_s = self._expected_s(subject, row, context)
-        is_synthetic = needs.places_caches and (context > subject.longest_prompt or expected_s > self._plan.job_s)
-        if not is_synthetic and expected_s > self._plan.job_s:
-            self._record({**key, "why": f"reading the prompt would take about {expected_s:.0f} s"})
-            return
-        if row not in workers:
-            worker = Worker(
-                needs.python,
-                f"benchmarks.peers.runners.{needs.module}",
-                log=peers_folder() / "logs" / f"{subject.name}-{row}-{context}.log".replace(" ", "_").replace("/", "_"),
-                environment={"OMP_NUM_THREADS": str(self._plan.threads), **needs.environment},
-            )
-            workers[row] = stack.enter_context(worker)
-            setup = Setup(
-                model=str(needs.model.absolute()),
-                threads=self._plan.threads,
-                context=context + self._plan.n_tokens + ROOM,
-                options=needs.options,
-            )
-            loaded = worker.set_up(setup, within_s=LOADING_S)
-            if isinstance(loaded, Refusal):
-                self._record({**key, "why": loaded.why})
-                return
-            facts, load_s = loaded
-            if not needs.weight_bytes:
-                needs = ready[row] = dataclasses.replace(needs, weight_bytes=int(facts["weight_bytes"]))
-            self._record({**key, "round": "loading", "load_s": load_s, "facts": facts})
-            # Kernels are compiled and memory is touched at a first request, which is not counted.
-            worker.run(Job(context=min(context, 64), n_tokens=4, seed=-1), within_s=self._plan.job_s)
-        job = Job(context=context, n_tokens=self._plan.n_tokens, seed=index, synthetic=is_synthetic)
-        self._record({**key, **self._outcome(subject, needs, workers[row], job)})
-        if index == 0 and context == SYNTHETIC_TOO and ROWS[row].engine == OURS and not is_synthetic:
-            outcome = self._outcome(subject, needs, workers[row], dataclasses.replace(job, synthetic=True))
-            if "why" not in outcome:
-                self._record({**key, "round": "synthetic", **outcome})
+            return Refusal(why=OUT_OF_TIME)
+        expected_s = self._history.expected_s(subject.name, row, context)
+        is_slow = expected_s > self._plan.job_s or self._history.took_too_long(subject.name, row, context)
+        is_synthetic = needs.places_caches and (context > subject.longest_prompt or is_slow)
+        if is_slow and not is_synthetic:
+            return Refusal(why=f"reading the prompt would take {max(expected_s, self._plan.job_s):.0f} s or longer")
+        return Job(context=context, n_tokens=self._plan.n_tokens, seed=index, synthetic=is_synthetic)
 
-    def _outcome(self, subject: Subject, needs: Prepared, worker: Worker, job: Job) -> Sample:
-        return _sample(subject, needs, job, worker.run(job, within_s=self._plan.job_s))
+    def _worker(self, subject: Subject, row: str, needs: Prepared, context: int) -> Worker:
+        name = f"{subject.name}-{row}-{context}.log".replace(" ", "_").replace("/", "_")
+        return Worker(
+            needs.python,
+            f"benchmarks.peers.runners.{needs.module}",
+            log=peers_folder() / "logs" / name,
+            environment={"OMP_NUM_THREADS": str(self._plan.threads), **needs.environment},
+        )
+
+    def _request(self, subject: Subject, row: str, needs: Prepared, worker: Worker, job: Job) -> None:
+        key = key_of(subject.name, row, job.context, job.seed)
+        both = job.seed == 0 and job.context == SYNTHETIC_TOO and ROWS[row].engine == OURS and not job.synthetic
+        self._record(key | _sample(subject, needs, job, worker.run(job, within_s=self._plan.job_s)))
+        if both and worker.is_alive:
+            job = dataclasses.replace(job, synthetic=True)
+            sample = _sample(subject, needs, job, worker.run(job, within_s=self._plan.job_s))
+            if "why" not in sample:
+                self._record(key | {"round": "synthetic"} | sample)
+
+    def _probe(self, subject: Subject, index: int) -> None:
+        speed = Probe(self._plan.threads).gb_per_s()
+        self._record(key_of(subject.name, "bandwidth", 0, index) | {"gb_per_s": round(speed, 2)})
 
     def _record(self, sample: Sample) -> None:
-        self.samples.append(sample)
+        self._history.samples.append(sample)
         self._save()
         if "token_ms" in sample:
             ms = sorted(sample["token_ms"])[len(sample["token_ms"]) // 2]
@@ -155,43 +169,9 @@ class Run:
         if told:
             self._say(f"{sample['subject']} {sample['context']} round {sample['round']} {sample['row']}: {told}")
 
-    def _probe(self, subject: Subject, context: int, index: int) -> None:
-        speed = Probe(self._plan.threads).gb_per_s()
-        key = {"subject": subject.name, "row": "bandwidth", "context": context, "round": index}
-        self._record({**key, "gb_per_s": round(speed, 2)})
-
-    def _refuse_all(self, subject: Subject, row: str, why: str) -> None:
-        for context in self._plan.contexts:
-            if context <= subject.max_positions:
-                self._record({"subject": subject.name, "row": row, "context": context, "round": 0, "why": why})
-
-    def _of(self, subject: Subject, row: str) -> list[Sample]:
-        return [s for s in self.samples if s["subject"] == subject.name and s["row"] == row]
-
-    def _is_done(self, subject: Subject, row: str, context: int) -> bool:
-        mine = [s for s in self._of(subject, row) if s["context"] == context]
-        return sum("token_ms" in s and s["round"] != "synthetic" for s in mine) >= self._plan.rounds or any(
-            "why" in s for s in mine
-        )
-
-    def _has_refused(self, subject: Subject, row: str, context: int) -> bool:
-        return any(s["context"] == context and "why" in s for s in self._of(subject, row))
-
-    def _expected_s(self, subject: Subject, row: str, context: int) -> float:
-        """Seconds to read a prompt, at the rate of the longest one that was read; 0 if none was."""
-        read = [s for s in self._of(subject, row) if s.get("first_token_s")]
-        if not read:
-            return 0.0
-        longest = max(read, key=lambda s: s["context"])
-        return float(longest["first_token_s"]) * context / int(longest["context"])
-
-    def _fit_together(self, subject: Subject, context: int, needs: Sequence[Prepared]) -> bool:
-        total = sum(2 * need.weight_bytes + subject.kv_bytes(need.kv_element_bytes or 4.0) * context for need in needs)
-        return bool(total < MEMORY_SHARE * psutil.virtual_memory().available)
-
 
 def _sample(subject: Subject, needs: Prepared, job: Job, outcome: Measured | Refusal) -> Sample:
-    """What is kept of one visit."""
+    """What is kept of one request."""
     if isinstance(outcome, Refusal):
         return {"why": outcome.why}
     answer = outcome.answer

@@ -13,9 +13,9 @@ MIB = 2**20
 Sample = dict[str, Any]
 
 
-def bandwidth_of(samples: Sequence[Sample], subject: str, context: int) -> float | None:
-    """10^9 bytes per second: the median of the probes beside this context's requests."""
-    found = [s["gb_per_s"] for s in samples if "gb_per_s" in s and (s["subject"], s["context"]) == (subject, context)]
+def bandwidth_of(samples: Sequence[Sample], subject: str) -> float | None:
+    """10^9 bytes per second: the median of the probes of all rounds."""
+    found = [s["gb_per_s"] for s in samples if "gb_per_s" in s and s["subject"] == subject]
     return float(np.median(found)) if found else None
 
 
@@ -24,7 +24,7 @@ def lines_of(samples: Sequence[Sample], subject: str) -> list[Line]:
     mine = [s for s in samples if s["subject"] == subject and s["row"] in ROWS and s["round"] not in ("loading", "synthetic")]
     contexts = sorted({s["context"] for s in mine})
     return [
-        _line(row, context, found, bandwidth_of(samples, subject, context))
+        _line(row, context, found, bandwidth_of(samples, subject))
         for context in contexts
         for row in ROWS
         if (found := [s for s in mine if (s["row"], s["context"]) == (row, context)])

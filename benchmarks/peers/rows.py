@@ -20,6 +20,7 @@ class Prepared:
 
     ``weight_bytes``: read in every step; 0: the runner tells. ``kv_element_bytes``: of a stored number of the cache, for
     runners that do not tell what a step reads. ``places_caches``: the runner can do without a prompt (``Job.synthetic``).
+    ``sized_by_context``: it takes memory, or decides, by the longest context that it is set up for, so each has its own runner.
     """
 
     python: Path
@@ -29,6 +30,7 @@ class Prepared:
     weight_bytes: int
     kv_element_bytes: float | None = None
     places_caches: bool = False
+    sized_by_context: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -82,6 +84,7 @@ def _openvino(name: str, module: str = "openvino_genai", **options: Any) -> Row:
             weight_bytes=disk_bytes(folder / "openvino_model.bin"),
             kv_element_bytes=1.0,
             places_caches=module == "openvino_runtime",
+            sized_by_context="evict" in options,
         )
 
     return Row(
@@ -98,6 +101,7 @@ def _llamacpp() -> Row:
             options={"vocab_size": subject.vocab_size},
             weight_bytes=disk_bytes(subject.gguf),
             kv_element_bytes=2.0,
+            sized_by_context=True,
         )
 
     return Row(name="llama.cpp", engine="llama.cpp", weights="of the GGUF", cache="fp16", drops=False, prepare=prepare)
@@ -154,21 +158,26 @@ PART = {"policy": "pooledwindow", "budget": 0.2, "set": "budget=uniform"}
 """The same share in each layer: a recipe of that mean takes the same time, and costs a calibration."""
 RECALL = {"policy": "freekv", "set": f"tokens={FREEKV_TOKENS}"}
 FILE = "file:{folder}"
+INT8_CACHE: dict[str, Any] = {"cache": "int8", "kv_dtype": "int8"}
 
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
         _ours("full fp32", FULL),
         _ours("full int4", FULL | INT4, weights="int4"),
-        _ours("full int4, int8 cache", FULL | INT4, weights="int4", cache="int8", kv_dtype="int8"),
+        _ours("full int4, int8 cache", FULL | INT4, weights="int4", **INT8_CACHE),
+        _ours("full int4, ONNX Runtime's matrices", FULL | INT4, weights="int4", dense="onnxruntime"),
         _ours("full int4, OpenVINO's matrices", FULL | INT4, weights="int4", dense="openvino"),
         _ours("pooledwindow 20 % fp32", PART),
         _ours("pooledwindow 20 % int4", PART | INT4, weights="int4"),
         _ours("pooledwindow 20 % int4, OpenVINO's matrices", PART | INT4, weights="int4", dense="openvino"),
+        _ours("pooledwindow 20 % int4, int8 cache", PART | INT4, weights="int4", **INT8_CACHE),
         _ours("refreekv int4", {"policy": "refreekv"} | INT4, weights="int4"),
         _ours("freekv 2048 fp32, RAM", RECALL, host_tier="ram"),
         _ours("freekv 2048 int4, RAM", RECALL | INT4, weights="int4", host_tier="ram"),
+        _ours("freekv 2048 int4, int8 cache, RAM", RECALL | INT4, weights="int4", host_tier="ram", **INT8_CACHE),
         _ours("freekv 2048 int4, file", RECALL | INT4, weights="int4", host_tier=FILE),
+        _ours("freekv 2048 int4, int8 cache, file", RECALL | INT4, weights="int4", host_tier=FILE, **INT8_CACHE),
         _openvino("OpenVINO GenAI"),
         _openvino("OpenVINO GenAI, its eviction to 20 %", evict=0.2),
         _openvino("OpenVINO runtime", "openvino_runtime"),
@@ -179,6 +188,20 @@ ROWS: dict[str, Row] = {
     )
 }
 """By name, in the order of the tables."""
+
+SHORT = (
+    "trt-kv full int4",
+    "trt-kv full int4, int8 cache",
+    "trt-kv pooledwindow 20 % int4",
+    "trt-kv pooledwindow 20 % int4, int8 cache",
+    "trt-kv freekv 2048 int4, RAM",
+    "trt-kv freekv 2048 int4, int8 cache, RAM",
+    "trt-kv freekv 2048 int4, int8 cache, file",
+    "OpenVINO GenAI",
+    "OpenVINO runtime",
+    "llama.cpp",
+)
+"""A selection for a short run: what the aims speak of."""
 
 
 def prepared(row: Row, subject: Subject) -> Prepared | str:

@@ -98,6 +98,8 @@ TITLES = {
     "llama-3.2-1b": "the shape of Llama 3.2 1B, random weights",
     "tiny": "a tiny shape, random weights",
 }
+OF_MEMORY_AIMS = "llama-3.2-1b"
+"""The model whose peaks of memory are aimed at: a smaller one needs less than the libraries that run it."""
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "smollm2": smollm2,
     "llama-3.2-1b": lambda: of_shape("llama-3.2-1b", longest_prompt=8192),

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from benchmarks.harness import BenchmarkError
+from benchmarks.peers.history import TOO_LONG
 from benchmarks.peers.protocol import Answer, Job, Refusal, Setup, to_line
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,6 +54,10 @@ class Worker:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
 
     def set_up(self, setup: Setup, *, within_s: float) -> tuple[dict[str, Any], float] | Refusal:
         """Facts about the runner, and how many seconds loading took."""
@@ -111,7 +116,7 @@ class Worker:
             answer = b""
         if answer is None:
             self._process.kill()
-            return dataclasses.asdict(Refusal(why=f"it took longer than {within_s:.0f} s"))
+            return dataclasses.asdict(Refusal(why=f"{TOO_LONG} {within_s:.0f} s"))
         if not answer:
             self._process.wait()
             return dataclasses.asdict(Refusal(why=self._last_words()))

@@ -5,6 +5,7 @@ K KV heads, H query heads, G = H / K, S tokens, N last queries, D head size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.kv_rows import KvDtype, load, store
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.plugins.recall_attention.choice import best_pages, summaries_of
-from trt_kv.rotation import rope_frequencies
+from trt_kv.rope_frequencies import rope_frequencies
 from trt_kv.runtime.backends.base import Attend, DenseExecutor
 
 N_QUERIES = 64
@@ -62,7 +63,8 @@ def scale_tables(executor: DenseExecutor, config: ModelConfig, text: list[int]) 
     runner = model_runner(recording, config, policy=FULL, cache_tokens=len(text))
     runner.prefill(runner.new_sequence(), text)
     layers = [_joined(parts) for _, parts in sorted(recording.vectors.items())]
-    angles_SD = np.outer(np.arange(len(text)), rope_frequencies(config.rope, config.head_dim).numpy())
+    frequencies = rope_frequencies(config.rope, config.head_dim, array=partial(np.array, dtype=np.float32))
+    angles_SD = np.outer(np.arange(len(text)), frequencies)
     return {
         f"int8, one scale per what; {len(text)} tokens, pages of {PAGE_SIZE}": _scales(layers, angles_SD),
         f"types of summaries over keys in int8; {CHOSEN_SHARE:.0%} of the pages are chosen": _summaries(layers),

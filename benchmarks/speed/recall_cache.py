@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.models import PAGE_SIZE
 from trt_kv.model_config import ModelConfig
+from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE as PAGE_SIZE
 from trt_kv.plugins.kv_rows import dtype_of, head_size_of, store
 from trt_kv.plugins.paging import Floats, Rows
 from trt_kv.plugins.recall_attention.choice import summaries_of

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 HOST = "cpu"
 DENSE = ("torch", "onnxruntime")
 """Libraries that can run a decoder's dense layers on a device; the first is the default."""
-HOST_DENSE = ("onnxruntime", "openvino")
-"""Libraries that can run them on the host; the first is the default."""
+HOST_DENSE = ("native", "onnxruntime", "openvino")
+"""What can run them on the host: kernels of our own, for weights of int8 or int4 whose products round activations to int8, the
+default for these; a library, of which the first is the default for others.
+"""
 PRECISIONS = ("float32", "bfloat16", "int8")
 """Types of what weights are multiplied by, with OpenVINO. int8: integers with a scale per row and block of 32, for quantised
 weights."""
@@ -57,16 +59,16 @@ class DeviceOptions:
 
 
 def check_host_dense(dense: str | None, precision: str | None) -> None:
-    """``UsageError`` unless a host can run dense layers with the library ``dense`` in ``precision``; None: the default."""
+    """``UsageError`` unless a host can run dense layers with ``dense`` in ``precision``; None: the default."""
     if dense is not None and dense not in HOST_DENSE:
-        raise UnknownNameError("library for dense layers on the CPU", dense, HOST_DENSE)
+        raise UnknownNameError("implementation of dense layers on the CPU", dense, HOST_DENSE)
     if precision is None:
         return
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)
     if dense != "openvino":
         raise UsageError(
-            "ONNX Runtime computes in what the engine was built for",
+            "only OpenVINO computes in another precision than the engine was built for",
             got=f"precision {precision!r}",
             expected="none",
             fix=f"add {load_option('dense', 'openvino')}, or leave it out",

@@ -15,6 +15,7 @@ from trt_kv.policy import Policy
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.page_pool import PagePool
+from trt_kv.runtime.generation import RequestRecall
 
 
 class SequenceCache:
@@ -59,6 +60,11 @@ class SequenceCache:
     @property
     def failure(self) -> TrtKvError | None:
         """The error that stops this sequence but not the others of its batch; None if it can continue."""
+        return None
+
+    @property
+    def recalled(self) -> RequestRecall | None:
+        """What has been recalled for this sequence; None if its cache is not on the host, or nobody counts."""
         return None
 
     @property

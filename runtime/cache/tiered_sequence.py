@@ -8,6 +8,7 @@ from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.page_pool import PagePool
 from trt_kv.runtime.cache.sequence import SequenceCache
+from trt_kv.runtime.generation import RequestRecall
 from trt_kv.runtime.statistics import RecallStatistics
 
 
@@ -83,6 +84,12 @@ class TieredSequence(SequenceCache):
         return next((w.failure for w in self._working_sets() if w is not None and w.failure is not None), None)
 
     @property
+    def recalled(self) -> RequestRecall | None:
+        """Counts of all layers that recall; see ``SequenceCache``."""
+        counts = self._recall.statistics
+        return None if counts is None else counts.of_request([row for row in self._rows if row >= 0])
+
+    @property
     def held_tokens(self) -> Ints:
         """[L]: tokens of each layer; of a layer whose cache is on the host, at most the capacity of its working set."""
         held = self.kv_len.copy()
@@ -110,8 +117,15 @@ class TieredSequence(SequenceCache):
 
     def release(self) -> None:
         """Wait for pending copies, then free every page of both tiers."""
-        self._recall.release([int(self.page_table[layer, 0]) for layer in self._host_layers])
+        self._recall.release(self._rows)
+        if self._recall.statistics is not None:
+            self._recall.statistics.forget([row for row in self._rows if row >= 0])
         super().release()
+
+    @property
+    def _rows(self) -> list[int]:
+        """The first page of each layer whose cache is on the host; -1 before it has one."""
+        return [int(self.page_table[layer, 0]) for layer in self._host_layers]
 
     def _working_sets(self) -> list[Held | None]:
         rows = [self.page_table[layer, 0] if layer in self._host_layers else -1 for layer in range(self.n_layers)]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from trt_kv.errors import UsageError
 from trt_kv.runtime.arguments import is_integer, is_number
@@ -35,6 +35,10 @@ class SamplingParams:
     **Samples.** ``n`` of one prompt, which is read once: ``Generation.samples``. Sample i has the seed ``seed`` + i, and the
     tokens of a request of its own with that seed. Greedy samples would all be equal, so they are refused.
 
+    **Structure.** At most one of: ``json_schema`` (a JSON schema as a dictionary, or as text; ``{"type": "object"}`` for any
+    object), ``regex``, ``grammar`` (in Lark's notation, from the rule ``start``). Tokens that the output has no place for are
+    never chosen, and the output ends when it is complete. ``max_new_tokens`` may cut it short. Needs the extra ``structured``.
+
     ``parse_special_tokens``: special tokens that are written in a prompt's text, as chat templates write them, become control
     tokens. False, for text of users: ``<eos>`` in it is text like any other, and ends or begins nothing.
     ``top_logprobs``: record the log-probability of each generated token, and of as many of the likeliest; None: of none.
@@ -64,6 +68,9 @@ class SamplingParams:
     parse_special_tokens: bool = True
     skip_special_tokens: bool = True
     top_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
@@ -101,18 +108,36 @@ class SamplingParams:
             ("parse_special_tokens", isinstance(self.parse_special_tokens, bool), "True or False"),
             ("skip_special_tokens", isinstance(self.skip_special_tokens, bool), "True or False"),
             ("top_logprobs", self.top_logprobs is None or is_integer(self.top_logprobs, 0), "an integer >= 0, or None"),
+            (
+                "json_schema",
+                self.json_schema is None or isinstance(self.json_schema, Mapping) or _is_text(self.json_schema),
+                "a JSON schema as a dictionary or as text, or None",
+            ),
+            ("regex", self.regex is None or _is_text(self.regex), "a text that is not empty, or None"),
+            ("grammar", self.grammar is None or _is_text(self.grammar), "a text that is not empty, or None"),
         ):
             if not valid:
-                raise UsageError(f"bad {name}", got=repr(getattr(self, name)), expected=expected)
+                raise UsageError(f"bad {name}", got=repr(getattr(self, name)), expected=expected, parameter=name)
+        if len(self.structures) > 1:
+            raise UsageError(
+                "the output can have one structure only",
+                got=", ".join(self.structures),
+                expected="one of json_schema, regex, grammar",
+                parameter=next(iter(self.structures)),
+            )
         if self.min_tokens > self.max_new_tokens:
             raise UsageError(
-                "min_tokens exceeds max_new_tokens", got=self.min_tokens, expected=f"at most {self.max_new_tokens}"
+                "min_tokens exceeds max_new_tokens",
+                got=self.min_tokens,
+                expected=f"at most {self.max_new_tokens}",
+                parameter="min_tokens",
             )
         if self.n > 1 and self.temperature == 0.0:
             raise UsageError(
                 "several samples of a greedy choice would all be equal",
                 got=f"n={self.n}, temperature 0",
                 expected="n=1, or a temperature above 0",
+                parameter="n",
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -125,8 +150,17 @@ class SamplingParams:
         for name, ids in given.items():
             if outside := [token_id for token_id in ids if token_id >= vocab_size]:
                 raise UsageError(
-                    f"{name} has token ids outside the vocabulary", got=outside[:8], expected=f"0 .. {vocab_size - 1}"
+                    f"{name} has token ids outside the vocabulary",
+                    got=outside[:8],
+                    expected=f"0 .. {vocab_size - 1}",
+                    parameter=name,
                 )
+
+    @property
+    def structures(self) -> dict[str, Mapping[str, Any] | str]:
+        """What is given of ``json_schema``, ``regex`` and ``grammar``."""
+        given = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -158,6 +192,9 @@ class SamplingOptions(TypedDict, total=False):
     parse_special_tokens: bool
     skip_special_tokens: bool
     top_logprobs: int | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    grammar: str | None
 
 
 def _is_stop(stop: object) -> bool:

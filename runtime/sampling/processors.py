@@ -8,11 +8,13 @@ import numpy as np
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.paging import Floats, Ints
 from trt_kv.runtime.sampling.params import SamplingParams
+from trt_kv.runtime.sampling.structure import Structure
 
 
 class LogitsProcessor:
     """Applies the parameters of one request in the order of transformers and vLLM: repetition, frequency and presence penalty,
-    ``logit_bias``, ``bad_words``, ``min_tokens``. The cost depends on the tokens concerned, besides one copy of the logits.
+    ``logit_bias``, ``bad_words``, ``min_tokens``; and then the tokens that its structure has no place for. The cost depends on
+    the tokens concerned, besides one copy of the logits.
     """
 
     def __init__(
@@ -22,9 +24,11 @@ class LogitsProcessor:
         *,
         end_ids: Sequence[int] = (),
         bad_words: Sequence[Sequence[int]] = (),
+        structure: Structure | None = None,
     ) -> None:
         """``end_ids``: tokens that end the request, which ``min_tokens`` defers; ``bad_words``: token ids of each."""
         self._params = params
+        self._structure = structure
         self._end_ids = np.unique(np.asarray(end_ids, np.int64))
         self._bad_words = [tuple(word) for word in bad_words]
         self._longest = max((len(word) for word in self._bad_words), default=1) - 1
@@ -41,6 +45,7 @@ class LogitsProcessor:
             or params.logit_bias
             or self._bad_words
             or (params.min_tokens and len(self._end_ids))
+            or structure is not None
         )
         """Whether logits are changed at all."""
 
@@ -48,6 +53,8 @@ class LogitsProcessor:
         """Record a generated token."""
         if not self.is_needed:
             return
+        if self._structure is not None:
+            self._structure.accept(token_id)
         self._generated.add(token_id)
         self._n_generated += 1
         self._seen.add(token_id)
@@ -69,7 +76,14 @@ class LogitsProcessor:
                 changed_V[word[-1]] = -np.inf
         if params.min_tokens and self._n_generated < params.min_tokens:
             changed_V[self._end_ids] = -np.inf
+        if self._structure is not None:
+            self._structure.mask(changed_V, self._end_ids)
         return changed_V
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but an end can follow, because the output's structure is complete."""
+        return self._structure is not None and self._structure.is_complete
 
 
 @njit(nogil=True)

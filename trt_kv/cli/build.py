@@ -22,6 +22,7 @@ from trt_kv.cli.signals import termination_unwinds
 from trt_kv.cli.weight_options import weight_options
 from trt_kv.errors import EngineError
 from trt_kv.pipeline import BuildRequest, CalibrationPlan, DriftPlan, ModelSource, TargetPlan, WeightPlan, build_engine
+from trt_kv.pipeline.kernels_beside import kernels_beside
 from trt_kv.pipeline.names import default_name
 from trt_kv.policy import Policy
 
@@ -86,7 +87,7 @@ def command(
     if where:
         click.echo(request.out)
         return
-    with termination_unwinds(), progress_bars() as on_progress:
+    with termination_unwinds(), progress_bars() as on_progress, kernels_beside(request, on_progress):
         engine = build_engine(request, on_progress=on_progress, on_note=say_note)
     say(f"engine: {engine}")
     say(f"next:   {command_line(_next_command(engine))}")

@@ -77,6 +77,7 @@ def command(
       trt-kv generate ENGINE --prompt-file prompt.txt --repetition-penalty 1.1
       trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --n 3
       trt-kv generate ENGINE --chat "What is the capital of France?" --system "Answer in one word."
+      trt-kv generate ENGINE --chat "Name a city and its country." --json-schema schema.json
     """
     if not is_message and (system is not None or of_template):
         raise UsageError("a chat template's options are given without --chat", fix="add --chat")

@@ -26,8 +26,9 @@ def device_options(command: CommandFunction) -> CommandFunction:
     @click.option(
         "--dense",
         metavar="NAME",
-        help="What runs the dense layers. On the CPU: onnxruntime (the default), or openvino (needs the extra openvino). With "
-        "--device cuda: torch (the default), or onnxruntime (needs onnxruntime-gpu).",
+        help="What runs the dense layers. On the CPU: native (the default for quantised weights with activations in int8), "
+        "onnxruntime (the default for others), or openvino (needs the extra openvino). With --device cuda: torch (the "
+        "default), or onnxruntime (needs onnxruntime-gpu).",
     )
     @click.option(
         "--precision",

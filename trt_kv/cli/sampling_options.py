@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-from trt_kv.cli.options import CommandFunction, utf8_text
+from trt_kv.cli.options import CommandFunction, existing_file, utf8_text
 from trt_kv.errors import UsageError
+from trt_kv.text_file import read_text
 
 
 def sampling_options(command: CommandFunction) -> CommandFunction:
@@ -25,9 +27,34 @@ def sampling_options(command: CommandFunction) -> CommandFunction:
         metavar="N",
         help="After the text, print the log-probability of each token and the N likeliest in its place.",
     )
+    @click.option(
+        "--json-schema",
+        type=existing_file,
+        metavar="FILE",
+        help="The text is JSON of the schema in FILE. Needs the extra structured.",
+    )
+    @click.option("--regex", callback=utf8_text, metavar="TEXT", help="The text matches this regular expression, as a whole.")
+    @click.option(
+        "--grammar", type=existing_file, metavar="FILE", help="The text is of the grammar in FILE, in Lark's notation."
+    )
     @functools.wraps(command)
-    def collected(*, n: int | None, top_logprobs: int | None, sampling: dict[str, Any], **values: Any) -> None:
-        more = {"n": n, "top_logprobs": top_logprobs}
+    def collected(
+        *,
+        n: int | None,
+        top_logprobs: int | None,
+        json_schema: Path | None,
+        regex: str | None,
+        grammar: Path | None,
+        sampling: dict[str, Any],
+        **values: Any,
+    ) -> None:
+        more = {
+            "n": n,
+            "top_logprobs": top_logprobs,
+            "json_schema": json_schema and read_text(json_schema, what="the JSON schema"),
+            "regex": regex,
+            "grammar": grammar and read_text(grammar, what="the grammar"),
+        }
         command(sampling=sampling | {name: value for name, value in more.items() if value is not None}, **values)
 
     return answer_options()(collected)

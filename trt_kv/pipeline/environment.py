@@ -28,7 +28,9 @@ PURPOSES = {
     "gguf": "reads GGUF files",
     "gpu": "runs engines on NVIDIA GPUs",
     "openvino": "runs engines on a CPU with --dense openvino",
+    "serve": "serves engines over HTTP",
     "smollm2": "reads the model smollm2",
+    "structured": "outputs that conform to a schema or a grammar",
 }
 
 

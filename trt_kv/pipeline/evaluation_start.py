@@ -14,7 +14,7 @@ from trt_kv.errors import ReportError, UsageError
 from trt_kv.manifest import TOKENIZER_FILE, Manifest, load_manifest
 from trt_kv.pipeline.requests import EvaluationRequest
 from trt_kv.require import require
-from trt_kv.runtime.backends.devices import DENSE, HOST_DENSE, device_from_name
+from trt_kv.runtime.backends.devices import DENSE, device_from_name
 
 if TYPE_CHECKING:
     from trt_kv.calibration.answer_files import EngineFacts, Evaluation, Run, Settings
@@ -63,12 +63,13 @@ def begin(request: EvaluationRequest) -> tuple["Evaluation", list["TaskCase"]]:
 def _engine_facts(folder: Path, manifest: Manifest, request: EvaluationRequest) -> "EngineFacts":
     """Raises ``EngineError`` if loading the engine would, except for changed files."""
     from trt_kv.calibration.answer_files import EngineFacts
+    from trt_kv.runtime.backends.host.dense import chosen_dense
     from trt_kv.runtime.compatibility import check_compatible
 
     check_compatible(folder, manifest)
     on = request.on
-    library = on.dense or (HOST_DENSE if on.on_host else DENSE)[0]
-    module = "trt_kv.runtime.backends.onnx_runtime" if library == "onnxruntime" else library
+    library = chosen_dense(folder, manifest, on.dense) if on.on_host else on.dense or DENSE[0]
+    module = {"onnxruntime": "trt_kv.runtime.backends.onnx_runtime", "native": "numba"}.get(library, library)
     version = require(module).ort.__version__ if library == "onnxruntime" else require(module).__version__
     precision = f", {on.precision}" if on.precision is not None else ""
     runs_on = manifest.plan.built_by if manifest.plan is not None else f"{library} {version}{precision}"

@@ -2,27 +2,23 @@
 
 import dataclasses
 import mmap
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from trt_kv.beside import beside
 from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.kv_memory import token_bytes
-from trt_kv.manifest import GRAPHS, Manifest
+from trt_kv.manifest import Manifest
 from trt_kv.plugins.kv_rows import converts_halves
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import finds_budgets, recalling_layers
-from trt_kv.require import require
+from trt_kv.runtime.backends.host.dense import open_dense
 from trt_kv.runtime.backends.host.executor import warm_up_kernels
-from trt_kv.runtime.backends.host.openvino_segments import OpenVinoExecutor, default_precision
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.in_place import MemoryTier, RecallInPlace
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
-from trt_kv.runtime.backends.host.row_groups import with_rows_alike
 from trt_kv.runtime.backends.host.runner import host_runner
-from trt_kv.runtime.backends.host.segments import SegmentExecutor, check_shapes
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.cpus import threads_for
@@ -60,11 +56,9 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     # OpenMP ends the process if it cannot start a thread: better an error, which this raises.
     mmap.mmap(-1, _ROOM_FOR_THREADS).close()
     will_compute()
-    with beside(partial(_dense, folder, manifest, options), partial(tell, "opening graphs")) as opening:
+    with beside(partial(open_dense, folder, manifest, options), partial(tell, "opening graphs")) as opening:
         warm_up_kernels(manifest.programs, "cpu", options.kv_dtype or manifest.kv_dtype)
-        executor = opening.result()
-    check_shapes(folder / GRAPHS, executor.shapes, manifest.attention_ports, manifest.config)
-    dense = with_rows_alike(executor, manifest, wanted=options.batch_invariant)
+        dense = opening.result()
     mapped = sum(record.n_bytes for name, record in manifest.files.items() if name.endswith(".data"))
     pool, recall = _memory(manifest, options, free_for_cache(mapped))
     runner = host_runner(
@@ -83,33 +77,6 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         runner=runner,
         reservation=Reservation([places, *_pages(manifest, runner, options.chunk)]),
         token_budget=options.token_budget,
-    )
-
-
-def _dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segment: Callable[..., None]) -> SegmentExecutor:
-    """What runs the dense layers. ``UsageError`` for integers as activations of weights that are not quantised."""
-    folder, segments, ports = folder / GRAPHS, manifest.segments, manifest.attention_ports
-    if options.dense != "openvino":
-        module = require("trt_kv.runtime.backends.host.onnxruntime_segments")
-        run: SegmentExecutor = module.OnnxRuntimeExecutor(
-            folder, segments, ports, n_threads=threads_for(options.n_threads), on_segment=on_segment
-        )
-        return run
-    precision = options.precision or default_precision(manifest.quantization)
-    if precision == "int8" and manifest.quantization is None:
-        raise UsageError(
-            f"{folder.parent} has no quantised weights",
-            got="precision 'int8'",
-            expected="float32 or bfloat16",
-            fix="build the engine with --quant int8 or int4",
-        )
-    return OpenVinoExecutor(
-        folder,
-        segments,
-        ports,
-        precision=precision,
-        n_threads=threads_for(options.n_threads),
-        on_segment=on_segment,
     )
 
 

@@ -1,5 +1,6 @@
 """The graph segments of an engine, each an ONNX Runtime session."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ SESSION_OPTIONS = {
     # Threads left spinning would take cores from the KV kernels and the other segments.
     "session.force_spinning_stop": "1",
 }
+_SHARED_ARENA = {"session.use_env_allocators": "1"}
+"""Scratch memory from one arena: one segment runs at a time, and an arena of its own would keep what its largest step took."""
 
 
 class OnnxRuntimeExecutor(SegmentExecutor):
@@ -33,13 +36,22 @@ class OnnxRuntimeExecutor(SegmentExecutor):
         on_segment: Callable[[int, int], None] | None = None,
     ) -> None:
         """``folder`` holds the segment files and their weights. ``n_threads`` 0: one per core."""
+        _share_arena()
         sessions = []
         for done, segment in enumerate(segments, start=1):
-            sessions.append(open_segment(safe_join(folder, segment.file, error=EngineError), n_threads=n_threads))
+            path = safe_join(folder, segment.file, error=EngineError)
+            sessions.append(open_segment(path, n_threads=n_threads, config=SESSION_OPTIONS | _SHARED_ARENA))
             if on_segment is not None:
                 on_segment(done, len(segments))
         description = f"ONNX Runtime {ort.__version__}, {sessions[0].get_providers()[0]}"
         super().__init__(folder, segments, ports, sessions, description=description)
+
+
+@functools.cache
+def _share_arena() -> None:
+    """Make the arena that sessions with ``_SHARED_ARENA`` use, once in a process."""
+    where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(where, ort.OrtArenaCfg({}))
 
 
 def open_segment(

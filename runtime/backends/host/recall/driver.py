@@ -53,7 +53,10 @@ class StreamedRecall:
         self.host = host
         self.device = device
         self.statistics = RecallStatistics(
-            n_layers=n_layers, n_kv_heads=device.kv.shape[2], page_head_bytes=host.page_bytes // device.kv.shape[2]
+            n_layers=n_layers,
+            n_kv_heads=device.kv.shape[2],
+            page_head_bytes=host.page_bytes // device.kv.shape[2],
+            n_pages=host.n_pages,
         )
         self.sets: dict[int, WorkingSet] = {}
         self._copies = copies

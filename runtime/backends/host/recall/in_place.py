@@ -43,7 +43,7 @@ class RecallInPlace:
         self.last_query: Floats = np.empty((n_pages, n_query_heads, head_size_of(host.kv)), np.float32)
         """The query of the last token of a layer of a sequence, in the row of its first page: [M, H, D]."""
         self.statistics = RecallStatistics(
-            n_layers=n_layers, n_kv_heads=n_kv_heads, page_head_bytes=host.kv[0].nbytes // n_kv_heads
+            n_layers=n_layers, n_kv_heads=n_kv_heads, page_head_bytes=host.kv[0].nbytes // n_kv_heads, n_pages=n_pages
         )
 
     @property
@@ -55,16 +55,11 @@ class RecallInPlace:
         def attend_and_count(**given: Any) -> tuple[Any, ...]:
             with self._trace.span("attention", layer=given["layer"]):
                 results = attend(**(given | states | {"summaries": self.summaries, "last_query": self.last_query}))
-            self._count(given["layer"], given["prompt_remaining"], results[-1])
+            if given["prompt_remaining"][-1] < 0:  # a decode step, with one token of each sequence
+                self.statistics.count(given["layer"], given["page_table"][given["layer"], :, 0], results[-1])
             return results
 
         return {"RecallAttention": attend_and_count, "AdaptiveBudget": lambda **given: find_budget(**(given | states))}
-
-    def _count(self, layer: int, prompt_remaining: Ints, corrected_BK: Ints) -> None:
-        self.statistics.layer_steps_L[layer] += np.count_nonzero(prompt_remaining < 0)
-        if corrected_BK.any():
-            self.statistics.corrected_LK[layer] += corrected_BK.sum(axis=0)
-            self.statistics.corrected_layer_steps_L[layer] += np.count_nonzero(corrected_BK.any(axis=1))
 
     @property
     def used_bytes(self) -> dict[str, int]:

@@ -118,12 +118,9 @@ class LayerStreams:
         working_set.query_HD, working_set.ranked_KC = q.copy(), None
         if drifted_K.any():
             n_moved += self._recall_at_once(working_set, choice, drifted_K)
-        counts = self.statistics
-        counts.layer_steps_L[layer] += 1
-        counts.corrected_LK[layer] += drifted_K
-        counts.corrected_layer_steps_L[layer] += drifted_K.any()
-        counts.moved_ahead_L[layer] += prefetch.n_moved if prefetch is not None else 0
-        counts.moved_at_once_L[layer] += n_moved
+        n_ahead = prefetch.n_moved if prefetch is not None else 0
+        row = choice.pages[:1]
+        self.statistics.count(layer, row, drifted_K[None], n_moved_ahead=n_ahead, n_moved_at_once=n_moved)
         return drifted_K
 
     def _recall_at_once(self, working_set: WorkingSet, choice: Choice, heads_K: np.ndarray) -> int:
