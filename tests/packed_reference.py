@@ -49,7 +49,7 @@ def product(x_RK: Floats, weights: PackedWeights) -> Floats:
     w_NK: Any = unpacked(weights.blocks, weights.bits).reshape(weights.n_columns, -1)
     zero_NM: Any = np.full(weights.scales.shape, 2.0 ** (weights.bits - 1), np.float32)
     if weights.zero_points.size:
-        zero_NM = unpacked(weights.zero_points, weights.bits)[:, : zero_NM.shape[1]].astype(np.float32)
+        zero_NM = unpacked(weights.zero_points, weights.bits)[:, : weights.scales.shape[1]].astype(np.float32)
     offset_NM = weights.offsets if weights.offsets.size else np.zeros_like(zero_NM)
     correction_NM = fused(-weights.scales, zero_NM, offset_NM)
     chains = np.zeros((8, len(x_RK), weights.n_columns), np.float32)

@@ -52,7 +52,7 @@ def products(x_RK: Floats, *matrices: PackedWeights) -> Floats:
 
 
 @given(FORMATS, SIZES, st.integers(1, 13))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_products_are_those_of_the_reference(how: dict[str, int], sizes: dict[str, int], n_rows: int) -> None:
     weights = random_weights(**sizes, **how)  # type: ignore[arg-type]
     x_RK = activations(n_rows, weights.n_inputs, sizes["seed"])
