@@ -123,7 +123,7 @@ def _attend_blocks(
         )
 
 
-@njit(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH, error_model="numpy")
 def _attend_tile(
     q_RC: Floats,
     k_BCT: Floats,

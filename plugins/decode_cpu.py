@@ -241,7 +241,7 @@ def _join_parts(
         lse_NH[rows_B[b], h] = _join(largest_IH[parts, h], total_IH[parts, h], sums_IHD[parts, h], out_NHD[rows_B[b], h])
 
 
-@njit(fastmath=FASTMATH)
+@njit(fastmath=FASTMATH, error_model="numpy")
 def _join(largest_I: Floats, total_I: Floats, sums_ID: Floats, out_D: Floats) -> np.float32:
     """The output from all parts' sums; returns the log-sum-exp."""
     largest, total = largest_I.max(), np.float32(0.0)

@@ -86,6 +86,8 @@ def test_a_hidden_token_changes_nothing_and_nan_stays_nan() -> None:
     assert np.array_equal(chunk.attention()[0][:-1], out[:-1])
     chunk.kv[chunk.pages_T[0], 0, :, 0] = np.nan
     assert np.isnan(chunk.attention()[0]).all()
+    chunk.q_NHD = np.full_like(chunk.q_NHD, np.nan)
+    assert np.isnan(chunk.attention()[0]).all()
 
 
 def test_a_soft_cap_is_a_tanh_of_any_number() -> None:

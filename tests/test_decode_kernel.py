@@ -52,3 +52,5 @@ def test_one_query_as_in_fp64_and_with_the_same_bits_in_any_company(kv_dtype: st
     numba.set_num_threads(threads)
     assert np.array_equal(together[0], out[0])
     assert np.array_equal(together_lse[0], lse[0])
+    nothing, _ = decode(np.full_like(q_BHD, np.nan), table_BKT, kv, LENGTHS)
+    assert np.isnan(nothing).all()
