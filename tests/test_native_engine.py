@@ -12,6 +12,7 @@ import pytest
 from tests.checkpoints import SAMPLES, write_checkpoint
 from tests.engines import build_for_test, random_ids
 from tests.packed_engines import logits_of
+from trt_kv.cli.inspection import describe_engine
 from trt_kv.errors import EngineError, UsageError
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
@@ -53,6 +54,7 @@ def logits_in(engine: Engine, ids: np.ndarray) -> Floats:
 def test_they_are_the_default_and_agree_with_onnx_runtime_within_the_rounding(folder: Path) -> None:
     with load(folder) as engine, load(folder, "onnxruntime") as other:
         assert "own kernels" in engine.runner.description
+        assert "runs      dense layers in kernels of our own" in describe_engine(folder)
         assert "ONNX Runtime" in other.runner.description
         ids = np.arange(70) * 7 % 269
         expected = logits_in(other, ids)

@@ -243,6 +243,7 @@ def test_inspect_tells_each_type(build: Build) -> None:
     told = describe_engine(build("packed", INT8))
     assert "int8 in blocks of 16, symmetric: " in told
     assert "computes  in float32, products with quantised weights of activations in int8" in told
+    assert "runs      dense layers in ONNX Runtime, because of model." in told
 
 
 def test_a_damaged_index_of_blocks_is_refused(build: Build) -> None:

@@ -17,7 +17,18 @@ def described_types(folder: Path, manifest: Manifest) -> list[str]:
         *_weights(folder, manifest),
         f"computes  in {products}",
         f"stores    keys and values in {manifest.kv_dtype}; attention, scores and sums of products are float32",
+        *_runs(folder, manifest),
     ]
+
+
+def _runs(folder: Path, manifest: Manifest) -> list[str]:
+    """Of quantised weights: what runs the dense layers on a CPU by default, and why if it is not the kernels for them."""
+    if manifest.quantization is None:
+        return []
+    from trt_kv.runtime.backends.host.dense import why_not_native
+
+    reason = why_not_native(folder, manifest)
+    return [f"runs      dense layers in {'kernels of our own' if reason is None else f'ONNX Runtime, because of {reason}'}"]
 
 
 def _weights(folder: Path, manifest: Manifest) -> list[str]:
