@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from benchmarks.harness import load, measured, save, show
 from trt_kv.errors import TrtKvError
+from trt_kv.openmp import let_threads_wait
 
 MODULES = {
     "split_vs_monolithic": "benchmarks.speed.split_vs_monolithic",
@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent / "results"
 def main(names: tuple[str, ...], quick: bool, out: Path | None, saved: bool) -> None:
     """Measure the benchmarks NAMES (all of them by default) and write NAME.json for each."""
     # As the command line does. It must be set before a benchmark loads torch.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    let_threads_wait()
     console = Console()
     try:
         for name in names or MODULES:

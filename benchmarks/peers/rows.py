@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.harness import BenchmarkError
 from benchmarks.peers.environments import peers_folder, python_of
 from benchmarks.peers.subjects import Subject, converted, disk_bytes, engine_for
+from trt_kv.openmp import WAITING
 
 FREEKV_TOKENS = 2048
 OURS = "trt-kv"
@@ -62,7 +63,7 @@ def _ours(name: str, build: dict[str, Any], *, weights: str = "fp32", cache: str
             model=engine,
             options=options,
             weight_bytes=disk_bytes(engine / "graphs", ".data"),
-            environment={"OMP_WAIT_POLICY": "passive"},
+            environment=WAITING,
             places_caches=True,
         )
 

@@ -1,7 +1,6 @@
 """The command group, and the one place where an exception becomes a message and an exit code."""
 
 import importlib
-import os
 import traceback
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from trt_kv import __version__
 from trt_kv.cli.options import Invocation, debug_option
 from trt_kv.cli.output import lenient_output, say
 from trt_kv.errors import TrtKvError
+from trt_kv.openmp import let_threads_wait
 from trt_kv.require import missing_dependency
 
 INTERRUPTED = 130
@@ -62,8 +62,7 @@ def group() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``trt-kv`` with ``arguments`` (default: the process's) and return the exit code; messages go to stderr."""
     invocation = Invocation()
-    # Read by OpenMP when a library loads it. Threads that spin between kernels take CPU time from other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    let_threads_wait()
     try:
         with lenient_output():
             result = group.main(

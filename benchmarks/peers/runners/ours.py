@@ -1,6 +1,5 @@
 """trt-kv itself, on an engine folder. Options: those of ``Engine.load``."""
 
-import os
 from typing import Any
 
 import trt_kv
@@ -8,13 +7,14 @@ from benchmarks.peers.protocol import Answer, Job, Setup
 from benchmarks.peers.runners.our_requests import request_of
 from benchmarks.peers.runners.placed_caches import PlacedCaches
 from benchmarks.peers.serving import Run, serve
+from trt_kv.openmp import let_threads_wait
 from trt_kv.runtime.engine import Engine
 
 
 def set_up(setup: Setup) -> tuple[dict[str, Any], Run]:
     """See ``benchmarks.peers.serving.serve``."""
     # As the command line does, before anything loads OpenMP.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    let_threads_wait()
     options = dict(setup.options)
     if "host_tier" in options:
         options["host_tokens"] = setup.context
