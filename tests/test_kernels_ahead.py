@@ -71,7 +71,8 @@ import sys
 from numba.core import event
 from trt_kv import Engine
 with event.install_recorder("numba:compile") as recorder:
-    Engine.load(sys.argv[1]).generate("the old man said that " * 60, max_new_tokens=2, temperature=0.5)
+    engine = Engine.load(sys.argv[1], cache_tokens=2000)
+    engine.generate([token % 30 + 1 for token in range(60)], max_new_tokens=2, temperature=0.5)
 print(sum(part.is_start for _, part in recorder.buffer))
 """
 
