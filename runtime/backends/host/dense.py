@@ -25,19 +25,24 @@ def open_dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segmen
 
     ``UsageError`` for what cannot run it.
     """
-    if chosen_dense(folder, manifest, options.dense) == "native":
+    if options.dense in (None, "native"):
         reason = why_not_native(folder, manifest)
         if reason is None:
             return _native(folder, manifest)
-        raise UsageError(
-            f"the dense layers of {folder} cannot run in kernels of our own",
-            got=reason,
-            expected="matrices in blocks of integers, with activations in int8",
-            fix=f"leave {load_option('dense', 'native')} out, or build the engine with --quant int4 or int8",
-        )
+        if options.dense == "native":
+            raise _refusal(folder, reason)
     segments = _segments(folder, manifest, options, on_segment)
     check_shapes(folder / GRAPHS, segments.shapes, manifest.attention_ports, manifest.config)
     return with_rows_alike(segments, manifest, wanted=options.batch_invariant)
+
+
+def _refusal(folder: Path, reason: str) -> UsageError:
+    return UsageError(
+        f"the dense layers of {folder} cannot run in kernels of our own",
+        got=reason,
+        expected="matrices in blocks of integers, with activations in int8",
+        fix=f"leave {load_option('dense', 'native')} out, or build the engine with --quant int4 or int8",
+    )
 
 
 def chosen_dense(folder: Path, manifest: Manifest, asked_for: str | None) -> str:
