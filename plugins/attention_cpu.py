@@ -32,11 +32,14 @@ from trt_kv.plugins.vector_softmax import exponentiate_rows
 from trt_kv.plugins.vectors import WIDEST
 
 
+@njit()
 def append_tokens(kv: Rows, token_positions: Ints, slots_N: Ints, k_NKD: Floats, v_NKD: Floats, positions_N: Ints) -> None:
     """Write this step's tokens to their slots, the same in all KV heads, in the type of the pool."""
     write_rows(kv, slots_N, k_NKD, v_NKD)
-    pages_N, offsets_N = np.divmod(slots_N, kv.shape[3])
-    token_positions[pages_N, :, offsets_N] = positions_N[:, None]
+    page_size = kv.shape[3]
+    for n in range(len(slots_N)):
+        for head in range(kv.shape[2]):
+            token_positions[slots_N[n] // page_size, head, slots_N[n] % page_size] = positions_N[n]
 
 
 @njit()

@@ -18,8 +18,8 @@ BLOCK_TOKENS = 256
 TILE_ROWS = 72
 """Rows of queries for which a block is kept in the second-level cache."""
 STRIP_ROWS = 24
-"""Rows whose products with a block, 24 KiB, are kept in the first-level cache: a multiple of the rows that ``accumulate`` has at
-once, for both widths of vectors.
+"""Rows whose products with a block, 24 KiB, are kept in the first-level cache: a multiple of the rows that ``accumulate`` has
+at once, for both widths of vectors.
 """
 UNROLLED = 8
 """Terms that a product adds at once. The sizes that it sums over are filled up with zeros to multiples of it."""
