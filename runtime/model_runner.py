@@ -10,6 +10,7 @@ from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers, windows_of
 from trt_kv.runtime.backends.base import ChoosingExecutor, StepExecutor
 from trt_kv.runtime.backends.step import Choice, Chosen, Ints, Step, StepResult
+from trt_kv.runtime.cache.blocks import CacheBlocks
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.cache.tiered_sequence import TieredSequence, Tiers
@@ -57,6 +58,8 @@ class ModelRunner:
         evictions = [node for node in eviction_nodes(programs["prefill"]) if node is not None]
         self._evicts = bool(evictions)
         self._floor = max((int(node.attributes.get("floor", 0)) for node in evictions), default=0)
+        self.blocks = CacheBlocks(pool, tiers, programs["prefill"])
+        """Copies of what sequences have cached."""
         self._ends_prompts = self._evicts or finds_budgets(programs["prefill"])
 
     @property

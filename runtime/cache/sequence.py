@@ -106,6 +106,17 @@ class SequenceCache:
                 kv_len[layer] -= n_freed * size
         self.kv_len = kv_len
 
+    def begin_at(self, n_tokens: int) -> None:
+        """Allocate the pages that an empty sequence has after reading ``n_tokens``, whole pages, of a prompt. On
+        ``CapacityError`` nothing has changed.
+        """
+        size = self.pool.page_size
+        n_passed_L = np.array([max(0, n_tokens - (window - 1)) // size if window else 0 for window in self._windows])
+        kv_len = n_tokens - n_passed_L * size
+        self._grow_tables(kv_len // size)
+        self.kv_len = kv_len
+        self.num_computed_tokens = self.n_prompt = n_tokens
+
     def make_room(self, n_new: int) -> None:
         """Allocate the pages that ``append(n_new)`` needs. On ``CapacityError`` nothing has changed."""
         self._grow_tables(-(-self._lengths_after(n_new) // self.pool.page_size))
