@@ -54,9 +54,7 @@ class Engine(EngineChat):
         config = manifest.config
         self._prompts = PromptEncoder(tokenizer, max_positions=config.max_positions, vocab_size=config.vocab_size)
         self._structures = Structures(tokenizer, vocab_size=config.vocab_size, end_ids=config.eos_token_ids)
-        self.core = EngineCore(
-            loaded.runner, loaded.reservation, token_budget=loaded.token_budget, prefixes=loaded.prefixes
-        )
+        self.core = EngineCore(loaded.runner, loaded.reservation, token_budget=loaded.token_budget, prefixes=loaded.prefixes)
 
     @property
     def runner(self) -> ModelRunner:
@@ -118,9 +116,9 @@ class Engine(EngineChat):
         into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds the layers that do not
         recall and, unless a CPU reads the tier in memory, working sets.
 
-        ``prefix_cache``: prompts that begin like an earlier one continue from copies of what it had cached, with the result they
-        have without. Copies end where a chunk ends. ``prefix_bytes`` limits their memory (None: an eighth of what is free),
-        in which the least recently used are replaced. ``prefix_store``: a folder in which they outlive the engine.
+        ``prefix_cache``: prompts that begin like an earlier one continue from copies of what it had cached, with the result
+        that they have without. Copies end where a chunk ends. ``prefix_bytes`` limits their memory (None: an eighth of what is
+        free), in which the least recently used are replaced. ``prefix_store``: a folder in which they outlive the engine.
 
         ``device`` "cpu": the target that the engine was built for. There, ``dense`` runs the dense layers of an engine for
         ONNX Runtime: "native", kernels of our own for quantised weights with activations in int8 (the default for these),

@@ -13,7 +13,7 @@ from trt_kv.runtime.backends.step import Choice, Chosen, Ints, Step, StepResult
 from trt_kv.runtime.cache.blocks import CacheBlocks
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
-from trt_kv.runtime.cache.tiered_sequence import TieredSequence, Tiers
+from trt_kv.runtime.cache.tiered_sequence import CopyableTiers, TieredSequence
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.scheduler import StepPlan
 from trt_kv.runtime.trace import NO_TRACE, Trace
@@ -39,7 +39,7 @@ class ModelRunner:
         chunk: int = DEFAULT_CHUNK,
         decode: str = "row",
         decode_distance: int = 25,
-        tiers: Tiers | None = None,
+        tiers: CopyableTiers | None = None,
         trace: Trace = NO_TRACE,
     ) -> None:
         """``tiers``: a cache on the host, with ``pool`` as the device, whose kernels ``executor`` has been given. None: every

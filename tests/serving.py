@@ -48,7 +48,7 @@ def streamed(name: str) -> dict[str, Any]:
     return {"host_tier": f"file:{tempfile.gettempdir()}"} if name == "freekv" else {}
 
 
-def engine_under(dense: Engine, policy: Policy, *, windows: Sequence[int] = (), **options: Any) -> Engine:
+def engine_under(dense: Engine, policy: Policy, *, windows: Any = (), **options: Any) -> Engine:
     """An engine with the dense pieces of the small engine ``dense`` under ``policy``; options as for ``Engine.load``, but the
     prefix cache is off unless they say otherwise. ``windows``: of its layers.
     """

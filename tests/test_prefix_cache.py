@@ -119,7 +119,7 @@ def test_a_cached_prefix_changes_no_bit(rig: Rig) -> None:
 
 
 def test_any_use_of_the_cache_changes_no_bit(rig: Rig) -> None:
-    @settings(max_examples=8)
+    @settings(max_examples=25)
     @given(steps=st.lists(actions, min_size=3, max_size=9), n_blocks=st.sampled_from([2, 5, 100]))
     def check(steps: list[tuple[str, list[Prompt]]], n_blocks: int) -> None:
         rig.prepare([prompt for _, some in steps for prompt in some])
@@ -191,9 +191,8 @@ def test_rows_of_any_type_are_copied_as_they_are(policy: str, kv_dtype: str, sma
 def test_blocks_end_where_chunks_and_pages_end(small_engine: Engine) -> None:
     with engine_under(small_engine, small_policy("full"), chunk=16, prefix_cache=True) as engine:
         assert prefixes_of(engine).block_tokens == 80
-        for _ in range(2):
-            result = engine.generate(random_ids(engine, 100, seed=1), max_new_tokens=1)
-        assert result.n_cached_tokens == 80
+        cached = [engine.generate(random_ids(engine, 100, seed=1), max_new_tokens=1).n_cached_tokens for _ in range(2)]
+        assert cached == [0, 80]
 
 
 def test_another_salt_is_another_prefix(small_engine: Engine) -> None:
@@ -224,9 +223,8 @@ def test_pinned_prefixes_outlast_others(small_engine: Engine) -> None:
 def test_a_prefix_never_pushes_out_its_own_beginning(small_engine: Engine) -> None:
     prompt = random_ids(small_engine, 101, seed=1)
     with engine_under(small_engine, small_policy("full"), chunk=CHUNK, prefix_cache=True, prefix_bytes=60_000) as engine:
-        for _ in range(2):
-            result = engine.generate(prompt, max_new_tokens=1)
-        assert 0 < result.n_cached_tokens < 100
+        _, cached = (engine.generate(prompt, max_new_tokens=1).n_cached_tokens for _ in range(2))
+        assert 0 < cached < 100
         assert_counts(engine)
 
 

@@ -21,7 +21,7 @@ from trt_kv.program import Program, recall_nodes
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
-from trt_kv.runtime.cache.tiered_sequence import Tiers
+from trt_kv.runtime.cache.tiered_sequence import CopyableTiers
 
 Block = Mapping[str, np.ndarray]
 
@@ -29,7 +29,7 @@ Block = Mapping[str, np.ndarray]
 class CacheBlocks:
     """Reads and writes blocks of sequences of one ``ModelRunner``."""
 
-    def __init__(self, pool: KvPool[Any], tiers: Tiers | None, program: Program) -> None:
+    def __init__(self, pool: KvPool[Any], tiers: CopyableTiers | None, program: Program) -> None:
         """``program``: of phase "prefill"."""
         self._pool = pool
         self._tiers = tiers

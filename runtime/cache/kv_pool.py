@@ -57,9 +57,11 @@ class KvPool(PagePool, Generic[Array]):
 
     def read_pages(self, state: str, pages_M: Ints) -> np.ndarray:
         """A copy on the host of some pages of one of ``states``; of halves, their bits."""
-        pages: np.ndarray = self.states[state][pages_M]
+        states: dict[str, Any] = self.states
+        pages: np.ndarray = states[state][pages_M]
         return pages
 
     def write_pages(self, state: str, pages_M: Ints, values: np.ndarray) -> None:
         """Write what ``read_pages`` returned."""
-        self.states[state][pages_M] = values
+        states: dict[str, Any] = self.states
+        states[state][pages_M] = values

@@ -60,6 +60,22 @@ class Tiers(Protocol):
         """Copy one layer of a sequence from its host pages ``pages`` to the new host pages ``twin_pages`` of its fork."""
         ...
 
+    def warm_up(self) -> None:
+        """Compile the functions that are compiled at their first call, other than kernels of ops."""
+        ...
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Free the state of layers of sequences, identified by their first host pages."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; nothing is recalled afterwards."""
+        ...
+
+
+class CopyableTiers(Tiers, Protocol):
+    """Tiers whose pages can be copied, for prefix reuse (``CacheBlocks``)."""
+
     def read_pages(self, row: int, pages: Ints) -> Mapping[str, np.ndarray]:
         """Copies of full pages of the layer whose first host page is ``row``: "kv" and "summaries", as in ``CacheBlocks``.
         ``RecallError`` if they have been lost.
@@ -72,18 +88,6 @@ class Tiers(Protocol):
 
     def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits) -> None:
         """Let a layer of a new sequence begin with ``pages``, which ``write_pages`` has written."""
-        ...
-
-    def warm_up(self) -> None:
-        """Compile the functions that are compiled at their first call, other than kernels of ops."""
-        ...
-
-    def release(self, rows: Sequence[int]) -> None:
-        """Free the state of layers of sequences, identified by their first host pages."""
-        ...
-
-    def close(self) -> None:
-        """Release everything; nothing is recalled afterwards."""
         ...
 
 

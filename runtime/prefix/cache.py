@@ -29,8 +29,8 @@ Key = bytes
 
 @dataclass(kw_only=True)
 class PrefixStatistics:
-    """Counts since the engine was loaded. ``queried_tokens``: of all prompts that looked for a prefix; ``hit_tokens``: those that
-    were not computed again. ``kept``, ``evicted``: blocks; ``blocks``, ``used_bytes``: those in memory now.
+    """Counts since the engine was loaded. ``queried_tokens``: of all prompts that looked for a prefix; ``hit_tokens``: those
+    that were not computed again. ``kept``, ``evicted``: blocks; ``blocks``, ``used_bytes``: those in memory now.
     """
 
     queried_tokens: int = 0
@@ -68,8 +68,8 @@ class PrefixCache:
         fingerprint: str = "",
         store: PrefixStore | None = None,
     ) -> None:
-        """``block_tokens``: a multiple of the chunk and of the page size. ``fingerprint``: of all that the bits in a block depend
-        on but tokens, so that ``store`` can be shared. ``store``: files that blocks are also written to.
+        """``block_tokens``: a multiple of the chunk and of the page size. ``fingerprint``: of all that the bits in a block
+        depend on but tokens, so that ``store`` can be shared. ``store``: files that blocks are also written to.
         """
         self.block_tokens = block_tokens
         self.statistics = PrefixStatistics(capacity_bytes=capacity_bytes)

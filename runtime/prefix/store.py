@@ -1,7 +1,8 @@
 """Files of prefix blocks, which outlive the engine: one per block, named by its key.
 
-A file is ``_MAGIC``, the SHA-256 digest of the rest, and the block in the format of safetensors. It is written beside its place and
-renamed, so a file is whole or not there. A file that cannot be read, or is not what it was, is a block that is not there.
+A file is ``_MAGIC``, the SHA-256 digest of the rest, and the block in the format of safetensors. It is written beside its
+place and renamed, so a file is whole or not there. A file that cannot be read, or is not what it was, is a block that is not
+there.
 """
 
 import contextlib
@@ -31,8 +32,8 @@ class PrefixStore:
     """Blocks in the folder ``path``, which several engines and processes may share: keys tell their blocks apart."""
 
     def __init__(self, path: Path, *, capacity_bytes: int | None = None) -> None:
-        """``capacity_bytes``: least recently used files are deleted beyond it; None: no limit but the disk. ``UsageError`` if no
-        file can be written.
+        """``capacity_bytes``: least recently used files are deleted beyond it; None: no limit but the disk. ``UsageError`` if
+        no file can be written.
         """
         self.capacity_bytes = capacity_bytes
         self._path = path

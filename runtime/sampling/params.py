@@ -39,8 +39,8 @@ class SamplingParams:
     object), ``regex``, ``grammar`` (in Lark's notation, from the rule ``start``). Tokens that the output has no place for are
     never chosen, and the output ends when it is complete. ``max_new_tokens`` may cut it short. Needs the extra ``structured``.
 
-    **Prefix.** ``cache_salt``: requests with different salts never use each other's cached prefixes, whose effect on the time to
-    the first token would tell one what another has asked.
+    **Prefix.** ``cache_salt``: requests with different salts never use each other's cached prefixes, whose effect on the time
+    to the first token would tell one what another has asked.
 
     ``parse_special_tokens``: special tokens that are written in a prompt's text, as chat templates write them, become control
     tokens. False, for text of users: ``<eos>`` in it is text like any other, and ends or begins nothing.

@@ -35,6 +35,7 @@ from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.attention_triton import attend_one
 from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.plugins.recall_attention.choice_triton import page_bounds
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
 from trt_kv.plugins.registry import Kernel, called_by_name
 from trt_kv.program import Program, recalling_layers
@@ -125,7 +126,7 @@ class DeviceRecall:
         self.sets.fork(int(pages[0]), int(twin_pages[0]))
 
     def read_pages(self, row: int, pages: Ints) -> Mapping[str, np.ndarray]:
-        """See ``Tiers``. Waits for the device."""
+        """See ``CopyableTiers``. Waits for the device."""
         sets = self._waited_for()
         return {
             "kv": bits_on_host(sets.host_kv[torch.from_numpy(pages)]),
@@ -133,14 +134,14 @@ class DeviceRecall:
         }
 
     def write_pages(self, pages: Ints, values: Mapping[str, np.ndarray]) -> None:
-        """See ``Tiers``. Waits for the device."""
+        """See ``CopyableTiers``. Waits for the device."""
         sets = self._waited_for()
         summaries = from_bits(values["summaries"], sets.summaries.dtype)
         sets.host_kv[torch.from_numpy(pages)] = from_bits(values["kv"], sets.host_kv.dtype)
         sets.summaries[torch.from_numpy(pages).to(sets.summaries.device)] = summaries.to(sets.summaries.device)
 
     def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits) -> None:
-        """See ``Tiers``. Sinks and newest pages are copied to the device."""
+        """See ``CopyableTiers``. Sinks and newest pages are copied to the device."""
         sets, block = self._waited_for(), self.sets.allocate(int(pages[0]))
         for number, page in enumerate(pages.tolist()):
             if number < limits.n_sinks or number >= len(pages) - limits.n_newest:

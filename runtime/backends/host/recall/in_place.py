@@ -74,15 +74,15 @@ class RecallInPlace:
             array[twin_pages] = array[pages]
 
     def read_pages(self, row: int, pages: Ints) -> Mapping[str, np.ndarray]:
-        """See ``Tiers``."""
+        """See ``CopyableTiers``."""
         return {"kv": self.host.kv[pages], "summaries": self.summaries[pages]}
 
     def write_pages(self, pages: Ints, values: Mapping[str, np.ndarray]) -> None:
-        """See ``Tiers``."""
+        """See ``CopyableTiers``."""
         self.host.kv[pages], self.summaries[pages] = values["kv"], values["summaries"]
 
     def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits) -> None:
-        """See ``Tiers``."""
+        """See ``CopyableTiers``."""
         self.host.token_positions[pages] = positions_MP[:, None]
 
     def warm_up(self) -> None:
