@@ -32,11 +32,13 @@ POLICIES: dict[str, dict[str, Any]] = {
     "pooledwindow 20 %": {"policy": "pooledwindow", "budget": 0.2, "set": "budget=uniform"},
     "freekv 2048": {"policy": "freekv", "set": "tokens=2048"},
 }
-WAYS = {
+WAYS: dict[str, list[tuple[str, int, dict[str, Any]]]] = {
     "smollm2": [(policy, n, {}) for policy in POLICIES for n in (2048, 4096)] + [("full", 4096, {"kv_dtype": "int8"})],
     "llama-3.2-1b": [("full", 4096, {"kv_dtype": "int8"}), ("freekv 2048", 16384, {"kv_dtype": "int8"})],
 }
-QUICK = {"tiny": [("full", 1024, {}), ("freekv 2048", 1024, {"kv_dtype": "int8"})]}
+QUICK: dict[str, list[tuple[str, int, dict[str, Any]]]] = {
+    "tiny": [("full", 1024, {}), ("freekv 2048", 1024, {"kv_dtype": "int8"})]
+}
 
 
 def run(folder: Path, *, quick: bool) -> Report:
