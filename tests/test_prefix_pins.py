@@ -11,6 +11,7 @@ from tests.engines import Run, random_ids
 from tests.serving import assert_idle, engine_under, small_policy
 from trt_kv.cli.run_options import ByteCount
 from trt_kv.errors import CapacityError, UsageError
+from trt_kv.pipeline.plans import ResourceChoice
 from trt_kv.runtime.async_engine import AsyncEngine
 from trt_kv.runtime.engine import Engine
 
@@ -124,3 +125,9 @@ def test_sizes_have_units(text: str, n_bytes: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is no size"):
         ByteCount().convert(text, None, None)
+
+
+def test_one_prompt_has_no_prefix_cache_unless_something_is_said_about_it() -> None:
+    assert ResourceChoice(chunk=7).for_one_prompt().options() == {"chunk": 7, "prefix_cache": False}
+    for said in ({"prefix_cache": True}, {"prefix_bytes": 9}, {"prefix_store": "there"}):
+        assert ResourceChoice(**said).for_one_prompt().options() == said  # type: ignore[arg-type]

@@ -105,7 +105,8 @@ def resource_options(command: CommandFunction) -> CommandFunction:
     @click.option(
         "--prefix-cache/--no-prefix-cache",
         default=None,
-        help="Prompts that begin like an earlier one continue from copies of what it had cached. Default: yes.",
+        help="Prompts that begin like an earlier one continue from copies of what it had cached. Default: yes, "
+        "but of generate only with --prefix-store.",
     )
     @click.option(
         "--prefix-bytes",
