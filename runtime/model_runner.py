@@ -10,9 +10,10 @@ from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers, windows_of
 from trt_kv.runtime.backends.base import ChoosingExecutor, StepExecutor
 from trt_kv.runtime.backends.step import Choice, Chosen, Ints, Step, StepResult
+from trt_kv.runtime.cache.blocks import CacheBlocks
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
-from trt_kv.runtime.cache.tiered_sequence import TieredSequence, Tiers
+from trt_kv.runtime.cache.tiered_sequence import CopyableTiers, TieredSequence
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.scheduler import StepPlan
 from trt_kv.runtime.trace import NO_TRACE, Trace
@@ -38,7 +39,7 @@ class ModelRunner:
         chunk: int = DEFAULT_CHUNK,
         decode: str = "row",
         decode_distance: int = 25,
-        tiers: Tiers | None = None,
+        tiers: CopyableTiers | None = None,
         trace: Trace = NO_TRACE,
     ) -> None:
         """``tiers``: a cache on the host, with ``pool`` as the device, whose kernels ``executor`` has been given. None: every
@@ -57,6 +58,8 @@ class ModelRunner:
         evictions = [node for node in eviction_nodes(programs["prefill"]) if node is not None]
         self._evicts = bool(evictions)
         self._floor = max((int(node.attributes.get("floor", 0)) for node in evictions), default=0)
+        self.blocks = CacheBlocks(pool, tiers, programs["prefill"])
+        """Copies of what sequences have cached."""
         self._ends_prompts = self._evicts or finds_budgets(programs["prefill"])
 
     @property

@@ -56,6 +56,8 @@ class Request:
     cancelled: bool = field(default=False, init=False)
     n_prompt_read: int = field(default=0, init=False)
     """Prompt tokens computed so far."""
+    n_cached: int = field(default=0, init=False)
+    """Those of them that were found in the prefix cache."""
     prompt_kv_tokens: tuple[int, ...] = field(default=(), init=False)
     """Tokens held per layer after prefill and its eviction."""
     times: RequestTimes = field(default_factory=RequestTimes, init=False)
@@ -220,6 +222,7 @@ class Request:
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason or "length",
             n_prompt_tokens=len(self.prompt_ids),
+            n_cached_tokens=self.n_cached,
             num_computed_tokens=held[0],
             kv_tokens=held[1],
             error=self.error,

@@ -106,6 +106,16 @@ class SequenceCache:
                 kv_len[layer] -= n_freed * size
         self.kv_len = kv_len
 
+    def begin_at(self, n_tokens: int) -> None:
+        """Allocate the pages that an empty sequence has after reading ``n_tokens``, whole pages, of a prompt. On
+        ``CapacityError`` nothing has changed.
+        """
+        size = self.pool.page_size
+        kv_len = np.array([pages_of_prompt(n_tokens, window=window, page_size=size) for window in self._windows]) * size
+        self._grow_tables(kv_len // size)
+        self.kv_len = kv_len
+        self.num_computed_tokens = self.n_prompt = n_tokens
+
     def make_room(self, n_new: int) -> None:
         """Allocate the pages that ``append(n_new)`` needs. On ``CapacityError`` nothing has changed."""
         self._grow_tables(-(-self._lengths_after(n_new) // self.pool.page_size))
@@ -256,3 +266,9 @@ class SequenceCache:
             self.page_table[layer, self._n_pages[layer] : n_pages[layer]] = pages[: more_L[layer]]
             del pages[: more_L[layer]]
         self._n_pages = n_pages
+
+
+def pages_of_prompt(n_tokens: int, *, window: int, page_size: int) -> int:
+    """The pages that a layer holds after reading ``n_tokens``, whole pages, of a prompt; ``window``: of its attention, or 0."""
+    n_passed = max(0, n_tokens - (window - 1)) // page_size if window else 0
+    return n_tokens // page_size - n_passed

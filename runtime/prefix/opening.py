@@ -1,0 +1,55 @@
+"""Makes the prefix cache of an engine that has been opened."""
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
+
+from trt_kv import __version__
+from trt_kv.manifest import Manifest
+from trt_kv.runtime.cpus import threads_for
+from trt_kv.runtime.loading import LoadOptions
+from trt_kv.runtime.memory import available_bytes
+from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.prefix.cache import PrefixCache
+from trt_kv.runtime.prefix.store import PrefixStore
+
+MEMORY_SHARE = 8
+"""The cache may use one of so many parts of the memory that is free when the engine is loaded, unless it is told how much."""
+DISK_SHARE = 2
+"""The store may use one of so many parts of the free disk, besides what it uses already."""
+
+
+def open_prefixes(manifest: Manifest, runner: ModelRunner, options: LoadOptions) -> PrefixCache:
+    """The prefix cache of an engine. ``UsageError`` if its files cannot be written."""
+    capacity = options.prefix_bytes
+    return PrefixCache(
+        runner.blocks,
+        block_tokens=math.lcm(runner.chunk, runner.pool.page_size),
+        capacity_bytes=available_bytes() // MEMORY_SHARE if capacity is None else capacity,
+        fingerprint=_fingerprint(manifest, runner, options),
+        store=None if options.prefix_store is None else _open_store(Path(options.prefix_store).expanduser()),
+    )
+
+
+def _open_store(path: Path) -> PrefixStore:
+    store = PrefixStore(path)
+    store.capacity_bytes = store.used_bytes + shutil.disk_usage(path).free // DISK_SHARE
+    return store
+
+
+def _fingerprint(manifest: Manifest, runner: ModelRunner, options: LoadOptions) -> str:
+    """The digest of all that the bits of a block depend on, except its tokens."""
+    what = {
+        "engine": manifest.to_json()["digest"],
+        "version": __version__,
+        "stored as": runner.pool.kv_dtype,
+        "chunk": runner.chunk,
+        "computed by": runner.description,
+        "threads": threads_for(options.n_threads),
+        "processor": [get_host_cpu_name(), str(get_host_cpu_features())],
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
