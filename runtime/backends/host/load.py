@@ -148,14 +148,15 @@ def _pages(manifest: Manifest, runner: ModelRunner, chunk: int) -> list[Resource
     recalling = recalling_layers(manifest.programs["decode"])
     host = HostPages(runner.tiers.host, n_layers=len(recalling))
     if isinstance(runner.tiers, RecallInPlace):
-        others = [window for layer, window in enumerate(windows) if layer not in recalling]
+        others = [layer for layer in range(len(budgets)) if layer not in recalling]
         pool = CachePages(
             runner.pool,
             budgets=[None] * len(others),
             n_protected=0,
-            windows=others,
+            windows=[windows[layer] for layer in others],
             chunk=chunk,
-            n_layers=len(windows),
+            n_layers=len(budgets),
+            layers=others,
         )
         return [pool, host]
     limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
