@@ -17,6 +17,7 @@ from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.opening import open_engine
+from trt_kv.runtime.prefix.pins import EnginePins
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.samples import check_fits, check_one_sample, samples_of
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Engine(EngineChat):
+class Engine(EngineChat, EnginePins):
     """A loaded engine. Threads may share it: each waits for its own requests, and their requests are batched together.
 
     >>> engine = Engine.load("engines/llama3-prefixkv")

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.program import Program, recall_nodes
+from trt_kv.program import Program, recall_nodes, windows_of
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
-from trt_kv.runtime.cache.sequence import SequenceCache
+from trt_kv.runtime.cache.sequence import SequenceCache, pages_of_prompt
 from trt_kv.runtime.cache.tiered_sequence import CopyableTiers
 
 Block = Mapping[str, np.ndarray]
@@ -43,6 +43,7 @@ class CacheBlocks:
         ]
         self._windows = [_score_window(nodes) for nodes in program]
         """Of each layer: how many of the last prompt queries its scores are of; 0: all; None: it has no scores."""
+        self._attention_windows = windows_of(program)
 
     @property
     def n_last_queries(self) -> int:
@@ -77,18 +78,22 @@ class CacheBlocks:
             elif self._windows[layer] is not None:
                 self._pool.write_pages("scores", held, np.zeros(1, np.float32))
 
-    def accepts(self, block: Block) -> bool:
-        """Whether a block from elsewhere has the arrays that ``place`` reads, for pages like those here."""
+    def accepts(self, block: Block, *, end: int, n_tokens: int) -> bool:
+        """Whether a block from elsewhere has the arrays that ``place`` reads of one of ``n_tokens``, the last of them the
+        ``end``-th of a prompt.
+        """
         kv, scores = self._pool.read_pages("kv", np.arange(1)), self._pool.read_pages("scores", np.arange(1))
         for layer, limits in enumerate(self._limits):
-            wanted = {"kv": (kv.dtype, kv.shape[1:])}
+            n_held = pages_of_prompt(end, window=self._attention_windows[layer], page_size=self._pool.page_size)
+            n_new = min(n_held, n_tokens // self._pool.page_size)
+            wanted = {"kv": (kv.dtype, (n_new, *kv.shape[1:]))}
             if limits is not None:
-                wanted["summaries"] = (kv.dtype, (kv.shape[2], 2, kv.shape[4]))
+                wanted["summaries"] = (kv.dtype, (n_new, kv.shape[2], 2, kv.shape[4]))
             if self._windows[layer] == 0:
-                wanted["scores"] = (scores.dtype, scores.shape[1:])
+                wanted["scores"] = (scores.dtype, (n_held, *scores.shape[1:]))
             for name, (dtype, shape) in wanted.items():
                 values = block.get(f"{name}.{layer}")
-                if values is None or values.dtype != dtype or values.shape[1:] != shape:
+                if values is None or values.dtype != dtype or values.shape != shape:
                     return False
         return True
 

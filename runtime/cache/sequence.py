@@ -113,8 +113,7 @@ class SequenceCache:
         ``CapacityError`` nothing has changed.
         """
         size = self.pool.page_size
-        n_passed_L = np.array([max(0, n_tokens - (window - 1)) // size if window else 0 for window in self._windows])
-        kv_len = n_tokens - n_passed_L * size
+        kv_len = np.array([pages_of_prompt(n_tokens, window=window, page_size=size) for window in self._windows]) * size
         self._grow_tables(kv_len // size)
         self.kv_len = kv_len
         self.num_computed_tokens = self.n_prompt = n_tokens
@@ -279,3 +278,9 @@ class SequenceCache:
             self.page_table[layer, self._n_pages[layer] : n_pages[layer]] = pages[: more_L[layer]]
             del pages[: more_L[layer]]
         self._n_pages = n_pages
+
+
+def pages_of_prompt(n_tokens: int, *, window: int, page_size: int) -> int:
+    """The pages that a layer holds after reading ``n_tokens``, whole pages, of a prompt; ``window``: of its attention, or 0."""
+    n_passed = max(0, n_tokens - (window - 1)) // page_size if window else 0
+    return n_tokens // page_size - n_passed

@@ -11,9 +11,10 @@ Blocks are in memory of their own: a request reserves and uses the pool as if no
 
 import hashlib
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,6 @@ class PrefixStatistics:
 class _Entry:
     block: Block
     n_bytes: int
-    n_pins: int = 0
 
 
 class PrefixCache:
@@ -77,6 +77,7 @@ class PrefixCache:
         self._fingerprint = fingerprint
         self._store = store
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
+        self._pins: Counter[Key] = Counter()
         self._lock = threading.RLock()
 
     def begin(self, sequence: SequenceCache, prompt_ids: Sequence[int], salt: str) -> int:
@@ -109,20 +110,38 @@ class PrefixCache:
                 return
             if self._insert(before, key, block) and self._store is not None:
                 self._store.put(key, block)
+                self._store.touch([*before, key])
 
     def pin(self, prompt_ids: Sequence[int], salt: str) -> int:
-        """Keep the cached blocks of a prompt until ``unpin``. Returns their tokens."""
-        return self._count_pins(prompt_ids, salt, 1)
+        """Keep the whole blocks of a prompt, those in memory and those to come, until ``unpin``. Returns the tokens of those in
+        memory that begin it.
+        """
+        with self._lock:
+            self._pins.update(self._all_keys(prompt_ids, salt))
+            return self.n_cached(prompt_ids, salt)
 
     def unpin(self, prompt_ids: Sequence[int], salt: str) -> int:
-        """Undo one ``pin`` of the same prompt. Returns the tokens of its blocks."""
-        return self._count_pins(prompt_ids, salt, -1)
+        """Undo one ``pin`` of the same prompt. Returns the tokens of the blocks that were pinned; 0 if it was not."""
+        with self._lock:
+            pinned = [key for key in self._all_keys(prompt_ids, salt) if self._pins[key]]
+            self._pins.subtract(pinned)
+            self._pins = +self._pins
+            return self.block_tokens * len(pinned)
+
+    def n_cached(self, prompt_ids: Sequence[int], salt: str) -> int:
+        """Tokens of the blocks in memory that begin a prompt."""
+        with self._lock:
+            keys = self._all_keys(prompt_ids, salt)
+            return self.block_tokens * next((at for at, key in enumerate(keys) if key not in self._entries), len(keys))
 
     def clear(self) -> None:
         """Drop all blocks in memory that are not pinned."""
         with self._lock:
-            for key in [key for key, entry in self._entries.items() if not entry.n_pins]:
+            for key in [key for key in self._entries if not self._pins[key]]:
                 self._drop(key)
+
+    def _all_keys(self, prompt_ids: Sequence[int], salt: str) -> list[Key]:
+        return list(self._keys(prompt_ids, len(prompt_ids) // self.block_tokens, salt))
 
     def _keys(self, prompt_ids: Sequence[int], n_blocks: int, salt: str) -> Iterator[Key]:
         """The keys of the first blocks of a prompt."""
@@ -141,9 +160,8 @@ class PrefixCache:
             entry = self._entries.get(key)
             block = None if entry is None else entry.block
             if block is None and self._store is not None:
-                block = self._store.get(key)
-                if block is not None and not self._blocks.accepts(block):
-                    block = None
+                end = (at + 1) * self.block_tokens
+                block = self._store.get(key, partial(self._blocks.accepts, end=end, n_tokens=self.block_tokens))
                 if block is not None:
                     self._insert(keys[:at], key, block)
                     self.statistics.stored_hit_tokens += self.block_tokens
@@ -151,6 +169,8 @@ class PrefixCache:
                 break
             found.append(block)
         self._touch(keys[: len(found)])
+        if self._store is not None:
+            self._store.touch(keys[: len(found)])
         return found
 
     def _touch(self, keys: Sequence[Key]) -> None:
@@ -183,7 +203,7 @@ class PrefixCache:
         for key, entry in self._entries.items():
             if over <= 0:
                 break
-            if not entry.n_pins and key not in spared:
+            if not self._pins[key] and key not in spared:
                 victims.append(key)
                 over -= entry.n_bytes
         return victims if over <= 0 else None
@@ -192,14 +212,3 @@ class PrefixCache:
         entry = self._entries.pop(key)
         self.statistics.blocks -= 1
         self.statistics.used_bytes -= entry.n_bytes
-
-    def _count_pins(self, prompt_ids: Sequence[int], salt: str, change: int) -> int:
-        with self._lock:
-            n_pinned = 0
-            for key in self._keys(prompt_ids, len(prompt_ids) // self.block_tokens, salt):
-                entry = self._entries.get(key)
-                if entry is None:
-                    break
-                entry.n_pins = max(0, entry.n_pins + change)
-                n_pinned += self.block_tokens
-            return n_pinned

@@ -1,27 +1,32 @@
 """Files of prefix blocks, which outlive the engine: one per block, named by its key.
 
-A file is ``_MAGIC``, the SHA-256 digest of the rest, and the block in the format of safetensors. It is written beside its
-place and renamed, so a file is whole or not there. A file that cannot be read, or is not what it was, is a block that is not
-there.
+A file is ``_MAGIC``, the SHA-256 digest of the key and the rest, and the block in the format of safetensors. It is written
+beside its place and renamed, so a file is whole or not there, even if the process is killed. A file that cannot be read, or is
+not what was written under its key by the same user, is a block that is not there: others may be able to put files into the
+folder, and what is in them would decide answers.
 """
 
 import contextlib
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
+from safetensors import SafetensorError
 
 from trt_kv.errors import UsageError, load_option
 from trt_kv.runtime.cache.blocks import Block
 
 _MAGIC = b"trt-kv prefix 1\n"
 _SUFFIX = ".prefix"
-_DIGEST_BYTES = hashlib.sha256().digest_size
+_PART = ".part"
+_HEAD_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
 _ABANDONED_S = 3600.0
 """Age in seconds of a file that is not complete, by which its process must have been killed."""
 
@@ -33,13 +38,13 @@ class PrefixStore:
 
     def __init__(self, path: Path, *, capacity_bytes: int | None = None) -> None:
         """``capacity_bytes``: least recently used files are deleted beyond it; None: no limit but the disk. ``UsageError`` if
-        no file can be written.
+        no file can be written. Nobody but the user can read a folder that this creates, or its files.
         """
         self.capacity_bytes = capacity_bytes
         self._path = path
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path, suffix=_PART):
                 pass
         except OSError as error:
             raise UsageError(
@@ -48,30 +53,31 @@ class PrefixStore:
                 expected="a folder, or the path of a new one",
                 fix=f"choose another with {load_option('prefix_store')}",
             ) from error
-        for left in path.glob("*.part"):
+        for left in path.glob(f"*{_PART}"):
             with contextlib.suppress(OSError):
                 if left.stat().st_mtime < time.time() - _ABANDONED_S:
                     left.unlink()
 
-    def get(self, key: bytes) -> Block | None:
-        """The block of a key; None, with a warning if its file is damaged, if there is none."""
+    def get(self, key: bytes, accepts: Callable[[Block], bool] = lambda _: True) -> Block | None:
+        """The block of a key; None if there is none, or, with a warning, if its file is damaged, is another user's, or holds
+        what ``accepts`` refuses. Such a file is deleted.
+        """
         file = self._file(key)
         try:
-            data = file.read_bytes()
+            data, is_own = _read(file)
         except FileNotFoundError:
             return None
         except OSError as error:
-            _log.warning("prefix store: %s cannot be read: %s", file, error.strerror)
+            _log.warning("prefix store: %s cannot be read, so its tokens are read again: %s", file, error.strerror)
             return None
-        body = memoryview(data)[len(_MAGIC) + _DIGEST_BYTES :]
-        if data[: len(_MAGIC)] != _MAGIC or hashlib.sha256(body).digest() != data[len(_MAGIC) : len(_MAGIC) + _DIGEST_BYTES]:
-            _log.warning("prefix store: %s is damaged, so its tokens are read again", file)
+        block = _block_of(key, data) if is_own else None
+        if block is None or not accepts(block):
+            _log.warning(
+                "prefix store: %s is %s, so its tokens are read again", file, "damaged" if is_own else "another user's"
+            )
             with contextlib.suppress(OSError):
                 file.unlink()
             return None
-        with contextlib.suppress(OSError):
-            os.utime(file)
-        block: dict[str, np.ndarray] = safetensors.numpy.load(bytes(body))
         return block
 
     def put(self, key: bytes, block: Block) -> None:
@@ -80,18 +86,28 @@ class PrefixStore:
         if file.exists():
             return
         body = safetensors.numpy.save({name: np.ascontiguousarray(values) for name, values in block.items()})
-        part = ""
+        part = None
         try:
-            self._make_room(len(body))
-            descriptor, part = tempfile.mkstemp(dir=self._path, suffix=".part")
+            if not self._make_room(_HEAD_BYTES + len(body)):
+                return
+            descriptor, part = tempfile.mkstemp(dir=self._path, suffix=_PART)  # readable by the user only
             with os.fdopen(descriptor, "wb") as out:
-                out.write(_MAGIC + hashlib.sha256(body).digest())
+                out.write(_MAGIC + _digest(key, body))
                 out.write(body)
             Path(part).replace(file)
         except OSError as error:
             _log.warning("prefix store: %s cannot be written: %s", file, error.strerror)
+        finally:
+            if part is not None:
+                with contextlib.suppress(OSError):
+                    Path(part).unlink(missing_ok=True)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Make the files of a prefix the last to be deleted, its first block last of all."""
+        now = time.time_ns()
+        for at, key in enumerate(keys):
             with contextlib.suppress(OSError):
-                Path(part).unlink(missing_ok=True)
+                os.utime(self._file(key), ns=(now - at, now - at))
 
     @property
     def used_bytes(self) -> int:
@@ -104,19 +120,49 @@ class PrefixStore:
         for file in self._path.glob(f"*{_SUFFIX}"):
             with contextlib.suppress(OSError):  # another process may have deleted it
                 status = file.stat()
-                found.append((status.st_mtime_ns, status.st_size, file))
+                if stat.S_ISREG(status.st_mode):
+                    found.append((status.st_mtime_ns, status.st_size, file))
         return found
 
-    def _make_room(self, n_bytes: int) -> None:
-        """Delete the least recently used files until ``n_bytes`` more fit."""
+    def _make_room(self, n_bytes: int) -> bool:
+        """Delete the least recently used files until ``n_bytes`` more fit; False if they never do."""
         if self.capacity_bytes is None:
-            return
-        over = self.used_bytes + n_bytes - self.capacity_bytes
-        for _, size, file in sorted(self._files()):
+            return True
+        if n_bytes > self.capacity_bytes:
+            return False
+        files = sorted(self._files())
+        over = sum(size for _, size, _ in files) + n_bytes - self.capacity_bytes
+        for _, size, file in files:
             if over <= 0:
-                return
+                break
             file.unlink(missing_ok=True)
             over -= size
+        return True
 
     def _file(self, key: bytes) -> Path:
         return self._path / f"{key.hex()}{_SUFFIX}"
+
+
+def _read(file: Path) -> tuple[bytes, bool]:
+    """What a file holds, and whether it belongs to the user of this process, where the system tells."""
+    with file.open("rb") as opened:
+        owner = os.fstat(opened.fileno()).st_uid
+        return opened.read(), not hasattr(os, "geteuid") or owner == os.geteuid()
+
+
+def _block_of(key: bytes, data: bytes) -> Block | None:
+    """The block that a file holds; None if it is not what was written under ``key``."""
+    head, body = data[:_HEAD_BYTES], data[_HEAD_BYTES:]
+    if head != _MAGIC + _digest(key, body):
+        return None
+    try:
+        block: dict[str, np.ndarray] = safetensors.numpy.load(body)
+    except (SafetensorError, ValueError, KeyError):
+        return None
+    return block
+
+
+def _digest(key: bytes, body: bytes) -> bytes:
+    digest = hashlib.sha256(key)
+    digest.update(body)
+    return digest.digest()

@@ -255,6 +255,9 @@ class ResourceChoice:
     n_threads: int | None = None
     batch_invariant: bool | None = None
     kv_dtype: str | None = None
+    prefix_cache: bool | None = None
+    prefix_bytes: int | None = None
+    prefix_store: str | None = None
 
     def __post_init__(self) -> None:
         check_kv_dtype(self.kv_dtype)
