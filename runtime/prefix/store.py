@@ -17,6 +17,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,8 @@ class PrefixStore:
         if file.exists():
             return
         written = io.BytesIO()
-        np.savez(written, **block)
+        arrays: dict[str, Any] = dict(block)
+        np.savez(written, **arrays)
         body = written.getvalue()
         part = None
         try:
