@@ -204,6 +204,9 @@ class EngineCore:
         request.held_sequence = self.runner.new_sequence()
         request.times.admitted = time.monotonic()
         self.statistics.time_in_queue.add(request.times.admitted - request.times.arrived)
+        if request.begins_with is not None:
+            self.runner.states.place(request.held_sequence, request.begins_with)
+            return plan
         if self.prefixes is None:
             return plan
         n_cached = self.prefixes.begin(request.held_sequence, request.prompt_ids, request.params.cache_salt)
@@ -224,7 +227,7 @@ class EngineCore:
                 self._fail(plan, request.sequence.failure)
             elif plan.reads_last:
                 self._end_prompt(request, rows[0])
-            elif self.prefixes is not None:
+            elif self.prefixes is not None and request.begins_with is None:
                 self.prefixes.keep(request.sequence, request.prompt_ids, plan.end, request.params.cache_salt)
             return
         counts.decode_steps += 1
@@ -268,6 +271,14 @@ class EngineCore:
         else:
             self.statistics.time_between_tokens.add(times[-1] - times[-2])
 
+    def _keep_state(self, request: Request) -> None:
+        """Copy what an ended request holds, if a next turn is to go on from it."""
+        if request.keeps_state and request.state is None and request.finish_reason in ("stop", "length"):
+            try:
+                request.state = self.runner.states.read(request.sequence)
+            except MemoryError as error:
+                request.error = memory_error(error, "a turn of a conversation")
+
     def _fail(self, plan: StepPlan[Request], error: Exception) -> None:
         """End the requests of a failed step; with a prompt's, all of its forks, which have no token to continue from."""
         for request in plan.requests:
@@ -293,6 +304,7 @@ class EngineCore:
                 _end_with_forks(request, "timeout")
         ended = [request for request in self._live if request.is_finished]
         for request in ended:
+            self._keep_state(request)
             request.close()
             self._scheduler.remove(request)
         if ended:

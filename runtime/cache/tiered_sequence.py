@@ -74,7 +74,12 @@ class Tiers(Protocol):
 
 
 class CopyableTiers(Tiers, Protocol):
-    """Tiers whose pages can be copied, for prefix reuse (``CacheBlocks``)."""
+    """Tiers whose pages can be copied, for prefix reuse and conversations (``CacheBlocks``, ``SequenceStates``)."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether every page is in the host's memory, also one that is not full."""
+        ...
 
     def read_pages(self, row: int, pages: Ints) -> Mapping[str, np.ndarray]:
         """Copies of full pages of the layer whose first host page is ``row``: "kv" and "summaries", as in ``CacheBlocks``.
@@ -86,8 +91,10 @@ class CopyableTiers(Tiers, Protocol):
         """Write what ``read_pages`` returned to new pages. ``RecallError`` if that fails."""
         ...
 
-    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits) -> None:
-        """Let a layer of a new sequence begin with ``pages``, which ``write_pages`` has written."""
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
+        """Let a layer of a new sequence begin with ``pages``, which ``write_pages`` has written. ``limits``: those of its
+        RecallAttention; None: only if ``in_memory``.
+        """
         ...
 
 

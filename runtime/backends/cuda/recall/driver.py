@@ -76,6 +76,7 @@ class DeviceRecall:
     generated tokens only. ``release`` frees a sequence's working sets.
     """
 
+    in_memory = False
     statistics = None
     """Not counted: the host does not read back what the device recalls."""
 
@@ -140,8 +141,9 @@ class DeviceRecall:
         sets.host_kv[torch.from_numpy(pages)] = from_bits(values["kv"], sets.host_kv.dtype)
         sets.summaries[torch.from_numpy(pages).to(sets.summaries.device)] = summaries.to(sets.summaries.device)
 
-    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits) -> None:
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
         """See ``CopyableTiers``. Sinks and newest pages are copied to the device."""
+        assert limits is not None
         sets, block = self._waited_for(), self.sets.allocate(int(pages[0]))
         for number, page in enumerate(pages.tolist()):
             if number < limits.n_sinks or number >= len(pages) - limits.n_newest:

@@ -46,6 +46,8 @@ class StreamedRecall:
     number of the layer's first host page.
     """
 
+    in_memory = False
+
     def __init__(
         self, host: HostTier, device: HostKvPool, copies: Copies, *, n_layers: int, finds_budgets: bool, trace: Trace = NO_TRACE
     ) -> None:
@@ -197,8 +199,9 @@ class StreamedRecall:
         self._streams.write_pages(pages, values["kv"])
         self.summaries[pages] = values["summaries"]
 
-    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits) -> None:
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
         """See ``CopyableTiers``. Sinks and newest pages are read back to the device."""
+        assert limits is not None
         working_set = self._working_set(int(pages[0]), limits)
         for first, end in ((0, min(limits.n_sinks, len(pages))), (max(0, len(pages) - limits.n_newest), len(pages))):
             working_set.n_tokens = first * limits.page_size

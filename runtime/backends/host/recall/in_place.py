@@ -30,6 +30,8 @@ class MemoryTier(HostKvPool):
 class RecallInPlace:
     """Kernels of RecallAttention and AdaptiveBudget over ``host``. See ``Tiers``."""
 
+    in_memory = True
+
     def __init__(
         self, host: MemoryTier, device: HostKvPool, *, n_layers: int, n_query_heads: int, trace: Trace = NO_TRACE
     ) -> None:
@@ -81,7 +83,7 @@ class RecallInPlace:
         """See ``CopyableTiers``."""
         self.host.kv[pages], self.summaries[pages] = values["kv"], values["summaries"]
 
-    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits) -> None:
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
         """See ``CopyableTiers``."""
         self.host.token_positions[pages] = positions_MP[:, None]
 
