@@ -47,10 +47,12 @@ class NativeExecutor:
     def description(self) -> str:
         return f"own kernels (numba {numba.__version__}), CPU"
 
-    def warm_up(self, kv_dtype: str) -> None:
-        """Compile, or load from the cache, what a step runs, with a cache in ``kv_dtype``."""
+    def warm_up(self, kv_dtype: str | None) -> None:
+        """Compile, or load from the cache, what a step runs, and ``decode`` with a cache in ``kv_dtype``, unless it is None."""
         first = np.zeros(1, np.int64)
         self.run(first, first, first, lambda _layer, q, _k, _v: q)
+        if kv_dtype is None:
+            return
         config = self._config
         kv = store(np.zeros((1, 2, config.n_kv_heads, 1, config.head_dim), np.float32), KvDtype(kv_dtype))
         positions = np.zeros((1, config.n_kv_heads, 1), np.int64)
