@@ -70,8 +70,13 @@ def _measured(name: str, quick: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["peers"]:  # has options of its own, and installs other engines: never among "all of them"
+    # These have options of their own, and install other engines: never among "all of them".
+    if sys.argv[1:2] == ["peers"]:
         from benchmarks.peers.__main__ import main as compare_with_peers
 
         compare_with_peers(sys.argv[2:])
+    if sys.argv[1:2] == ["serving-peers"]:
+        from benchmarks.serving_peers.__main__ import main as compare_servers
+
+        compare_servers(sys.argv[2:])
     main()
