@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,16 +96,21 @@ def server(
 
 
 def _port_of(process: subprocess.Popen[bytes], log: Path) -> int | Refusal:
-    """Where a server that starts says that it listens."""
+    """Where a server that starts says that it will listen, once it does."""
     deadline = time.monotonic() + LOADING_S
     while time.monotonic() < deadline:
         text = log.read_text(errors="replace")
-        if (found := LISTENS.search(text)) is not None:
+        if (found := LISTENS.search(text)) is not None and _listens(int(found[1])):
             return int(found[1])
         if process.poll() is not None:
             return Refusal(why=f"it ended with {process.returncode}: {text.strip()[-400:]}")
         time.sleep(0.05)
     return Refusal(why=f"it did not start within {LOADING_S:.0f} s")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _peak_bytes(pid: int) -> int:

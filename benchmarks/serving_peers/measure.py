@@ -97,31 +97,37 @@ class Run:
         room = Room(
             n_sequences=max(of.door_clients), n_prompt=of.door_prompt, n_tokens=of.door_tokens, threads=self._plan.threads
         )
+        doors = doors_of(self._subject, room)
+        missing = [turn for turn in self._turns(list(doors)) if not self._is_done(turn)]
+        if not missing:
+            return
         with contextlib.ExitStack() as held:
-            doors: dict[str, Contender | Refusal] = {}
-            for name, opened in doors_of(self._subject, room).items():
+            warm_up = prose(self._tokenizer, 2, n_tokens=of.door_prompt, seed=-1)
+            started: dict[str, Contender | Refusal] = {}
+            for name, opened in doors.items():
                 found = held.enter_context(opened)
-                warm_up = prose(self._tokenizer, 2, n_tokens=of.door_prompt, seed=-1)
-                doors[name] = found if isinstance(found, Refusal) else self._warmed(found, warm_up)
-            for n, index, name in self._turns(list(doors)):
-                key = key_of(DOORS, name, n, index)
-                if not self._is_done(key):
-                    prompts = prose(self._tokenizer, max(n, 2), n_tokens=of.door_prompt, seed=1000 * n + index)
-                    self._load(doors[name], key, prompts, of.door_tokens)
+                started[name] = found if isinstance(found, Refusal) else self._warmed(found, warm_up)
+            for key in missing:
+                n, seed = key["clients"], 1000 * key["clients"] + key["round"]
+                prompts = prose(self._tokenizer, max(n, 2), n_tokens=of.door_prompt, seed=seed)
+                self._load(started[key["row"]], key, prompts, of.door_tokens)
 
-    def _turns(self, names: list[str]) -> Iterator[tuple[int, int, str]]:
+    def _turns(self, names: list[str]) -> Iterator[Sample]:
         for n in self._plan.of.door_clients:
             for index in range(self._plan.of.door_rounds):
                 turn = index % len(names)
                 for name in names[turn:] + names[:turn]:
-                    yield n, index, name
+                    yield key_of(DOORS, name, n, index)
 
     def _warmed(self, contender: Contender, prompts: list[Prompt]) -> Contender | Refusal:
         """After two requests that are not counted: kernels are compiled, and memory is touched."""
         prompt_ids = [[*reversed(prompt.token_ids[:512])] for prompt in (prompts * 2)[:2]]
         load = Load(prompts=prompt_ids, n_tokens=WARM_UP_TOKENS, n_clients=2)
         outcome = contender.serve(load, within_s=LOAD_S)
-        return outcome if isinstance(outcome, Refusal) else contender
+        if isinstance(outcome, Refusal):
+            return outcome
+        why = next((reply.why for reply in outcome[0].replies if reply.why), None)
+        return contender if why is None else Refusal(why=f"at a first request: {why}")
 
     def _load(self, contender: Contender | Refusal, key: Sample, prompts: list[Prompt], n_tokens: int) -> None:
         if isinstance(contender, Refusal):

@@ -41,7 +41,7 @@ def _asking(tokenizer: Tokenizer, n_tokens: int, draw: random.Random) -> Prompt:
         if room < 0:
             break
         body.append(sentence)
-    body.insert(draw.randrange(1, len(body)), fact)
+    body.insert(draw.randint(0, len(body)), fact)
     return Prompt(token_ids=_encoded(tokenizer, " ".join(body) + question), answer=code)
 
 

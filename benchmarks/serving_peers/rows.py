@@ -76,9 +76,10 @@ def _log(name: str) -> Path:
 
 def our_cache(engine: Path, dtype: str | None, room: Room) -> dict[str, Any]:
     """Options of ``Engine.load`` for the room: pages of keys, values, positions and scores in all layers."""
-    config = load_manifest(engine).config
-    n_bytes = config.n_layers * token_bytes(config, dtype or "float32")
-    return {"max_sequences": room.n_sequences, "cache_tokens": room.cache_tokens(n_bytes), "kv_dtype": dtype}
+    manifest = load_manifest(engine)
+    n_bytes = manifest.config.n_layers * token_bytes(manifest.config, dtype or "float32")
+    n_tokens = room.cache_tokens(n_bytes, multiple=manifest.page_size)
+    return {"max_sequences": room.n_sequences, "cache_tokens": n_tokens, "kv_dtype": dtype}
 
 
 def our_server(engine: Path, options: Mapping[str, Any], *, threads: int, log: Path) -> Opened:
