@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import BenchmarkError, begun_document
+from benchmarks.harness import BenchmarkError, begun_document, busy_seconds_of_others
 from benchmarks.peers.environments import peers_folder, python_of
 from benchmarks.peers.protocol import Refusal
 from benchmarks.peers.rows import FULL, INT4
@@ -30,6 +30,7 @@ def measure_with_aiperf(*, threads: int) -> dict[str, Any]:
     room = Room(n_sequences=N_CLIENTS, n_prompt=2 * N_PROMPT, n_tokens=N_TOKENS, threads=threads)
     tool = python_of("aiperf").with_name("aiperf")
     options = our_cache(engine, None, room) | {"model_name": subject.name}
+    began, busy = time.perf_counter(), busy_seconds_of_others()
     with (
         our_server(engine, options, threads=threads, log=peers_folder() / "logs" / "serving-aiperf.log") as started,
         tempfile.TemporaryDirectory(prefix="trt-kv-aiperf-") as scratch,
@@ -38,17 +39,14 @@ def measure_with_aiperf(*, threads: int) -> dict[str, Any]:
             raise BenchmarkError("the server does not start", got=started.why)
         assert isinstance(started, AtDoor)
         words = _words(started.door.port, subject.name, subject.folder.resolve())
-        begun = time.perf_counter()
         _run([str(tool), *words, "--artifact-dir", scratch])
         report: dict[str, Any] = read_json(Path(scratch) / REPORT, kind="report of aiperf", error=BenchmarkError)
     metrics = {name: values for name, values in report.items() if isinstance(values, dict) and "unit" in values}
     settings = {"tool": f"aiperf {report['aiperf_version']}", "clients": N_CLIENTS, "requests": N_REQUESTS, "threads": threads}
     document = begun_document("trt-kv serve under the load of a public tool", settings | {"engine": engine.name})
-    return document | {
-        "elapsed_s": round(time.perf_counter() - begun, 1),
-        "errors": report["error_summary"],
-        "report": metrics,
-    }
+    elapsed_s = time.perf_counter() - began
+    document["machine"]["cores_used_by_others"] = round(max(0.0, (busy_seconds_of_others() - busy) / elapsed_s), 2)
+    return document | {"elapsed_s": round(elapsed_s, 1), "errors": report["error_summary"], "report": metrics}
 
 
 def _words(port: int, model: str, tokenizer: Path) -> list[str]:
