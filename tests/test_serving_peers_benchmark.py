@@ -12,13 +12,14 @@ import click.testing
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from benchmarks.harness import BenchmarkError
+from benchmarks.harness import BenchmarkError, begun_document, save
 from benchmarks.peers.protocol import Refusal
 from benchmarks.serving_peers import __main__ as command
 from benchmarks.serving_peers import measure
 from benchmarks.serving_peers.clients import ask, openai_door, triton_door
 from benchmarks.serving_peers.contenders import server
 from benchmarks.serving_peers.loads import Load, Reply, Served, closed_loop
+from benchmarks.serving_peers.loads_by_others import AIPERF_FILE, SOAK_FILE, lines_of
 from benchmarks.serving_peers.measure import Run
 from benchmarks.serving_peers.page import section
 from benchmarks.serving_peers.plan import CONCURRENCY, DOORS, IN_PROCESS, MEMORY, TRITON, Plan
@@ -250,6 +251,23 @@ def test_a_run_measures_once_and_tells_what_it_could_not(fakes: list[tuple[int, 
     text = section(document)
     assert "| trt-kv pooledwindow 20 %, int8 cache | int8 | 4.0 |" in text
     assert f"{MEMORY}, {RIVAL}, 3 clients: it cannot be installed" in text
+
+
+def test_the_page_tells_of_loads_by_others(tmp_path: Path) -> None:
+    assert lines_of(tmp_path) == []
+    percentiles = {"unit": "ms", "avg": 3.0, "p50": 2000.0, "p95": 4000.0}
+    names = ("time_to_first_token", "inter_token_latency", "output_token_throughput", "request_throughput")
+    settings = {"tool": "aiperf 1", "clients": 2, "requests": 5}
+    of_aiperf = begun_document("a", settings) | {"errors": [], "report": dict.fromkeys(names, percentiles)}
+    silences = [{"memory_mb": mb, "n_threads": 3, "n_files": 4} for mb in (90.0, 10.0, 12.0)]
+    servers = {"http": {"answers": {"left": 6}, "silences": silences}}
+    of_soak = begun_document("b", {"minutes": 10.0, "warm_up_rounds": 1}) | {"servers": servers, "faults": ["f"]}
+    save(of_aiperf, tmp_path / AIPERF_FILE)
+    save(of_soak, tmp_path / SOAK_FILE)
+    first, second = lines_of(tmp_path)
+    assert "5 chats by 2 clients, 0 errors, 3.0 tokens/s" in first
+    assert "first token 2.0 s (95th percentile 4.0), between tokens 2000.0 ms" in first
+    assert "10 minutes, 1 faults. http: 6 left; 10.0 MiB after the warm-up, 12.0 at the end" in second
 
 
 def test_what_is_continued_has_the_same_sizes(fakes: list[tuple[int, int]], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from benchmarks.harness import begun_document, busy_seconds_of_others, load, save
+from benchmarks.serving_peers.loads_by_others import AIPERF_FILE
 from benchmarks.serving_peers.measure import Run
 from benchmarks.serving_peers.page import write_page
 from benchmarks.serving_peers.plan import PARTS, SIZES, Plan
@@ -19,7 +20,7 @@ from benchmarks.serving_peers.rows import ROWS
 from trt_kv.errors import TrtKvError
 
 RESULTS = Path(__file__).parents[1] / "results"
-FILE, AIPERF_FILE = "serving_peers.json", "serving_aiperf.json"
+FILE = "serving_peers.json"
 TITLE = "Servers beside other servers, on one machine, one after the other"
 
 
@@ -78,7 +79,7 @@ def main(
         document = _document(plan, folder / FILE, console, resume=resume, from_results=from_results)
         save(document, folder / FILE)
         if out is None:
-            write_page(document)
+            write_page(document, RESULTS)
     except TrtKvError as error:
         raise click.ClickException(str(error)) from error
     met = sum(target["is_met"] for target in document["targets"])

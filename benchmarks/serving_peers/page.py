@@ -1,10 +1,11 @@
 """The measured part of ``docs/serving.md``, made from the results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import markdown_tables, replace_section
+from benchmarks.serving_peers.loads_by_others import lines_of
 from benchmarks.serving_peers.plan import CONCURRENCY, DOORS, MEMORY, SIZES
 from benchmarks.serving_peers.results import CAPTIONS, refusals_of
 
@@ -12,13 +13,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
-def write_page(document: Mapping[str, Any], page: Path = PAGE) -> None:
-    """Replace the measured part by that of a document with tables."""
-    replace_section(page, BEGIN, END, section(document))
+def write_page(document: Mapping[str, Any], folder: Path, page: Path = PAGE) -> None:
+    """Replace the measured part by that of a document with tables, and of the loads by others in the folder."""
+    replace_section(page, BEGIN, END, section(document, lines_of(folder)))
 
 
-def section(document: Mapping[str, Any]) -> str:
-    """The text between the markers, markers included."""
+def section(document: Mapping[str, Any], by_others: Sequence[str] = ()) -> str:
+    """The text between the markers, markers included. ``by_others``: lines about other loads."""
     machine, plan = document["machine"], document["settings"]
     others = machine.get("cores_used_by_others", "an unknown number")
     intro = (
@@ -38,9 +39,11 @@ def section(document: Mapping[str, Any]) -> str:
         f"{BEGIN}{intro}",
         *tables,
         *([f"Not measured:\n\n{missing}"] if missing else []),
-        f"Aims:\n\n{aims}" if aims else "",
+        *([f"Aims:\n\n{aims}"] if aims else []),
+        *(["Under other loads:\n\n" + "".join(f"{line}\n" for line in by_others)] if by_others else []),
+        END,
     ]
-    return "\n".join([*parts, END])
+    return "\n".join(parts)
 
 
 def _texts(name: str) -> dict[str, str]:
@@ -48,8 +51,8 @@ def _texts(name: str) -> dict[str, str]:
     of = SIZES[name]
     return {
         CAPTIONS[CONCURRENCY]: (
-            f"Prompts of {of.prompt} tokens of prose, answers of {of.tokens}; each client sends {of.requests_each} "
-            f"request{'s' if of.requests_each > 1 else ''}, one after the other."
+            f"Prompts of {of.prompt} tokens of prose, answers of {of.tokens}; of each client "
+            f"{'one request' if of.requests_each == 1 else f'{of.requests_each} requests, one after the other'}."
         ),
         CAPTIONS[MEMORY]: (
             f"{of.memory_requests} prompts of {of.memory_prompt} tokens, with a fact each that their end asks for, sent by "
