@@ -19,13 +19,13 @@ def of_aiperf(document: Mapping[str, Any]) -> str:
     """Throughput and latencies as aiperf reports them."""
     settings, report, machine = document["settings"], document["report"], document["machine"]
     first, between = (report[name] for name in ("time_to_first_token", "inter_token_latency"))
+    tokens, requests = (rounded(report[name]["avg"]) for name in ("output_token_throughput", "request_throughput"))
     others = machine.get("cores_used_by_others", "an unknown number")
     return (
         f"* {settings['tool']}, {document['date'][:10]}, {others} cores used by other work: {settings['requests']} chats by "
         f"{settings['clients']} clients, {len(document['errors'])} errors, "
-        f"{rounded(report['output_token_throughput']['avg'])} tokens/s, {rounded(report['request_throughput']['avg'])} requests/s; "
-        f"first token {rounded(first['p50'] / 1e3)} s (95th percentile {rounded(first['p95'] / 1e3)}), "
-        f"between tokens {rounded(between['p50'])} ms ({rounded(between['p95'])})."
+        f"{tokens} tokens/s, {requests} requests/s; first token {rounded(first['p50'] / 1e3)} s (95th percentile "
+        f"{rounded(first['p95'] / 1e3)}), between tokens {rounded(between['p50'])} ms ({rounded(between['p95'])})."
     )
 
 

@@ -32,8 +32,8 @@ class Sizes:
     memory_clients: int = 16
     memory_requests: int = 16
     memory_prompt: int = 4096
-    memory_tokens: int = 128
-    memory_mib: int = 256
+    memory_tokens: int = 256
+    memory_mib: int = 288
     memory_rows: tuple[str, ...] = IN_MEMORY
     door_clients: tuple[int, ...] = (1, 16)
     door_rounds: int = 5
