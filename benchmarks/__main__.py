@@ -25,6 +25,7 @@ MODULES = {
     "weights_accuracy": "benchmarks.quality.weights_accuracy",
     "kvpress_overlap": "benchmarks.kvpress.overlap",
     "kv_types": "benchmarks.quality.kv_types",
+    "bounded_reading": "benchmarks.quality.bounded_reading",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
     "recall_steps": "benchmarks.speed.recall_steps",
@@ -71,8 +72,13 @@ def _measured(name: str, quick: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["peers"]:  # has options of its own, and installs other engines: never among "all of them"
+    # These have options of their own, and install other engines: never among "all of them".
+    if sys.argv[1:2] == ["peers"]:
         from benchmarks.peers.__main__ import main as compare_with_peers
 
         compare_with_peers(sys.argv[2:])
+    if sys.argv[1:2] == ["serving-peers"]:
+        from benchmarks.serving_peers.__main__ import main as compare_servers
+
+        compare_servers(sys.argv[2:])
     main()

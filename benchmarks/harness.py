@@ -153,10 +153,29 @@ def measured(run: Callable[[], Report]) -> dict[str, Any]:
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "elapsed_s": round(elapsed_s, 1),
         "machine": {**machine(), "cores_used_by_others": round(max(0.0, others), 2)},
-        "packages": {"trt-kv": trt_kv.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": _packages(),
         **dataclasses.asdict(report),
         "targets": [{**dataclasses.asdict(target), "is_met": target.is_met} for target in report.targets],
     }
+
+
+def begun_document(title: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A document without results, for a benchmark that saves samples while it runs; tables are made from these."""
+    return {
+        "version": VERSION,
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "title": title,
+        "machine": machine(),
+        "packages": _packages(),
+        "settings": settings,
+        "elapsed_s": 0.0,
+        "checks": [],
+        "samples": [],
+    }
+
+
+def _packages() -> dict[str, str]:
+    return {"trt-kv": trt_kv.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def machine() -> dict[str, str | int]:

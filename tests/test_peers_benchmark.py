@@ -304,7 +304,7 @@ def without_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tupl
             self.model = Path(setup.model).name
             return {"version": "1"}, within_s
 
-        def run(self, job: Job, *, within_s: float) -> Measured:
+        def run(self, job: Job, *, within_s: float) -> Measured[Answer]:
             if job.seed >= 0:
                 asked.append((self.model, job.seed))
                 contexts.append((job.context, job.synthetic))

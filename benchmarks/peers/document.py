@@ -1,12 +1,9 @@
 """The results file: as ``benchmarks.harness`` writes them, and all samples, so that tables can be made again from it."""
 
 import dataclasses
-import datetime as dt
-import importlib.metadata
 from typing import Any
 
-import trt_kv
-from benchmarks.harness import PACKAGES, VERSION, machine
+from benchmarks.harness import begun_document
 from benchmarks.peers.aims import targets_of
 from benchmarks.peers.measure import Plan
 from benchmarks.peers.results import lines_of, loading_lines, synthetic_lines
@@ -15,17 +12,7 @@ from benchmarks.peers.subjects import OF_MEMORY_AIMS, TITLES
 
 def begun(plan: Plan) -> dict[str, Any]:
     """A document without results."""
-    return {
-        "version": VERSION,
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "title": "The engine beside other engines, on one machine, in turn",
-        "machine": machine(),
-        "packages": {"trt-kv": trt_kv.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "settings": dataclasses.asdict(plan),
-        "elapsed_s": 0.0,
-        "checks": [],
-        "samples": [],
-    }
+    return begun_document("The engine beside other engines, on one machine, in turn", dataclasses.asdict(plan))
 
 
 def with_tables(document: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.peers.bandwidth import Probe
 from benchmarks.peers.environments import peers_folder
 from benchmarks.peers.history import OUT_OF_TIME, History, Sample, key_of
-from benchmarks.peers.protocol import Job, Refusal, Setup
+from benchmarks.peers.protocol import Answer, Job, Refusal, Setup
 from benchmarks.peers.rows import OURS, ROWS, Prepared, prepared
 from benchmarks.peers.subjects import SUBJECTS, Subject
 from benchmarks.peers.worker import Measured, Worker
@@ -170,7 +170,7 @@ class Run:
             self._say(f"{sample['subject']} {sample['context']} round {sample['round']} {sample['row']}: {told}")
 
 
-def _sample(subject: Subject, needs: Prepared, job: Job, outcome: Measured | Refusal) -> Sample:
+def _sample(subject: Subject, needs: Prepared, job: Job, outcome: Measured[Answer] | Refusal) -> Sample:
     """What is kept of one request."""
     if isinstance(outcome, Refusal):
         return {"why": outcome.why}

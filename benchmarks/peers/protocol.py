@@ -59,8 +59,8 @@ class Refusal:
     why: str
 
 
-def to_line(message: Setup | Job | Answer | Refusal | dict[str, Any]) -> str:
-    """One line, with its end."""
+def to_line(message: Any) -> str:
+    """A dataclass, or a document, as one line with its end."""
     return json.dumps(message if isinstance(message, dict) else dataclasses.asdict(message)) + "\n"
 
 

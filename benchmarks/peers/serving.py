@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from benchmarks.peers.protocol import Answer, Job, Refusal, Setup, to_line
 
@@ -46,17 +46,17 @@ class Clock:
         )
 
 
-def serve(set_up: Callable[[Setup], tuple[dict[str, object], Run]]) -> None:
-    """Answer the lines of standard input until it ends. ``set_up`` loads the model: facts to report, and what runs a job."""
+def serve(set_up: Callable[[Setup], tuple[dict[str, Any], Callable[[Any], Any]]], job: type[Any] = Job) -> None:
+    """Answer the lines of standard input until it ends. ``set_up`` loads the model: facts, and what runs a ``job``."""
     with _private_output() as out:
-        run: Run | None = None
+        run: Callable[[Any], Any] | None = None
         for line in sys.stdin:
             try:
                 if run is None:
                     facts, run = set_up(Setup(**json.loads(line)))
                     _say(out, to_line(facts))
                 else:
-                    _say(out, to_line(run(Job(**json.loads(line)))))
+                    _say(out, to_line(run(job(**json.loads(line)))))
             except Exception as error:  # noqa: BLE001  (whatever an engine raises is the reason)
                 _say(out, to_line(Refusal(why=f"{type(error).__name__}: {error}".strip()[:600])))
 

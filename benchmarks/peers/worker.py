@@ -10,10 +10,10 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import psutil
 
@@ -22,13 +22,14 @@ from benchmarks.peers.history import TOO_LONG
 from benchmarks.peers.protocol import Answer, Job, Refusal, Setup, to_line
 
 ROOT = Path(__file__).parent.parent.parent
+Said = TypeVar("Said")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(Generic[Said]):
     """An answer, with what the process used for it: ``peak_bytes`` of resident memory, processor and wall seconds."""
 
-    answer: Answer
+    answer: Said
     peak_bytes: int
     cpu_s: float
     wall_s: float
@@ -68,15 +69,19 @@ class Worker:
             return Refusal(why=said["why"])
         return said, time.perf_counter() - started
 
-    def run(self, job: Job, *, within_s: float) -> Measured | Refusal:
+    def run(self, job: Job, *, within_s: float) -> Measured[Answer] | Refusal:
         """Run one job. A runner that ends, or needs longer, is killed, and refuses from then on."""
+        return self.ask(job, Answer, within_s=within_s)
+
+    def ask(self, message: Any, answer: Callable[..., Said], *, within_s: float) -> Measured[Said] | Refusal:
+        """The same with any message that the runner understands; ``answer`` makes something of the fields of its answer."""
         if self._process.poll() is not None:
             return Refusal(why=self._last_words())
         process = psutil.Process(self._process.pid)
         self._process.send_signal(signal.SIGCONT)
         self._forget_peak()
         before, started = process.cpu_times(), time.perf_counter()
-        said = self._ask(to_line(job), within_s)
+        said = self._ask(to_line(message), within_s)
         if "why" in said:
             self._pause()
             return Refusal(why=said["why"])
@@ -84,7 +89,7 @@ class Worker:
         peak = self._peak_bytes()
         self._pause()
         return Measured(
-            answer=Answer(**said),
+            answer=answer(**said),
             peak_bytes=peak,
             cpu_s=after.user + after.system - before.user - before.system,
             wall_s=wall_s,

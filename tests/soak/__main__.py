@@ -1,4 +1,4 @@
-"""Rounds of load, each followed by silence in which nothing may be left: ``python -m tests.soak [--minutes 10]``.
+"""Rounds of load, each followed by silence in which nothing may be left: ``python -m tests.soak [--minutes 10] [--out FILE]``.
 
 A client asks either server for one of many answers that are known, whole or streamed; some leave in the middle, some ask for
 nonsense. After each round no page may be in use, and after the first rounds no process may have more threads or open files than
@@ -15,10 +15,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from benchmarks.harness import begun_document, save
 from tests.checkpoints import write_checkpoint
 from tests.engines import build_for_test, load_for_test, random_ids
 from tests.http_server import eventually
@@ -62,7 +64,9 @@ class Sample:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--out", type=Path, help="write what happened as JSON")
+    given = parser.parse_args()
+    minutes = given.minutes
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as held:
         engines = _engines(Path(scratch))
         questions = [_question(engines, at) for at in range(N_QUESTIONS)]
@@ -85,7 +89,24 @@ def main() -> int:
     for fault in faults:
         _say(f"FAULT {fault}")
     _say("nothing was lost, mixed or left behind" if not faults else f"{len(faults)} faults")
+    if given.out is not None:
+        save(_report(minutes, tallies, samples, faults), given.out)
     return bool(faults)
+
+
+def _report(
+    minutes: float, tallies: Mapping[str, Tally], samples: Mapping[str, list[Sample]], faults: list[str]
+) -> dict[str, Any]:
+    """A results file as benchmarks have them: every silence, and answers by kind at the end."""
+    settings = {"minutes": minutes, "clients": N_CLIENTS, "round_s": ROUND_S, "warm_up_rounds": WARM_UP, "policies": POLICIES}
+    servers = {
+        name: {"answers": dict(sorted(tallies[name].counts.items())), "silences": [asdict(one) for one in samples[name]]}
+        for name in tallies
+    }
+    document = begun_document(
+        "Both servers under mixed load: what was answered, and what was in use after each round", settings
+    )
+    return document | {"elapsed_s": round(60 * minutes, 1), "servers": servers, "faults": faults}
 
 
 def _engines(scratch: Path) -> list[Path]:

@@ -1,0 +1,1 @@
+"""One module per engine: ``python -m benchmarks.serving_peers.runners.NAME`` in that engine's virtual environment."""
