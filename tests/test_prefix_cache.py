@@ -204,22 +204,6 @@ def test_another_salt_is_another_prefix(small_engine: Engine) -> None:
     assert cached == [0, 0, 0, 60, 60, 0]
 
 
-def test_pinned_prefixes_outlast_others(small_engine: Engine) -> None:
-    pinned, *others = (random_ids(small_engine, 61, seed=seed) for seed in range(6))
-    with engine_under(small_engine, small_policy("full"), chunk=CHUNK, prefix_cache=True, prefix_bytes=100_000) as engine:
-        engine.generate(pinned, max_new_tokens=1)
-        assert prefixes_of(engine).pin(pinned, "") == 60
-        for prompt in others:
-            engine.generate(prompt, max_new_tokens=1)
-        assert prefixes_of(engine).statistics.evicted > 0
-        assert engine.generate(pinned, max_new_tokens=1).n_cached_tokens == 60
-        assert prefixes_of(engine).unpin(pinned, "") == 60
-        for prompt in others:
-            engine.generate(prompt, max_new_tokens=1)
-        assert engine.generate(pinned, max_new_tokens=1).n_cached_tokens == 0
-        assert_counts(engine)
-
-
 def test_a_prefix_never_pushes_out_its_own_beginning(small_engine: Engine) -> None:
     prompt = random_ids(small_engine, 101, seed=1)
     with engine_under(small_engine, small_policy("full"), chunk=CHUNK, prefix_cache=True, prefix_bytes=60_000) as engine:

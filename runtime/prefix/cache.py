@@ -134,6 +134,12 @@ class PrefixCache:
             keys = self._all_keys(prompt_ids, salt)
             return self.block_tokens * next((at for at, key in enumerate(keys) if key not in self._entries), len(keys))
 
+    def n_stored(self, prompt_ids: Sequence[int], salt: str) -> int:
+        """Tokens of the blocks in files that begin a prompt."""
+        keys, store = self._all_keys(prompt_ids, salt), self._store
+        missing = (at for at, key in enumerate(keys) if store is None or key not in store)
+        return self.block_tokens * next(missing, len(keys))
+
     def clear(self) -> None:
         """Drop all blocks in memory that are not pinned."""
         with self._lock:

@@ -20,8 +20,8 @@ class EnginePins:
     generate: Callable[..., Generation]
 
     def pin(self, prompt: Prompt, *, cache_salt: str = "") -> int:
-        """Keep the beginning of a prompt in the prefix cache until ``unpin``, whatever else is read; it is read now if it is not
-        there. Returns its tokens: whole blocks, so up to ``block_tokens - 1`` at the end are not pinned.
+        """Keep the beginning of a prompt in the prefix cache until ``unpin``, whatever else is read; what is not there is read
+        now. Returns its tokens: only whole chunks are kept, so 0 for a prompt that is shorter.
 
         ``UsageError`` without a prefix cache, ``CapacityError`` if there is no room for it beside what is pinned already.
         """

@@ -82,9 +82,9 @@ class PrefixStore:
 
     def put(self, key: bytes, block: Block) -> None:
         """Write a block, unless it is there. What cannot be written is left out, with a warning."""
-        file = self._file(key)
-        if file.exists():
+        if key in self:
             return
+        file = self._file(key)
         body = safetensors.numpy.save({name: np.ascontiguousarray(values) for name, values in block.items()})
         part = None
         try:
@@ -101,6 +101,10 @@ class PrefixStore:
             if part is not None:
                 with contextlib.suppress(OSError):
                     Path(part).unlink(missing_ok=True)
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether there is a file for a key, whatever is in it."""
+        return self._file(key).exists()
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Make the files of a prefix the last to be deleted, its first block last of all."""
