@@ -37,7 +37,9 @@ def write_session(path: Path, saved: SavedSession, fingerprint: Mapping[str, Any
     """Write a conversation of the engine that ``fingerprint`` tells; ``UsageError`` if that fails."""
     state = saved.state
     document = {
-        **{"mode": saved.mode, "messages": list(saved.messages), "token_ids": list(saved.token_ids)},
+        "mode": saved.mode,
+        "messages": list(saved.messages),
+        "token_ids": list(saved.token_ids),
         "of": dict(fingerprint),
         "state": None
         if state is None
@@ -79,6 +81,4 @@ def read_session(path: Path, fingerprint: Mapping[str, Any]) -> SavedSession:
             kv_len=tuple(kept["kv_len"]),
             arrays=safetensors.numpy.load(body[end:]),
         )
-    return SavedSession(
-        mode=document["mode"], messages=document["messages"], token_ids=document["token_ids"], state=state
-    )
+    return SavedSession(mode=document["mode"], messages=document["messages"], token_ids=document["token_ids"], state=state)

@@ -87,3 +87,9 @@ class Conversation:
             raise UsageError(
                 "the conversation cannot be saved", got=f"{path}: {cause.strerror}", expected="a new file"
             ) from cause
+
+    def fork(self, path: Path) -> None:
+        """Write the conversation, with what was kept, to the new file ``path``."""
+        if path.exists():
+            raise UsageError("the conversation cannot be saved", got=f"{path}: File exists", expected="a new file")
+        self.session.save(path)
