@@ -190,7 +190,8 @@ class Session:
         """The tokens between the last answer and the next one: the end of the one, the new messages, the head of the other."""
         of_template = cast(TemplateOptions, {k: v for k, v in options.items() if k in TemplateOptions.__annotations__})
         before = [*self.messages[:-1], _STAND_IN]
-        begin = self.engine.encode_chat(before, **{**of_template, "continue_final_message": True})
+        cut = cast(TemplateOptions, {**of_template, "continue_final_message": True})
+        begin = self.engine.encode_chat(before, **cut)
         whole = self.engine.encode_chat([*before, *messages], **of_template)
         if whole[: len(begin)] != begin:
             raise UsageError(

@@ -126,7 +126,7 @@ def test_the_end_waits_for_requests_that_run_and_takes_no_more(service: Service,
         assert sender.error is None
         assert sender.sent[-1][0].tensors["text_output"].tolist() == [alone.text.encode()]
     assert not service.is_ready
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("trt-kv")]
+    assert eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("trt-kv")])
 
 
 def test_requests_that_are_not_done_in_time_get_an_error(small_folder: Path) -> None:

@@ -86,7 +86,8 @@ class PlainConversation:
         self._n_seen += len(ids)
         with torch.inference_mode():
             logits: Floats = random_decoder()(torch.tensor(ids), positions, torch.tensor([len(ids) - 1]), self._attend).numpy()
-        return logits[0]
+        row: Floats = logits[0]
+        return row
 
     def _attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         q, k, v = (x.double().numpy() for x in (q_NHD, k_NKD, v_NKD))
@@ -141,7 +142,8 @@ class PlainConversation:
 
 
 def kept_positions(runner: ModelRunner, sequence: Any, layer: int) -> list[list[int]]:
-    return np.sort(runner.kept_positions(sequence, layer)).tolist()
+    positions: list[list[int]] = np.sort(runner.kept_positions(sequence, layer)).tolist()
+    return positions
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)

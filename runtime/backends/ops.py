@@ -47,4 +47,5 @@ class BoundLayerOps(Generic[Array]):
             tensors.update(zip((t.name for t in spec.outputs), results, strict=True))
         for name in self._ops.results[layer]:
             self.made.setdefault(name, {})[layer] = tensors[name]
-        return tensors["out"]
+        out: Array = tensors["out"]
+        return out

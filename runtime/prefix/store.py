@@ -1,6 +1,6 @@
 """Files of prefix blocks, which outlive the engine: one per block, named by its key.
 
-A file is ``_MAGIC``, the SHA-256 digest of the key and the rest, and the block in the format of safetensors. It is written
+A file is ``_MAGIC``, the SHA-256 digest of the key and the rest, and the block in the format of numpy (npz). It is written
 beside its place and renamed, so a file is whole or not there, even if the process is killed. A file that cannot be read, or is
 not what was written under its key by the same user, is a block that is not there: others may be able to put files into the
 folder, and what is in them would decide answers.
@@ -8,17 +8,18 @@ folder, and what is in them would decide answers.
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import stat
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError
 
 from trt_kv.errors import UsageError, load_option
 from trt_kv.runtime.cache.blocks import Block
@@ -85,7 +86,10 @@ class PrefixStore:
         if key in self:
             return
         file = self._file(key)
-        body = safetensors.numpy.save({name: np.ascontiguousarray(values) for name, values in block.items()})
+        written = io.BytesIO()
+        arrays: dict[str, Any] = dict(block)
+        np.savez(written, **arrays)
+        body = written.getvalue()
         part = None
         try:
             if not self._make_room(_HEAD_BYTES + len(body)):
@@ -160,10 +164,10 @@ def _block_of(key: bytes, data: bytes) -> Block | None:
     if head != _MAGIC + _digest(key, body):
         return None
     try:
-        block: dict[str, np.ndarray] = safetensors.numpy.load(body)
-    except (SafetensorError, ValueError, KeyError):
+        with np.load(io.BytesIO(body), allow_pickle=False) as stored:
+            return dict(stored)
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError):
         return None
-    return block
 
 
 def _digest(key: bytes, body: bytes) -> bytes:
