@@ -169,7 +169,8 @@ class Session:
         self._check_kind(bool(self.messages), "messages", "prompts")
         given = {name: value for name, value in self._options.items() if name not in TemplateOptions.__annotations__} | sampling
         (params,) = params_of_each(1, None, cast(SamplingOptions, given), self.engine.default_sampling)
-        encode = self.engine.encode_part if self.token_ids else self.engine.encode
+        is_part = isinstance(prompt, str) and bool(self.token_ids)
+        encode: Callable[..., list[int]] = self.engine.encode_part if is_part else self.engine.encode
         new = encode(prompt, parse_special_tokens=params.parse_special_tokens)
         return self._turn([*self.token_ids, *new], params, ())
 

@@ -1,10 +1,11 @@
 """Files of conversations: tokens and messages, and in mode "compressed" what was kept.
 
 A file is ``_MAGIC``, the SHA-256 digest of the rest, the length of a JSON document in 8 bytes, the document, and the arrays of
-the state in the format of safetensors. It is written beside its place and renamed.
+the state in the format of numpy (npz). It is written beside its place and renamed.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from trt_kv.chat.messages import Message
 from trt_kv.errors import UsageError
@@ -46,8 +46,10 @@ def write_session(path: Path, saved: SavedSession, fingerprint: Mapping[str, Any
         else {"num_computed_tokens": state.num_computed_tokens, "n_prompt": state.n_prompt, "kv_len": list(state.kv_len)},
     }
     text = json.dumps(document, ensure_ascii=False).encode()
-    arrays = {} if state is None else {name: np.ascontiguousarray(values) for name, values in state.arrays.items()}
-    body = b"".join((len(text).to_bytes(_LENGTH_BYTES, "big"), text, safetensors.numpy.save(arrays)))
+    written = io.BytesIO()
+    arrays: dict[str, Any] = {} if state is None else dict(state.arrays)
+    np.savez(written, **arrays)
+    body = b"".join((len(text).to_bytes(_LENGTH_BYTES, "big"), text, written.getvalue()))
     content = b"".join((_MAGIC, hashlib.sha256(body).digest(), body))
     write_atomically(path, content, kind="session", error=UsageError, mode=0o600)
 
@@ -75,10 +77,12 @@ def read_session(path: Path, fingerprint: Mapping[str, Any]) -> SavedSession:
             )
     kept, state = document["state"], None
     if kept is not None:
+        with np.load(io.BytesIO(body[end:]), allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
         state = SequenceState(
             num_computed_tokens=kept["num_computed_tokens"],
             n_prompt=kept["n_prompt"],
             kv_len=tuple(kept["kv_len"]),
-            arrays=safetensors.numpy.load(body[end:]),
+            arrays=arrays,
         )
     return SavedSession(mode=document["mode"], messages=document["messages"], token_ids=document["token_ids"], state=state)

@@ -9,8 +9,9 @@ import pytest
 
 from tests.engines import Run, random_ids
 from tests.serving import assert_idle, engine_under, small_policy
-from trt_kv.cli.run_options import ByteCount
+from trt_kv.cli.run_options import byte_count
 from trt_kv.errors import CapacityError, UsageError
+from trt_kv.pipeline.plans import ResourceChoice
 from trt_kv.runtime.async_engine import AsyncEngine
 from trt_kv.runtime.engine import Engine
 
@@ -117,10 +118,16 @@ def n_of(told: str, end: str) -> int:
     ("text", "n_bytes"), [("1", 1), ("4096", 4096), ("2GiB", 2**31), ("1.5 MiB", 3 * 2**19), ("3kB", 3000), ("2gb", 2 * 10**9)]
 )
 def test_sizes_have_units(text: str, n_bytes: int) -> None:
-    assert ByteCount().convert(text, None, None) == n_bytes
+    assert byte_count(None, None, text) == n_bytes
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "MiB", "2G", "1e9", "0.1B"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is no size"):
-        ByteCount().convert(text, None, None)
+        byte_count(None, None, text)
+
+
+def test_one_prompt_has_no_prefix_cache_unless_something_is_said_about_it() -> None:
+    assert ResourceChoice(chunk=7).for_one_prompt().options() == {"chunk": 7, "prefix_cache": False}
+    for said in ({"prefix_cache": True}, {"prefix_bytes": 9}, {"prefix_store": "there"}):
+        assert ResourceChoice(**said).for_one_prompt().options() == said

@@ -124,7 +124,7 @@ def no_block(file: Path) -> None:
     file.write_bytes(module._MAGIC + module._digest(bytes.fromhex(file.stem), body) + body)
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: file.write_bytes(b""),
     "cut": lambda file: file.write_bytes(file.read_bytes()[:-7]),
     "cut in its head": lambda file: file.write_bytes(file.read_bytes()[:30]),
@@ -144,7 +144,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
 def test_a_damaged_file_is_a_miss_with_a_warning(
-    written: Written, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+    written: Written, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert written.again().n_cached_tokens == 60
     damage(written.first)

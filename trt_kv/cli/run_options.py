@@ -14,20 +14,15 @@ _UNITS = {"": 1} | {f"{prefix}B": 1000**at for at, prefix in enumerate(("", "k",
 _UNITS |= {f"{prefix}iB": 1024**at for at, prefix in enumerate(("K", "M", "G", "T"), start=1)}
 
 
-class ByteCount(click.ParamType):
-    """A number of bytes, with a unit or without: 4096, 512MiB, 1.5 GB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes, at least 1."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip(), re.IGNORECASE)
-        factor = None if found is None else next((n for unit, n in _UNITS.items() if unit.lower() == found[2].lower()), None)
-        if found is None or factor is None or not (n_bytes := int(float(found[1]) * factor)):
-            self.fail(f"{value!r} is no size: expected bytes >= 1, such as 512MiB or 2GiB", param, ctx)
-        return n_bytes
+def byte_count(_ctx: click.Context | None, _parameter: click.Parameter | None, text: str | None) -> int | None:
+    """Callback of a number of bytes, with a unit or without: 4096, 512MiB, 1.5 GB."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    factor = None if found is None else next((n for unit, n in _UNITS.items() if unit.lower() == found[2].lower()), None)
+    if found is None or factor is None or not (n_bytes := int(float(found[1]) * factor)):
+        raise click.BadParameter(f"{text!r} is no size: expected bytes >= 1, such as 512MiB or 2GiB")
+    return n_bytes
 
 
 def device_options(command: CommandFunction) -> CommandFunction:
@@ -105,11 +100,12 @@ def resource_options(command: CommandFunction) -> CommandFunction:
     @click.option(
         "--prefix-cache/--no-prefix-cache",
         default=None,
-        help="Prompts that begin like an earlier one continue from copies of what it had cached. Default: yes.",
+        help="Prompts that begin like an earlier one continue from copies of what it had cached. Default: yes, "
+        "but of generate only with --prefix-store.",
     )
     @click.option(
         "--prefix-bytes",
-        type=ByteCount(),
+        callback=byte_count,
         metavar="SIZE",
         help="Memory of these copies, such as 512MiB or 2GiB. Default: an eighth of what is free.",
     )
