@@ -99,6 +99,16 @@ def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -
         )
 
 
+def check_reads_whole_prompts(folder: Path, manifest: Manifest) -> None:
+    """``UsageError`` for an engine that evicts while it reads; for devices that cannot."""
+    if manifest.applied_policy.reading_reserve is not None:
+        raise UsageError(
+            f"{folder} evicts while it reads a prompt, which runs on a CPU only",
+            got=f"policy {manifest.policy.name!r} with evict=while_reading",
+            fix="use the device cpu, or build the engine without evict",
+        )
+
+
 def check_kv_as_computed(folder: Path, manifest: Manifest, options: LoadOptions, dtype: str) -> None:
     """``UsageError`` if keys and values are to be stored in another type than ``dtype``, in which a GPU computes."""
     built = manifest.kv_dtype if manifest.kv_dtype != manifest.dtype else dtype

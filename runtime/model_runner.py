@@ -40,10 +40,13 @@ class ModelRunner:
         chunk: int = DEFAULT_CHUNK,
         decode: str = "row",
         decode_distance: int = 25,
+        reading_reserve: int | None = None,
         tiers: CopyableTiers | None = None,
         trace: Trace = NO_TRACE,
     ) -> None:
-        """``tiers``: a cache on the host, with ``pool`` as the device, whose kernels ``executor`` has been given. None: every
+        """``reading_reserve``: tokens that a layer holds beyond its budget between two chunks of a prompt; None: all of it.
+
+        ``tiers``: a cache on the host, with ``pool`` as the device, whose kernels ``executor`` has been given. None: every
         layer's cache is in ``pool``.
         """
         self.pool = pool
@@ -54,6 +57,7 @@ class ModelRunner:
         self._host_layers = recalling_layers(programs["decode"])
         self._decode = decode
         self._decode_distance = decode_distance
+        self._reading_reserve = reading_reserve
         self._budgets = budgets_of(programs["prefill"])
         self._windows = windows_of(programs["decode"])
         evictions = [node for node in eviction_nodes(programs["prefill"]) if node is not None]
@@ -152,15 +156,25 @@ class ModelRunner:
         return logits_BV
 
     def _read_chunk(self, sequence: SequenceCache, chunk: Ints, n_left: int, rows: Ints, *, evict: bool) -> Floats:
-        """Prefill N tokens of a prompt, which ``n_left`` more follow; logits [R, V] of ``rows``."""
-        remaining = n_left + len(chunk) - 1 - np.arange(len(chunk))
-        flags = np.array([int(n_left == 0 and evict and self._ends_prompts)])
+        """Prefill N tokens of a prompt, which ``n_left`` more follow; logits [R, V] of ``rows``.
+
+        With a ``reading_reserve`` each chunk is scored and evicted from like a prompt of its own, but with the budget of the
+        whole prompt and the reserve.
+        """
+        reserve = self._reading_reserve if evict and self._evicts and n_left else None
+        if sequence.is_evicted:
+            self.states.go_on(sequence)
+        ends = n_left == 0 or reserve is not None
+        remaining = (0 if ends else n_left) + len(chunk) - 1 - np.arange(len(chunk))
+        flags = np.array([int(ends and evict and self._ends_prompts)])
         n_seen = sequence.num_computed_tokens + len(chunk)
-        budget = self._budget_of(n_seen) if flags[0] and sequence.goes_on else None
+        goes_on = sequence.goes_on or sequence.is_evicted or reserve is not None
+        budget = self._budget_of(n_seen + n_left) + (reserve or 0) if flags[0] and goes_on else None
         result = self._step("prefill", [sequence], [chunk], rows, remaining, flags, budget=budget)
         if flags[0] and self._evicts and sequence.failure is None:
             kept_L = result.kept[:, 0]
-            sequence.shrink(kept_L, self._growth((kept_L / sequence.num_computed_tokens).tolist()))
+            shares = None if n_left else self._growth((kept_L / sequence.num_computed_tokens).tolist())
+            sequence.shrink(kept_L, shares)
         sequence.free_passed()
         return result.logits
 

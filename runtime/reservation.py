@@ -205,9 +205,11 @@ class CachePages(_Pages):
         most: Sequence[int] = (),
         n_layers: int | None = None,
         layers: Sequence[int] = (),
+        reserve: int | None = None,
     ) -> None:
         """``budgets``: of each layer; None if it depends on the prompt, and so may be the whole prompt. ``n_layers``: that the
         pool was sized for; None: those that have a budget here. ``layers``: their numbers, if these are not all of the model's.
+        ``reserve``: tokens that a layer holds beyond its budget between two chunks of a prompt; None: it holds all of it.
 
         ``n_protected`` tokens of each layer are kept whatever its budget. ``windows``: each layer's attention window in tokens,
         0 for none; empty: no layer has one. ``chunk``: prompt tokens that are read in one step. ``most``: for each layer, the
@@ -216,10 +218,11 @@ class CachePages(_Pages):
         super().__init__(pool, n_layers=n_layers or len(budgets), most=most)
         self._layers = list(zip(layers or range(len(budgets)), budgets, windows or [0] * len(budgets), strict=True))
         self._n_protected = n_protected
+        self._reserve = reserve
         self._chunk = chunk
 
     def while_reading(self, size: RequestSize) -> int:
-        reading = sum(self._of_prompt(size.n_read(layer), window) for layer, _, window in self._layers)
+        reading = sum(self._of_prompt(self._most_read(size, layer, budget), window) for layer, budget, window in self._layers)
         return max(reading, self.after_reading(size))
 
     def after_reading(self, size: RequestSize) -> int:
@@ -232,8 +235,16 @@ class CachePages(_Pages):
     def _most_tokens(self, size: RequestSize, layer: int, budget: LayerBudget | None, window: int) -> int:
         # The last token is never attended to.
         n_decoding = self._kept_at_most(size, layer, budget) + size.max_new_tokens - 1
-        n_tokens, page_size = max(size.n_read(layer), n_decoding), self.pool.page_size
+        n_tokens, page_size = max(self._most_read(size, layer, budget), n_decoding), self.pool.page_size
         return min(n_tokens, window_pages(window, self._chunk, page_size) * page_size)
+
+    def _most_read(self, size: RequestSize, layer: int, budget: LayerBudget | None) -> int:
+        """The most tokens of one layer while the prompt is read."""
+        n_read = size.n_read(layer)
+        if self._reserve is None or budget is None:
+            return n_read
+        held = size.held[layer] if size.held else 0
+        return min(n_read, max(held, self._kept_at_most(size, layer, budget) + self._reserve) + self._chunk)
 
     def _of_prompt(self, n_read: int, window: int) -> int:
         """The most pages of one layer while the prompt is read."""

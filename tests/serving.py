@@ -69,6 +69,7 @@ def engine_under(dense: Engine, policy: Policy, *, windows: Any = (), **options:
         chunk=of_load.chunk,
         decode=policy.decode,
         decode_distance=policy.decode_distance,
+        reading_reserve=policy.reading_reserve,
         recall=recall,
     )
     reservation = Reservation([Places(of_load.max_sequences or 50), *host_load._pages(manifest, runner, of_load.chunk)])

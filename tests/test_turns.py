@@ -12,11 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.serving import assert_idle, engine_under, prompts_of, small_policy
 from tests.windowed_models import CONFIG, random_decoder, windowed_runner
-from trt_kv.layer_budget import LayerBudget, layer_budgets
+from trt_kv.errors import CapacityError, UsageError
+from trt_kv.layer_budget import layer_budgets
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy
+from trt_kv.policy_settings import policy_with
+from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.reservation import RequestSize
 
 COMMON: dict[str, Any] = {"summary": "of a test", "sinks": 2, "recent": 3, "decode": "keep"}
 POLICIES = [
@@ -56,8 +61,17 @@ class PlainConversation:
         self._last_prompt = -1
         self._reads = False
 
-    def read(self, ids: Sequence[int]) -> Floats:
-        """Read a turn's tokens, then evict; the last one's logits."""
+    def read_in_chunks(self, ids: Sequence[int], chunk: int) -> Floats:
+        """Read a prompt and evict after each chunk, down to the budget of the whole prompt and the reserve."""
+        n_last = (len(ids) - 1) % chunk + 1
+        for start in range(0, len(ids) - n_last, chunk):
+            self.read(ids[start : start + chunk], n_prompt=len(ids), reserve=self._policy.reserve)
+        return self.read(ids[-n_last:], n_prompt=len(ids))
+
+    def read(self, ids: Sequence[int], *, n_prompt: int | None = None, reserve: int = 0) -> Floats:
+        """Read a turn's tokens, then evict; the last one's logits. ``n_prompt``: the tokens that budgets are of, if these are
+        not those seen.
+        """
         for head in (head for layer in self._held for head in layer):
             if self._policy.score == "window":
                 head.scores = [0.0] * len(head.scores)
@@ -70,7 +84,7 @@ class PlainConversation:
         for budget, layer in zip(self._budgets, self._held, strict=True):
             for head in layer:
                 self._finish(head)
-                self._evict(head, budget)
+                self._evict(head, min(len(head.positions), budget.of(n_prompt or self._n_seen) + reserve))
         return logits
 
     def say(self, token: int) -> Floats:
@@ -125,11 +139,10 @@ class PlainConversation:
             padded = np.pad(head.scores[:end], policy.pooling // 2)
             head.scores[:end] = [float(padded[i : i + policy.pooling].mean()) for i in range(end)]
 
-    def _evict(self, head: Held, budget: LayerBudget) -> None:
+    def _evict(self, head: Held, target: int) -> None:
         policy, n = self._policy, len(head.positions)
         if not policy.evicts:
             return
-        target = min(n, budget.of(self._n_seen))
         recent = max(policy.recent, int(float(np.float32(policy.recent_share)) * max(0, target - policy.sinks)))
         n_kept = min(n, max(target, policy.sinks + recent))
         others = range(policy.sinks, n - recent)
@@ -170,3 +183,55 @@ def test_turns_keep_what_their_definition_says(policy: Policy, page_size: int, c
         runner.states.place(sequence, state)
     if policy.evicts:
         assert max(len(held) for held in plain.positions(0)) < sum(TURNS) / 2 + N_ANSWER * len(TURNS)
+
+
+BOUNDED = [policy for policy in POLICIES if policy.evicts]
+
+
+@pytest.mark.parametrize("reserve", [0, 9])
+@pytest.mark.parametrize("policy", BOUNDED, ids=lambda policy: policy.name)
+def test_bounded_reading_keeps_what_its_definition_says(policy: Policy, reserve: int) -> None:
+    policy = dataclasses.replace(policy, evict="while_reading", reserve=reserve)
+    shares = SHARES if policy.needs_recipe else None
+    runner = windowed_runner(CONFIG, policy, page_size=4, chunk=11, kept_shares=shares)
+    plain = PlainConversation(policy)
+    sequence = runner.new_sequence()
+    ids = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 60).tolist()
+    np.testing.assert_allclose(runner.prefill(sequence, ids), plain.read_in_chunks(ids, 11), atol=CLOSE, rtol=CLOSE)
+    for layer in range(CONFIG.n_layers):
+        assert kept_positions(runner, sequence, layer) == plain.positions(layer)
+    for token in (3, 4, 5):
+        np.testing.assert_allclose(runner.decode([sequence], [token])[0], plain.say(token), atol=CLOSE, rtol=CLOSE)
+
+
+@pytest.mark.parametrize("name", ["prefixkv_paper", "h2o", "snapkv", "streamingllm"])
+def test_a_prompt_is_read_in_the_memory_of_its_budget(name: str, small_engine: Engine) -> None:
+    """In pools of exactly the reserved size, in which the whole prompt has no room; and each request is as it is alone."""
+    at_end = policy_with(small_policy(name), {"budget": "uniform", "kept": 0.2})
+    while_reading = policy_with(at_end, {"evict": "while_reading", "reserve": 10})
+    prompts = prompts_of(small_engine, (120, 80, 40))
+    with engine_under(small_engine, while_reading) as roomy:
+        alone = [roomy.generate(prompt, max_new_tokens=6) for prompt in prompts]
+        (_, pages) = roomy.core.reservation.resources
+        n_pages = pages.while_reading(RequestSize(n_prompt=120, max_new_tokens=6))
+    n_layers, page_size = len(small_engine.manifest.programs["prefill"]), small_engine.manifest.page_size
+    tokens = -(-n_pages // n_layers) * page_size
+    assert tokens < 110
+    with engine_under(small_engine, while_reading, cache_tokens=tokens) as tight:
+        assert tight.generate_batch(prompts, max_new_tokens=6) == alone
+        assert_idle(tight)
+    with engine_under(small_engine, at_end, cache_tokens=tokens) as whole, pytest.raises(CapacityError, match="too small"):
+        whole.generate(prompts[0], max_new_tokens=6)
+
+
+def test_what_bounded_reading_cannot_be_combined_with_is_refused(small_engine: Engine) -> None:
+    for preset in ("refreekv", "full", "freekv"):
+        with pytest.raises(UsageError, match="evict"):
+            policy_with(small_policy(preset), {"evict": "while_reading"})
+    with pytest.raises(UsageError, match="reserve"):
+        policy_with(small_policy("snapkv"), {"reserve": 5})
+    bounded = policy_with(small_policy("snapkv"), {"evict": "while_reading"})
+    with pytest.raises(UsageError, match="cannot reuse prefixes"):
+        engine_under(small_engine, bounded, prefix_cache=True, prefix_bytes=1000)
+    with engine_under(small_engine, bounded, prefix_cache=True) as engine:
+        assert engine.core.prefixes is None

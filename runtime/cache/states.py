@@ -108,22 +108,19 @@ class SequenceStates:
                 positions_MP = np.arange(len(pages) * self._pool.page_size).reshape(len(pages), -1)
                 self._tiers.begin_at(pages, positions_MP, None)
                 continue
-            scored = self._scores[layer]
-            if scored is not None:
-                arrays["scores"] = self._continued(arrays, scored, state)
+            if (scored := self._scores[layer]) is not None:
+                scores, positions = arrays["scores"], arrays["token_positions"]
+                arrays["scores"] = _continued(scores, positions, scored, n_prompt=state.n_prompt)
             for name, values in arrays.items():
                 self._pool.write_pages(name, pages, values)
 
-    def _continued(self, arrays: Mapping[str, np.ndarray], scored: Mapping[str, Any], state: SequenceState) -> np.ndarray:
-        """The scores [n, K, P] that the next turn adds to."""
-        positions_MKP, scores_MKP = arrays["token_positions"], arrays["scores"]
-        if int(scored["window"]):
-            return np.zeros_like(scores_MKP)
-        if int(scored["average"]):
-            scores_MKP = scores_MKP * np.maximum(1, state.n_prompt - positions_MKP).astype(np.float32)
-        if not int(scored["generated"]):  # then nothing has written the scores of generated tokens
-            scores_MKP = np.where(positions_MKP < state.n_prompt, scores_MKP, np.float32(0.0))
-        return scores_MKP
+    def go_on(self, sequence: SequenceCache) -> None:
+        """The same for a sequence that stays where it is: finished scores become those that the next chunk adds to."""
+        for layer, scored in enumerate(self._scores):
+            if scored is not None:
+                pages = self._pages_of(sequence, layer)
+                scores, positions = (self._pool.read_pages(name, pages) for name in ("scores", "token_positions"))
+                self._pool.write_pages("scores", pages, _continued(scores, positions, scored, n_prompt=sequence.n_prompt))
 
     def _read_layer(self, layer: int, pages_M: Ints) -> Mapping[str, np.ndarray]:
         if layer in self._recalls and self._tiers is not None:
@@ -139,3 +136,14 @@ class SequenceStates:
         n_pages = -(-int(sequence.kv_len[layer]) // self._pool.page_size)
         pages: Ints = sequence.page_table[layer, :n_pages]
         return pages
+
+
+def _continued(scores_MKP: np.ndarray, positions_MKP: np.ndarray, scored: Mapping[str, Any], *, n_prompt: int) -> np.ndarray:
+    """The scores that more of a prompt adds to, from those that were finished when ``n_prompt`` tokens had been read."""
+    if int(scored["window"]):
+        return np.zeros_like(scores_MKP)
+    if int(scored["average"]):
+        scores_MKP = scores_MKP * np.maximum(1, n_prompt - positions_MKP).astype(np.float32)
+    if not int(scored["generated"]):  # then nothing has written the scores of generated tokens
+        scores_MKP = np.where(positions_MKP < n_prompt, scores_MKP, np.float32(0.0))
+    return scores_MKP

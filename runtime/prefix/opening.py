@@ -9,6 +9,7 @@ from pathlib import Path
 from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 
 from trt_kv import __version__
+from trt_kv.errors import UsageError
 from trt_kv.manifest import Manifest
 from trt_kv.runtime.cpus import threads_for
 from trt_kv.runtime.loading import LoadOptions
@@ -23,9 +24,20 @@ DISK_SHARE = 2
 """The store may use one of so many parts of the free disk, besides what it uses already."""
 
 
-def open_prefixes(manifest: Manifest, runner: ModelRunner, options: LoadOptions) -> PrefixCache:
-    """The prefix cache of an engine. ``UsageError`` if its files cannot be written."""
+def open_prefixes(manifest: Manifest, runner: ModelRunner, options: LoadOptions) -> PrefixCache | None:
+    """The prefix cache of an engine; None if the policy evicts while a prompt is read: what is left of its beginning depends on
+    its length. ``UsageError`` for options of a cache then, or if its files cannot be written.
+    """
     capacity = options.prefix_bytes
+    if manifest.applied_policy.reading_reserve is not None:
+        if (capacity, options.prefix_store) != (None, None):
+            raise UsageError(
+                "an engine that evicts while it reads cannot reuse prefixes",
+                got=f"prefix_bytes={capacity}, prefix_store={options.prefix_store} for policy {manifest.policy.name!r}",
+                expected="neither",
+                fix="leave them out, or build the engine without evict=while_reading",
+            )
+        return None
     return PrefixCache(
         runner.blocks,
         block_tokens=math.lcm(runner.chunk, runner.pool.page_size),

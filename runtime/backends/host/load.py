@@ -69,6 +69,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         chunk=options.chunk,
         decode=policy.decode,
         decode_distance=policy.decode_distance,
+        reading_reserve=policy.reading_reserve,
         recall=recall,
         trace=options.trace,
     )
@@ -143,8 +144,15 @@ def _pages(manifest: Manifest, runner: ModelRunner, chunk: int) -> list[Resource
     """The resources that requests reserve in the engine's pools."""
     budgets, windows, policy = manifest.budgets, manifest.windows, manifest.applied_policy
     if runner.tiers is None:
-        n_protected = policy.sinks + policy.recent
-        return [CachePages(runner.pool, budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk)]
+        pages = CachePages(
+            runner.pool,
+            budgets=budgets,
+            n_protected=policy.sinks + policy.recent,
+            windows=windows,
+            chunk=chunk,
+            reserve=policy.reading_reserve,
+        )
+        return [pages]
     recalling = recalling_layers(manifest.programs["decode"])
     host = HostPages(runner.tiers.host, n_layers=len(recalling))
     if isinstance(runner.tiers, RecallInPlace):
