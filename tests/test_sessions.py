@@ -10,6 +10,7 @@ import pytest
 
 from tests.chat_engines import chat_engine
 from tests.engines import Run, random_ids
+from tests.serving import assert_idle, engine_under, small_policy
 from trt_kv import Engine
 from trt_kv.errors import UsageError
 from trt_kv.pipeline import Conversation
@@ -181,3 +182,28 @@ def test_a_conversation_in_the_terminal_goes_on_in_the_next_run(
     assert (code, out, "File exists" in err) == (2, first, True)
     assert (code_again, out_again) == (0, second + third + second)
     assert "2 messages, mode compressed" in err_again
+
+
+@pytest.mark.parametrize("name", ["prefixkv_paper", "refreekv", "h2o", "freekv"])
+@pytest.mark.parametrize("windows", [(), (12, 0, 0)], ids=["", "windows"])
+def test_a_compressed_turn_of_any_policy_depends_on_its_conversation_alone(
+    small_engine: Engine, name: str, windows: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Not on a restart between the turns, nor on what else runs; everything is free afterwards."""
+    turns = [random_ids(small_engine, n_tokens, seed=n_tokens) for n_tokens in TURNS]
+    with engine_under(small_engine, small_policy(name), windows=windows, chunk=20) as engine:
+        session = engine.session(mode="compressed", **ANSWER)
+        expected = [session.generate(ids).token_ids for ids in turns]
+        assert_idle(engine)
+        if name == "freekv":
+            assert min(session.held_tokens[1:]) == len(session.token_ids) - 1
+        elif name != "refreekv":
+            assert min(session.held_tokens) < len(session.token_ids) / 2 + N_NEW
+    for at, ids in enumerate(turns):
+        with engine_under(small_engine, small_policy(name), windows=windows, chunk=20) as engine:
+            again = engine.session(mode="compressed", **ANSWER)
+            if at:
+                again.load(tmp_path / "talk")
+            engine.submit(random_ids(engine, 50, seed=3), max_new_tokens=30, ignore_eos=True)
+            assert again.generate(ids).token_ids == expected[at]
+            again.save(tmp_path / "talk")
