@@ -45,6 +45,7 @@ RESULTS =
 QUANT =
 PAGE_SIZE =
 HOST_TIER =
+PREFIX_STORE =
 DEVICE =
 DENSE =
 TRACE =
@@ -66,6 +67,7 @@ help: ## show this list
 	echo '            [KV_DTYPE=float32|float16|bfloat16|int8] what the KV cache is stored as on a CPU; generate, chat and evaluate too'
 	echo '  generate  PROMPT="..." or PROMPT_FILE=... [ENGINE=FOLDER ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
 	echo '            [HOST_TIER=ram|file:/path] where a host-resident cache is stored; chat and evaluate too; [TRACE=FILE.json] timeline for Perfetto'
+	echo '            [PREFIX_STORE=FOLDER] files of prompts that were read, from which others that begin alike continue; chat, serve and evaluate too'
 	echo '            DEVICE=cuda [DTYPE=bfloat16 PROFILE=datacenter] on an NVIDIA GPU; evaluate too'
 	echo '            DENSE=openvino on a CPU: OpenVINO computes the matrices; chat and evaluate too'
 	echo '  chat      MODEL=smollm2 [ENGINE=FOLDER DEVICE= ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
@@ -116,6 +118,7 @@ generate: $(ready_dense) ## engine + prompt -> text
 	@$(find_engine)
 	$(VENV)/bin/trt-kv generate $(ARGS) \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(PREFIX_STORE),--prefix-store '$(PREFIX_STORE)') \
 		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(if $(TRACE),--trace '$(TRACE)') \
 		$(on_device) \
@@ -125,6 +128,7 @@ chat: $(ready_dense) ## talk with an engine of an instruct model
 	@$(find_engine)
 	$(VENV)/bin/trt-kv chat $(ARGS) \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(PREFIX_STORE),--prefix-store '$(PREFIX_STORE)') \
 		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(on_device) -- "$$engine"
 
@@ -132,6 +136,7 @@ serve: $(VENV)/.ready-serve $(ready_dense) ## engine -> OpenAI's API over HTTP, 
 	@$(find_engine)
 	$(VENV)/bin/trt-kv serve $(ARGS) \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(PREFIX_STORE),--prefix-store '$(PREFIX_STORE)') \
 		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(if $(TRACE),--trace '$(TRACE)') \
 		$(on_device) -- "$$engine"
@@ -142,6 +147,7 @@ evaluate: $(ready_dense) ## engine + your own tasks -> accuracy, perplexity, kep
 		$(if $(AGAINST),--against '$(AGAINST)') \
 		$(if $(RESULTS),--out '$(RESULTS)') \
 		$(if $(HOST_TIER),--host-tier '$(HOST_TIER)') \
+		$(if $(PREFIX_STORE),--prefix-store '$(PREFIX_STORE)') \
 		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(on_device) \
 		$(ARGS) -- "$$engine"

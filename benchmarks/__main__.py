@@ -30,6 +30,7 @@ MODULES = {
     "recall_steps": "benchmarks.speed.recall_steps",
     "recall_timeline": "benchmarks.speed.recall_timeline",
     "serving_core": "benchmarks.serving.serving_core",
+    "prefix_reuse": "benchmarks.serving.prefix_reuse",
 }
 """The benchmarks by name, in the order in which they run; each module has a function ``run``."""
 RESULTS = Path(__file__).parent / "results"

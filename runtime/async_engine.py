@@ -100,6 +100,14 @@ class AsyncEngine:
         prompt, params = self.engine.chat_request(messages, params, **options)
         return await self.generate(prompt, params)
 
+    async def pin(self, prompt: Prompt, *, cache_salt: str = "") -> int:
+        """Keep the beginning of a prompt in the prefix cache. Errors as for ``Engine.pin``."""
+        return await asyncio.to_thread(self.engine.pin, prompt, cache_salt=cache_salt)
+
+    async def unpin(self, prompt: Prompt, *, cache_salt: str = "") -> int:
+        """Undo one ``pin`` of the same prompt."""
+        return await asyncio.to_thread(self.engine.unpin, prompt, cache_salt=cache_salt)
+
     @property
     def is_running(self) -> bool:
         """Whether requests make progress: false once the engine is closed, or if its thread has ended for another reason."""

@@ -17,6 +17,7 @@ from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
 from trt_kv.runtime.opening import open_engine
+from trt_kv.runtime.prefix.pins import EnginePins
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.samples import check_fits, check_one_sample, samples_of
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Engine(EngineChat):
+class Engine(EngineChat, EnginePins):
     """A loaded engine. Threads may share it: each waits for its own requests, and their requests are batched together.
 
     >>> engine = Engine.load("engines/llama3-prefixkv")
@@ -54,7 +55,7 @@ class Engine(EngineChat):
         config = manifest.config
         self._prompts = PromptEncoder(tokenizer, max_positions=config.max_positions, vocab_size=config.vocab_size)
         self._structures = Structures(tokenizer, vocab_size=config.vocab_size, end_ids=config.eos_token_ids)
-        self.core = EngineCore(loaded.runner, loaded.reservation, token_budget=loaded.token_budget)
+        self.core = EngineCore(loaded.runner, loaded.reservation, token_budget=loaded.token_budget, prefixes=loaded.prefixes)
 
     @property
     def runner(self) -> ModelRunner:
@@ -93,6 +94,9 @@ class Engine(EngineChat):
         max_sequences: int | None = None,
         n_threads: int = 0,
         kv_dtype: str | None = None,
+        prefix_cache: bool = True,
+        prefix_bytes: int | None = None,
+        prefix_store: str | None = None,
         trace: Trace = NO_TRACE,
         on_progress: OnProgress | None = None,
     ) -> "Engine":
@@ -112,6 +116,10 @@ class Engine(EngineChat):
         For engines whose cache is on the host: ``host_tier`` is "ram" (the default) or "file:PATH", a file that need not fit
         into memory. ``host_tokens`` sizes it as ``cache_tokens`` sizes the pool, which then holds the layers that do not
         recall and, unless a CPU reads the tier in memory, working sets.
+
+        ``prefix_cache``: prompts that begin like an earlier one continue from copies of what it had cached, with the result
+        that they have without. Copies end where a chunk ends. ``prefix_bytes`` limits their memory (None: an eighth of what is
+        free), in which the least recently used are replaced. ``prefix_store``: a folder in which they outlive the engine.
 
         ``device`` "cpu": the target that the engine was built for. There, ``dense`` runs the dense layers of an engine for
         ONNX Runtime: "native", kernels of our own for quantised weights with activations in int8 (the default for these),
@@ -144,6 +152,9 @@ class Engine(EngineChat):
             dense=dense if device == HOST else None,
             precision=precision,
             kv_dtype=kv_dtype,
+            prefix_cache=prefix_cache,
+            prefix_bytes=prefix_bytes,
+            prefix_store=prefix_store,
             trace=trace,
         )
         on = DeviceOptions(
@@ -291,6 +302,8 @@ class Engine(EngineChat):
         found["pages"] = {pool.name: {"used": pool.n_pages - pool.n_free, "total": pool.n_pages} for pool in pools}
         if self.runner.tiers is not None and self.runner.tiers.statistics is not None:
             found["recall"] = self.runner.tiers.statistics.to_json()
+        if self.core.prefixes is not None:
+            found["prefix_cache"] = self.core.prefixes.statistics.to_json()
         return found
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from trt_kv.runtime.backends.step import Chosen
 from trt_kv.runtime.generation import FinishReason
 from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.runtime.prefix.cache import PrefixCache
 from trt_kv.runtime.processes import check_not_forked
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.reservation import Reservation
@@ -31,9 +32,17 @@ class EngineCore:
     requests. A request's pages are freed before the first step after its end.
     """
 
-    def __init__(self, runner: ModelRunner, reservation: Reservation, *, token_budget: int | None = None) -> None:
-        """``token_budget``: see ``Scheduler``."""
+    def __init__(
+        self,
+        runner: ModelRunner,
+        reservation: Reservation,
+        *,
+        token_budget: int | None = None,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        """``token_budget``: see ``Scheduler``. ``prefixes``: where prompts find tokens that were read before."""
         self.runner = runner
+        self.prefixes = prefixes
         self._process = os.getpid()
         self.statistics = EngineStatistics()
         self._scheduler: Scheduler[Request] = Scheduler(reservation, chunk=runner.chunk, token_budget=token_budget)
@@ -159,7 +168,7 @@ class EngineCore:
         self._running = plan
         try:
             if plan.phase == "prefill" and plan.start == 0:
-                self._begin(plan.requests[0])
+                self._running = plan = self._begin(plan)
             rows = self._run(plan)
             ran = time.perf_counter()
             self._finish_step(plan, rows, ran - planned)
@@ -186,12 +195,23 @@ class EngineCore:
             return self.runner.run_choosing(plan, [request.choice() for request in plan.requests])
         return self.runner.run(plan)
 
-    def _begin(self, request: Request) -> None:
-        """Start a request's prefill. ``CapacityError`` if what it has reserved cannot be had."""
+    def _begin(self, plan: StepPlan[Request]) -> StepPlan[Request]:
+        """Start a request's prefill; returns its first step, behind a prefix that is cached. ``CapacityError`` if what it has
+        reserved cannot be had.
+        """
+        (request,) = plan.requests
         self.reservation.secure()
         request.held_sequence = self.runner.new_sequence()
         request.times.admitted = time.monotonic()
         self.statistics.time_in_queue.add(request.times.admitted - request.times.arrived)
+        if request.begins_with is not None:
+            self.runner.states.place(request.held_sequence, request.begins_with)
+            return plan
+        if self.prefixes is None:
+            return plan
+        n_cached = self.prefixes.begin(request.held_sequence, request.prompt_ids, request.params.cache_salt)
+        request.n_cached = n_cached
+        return self._scheduler.skip_to(plan, n_cached) if n_cached else plan
 
     def _finish_step(self, plan: StepPlan[Request], rows: Sequence[Floats | Chosen] | Floats, seconds: float) -> None:
         """Deliver the results of a step to its requests."""
@@ -207,6 +227,8 @@ class EngineCore:
                 self._fail(plan, request.sequence.failure)
             elif plan.reads_last:
                 self._end_prompt(request, rows[0])
+            elif self.prefixes is not None and request.begins_with is None:
+                self.prefixes.keep(request.sequence, request.prompt_ids, plan.end, request.params.cache_salt)
             return
         counts.decode_steps += 1
         counts.generated_tokens += plan.n_tokens
@@ -249,6 +271,14 @@ class EngineCore:
         else:
             self.statistics.time_between_tokens.add(times[-1] - times[-2])
 
+    def _keep_state(self, request: Request) -> None:
+        """Copy what an ended request holds, if a next turn is to go on from it."""
+        if request.keeps_state and request.state is None and request.finish_reason in ("stop", "length"):
+            try:
+                request.state = self.runner.states.read(request.sequence)
+            except MemoryError as error:
+                request.error = memory_error(error, "a turn of a conversation")
+
     def _fail(self, plan: StepPlan[Request], error: Exception) -> None:
         """End the requests of a failed step; with a prompt's, all of its forks, which have no token to continue from."""
         for request in plan.requests:
@@ -274,6 +304,7 @@ class EngineCore:
                 _end_with_forks(request, "timeout")
         ended = [request for request in self._live if request.is_finished]
         for request in ended:
+            self._keep_state(request)
             request.close()
             self._scheduler.remove(request)
         if ended:

@@ -53,7 +53,8 @@ class Generation:
     "length" (``max_new_tokens``, or the model's positions), "timeout", "cancelled", or "error", with the ``error`` that
     ended the request. ``seed``: the seed of its random numbers. ``logprobs``: of each token, if ``top_logprobs`` asks for them.
     ``others``: the second and later samples of the prompt, if ``n`` asks for them. ``recall``: None if the cache is not on the
-    host, or its device keeps no counts.
+    host, or its device keeps no counts. ``n_cached_tokens``: prompt tokens that were not computed again,
+    because an earlier prompt began with them.
     """
 
     text: str
@@ -68,6 +69,7 @@ class Generation:
     logprobs: tuple[TokenLogprob, ...] = ()
     others: tuple["Generation", ...] = ()
     recall: RequestRecall | None = field(default=None, compare=False)
+    n_cached_tokens: int = field(default=0, compare=False)
 
     @property
     def samples(self) -> tuple["Generation", ...]:

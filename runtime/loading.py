@@ -11,6 +11,7 @@ from trt_kv.runtime.arguments import is_integer
 from trt_kv.runtime.backends.devices import check_host_dense
 from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK, ModelRunner
+from trt_kv.runtime.prefix.cache import PrefixCache
 from trt_kv.runtime.reservation import Reservation
 from trt_kv.runtime.trace import NO_TRACE, Trace
 
@@ -36,6 +37,9 @@ class LoadOptions:
     dense: str | None = None
     precision: str | None = None
     kv_dtype: str | None = None
+    prefix_cache: bool = True
+    prefix_bytes: int | None = None
+    prefix_store: str | None = None
     trace: Trace = NO_TRACE
 
     def __post_init__(self) -> None:
@@ -46,6 +50,7 @@ class LoadOptions:
             ("token_budget", "tokens >= 1, or None"),
             ("max_sequences", "an integer >= 1, or None"),
             ("n_threads", "threads >= 1, or 0: one per CPU"),
+            ("prefix_bytes", "bytes >= 1, or None"),
         ):
             got = getattr(self, name)
             if not ((got is None and expected.endswith("or None")) or is_integer(got, 0 if name == "n_threads" else 1)):
@@ -55,6 +60,16 @@ class LoadOptions:
         check_host_dense(self.dense, self.precision)
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise UsageError("bad kv_dtype", got=repr(self.kv_dtype), expected=f"{', '.join(KV_DTYPES)}, or None")
+        if not isinstance(self.prefix_cache, bool):
+            raise UsageError("bad prefix_cache", got=repr(self.prefix_cache), expected="True or False")
+        if not isinstance(self.prefix_store, str | None) or self.prefix_store == "":
+            raise UsageError("bad prefix_store", got=repr(self.prefix_store), expected="the path of a folder, or None")
+        if not self.prefix_cache and (self.prefix_bytes, self.prefix_store) != (None, None):
+            raise UsageError(
+                "the prefix cache is off",
+                got=f"prefix_bytes={self.prefix_bytes}, prefix_store={self.prefix_store}",
+                expected="neither, with prefix_cache=False",
+            )
         if not isinstance(self.host_tier, str | None):
             raise UsageError("bad host_tier", got=repr(self.host_tier), expected="ram, or file:/path/of/a/new/file")
 
@@ -67,6 +82,8 @@ class Loaded:
     reservation: Reservation
     token_budget: int | None = None
     """Prompt tokens that may be processed between two decode steps; None: one chunk."""
+    prefixes: PrefixCache | None = None
+    """What prompts have in common; None: the prefix cache is off."""
 
 
 def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -> None:
@@ -79,6 +96,16 @@ def check_no_host_tier(folder: Path, manifest: Manifest, options: LoadOptions) -
             f"target {manifest.target}",
             expected="neither",
             fix="leave them out, or build an engine with --policy freekv",
+        )
+
+
+def check_reads_whole_prompts(folder: Path, manifest: Manifest) -> None:
+    """``UsageError`` for an engine that evicts while it reads; for devices that cannot."""
+    if manifest.applied_policy.reading_reserve is not None:
+        raise UsageError(
+            f"{folder} evicts while it reads a prompt, which runs on a CPU only",
+            got=f"policy {manifest.policy.name!r} with evict=while_reading",
+            fix="use the device cpu, or build the engine without evict",
         )
 
 

@@ -10,9 +10,11 @@ from trt_kv.plugins.paging import Floats, gather_slots, pages_of
 from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, recalling_layers, windows_of
 from trt_kv.runtime.backends.base import ChoosingExecutor, StepExecutor
 from trt_kv.runtime.backends.step import Choice, Chosen, Ints, Step, StepResult
+from trt_kv.runtime.cache.blocks import CacheBlocks
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
-from trt_kv.runtime.cache.tiered_sequence import TieredSequence, Tiers
+from trt_kv.runtime.cache.states import SequenceStates
+from trt_kv.runtime.cache.tiered_sequence import CopyableTiers, TieredSequence
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.scheduler import StepPlan
 from trt_kv.runtime.trace import NO_TRACE, Trace
@@ -38,10 +40,13 @@ class ModelRunner:
         chunk: int = DEFAULT_CHUNK,
         decode: str = "row",
         decode_distance: int = 25,
-        tiers: Tiers | None = None,
+        reading_reserve: int | None = None,
+        tiers: CopyableTiers | None = None,
         trace: Trace = NO_TRACE,
     ) -> None:
-        """``tiers``: a cache on the host, with ``pool`` as the device, whose kernels ``executor`` has been given. None: every
+        """``reading_reserve``: tokens that a layer holds beyond its budget between two chunks of a prompt; None: all of it.
+
+        ``tiers``: a cache on the host, with ``pool`` as the device, whose kernels ``executor`` has been given. None: every
         layer's cache is in ``pool``.
         """
         self.pool = pool
@@ -52,11 +57,16 @@ class ModelRunner:
         self._host_layers = recalling_layers(programs["decode"])
         self._decode = decode
         self._decode_distance = decode_distance
+        self._reading_reserve = reading_reserve
         self._budgets = budgets_of(programs["prefill"])
         self._windows = windows_of(programs["decode"])
         evictions = [node for node in eviction_nodes(programs["prefill"]) if node is not None]
         self._evicts = bool(evictions)
         self._floor = max((int(node.attributes.get("floor", 0)) for node in evictions), default=0)
+        self.blocks = CacheBlocks(pool, tiers, programs["prefill"])
+        """Copies of what sequences have cached."""
+        self.states = SequenceStates(pool, tiers, programs["prefill"])
+        """The same of all that they hold, between the turns of a conversation."""
         self._ends_prompts = self._evicts or finds_budgets(programs["prefill"])
 
     @property
@@ -146,15 +156,31 @@ class ModelRunner:
         return logits_BV
 
     def _read_chunk(self, sequence: SequenceCache, chunk: Ints, n_left: int, rows: Ints, *, evict: bool) -> Floats:
-        """Prefill N tokens of a prompt, which ``n_left`` more follow; logits [R, V] of ``rows``."""
-        remaining = n_left + len(chunk) - 1 - np.arange(len(chunk))
-        flags = np.array([int(n_left == 0 and evict and self._ends_prompts)])
-        result = self._step("prefill", [sequence], [chunk], rows, remaining, flags)
+        """Prefill N tokens of a prompt, which ``n_left`` more follow; logits [R, V] of ``rows``.
+
+        With a ``reading_reserve`` each chunk is scored and evicted from like a prompt of its own, but with the budget of the
+        whole prompt and the reserve.
+        """
+        reserve = self._reading_reserve if evict and self._evicts and n_left else None
+        if sequence.is_evicted:
+            self.states.go_on(sequence)
+        ends = n_left == 0 or reserve is not None
+        remaining = (0 if ends else n_left) + len(chunk) - 1 - np.arange(len(chunk))
+        flags = np.array([int(ends and evict and self._ends_prompts)])
+        n_seen = sequence.num_computed_tokens + len(chunk)
+        goes_on = sequence.goes_on or sequence.is_evicted or reserve is not None
+        budget = self._budget_of(n_seen + n_left) + (reserve or 0) if flags[0] and goes_on else None
+        result = self._step("prefill", [sequence], [chunk], rows, remaining, flags, budget=budget)
         if flags[0] and self._evicts and sequence.failure is None:
             kept_L = result.kept[:, 0]
-            sequence.shrink(kept_L, self._growth((kept_L / sequence.num_computed_tokens).tolist()))
+            shares = None if n_left else self._growth((kept_L / sequence.num_computed_tokens).tolist())
+            sequence.shrink(kept_L, shares)
         sequence.free_passed()
         return result.logits
+
+    def _budget_of(self, n_seen: int) -> Ints:
+        """[L, 1]: tokens that each layer keeps of all that a conversation has seen; all of them where a step finds out."""
+        return np.array([[n_seen if budget is None else budget.of(n_seen)] for budget in self._budgets])
 
     def _decode_step(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Floats:
         return self._decoded(sequences, token_ids, None).logits
@@ -224,6 +250,7 @@ class ModelRunner:
         prompt_remaining: Ints,
         evict: Ints,
         choices: Sequence[Choice] | None = None,
+        budget: Ints | None = None,
     ) -> StepResult:
         """Run one step and store its adaptive budgets in the sequences. ``CapacityError`` before any sequence has advanced."""
         for sequence, new in zip(sequences, ids, strict=True):
@@ -247,6 +274,7 @@ class ModelRunner:
             prompt_len=np.array([s.n_prompt for s in sequences]),
             adaptive_budget=np.stack([s.adaptive_budget for s in sequences], axis=1),
             query_rows=page_table[:, :, 0],
+            budget=budget,
         )
         with self._trace.span(f"{phase} step", tokens=len(step.input_ids)):
             if choices is None:

@@ -1,6 +1,7 @@
 """Opens an engine folder: checks what it holds, and loads it with the backend of its target or of a device."""
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from trt_kv.runtime.backends.devices import DeviceOptions
 from trt_kv.runtime.backends.host.load import load as load_on_host
 from trt_kv.runtime.compatibility import check_compatible, check_recipe, check_weights
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
+from trt_kv.runtime.prefix.opening import open_prefixes
 from trt_kv.runtime.processes import check_can_load, will_compute
 from trt_kv.runtime.sampling.model_defaults import NO_DEFAULTS, ModelDefaults, model_defaults_of
 from trt_kv.runtime.text.tokenizer import tokenizer_of_engine
@@ -68,6 +70,9 @@ def open_engine(
             else:
                 loaded = load_on_host(folder, manifest, options, tell)
             undo.callback(loaded.runner.close)
+            if options.prefix_cache:
+                prefixes = open_prefixes(manifest, loaded.runner, options)
+                loaded = dataclasses.replace(loaded, prefixes=prefixes)
             tell("compiling kernels", 0, 1)
             will_compute()
             loaded.runner.warm_up()

@@ -13,6 +13,7 @@ from trt_kv.errors import LogitsError, NoTokenLeftError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.step import Choice, Chosen
 from trt_kv.runtime.cache.sequence import SequenceCache
+from trt_kv.runtime.cache.states import SequenceState
 from trt_kv.runtime.generation import FinishReason, Generation, RequestRecall, RequestTimes, TokenLogprob
 from trt_kv.runtime.reservation import RequestSize
 from trt_kv.runtime.sampling import SamplingParams
@@ -43,6 +44,10 @@ class Request:
     forced: Sequence[int] | None = None
     structure: Structure | None = None
     forks: Sequence["Request"] = ()
+    begins_with: SequenceState | None = None
+    """What it goes on from, of which ``prompt_ids`` is the continuation."""
+    keeps_state: bool = False
+    """Whether what it holds at its end becomes ``state``."""
     on_update: Callable[[], None] | None = None
     """Called by the thread that runs steps, on new pieces and at the end. Must not block, raise or call the engine."""
     name: str = "the request"
@@ -56,9 +61,13 @@ class Request:
     cancelled: bool = field(default=False, init=False)
     n_prompt_read: int = field(default=0, init=False)
     """Prompt tokens computed so far."""
+    n_cached: int = field(default=0, init=False)
+    """Those of them that were found in the prefix cache."""
     prompt_kv_tokens: tuple[int, ...] = field(default=(), init=False)
     """Tokens held per layer after prefill and its eviction."""
     times: RequestTimes = field(default_factory=RequestTimes, init=False)
+    state: SequenceState | None = field(default=None, init=False)
+    """What it held when it ended, if it ``keeps_state`` and did not fail."""
     held_sequence: SequenceCache | None = field(default=None, init=False)
     """Its KV cache, from admission to the end."""
 
@@ -89,7 +98,14 @@ class Request:
     @property
     def size(self) -> RequestSize:
         longest = max(self.limit, *(fork.limit for fork in self.forks), 0)
-        return RequestSize(n_prompt=len(self.prompt_ids), max_new_tokens=longest, n_sequences=1 + len(self.forks))
+        before = self.begins_with
+        return RequestSize(
+            n_prompt=len(self.prompt_ids),
+            max_new_tokens=longest,
+            n_sequences=1 + len(self.forks),
+            n_before=0 if before is None else before.num_computed_tokens,
+            held=() if before is None else before.kv_len,
+        )
 
     @property
     def family(self) -> tuple["Request", ...]:
@@ -220,6 +236,7 @@ class Request:
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason or "length",
             n_prompt_tokens=len(self.prompt_ids),
+            n_cached_tokens=self.n_cached,
             num_computed_tokens=held[0],
             kv_tokens=held[1],
             error=self.error,

@@ -19,11 +19,25 @@ from trt_kv.runtime.cache.page_pool import PagePool
 
 @dataclass(frozen=True, kw_only=True)
 class RequestSize:
-    """Tokens of a prompt, the most tokens generated after it, and the number of sequences: the request and its forks."""
+    """Tokens of a prompt, the most tokens generated after it, and the number of sequences: the request and its forks.
+
+    Of a turn of a conversation also the tokens seen before it, and how many of them each layer holds.
+    """
 
     n_prompt: int
     max_new_tokens: int
     n_sequences: int = 1
+    n_before: int = 0
+    held: tuple[int, ...] = ()
+
+    @property
+    def n_seen(self) -> int:
+        """Tokens before the answer."""
+        return self.n_before + self.n_prompt
+
+    def n_read(self, layer: int) -> int:
+        """Tokens that ``layer`` holds when the prompt has been read, if nothing is evicted."""
+        return self.n_prompt + (self.held[layer] if self.held else 0)
 
 
 class Resource(Protocol):
@@ -190,21 +204,25 @@ class CachePages(_Pages):
         chunk: int = 1,
         most: Sequence[int] = (),
         n_layers: int | None = None,
+        layers: Sequence[int] = (),
+        reserve: int | None = None,
     ) -> None:
         """``budgets``: of each layer; None if it depends on the prompt, and so may be the whole prompt. ``n_layers``: that the
-        pool was sized for; None: those that have a budget here.
+        pool was sized for; None: those that have a budget here. ``layers``: their numbers, if these are not all of the model's.
+        ``reserve``: tokens that a layer holds beyond its budget between two chunks of a prompt; None: it holds all of it.
 
         ``n_protected`` tokens of each layer are kept whatever its budget. ``windows``: each layer's attention window in tokens,
         0 for none; empty: no layer has one. ``chunk``: prompt tokens that are read in one step. ``most``: for each layer, the
         pages that it adds to the pool at most, however many tokens it is sized for; empty: no bound.
         """
         super().__init__(pool, n_layers=n_layers or len(budgets), most=most)
-        self._layers = list(zip(budgets, windows or [0] * len(budgets), strict=True))
+        self._layers = list(zip(layers or range(len(budgets)), budgets, windows or [0] * len(budgets), strict=True))
         self._n_protected = n_protected
+        self._reserve = reserve
         self._chunk = chunk
 
     def while_reading(self, size: RequestSize) -> int:
-        reading = sum(self._of_prompt(size.n_prompt, window) for _, window in self._layers)
+        reading = sum(self._of_prompt(self._most_read(size, layer, budget), window) for layer, budget, window in self._layers)
         return max(reading, self.after_reading(size))
 
     def after_reading(self, size: RequestSize) -> int:
@@ -214,22 +232,32 @@ class CachePages(_Pages):
         """The most tokens that any layer of one of the request's sequences holds."""
         return max(self._most_tokens(size, *layer) for layer in self._layers)
 
-    def _most_tokens(self, size: RequestSize, budget: LayerBudget | None, window: int) -> int:
-        n_decoding = self._kept_at_most(size.n_prompt, budget) + size.max_new_tokens - 1  # the last token is never attended to
-        n_tokens, page_size = max(size.n_prompt, n_decoding), self.pool.page_size
+    def _most_tokens(self, size: RequestSize, layer: int, budget: LayerBudget | None, window: int) -> int:
+        # The last token is never attended to.
+        n_decoding = self._kept_at_most(size, layer, budget) + size.max_new_tokens - 1
+        n_tokens, page_size = max(self._most_read(size, layer, budget), n_decoding), self.pool.page_size
         return min(n_tokens, window_pages(window, self._chunk, page_size) * page_size)
 
-    def _of_prompt(self, n_prompt: int, window: int) -> int:
-        """The most pages of one layer while the prompt is read."""
-        return min(_pages(n_prompt, self.pool), window_pages(window, self._chunk, self.pool.page_size))
+    def _most_read(self, size: RequestSize, layer: int, budget: LayerBudget | None) -> int:
+        """The most tokens of one layer while the prompt is read."""
+        n_read = size.n_read(layer)
+        if self._reserve is None or budget is None:
+            return n_read
+        held = size.held[layer] if size.held else 0
+        return min(n_read, max(held, self._kept_at_most(size, layer, budget) + self._reserve) + self._chunk)
 
-    def _while_decoding(self, size: RequestSize, budget: LayerBudget | None, window: int) -> int:
+    def _of_prompt(self, n_read: int, window: int) -> int:
+        """The most pages of one layer while the prompt is read."""
+        return min(_pages(n_read, self.pool), window_pages(window, self._chunk, self.pool.page_size))
+
+    def _while_decoding(self, size: RequestSize, layer: int, budget: LayerBudget | None, window: int) -> int:
         """The most pages of one layer of a sequence afterwards."""
-        n_pages = _pages(self._kept_at_most(size.n_prompt, budget) + size.max_new_tokens, self.pool)
+        n_pages = _pages(self._kept_at_most(size, layer, budget) + size.max_new_tokens, self.pool)
         return min(n_pages, window_pages(window, 1, self.pool.page_size))
 
-    def _kept_at_most(self, n_prompt: int, budget: LayerBudget | None) -> int:
-        return n_prompt if budget is None else min(budget.of(n_prompt) + self._n_protected, n_prompt)
+    def _kept_at_most(self, size: RequestSize, layer: int, budget: LayerBudget | None) -> int:
+        n_read = size.n_read(layer)
+        return n_read if budget is None else min(budget.of(size.n_seen) + self._n_protected, n_read)
 
 
 class HostPages(_Pages):
@@ -241,7 +269,7 @@ class HostPages(_Pages):
         return self.after_reading(size)
 
     def after_reading(self, size: RequestSize) -> int:
-        return size.n_sequences * self.n_layers * _pages(size.n_prompt + size.max_new_tokens, self.pool)
+        return size.n_sequences * self.n_layers * _pages(size.n_seen + size.max_new_tokens, self.pool)
 
 
 class WorkingSetPages(_Pages):
@@ -279,10 +307,10 @@ class WorkingSetPages(_Pages):
         self, size: RequestSize, limits: PageLimits | None, budget: LayerBudget | None, window: int, n_new: int
     ) -> int:
         """The most pages of one layer of a sequence in steps of up to ``n_new`` tokens."""
-        n_most = _pages(size.n_prompt + size.max_new_tokens, self.pool)
+        n_most = _pages(size.n_seen + size.max_new_tokens, self.pool)
         if limits is None:
             return min(n_most, window_pages(window, n_new, self.pool.page_size))
-        n_tokens = size.n_prompt if budget is None else budget.of_prompt(size.n_prompt)
+        n_tokens = size.n_seen if budget is None else budget.of_prompt(size.n_seen)
         n_chosen = min(limits.n_chosen(n_tokens), n_most)
         return limits.n_sinks + limits.n_newest + n_chosen + staging_slots(n_chosen)
 

@@ -5,6 +5,7 @@ a time: the next request is admitted when the previous prompt is done. So the or
 memory that only prefill needs is reserved once.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,6 +134,14 @@ class Scheduler(Generic[R]):
                 return StepPlan(phase="prefill", requests=(request,), start=start, end=end, reads_last=end == n_prompt)
         self._budget_left = self._token_budget
         return StepPlan(phase="decode", requests=tuple(self._decoding)) if self._decoding else None
+
+    def skip_to(self, plan: StepPlan[R], start: int) -> StepPlan[R]:
+        """The step in place of a prompt's first one, if its first ``start`` tokens need not be read."""
+        (request,) = plan.requests
+        end = min(start + self._chunk, request.size.n_prompt)
+        self._budget_left += plan.n_tokens - (end - start)
+        self._n_read = start
+        return dataclasses.replace(plan, start=start, end=end, reads_last=end == request.size.n_prompt)
 
     def complete(self, plan: StepPlan[R]) -> None:
         """Record that a step has been run. After the last chunk of a prompt, its request and the forks start to decode."""

@@ -39,6 +39,7 @@ def log_generated(sample: Request, *, request_id: str | None, **texts: Any) -> N
         "generated",
         request_id=request_id,
         prompt_tokens=result.n_prompt_tokens,
+        cached_tokens=result.n_cached_tokens,
         generated_tokens=len(result.token_ids),
         finish_reason=result.finish_reason if sample.is_finished else "cancelled",
         error=None if sample.error is None else type(sample.error).__name__,

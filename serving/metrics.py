@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trt_kv.require import require
 from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.prefix.cache import PrefixStatistics
 from trt_kv.runtime.statistics import EngineStatistics, Histogram, RecallStatistics
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def families_of(engine: Engine, *, model_name: str) -> list[Family]:
     counts = engine.core.statistics
     tiers = engine.runner.tiers
     recall = None if tiers is None else tiers.statistics
+    prefixes = PrefixStatistics() if engine.core.prefixes is None else engine.core.prefixes.statistics
     pages = {_TIERS.get(name, name): (n["used"], n["total"]) for name, n in engine.statistics["pages"].items()}
     return [
         Family(
@@ -43,7 +45,14 @@ def families_of(engine: Engine, *, model_name: str) -> list[Family]:
             help=family.help,
             values=[({"model_name": model_name, **labels}, value) for labels, value in family.values],
         )
-        for family in (*_dashboards(counts, pages), *_steps(counts), *_held(counts), *_pages(pages), *_recall(recall))
+        for family in (
+            *_dashboards(counts, pages),
+            *_prefixes(prefixes),
+            *_steps(counts),
+            *_held(counts),
+            *_pages(pages),
+            *_recall(recall),
+        )
     ]
 
 
@@ -123,8 +132,6 @@ def _dashboards(counts: EngineStatistics, pages: Mapping[str, tuple[int, int]]) 
         gauge("vllm:kv_cache_usage_perc", "Share of the pages in use, of the tier that is fullest; 1 is all.", usage),
         gauge("trtllm_kv_cache_utilization", "Share of the pages in use, of the tier that is fullest; 1 is all.", usage),
         counter("vllm:prompt_tokens_total", "Prompt tokens that were computed.", counts.prompt_tokens),
-        counter("vllm:prefix_cache_queries_total", "Tokens looked up in a prefix cache: there is none.", 0),
-        counter("vllm:prefix_cache_hits_total", "Tokens found in a prefix cache: there is none.", 0),
         counter("vllm:generation_tokens_total", "Tokens that were generated.", n_generated),
     ]
     for prefix in ("vllm:", "trtllm_"):
@@ -165,6 +172,22 @@ def _pages(pages: Mapping[str, tuple[int, int]]) -> list[Family]:
     return [
         Family(name="trt_kv_pages_used", kind="gauge", help="Pages of the KV cache in use.", values=used),
         Family(name="trt_kv_pages", kind="gauge", help="Pages of the KV cache.", values=total),
+    ]
+
+
+def _prefixes(counts: PrefixStatistics) -> list[Family]:
+    """Zeros for engines without a prefix cache, so that dashboards find the names."""
+    rate = counts.hit_tokens / max(1, counts.queried_tokens)
+    return [
+        counter("vllm:prefix_cache_queries_total", "Tokens of prompts looked up in the prefix cache.", counts.queried_tokens),
+        counter("vllm:prefix_cache_hits_total", "Tokens found there, which were not computed.", counts.hit_tokens),
+        gauge("trtllm_kv_cache_hit_rate", "Share of the tokens looked up that were found.", rate),
+        gauge("trt_kv_prefix_blocks", "Blocks of the prefix cache in memory.", counts.blocks),
+        gauge("trt_kv_prefix_bytes", "Memory of these blocks.", counts.used_bytes),
+        gauge("trt_kv_prefix_capacity_bytes", "Memory that they may take.", counts.capacity_bytes),
+        counter("trt_kv_prefix_kept_blocks_total", "Blocks that were added to memory.", counts.kept),
+        counter("trt_kv_prefix_evicted_blocks_total", "Blocks that made room for others.", counts.evicted),
+        counter("trt_kv_prefix_stored_tokens_total", "Tokens found in files of the store.", counts.stored_hit_tokens),
     ]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import trt_kv
 from trt_kv import errors, pipeline
 from trt_kv.runtime import async_engine, chat, generation, stream
+from trt_kv.runtime.prefix import pins
 
 WIDTH = 100
 QUOTE = "'"
@@ -24,6 +25,7 @@ SECTIONS: dict[str, tuple[str, dict[str, object]]] = {
         {
             **{name: getattr(trt_kv, name) for name in ("Engine", "AsyncEngine", "SamplingParams", "Generation")},
             "EngineChat": chat.EngineChat,
+            "EnginePins": pins.EnginePins,
             "TemplateOptions": chat.TemplateOptions,
             "RequestTimes": generation.RequestTimes,
             "Stream": stream.Stream,

@@ -1,5 +1,6 @@
 """Engines on a device say what they say on the host; as a program, in Triton's interpreter:
-``TRITON_INTERPRET=1 python -m tests.device_engines DENSE ENGINE ...`` fails where one does not.
+``TRITON_INTERPRET=1 python -m tests.device_engines DENSE ENGINE ...`` fails where one does not, and with ``prefixes`` as
+DENSE where one has other bits after a cached prefix.
 
 A program, because the variable has to be set before a kernel is imported.
 """
@@ -79,6 +80,15 @@ def check(folder: Path, device: torch.device, on: DeviceOptions | None = None) -
             assert [one.kv_tokens for one in found] == [one.kv_tokens for one in expected]
 
 
+def check_prefixes(folder: Path) -> None:
+    """A request that continues from a cached prefix has the bits that it has without: copies leave the device and come back."""
+    with load_on(folder, torch.device("cpu")) as engine:
+        prompt = prompts()[0]
+        first, again = (engine.generate(prompt, max_new_tokens=N_NEW, top_logprobs=1) for _ in range(2))
+        assert (first.n_cached_tokens, again.n_cached_tokens) == (0, CHUNK), folder
+        assert (again.logprobs, again.kv_tokens) == (first.logprobs, first.kv_tokens), folder
+
+
 def check_batch_invariance(folder: Path) -> None:
     """With ``batch_invariant`` a request's logits are its own, bit for bit, alone and beside others that come and go.
 
@@ -112,6 +122,10 @@ def check_batch_invariance(folder: Path) -> None:
 if __name__ == "__main__":
     prepare()
     np.seterr(invalid="ignore", over="ignore")  # what is masked afterwards
+    if sys.argv[1] == "prefixes":
+        for engine_folder in sys.argv[2:]:
+            check_prefixes(Path(engine_folder))
+        sys.exit()
     for engine_folder in sys.argv[2:]:
         check(Path(engine_folder), torch.device("cpu"), DeviceOptions(dense=sys.argv[1]))
     if sys.argv[1] == "torch":

@@ -21,6 +21,7 @@ from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import Loaded, LoadOptions
+from trt_kv.runtime.prefix.opening import open_prefixes
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.reservation import Places, Reservation
 from trt_kv.runtime.scheduler import StepPlan
@@ -47,17 +48,19 @@ def streamed(name: str) -> dict[str, Any]:
     return {"host_tier": f"file:{tempfile.gettempdir()}"} if name == "freekv" else {}
 
 
-def engine_under(dense: Engine, policy: Policy, **options: Any) -> Engine:
-    """An engine with the dense pieces of the small engine ``dense`` under ``policy``; options as for ``Engine.load``."""
+def engine_under(dense: Engine, policy: Policy, *, windows: Any = (), **options: Any) -> Engine:
+    """An engine with the dense pieces of the small engine ``dense`` under ``policy``; options as for ``Engine.load``, but the
+    prefix cache is off unless they say otherwise. ``windows``: of its layers.
+    """
     steps = dense.runner._executor
     assert isinstance(steps, SplitStepExecutor)
-    page_size, config = dense.manifest.page_size, dense.manifest.config
+    page_size, config = dense.manifest.page_size, dataclasses.replace(dense.manifest.config, windows=tuple(windows))
     programs = {
         phase: program_of_model(config, policy, phase=phase, page_size=page_size, kept_shares=SHARES) for phase in PHASES
     }
-    manifest = dataclasses.replace(dense.manifest, policy=policy, programs=programs)
+    manifest = dataclasses.replace(dense.manifest, config=config, policy=policy, programs=programs)
     host = {"host_tokens": 900} if policy.recalls else {}
-    of_load = LoadOptions(**({"cache_tokens": 900, "chunk": CHUNK} | host | options))
+    of_load = LoadOptions(**({"cache_tokens": 900, "chunk": CHUNK, "prefix_cache": False} | host | options))
     pool, recall = host_load._memory(manifest, of_load, 2**30)
     runner = host_runner(
         steps.dense,
@@ -66,10 +69,12 @@ def engine_under(dense: Engine, policy: Policy, **options: Any) -> Engine:
         chunk=of_load.chunk,
         decode=policy.decode,
         decode_distance=policy.decode_distance,
+        reading_reserve=policy.reading_reserve,
         recall=recall,
     )
     reservation = Reservation([Places(of_load.max_sequences or 50), *host_load._pages(manifest, runner, of_load.chunk)])
-    loaded = Loaded(runner=runner, reservation=reservation, token_budget=of_load.token_budget)
+    prefixes = open_prefixes(manifest, runner, of_load) if of_load.prefix_cache else None
+    loaded = Loaded(runner=runner, reservation=reservation, token_budget=of_load.token_budget, prefixes=prefixes)
     return Engine(dense.folder, manifest, loaded, dense.tokenizer)
 
 

@@ -312,7 +312,8 @@ def test_reading_reserves_no_page_that_is_not_needed(
             most = max(most, pool.n_pages - pool.n_free)
             if is_last:
                 n = sequence.num_computed_tokens
-                kept = [needs._kept_at_most(n, budget) for budget in budgets]
+                prompt = RequestSize(n_prompt=n, max_new_tokens=1)
+                kept = [needs._kept_at_most(prompt, layer, budget) for layer, budget in enumerate(budgets)]
                 sequence.shrink(np.array(kept), None)
 
     Watched(pool, budgets, n_protected, "every", 9, 9).run([size])

@@ -63,7 +63,15 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "warm_up", lambda _: None)
 
 
-@pytest.mark.parametrize(("dense", "names"), [("torch", POLICIES), ("onnxruntime", ("freekv",))])
+@pytest.mark.parametrize(
+    ("dense", "names"),
+    [
+        ("torch", POLICIES),
+        ("onnxruntime", ("freekv",)),
+        ("prefixes", ("freekv",)),
+        pytest.param("prefixes", ("h2o-windows", "freekv-windows", "prefixkv_paper"), marks=pytest.mark.slow),
+    ],
+)
 def test_an_engine_says_on_a_device_what_it_says_on_the_host(
     dense: str, names: Sequence[str], folder_of: Callable[[str], Path]
 ) -> None:

@@ -324,8 +324,35 @@ def test_stopping_ends_requests_that_take_too_long(folder: Path) -> None:
             assert not server.thread.is_alive()
 
 
+def test_cached_tokens_are_told_and_keys_and_salts_share_none(folder: Path) -> None:
+    """In whole answers, in streams, and in chats; of two keys, each finds its own prefixes only."""
+    prompt = [3 + at % 50 for at in range(100)]
+
+    def cached(key: str, path: str = COMPLETIONS, **body: Any) -> int:
+        asked = ({"prompt": prompt} if path == COMPLETIONS else {"messages": said("y" * 200)}) | {"max_tokens": 2} | body
+        answer = post(server, path, asked, Authorization=f"Bearer {key}")
+        assert answer.status_code == 200
+        if "stream" in body:
+            _, last, _ = answer.text.strip().rsplit("\n\n", 2)
+            usage = json.loads(last.removeprefix("data: "))["usage"]
+        else:
+            usage = answer.json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] <= usage["prompt_tokens"]
+        found: int = usage["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    with served(folder, api_keys=("one", "two")) as server:
+        assert [cached("one"), cached("one"), cached("two"), cached("two")] == [0, 80, 0, 80]
+        salted = [cached(key, cache_salt="s") for key in ("one", "one", "two")]
+        assert salted == [0, 80, 0]
+        assert cached("one", stream=True, stream_options={"include_usage": True}) == 80
+        assert [cached("one", CHAT), cached("one", CHAT)] == [0, 160]
+        refused = post(server, COMPLETIONS, {"prompt": prompt, "cache_salt": ""}, Authorization="Bearer one")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "cache_salt")
+
+
 def test_a_key_and_limits_guard_the_server(folder: Path) -> None:
-    with served(folder, api_key="secret", max_body_bytes=2000, max_prompt_tokens=40, max_new_tokens=3) as server:
+    with served(folder, api_keys=("secret",), max_body_bytes=2000, max_prompt_tokens=40, max_new_tokens=3) as server:
         body = {"messages": said("x")}
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             refused = post(server, CHAT, body, **headers)

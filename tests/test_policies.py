@@ -1,6 +1,7 @@
 """Presets, their parts, what may be combined, and what each layer keeps."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,8 @@ def test_a_pyramid_falls_from_layer_to_layer_and_keeps_the_mean(
     kept: float, n_layers: int, window: int, beta: float, n: int
 ) -> None:
     budgets = [budget.of(n) for budget in pyramid_budgets(kept, n_layers, window=window, beta=beta)]
-    if kept * n >= window:
-        assert budgets == sorted(budgets, reverse=True)
+    if kept * n >= window:  # share and window are rounded apart
+        assert all(after <= before + 1 for before, after in itertools.pairwise(budgets))
     if kept * n >= window or kept > beta / (2 * beta - 1):
         clipped = any(budget == n for budget in budgets)
         assert abs(sum(budgets) / n_layers - kept * n) <= (1.5 if not clipped else window + 1.5)

@@ -24,7 +24,7 @@ OF_VLLM = """num_requests_running num_requests_waiting kv_cache_usage_perc prefi
     inter_token_latency_seconds_bucket time_per_output_token_seconds_bucket e2e_request_latency_seconds_bucket
     request_queue_time_seconds_bucket request_prefill_time_seconds_bucket request_decode_time_seconds_bucket""".split()
 OF_TENSORRT_LLM = """request_success_total e2e_request_latency_seconds_bucket time_to_first_token_seconds_bucket
-    request_queue_time_seconds_bucket kv_cache_utilization""".split()
+    request_queue_time_seconds_bucket kv_cache_utilization kv_cache_hit_rate""".split()
 OF_HTTP = {"trt_kv_requests_refused_total"}
 """Metrics that the HTTP server adds."""
 
@@ -36,7 +36,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 @pytest.fixture(scope="module")
 def told(small_engine: Engine) -> Iterator[tuple[Engine, Samples]]:
     """An engine that recalls, after two requests, and its metrics."""
-    with engine_under(small_engine, small_policy("freekv")) as engine:
+    with engine_under(small_engine, small_policy("freekv"), prefix_cache=True) as engine:
         engine.generate_batch([random_ids(engine, 80, seed=1), [1, 9, 8]], max_new_tokens=24, ignore_eos=True)
         text = exposition(families_of(engine, model_name='a "model"')).decode()
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
@@ -84,6 +84,21 @@ def test_values_are_those_of_the_engine(told: tuple[Engine, Samples]) -> None:
     assert value("trt_kv_pages", tier="host") == engine.runner.tiers.host.n_pages  # type: ignore[union-attr]
     assert value("trt_kv_recall_checked_heads_total") == recall.layer_steps_L.sum() * recall.n_kv_heads > 0
     assert value("trt_kv_correction_rate") == pytest.approx(recall.head_rate)
+
+
+def test_tokens_from_the_prefix_cache_are_counted(small_engine: Engine) -> None:
+    prompt = random_ids(small_engine, 100, seed=1)
+    with engine_under(small_engine, small_policy("full"), chunk=20, prefix_cache=True, prefix_bytes=90_000) as engine:
+        prompts = [prompt, prompt, random_ids(engine, 110, seed=2)]
+        cached = [engine.generate(one, max_new_tokens=1).n_cached_tokens for one in prompts]
+        assert cached == [0, 80, 0]
+        told = {family.name: family.values[0][1] for family in families_of(engine, model_name="m")}
+        counts = engine.statistics["prefix_cache"]
+    assert (told["vllm:prefix_cache_queries_total"], told["vllm:prefix_cache_hits_total"]) == (310, 80)
+    assert told["trtllm_kv_cache_hit_rate"] == 80 / 310
+    assert told["trt_kv_prefix_evicted_blocks_total"] == counts["evicted"] > 0
+    assert told["trt_kv_prefix_bytes"] == counts["used_bytes"] > 0
+    assert told["trt_kv_prefix_capacity_bytes"] == 90_000
 
 
 @pytest.mark.parametrize("tier", ["ram", "file"])

@@ -190,7 +190,7 @@ def test_an_end_token_at_once_is_an_empty_answer(full_engine: Engine) -> None:
 def test_progress_of_the_prompt_is_told_chunk_by_chunk(full_engine: Engine) -> None:
     done: list[int] = []
     prompt = random_ids(full_engine, 2 * CHUNK + 9, seed=1)
-    next(full_engine.stream(prompt, on_prefill=done.append))
+    next(full_engine.stream(prompt, on_prefill=done.append, cache_salt="of this test"))
     assert done == [CHUNK, 2 * CHUNK, 2 * CHUNK + 9]
 
 

@@ -1,5 +1,6 @@
 """What Triton's model does when something goes wrong, with a stand-in for Triton: each request gets one final response."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -125,7 +126,7 @@ def test_the_end_waits_for_requests_that_run_and_takes_no_more(service: Service,
         assert sender.error is None
         assert sender.sent[-1][0].tensors["text_output"].tolist() == [alone.text.encode()]
     assert not service.is_ready
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("trt-kv")]
+    assert eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("trt-kv")])
 
 
 def test_requests_that_are_not_done_in_time_get_an_error(small_folder: Path) -> None:
@@ -194,6 +195,25 @@ def test_an_engine_whose_thread_has_ended_is_not_ready_and_leaves_nobody_waiting
     assert "the engine has stopped" in sender.error[1]
     assert not service.is_ready
     service.close()
+
+
+def test_salts_keep_prefixes_apart(service: Service) -> None:
+    prompt = np.array([[3 + at % 50 for at in range(100)]], np.int32)
+    hits = []
+    for salt in ("a", "a", "b", "a"):
+        service.take(
+            request(sender := Sender(), {"input_ids": prompt, "max_tokens": [[1]], "sampling_parameters": _json(salt)})
+        )
+        assert sender.error is None
+        hits.append(service.engine.engine.statistics["prefix_cache"]["hit_tokens"])
+    assert hits == [0, 80, 80, 160]
+    service.take(request(sender := Sender(), PROMPT | {"sampling_parameters": _json(7)}))
+    assert sender.error is not None
+    assert "cache_salt" in sender.error[1]
+
+
+def _json(salt: Any) -> Any:
+    return np.array([[json.dumps({"cache_salt": salt}).encode()]], np.object_)
 
 
 def test_options_are_read_strictly_and_place_an_engine_on_tritons_gpu(small_folder: Path, tmp_path: Path) -> None:

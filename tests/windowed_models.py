@@ -89,6 +89,7 @@ def windowed_runner(
         chunk=chunk,
         decode=policy.decode,
         decode_distance=policy.decode_distance,
+        reading_reserve=policy.reading_reserve,
     )
 
 

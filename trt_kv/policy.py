@@ -44,6 +44,10 @@ DECODES = {
     "row": "at the kept share, evict the token `decode_distance` before the end of the kept prompt (published PrefixKV)",
     "rank": "generated tokens join the ranking, and each of them evicts the lowest-ranked token",
 }
+EVICTS = {
+    "after_reading": "once, when the whole prompt has been read, as in the papers",
+    "while_reading": "after each chunk too, down to the prompt's budget and `reserve` tokens, which bound the memory",
+}
 METRIC_ROWS = {
     "query": "the attention of the last prompt query, per query head (published ReFreeKV)",
     "scores": "the scores themselves, per KV head: with score window the attention of the last `window` queries",
@@ -75,6 +79,7 @@ NAMES = {
     "budget": BUDGETS,
     "residency": RESIDENCIES,
     "heads": HEADS,
+    "evict": EVICTS,
     "decode": DECODES,
     "metric_row": METRIC_ROWS,
     "metric_order": METRIC_ORDERS,
@@ -93,11 +98,12 @@ class Policy:
 
     ``kept``: mean kept share over the layers that are not exempt, in (0, 1]; 1 if the budget does not read it. ``tokens``:
     budget "constant" only. ``floor``: a layer that holds at most so many tokens evicts none of them, whatever its budget (0: as
-    in the papers). ``window``: observation window in queries, for scores that read it. ``pooling``: width of the mean
-    that smooths scores over neighbours, odd, 1 for none. ``sinks`` first and ``recent`` last prompt tokens are never evicted,
-    nor is the newest ``recent_share`` of a budget. ``decode_distance``: decode "row" only. ``exempt_layers`` keep everything.
-    ``threshold``, ``metric_row``, ``metric_order``, ``norm``: budget "unimetric" only. ``beta``: budget "pyramid" only, the
-    steepness (1: flat). ``seed``: score "random" only. Defaults are published PrefixKV's and ReFreeKV's.
+    in the papers). ``window``: observation window in queries, for scores that read it. ``pooling``: width of the mean that
+    smooths scores over neighbours, odd, 1 for none. ``sinks`` first and ``recent`` last prompt tokens are never evicted, nor is
+    the newest ``recent_share`` of a budget. ``reserve``: evict "while_reading" only. ``decode_distance``: decode "row" only.
+    ``exempt_layers`` keep everything. ``threshold``, ``metric_row``, ``metric_order``, ``norm``: budget "unimetric" only.
+    ``beta``: budget "pyramid" only, the steepness (1: flat). ``seed``: score "random" only. Defaults are published PrefixKV's
+    and ReFreeKV's.
 
     Residency "host" only: budgets count what one step attends to, ``sinks`` and ``recent`` included, in whole pages. A KV head
     whose query is less like the one before than ``tau`` (cosine) selects its pages again before it attends; above 1 every head
@@ -120,6 +126,8 @@ class Policy:
     sinks: int = 1
     recent: int = 1
     recent_share: float = 0.0
+    evict: str = "after_reading"
+    reserve: int = 0
     decode: str = "row"
     decode_distance: int = 25
     exempt_layers: tuple[int, ...] = ()
@@ -147,6 +155,11 @@ class Policy:
     def eviction_floor(self) -> int:
         """As many tokens as a layer may hold without any being evicted: ``floor``, or a constant budget that exceeds it."""
         return max(self.floor, self.tokens) if self.evicts else 0
+
+    @property
+    def reading_reserve(self) -> int | None:
+        """Tokens that a layer holds beyond its budget between two chunks of a prompt; None: it holds the whole prompt."""
+        return self.reserve if self.evicts and self.evict == "while_reading" else None
 
     @property
     def recalls(self) -> bool:

@@ -28,6 +28,7 @@ def check_policy(policy: "Policy", names: Mapping[str, Mapping[str, str]]) -> No
     _check_budget(policy)
     _check_score(policy)
     _check_residency(policy)
+    _check_reading(policy)
 
 
 def _check_values(policy: "Policy") -> None:
@@ -39,6 +40,7 @@ def _check_values(policy: "Policy") -> None:
             fix="e.g. --budget 0.5",
         )
     counts = {"window": 1, "pooling": 1, "decode_distance": 1, "tokens": 0, "floor": 0, "sinks": 0, "recent": 0, "seed": 0}
+    counts["reserve"] = 0
     for field, smallest in counts.items():
         value, largest = getattr(policy, field), LARGEST_POOLING if field == "pooling" else LARGEST_COUNT
         if not _is_int(value) or not smallest <= value <= largest:
@@ -94,6 +96,22 @@ def _check_budget(policy: "Policy") -> None:
             got=f"tokens {policy.tokens}, floor {policy.floor}",
             expected="floor <= tokens",
             fix="leave floor out",
+        )
+
+
+def _check_reading(policy: "Policy") -> None:
+    if policy.evict == "while_reading" and (not policy.evicts or policy.budget == "unimetric"):
+        raise UsageError(
+            "evict 'while_reading' needs a budget that is known before the prompt has been read, of tokens that are dropped",
+            got=f"budget {policy.budget!r}, residency {policy.residency!r}",
+            expected="e.g. budget 'uniform', 'constant' or 'recipe', residency 'dropped'",
+            fix="leave evict out, or choose another budget",
+        )
+    if policy.reserve and policy.evict != "while_reading":
+        raise UsageError(
+            "reserve applies only to evict 'while_reading'",
+            got=f"reserve {policy.reserve}",
+            fix="add --set evict=while_reading",
         )
 
 

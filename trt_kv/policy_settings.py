@@ -29,6 +29,8 @@ _READ_BY: Mapping[str, tuple[str, Callable[[Policy], bool]]] = {
     "recent_share": _EVICTION,
     "exempt_layers": _EVICTION,
     "floor": ("a score of tokens, which are evicted", lambda policy: policy.evicts),
+    "evict": ("a score of tokens, which are evicted", lambda policy: policy.evicts),
+    "reserve": ("evict while_reading", lambda policy: policy.evict == "while_reading"),
     "decode_distance": ("decode row", lambda policy: policy.decode == "row"),
     "tau": ("score pages and drift fixed", lambda policy: policy.recalls and policy.drift == "fixed"),
     "drift": ("score pages", lambda policy: policy.recalls),

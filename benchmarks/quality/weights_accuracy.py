@@ -29,11 +29,16 @@ from trt_kv.policies import policy_from_name
 from trt_kv.presets import PRESETS
 from trt_kv.program import program_of_model
 from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.native.executor import NativeExecutor
+from trt_kv.runtime.backends.host.native.weights import open_weights
 from trt_kv.runtime.backends.host.onnxruntime_segments import OnnxRuntimeExecutor
+from trt_kv.weight_index import load_weight_index
 
 PAGE_SIZE = 32
 TOKENS = 320
 """Of the text."""
+NATIVE = ", own kernels"
+"""End of the names of rows that are computed by kernels of our own; ONNX Runtime computes the others."""
 LIKELIEST = 1000
 """How many of the next tokens llama.cpp is asked for; others are less likely, whichever they are."""
 
@@ -68,7 +73,7 @@ def run(folder: Path, *, quick: bool) -> Report:
     for name, stored, quantization in ways:
         place = folder / name.replace(" ", "_").replace(",", "")
         place.mkdir()
-        dense = _executor(stored, graph.clone(), quantization, place)
+        dense = _executor(stored, graph.clone(), quantization, place, native=name.endswith(NATIVE))
         logits = _logits(dense, checkpoint, ids)
         expected = logits if expected is None else expected
         known = _known_words(tokenizer, lambda statement, dense=dense: _logits(dense, checkpoint, statement)[-1])
@@ -98,11 +103,14 @@ def _ways(checkpoint: Checkpoint, quick: bool) -> list[tuple[str, Any, Quantizat
         ways += [
             ("blocks of the file, level 0", checkpoint, of(4, level=0)),
             ("blocks of the file, level 4", checkpoint, of(4)),
+            (f"blocks of the file, level 4{NATIVE}", checkpoint, of(4)),
         ]
     ways += [
         ("int8 symmetric", numbers, of(8, symmetric=True)),
+        (f"int8 symmetric{NATIVE}", numbers, of(8, symmetric=True)),
         ("int4 asymmetric, level 0", numbers, of(4, level=0)),
         ("int4 asymmetric", numbers, of(4)),
+        (f"int4 asymmetric{NATIVE}", numbers, of(4)),
         ("int4 symmetric", numbers, of(4, symmetric=True)),
         ("int4 asymmetric, blocks of 64", numbers, of(4, size=64)),
     ]
@@ -114,13 +122,18 @@ def _traced(checkpoint: Checkpoint) -> ir.Model:
     return graph_from_checkpoint(checkpoint, program, page_size=PAGE_SIZE)
 
 
-def _executor(checkpoint: Any, graph: ir.Model, quantization: Quantization | None, folder: Path) -> OnnxRuntimeExecutor:
+def _executor(
+    checkpoint: Any, graph: ir.Model, quantization: Quantization | None, folder: Path, *, native: bool = False
+) -> DenseExecutor:
     packed = None if quantization is None else PackedWeights(checkpoint, quantization)
     if packed is not None:
         quantize_graph(graph, packed)
     save_graphs({"decode": graph}, folder)
     stored = onnx.load(folder / "decode.onnx", load_external_data=False)
     parts = save_onnxruntime_parts(checkpoint, stored, folder, dtype="float32", packed=packed)
+    if native:
+        index = load_weight_index(folder, checkpoint.config.tensor_shapes())
+        return NativeExecutor(checkpoint.config, open_weights(folder, index))
     return OnnxRuntimeExecutor(folder, parts.segments, parts.ports)
 
 

@@ -38,11 +38,14 @@ class BoundLayerOps(Generic[Array]):
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         """Attention output [N, H, D] of ``layer``; q is [N, H, D], k and v are [N, K, D]. Updates the pool."""
-        tensors = {**self._tensors, "q": q, "k": k, "v": v}
+        tensors: dict[str, Any] = {**self._tensors, "q": q, "k": k, "v": v}
+        if (budget_LB := tensors.pop("budget", None)) is not None:
+            tensors["budget"] = budget_LB[layer]
         for spec, run, attributes in self._ops.layers[layer]:
             inputs = {t.name: tensors[t.name] for t in spec.inputs if not t.optional or t.name in tensors}
             results = run(**inputs, **attributes)
             tensors.update(zip((t.name for t in spec.outputs), results, strict=True))
         for name in self._ops.results[layer]:
             self.made.setdefault(name, {})[layer] = tensors[name]
-        return tensors["out"]
+        out: Array = tensors["out"]
+        return out

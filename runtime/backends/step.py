@@ -26,6 +26,8 @@ class Step:
     prompt_len: Ints
     adaptive_budget: Ints
     query_rows: Ints
+    budget: Ints | None = None
+    """[L, B]: tokens that EvictTokens keeps in place of its own share of those that are cached; None: it has no other."""
 
 
 @dataclass(frozen=True, kw_only=True)

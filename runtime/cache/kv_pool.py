@@ -7,7 +7,10 @@ All layers share one pool because budgets differ per layer: a page freed by one 
 from dataclasses import dataclass
 from typing import Any, Generic
 
+import numpy as np
+
 from trt_kv.plugins.tensors import Array
+from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.page_pool import PagePool
 
 
@@ -51,3 +54,14 @@ class KvPool(PagePool, Generic[Array]):
         """Bytes of one page over all arrays."""
         states: dict[str, Any] = self.states
         return int(sum(state.nbytes for state in states.values())) // self.n_pages
+
+    def read_pages(self, state: str, pages_M: Ints) -> np.ndarray:
+        """A copy on the host of some pages of one of ``states``; of halves, their bits."""
+        states: dict[str, Any] = self.states
+        pages: np.ndarray = states[state][pages_M]
+        return pages
+
+    def write_pages(self, state: str, pages_M: Ints, values: np.ndarray) -> None:
+        """Write what ``read_pages`` returned."""
+        states: dict[str, Any] = self.states
+        states[state][pages_M] = values

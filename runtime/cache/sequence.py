@@ -47,7 +47,9 @@ class SequenceCache:
         self.is_evicted = False
         """Whether tokens have been evicted from the prompt, so that decode-time eviction may begin."""
         self.n_prompt = 0
-        """Prompt tokens read so far."""
+        """Prompt tokens read so far; of a conversation, all tokens before the current answer."""
+        self.goes_on = False
+        """Whether it began with what an earlier turn had kept, so that budgets are of more tokens than it holds."""
         self.adaptive_budget: Ints = np.full(n_layers, -1, np.int64)
         """[L]: tokens that a step may attend to, as computed from the prompt by AdaptiveBudget; -1 for layers without it."""
         self._owner_in = {pool: pool.new_owner() for pool in self._pools}
@@ -105,6 +107,25 @@ class SequenceCache:
                 self._n_pages[layer] = n_left
                 kv_len[layer] -= n_freed * size
         self.kv_len = kv_len
+
+    def begin_at(self, n_tokens: int) -> None:
+        """Allocate the pages that an empty sequence has after reading ``n_tokens``, whole pages, of a prompt. On
+        ``CapacityError`` nothing has changed.
+        """
+        size = self.pool.page_size
+        kv_len = np.array([pages_of_prompt(n_tokens, window=window, page_size=size) for window in self._windows]) * size
+        self._grow_tables(kv_len // size)
+        self.kv_len = kv_len
+        self.num_computed_tokens = self.n_prompt = n_tokens
+
+    def begin_with(self, kv_len: Sequence[int], num_computed_tokens: int) -> None:
+        """Allocate the pages of an empty sequence that goes on from ``num_computed_tokens`` tokens, of which layer l holds
+        ``kv_len[l]``. On ``CapacityError`` nothing has changed.
+        """
+        self._grow_tables(-(-np.array(kv_len, np.int64) // self.pool.page_size))
+        self.kv_len = np.array(kv_len, np.int64)
+        self.num_computed_tokens = self.n_prompt = num_computed_tokens
+        self.goes_on = True
 
     def make_room(self, n_new: int) -> None:
         """Allocate the pages that ``append(n_new)`` needs. On ``CapacityError`` nothing has changed."""
@@ -181,6 +202,7 @@ class SequenceCache:
         twin.adaptive_budget = self.adaptive_budget.copy()
         twin.kv_len = self.kv_len.copy()
         twin.is_evicted = self.is_evicted
+        twin.goes_on = self.goes_on
         if self._growth is not None:
             twin._growth = list(self._growth)
             slot_of_page = dict(zip(self.pages, twin.pages, strict=True))
@@ -207,7 +229,7 @@ class SequenceCache:
         self._n_pages[:] = 0
         self.kv_len = np.zeros_like(self.kv_len)
         self._growth = None
-        self.is_evicted = False
+        self.is_evicted = self.goes_on = False
         self.num_computed_tokens = 0
         self.n_prompt = 0
         self.adaptive_budget[:] = -1
@@ -256,3 +278,9 @@ class SequenceCache:
             self.page_table[layer, self._n_pages[layer] : n_pages[layer]] = pages[: more_L[layer]]
             del pages[: more_L[layer]]
         self._n_pages = n_pages
+
+
+def pages_of_prompt(n_tokens: int, *, window: int, page_size: int) -> int:
+    """The pages that a layer holds after reading ``n_tokens``, whole pages, of a prompt; ``window``: of its attention, or 0."""
+    n_passed = max(0, n_tokens - (window - 1)) // page_size if window else 0
+    return n_tokens // page_size - n_passed

@@ -1,9 +1,12 @@
 """A sequence whose KV cache is on the host for some layers and on the device for the others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
+import numpy as np
+
 from trt_kv.errors import TrtKvError
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.page_pool import PagePool
@@ -67,6 +70,31 @@ class Tiers(Protocol):
 
     def close(self) -> None:
         """Release everything; nothing is recalled afterwards."""
+        ...
+
+
+class CopyableTiers(Tiers, Protocol):
+    """Tiers whose pages can be copied, for prefix reuse and conversations (``CacheBlocks``, ``SequenceStates``)."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether every page is in the host's memory, also one that is not full."""
+        ...
+
+    def read_pages(self, row: int, pages: Ints) -> Mapping[str, np.ndarray]:
+        """Copies of full pages of the layer whose first host page is ``row``: "kv" and "summaries", as in ``CacheBlocks``.
+        ``RecallError`` if they have been lost.
+        """
+        ...
+
+    def write_pages(self, pages: Ints, values: Mapping[str, np.ndarray]) -> None:
+        """Write what ``read_pages`` returned to new pages. ``RecallError`` if that fails."""
+        ...
+
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
+        """Let a layer of a new sequence begin with ``pages``, which ``write_pages`` has written. ``limits``: those of its
+        RecallAttention; None: only if ``in_memory``.
+        """
         ...
 
 

@@ -39,6 +39,9 @@ class SamplingParams:
     object), ``regex``, ``grammar`` (in Lark's notation, from the rule ``start``). Tokens that the output has no place for are
     never chosen, and the output ends when it is complete. ``max_new_tokens`` may cut it short. Needs the extra ``structured``.
 
+    **Prefix.** ``cache_salt``: requests with different salts never use each other's cached prefixes, whose effect on the time
+    to the first token would tell one what another has asked.
+
     ``parse_special_tokens``: special tokens that are written in a prompt's text, as chat templates write them, become control
     tokens. False, for text of users: ``<eos>`` in it is text like any other, and ends or begins nothing.
     ``top_logprobs``: record the log-probability of each generated token, and of as many of the likeliest; None: of none.
@@ -71,6 +74,7 @@ class SamplingParams:
     json_schema: Mapping[str, Any] | str | None = None
     regex: str | None = None
     grammar: str | None = None
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
@@ -115,6 +119,7 @@ class SamplingParams:
             ),
             ("regex", self.regex is None or _is_text(self.regex), "a text that is not empty, or None"),
             ("grammar", self.grammar is None or _is_text(self.grammar), "a text that is not empty, or None"),
+            ("cache_salt", self.cache_salt == "" or _is_text(self.cache_salt), "a text"),
         ):
             if not valid:
                 raise UsageError(f"bad {name}", got=repr(getattr(self, name)), expected=expected, parameter=name)
@@ -195,6 +200,7 @@ class SamplingOptions(TypedDict, total=False):
     json_schema: Mapping[str, Any] | str | None
     regex: str | None
     grammar: str | None
+    cache_salt: str
 
 
 def _is_stop(stop: object) -> bool:

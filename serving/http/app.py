@@ -48,7 +48,7 @@ def make_app(engine: AsyncEngine, settings: ServerSettings) -> Starlette:
     app = Starlette(
         routes=[Route(path, _bound(context, endpoint), methods=[method]) for method, path, endpoint in _ROUTES],
         exception_handlers={RefusedError: _refuse, HTTPException: _refuse_path, ClientDisconnect: _ignore},
-        middleware=[Middleware(Surroundings, api_key=settings.api_key)],
+        middleware=[Middleware(Surroundings, api_keys=settings.api_keys)],
         lifespan=life,
     )
     app.state.context = context

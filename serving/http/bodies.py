@@ -9,6 +9,7 @@ MOST_LOGPROBS = 20
 _Stop = Annotated[str, Field(max_length=256)]
 _Stops = Annotated[list[_Stop], Field(max_length=64)]
 _BadWords = Annotated[list[str], Field(max_length=256)]
+_Salt = Annotated[str, Field(min_length=1, max_length=1024)]
 _Ids = Annotated[list[int], Field(max_length=1024)]
 _Json = dict[str, Any]
 
@@ -89,6 +90,7 @@ class Generating(WithoutEffect):
     bad_words: _BadWords | None = None
     skip_special_tokens: bool | None = None
     timeout_s: float | None = None
+    cache_salt: _Salt | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: _Json | str | None = None
     guided_regex: str | None = None

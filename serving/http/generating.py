@@ -1,6 +1,7 @@
 """POST /v1/chat/completions and /v1/completions: whole answers, and streams of server-sent events."""
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ async def _answer(context: Context, request: Request, asked: Asked) -> Response:
         raise RefusedError(400, "stream_options needs stream to be true", param="stream_options", code="invalid_value")
     running = Running(context.engine, context.admission)
     try:
-        await running.start(asked.prompts, asked.params)
+        await running.start(asked.prompts, _salted(asked.params, request.state.key_digest))
     except TrtKvError as error:
         raise refusal_of(error, asked.names, default_param=asked.param) from error
     if asked.body.stream:
@@ -121,6 +122,11 @@ async def _answer(context: Context, request: Request, asked: Asked) -> Response:
         _log_end(context, running, request.state.request_id)
         running.close()
     return GONE if results is None else JSONResponse(asked.form.whole(results, usage_of(results)))
+
+
+def _salted(params: SamplingParams, key_digest: str) -> SamplingParams:
+    """Parameters whose prefixes only requests with the same API key, and the same salt, can find."""
+    return dataclasses.replace(params, cache_salt=f"{key_digest}/{params.cache_salt}") if key_digest else params
 
 
 async def _unless_gone(request: Request, running: Running) -> list[Generation] | None:

@@ -1,10 +1,12 @@
 """What happens around every request: an id, the key, errors as OpenAI's objects, one line in the log."""
 
+import hashlib
 import hmac
 import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,14 +19,15 @@ _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Surroundings:
-    """ASGI middleware. ``api_key``: what requests below /v1 must send as a bearer token; None: nothing.
+    """ASGI middleware. ``api_keys``: requests below /v1 must send one of them as a bearer token; none: nothing.
 
-    A client may choose the id of its request (X-Request-Id); the answer has it in any case.
+    A client may choose the id of its request (X-Request-Id); the answer has it in any case. The state of a request has its
+    ``request_id``, and ``key_digest``, which tells its key from others; "" without keys.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str]) -> None:
         self._app = app
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._digests = {f"Bearer {key}".encode(): hashlib.sha256(f"trt-kv key {key}".encode()).hexdigest() for key in api_keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,7 +36,8 @@ class Surroundings:
         headers = dict(scope["headers"])
         given = headers.get(REQUEST_ID.encode(), b"").decode("latin-1")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state |= {"request_id": request_id, "key_digest": ""}
         begin, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -44,8 +48,8 @@ class Surroundings:
             await send(message)
 
         try:
-            if self._key is not None and scope["path"].startswith(_GUARDED):
-                self._check_key(headers.get(b"authorization", b""))
+            if self._digests and scope["path"].startswith(_GUARDED):
+                state["key_digest"] = self._digest_of(headers.get(b"authorization", b""))
             await self._app(scope, receive, send_with_id)
         except RefusedError as refusal:
             await refusal.response(scope, receive, send_with_id)
@@ -65,12 +69,14 @@ class Surroundings:
                 seconds=seconds,
             )
 
-    def _check_key(self, given: bytes) -> None:
-        assert self._key is not None
-        if not hmac.compare_digest(given, self._key):
+    def _digest_of(self, given: bytes) -> str:
+        """The digest of the key that is given. All are compared, so that the time does not tell which one is close."""
+        found = [digest for key, digest in self._digests.items() if hmac.compare_digest(given, key)]
+        if not found:
             raise RefusedError(
                 401,
                 "wrong or missing API key: send Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return found[0]

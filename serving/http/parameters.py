@@ -14,6 +14,7 @@ from trt_kv.serving.http.settings import MAX_COMPLETION_TOKENS
 _SAME = (
     *("n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "min_p", "typical_p"),
     *("repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words", "skip_special_tokens", "timeout_s"),
+    "cache_salt",
 )
 """Fields with the names and the meaning of ``SamplingParams``."""
 

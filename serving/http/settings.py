@@ -1,5 +1,6 @@
 """What an HTTP server listens on, admits and tells."""
 
+import re
 from dataclasses import dataclass
 
 from trt_kv.errors import UsageError
@@ -12,8 +13,8 @@ MAX_COMPLETION_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """``api_key``: what clients send as a bearer token; None: anybody may ask. ``max_queue``: requests that may wait to be
-    started. ``max_body_bytes`` of a request, ``max_prompt_tokens`` of each prompt (None: what the engine serves).
+    """``api_keys``: clients send one of them as a bearer token; none: anybody may ask. ``max_queue``: requests that may wait to
+    be started. ``max_body_bytes`` of a request, ``max_prompt_tokens`` of each prompt (None: what the engine serves).
     ``max_new_tokens``: the limit of answers that give none. ``drain_seconds``: how long requests may go on after the server was
     told to stop. ``log_prompts``: the log shows prompts and answers too.
     """
@@ -21,7 +22,7 @@ class ServerSettings:
     model_name: str
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
     max_queue: int = 256
     max_body_bytes: int = 4 * 2**20
     max_prompt_tokens: int | None = None
@@ -32,7 +33,7 @@ class ServerSettings:
     @property
     def is_open(self) -> bool:
         """Whether other machines can use the model without a key."""
-        return self.api_key is None and self.host not in ("127.0.0.1", "::1", "localhost")
+        return not self.api_keys and self.host not in ("127.0.0.1", "::1", "localhost")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -40,7 +41,9 @@ class ServerSettings:
         for name, least in (("max_queue", 1), ("max_body_bytes", 1), ("max_new_tokens", 1), ("drain_seconds", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"bad {name}", got=getattr(self, name), expected=f"an integer >= {least}", parameter=name)
-        if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
-            raise UsageError("bad api_key", got="no visible ASCII character", expected="a key", parameter="api_key")
+        if any(not re.fullmatch(r"[!-~]+", key) for key in self.api_keys):
+            raise UsageError(
+                "bad api_key", got="spaces, or other characters", expected="visible ASCII characters only", parameter="api_key"
+            )
         if not self.model_name.strip():
             raise UsageError("the model has no name", expected="a name for clients", parameter="model_name")

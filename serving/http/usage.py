@@ -15,6 +15,7 @@ def usage_of(results: Sequence[Generation]) -> dict[str, Any]:
         "prompt_tokens": prompts,
         "completion_tokens": n_generated,
         "total_tokens": prompts + n_generated,
+        "prompt_tokens_details": {"cached_tokens": sum(result.n_cached_tokens for result in results)},
         "kv": kv_of(everyone),
     }
 

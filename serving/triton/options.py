@@ -42,6 +42,9 @@ class ModelOptions:
     max_sequences: int | None = None
     n_threads: int | None = None
     batch_invariant: bool | None = None
+    prefix_cache: bool | None = None
+    prefix_bytes: int | None = None
+    prefix_store: str | None = None
 
     def __post_init__(self) -> None:
         if self.drain_seconds < 0:

@@ -66,6 +66,12 @@ def _as_it_is(value: Any) -> str | Sequence[Any]:
     return value
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
 def _structure(value: Any) -> str | Mapping[str, Any]:
     if not isinstance(value, str | dict):
         raise TypeError(value)
@@ -89,6 +95,7 @@ FIELDS: Mapping[str, _Field] = {
     **_named(("ignore_eos", "skip_special_tokens", "parse_special_tokens"), _boolean, "true or false"),
     **_named(("stop", "stop_token_ids", "bad_words"), _as_it_is, "a text or a list"),
     **_named(("json_schema", "regex", "grammar"), _structure, "a text, or for json_schema an object"),
+    "cache_salt": ("cache_salt", _text, "a text"),
     "logit_bias": ("logit_bias", _bias, "an object of numbers by token id"),
 }
 """Of each name: the field of ``SamplingParams``, how its value is read, and what that must be."""

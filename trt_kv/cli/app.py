@@ -16,7 +16,10 @@ from trt_kv.require import missing_dependency
 INTERRUPTED = 130
 
 # name of the command and of its module in trt_kv.cli, in the order a user needs them
-COMMANDS = ("doctor", "models", "policies", "build", "generate", "chat", "serve", "evaluate", "inspect", "calibrate", "export")
+COMMANDS = (
+    *("doctor", "models", "policies", "build", "generate", "chat", "serve", "prefix", "evaluate", "inspect", "calibrate"),
+    "export",
+)
 
 
 class LazyGroup(click.Group):

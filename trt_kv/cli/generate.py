@@ -71,6 +71,7 @@ def command(
     Examples:
       trt-kv generate engines/llama3-prefixkv "the keeper of the tower"
       trt-kv generate engines/llama3-prefixkv - < prompt.txt
+      trt-kv generate engines/llama3-prefixkv --prompt-file long.txt --prefix-store ~/prefixes
       trt-kv generate engines/llama3-freekv --prompt-file long.txt --host-tier file:/var/tmp/kv --trace trace.json
       trt-kv generate engines/llama3-prefixkv --prompt-file long.txt --device cuda --dtype bfloat16
       trt-kv generate ENGINE --prompt-file prompt.txt --temperature 0.8 --top-p 0.95 --seed 7 --stop "."
@@ -85,7 +86,7 @@ def command(
     text = read_prompt(prompt, prompt_file)
     sampling |= {"parse_special_tokens": parse_special_tokens}
     notes: list[str] = []
-    running = RunOptions(on=on, digest=digest, resources=resources, trace=trace, model_defaults=model_defaults)
+    running = RunOptions(on=on, digest=digest, resources=resources.for_one_prompt(), trace=trace, model_defaults=model_defaults)
     begun = False
     try:
         for piece in stream_text(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_kv.cli.generation_notes import held_notes, recall_note
+from trt_kv.cli.generation_notes import held_notes, prefix_note, recall_note
 from trt_kv.cli.progress import progress_bars
 from trt_kv.cli.sampling_notes import defaults_notes, logprobs_text, samples_text
 from trt_kv.pipeline.destinations import check_new_file
@@ -83,6 +83,8 @@ def stream_text(
         on_end("[the prompt begins with the tokenizer's BOS: no second one was put in front]")
     for note in held_notes(loaded.manifest, result):
         on_end(note)
+    if result.n_cached_tokens or running.resources.prefix_store is not None:
+        on_end(prefix_note(result))
     if not running.on.on_host:
         on_end(f"[run by {loaded.runner.description}]")
     counts = None if loaded.runner.tiers is None else loaded.runner.tiers.statistics

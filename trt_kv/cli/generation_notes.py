@@ -20,6 +20,13 @@ def held_notes(manifest: Manifest, result: "Generation") -> list[str]:
     return [f"sample {i}: {held_note(manifest, one)}" for i, one in enumerate(result.samples, start=1)]
 
 
+def prefix_note(result: "Generation") -> str:
+    """How much of the prompt was not computed, and how long the first token took."""
+    seconds = result.times.to_first_token_s
+    told = "" if seconds is None else f"; first token after {seconds:.2f} s"
+    return f"[{result.n_cached_tokens} of {result.n_prompt_tokens} prompt tokens from the prefix cache{told}]"
+
+
 def held_note(manifest: Manifest, result: "Generation") -> str:
     """Lengths, and how much of the cache was held; of a cache on the host, what a step attends to."""
     begin = f"{result.n_prompt_tokens} prompt tokens, {len(result.token_ids)} generated, finished: {result.finish_reason}"

@@ -1,6 +1,7 @@
 """Options of the commands that run an engine: where, and with how much memory and how many threads."""
 
 import functools
+import re
 from typing import Any
 
 import click
@@ -8,6 +9,20 @@ import click
 from trt_kv.cli.options import CommandFunction
 from trt_kv.manifest import KV_DTYPES
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
+
+_UNITS = {"": 1} | {f"{prefix}B": 1000**at for at, prefix in enumerate(("", "k", "M", "G", "T"))}
+_UNITS |= {f"{prefix}iB": 1024**at for at, prefix in enumerate(("K", "M", "G", "T"), start=1)}
+
+
+def byte_count(_ctx: click.Context | None, _parameter: click.Parameter | None, text: str | None) -> int | None:
+    """Callback of a number of bytes, with a unit or without: 4096, 512MiB, 1.5 GB."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    factor = None if found is None else next((n for unit, n in _UNITS.items() if unit.lower() == found[2].lower()), None)
+    if found is None or factor is None or not (n_bytes := int(float(found[1]) * factor)):
+        raise click.BadParameter(f"{text!r} is no size: expected bytes >= 1, such as 512MiB or 2GiB")
+    return n_bytes
 
 
 def device_options(command: CommandFunction) -> CommandFunction:
@@ -51,8 +66,8 @@ def device_options(command: CommandFunction) -> CommandFunction:
 
 
 def resource_options(command: CommandFunction) -> CommandFunction:
-    """Add --kv-dtype, --cache-tokens, --host-tier, --host-tokens, --chunk, --threads and --batch-invariant; ``command``
-    receives ``resources``, a ``ResourceChoice``.
+    """Add --kv-dtype, --cache-tokens, --host-tier, --host-tokens, --chunk, --threads, --batch-invariant, --prefix-cache,
+    --prefix-bytes and --prefix-store; ``command`` receives ``resources``, a ``ResourceChoice``.
     """
     count = click.IntRange(min=1)
 
@@ -82,6 +97,19 @@ def resource_options(command: CommandFunction) -> CommandFunction:
         default=None,
         help="Results that do not depend, bit for bit, on what else runs. Default: yes on a CPU, no on a GPU.",
     )
+    @click.option(
+        "--prefix-cache/--no-prefix-cache",
+        default=None,
+        help="Prompts that begin like an earlier one continue from copies of what it had cached. Default: yes, "
+        "but of generate only with --prefix-store.",
+    )
+    @click.option(
+        "--prefix-bytes",
+        callback=byte_count,
+        metavar="SIZE",
+        help="Memory of these copies, such as 512MiB or 2GiB. Default: an eighth of what is free.",
+    )
+    @click.option("--prefix-store", metavar="FOLDER", help="Also keep them in files there, for the next run. Default: in none.")
     @functools.wraps(command)
     def collected(
         *,
@@ -92,6 +120,9 @@ def resource_options(command: CommandFunction) -> CommandFunction:
         chunk: int | None,
         threads: int | None,
         batch_invariant: bool | None,
+        prefix_cache: bool | None,
+        prefix_bytes: int | None,
+        prefix_store: str | None,
         **others: Any,
     ) -> None:
         resources = ResourceChoice(
@@ -102,6 +133,9 @@ def resource_options(command: CommandFunction) -> CommandFunction:
             chunk=chunk,
             n_threads=threads,
             batch_invariant=batch_invariant,
+            prefix_cache=prefix_cache,
+            prefix_bytes=prefix_bytes,
+            prefix_store=prefix_store,
         )
         command(resources=resources, **others)
 

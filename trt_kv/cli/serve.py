@@ -29,7 +29,12 @@ N_TRACED = 500_000
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Listen there; 0.0.0.0: everywhere.")
 @click.option("--port", type=int, default=8000, show_default=True, metavar="N", help="Listen there; 0: a free port.")
 @click.option(
-    "--api-key", envvar="TRT_KV_API_KEY", metavar="KEY", help="What clients must send. Default: $TRT_KV_API_KEY, else nothing."
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    envvar="TRT_KV_API_KEY",
+    metavar="KEY",
+    help="What clients must send; may be given several times. Default: those in $TRT_KV_API_KEY, else nothing.",
 )
 @click.option("--model-name", metavar="NAME", help="What clients call the model. Default: the engine's folder.")
 @click.option("--max-queue", type=int, metavar="N", help="Requests that may wait; others are refused (503). Default: 256.")

@@ -3,7 +3,7 @@
 Messages name the options of the command line that fill the fields.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,9 +255,17 @@ class ResourceChoice:
     n_threads: int | None = None
     batch_invariant: bool | None = None
     kv_dtype: str | None = None
+    prefix_cache: bool | None = None
+    prefix_bytes: int | None = None
+    prefix_store: str | None = None
 
     def __post_init__(self) -> None:
         check_kv_dtype(self.kv_dtype)
+
+    def for_one_prompt(self) -> "ResourceChoice":
+        """The same without a prefix cache that nothing could be found in, unless something is said about it."""
+        is_useless = (self.prefix_cache, self.prefix_bytes, self.prefix_store) == (None, None, None)
+        return replace(self, prefix_cache=False) if is_useless else self
 
     def options(self, *, has_host_tier: bool = True) -> dict[str, Any]:
         """Options of ``Engine.load``; without those of a host tier if the engine has none."""

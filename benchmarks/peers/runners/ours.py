@@ -20,7 +20,8 @@ def set_up(setup: Setup) -> tuple[dict[str, Any], Run]:
         options["host_tokens"] = setup.context
     else:
         options["cache_tokens"] = setup.context
-    engine = Engine.load(setup.model, n_threads=setup.threads, **options)
+    # The others' prefix caches are off, or find nothing.
+    engine = Engine.load(setup.model, n_threads=setup.threads, prefix_cache=False, **options)
     caches = PlacedCaches(engine)
 
     def run(job: Job) -> Answer:

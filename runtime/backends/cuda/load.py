@@ -20,7 +20,14 @@ from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
 from trt_kv.runtime.backends.cuda.weights import decoder_from_engine
 from trt_kv.runtime.backends.devices import DENSE, DeviceOptions, free_device_bytes, told_out_of_memory
 from trt_kv.runtime.backends.host.segments import check_shapes
-from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_kv_as_computed, check_no_host_tier
+from trt_kv.runtime.loading import (
+    Loaded,
+    LoadOptions,
+    OnProgress,
+    check_kv_as_computed,
+    check_no_host_tier,
+    check_reads_whole_prompts,
+)
 from trt_kv.runtime.memory import available_bytes
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservation, Resource
@@ -124,6 +131,7 @@ def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOpt
             got=f"int{manifest.quantization.bits} weights on the device {device}",
             fix="use the device cpu, or build the engine without --quant",
         )
+    check_reads_whole_prompts(folder, manifest)
     if not manifest.applied_policy.recalls:
         check_no_host_tier(folder, manifest, options)
     elif finds_budgets(manifest.programs["prefill"]):

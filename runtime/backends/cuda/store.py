@@ -1,8 +1,10 @@
 """A KV pool in the memory of a torch device."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
 
 TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -42,5 +44,27 @@ class DeviceKvPool(KvPool[Tensor]):
         self.summaries = self._empty(n_recalling, n_kv_heads, 2, head_size)
         self.last_query = self._empty(n_recalling, n_query_heads, head_size)
 
+    def read_pages(self, state: str, pages_M: Ints) -> np.ndarray:
+        """See ``KvPool.read_pages``."""
+        return bits_on_host(self.states[state][torch.from_numpy(pages_M).to(self.device)])
+
+    def write_pages(self, state: str, pages_M: Ints, values: np.ndarray) -> None:
+        """See ``KvPool.write_pages``."""
+        into = self.states[state]
+        into[torch.from_numpy(pages_M).to(self.device)] = from_bits(values, into.dtype).to(self.device)
+
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+
+def bits_on_host(values: Tensor) -> np.ndarray:
+    """A copy on the host; numpy has no bfloat16, so of types of two bytes it has the bits, as int16."""
+    copy = values.detach().to("cpu", copy=True)
+    bits: np.ndarray = (copy.view(torch.int16) if copy.element_size() == torch.int16.itemsize else copy).numpy()
+    return bits
+
+
+def from_bits(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """The tensor on the host of which ``bits_on_host`` made ``values``."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.view(dtype) if tensor.dtype != dtype else tensor

@@ -69,6 +69,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         chunk=options.chunk,
         decode=policy.decode,
         decode_distance=policy.decode_distance,
+        reading_reserve=policy.reading_reserve,
         recall=recall,
         trace=options.trace,
     )
@@ -143,19 +144,27 @@ def _pages(manifest: Manifest, runner: ModelRunner, chunk: int) -> list[Resource
     """The resources that requests reserve in the engine's pools."""
     budgets, windows, policy = manifest.budgets, manifest.windows, manifest.applied_policy
     if runner.tiers is None:
-        n_protected = policy.sinks + policy.recent
-        return [CachePages(runner.pool, budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk)]
+        pages = CachePages(
+            runner.pool,
+            budgets=budgets,
+            n_protected=policy.sinks + policy.recent,
+            windows=windows,
+            chunk=chunk,
+            reserve=policy.reading_reserve,
+        )
+        return [pages]
     recalling = recalling_layers(manifest.programs["decode"])
     host = HostPages(runner.tiers.host, n_layers=len(recalling))
     if isinstance(runner.tiers, RecallInPlace):
-        others = [window for layer, window in enumerate(windows) if layer not in recalling]
+        others = [layer for layer in range(len(budgets)) if layer not in recalling]
         pool = CachePages(
             runner.pool,
             budgets=[None] * len(others),
             n_protected=0,
-            windows=others,
+            windows=[windows[layer] for layer in others],
             chunk=chunk,
-            n_layers=len(windows),
+            n_layers=len(budgets),
+            layers=others,
         )
         return [pool, host]
     limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)

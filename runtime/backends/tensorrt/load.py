@@ -11,7 +11,15 @@ from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.tensorrt.executor import TensorRtExecutor, free_device_bytes
 from trt_kv.runtime.cache.page_pool import PagePool
-from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress, check_kv_as_computed, check_no_host_tier, pool_sizes
+from trt_kv.runtime.loading import (
+    Loaded,
+    LoadOptions,
+    OnProgress,
+    check_kv_as_computed,
+    check_no_host_tier,
+    check_reads_whole_prompts,
+    pool_sizes,
+)
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import CachePages, Places, Reservation
 from trt_kv.safe_path import safe_join
@@ -23,6 +31,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     ``UsageError`` for options of a host cache, ``EngineError`` for a plan that TensorRT cannot load.
     """
     check_no_host_tier(folder, manifest, options)
+    check_reads_whole_prompts(folder, manifest)
     if options.batch_invariant:
         raise UsageError("a TensorRT plan is not batch-invariant", got="batch_invariant=True", fix="leave it out")
     if options.dense is not None:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,17 +35,18 @@ from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.attention_triton import attend_one
 from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.plugins.recall_attention.choice_triton import page_bounds
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
 from trt_kv.plugins.registry import Kernel, called_by_name
 from trt_kv.program import Program, recalling_layers
 from trt_kv.runtime.backends.cuda.recall.ahead import RecallAhead
 from trt_kv.runtime.backends.cuda.recall.background import InPlace, SideStream, SideWork
 from trt_kv.runtime.backends.cuda.recall.begin import BegunLayer, LayerStep, begin_layer
-from trt_kv.runtime.backends.cuda.recall.moves import plan_now
+from trt_kv.runtime.backends.cuda.recall.moves import WorkingSets, plan_now
 from trt_kv.runtime.backends.cuda.recall.prompt_attention import PromptStaging
 from trt_kv.runtime.backends.cuda.recall.recall_pages import recall_pages
 from trt_kv.runtime.backends.cuda.recall.working_set import BlockSizes, DeviceSets, PinnedTier
-from trt_kv.runtime.backends.cuda.store import DeviceKvPool
+from trt_kv.runtime.backends.cuda.store import DeviceKvPool, bits_on_host, from_bits
 from trt_kv.runtime.backends.host.recall.prompt_attention import BLOCK_TOKENS
 from trt_kv.runtime.backends.step import Ints
 
@@ -74,6 +76,7 @@ class DeviceRecall:
     generated tokens only. ``release`` frees a sequence's working sets.
     """
 
+    in_memory = False
     statistics = None
     """Not counted: the host does not read back what the device recalls."""
 
@@ -122,6 +125,37 @@ class DeviceRecall:
             recall_pages(sets.host_kv, sets.host_kv, moves)
         sets.summaries[torch.from_numpy(twin_pages)] = sets.summaries[torch.from_numpy(pages)]
         self.sets.fork(int(pages[0]), int(twin_pages[0]))
+
+    def read_pages(self, row: int, pages: Ints) -> Mapping[str, np.ndarray]:
+        """See ``CopyableTiers``. Waits for the device."""
+        sets = self._waited_for()
+        return {
+            "kv": bits_on_host(sets.host_kv[torch.from_numpy(pages)]),
+            "summaries": bits_on_host(sets.summaries[torch.from_numpy(pages).to(sets.summaries.device)]),
+        }
+
+    def write_pages(self, pages: Ints, values: Mapping[str, np.ndarray]) -> None:
+        """See ``CopyableTiers``. Waits for the device."""
+        sets = self._waited_for()
+        summaries = from_bits(values["summaries"], sets.summaries.dtype)
+        sets.host_kv[torch.from_numpy(pages)] = from_bits(values["kv"], sets.host_kv.dtype)
+        sets.summaries[torch.from_numpy(pages).to(sets.summaries.device)] = summaries.to(sets.summaries.device)
+
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
+        """See ``CopyableTiers``. Sinks and newest pages are copied to the device."""
+        assert limits is not None
+        sets, block = self._waited_for(), self.sets.allocate(int(pages[0]))
+        for number, page in enumerate(pages.tolist()):
+            if number < limits.n_sinks or number >= len(pages) - limits.n_newest:
+                sets.kv[self.prompts.place(block, limits, number)] = sets.host_kv[page].to(sets.kv.device)
+
+    def _waited_for(self) -> WorkingSets:
+        """The working sets and the host tier, when the device has written all that it was to write."""
+        self._side.join()
+        sets = self.sets.tensors
+        if sets.kv.is_cuda:
+            torch.cuda.synchronize(sets.kv.device)
+        return sets
 
     def warm_up(self) -> None:
         """Does nothing: the executor's warm-up steps compile all kernels."""

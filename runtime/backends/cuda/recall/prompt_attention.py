@@ -61,7 +61,7 @@ class PromptStaging:
         kept = [j for j in range(first, end) if j < limits.n_sinks or j >= end - limits.n_newest]
         sets = self._sets.tensors
         self._copy(self.kv, sets.host_kv, [(own[j - first], pages[j]) for j in range(first, n_cached // size)])
-        self._copy(self.kv, sets.kv, [(own[j - first], self._place(block, limits, j)) for j in kept])
+        self._copy(self.kv, sets.kv, [(own[j - first], self.place(block, limits, j)) for j in kept])
 
         if first <= self._n_earlier:
             self._bring(pages[:first], 0)
@@ -81,7 +81,7 @@ class PromptStaging:
         size, n_before = limits.page_size, n_cached - len(k)
         first, n_open = divmod(n_before, size)
         if n_open:
-            self._copy(self._sets.tensors.kv, self.kv, [(self._place(block, limits, first), self._n_earlier)])
+            self._copy(self._sets.tensors.kv, self.kv, [(self.place(block, limits, first), self._n_earlier)])
         self._number(self._n_earlier, -(-n_cached // size) - first, first)
         slots_N = torch.arange(len(k), device=k.device) + (self._n_earlier * size + n_open)
         append_tokens(self.kv, self._token_positions, slots_N, k, v, positions)
@@ -123,7 +123,7 @@ class PromptStaging:
         )
         return out, lse
 
-    def _place(self, block: int, limits: PageLimits, number: int) -> int:
+    def place(self, block: int, limits: PageLimits, number: int) -> int:
         """The device page of a sink or one of the newest pages; the same rule as ``moves_kernels.own_page``."""
         own = number if number < limits.n_sinks else limits.n_sinks + number % limits.n_newest
         return block * self._sets.sizes.n_pages + own

@@ -46,6 +46,8 @@ class StreamedRecall:
     number of the layer's first host page.
     """
 
+    in_memory = False
+
     def __init__(
         self, host: HostTier, device: HostKvPool, copies: Copies, *, n_layers: int, finds_budgets: bool, trace: Trace = NO_TRACE
     ) -> None:
@@ -186,6 +188,24 @@ class StreamedRecall:
         original = self.sets[int(pages[0])]
         twin = self.sets[int(twin_pages[0])] = WorkingSet(self.device, original.limits)
         self._streams.fork(original, twin, pages, twin_pages)
+
+    def read_pages(self, row: int, pages: Ints) -> Mapping[str, np.ndarray]:
+        """See ``CopyableTiers``. Waits for pending copies."""
+        self._streams.join(self.sets[row])
+        return {"kv": self._streams.read_pages(pages), "summaries": self.summaries[pages]}
+
+    def write_pages(self, pages: Ints, values: Mapping[str, np.ndarray]) -> None:
+        """See ``CopyableTiers``. Returns when they have been written."""
+        self._streams.write_pages(pages, values["kv"])
+        self.summaries[pages] = values["summaries"]
+
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
+        """See ``CopyableTiers``. Sinks and newest pages are read back to the device."""
+        assert limits is not None
+        working_set = self._working_set(int(pages[0]), limits)
+        for first, end in ((0, min(limits.n_sinks, len(pages))), (max(0, len(pages) - limits.n_newest), len(pages))):
+            working_set.n_tokens = first * limits.page_size
+            working_set.place(self._streams.read_pages(pages[first:end]), end * limits.page_size)
 
     def _working_set(self, row: int, limits: PageLimits) -> WorkingSet:
         """The working set of a layer of a sequence. A new one is recorded before it allocates, so that ``release`` finds it."""

@@ -12,6 +12,7 @@ import numpy as np
 from trt_kv.errors import load_option
 from trt_kv.plugins.kv_rows import head_size_of
 from trt_kv.plugins.paging import Floats, Ints, Rows
+from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.plugins.registry import Kernel, kernel
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.tiered_sequence import Held
@@ -28,6 +29,8 @@ class MemoryTier(HostKvPool):
 
 class RecallInPlace:
     """Kernels of RecallAttention and AdaptiveBudget over ``host``. See ``Tiers``."""
+
+    in_memory = True
 
     def __init__(
         self, host: MemoryTier, device: HostKvPool, *, n_layers: int, n_query_heads: int, trace: Trace = NO_TRACE
@@ -71,6 +74,18 @@ class RecallInPlace:
         """Copy one layer of a sequence from its pages ``pages`` to the new pages ``twin_pages`` of its fork."""
         for array in (self.host.kv, self.host.token_positions, self.summaries, self.last_query):
             array[twin_pages] = array[pages]
+
+    def read_pages(self, row: int, pages: Ints) -> Mapping[str, np.ndarray]:
+        """See ``CopyableTiers``."""
+        return {"kv": self.host.kv[pages], "summaries": self.summaries[pages]}
+
+    def write_pages(self, pages: Ints, values: Mapping[str, np.ndarray]) -> None:
+        """See ``CopyableTiers``."""
+        self.host.kv[pages], self.summaries[pages] = values["kv"], values["summaries"]
+
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
+        """See ``CopyableTiers``."""
+        self.host.token_positions[pages] = positions_MP[:, None]
 
     def warm_up(self) -> None:
         """Nothing is compiled but the ops' kernels."""

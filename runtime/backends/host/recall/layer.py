@@ -1,7 +1,7 @@
 """Operations on one layer of one sequence whose cache is on the host: prompt attention, choosing, recalling, storing pages."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from threading import Event
 
@@ -64,7 +64,7 @@ class LayerStreams:
         self.join(working_set)
         n_full = working_set.n_tokens // working_set.limits.page_size
         for page, twin_page in zip(pages[:n_full], twin_pages, strict=False):
-            self._write_now(int(twin_page), self.read_pages(np.array([page]))[0])
+            self.write_pages([twin_page], self.read_pages(np.array([page])))
         self.summaries[twin_pages] = self.summaries[pages]
         twin.copy_from(working_set)
 
@@ -229,9 +229,11 @@ class LayerStreams:
             working_set.held_KS, working_set.chosen_KC = prefetch.held_KS, prefetch.chosen_KC
         return prefetch
 
-    def _write_now(self, page: int, kv_2KPW: Rows) -> None:
+    def write_pages(self, pages: Iterable[int], kv_M2KPW: Rows) -> None:
+        """Write pages to the host synchronously; ``RecallError`` if they cannot be written."""
         try:
-            self.host.write(page, kv_2KPW)
+            for page, kv_2KPW in zip(pages, kv_M2KPW, strict=True):
+                self.host.write(int(page), kv_2KPW)
         except OSError as error:
             raise lost_pages("the KV cache on the host cannot be read or written", error) from error
 

@@ -1,0 +1,176 @@
+"""Files of prefix blocks, which outlive the engine: one per block, named by its key.
+
+A file is ``_MAGIC``, the SHA-256 digest of the key and the rest, and the block in the format of numpy (npz). It is written
+beside its place and renamed, so a file is whole or not there, even if the process is killed. A file that cannot be read, or is
+not what was written under its key by the same user, is a block that is not there: others may be able to put files into the
+folder, and what is in them would decide answers.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import stat
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_kv.errors import UsageError, load_option
+from trt_kv.runtime.cache.blocks import Block
+
+_MAGIC = b"trt-kv prefix 1\n"
+_SUFFIX = ".prefix"
+_PART = ".part"
+_HEAD_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
+_ABANDONED_S = 3600.0
+"""Age in seconds of a file that is not complete, by which its process must have been killed."""
+
+_log = logging.getLogger(__name__)
+
+
+class PrefixStore:
+    """Blocks in the folder ``path``, which several engines and processes may share: keys tell their blocks apart."""
+
+    def __init__(self, path: Path, *, capacity_bytes: int | None = None) -> None:
+        """``capacity_bytes``: least recently used files are deleted beyond it; None: no limit but the disk. ``UsageError`` if
+        no file can be written. Nobody but the user can read a folder that this creates, or its files.
+        """
+        self.capacity_bytes = capacity_bytes
+        self._path = path
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path, suffix=_PART):
+                pass
+        except OSError as error:
+            raise UsageError(
+                "the prefix store cannot be written",
+                got=f"{path}: {error.strerror}",
+                expected="a folder, or the path of a new one",
+                fix=f"choose another with {load_option('prefix_store')}",
+            ) from error
+        for left in path.glob(f"*{_PART}"):
+            with contextlib.suppress(OSError):
+                if left.stat().st_mtime < time.time() - _ABANDONED_S:
+                    left.unlink()
+
+    def get(self, key: bytes, accepts: Callable[[Block], bool] = lambda _: True) -> Block | None:
+        """The block of a key; None if there is none, or, with a warning, if its file is damaged, is another user's, or holds
+        what ``accepts`` refuses. Such a file is deleted.
+        """
+        file = self._file(key)
+        try:
+            data, is_own = _read(file)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _log.warning("prefix store: %s cannot be read, so its tokens are read again: %s", file, error.strerror)
+            return None
+        block = _block_of(key, data) if is_own else None
+        if block is None or not accepts(block):
+            _log.warning(
+                "prefix store: %s is %s, so its tokens are read again", file, "damaged" if is_own else "another user's"
+            )
+            with contextlib.suppress(OSError):
+                file.unlink()
+            return None
+        return block
+
+    def put(self, key: bytes, block: Block) -> None:
+        """Write a block, unless it is there. What cannot be written is left out, with a warning."""
+        if key in self:
+            return
+        file = self._file(key)
+        written = io.BytesIO()
+        arrays: dict[str, Any] = dict(block)
+        np.savez(written, **arrays)
+        body = written.getvalue()
+        part = None
+        try:
+            if not self._make_room(_HEAD_BYTES + len(body)):
+                return
+            descriptor, part = tempfile.mkstemp(dir=self._path, suffix=_PART)  # readable by the user only
+            with os.fdopen(descriptor, "wb") as out:
+                out.write(_MAGIC + _digest(key, body))
+                out.write(body)
+            Path(part).replace(file)
+        except OSError as error:
+            _log.warning("prefix store: %s cannot be written: %s", file, error.strerror)
+        finally:
+            if part is not None:
+                with contextlib.suppress(OSError):
+                    Path(part).unlink(missing_ok=True)
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether there is a file for a key, whatever is in it."""
+        return self._file(key).exists()
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Make the files of a prefix the last to be deleted, its first block last of all."""
+        now = time.time_ns()
+        for at, key in enumerate(keys):
+            with contextlib.suppress(OSError):
+                os.utime(self._file(key), ns=(now - at, now - at))
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all blocks, of whatever engine."""
+        return sum(size for _, size, _ in self._files())
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """(time of last use in ns, bytes, path) of the file of every block."""
+        found = []
+        for file in self._path.glob(f"*{_SUFFIX}"):
+            with contextlib.suppress(OSError):  # another process may have deleted it
+                status = file.stat()
+                if stat.S_ISREG(status.st_mode):
+                    found.append((status.st_mtime_ns, status.st_size, file))
+        return found
+
+    def _make_room(self, n_bytes: int) -> bool:
+        """Delete the least recently used files until ``n_bytes`` more fit; False if they never do."""
+        if self.capacity_bytes is None:
+            return True
+        if n_bytes > self.capacity_bytes:
+            return False
+        files = sorted(self._files())
+        over = sum(size for _, size, _ in files) + n_bytes - self.capacity_bytes
+        for _, size, file in files:
+            if over <= 0:
+                break
+            file.unlink(missing_ok=True)
+            over -= size
+        return True
+
+    def _file(self, key: bytes) -> Path:
+        return self._path / f"{key.hex()}{_SUFFIX}"
+
+
+def _read(file: Path) -> tuple[bytes, bool]:
+    """What a file holds, and whether it belongs to the user of this process, where the system tells."""
+    with file.open("rb") as opened:
+        owner = os.fstat(opened.fileno()).st_uid
+        return opened.read(), not hasattr(os, "geteuid") or owner == os.geteuid()
+
+
+def _block_of(key: bytes, data: bytes) -> Block | None:
+    """The block that a file holds; None if it is not what was written under ``key``."""
+    head, body = data[:_HEAD_BYTES], data[_HEAD_BYTES:]
+    if head != _MAGIC + _digest(key, body):
+        return None
+    try:
+        with np.load(io.BytesIO(body), allow_pickle=False) as stored:
+            return dict(stored)
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError):
+        return None
+
+
+def _digest(key: bytes, body: bytes) -> bytes:
+    digest = hashlib.sha256(key)
+    digest.update(body)
+    return digest.digest()
