@@ -240,6 +240,7 @@ def reasons(document: dict[str, Any]) -> list[str]:
 def test_a_run_measures_once_and_tells_what_it_could_not(fakes: list[tuple[int, int]], tmp_path: Path) -> None:
     hurried = measured(tmp_path, "--minutes", "-1")
     assert reasons(hurried).count(OUT_OF_TIME) == 5
+    assert f"* 5 loads: {OUT_OF_TIME}" in section(hurried)
     del fakes[:]
     document = measured(tmp_path, "--resume")
     warm_up, memory = (2, 2), (3, 3)

@@ -9,7 +9,7 @@ from benchmarks.harness import Row as Line
 from benchmarks.harness import Target, rounded
 from benchmarks.serving_peers.plan import CONCURRENCY, DOORS, HTTP, IN_PROCESS, MEMORY, TRITON
 from benchmarks.serving_peers.rows import ROWS
-from benchmarks.serving_peers.samples import Sample
+from benchmarks.serving_peers.samples import OUT_OF_TIME, Sample
 
 TIMES, COST_PERCENT = 3.0, 5.0
 """Aims: our throughput in equal memory beside the best rival's, and what Triton may cost."""
@@ -31,8 +31,11 @@ def tables_of(samples: Sequence[Sample]) -> dict[str, list[Line]]:
 
 
 def refusals_of(samples: Sequence[Sample]) -> list[str]:
-    """What was not measured, and why, a sentence each."""
-    return [f"{s['part']}, {s['row']}, {s['clients']} clients: {s['why']}" for s in samples if "why" in s]
+    """What was not measured, and why, a sentence each; what the run had no time for is counted."""
+    refused = [s for s in samples if "why" in s]
+    found = [f"{s['part']}, {s['row']}, {s['clients']} clients: {s['why']}" for s in refused if s["why"] != OUT_OF_TIME]
+    n_late = sum(s["why"] == OUT_OF_TIME for s in refused)
+    return [*dict.fromkeys(found), *([f"{n_late} loads: {OUT_OF_TIME}"] if n_late else [])]
 
 
 def targets_of(samples: Sequence[Sample]) -> list[Target]:

@@ -75,19 +75,24 @@ def _log(name: str) -> Path:
 
 
 def our_cache(engine: Path, dtype: str | None, room: Room) -> dict[str, Any]:
-    """Options of ``Engine.load`` for the room: pages of keys, values, positions and scores in all layers."""
+    """Options of ``Engine.load`` for the room: pages of keys, values, positions and scores in all layers, no kept prefixes."""
     manifest = load_manifest(engine)
     n_bytes = manifest.config.n_layers * token_bytes(manifest.config, dtype or "float32")
     n_tokens = room.cache_tokens(n_bytes, multiple=manifest.page_size)
-    return {"max_sequences": room.n_sequences, "cache_tokens": n_tokens, "kv_dtype": dtype}
+    return {"max_sequences": room.n_sequences, "cache_tokens": n_tokens, "kv_dtype": dtype, "prefix_cache": False}
 
 
 def our_server(engine: Path, options: Mapping[str, Any], *, threads: int, log: Path) -> Opened:
     """``trt-kv serve`` of an engine."""
     given = {"port": 0, "threads": threads, **options}
-    words = [word for name, value in given.items() if value is not None for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [word for name, value in given.items() if value is not None for word in _words(name.replace("_", "-"), value)]
     command = [sys.executable, "-m", "trt_kv", "serve", str(engine), *words]
     return server(command, openai_door, dict(options), log=log, environment=WAITING)
+
+
+def _words(name: str, value: object) -> list[str]:
+    """An option on the command line."""
+    return [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
 
 
 def _ours(name: str, build: dict[str, Any], *, dtype: str | None = None, recalls: bool = False) -> Row:
@@ -99,7 +104,7 @@ def _ours(name: str, build: dict[str, Any], *, dtype: str | None = None, recalls
         def start(room: Room) -> Opened:
             options = our_cache(engine, dtype, room)
             if recalls:
-                options = {"max_sequences": room.n_sequences, "host_tier": "ram", "host_tokens": options["cache_tokens"]}
+                options |= {"host_tier": "ram", "host_tokens": options.pop("cache_tokens")}
             return our_server(engine, options, threads=room.threads, log=_log(row))
 
         return start
