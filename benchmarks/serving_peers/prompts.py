@@ -22,7 +22,7 @@ class Prompt:
 def prose(tokenizer: Tokenizer, n: int, *, n_tokens: int, seed: int) -> list[Prompt]:
     """``n`` prompts of ``n_tokens`` tokens: sentences in an order that is different in each, cut off at the end."""
     draws = [random.Random(f"prose {seed} {at}") for at in range(n)]
-    return [Prompt(token_ids=_encoded(tokenizer, " ".join(_sentences(draw, n_tokens)))[:n_tokens]) for draw in draws]
+    return [Prompt(token_ids=_encoded(tokenizer, " ".join(sentences(draw, n_tokens)))[:n_tokens]) for draw in draws]
 
 
 def facts_in_prose(tokenizer: Tokenizer, n: int, *, n_tokens: int, seed: int) -> list[Prompt]:
@@ -36,7 +36,7 @@ def _asking(tokenizer: Tokenizer, n_tokens: int, draw: random.Random) -> Prompt:
     fact, question = f"{statement} {code}.", f"\n\nQuestion: What is {what}?\nAnswer: {statement}"
     room = n_tokens - len(_encoded(tokenizer, f" {fact}{question}"))
     body: list[str] = []
-    for sentence in _sentences(draw, n_tokens):
+    for sentence in sentences(draw, n_tokens):
         room -= len(_encoded(tokenizer, f" {sentence}"))
         if room < 0:
             break
@@ -45,7 +45,7 @@ def _asking(tokenizer: Tokenizer, n_tokens: int, draw: random.Random) -> Prompt:
     return Prompt(token_ids=_encoded(tokenizer, " ".join(body) + question), answer=code)
 
 
-def _sentences(draw: random.Random, least: int) -> list[str]:
+def sentences(draw: random.Random, least: int) -> list[str]:
     """Sentences of at least so many words."""
     known = [f"{sentence.strip().strip('.')}." for sentence in PROSE.replace("\n", " ").split(". ")]
     found: list[str] = []
