@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from benchmarks.harness import BenchmarkError, Check, Report, Row, rounded
 from benchmarks.models import host_pool, programs_of
 from benchmarks.peers.subjects import engine_for, smollm2
-from benchmarks.serving_peers.prompts import OWNERS, THINGS, sentences
+from benchmarks.serving_peers.prompts import sentences
 from trt_kv.policies import policy_from_name, policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with
@@ -29,6 +29,24 @@ from trt_kv.runtime.model_runner import ModelRunner
 
 MODES = ("exact", "compressed", "from the document")
 N_ANSWER = 6
+CITIES = (
+    *(
+        "Paris",
+        "London",
+        "Berlin",
+        "Madrid",
+        "Rome",
+        "Vienna",
+        "Prague",
+        "Dublin",
+        "Athens",
+        "Lisbon",
+        "Moscow",
+        "Cairo",
+        "Tokyo",
+    ),
+    *("Delhi", "Boston", "Chicago", "Dallas", "Seattle", "Toronto", "Sydney", "Oslo", "Warsaw", "Nairobi", "Lima"),
+)
 POLICIES: dict[str, Policy] = {
     "full": policy_from_name("full"),
     **{
@@ -153,7 +171,7 @@ class _Talk:
 
 def _document(tokenizer: Tokenizer, n_tokens: int, n_facts: int, *, seed: int) -> Document:
     draw = random.Random(f"conversation {seed}")
-    whats = draw.sample([f"the code of the {owner}'s {thing}" for owner in OWNERS for thing in THINGS], n_facts)
+    whats = [f"the magic number of {city}" for city in draw.sample(CITIES, n_facts)]
     codes = [str(code) for code in draw.sample(range(1000, 10000), n_facts)]
     facts = [f"{what[0].upper()}{what[1:]} is {code}." for what, code in zip(whats, codes, strict=True)]
     room = n_tokens - len(_ids(tokenizer, " ".join(facts)))
