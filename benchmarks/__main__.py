@@ -25,6 +25,7 @@ MODULES = {
     "weights_accuracy": "benchmarks.quality.weights_accuracy",
     "kvpress_overlap": "benchmarks.kvpress.overlap",
     "kv_types": "benchmarks.quality.kv_types",
+    "bounded_reading": "benchmarks.quality.bounded_reading",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
     "recall_steps": "benchmarks.speed.recall_steps",

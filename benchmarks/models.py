@@ -149,7 +149,9 @@ def model_runner(
     """A runner of ``policy`` with the given pool, or a new one for ``cache_tokens`` tokens in every layer."""
     pool = pool or host_pool(config, cache_tokens)
     programs = programs_of(policy, config, page_size=pool.page_size, kept_shares=kept_shares)
-    return host_runner(executor, pool, programs, chunk=chunk, implementation=implementation)
+    return host_runner(
+        executor, pool, programs, chunk=chunk, implementation=implementation, reading_reserve=policy.reading_reserve
+    )
 
 
 def host_pool(config: ModelConfig, cache_tokens: int) -> HostKvPool:

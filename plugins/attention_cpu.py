@@ -21,19 +21,25 @@ from trt_kv.plugins.chunk_blocks import (
     multiply,
     query_rows,
     value_blocks,
+    visible_end,
 )
 from trt_kv.plugins.decode_cpu import NO_WINDOW, attend_one
-from trt_kv.plugins.fast_math import LANES, exp_or_zero, fill, largest_of
+from trt_kv.plugins.fast_math import fill
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import put
 from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots
+from trt_kv.plugins.vector_softmax import exponentiate_rows
+from trt_kv.plugins.vectors import WIDEST
 
 
+@njit()
 def append_tokens(kv: Rows, token_positions: Ints, slots_N: Ints, k_NKD: Floats, v_NKD: Floats, positions_N: Ints) -> None:
     """Write this step's tokens to their slots, the same in all KV heads, in the type of the pool."""
     write_rows(kv, slots_N, k_NKD, v_NKD)
-    pages_N, offsets_N = np.divmod(slots_N, kv.shape[3])
-    token_positions[pages_N, :, offsets_N] = positions_N[:, None]
+    page_size = kv.shape[3]
+    for n in range(len(slots_N)):
+        for head in range(kv.shape[2]):
+            token_positions[slots_N[n] // page_size, head, slots_N[n] % page_size] = positions_N[n]
 
 
 @njit()
@@ -106,7 +112,7 @@ def _attend_blocks(
     group = n_rows // len(positions_N)
     n_tiles = (n_rows + TILE_ROWS - 1) // TILE_ROWS
     for task in numba.prange(n_kv_heads * n_tiles):
-        head, first_row = task // n_tiles, task % n_tiles * TILE_ROWS
+        head, first_row = task // n_tiles, _tile(task % n_tiles, n_tiles) * TILE_ROWS
         q_RC = q_KRC[head, first_row : first_row + TILE_ROWS]
         _attend_tile(
             q_RC,
@@ -121,6 +127,12 @@ def _attend_blocks(
             out_NHD[:, head * group : (head + 1) * group],
             lse_NH[:, head * group : (head + 1) * group],
         )
+
+
+@njit()
+def _tile(i: int, n_tiles: int) -> int:
+    """First and last tiles in turns: later ones see more tokens, and a thread gets tasks that follow one another."""
+    return n_tiles - 1 - i // 2 if i % 2 else i // 2
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
@@ -143,6 +155,7 @@ def _attend_tile(
     largest_R = np.empty(len(q_RC), np.float32)
     total_R = np.zeros(len(q_RC), np.float32)
     sums_RD = np.zeros((len(q_RC), head_size), np.float32)
+    shrink_R = np.empty(STRIP_ROWS, np.float32)
     weights_RT = np.empty((STRIP_ROWS, BLOCK_TOKENS), np.float32)
     for r in range(len(q_RC)):
         positions_R[r] = positions_N[(first_row + r) // group]
@@ -153,42 +166,30 @@ def _attend_tile(
             continue
         for first in range(0, len(q_RC), STRIP_ROWS):
             strip = slice(first, first + STRIP_ROWS)
-            multiply(q_RC[strip], k_BCT[block], weights_RT, len(positions_T))
+            seen_T = positions_T[: visible_end(positions_R[strip], positions_T)]
+            n_rows, n_seen = len(positions_R[strip]), len(seen_T)
+            if n_seen == 0:
+                continue
+            multiply(q_RC[strip], k_BCT[block], weights_RT, n_seen)
             if soft_cap > 0.0:
-                cap(weights_RT, len(largest_R[strip]), len(positions_T), soft_cap)
-            hide_later(weights_RT, positions_R[strip], positions_T)
+                cap(weights_RT, n_rows, n_seen, soft_cap)
+            hide_later(weights_RT, positions_R[strip], seen_T)
             if window > 0:
-                hide_earlier(weights_RT, positions_R[strip], positions_T, window)
-            _exponentiate(weights_RT, len(positions_T), largest_R[strip], total_R[strip], sums_RD[strip])
-            add_product(weights_RT, v_BTD[block], sums_RD[strip], len(positions_T), head_size)
+                hide_earlier(weights_RT, positions_R[strip], seen_T, window)
+            n_filled = (n_seen + WIDEST - 1) // WIDEST * WIDEST
+            for r in range(n_rows):
+                fill(weights_RT[r], n_seen, n_filled, np.float32(-np.inf))
+            exponentiate_rows(weights_RT, n_rows, n_filled, largest_R[strip], total_R[strip], shrink_R)
+            for r in range(n_rows):
+                if shrink_R[r] != 1.0:
+                    for d in range(head_size):
+                        sums_RD[first + r, d] *= shrink_R[r]
+            add_product(weights_RT, v_BTD[block], sums_RD[strip], n_seen, head_size)
     for r in range(len(q_RC)):
         n, g = (first_row + r) // group, (first_row + r) % group
         lse_NG[n, g] = largest_R[r] + np.log(total_R[r])
         for d in range(head_size):
             out_NGD[n, g, d] = sums_RD[r, d] / total_R[r]
-
-
-@njit(fastmath=FASTMATH)
-def _exponentiate(weights_RT: Floats, n_tokens: int, largest_R: Floats, total_R: Floats, sums_RD: Floats) -> None:
-    """Replace a block's logits by exp(logit - the row's maximum so far); scale the sums so far to that maximum."""
-    lanes = np.empty(LANES, np.float32)
-    for r in range(len(largest_R)):
-        largest = max(largest_R[r], largest_of(weights_RT[r], n_tokens, lanes))
-        if largest == -np.inf:
-            fill(weights_RT[r], 0, len(weights_RT[r]), np.float32(0.0))
-            continue
-        if largest > largest_R[r]:
-            shrink = exp_or_zero(largest_R[r] - largest)
-            total_R[r] *= shrink
-            for d in range(sums_RD.shape[1]):
-                sums_RD[r, d] *= shrink
-            largest_R[r] = largest
-        total = np.float32(0.0)
-        for t in range(n_tokens):
-            weight = exp_or_zero(weights_RT[r, t] - largest)
-            weights_RT[r, t] = weight
-            total += weight
-        total_R[r] += total
 
 
 def attend_tables(

@@ -15,10 +15,12 @@ from trt_kv.plugins.vectors import WIDEST, vector_width
 
 BLOCK_TOKENS = 256
 """Cached tokens of a block."""
-TILE_ROWS = 64
+TILE_ROWS = 72
 """Rows of queries for which a block is kept in the second-level cache."""
-STRIP_ROWS = 16
-"""Rows whose products with a block, 16 KiB, are kept in the first-level cache."""
+STRIP_ROWS = 24
+"""Rows whose products with a block, 24 KiB, are kept in the first-level cache: a multiple of the rows that ``accumulate`` has
+at once, for both widths of vectors.
+"""
 UNROLLED = 8
 """Terms that a product adds at once. The sizes that it sums over are filled up with zeros to multiples of it."""
 
@@ -83,12 +85,22 @@ def add_product(a_RC: Floats, b_CS: Floats, out_RS: Floats, n_terms: int, n_colu
 
 
 @njit()
+def visible_end(positions_R: Ints, positions_T: Ints) -> int:
+    """The number of tokens without those at the end that are later than all rows."""
+    newest, end = positions_R.max(), len(positions_T)
+    while end > 0 and positions_T[end - 1] > newest:
+        end -= 1
+    return end
+
+
+@njit()
 def hide_later(products_RT: Floats, positions_R: Ints, positions_T: Ints) -> None:
     """-inf where a row's position is before the token's."""
-    if positions_T.max() <= positions_R.min():
-        return
+    oldest, first = positions_R.min(), 0
+    while first < len(positions_T) and positions_T[first] <= oldest:
+        first += 1
     for r in range(len(positions_R)):
-        for t in range(len(positions_T)):
+        for t in range(first, len(positions_T)):
             if positions_T[t] > positions_R[r]:
                 products_RT[r, t] = -np.inf
 

@@ -17,7 +17,7 @@ from trt_kv.plugins.paging import Floats, Ints, Rows
 from trt_kv.plugins.vectors import HEADS, WIDEST, add_rows, exponentiate, multiply_rows, vector_width
 
 PART_TOKENS = 256
-"""Tokens of a part, as long as there are not more than ``MOST_PARTS``."""
+"""The most tokens of a part, as long as there are not more than ``MOST_PARTS``."""
 MOST_PARTS = 64
 BLOCK_TOKENS = 32
 AHEAD_BYTES = 8192
@@ -29,9 +29,11 @@ NO_WINDOW = (0, np.zeros(0, np.int64), np.zeros((0, 0, 0), np.int64))
 
 
 @njit()
-def pages_per_part(n_tokens: int, page_size: int) -> int:
-    """Pages of each part of a sequence; the last one may have fewer."""
-    return max(1, max(PART_TOKENS, (n_tokens + MOST_PARTS - 1) // MOST_PARTS) // page_size)
+def n_parts_of(n_tokens: int, page_size: int) -> int:
+    """Parts of a sequence: an even number if there are pages enough, so that two threads have as much to do each."""
+    pairs = (n_tokens + 2 * PART_TOKENS - 1) // (2 * PART_TOKENS)
+    n_parts: int = min(2 * pairs, MOST_PARTS, (n_tokens + page_size - 1) // page_size)
+    return n_parts
 
 
 @njit()
@@ -39,18 +41,15 @@ def first_parts(kv_len_B: Ints, page_size: int) -> Ints:
     """The number of the first part of each sequence, and of all parts: [B + 1]."""
     first_B = np.zeros(len(kv_len_B) + 1, np.int64)
     for b in range(len(kv_len_B)):
-        n_pages = (kv_len_B[b] + page_size - 1) // page_size
-        size = pages_per_part(kv_len_B[b], page_size)
-        first_B[b + 1] = first_B[b] + (n_pages + size - 1) // size
+        first_B[b + 1] = first_B[b] + n_parts_of(kv_len_B[b], page_size)
     return first_B
 
 
 @njit()
 def pages_of_part(part: int, n_tokens: int, page_size: int) -> tuple[int, int]:
     """The first page of a sequence's part, and the end."""
-    size = pages_per_part(n_tokens, page_size)
-    end: int = min((part + 1) * size, (n_tokens + page_size - 1) // page_size)
-    return part * size, end
+    n_pages, n_parts = (n_tokens + page_size - 1) // page_size, n_parts_of(n_tokens, page_size)
+    return part * n_pages // n_parts, (part + 1) * n_pages // n_parts
 
 
 @njit(fastmath=FASTMATH)
@@ -135,6 +134,7 @@ def _offset(piece: int, pages_KT: Ints, block: int, n_pages: int, kv: Rows) -> i
     return offset
 
 
+@njit()
 def attend_one(
     q_NHD: Floats,
     rows_B: Ints,
@@ -155,11 +155,13 @@ def attend_one(
     The last axis of ``kv`` is contiguous.
     """
     first_B = first_parts(kv_len_B, kv.shape[3])
-    largest_IH = np.empty((first_B[-1], q_NHD.shape[1]), np.float32)
-    total_IH = np.empty(largest_IH.shape, np.float32)
-    sums_IHD = np.empty((first_B[-1], *q_NHD.shape[1:]), np.float32)
-    hides = window > 0
-    last_hidden_B = positions_N[rows_B] - window if hides else np.zeros(len(rows_B), np.int64)
+    n_heads, head_size = q_NHD.shape[1:]
+    largest_IH = np.empty((first_B[-1], n_heads), np.float32)
+    total_IH = np.empty((first_B[-1], n_heads), np.float32)
+    sums_IHD = np.empty((first_B[-1], n_heads, head_size), np.float32)
+    hides, last_hidden_B = window > 0, np.zeros(len(rows_B), np.int64)
+    for b in range(len(rows_B) if hides else 0):
+        last_hidden_B[b] = positions_N[rows_B[b]] - window
     _attend_parts(
         q_NHD,
         rows_B,

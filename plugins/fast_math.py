@@ -9,7 +9,6 @@ from trt_kv.plugins.jit import njit
 LOG2_E = np.float32(1.4426950408889634)
 SMALLEST = np.float32(-87.0)
 ONE = np.float32(1.0)
-LANES = 16
 # Interpolation of 2**f at the 7 Chebyshev nodes of [0, 1]: relative error 3e-9, in fp32 arithmetic 1e-7.
 C0, C1, C2, C3, C4, C5, C6 = (
     np.float32(c) for c in (1.0, 0.693146933, 0.240230454, 0.0554806302, 0.00968418631, 0.00123913318, 0.000218657848)
@@ -51,21 +50,3 @@ def fill(values: NDArray[np.float32], first: int, end: int, value: np.float32) -
     """``values[first:end] = value``, for which numba compiles many functions that make texts of errors: seconds."""
     for i in range(first, end):
         values[i] = value
-
-
-@njit()
-def largest_of(values: NDArray[np.float32], n: int, lanes: NDArray[np.float32]) -> np.float32:
-    """The maximum of the first ``n`` values, NaN ignored. ``lanes`` [LANES]: memory for the maxima of every 16th value, because
-    the vectoriser refuses the maximum of a whole row, whose result depends on the order if a value is NaN.
-    """
-    fill(lanes, 0, LANES, np.float32(-np.inf))
-    n_whole = n - n % LANES
-    for first in range(0, n_whole, LANES):
-        for lane in range(LANES):
-            lanes[lane] = max(lanes[lane], values[first + lane])
-    largest = np.float32(-np.inf)
-    for lane in range(LANES):
-        largest = max(largest, lanes[lane])
-    for i in range(n_whole, n):
-        largest = max(largest, values[i])
-    return largest

@@ -107,6 +107,18 @@ class Code:
         """The maximum; ``b`` where ``a`` is NaN."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
+    def in_all_lanes(self, vector: Any, combine: Callable[[Any, Any], Any], every: int = 1) -> Any:
+        """What ``combine`` makes of lanes a multiple of ``every`` apart, in all of them: first of those half a vector apart."""
+        step = self.width // 2
+        while step >= every:
+            turned = [(lane + step) % self.width for lane in range(self.width)]
+            vector = combine(vector, self.shuffled(vector, vector, turned))
+            step //= 2
+        return vector
+
+    def put_float(self, number: Any, address: Any) -> None:
+        self.builder.store(number, self.builder.inttoptr(address, F32.as_pointer()), align=FLOAT_BYTES)
+
     def exp_or_zero(self, x: Any) -> Any:
         """As ``fast_math.exp_or_zero``."""
         b = self.builder

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from trt_kv.plugins.vector_code import F32, FLOAT_BYTES, I8, I16, I32, I64, Code, in_kernels
+from trt_kv.plugins.vector_code import F32, I8, I16, I32, I64, Code, in_kernels
 
 LANES = 8
 VECTOR_BYTES = 32
@@ -162,9 +162,7 @@ class IntegerCode(Code):
 
     def sum_of_lanes(self, vector: Any) -> Any:
         """The number of lanes added i and i + 4, then i and i + 2, then both."""
-        for step in (4, 2, 1):
-            vector = self.builder.fadd(vector, self.shuffled(vector, vector, [(lane + step) % LANES for lane in range(LANES)]))
-        return self.builder.extract_element(vector, I32(0))
+        return self.builder.extract_element(self.in_all_lanes(vector, self.builder.fadd), I32(0))
 
     def chosen(self, value: Any, bodies: Mapping[int, Callable[[], Any]], otherwise: Callable[[], Any]) -> Any:
         """What the body for a value gives, each with code of its own."""
@@ -186,6 +184,3 @@ class IntegerCode(Code):
         for result, block in results:
             phi.add_incoming(result, block)
         return phi
-
-    def put_float(self, number: Any, address: Any) -> None:
-        self.builder.store(number, self.builder.inttoptr(address, F32.as_pointer()), align=FLOAT_BYTES)

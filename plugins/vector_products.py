@@ -6,9 +6,11 @@ from numba import types
 
 from trt_kv.plugins.vector_code import FLOAT_BYTES, Code, in_kernels
 
-ROWS = 8
+ROWS = {16: 8, 8: 6}
+"""Rows whose sums are in registers at once, by the width of vectors, with ``VECTORS`` vectors of columns: in 16 of 32 registers
+with AVX-512, else in 12 of 16, which leaves some for the factors.
+"""
 VECTORS = 2
-"""Rows and vectors of columns whose sums are in registers at once: 16 of 32 registers with AVX-512."""
 
 
 @in_kernels
@@ -23,6 +25,7 @@ def accumulate(typing_context: Any, a: Any, b: Any, out: Any, n_rows: Any, n_ter
         n_rows, n_terms, n_columns = arguments[3:]
         bases = [code.address_of(i) for i in range(3)]
         steps = [code.row_bytes_of(i) for i in range(3)]
+        at_once = ROWS[code.width]
 
         def panel(columns: Any, n_vectors: int) -> None:
             offset = code.times(columns, code.bytes)
@@ -48,16 +51,16 @@ def accumulate(typing_context: Any, a: Any, b: Any, out: Any, n_rows: Any, n_ter
                     code.store(total, place)
 
             def several(i: Any, _: Any) -> list[Any]:
-                rows(code.times(i, ROWS), ROWS)
+                rows(code.times(i, at_once), at_once)
                 return []
 
             def one(i: Any, _: Any) -> list[Any]:
-                rows(code.plus(i, code.times(whole, ROWS)), 1)
+                rows(code.plus(i, code.times(whole, at_once)), 1)
                 return []
 
-            whole = code.quotient(n_rows, ROWS)
+            whole = code.quotient(n_rows, at_once)
             code.loop(whole, [], several)
-            code.loop(builder.sub(n_rows, code.times(whole, ROWS)), [], one)
+            code.loop(builder.sub(n_rows, code.times(whole, at_once)), [], one)
 
         def pair(i: Any, _: Any) -> list[Any]:
             panel(code.times(i, VECTORS), VECTORS)

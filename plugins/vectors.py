@@ -201,12 +201,7 @@ def exponentiate(typing_context: Any, weights: Any, n: Any, largest: Any, total:
             return [code.larger(code.load(code.plus(first, code.times(i, code.bytes))), carried[0])]
 
         before = code.load(largest_at)
-        (largest,) = code.loop(count, [before], find)
-        step = code.width // 2
-        while step >= HEADS:  # the maxima of a head's lanes, in all of them
-            turned = [(lane + step) % code.width for lane in range(code.width)]
-            largest = code.larger(largest, code.shuffled(largest, largest, turned))
-            step //= 2
+        largest = code.in_all_lanes(code.loop(count, [before], find)[0], code.larger, HEADS)
         nothing = builder.fcmp_ordered("==", largest, code.same(float("-inf")))
         base = builder.select(nothing, code.same(0.0), largest)
         shrunk = code.exp_or_zero(builder.fsub(before, base))

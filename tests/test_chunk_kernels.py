@@ -78,6 +78,20 @@ def test_a_row_has_the_same_bits_with_any_threads_and_in_any_company() -> None:
     assert np.array_equal(fewer_lse, lse[20:])
 
 
+def test_a_row_has_the_same_bits_however_many_later_tokens_follow() -> None:
+    """Where a chunk ends does not matter: a strip reads up to the last token that one of its rows sees."""
+    chunk = Chunk(*SIZES[1], shuffled=False)
+    out, lse = chunk.attention()
+    for n in (1, STRIP_ROWS + 1, TILE_ROWS):
+        end = len(chunk.q_NHD) - n
+        first = Chunk(*SIZES[1], shuffled=False)
+        first.q_NHD, first.positions_N = first.q_NHD[:end], first.positions_N[:end]
+        first.positions_KS = first.positions_KS[:, :-n]
+        found_out, found_lse = first.attention()
+        assert np.array_equal(found_out, out[:end])
+        assert np.array_equal(found_lse, lse[:end])
+
+
 def test_a_hidden_token_changes_nothing_and_nan_stays_nan() -> None:
     chunk = Chunk(*SIZES[1], shuffled=False)
     out, _ = chunk.attention()

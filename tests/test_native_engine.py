@@ -19,6 +19,8 @@ from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import GRAPHS, Quantization, load_manifest
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_from_name
+from trt_kv.program import program_of
+from trt_kv.runtime.backends.host.attention_layers import AttentionLayers
 from trt_kv.runtime.backends.host.dense import why_not_native
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.engine import Engine
@@ -67,6 +69,47 @@ def test_a_request_gets_the_same_tokens_alone_and_in_company(folder: Path) -> No
         together = engine.generate_batch(prompts, max_new_tokens=9)
         alone = [engine.generate(prompt, max_new_tokens=9) for prompt in prompts]
     assert [result.token_ids for result in together] == [result.token_ids for result in alone]
+
+
+def test_a_decode_step_in_one_call_has_the_bits_of_one_layer_after_the_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences of several lengths, in a batch, over several steps."""
+
+    def decoded(engine: Engine) -> Floats:
+        runner = engine.runner
+        sequences = [runner.new_sequence() for _ in range(3)]
+        for sequence, n in zip(sequences, (37, 5, 16), strict=True):
+            runner.prefill(sequence, random_ids(engine, n, seed=n))
+        logits = [runner.decode(sequences, [step, step + 3, step + 9]) for step in range(4)]
+        for sequence in sequences:
+            sequence.release()
+        return np.stack(logits)
+
+    with load(folder) as engine:
+        steps = engine.runner._executor
+        assert isinstance(steps, SplitStepExecutor)
+        whole = decoded(engine)
+        monkeypatch.setattr(steps, "_attention", None)
+        assert np.array_equal(decoded(engine), whole)
+        monkeypatch.undo()
+        monkeypatch.setattr(steps.dense, "run", lambda *_: pytest.fail("layer after layer"))
+        engine.runner.decode([sequence := engine.runner.new_sequence()], [1])
+        sequence.release()
+
+
+def test_a_program_that_does_more_than_attend_is_run_layer_by_layer() -> None:
+    def layers(policy: str, phase: str) -> AttentionLayers | None:
+        return AttentionLayers.of(
+            program_of(policy_from_name(policy), phase=phase, n_layers=2, scale=0.5, page_size=4, windows=(0, 7), soft_cap=3.0)
+        )
+
+    found = layers("full", "decode")
+    assert found is not None
+    assert [numbers.tolist() for numbers in found] == [[0.5, 0.5], [3.0, 3.0], [0, 7]]
+    assert layers("snapkv", "decode") is not None
+    assert layers("snapkv", "prefill") is None
+    assert layers("freekv", "decode") is None
 
 
 def test_what_they_cannot_run_is_refused_with_the_reason(folder: Path, small_folder: Path) -> None:

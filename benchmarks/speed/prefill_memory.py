@@ -27,6 +27,7 @@ from benchmarks.models import (
     random_tokens,
 )
 from trt_kv.policies import policy_without_floor
+from trt_kv.policy_settings import policy_with
 from trt_kv.runtime.model_runner import ModelRunner
 
 MIB = 2**20
@@ -37,6 +38,12 @@ SIDES = {
     "mass of all queries": MASS,
     **{name: policy_without_floor(name) for name in ("snapkv", "refreekv", "reach")},
 }
+BOUNDED_TOKENS, BOUNDED_CACHE = 4096, 8192
+BOUNDED = f"snapkv, {BOUNDED_TOKENS} tokens, while reading"
+SIDES[BOUNDED] = policy_with(
+    policy_without_floor("snapkv"), {"budget": "constant", "tokens": BOUNDED_TOKENS, "evict": "while_reading"}
+)
+"""In a pool of ``BOUNDED_CACHE`` tokens, however long the prompt is."""
 EAGER = "transformers, output_attentions"
 RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """malloc returns freed blocks of 64 KiB and more to the system, so that the peak counts memory in use only."""
@@ -56,6 +63,8 @@ def run(folder: Path, *, quick: bool) -> Report:
     rows = [
         _row(shape, side, n, CHUNK, bytes_) for side, found in growth.items() for n, bytes_ in zip(lengths, found, strict=True)
     ]
+    if not quick:  # a prompt of 64k tokens in the memory of 8k
+        rows.append(_row(shape, BOUNDED, 2 * lengths[-1], CHUNK, _growth(folder, BOUNDED, 2 * lengths[-1], CHUNK)))
     middle = lengths[-2]
     mass = "mass of all queries"
     chunks = [_row(shape, mass, middle, chunk, _growth(folder, mass, middle, chunk)) for chunk in (256, 1024)]
@@ -108,7 +117,8 @@ def _in_new_process(folder: Path, side: str, n_tokens: int, chunk: int) -> dict[
 
 def _row(shape: Shape, side: str, n_tokens: int, chunk: int, growth_bytes: int) -> Row:
     """``scratch``: memory except weights and cached tokens, in units of one fp32 number per token and row of a chunk."""
-    cache_bytes = n_tokens * shape.n_layers * shape.n_kv_heads * (2 * shape.head_dim * 4 + 12)
+    n_cached = min(n_tokens, BOUNDED_CACHE) if side == BOUNDED else n_tokens
+    cache_bytes = n_cached * shape.n_layers * shape.n_kv_heads * (2 * shape.head_dim * 4 + 12)
     return {
         "side": side,
         "prompt_tokens": n_tokens,
@@ -134,7 +144,8 @@ def _line(side: str, lengths: tuple[int, ...], growth: list[int]) -> Row:
 
 def _ours(folder: Path, side: str, n_tokens: int, chunk: int) -> dict[str, Any]:
     model = opened_model(folder / "graphs")
-    runner = model_runner(model.executor(), model.config, policy=SIDES[side], cache_tokens=n_tokens + 64, chunk=chunk)
+    cache_tokens = BOUNDED_CACHE if side == BOUNDED else n_tokens + 64
+    runner = model_runner(model.executor(), model.config, policy=SIDES[side], cache_tokens=cache_tokens, chunk=chunk)
     tokens = random_tokens(n_tokens, model.config.vocab_size)
     _prefill(runner, tokens[:8])
     growth = peak_growth_bytes(lambda: _prefill(runner, tokens))

@@ -8,6 +8,7 @@ from trt_kv.errors import UsageError, load_option
 from trt_kv.manifest import GRAPHS, INT8_ACTIVATIONS, Manifest
 from trt_kv.require import require
 from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.attention_layers import AttentionLayers
 from trt_kv.runtime.backends.host.native.weights import unsupported
 from trt_kv.runtime.backends.host.openvino_segments import OpenVinoExecutor, default_precision
 from trt_kv.runtime.backends.host.row_groups import with_rows_alike
@@ -28,7 +29,8 @@ def open_dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segmen
     if options.dense in (None, "native"):
         reason = why_not_native(folder, manifest)
         if reason is None:
-            return _native(folder, manifest)
+            only_attends = AttentionLayers.of(manifest.programs["decode"]) is not None
+            return _native(folder, manifest, (options.kv_dtype or manifest.kv_dtype) if only_attends else None)
         if options.dense == "native":
             raise _refusal(folder, reason)
     segments = _segments(folder, manifest, options, on_segment)
@@ -63,13 +65,13 @@ def why_not_native(folder: Path, manifest: Manifest) -> str | None:
     return unsupported(load_weight_index(folder / GRAPHS, manifest.config.tensor_shapes()))
 
 
-def _native(folder: Path, manifest: Manifest) -> "NativeExecutor":
+def _native(folder: Path, manifest: Manifest, kv_dtype: str | None) -> "NativeExecutor":
     from trt_kv.runtime.backends.host.native.executor import NativeExecutor
     from trt_kv.runtime.backends.host.native.weights import open_weights
 
     index = load_weight_index(folder / GRAPHS, manifest.config.tensor_shapes())
     dense = NativeExecutor(manifest.config, open_weights(folder / GRAPHS, index))
-    dense.warm_up()
+    dense.warm_up(kv_dtype)
     return dense
 
 

@@ -11,6 +11,7 @@ from trt_kv.plugins.graph_io import specs_of
 from trt_kv.plugins.registry import Kernel, kernel
 from trt_kv.program import Program
 from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.attention_layers import OP, AttentionLayers, CachedTokens, WholeStepExecutor
 from trt_kv.runtime.backends.ops import LayerOps
 from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
@@ -38,6 +39,9 @@ class SplitStepExecutor:
         self._kv_dtype = kv_dtype
         self._n_threads = n_threads
         own = kernels or {}
+        replaced = implementation != "cpu" or OP in own
+        self._attention = None if replaced else AttentionLayers.of(programs["decode"])
+        """What decode steps do between the dense layers, if these can do it themselves."""
         self._ops = {
             phase: LayerOps(program, lambda op: own.get(op) or kernel(op, implementation))
             for phase, program in programs.items()
@@ -55,7 +59,10 @@ class SplitStepExecutor:
         """See ``StepExecutor.run_step``."""
         attend = self._ops[phase].for_step(vars(step) | pool.states)
         with _kernels_on(self._n_threads):
-            logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
+            if phase == "decode" and self._attention is not None and isinstance(self.dense, WholeStepExecutor):
+                logits = self.dense.decode(step.input_ids, step.logit_rows, self._attention, CachedTokens.of(step, pool))
+            else:
+                logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
         return StepResult.assemble(step, logits, attend.made)
 
 

@@ -48,7 +48,7 @@ def compile_kernels(kv_dtype: str, ops: Sequence[str]) -> None:
     specs = op_specs()
     for name in ops:
         if name == NATIVE:
-            _smallest_model().warm_up()
+            _smallest_model().warm_up(kv_dtype)
             continue
         for case in specs[name].cases:
             kernel(name, "cpu")(**case_inputs(specs[name], case, kv_dtype=kv_dtype))

@@ -7,12 +7,15 @@ import numpy as np
 
 from trt_kv.errors import UsageError
 from trt_kv.model_config import ModelConfig
+from trt_kv.plugins.kv_rows import KvDtype, store
 from trt_kv.plugins.packed_products import RoundedRows, rounded_rows
 from trt_kv.plugins.packed_weights import weight_table
 from trt_kv.plugins.paging import Floats
 from trt_kv.rope_config import RopeConfig
 from trt_kv.rope_frequencies import rope_frequencies
 from trt_kv.runtime.backends.base import Attend
+from trt_kv.runtime.backends.host.attention_layers import AttentionLayers, CachedTokens
+from trt_kv.runtime.backends.host.native.decode_step import SegmentArguments, run_decode_step
 from trt_kv.runtime.backends.host.native.interpreter import run_segment
 from trt_kv.runtime.backends.host.native.layout import Layout
 from trt_kv.runtime.backends.host.native.ops import Array
@@ -32,6 +35,7 @@ class NativeExecutor:
         self._config = config
         program = dense_program(config, weights.places, len(weights.constants))
         self._segments = program.segments
+        self._all_ops, self._ends = np.concatenate(program.segments), np.cumsum([len(ops) for ops in program.segments])
         self._matrices = [weights.matrices[name] for name in program.matrices]
         self._table = weight_table(self._matrices)
         self._constants = np.concatenate([weights.constants, np.array(program.numbers, np.float32)])
@@ -43,35 +47,58 @@ class NativeExecutor:
     def description(self) -> str:
         return f"own kernels (numba {numba.__version__}), CPU"
 
-    def warm_up(self) -> None:
-        """Compile, or load from the cache, what a step runs."""
+    def warm_up(self, kv_dtype: str | None) -> None:
+        """Compile, or load from the cache, what a step runs, and ``decode`` with a cache in ``kv_dtype``, unless it is None."""
         first = np.zeros(1, np.int64)
         self.run(first, first, first, lambda _layer, q, _k, _v: q)
+        if kv_dtype is None:
+            return
+        config = self._config
+        kv = store(np.zeros((1, 2, config.n_kv_heads, 1, config.head_dim), np.float32), KvDtype(kv_dtype))
+        positions = np.zeros((1, config.n_kv_heads, 1), np.int64)
+        by_layer = np.zeros((config.n_layers, 1), np.int64)
+        tokens = CachedTokens(first, by_layer, by_layer[..., None], by_layer + 1, kv, positions)
+        attributes = np.zeros(config.n_layers, np.float32)
+        self.decode(first, first, AttentionLayers(attributes, attributes, first.repeat(config.n_layers)), tokens)
 
     def run(self, input_ids: Ints, positions: Ints, logit_rows: Ints, attend: Attend) -> Floats:
         """See ``DenseExecutor.run``."""
-        config, n, n_logits = self._config, len(input_ids), len(logit_rows)
+        config, n = self._config, len(input_ids)
+        arguments = self._arguments(input_ids, positions, logit_rows)
+        nothing = np.empty(0, np.float32)
+        attended = nothing.reshape(0, 0, 0)
+        n_ports = n * self._layout.widths[Array.PORTS]
+        q_end, k_end = n * config.n_heads * config.head_dim, n * (config.n_heads + config.n_kv_heads) * config.head_dim
+        shape = n, -1, config.head_dim
+        for layer, ops in enumerate(self._segments[:-1]):
+            ports = np.empty(n_ports, np.float32)
+            run_segment(ops, n, *arguments, ports, attended)
+            q, k, v = ports[:q_end].reshape(shape), ports[q_end:k_end].reshape(shape), ports[k_end:].reshape(shape)
+            attended = np.ascontiguousarray(attend(layer, q, k, v), np.float32)
+        run_segment(self._segments[-1], len(logit_rows), *arguments, nothing, attended)
+        return arguments[-1]
+
+    def decode(self, input_ids: Ints, logit_rows: Ints, layers: AttentionLayers, tokens: CachedTokens) -> Floats:
+        """See ``WholeStepExecutor.decode``."""
+        config = self._config
+        assert len(layers.scale_L) == config.n_layers == len(tokens.slots_LN)
+        arguments = self._arguments(input_ids, tokens.positions_N, logit_rows)
+        shape = config.n_heads, config.n_kv_heads, config.head_dim
+        run_decode_step(self._all_ops, self._ends, len(logit_rows), shape, layers, tokens, arguments)
+        return arguments[-1]
+
+    def _arguments(self, input_ids: Ints, positions: Ints, logit_rows: Ints) -> SegmentArguments:
+        """Checked and with memory for results: logits, which come last."""
+        n, n_logits = len(input_ids), len(logit_rows)
         self._check(input_ids, logit_rows)
         input_ids, logit_rows = (np.ascontiguousarray(numbers, np.int64) for numbers in (input_ids, logit_rows))
         n_rows = dict.fromkeys(Array, n) | {Array.ARENA: max(n, n_logits), Array.LOGITS: n_logits}
         if len(self._rounded.values) < n_rows[Array.ARENA]:
             self._arena, self._rounded = self._memory(n_rows[Array.ARENA])
         rotations = np.concatenate([rope.rotation(positions) for rope in self._ropes])
-        logits = np.empty((n_logits, config.vocab_size), np.float32)
-        nothing = np.empty(0, np.float32)
-        attended = nothing.reshape(0, 0, 0)
+        logits = np.empty((n_logits, self._config.vocab_size), np.float32)
         tables = (self._layout.frame(n_rows), self._constants, self._table, input_ids, logit_rows, self._rounded)
-        memory = (self._arena, rotations, logits)
-        n_ports = n * self._layout.widths[Array.PORTS]
-        q_end, k_end = n * config.n_heads * config.head_dim, n * (config.n_heads + config.n_kv_heads) * config.head_dim
-        shape = n, -1, config.head_dim
-        for layer, ops in enumerate(self._segments[:-1]):
-            ports = np.empty(n_ports, np.float32)
-            run_segment(ops, n, *tables, *memory, ports, attended)
-            q, k, v = ports[:q_end].reshape(shape), ports[q_end:k_end].reshape(shape), ports[k_end:].reshape(shape)
-            attended = np.ascontiguousarray(attend(layer, q, k, v), np.float32)
-        run_segment(self._segments[-1], n_logits, *tables, *memory, nothing, attended)
-        return logits
+        return (*tables, self._arena, rotations, logits)
 
     def _check(self, input_ids: Ints, logit_rows: Ints) -> None:
         """Compiled code does not check what it reads."""
