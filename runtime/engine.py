@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from trt_kv.errors import TrtKvError, UsageError
 from trt_kv.manifest import Manifest
 from trt_kv.runtime.backends.devices import HOST, DeviceOptions, device_from_name
+from trt_kv.runtime.cache.states import SequenceState
 from trt_kv.runtime.chat import EngineChat
 from trt_kv.runtime.engine_core import EngineCore
 from trt_kv.runtime.generation import Generation
@@ -23,6 +24,7 @@ from trt_kv.runtime.samples import check_fits, check_one_sample, samples_of
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.sampling.model_defaults import NO_DEFAULTS, ModelDefaults, params_of_each
 from trt_kv.runtime.sampling.structure import Structures
+from trt_kv.runtime.session import EngineSessions, Turn
 from trt_kv.runtime.stream import Stream
 from trt_kv.runtime.text.prompts import Prompt, PromptEncoder, prompt_name
 from trt_kv.runtime.trace import NO_TRACE, Trace
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Engine(EngineChat, EnginePins):
+class Engine(EngineChat, EnginePins, EngineSessions):
     """A loaded engine. Threads may share it: each waits for its own requests, and their requests are batched together.
 
     >>> engine = Engine.load("engines/llama3-prefixkv")
@@ -281,6 +283,13 @@ class Engine(EngineChat, EnginePins):
         self.core.add([request])
         return request
 
+    def submit_turn(self, turn: Turn, *, on_update: Callable[[], None] | None = None) -> Request:
+        """Queue a turn of a ``Session``, as ``submit`` does."""
+        (request,) = self._requests([turn.prompt_ids], [turn.params], begins_with=turn.begins_with)
+        request.keeps_state, request.on_update = turn.keeps_state, on_update
+        self.core.add([request])
+        return request
+
     def encode(self, prompt: Prompt, *, parse_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer puts in front, unless a text begins with them.
 
@@ -318,18 +327,20 @@ class Engine(EngineChat, EnginePins):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _requests(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Request]:
-        """Requests for prompts that fit the model."""
-        config = self.manifest.config
+    def _requests(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], begins_with: SequenceState | None = None
+    ) -> list[Request]:
+        """Requests for prompts that fit the model, behind what they begin with."""
+        config, n_before = self.manifest.config, 0 if begins_with is None else begins_with.num_computed_tokens
         requests = []
         for index, (prompt, of_prompt) in enumerate(zip(prompts, params, strict=True)):
             ids = self._prompts.encode_fitting(
                 prompt, parse_special_tokens=of_prompt.parse_special_tokens, name=prompt_name(index, len(prompts))
             )
             of_prompt.check_vocabulary(config.vocab_size)
-            limit = min(of_prompt.max_new_tokens, config.max_positions - len(ids) + 1)
+            limit = min(of_prompt.max_new_tokens, config.max_positions - n_before - len(ids) + 1)
             check_fits(self.core.reservation, of_prompt, n_prompt=len(ids), limit=limit)
-            make = partial(self._sample, prompt_ids=ids, limit=limit)
+            make = partial(self._sample, prompt_ids=ids, limit=limit, begins_with=begins_with)
             name = f"request {index} of {len(prompts)}" if len(prompts) > 1 else "the request"
             requests.append(samples_of(make, of_prompt, name=name))
         return requests

@@ -42,14 +42,16 @@ def read_json(path: Path, *, kind: str, error: ErrorType, max_bytes: int | None 
         ) from cause
 
 
-def write_atomically(path: Path, content: bytes, *, kind: str, error: ErrorType) -> None:
-    """Write ``content`` to a temporary file beside ``path`` and rename it into place.
+def write_atomically(path: Path, content: bytes, *, kind: str, error: ErrorType, mode: int | None = None) -> None:
+    """Write ``content`` to a temporary file beside ``path`` and rename it into place. ``mode``: of the file; None: the usual.
 
     After any failure (full disk, Ctrl-C) ``path`` holds its old content or all of the new one, and no temporary file remains.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
+            if mode is not None:
+                temporary.chmod(mode)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -46,14 +46,37 @@ class SequenceStates:
         self._recalls = frozenset(recalling_layers(program))
         self._scores = [next((node.attributes for node in nodes if node.op == "TokenScores"), None) for nodes in program]
 
-    def check(self) -> None:
-        """``UsageError`` if the cache is not in the memory of the host."""
+    def check(self, state: SequenceState | None = None) -> None:
+        """``UsageError`` if the cache is not in the memory of the host, or if ``state``, from elsewhere, does not fit it."""
         if not self._pool.on_host or not (self._tiers is None or self._tiers.in_memory):
             raise UsageError(
                 "a conversation can only go on with what was kept if the cache is in memory",
                 got="a cache on a GPU, or in a file",
                 fix="use the device cpu and host_tier ram, or read the whole history again (mode exact)",
             )
+
+        if state is not None and not self._accepts(state):
+            raise UsageError(
+                "what was kept does not fit this engine", got="other layers or pages", expected="the state of a session of it"
+            )
+
+    def _accepts(self, state: SequenceState) -> bool:
+        """Whether it has the arrays that ``place`` reads, for pages like those here."""
+        if len(state.kv_len) != len(self._scores) or not 0 <= state.n_prompt <= state.num_computed_tokens:
+            return False
+        for layer, n_held in enumerate(state.kv_len):
+            is_host = layer in self._recalls and self._tiers is not None
+            of_page = (
+                self._tiers.read_pages(0, np.arange(1))
+                if is_host and self._tiers is not None
+                else {name: self._pool.read_pages(name, np.arange(1)) for name in self._names(layer)}
+            )
+            n_pages = -(-n_held // self._pool.page_size)
+            for name, page in of_page.items():
+                values = state.arrays.get(f"{name}.{layer}")
+                if values is None or values.dtype != page.dtype or values.shape != (n_pages, *page.shape[1:]):
+                    return False
+        return True
 
     def read(self, sequence: SequenceCache) -> SequenceState:
         """A copy of all that a sequence holds."""

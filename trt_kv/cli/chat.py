@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,9 @@ from trt_kv.pipeline.chat import Conversation
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
 from trt_kv.text_file import check_encodable, text_from_bytes
 
+if TYPE_CHECKING:
+    from trt_kv.runtime.session import Mode
+
 PROMPT = "> "
 MAX_NEW_TOKENS = 1024
 """Default of --max-new-tokens: answers end by themselves."""
@@ -31,6 +34,20 @@ MAX_NEW_TOKENS = 1024
 @click.command("chat", short_help="Talk with an engine of an instruct model.")
 @click.argument("engine", type=any_path)
 @chat_options
+@click.option(
+    "--mode",
+    type=click.Choice(("exact", "compressed")),
+    default="exact",
+    show_default=True,
+    help="exact: each answer is that to the whole conversation. compressed: it goes on from what the policy kept.",
+)
+@click.option(
+    "--session",
+    "file",
+    type=any_path,
+    metavar="FILE",
+    help="Continue the conversation in FILE, if there is one, and write it there after each answer.",
+)
 @answer_options(max_new_tokens=MAX_NEW_TOKENS)
 @model_defaults_option
 @resource_options
@@ -42,13 +59,16 @@ def command(
     engine: Path,
     system: str | None,
     of_template: dict[str, Any],
+    mode: "Mode",
+    file: Path | None,
     sampling: dict[str, Any],
     model_defaults: bool,
     resources: ResourceChoice,
     on: DeviceChoice,
     digest: str | None,
 ) -> None:
-    """Talk with ENGINE. Each line is a message, and its answer is streamed; the whole conversation is sent again with each.
+    """Talk with ENGINE. Each line is a message, and its answer is streamed. In mode exact the whole conversation is sent with
+    each, of which the prefix cache has most. In mode compressed what the policy dropped is lost for later answers.
 
     In a terminal, Ctrl-C stops an answer, and leaves at the prompt, as Ctrl-D does. /help lists commands such as /reset and
     /policy. If standard input is not a terminal, each of its lines is a message. Answers have at most 1024 tokens by default.
@@ -57,6 +77,7 @@ def command(
     Examples:
       trt-kv chat engines/smollm2-prefixkv
       trt-kv chat engines/smollm2-prefixkv --system "You answer in one sentence." --temperature 0.7
+      trt-kv chat engines/smollm2-prefixkv --mode compressed --session talk
       trt-kv chat engines/qwen3-full --variable enable_thinking=false < questions.txt
     """
     from trt_kv.runtime.engine import Engine
@@ -68,7 +89,7 @@ def command(
     for note in defaults_notes(loaded.model_defaults, replace(loaded.default_sampling, **sampling), given=list(sampling)):
         say(note, err=True)
     with loaded:
-        conversation = Conversation(loaded, system=system, sampling=sampling, of_template=of_template)
+        conversation = Conversation(loaded, system=system, sampling=sampling, of_template=of_template, mode=mode, file=file)
         session = Session(conversation, write=lambda text: click.echo(text, nl=False), say=lambda text: say(text, err=True))
         if _is_terminal():
             _talk(session)

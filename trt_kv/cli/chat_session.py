@@ -17,7 +17,9 @@ HELP = """/help lists the commands
   /reset         begin again, with the same system message
   /system TEXT   begin again with this system message; without TEXT, with none
   /policy        what each layer holds of the conversation
-  /save FILE     write the conversation to a new file
+  /save FILE     write the messages to a new file, as calibration and evaluation read them
+  /fork FILE     write the conversation to a new file, to go on from here with --session FILE or /load FILE
+  /load FILE     go on with the conversation in FILE
   /exit          leave
 A message that begins with / is written with //."""
 
@@ -81,11 +83,17 @@ class Session:
             conversation.start(rest or None)
         elif name == "policy":
             self._say("\n".join(policy_lines(conversation.engine.manifest, conversation.last)))
-        elif name == "save" and not rest:
-            self._say("[/save needs the name of a file: /save FILE]")
+        elif name in ("save", "fork", "load") and not rest:
+            self._say(f"[/{name} needs the name of a file: /{name} FILE]")
         elif name == "save":
             conversation.save(Path(rest))
             self._say(f"[saved: {rest}]")
+        elif name == "fork":
+            conversation.fork(Path(rest))
+            self._say(f"[saved: {rest}; this conversation goes on without it]")
+        elif name == "load":
+            conversation.session.load(rest)
+            self._say(f"[{len(conversation.messages)} messages, mode {conversation.session.mode}]")
         elif name == "help":
             self._say(HELP)
         else:

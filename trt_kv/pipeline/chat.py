@@ -1,6 +1,5 @@
-"""A conversation with an engine: its history, which is sent again with each message, and what can be said about its cache."""
+"""A conversation with an engine: its history, and what can be said about its cache."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -11,12 +10,15 @@ from trt_kv.errors import UsageError
 if TYPE_CHECKING:
     from trt_kv.runtime.engine import Engine
     from trt_kv.runtime.generation import Generation
+    from trt_kv.runtime.session import Mode
 
 
 class Conversation:
     """A conversation with ``engine``. Each message and its answer are added to ``messages``, also an answer that was stopped.
 
-    ``sampling``: the fields of ``SamplingParams``; ``of_template``: the options of ``Engine.chat`` for templates.
+    ``sampling``: the fields of ``SamplingParams``; ``of_template``: the options of ``Engine.chat`` for templates; ``mode``: see
+    ``Engine.session``. ``file``: the conversation is written there after each answer, and continued if the file exists, in its
+    own mode and with its own system message.
 
     Example::
 
@@ -36,25 +38,33 @@ class Conversation:
         system: str | None = None,
         sampling: Mapping[str, Any] | None = None,
         of_template: Mapping[str, Any] | None = None,
+        mode: "Mode" = "exact",
+        file: Path | None = None,
     ) -> None:
         self.engine = engine
-        self.messages: list[dict[str, str]] = []
-        self.last: Generation | None = None
-        """The result of the last answer."""
-        self._options = {**(sampling or {}), **(of_template or {})}
         engine.chat_encoder.templates.chosen((of_template or {}).get("template"), has_tools=False)
-        self.start(system)
+        self.session = engine.session(mode=mode, system=system, **(sampling or {}), **(of_template or {}))
+        self._file = file
+        if file is not None and file.exists():
+            self.session.load(file)
+
+    @property
+    def messages(self) -> list[Mapping[str, Any]]:
+        return list(self.session.messages)
+
+    @property
+    def last(self) -> "Generation | None":
+        """The result of the last answer."""
+        return self.session.last
 
     @property
     def system(self) -> str | None:
         """The system message; None: none of one's own, so that the template's default is used, if it has one."""
-        return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else None
+        return self.session.system
 
     def start(self, system: str | None) -> None:
         """Forget what was said, and begin with a system message, or with none."""
-        self.messages, self.last = [], None
-        if system is not None:
-            self.messages.append({"role": "system", "content": system})
+        self.session.reset(system)
 
     def answer(self, text: str, *, on_prefill: Callable[[int], None] | None = None) -> Generator[str, None, None]:
         """Stream the answer to a message; closing the iterator stops it and keeps what was said so far.
@@ -62,27 +72,14 @@ class Conversation:
         Raises ``UsageError`` for what the template refuses and for a conversation that the model's context has no room for; the
         message is then not part of the conversation.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        prompt, params = self.engine.chat_request(messages, None, **self._options)
-        self._check_room(len(prompt))
-        stream = self.engine.stream(prompt, params, on_prefill=on_prefill)
-        is_whole = is_stopped = False
         try:
-            yield from stream
-            is_whole = True
-        except (GeneratorExit, KeyboardInterrupt):
-            is_stopped = True
-            raise
+            yield from self.session.stream_chat(text, on_prefill=on_prefill)
         finally:
-            stream.close()
-            self.last = stream.result
-            if is_stopped:  # to the engine, an interrupt in the middle of a step is an error
-                self.last = dataclasses.replace(self.last, finish_reason="cancelled", error=None)
-            if self.last.text or is_whole:
-                self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+            if self._file is not None:
+                self.session.save(self._file)
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation to the new file ``path``, as one JSON line, which calibration reads as a prompt."""
+        """Write the messages to the new file ``path``, as one JSON line, which calibration reads as a prompt."""
         try:
             with Path(path).open("x", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
@@ -91,12 +88,8 @@ class Conversation:
                 "the conversation cannot be saved", got=f"{path}: {cause.strerror}", expected="a new file"
             ) from cause
 
-    def _check_room(self, n_tokens: int) -> None:
-        most = self.engine.manifest.config.max_positions
-        if n_tokens >= most:
-            raise UsageError(
-                "the conversation does not fit into the model's context any more",
-                got=f"{n_tokens} tokens with this message",
-                expected=f"fewer than {most}, as an answer needs some",
-                fix="start again (/reset), or send a shorter message; /save FILE keeps the conversation",
-            )
+    def fork(self, path: Path) -> None:
+        """Write the conversation, with what was kept, to the new file ``path``."""
+        if path.exists():
+            raise UsageError("the conversation cannot be saved", got=f"{path}: File exists", expected="a new file")
+        self.session.save(path)
