@@ -86,6 +86,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()  # so that who reads the address, and connects before uvicorn accepts, waits and is not refused
     except OSError as error:
         bound.close()
         raise UsageError(
