@@ -26,12 +26,12 @@ RANKED = {
     "attention of all queries (h2o)": policy_with(policy_without_floor("h2o"), {"kept": KEPT}),
     "newest (streamingllm)": policy_with(policy_without_floor("streamingllm"), {"budget": "uniform", "kept": KEPT}),
 }
-RESERVES = (0, 256, 512)
+RESERVES = (0, 512)
 
 
 def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001
     """Each policy in turn on the same prompts; quick: one short prompt."""
-    n, n_tokens = (1, 600) if quick else (12, 1800)
+    n, n_tokens = (1, 600) if quick else (8, 1800)
     with Engine.load(engine_for(smollm2(), {"policy": "full", "quant": "int4"}), prefix_cache=False, cache_tokens=64) as engine:
         prompts = facts_in_prose(engine.tokenizer, n, n_tokens=n_tokens, seed=5)
         sides: list[tuple[str, str, Policy]] = [("everything", "", policy_from_name("full"))]

@@ -1,6 +1,7 @@
 """Several questions, one after another, about one document: which policies can go on from what they kept.
 
-SmolLM2 with int4 weights: facts in prose are read as the first turn, and each further turn asks for one of them. Modes:
+SmolLM2 with int4 weights: facts in prose are read as the first turn, and each further turn asks for one of them, again and
+again. Modes:
 
 * exact: each turn evicts from the whole history, its question included, as ``Engine.session(mode="exact")`` does;
 * compressed: each turn goes on from what the last one kept, as ``mode="compressed"`` does;
@@ -69,9 +70,9 @@ class Document:
 
 def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001
     """Each policy and mode in turn on the same documents; quick: two policies, few questions."""
-    n_documents, n_questions, n_tokens = (1, 2, 300) if quick else (2, 20, 1500)
+    n_documents, n_facts, n_tokens, n_questions = (1, 2, 300, 2) if quick else (2, 4, 1200, 20)
     with Engine.load(engine_for(smollm2(), {"policy": "full", "quant": "int4"}), prefix_cache=False, cache_tokens=64) as engine:
-        documents = [_document(engine.tokenizer, n_tokens, n_questions, seed=seed) for seed in range(n_documents)]
+        documents = [_document(engine.tokenizer, n_tokens, n_facts, n_questions, seed=seed) for seed in range(n_documents)]
         policies = dict(list(POLICIES.items())[: 2 if quick else None])
         rows = [_row(engine, documents, name, policy, mode) for name, policy in policies.items() for mode in MODES]
     if not quick and rows[0]["right_percent"] < 50:
@@ -83,6 +84,7 @@ def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001
             "weights": "int4",
             "documents": n_documents,
             "document_tokens": n_tokens,
+            "facts": n_facts,
             "turns": n_questions,
         },
         checks=[
@@ -169,7 +171,8 @@ class _Talk:
         return said
 
 
-def _document(tokenizer: Tokenizer, n_tokens: int, n_facts: int, *, seed: int) -> Document:
+def _document(tokenizer: Tokenizer, n_tokens: int, n_facts: int, n_questions: int, *, seed: int) -> Document:
+    """Facts in prose; each is asked for as often as the others, in an order that is drawn."""
     draw = random.Random(f"conversation {seed}")
     whats = [f"the magic number of {city}" for city in draw.sample(CITIES, n_facts)]
     codes = [str(code) for code in draw.sample(range(1000, 10000), n_facts)]
@@ -183,7 +186,7 @@ def _document(tokenizer: Tokenizer, n_tokens: int, n_facts: int, *, seed: int) -
         body.append(sentence)
     for fact in facts:
         body.insert(draw.randint(0, len(body)), fact)
-    asked = list(zip(whats, codes, strict=True))
+    asked = [(whats[at % n_facts], codes[at % n_facts]) for at in range(n_questions)]
     draw.shuffle(asked)
     questions = [
         (_ids(tokenizer, f"\n\nQuestion: What is {what}?\nAnswer: {what[0].upper()}{what[1:]} is"), code)
