@@ -65,9 +65,7 @@ class Sessions:
             raise _conflict(f"this session has mode {held.session.mode!r}", "session_mode")
         n_turns = 0 if held is None else held.n_turns
         if wanted.turns is not None and wanted.turns != n_turns:
-            raise _conflict(
-                f"this session has had {n_turns} turns here: send the messages again, in a new one", "session_turns"
-            )
+            raise _conflict(f"this session has had {n_turns} turns here: send all messages in a new one", "session_turns")
         if held is None:
             try:
                 session = self._engine.session(mode=wanted.mode or "compressed")
