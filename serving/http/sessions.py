@@ -53,8 +53,8 @@ class Sessions:
     def take(self, key_digest: str, wanted: SessionBody) -> Held:
         """The conversation for a turn, a new one if there is none of its id; ``give_back`` it afterwards.
 
-        ``RefusedError`` (409) while another turn of it runs, if it has another mode, or if it has not had ``wanted.turns``: then
-        the client knows of turns that the server has forgotten.
+        ``RefusedError`` (409) while another turn of it runs, if it has another mode, or if it has not had ``wanted.turns``:
+        then the client knows of turns that the server has forgotten.
         """
         self._forget_old()
         key = (key_digest, wanted.id)
