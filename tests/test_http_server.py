@@ -396,7 +396,7 @@ def test_a_conversation_is_remembered_and_goes_on_from_what_was_kept(folder: Pat
         return post(server, CHAT, body, Authorization=f"Bearer {key}")
 
     for mode in ("compressed", "exact"):
-        session = alone.session(mode=mode)  # type: ignore[arg-type]
+        session = alone.session(mode=mode)
         expected = [session.chat(text, max_new_tokens=8) for text in texts]
         with served(folder, api_keys=("one", "two")) as server:
             for at, (text, wanted) in enumerate(zip(texts, expected, strict=True)):
