@@ -432,11 +432,12 @@ def test_a_session_has_one_turn_at_a_time_and_is_forgotten_in_the_end(folder: Pa
             httpx.stream(
                 "POST",
                 server.url + CHAT,
-                json={"messages": said("x"), "stream": True, "max_tokens": 20, "session": {"id": "a"}},
+                json={"messages": said("x"), "stream": True, "max_tokens": 60, "ignore_eos": True, "session": {"id": "a"}},
                 timeout=60,
             ) as stream,
         ):
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # when nothing refers to it, it closes the stream
+            next(lines)
             assert turn(id="a").json()["error"]["code"] == "session_in_turn"
         assert eventually(lambda: not any(held.in_turn for held in sessions._held.values()))
         assert turn(id="a", turns=0).status_code == 200  # the turn that was left never was
