@@ -15,6 +15,7 @@ from trt_kv.runtime.request import Request
 from trt_kv.runtime.samples import check_one_sample
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.sampling.model_defaults import params_of_each
+from trt_kv.runtime.session import Turn
 from trt_kv.runtime.text.prompts import Prompt
 
 IDLE_S = 1.0
@@ -75,10 +76,16 @@ class AsyncEngine:
         The prompt is encoded in another thread, so that a long one does not hold up the event loop. ``changed``: an event that
         several requests share, so that one task can wait for all of them.
         """
+        return await self._queued(partial(self.engine.submit, prompt, params, **sampling), changed)
+
+    async def submit_turn(self, turn: Turn, *, changed: asyncio.Event | None = None) -> "AsyncRequest":
+        """The same for a turn of a ``Session``, which its server then records."""
+        return await self._queued(partial(self.engine.submit_turn, turn), changed)
+
+    async def _queued(self, submit: Callable[..., Request], changed: asyncio.Event | None) -> "AsyncRequest":
         self._ensure_thread()
         loop, changed = asyncio.get_running_loop(), changed or asyncio.Event()
-        submit = partial(self.engine.submit, prompt, params, on_update=_notifier(loop, changed), **sampling)
-        queued = loop.run_in_executor(None, submit)
+        queued = loop.run_in_executor(None, partial(submit, on_update=_notifier(loop, changed)))
         try:
             request = await asyncio.shield(queued)
         except asyncio.CancelledError:

@@ -385,3 +385,65 @@ def test_models_and_request_ids(tiny: Served, client: openai.OpenAI) -> None:
         client.models.retrieve("gpt-9")
     assert httpx.get(tiny.url + "/health", headers={"X-Request-Id": "mine-7"}).headers["X-Request-Id"] == "mine-7"
     assert httpx.get(tiny.url + "/health", headers={"X-Request-Id": "two words"}).headers["X-Request-Id"] != "two words"
+
+
+def test_a_conversation_is_remembered_and_goes_on_from_what_was_kept(folder: Path, alone: Engine) -> None:
+    """Whole and streamed, each with the tokens of the engine's own session; keys apart, and turns counted."""
+    texts = ["y" * 90, "and x?", "more z"]
+
+    def turn(text: str, key: str = "one", **changes: Any) -> httpx.Response:
+        body = {"messages": said(text), "max_tokens": 8, "session": {"id": "s"} | changes.pop("session", {})} | changes
+        return post(server, CHAT, body, Authorization=f"Bearer {key}")
+
+    for mode in ("compressed", "exact"):
+        session = alone.session(mode=mode)
+        expected = [session.chat(text, max_new_tokens=8) for text in texts]
+        with served(folder, api_keys=("one", "two")) as server:
+            for at, (text, wanted) in enumerate(zip(texts, expected, strict=True)):
+                if at == 1:
+                    answer = turn(text, stream=True, stream_options={"include_usage": True}, session={"turns": 1})
+                    *chunks, last = [json.loads(line[6:]) for line in answer.text.split("\n\n") if line.startswith("data: {")]
+                    said_text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+                else:
+                    last = turn(text, session={"mode": mode}).json()
+                    said_text = last["choices"][0]["message"]["content"]
+                assert said_text == wanted.text
+                assert last["usage"]["session"] == {"id": "s", "mode": mode, "turns": at + 1}
+                assert last["usage"]["prompt_tokens"] == wanted.n_prompt_tokens
+            for refused in (
+                turn("x", session={"turns": 1}),
+                turn("x", session={"mode": "exact" if mode != "exact" else "compressed"}),
+            ):
+                assert (refused.status_code, refused.json()["error"]["param"]) == (409, "session")
+            assert turn("x", key="two", session={"turns": 0}).json()["usage"]["session"]["turns"] == 1
+            assert turn("x", n=2, temperature=1.0).status_code == 400
+            assert turn("x", session={"turns": 3}).status_code == 200
+            assert eventually(lambda: server.is_idle)
+
+
+def test_a_session_has_one_turn_at_a_time_and_is_forgotten_in_the_end(folder: Path) -> None:
+    def turn(**session: Any) -> httpx.Response:
+        return post(server, CHAT, {"messages": said("Hello"), "max_tokens": 6, "session": session})
+
+    with served(folder, max_sessions=2) as server:
+        sessions = server.server.app.state.context.sessions
+        with (
+            server.slow(0.2),
+            httpx.stream(
+                "POST",
+                server.url + CHAT,
+                json={"messages": said("x"), "stream": True, "max_tokens": 60, "ignore_eos": True, "session": {"id": "a"}},
+                timeout=60,
+            ) as stream,
+        ):
+            lines = stream.iter_lines()  # when nothing refers to it, it closes the stream
+            next(lines)
+            assert turn(id="a").json()["error"]["code"] == "session_in_turn"
+        assert eventually(lambda: not any(held.in_turn for held in sessions._held.values()))
+        assert turn(id="a", turns=0).status_code == 200  # the turn that was left never was
+        assert [turn(id=name).status_code for name in ("b", "c")] == [200, 200]
+        assert turn(id="a", turns=1).json()["error"]["code"] == "session_turns"
+        assert len(sessions._held) == 2
+        sessions._now = lambda: 1e12
+        assert turn(id="c", turns=1).json()["error"]["code"] == "session_turns"
+        assert turn(id="", mode="exact").status_code == 400

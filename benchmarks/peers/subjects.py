@@ -12,6 +12,7 @@ from benchmarks.harness import BenchmarkError
 from benchmarks.peers.environments import peers_folder
 from benchmarks.peers.shape_checkpoint import SHAPES, copy_checkpoint, tokenizer_of_repository, write_checkpoint, write_gguf
 from benchmarks.peers.worker import ROOT
+from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.presets import preset
 
 SECONDS = 3600
@@ -61,6 +62,26 @@ def smollm2() -> Subject:
         vocab_size=49152,
         max_positions=8192,
         longest_prompt=8192,
+    )
+
+
+def bundled() -> Subject:
+    """The trained checkpoint of this repository, to try benchmarks of our engines alone: it has no other form."""
+    checkpoint = open_checkpoint(preset("llama3").bundled_folder)
+    config = checkpoint.config
+    return Subject(
+        name="bundled",
+        title="the bundled checkpoint",
+        checkpoint=preset("llama3").bundled_folder,
+        gguf=Path(),
+        folder=preset("llama3").bundled_folder,
+        n_layers=config.n_layers,
+        n_kv_heads=config.n_kv_heads,
+        head_size=config.head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_positions,
+        longest_prompt=config.max_positions,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.harness import BenchmarkError, Check, Report, Row, rounded
 from benchmarks.models import host_pool, programs_of
-from benchmarks.peers.subjects import engine_for, smollm2
+from benchmarks.peers.subjects import bundled, engine_for, smollm2
 from benchmarks.serving_peers.prompts import Prompt, facts_in_prose
 from trt_kv.policies import policy_from_name, policy_without_floor
 from trt_kv.policy import Policy
@@ -29,10 +29,11 @@ RANKED = {
 RESERVES = (0, 512)
 
 
-def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001
+def run(folder: Path, *, quick: bool) -> Report:
     """Each policy in turn on the same prompts; quick: one short prompt."""
     n, n_tokens = (1, 600) if quick else (8, 1800)
-    with Engine.load(engine_for(smollm2(), {"policy": "full", "quant": "int4"}), prefix_cache=False, cache_tokens=64) as engine:
+    folder = engine_for(bundled() if quick else smollm2(), {"policy": "full", "quant": "int4"})
+    with Engine.load(folder, prefix_cache=False, cache_tokens=64) as engine:
         prompts = facts_in_prose(engine.tokenizer, n, n_tokens=n_tokens, seed=5)
         sides: list[tuple[str, str, Policy]] = [("everything", "", policy_from_name("full"))]
         for name, policy in RANKED.items():

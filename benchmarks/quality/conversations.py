@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.harness import BenchmarkError, Check, Report, Row, rounded
 from benchmarks.models import host_pool, programs_of
-from benchmarks.peers.subjects import engine_for, smollm2
+from benchmarks.peers.subjects import bundled, engine_for, smollm2
 from benchmarks.serving_peers.prompts import sentences
 from trt_kv.policies import policy_from_name, policy_without_floor
 from trt_kv.policy import Policy
@@ -68,10 +68,11 @@ class Document:
     questions: list[tuple[list[int], str]]
 
 
-def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001
+def run(folder: Path, *, quick: bool) -> Report:
     """Each policy and mode in turn on the same documents; quick: two policies, few questions."""
     n_documents, n_facts, n_tokens, n_questions = (1, 2, 300, 2) if quick else (2, 4, 1200, 20)
-    with Engine.load(engine_for(smollm2(), {"policy": "full", "quant": "int4"}), prefix_cache=False, cache_tokens=64) as engine:
+    folder = engine_for(bundled() if quick else smollm2(), {"policy": "full", "quant": "int4"})
+    with Engine.load(folder, prefix_cache=False, cache_tokens=64) as engine:
         documents = [_document(engine.tokenizer, n_tokens, n_facts, n_questions, seed=seed) for seed in range(n_documents)]
         policies = dict(list(POLICIES.items())[: 2 if quick else None])
         rows = [_row(engine, documents, name, policy, mode) for name, policy in policies.items() for mode in MODES]

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.harness import Check, Report, Row, Target, rounded
 from benchmarks.models import random_tokens
-from benchmarks.peers.subjects import SUBJECTS, Subject, engine_for
+from benchmarks.peers.subjects import SUBJECTS, Subject, bundled, engine_for
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.generation import Generation
 
@@ -36,20 +36,18 @@ WAYS: dict[str, list[tuple[str, int, dict[str, Any]]]] = {
     "smollm2": [*((policy, 4096, {}) for policy in POLICIES), ("full", 4096, {"kv_dtype": "int8"})],
     "llama-3.2-1b": [("freekv 2048", 16384, {"kv_dtype": "int8"})],
 }
-QUICK: dict[str, list[tuple[str, int, dict[str, Any]]]] = {
-    "tiny": [("full", 1024, {}), ("freekv 2048", 1024, {"kv_dtype": "int8"})]
-}
+QUICK: list[tuple[str, int, dict[str, Any]]] = [("full", 1024, {}), ("freekv 2048", 1024, {"kv_dtype": "int8"})]
 
 
 def run(folder: Path, *, quick: bool) -> Report:
-    """Each model, policy and length in turn; quick: a tiny shape."""
+    """Each model, policy and length in turn; quick: the bundled checkpoint."""
     rows: list[Row] = []
-    for name, ways in (QUICK if quick else WAYS).items():
-        subject = SUBJECTS[name]()
+    subjects = [(bundled(), QUICK)] if quick else [(SUBJECTS[name](), ways) for name, ways in WAYS.items()]
+    for subject, ways in subjects:
         for policy, n_tokens, options in ways:
             rows.append(_first_tokens(subject, policy, n_tokens, options, folder / "store"))
             shutil.rmtree(folder / "store", ignore_errors=True)
-    trace = _trace(SUBJECTS["tiny" if quick else "smollm2"](), n_requests=8 if quick else 16)
+    trace = _trace(subjects[0][0], n_requests=8 if quick else 16)
     longest = [row for row in rows if row["prefix_tokens"] == max(row["prefix_tokens"] for row in rows)]
     return Report(
         title="Prefix reuse",

@@ -16,6 +16,7 @@ from trt_kv.serving.http import endpoints, generating
 from trt_kv.serving.http.context import Context
 from trt_kv.serving.http.middleware import Surroundings
 from trt_kv.serving.http.refusals import RefusedError
+from trt_kv.serving.http.sessions import Sessions
 from trt_kv.serving.http.settings import ServerSettings
 
 Endpoint = Callable[[Context, Request], Awaitable[Response]]
@@ -36,7 +37,8 @@ _ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
 def make_app(engine: AsyncEngine, settings: ServerSettings) -> Starlette:
     """The ASGI application of an engine, which it closes at the end of its life span."""
     admission = Admission(engine.engine.core.statistics, max_queue=settings.max_queue)
-    context = Context(engine=engine, settings=settings, admission=admission)
+    sessions = Sessions(engine.engine, settings)
+    context = Context(engine=engine, settings=settings, admission=admission, sessions=sessions)
 
     @contextlib.asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:

@@ -109,9 +109,20 @@ class Templated(Body):
     add_generation_prompt: bool | None = None
 
 
+class SessionBody(Body):
+    """A conversation that the server remembers: ``messages`` are then only what is new. ``mode``: as in ``Engine.session``
+    (None: the one that it has, "compressed" for a new one). ``turns``: how many it must have had; None: any number.
+    """
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    mode: Literal["exact", "compressed"] | None = None
+    turns: Annotated[int, Field(ge=0)] | None = None
+
+
 class ChatBody(Templated, Generating):
     """POST /v1/chat/completions."""
 
+    session: SessionBody | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None

@@ -11,6 +11,7 @@ from trt_kv.runtime.async_engine import AsyncEngine
 from trt_kv.serving.admission import Admission
 from trt_kv.serving.http.bodies import Body
 from trt_kv.serving.http.refusals import RefusedError, refusal_of_body
+from trt_kv.serving.http.sessions import Sessions
 from trt_kv.serving.http.settings import ServerSettings
 
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -23,6 +24,7 @@ class Context:
     engine: AsyncEngine
     settings: ServerSettings
     admission: Admission
+    sessions: Sessions
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def body(self, request: Request, kind: type[AnyBody]) -> AnyBody:

@@ -13,12 +13,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from trt_kv.errors import TrtKvError
 from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.sampling import SamplingParams
+from trt_kv.runtime.session import Turn
 from trt_kv.serving.http.answers import ChatForm, CompletionForm, Form
 from trt_kv.serving.http.bodies import ChatBody, CompletionBody, Generating, StreamOptions
 from trt_kv.serving.http.context import Context
-from trt_kv.serving.http.parameters import chat_request, completion_params, prompts_of
+from trt_kv.serving.http.parameters import chat_request, chat_turn, completion_params, prompts_of
 from trt_kv.serving.http.refusals import RefusedError, refusal_of
 from trt_kv.serving.http.running import Running
+from trt_kv.serving.http.sessions import Held
 from trt_kv.serving.http.usage import usage_of
 from trt_kv.serving.logs import log_generated
 
@@ -38,6 +40,9 @@ class Asked:
     body: Generating
     names: Mapping[str, str]
     param: str
+    held: Held | None = None
+    turn: Turn | None = None
+    """The turn of the conversation ``held``, in place of prompts."""
 
 
 async def chat(context: Context, request: Request) -> Response:
@@ -47,16 +52,26 @@ async def chat(context: Context, request: Request) -> Response:
     context.check_model(body.model)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     names = {"max_new_tokens": limit, "template_variables": "chat_template_kwargs", "json_schema": "response_format"}
-    engine = context.engine.engine
-    try:  # in a thread: a template may run for seconds
-        prompt, params = await asyncio.to_thread(chat_request, engine, body, max_new_tokens=context.settings.max_new_tokens)
-    except TrtKvError as error:
-        raise refusal_of(error, names, default_param="messages") from error
-    context.check_prompt(len(prompt), param="messages")
+    engine, most = context.engine.engine, context.settings.max_new_tokens
     form = ChatForm(model=context.settings.model_name, tokenizer=engine.tokenizer, with_logprobs=bool(body.logprobs))
-    return await _answer(
-        context, request, Asked(prompts=[prompt], params=params, form=form, body=body, names=names, param="messages")
-    )
+    held = None if body.session is None else context.sessions.take(request.state.key_digest, body.session)
+    try:  # in a thread: a template may run for seconds
+        turn = None if held is None else await asyncio.to_thread(chat_turn, held.session, body, max_new_tokens=most)
+        if turn is None:
+            prompt, params = await asyncio.to_thread(chat_request, engine, body, max_new_tokens=most)
+        else:
+            prompt, params = list(turn.history), turn.params
+        context.check_prompt(len(prompt), param="messages")
+        asked = Asked(
+            prompts=[prompt], params=params, form=form, body=body, names=names, param="messages", held=held, turn=turn
+        )
+        return await _answer(context, request, asked)
+    except BaseException as error:
+        if held is not None:
+            context.sessions.give_back(held)
+        if isinstance(error, TrtKvError):
+            raise refusal_of(error, names, default_param="messages") from error
+        raise
 
 
 async def complete(context: Context, request: Request) -> Response:
@@ -105,8 +120,12 @@ async def _answer(context: Context, request: Request, asked: Asked) -> Response:
     if asked.body.stream_options is not None and not asked.body.stream:
         raise RefusedError(400, "stream_options needs stream to be true", param="stream_options", code="invalid_value")
     running = Running(context.engine, context.admission)
+    params = _salted(asked.params, request.state.key_digest)
     try:
-        await running.start(asked.prompts, _salted(asked.params, request.state.key_digest))
+        if asked.turn is None:
+            await running.start(asked.prompts, params)
+        else:
+            await running.start_turn(dataclasses.replace(asked.turn, params=params))
     except TrtKvError as error:
         raise refusal_of(error, asked.names, default_param=asked.param) from error
     if asked.body.stream:
@@ -116,12 +135,23 @@ async def _answer(context: Context, request: Request, asked: Asked) -> Response:
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     try:
         results = await _unless_gone(request, running)
+        usage = {} if results is None else usage_of(results) | await _recorded(asked, running)
     except TrtKvError as error:
         raise refusal_of(error, asked.names) from error
     finally:
         _log_end(context, running, request.state.request_id)
         running.close()
-    return GONE if results is None else JSONResponse(asked.form.whole(results, usage_of(results)))
+    if asked.held is not None:
+        context.sessions.give_back(asked.held)
+    return GONE if results is None else JSONResponse(asked.form.whole(results, usage))
+
+
+async def _recorded(asked: Asked, running: Running) -> dict[str, Any]:
+    """What usage tells of the conversation, to which the turn that has ended is added; nothing if it is of none."""
+    if asked.held is None or asked.turn is None:
+        return {}
+    await asked.held.record(asked.turn, running)
+    return {"session": asked.held.to_json()}
 
 
 def _salted(params: SamplingParams, key_digest: str) -> SamplingParams:
@@ -162,13 +192,16 @@ async def _events(
             elif options.include_usage:
                 chunk["usage"] = None
             yield _event(chunk)
+        told = await _recorded(asked, running)
         if options.include_usage:
-            yield _event(form.last() | {"usage": usage_of(running.results)})
+            yield _event(form.last() | {"usage": usage_of(running.results) | told})
     except TrtKvError as error:
         yield _event(refusal_of(error, asked.names).to_json())
     finally:
         running.close()
         _log_end(context, running, request_id)
+        if asked.held is not None:
+            context.sessions.give_back(asked.held)
     yield "data: [DONE]\n\n"
 
 

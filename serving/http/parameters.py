@@ -4,9 +4,11 @@ import json
 from typing import Any, cast
 
 from trt_kv.errors import UsageError
+from trt_kv.runtime.chat import ChatKeywords
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.sampling.model_defaults import params_of_each
+from trt_kv.runtime.session import Session, Turn
 from trt_kv.serving.http.bodies import ChatBody, CompletionBody, Generating, Templated, TokenizeBody
 from trt_kv.serving.http.refusals import RefusedError
 from trt_kv.serving.http.settings import MAX_COMPLETION_TOKENS
@@ -21,6 +23,19 @@ _SAME = (
 
 def chat_request(engine: Engine, body: ChatBody, *, max_new_tokens: int) -> tuple[list[int], SamplingParams]:
     """The prompt and the parameters of a chat; ``UsageError`` for what the template or the engine refuses."""
+    given = chat_sampling(body, max_new_tokens=max_new_tokens)
+    (params,) = params_of_each(1, None, cast(SamplingOptions, given), engine.default_sampling)
+    return engine.chat_request(body.messages, params, **template_options(body))
+
+
+def chat_turn(session: Session, body: ChatBody, *, max_new_tokens: int) -> Turn:
+    """What the new messages of a conversation ask for; errors as for ``chat_request``."""
+    options = chat_sampling(body, max_new_tokens=max_new_tokens) | template_options(body)
+    return session.turn_of_messages(body.messages, **cast(ChatKeywords, options))
+
+
+def chat_sampling(body: ChatBody, *, max_new_tokens: int) -> dict[str, Any]:
+    """Fields of ``SamplingParams`` that a chat gives, and its limit."""
     given = _sampling(body)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     given["max_new_tokens"] = max_new_tokens if limit is None else limit
@@ -28,8 +43,7 @@ def chat_request(engine: Engine, body: ChatBody, *, max_new_tokens: int) -> tupl
         given["top_logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
         raise RefusedError(400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
-    (params,) = params_of_each(1, None, cast(SamplingOptions, given), engine.default_sampling)
-    return engine.chat_request(body.messages, params, **template_options(body))
+    return given
 
 
 def completion_params(engine: Engine, body: CompletionBody) -> SamplingParams:

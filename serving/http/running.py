@@ -8,6 +8,7 @@ from trt_kv.runtime.async_engine import AsyncEngine, AsyncRequest
 from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
+from trt_kv.runtime.session import Turn
 from trt_kv.serving.admission import Admission, shutting_down
 from trt_kv.serving.http.answers import News
 
@@ -21,6 +22,25 @@ class Running:
         self._changed = asyncio.Event()
         self._queued: list[AsyncRequest] = []
         self._places = contextlib.ExitStack()
+
+    async def start_turn(self, turn: Turn) -> None:
+        """Queue a turn of a conversation; errors as for ``start``."""
+        try:
+            ticket = self._places.enter_context(self._admission.ticket())
+            queued = await self._engine.submit_turn(turn, changed=self._changed)
+            self._queued.append(queued)
+            ticket.request = queued.request
+            if self._admission.is_over:
+                ticket.end()
+        except BaseException:
+            self.close()
+            raise
+
+    async def freed(self) -> Request:
+        """The only request, when it has ended and its pages are free."""
+        (queued,) = self._queued
+        await queued.freed()
+        return queued.request
 
     async def start(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> None:
         """Queue all prompts. Raises ``BusyError``, ``UsageError`` or ``CapacityError`` for one, and then runs none."""

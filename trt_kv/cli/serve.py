@@ -10,7 +10,7 @@ import click
 from trt_kv.cli.options import any_path, debug_option, digest_option
 from trt_kv.cli.output import say
 from trt_kv.cli.progress import progress_bars
-from trt_kv.cli.run_options import device_options, resource_options
+from trt_kv.cli.run_options import byte_count, device_options, resource_options
 from trt_kv.cli.sampling_options import model_defaults_option
 from trt_kv.cli.signals import termination_unwinds
 from trt_kv.pipeline.destinations import check_new_file
@@ -44,6 +44,13 @@ N_TRACED = 500_000
 @click.option("--max-new-tokens", type=int, metavar="N", help="Limit of chat answers that give none. Default: 1024.")
 @click.option(
     "--drain-seconds", type=int, metavar="S", help="After Ctrl-C or SIGTERM, requests may go on for so long. Default: 30."
+)
+@click.option("--max-sessions", type=int, metavar="N", help="Conversations that are remembered for clients. Default: 256.")
+@click.option(
+    "--session-bytes", callback=byte_count, metavar="SIZE", help="Memory of what they have kept, e.g. 2GiB. Default: 1 GiB."
+)
+@click.option(
+    "--session-seconds", type=int, metavar="S", help="They are forgotten after so long without a turn. Default: 3600."
 )
 @click.option("--log-prompts", is_flag=True, help="Show prompts and answers in the log, which is JSON lines on standard error.")
 @click.option(
