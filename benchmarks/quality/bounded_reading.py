@@ -31,7 +31,7 @@ RESERVES = (0, 512)
 
 def run(folder: Path, *, quick: bool) -> Report:
     """Each policy in turn on the same prompts; quick: one short prompt."""
-    n, n_tokens = (1, 600) if quick else (8, 1800)
+    n, n_tokens = (1, 600) if quick else (6, 1800)
     folder = engine_for(bundled() if quick else smollm2(), {"policy": "full", "quant": "int4"})
     with Engine.load(folder, prefix_cache=False, cache_tokens=64) as engine:
         prompts = facts_in_prose(engine.tokenizer, n, n_tokens=n_tokens, seed=5)
