@@ -26,7 +26,6 @@ MODULES = {
     "kvpress_overlap": "benchmarks.kvpress.overlap",
     "kv_types": "benchmarks.quality.kv_types",
     "bounded_reading": "benchmarks.quality.bounded_reading",
-    "conversations": "benchmarks.quality.conversations",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
     "recall_steps": "benchmarks.speed.recall_steps",
