@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 
 from trt_kv.runtime.async_engine import AsyncEngine, AsyncRequest
 from trt_kv.runtime.generation import Generation
@@ -23,38 +24,19 @@ class Running:
         self._queued: list[AsyncRequest] = []
         self._places = contextlib.ExitStack()
 
+    async def start(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> None:
+        """Queue all prompts. Raises ``BusyError``, ``UsageError`` or ``CapacityError`` for one, and then runs none."""
+        await self._start([partial(self._engine.submit, prompt, params) for prompt in prompts])
+
     async def start_turn(self, turn: Turn) -> None:
         """Queue a turn of a conversation; errors as for ``start``."""
-        try:
-            ticket = self._places.enter_context(self._admission.ticket())
-            queued = await self._engine.submit_turn(turn, changed=self._changed)
-            self._queued.append(queued)
-            ticket.request = queued.request
-            if self._admission.is_over:
-                ticket.end()
-        except BaseException:
-            self.close()
-            raise
+        await self._start([partial(self._engine.submit_turn, turn)])
 
     async def freed(self) -> Request:
         """The only request, when it has ended and its pages are free."""
         (queued,) = self._queued
         await queued.freed()
         return queued.request
-
-    async def start(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> None:
-        """Queue all prompts. Raises ``BusyError``, ``UsageError`` or ``CapacityError`` for one, and then runs none."""
-        try:
-            tickets = [self._places.enter_context(self._admission.ticket()) for _ in prompts]
-            for ticket, prompt in zip(tickets, prompts, strict=True):
-                queued = await self._engine.submit(prompt, params, changed=self._changed)
-                self._queued.append(queued)
-                ticket.request = queued.request
-                if self._admission.is_over:
-                    ticket.end()
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def samples(self) -> list[Request]:
@@ -94,6 +76,19 @@ class Running:
         async for _ in self.news():
             pass
         return self.results
+
+    async def _start(self, submissions: Sequence[Callable[..., Awaitable[AsyncRequest]]]) -> None:
+        try:
+            tickets = [self._places.enter_context(self._admission.ticket()) for _ in submissions]
+            for ticket, submit in zip(tickets, submissions, strict=True):
+                queued = await submit(changed=self._changed)
+                self._queued.append(queued)
+                ticket.request = queued.request
+                if self._admission.is_over:
+                    ticket.end()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End what has not ended; the engine frees its pages before its next step."""
