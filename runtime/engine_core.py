@@ -10,6 +10,7 @@ from trt_kv.errors import CapacityError, EngineError, TrtKvError, UsageError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.step import Chosen
 from trt_kv.runtime.generation import FinishReason
+from trt_kv.runtime.kernel_threads import release_kernel_threads
 from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.prefix.cache import PrefixCache
@@ -89,23 +90,31 @@ class EngineCore:
             self._alone(self._sweep)
             self._notify()
 
-    def wait(self, until: Callable[[], bool]) -> None:
+    def wait(self, until: Callable[[], bool], *, comes_back: bool = False) -> None:
         """Run steps until ``until()`` is true, which must follow from the progress of requests.
+
+        ``comes_back``: the caller will wait again soon, so the threads of its kernels stay.
 
         An interrupt of this thread in the middle of a step (Ctrl-C) ends the requests of that step and is raised here.
         """
         check_not_forked(self._process)
-        while not until():
-            self._check_outside_steps()
-            if self._stepping.locked():
-                with self._changed:
-                    self._changed.wait_for(lambda: until() or not self._stepping.locked(), NOTICE_S)
-                continue
-            has_run = self._alone(lambda: until() or self._step())
-            self._notify()
-            if not has_run:
-                with self._changed:
-                    self._changed.wait(NOTICE_S)
+        has_stepped = False
+        try:
+            while not until():
+                self._check_outside_steps()
+                if self._stepping.locked():
+                    with self._changed:
+                        self._changed.wait_for(lambda: until() or not self._stepping.locked(), NOTICE_S)
+                    continue
+                has_run = self._alone(lambda: until() or self._step())
+                has_stepped = True
+                self._notify()
+                if not has_run:
+                    with self._changed:
+                        self._changed.wait(NOTICE_S)
+        finally:
+            if has_stepped and not comes_back:
+                release_kernel_threads()
 
     def run_until_idle(self) -> None:
         """Run steps until every request has ended."""

@@ -15,6 +15,7 @@ from trt_kv.require import require
 from trt_kv.runtime.backends.devices import DeviceOptions
 from trt_kv.runtime.backends.host.load import load as load_on_host
 from trt_kv.runtime.compatibility import check_compatible, check_recipe, check_weights
+from trt_kv.runtime.kernel_threads import release_kernel_threads
 from trt_kv.runtime.loading import Loaded, LoadOptions, OnProgress
 from trt_kv.runtime.prefix.opening import open_prefixes
 from trt_kv.runtime.processes import check_can_load, will_compute
@@ -76,6 +77,7 @@ def open_engine(
             tell("compiling kernels", 0, 1)
             will_compute()
             loaded.runner.warm_up()
+            release_kernel_threads()  # another thread may run the steps
             tell("compiling kernels", 1, 1)
         undo.pop_all()
     return OpenedEngine(manifest=manifest, loaded=loaded, tokenizer=tokenizer, model_defaults=model_defaults)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from trt_kv.runtime.engine_core import EngineCore
 from trt_kv.runtime.generation import Generation
+from trt_kv.runtime.kernel_threads import release_kernel_threads
 from trt_kv.runtime.request import Request
 
 
@@ -20,11 +21,13 @@ class Stream(Iterator[str]):
         request = self._request
         while not request.pieces and not request.is_finished:
             try:
-                self._core.wait(self._has_news)
+                self._core.wait(self._has_news, comes_back=True)
             except BaseException:
                 self.close()
                 raise
             self._tell_progress()
+            if request.is_finished:
+                release_kernel_threads()
         if request.pieces:
             return request.pieces.popleft()
         if request.error is not None:

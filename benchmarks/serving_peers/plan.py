@@ -10,6 +10,7 @@ CONCURRENCY, MEMORY, DOORS = "concurrency", "memory", "doors"
 IN_MEMORY = (
     "trt-kv full, int8 cache",
     "trt-kv pooledwindow 20 %, int8 cache",
+    "trt-kv pooledwindow 20 %, evicting while reading, int8 cache",
     "llama.cpp, q8_0 cache",
     "OpenVINO GenAI",
     "OpenVINO GenAI, its eviction to 20 %",

@@ -178,6 +178,7 @@ def _threads(room: Room) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(room.threads)}
 
 
+WHILE_READING = PART | {"set": f"{PART['set']} evict=while_reading reserve=512"}
 EVICTING = "OpenVINO GenAI, its eviction to 20 %"
 ROWS: dict[str, Row] = {
     row.name: row
@@ -186,6 +187,7 @@ ROWS: dict[str, Row] = {
         _ours("full, int8 cache", FULL, dtype="int8"),
         _ours("pooledwindow 20 %", PART),
         _ours("pooledwindow 20 %, int8 cache", PART, dtype="int8"),
+        _ours("pooledwindow 20 %, evicting while reading, int8 cache", WHILE_READING, dtype="int8"),
         _ours("prefixkv", {"policy": "prefixkv"}),
         _ours("refreekv", {"policy": "refreekv"}),
         _ours("freekv 2048, RAM", {"policy": "freekv", "set": "tokens=2048"}, recalls=True),
