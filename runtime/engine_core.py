@@ -14,6 +14,7 @@ from trt_kv.runtime.kernel_threads import release_kernel_threads
 from trt_kv.runtime.memory import memory_error
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.prefix.cache import PrefixCache
+from trt_kv.runtime.prefix.sharing import PageSharing
 from trt_kv.runtime.processes import check_not_forked
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.reservation import Reservation
@@ -46,7 +47,11 @@ class EngineCore:
         self.prefixes = prefixes
         self._process = os.getpid()
         self.statistics = EngineStatistics()
-        self._scheduler: Scheduler[Request] = Scheduler(reservation, chunk=runner.chunk, token_budget=token_budget)
+        shares = prefixes is not None and runner.blocks.are_final
+        self.sharing = PageSharing(prefixes, runner.blocks, reservation) if prefixes is not None and shares else None
+        self._scheduler: Scheduler[Request] = Scheduler(
+            reservation, chunk=runner.chunk, token_budget=token_budget, sharing=self.sharing
+        )
         self._stepping = threading.Lock()
         self._stepping_thread: int | None = None
         self._changed = threading.Condition()
@@ -218,9 +223,16 @@ class EngineCore:
             return plan
         if self.prefixes is None:
             return plan
-        n_cached = self.prefixes.begin(request.held_sequence, request.prompt_ids, request.params.cache_salt)
+        shared = None if self.sharing is None else self.sharing.used_by(request)
+        n_cached = self.prefixes.begin(request.held_sequence, request.prompt_ids, request.params.cache_salt, shared)
         request.n_cached = n_cached
+        self._share(request, n_cached)
         return self._scheduler.skip_to(plan, n_cached) if n_cached else plan
+
+    def _share(self, request: Request, n_read: int) -> None:
+        """Let later requests use the pages of what a request has read, if their prompts begin alike."""
+        if self.sharing is not None and request.sequence.failure is None:
+            self.sharing.give(request, n_read)
 
     def _finish_step(self, plan: StepPlan[Request], rows: Sequence[Floats | Chosen] | Floats, seconds: float) -> None:
         """Deliver the results of a step to its requests."""
@@ -238,6 +250,7 @@ class EngineCore:
                 self._end_prompt(request, rows[0])
             elif self.prefixes is not None and request.begins_with is None:
                 self.prefixes.keep(request.sequence, request.prompt_ids, plan.end, request.params.cache_salt)
+                self._share(request, plan.end)
             return
         counts.decode_steps += 1
         counts.generated_tokens += plan.n_tokens

@@ -63,6 +63,8 @@ class Request:
     """Prompt tokens computed so far."""
     n_cached: int = field(default=0, init=False)
     """Those of them that were found in the prefix cache."""
+    n_shared: int = field(default=0, init=False)
+    """Prompt tokens at the beginning that are in pages of shared blocks (runtime/prefix/sharing.py)."""
     prompt_kv_tokens: tuple[int, ...] = field(default=(), init=False)
     """Tokens held per layer after prefill and its eviction."""
     times: RequestTimes = field(default_factory=RequestTimes, init=False)
@@ -105,6 +107,7 @@ class Request:
             n_sequences=1 + len(self.forks),
             n_before=0 if before is None else before.num_computed_tokens,
             held=() if before is None else before.kv_len,
+            n_shared=self.n_shared,
         )
 
     @property

@@ -4,6 +4,7 @@ So an admitted request never runs out of memory, and none has to be preempted. T
 inspected, because all of their pages are allocated under reservations.
 """
 
+import dataclasses
 import sys
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
@@ -21,7 +22,8 @@ from trt_kv.runtime.cache.page_pool import PagePool
 class RequestSize:
     """Tokens of a prompt, the most tokens generated after it, and the number of sequences: the request and its forks.
 
-    Of a turn of a conversation also the tokens seen before it, and how many of them each layer holds.
+    Of a turn of a conversation also the tokens seen before it, and how many of them each layer holds. ``n_shared``: tokens at
+    the prompt's beginning, whole pages, that are in pages of others, but for the first page.
     """
 
     n_prompt: int
@@ -29,6 +31,7 @@ class RequestSize:
     n_sequences: int = 1
     n_before: int = 0
     held: tuple[int, ...] = ()
+    n_shared: int = 0
 
     @property
     def n_seen(self) -> int:
@@ -82,7 +85,7 @@ class Reservation:
     def __init__(self, resources: Sequence[Resource], limits: Sequence[Limit] = ()) -> None:
         self.resources = tuple(resources)
         self._limits = tuple(limits)
-        self._reserved: dict[Hashable, tuple[RequestSize, tuple[int, ...]]] = {}
+        self._reserved: dict[Hashable, tuple[RequestSize | None, tuple[int, ...]]] = {}
 
     def check(self, size: RequestSize) -> None:
         """``CapacityError`` for a request that can never be served, with what to change."""
@@ -109,7 +112,19 @@ class Reservation:
     def finish_reading(self, key: Hashable) -> None:
         """Release what a request needed for its prefill only."""
         size, _ = self._reserved[key]
+        assert size is not None
         self._reserved[key] = size, tuple(resource.after_reading(size) for resource in self.resources)
+
+    def move(self, key: Hashable, to: Hashable, n_shared: int) -> None:
+        """Reserve for ``to`` what a request that reads its prompt needs no longer once ``n_shared`` more of its tokens are in
+        pages of others. The sum stays.
+        """
+        size, needed = self._reserved[key]
+        assert size is not None
+        size = dataclasses.replace(size, n_shared=size.n_shared + n_shared)
+        still = tuple(resource.while_reading(size) for resource in self.resources)
+        moved = tuple(before - after for before, after in zip(needed, still, strict=True))
+        self._reserved |= {key: (size, still), to: (None, moved)}
 
     def release(self, key: Hashable) -> None:
         """Release all that a request has reserved, if anything."""
@@ -184,6 +199,10 @@ class _Pages:
     def secure(self, reserved: int) -> None:
         self.pool.secure(reserved)
 
+    def _shared(self, size: RequestSize) -> int:
+        """Pages of one layer that others hold."""
+        return max(0, size.n_shared // self.pool.page_size - 1)
+
     def _tokens(self, n_pages: int) -> int:
         """The least number of tokens per layer for which a pool has ``n_pages``."""
         most = self._most or [n_pages] * self.n_layers
@@ -223,10 +242,11 @@ class CachePages(_Pages):
 
     def while_reading(self, size: RequestSize) -> int:
         reading = sum(self._of_prompt(self._most_read(size, layer, budget), window) for layer, budget, window in self._layers)
-        return max(reading, self.after_reading(size))
+        return max(reading - len(self._layers) * self._shared(size), self.after_reading(size))
 
     def after_reading(self, size: RequestSize) -> int:
-        return size.n_sequences * sum(self._while_decoding(size, *layer) for layer in self._layers)
+        n_pages = size.n_sequences * sum(self._while_decoding(size, *layer) for layer in self._layers)
+        return n_pages - len(self._layers) * self._shared(size)
 
     def most_in_any_layer(self, size: RequestSize) -> int:
         """The most tokens that any layer of one of the request's sequences holds."""
@@ -269,7 +289,8 @@ class HostPages(_Pages):
         return self.after_reading(size)
 
     def after_reading(self, size: RequestSize) -> int:
-        return size.n_sequences * self.n_layers * _pages(size.n_seen + size.max_new_tokens, self.pool)
+        n_pages = size.n_sequences * _pages(size.n_seen + size.max_new_tokens, self.pool) - self._shared(size)
+        return self.n_layers * n_pages
 
 
 class WorkingSetPages(_Pages):

@@ -18,6 +18,9 @@ MAX_OVERTAKEN = 64
 """The most requests of a higher priority that came later and may start before a waiting one."""
 
 
+Contra = TypeVar("Contra", contravariant=True)
+
+
 class Schedulable(Protocol):
     """The properties of a request that the scheduler uses."""
 
@@ -41,6 +44,18 @@ class Schedulable(Protocol):
 
 
 R = TypeVar("R", bound=Schedulable)
+
+
+class Sharing(Protocol[Contra]):
+    """Memory that requests share, which changes what they reserve: their ``size``."""
+
+    def join(self, request: Contra, /) -> None:
+        """A request is about to reserve what it needs."""
+        ...
+
+    def leave(self, request: Contra, /) -> None:
+        """It was not admitted, or has ended and holds nothing. May be called again, and for any request."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +95,7 @@ class Scheduler(Generic[R]):
         chunk: int,
         token_budget: int | None = None,
         max_overtaken: int = MAX_OVERTAKEN,
+        sharing: Sharing[R] | None = None,
     ) -> None:
         """``chunk``: prompt tokens per prefill step; a request's chunks never depend on other requests. ``token_budget``: the
         most prompt tokens per turn, though at least one chunk; None: ``chunk``.
@@ -87,6 +103,7 @@ class Scheduler(Generic[R]):
         if token_budget is not None and token_budget < 1:
             raise UsageError("bad token_budget", got=token_budget, expected="tokens >= 1, or None: one chunk per turn")
         self.reservation = reservation
+        self._sharing = sharing
         self._chunk = chunk
         self._token_budget = chunk if token_budget is None else token_budget
         self._budget_left = self._token_budget
@@ -159,6 +176,8 @@ class Scheduler(Generic[R]):
 
         Does nothing if the request is not here, so it may be called again after an interruption.
         """
+        if self._sharing is not None:
+            self._sharing.leave(request)
         self._waiting = [entry for entry in self._waiting if entry.request is not request]
         self._decoding = [other for other in self._decoding if other is not request]
         if self._reading is request:
@@ -179,6 +198,8 @@ class Scheduler(Generic[R]):
         self._waiting = [entry for entry in self._waiting if id(entry.request) not in decoding]
         for entry in self._waiting:
             self.reservation.release(id(entry.request))
+            if self._sharing is not None:
+                self._sharing.leave(entry.request)
         passed_by = [entry for entry in self._waiting if entry.n_overtaken >= self._max_overtaken]
         return min(passed_by or self._waiting, key=lambda e: (0 if passed_by else e.request.priority, e.arrival), default=None)
 
@@ -188,7 +209,11 @@ class Scheduler(Generic[R]):
         If interrupted before ``_reading`` is set, the request has not been admitted.
         """
         request = first.request
+        if self._sharing is not None:
+            self._sharing.join(request)
         if not self.reservation.reserve(id(request), request.size):
+            if self._sharing is not None:
+                self._sharing.leave(request)
             return False
         family = (request, *(fork for fork in request.forks if not fork.is_finished))
         for member in family:

@@ -20,7 +20,7 @@ from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import Program, recall_nodes, windows_of
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
-from trt_kv.runtime.cache.sequence import SequenceCache, pages_of_prompt
+from trt_kv.runtime.cache.sequence import SequenceCache, SharedPages, pages_of_prompt
 from trt_kv.runtime.cache.tiered_sequence import CopyableTiers
 
 Block = Mapping[str, np.ndarray]
@@ -44,6 +44,7 @@ class CacheBlocks:
         self._windows = [_score_window(nodes) for nodes in program]
         """Of each layer: how many of the last prompt queries its scores are of; 0: all; None: it has no scores."""
         self._attention_windows = windows_of(program)
+        self._changes_pages = any(node.op in ("TokenScores", "EvictTokens") for nodes in program for node in nodes)
 
     @property
     def n_last_queries(self) -> int:
@@ -64,12 +65,29 @@ class CacheBlocks:
                 block[f"scores.{layer}"] = self._pool.read_pages("scores", held)
         return block
 
-    def place(self, sequence: SequenceCache, blocks: Sequence[Block], n_tokens: int) -> None:
-        """Give an empty sequence the first ``n_tokens`` of a prompt, which ``blocks`` hold one after another.
+    @property
+    def are_final(self) -> bool:
+        """Whether no page is changed once it is full, and all are in memory, so that sequences can share them."""
+        in_memory = self._pool.on_host and (self._tiers is None or self._tiers.in_memory)
+        return in_memory and not self._changes_pages and not any(self._attention_windows)
+
+    def read_first(self, sequence: SequenceCache) -> dict[str, np.ndarray]:
+        """Copies of the first page of each layer, which must be full, as a block."""
+        block: dict[str, np.ndarray] = {}
+        for layer in range(sequence.n_layers):
+            first = sequence.page_table[layer, :1]
+            block |= {f"{name}.{layer}": values for name, values in self._read_layer(layer, first, first).items()}
+        return block
+
+    def place(self, sequence: SequenceCache, blocks: Sequence[Block], n_tokens: int, shared: SharedPages | None = None) -> None:
+        """Give an empty sequence the first ``n_tokens`` of a prompt, which ``blocks`` hold one after another, behind those that
+        are ``shared``.
 
         ``CapacityError`` if too few pages are free, ``RecallError`` if the host tier cannot be written.
         """
-        sequence.begin_at(n_tokens)
+        sequence.begin_at(n_tokens, shared)
+        if shared is not None:
+            blocks = [shared.first, *blocks]
         for layer in range(sequence.n_layers):
             held = _pages_of(sequence, layer)
             self._place_layer(sequence, layer, held, blocks)
@@ -105,8 +123,12 @@ class CacheBlocks:
         return {name: self._pool.read_pages(name, new_M) for name in ("kv", "summaries")}
 
     def _place_layer(self, sequence: SequenceCache, layer: int, held_M: Ints, blocks: Sequence[Block]) -> None:
-        """Write the layer's pages, from the last one back to the first one that the layer holds."""
-        limits, end = self._limits[layer], len(held_M)
+        """Write the layer's own pages, from the last one back to the first one that the layer holds."""
+        size, limits = self._pool.page_size, self._limits[layer]
+        positions_MP = np.arange(sequence.num_computed_tokens - len(held_M) * size, sequence.num_computed_tokens)
+        positions_MP = np.delete(positions_MP.reshape(-1, size), slice(1, 1 + sequence.n_shared_pages), axis=0)
+        held_M = sequence.own_pages(layer)
+        end = len(held_M)
         for block in reversed(blocks):
             n_pages = min(end, len(block[f"kv.{layer}"]))
             part_M, end = held_M[end - n_pages : end], end - n_pages
@@ -117,8 +139,6 @@ class CacheBlocks:
                 for name, pages in values.items():
                     self._pool.write_pages(name, part_M, pages)
         assert end == 0, "the blocks lack pages that the layer holds"
-        n_tokens, size = sequence.num_computed_tokens, self._pool.page_size
-        positions_MP = np.arange(n_tokens - len(held_M) * size, n_tokens).reshape(-1, size)
         if limits is not None and self._tiers is not None:
             self._tiers.begin_at(held_M, positions_MP, limits)
         else:

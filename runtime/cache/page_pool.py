@@ -72,6 +72,14 @@ class PagePool:
         self._first = int(pages[-1]) + 1
         return [int(page) for page in pages]
 
+    def pages_of(self, owner: int) -> list[int]:
+        """The pages of ``owner``, in ascending order."""
+        return [int(page) for page in np.flatnonzero(self._owner_M == owner)]
+
+    def give(self, pages: Sequence[int] | Ints, owner: int) -> None:
+        """Make ``owner`` the owner of pages that have one."""
+        self._owner_M[np.asarray(pages, np.int64)] = owner
+
     def release(self, pages: Sequence[int] | Ints) -> None:
         """Free some of an owner's pages."""
         if len(pages):

@@ -5,7 +5,8 @@ A layer with an attention window holds the window: pages at its front are freed 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -16,6 +17,17 @@ from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.page_pool import PagePool
 from trt_kv.runtime.generation import RequestRecall
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPages:
+    """Pages at the beginning of a prompt that several sequences read (runtime/prefix/sharing.py).
+
+    ``pages_LN``: of each layer, from the second page on. ``first``: copies of the first ones, as a ``Block``.
+    """
+
+    first: Mapping[str, np.ndarray]
+    pages_LN: Ints
 
 
 class SequenceCache:
@@ -50,6 +62,8 @@ class SequenceCache:
         """Prompt tokens read so far; of a conversation, all tokens before the current answer."""
         self.goes_on = False
         """Whether it began with what an earlier turn had kept, so that budgets are of more tokens than it holds."""
+        self.n_shared_pages = 0
+        """Pages of each layer, behind its first one, that are in the page table and belong to a shared block."""
         self.adaptive_budget: Ints = np.full(n_layers, -1, np.int64)
         """[L]: tokens that a step may attend to, as computed from the prompt by AdaptiveBudget; -1 for layers without it."""
         self._owner_in = {pool: pool.new_owner() for pool in self._pools}
@@ -80,9 +94,14 @@ class SequenceCache:
         return self.pages_in(self.pool)
 
     def pages_in(self, pool: PagePool) -> list[int]:
-        """The pages of ``pool`` in this sequence's page table, layer by layer."""
+        """The pages of ``pool`` that this sequence owns, layer by layer."""
         layers = [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool]
-        return [int(page) for layer in layers for page in self.page_table[layer, : self._n_pages[layer]]]
+        return [int(page) for layer in layers for page in self.own_pages(layer)]
+
+    def own_pages(self, layer: int) -> Ints:
+        """The layer's pages that are not shared."""
+        pages: Ints = np.delete(self.page_table[layer, : self._n_pages[layer]], slice(1, 1 + self.n_shared_pages))
+        return pages
 
     def _pool_of(self, layer: int) -> PagePool:
         """The pool that holds the layer's pages."""
@@ -108,15 +127,36 @@ class SequenceCache:
                 kv_len[layer] -= n_freed * size
         self.kv_len = kv_len
 
-    def begin_at(self, n_tokens: int) -> None:
-        """Allocate the pages that an empty sequence has after reading ``n_tokens``, whole pages, of a prompt. On
-        ``CapacityError`` nothing has changed.
+    def begin_at(self, n_tokens: int, shared: SharedPages | None = None) -> None:
+        """Allocate the pages that an empty sequence has after reading ``n_tokens``, whole pages, of a prompt, except those that
+        are ``shared``. On ``CapacityError`` nothing has changed.
         """
         size = self.pool.page_size
         kv_len = np.array([pages_of_prompt(n_tokens, window=window, page_size=size) for window in self._windows]) * size
+        if shared is not None:
+            self._share(shared.pages_LN)
         self._grow_tables(kv_len // size)
         self.kv_len = kv_len
         self.num_computed_tokens = self.n_prompt = n_tokens
+
+    def _share(self, pages_LN: Ints) -> None:
+        self._grow_tables(np.ones(self.n_layers, np.int64))
+        n_shared = pages_LN.shape[1]
+        self._widen(1 + n_shared)
+        self.page_table[:, 1 : 1 + n_shared] = pages_LN
+        self._n_pages[:] = 1 + n_shared
+        self.n_shared_pages = n_shared
+
+    def new_owners(self) -> dict[PagePool, int]:
+        """A new owner number in each pool that holds pages of this sequence."""
+        return {pool: pool.new_owner() for pool in self._pools}
+
+    def give(self, pages_LN: Ints, owners: Mapping[PagePool, int]) -> None:
+        """Let pages of each layer, which follow those that are shared, belong to ``owners``."""
+        for layer in range(self.n_layers):
+            pool = self._pool_of(layer)
+            pool.give(pages_LN[layer], owners[pool])
+        self.n_shared_pages += pages_LN.shape[1]
 
     def begin_with(self, kv_len: Sequence[int], num_computed_tokens: int) -> None:
         """Allocate the pages of an empty sequence that goes on from ``num_computed_tokens`` tokens, of which layer l holds
@@ -196,7 +236,7 @@ class SequenceCache:
         twin._grow_tables(self._n_pages)
         for array in self.pool.states.values():
             if len(array):
-                array[twin.pages] = array[self.pages]
+                array[twin.pages] = array[self._table_of(self.pool)]
         twin.num_computed_tokens = self.num_computed_tokens
         twin.n_prompt = self.n_prompt
         twin.adaptive_budget = self.adaptive_budget.copy()
@@ -231,8 +271,13 @@ class SequenceCache:
         self._growth = None
         self.is_evicted = self.goes_on = False
         self.num_computed_tokens = 0
-        self.n_prompt = 0
+        self.n_prompt = self.n_shared_pages = 0
         self.adaptive_budget[:] = -1
+
+    def _table_of(self, pool: PagePool) -> list[int]:
+        """All pages of ``pool`` in the page table, also shared ones, layer by layer."""
+        layers = [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool]
+        return [int(page) for layer in layers for page in self.page_table[layer, : self._n_pages[layer]]]
 
     @property
     def _pools(self) -> list[PagePool]:
@@ -269,15 +314,19 @@ class SequenceCache:
             for pool, pages in taken.items():
                 pool.release(pages)
             raise
-        if n_pages.max() > self.page_table.shape[1]:
-            wider = np.full((self.n_layers, 2 * int(n_pages.max())), -1, np.int64)
-            wider[:, : self.page_table.shape[1]] = self.page_table
-            self.page_table = wider
+        self._widen(int(n_pages.max()))
         for layer in range(self.n_layers):
             pages = taken[self._pool_of(layer)]
             self.page_table[layer, self._n_pages[layer] : n_pages[layer]] = pages[: more_L[layer]]
             del pages[: more_L[layer]]
         self._n_pages = n_pages
+
+    def _widen(self, n_pages: int) -> None:
+        """Make room for ``n_pages`` of a layer in the page table."""
+        if n_pages > self.page_table.shape[1]:
+            wider = np.full((self.n_layers, 2 * n_pages), -1, np.int64)
+            wider[:, : self.page_table.shape[1]] = self.page_table
+            self.page_table = wider
 
 
 def pages_of_prompt(n_tokens: int, *, window: int, page_size: int) -> int:

@@ -6,7 +6,8 @@ A request that begins with cached tokens continues from copies of them, and its 
 * it was copied before its prompt's last chunk, so it was neither evicted from nor finished;
 * the end of a prompt is always read: its last token, and as many queries as the policy's scores are of.
 
-Blocks are in memory of their own: a request reserves and uses the pool as if nothing had been cached.
+Blocks are in memory of their own: a request reserves and uses the pool as if nothing had been cached. Besides, requests that
+run at the same time may share pages of the pool (sharing.py).
 """
 
 import hashlib
@@ -21,7 +22,7 @@ import numpy as np
 
 from trt_kv.errors import RecallError
 from trt_kv.runtime.cache.blocks import Block, CacheBlocks
-from trt_kv.runtime.cache.sequence import SequenceCache
+from trt_kv.runtime.cache.sequence import SequenceCache, SharedPages
 from trt_kv.runtime.prefix.store import PrefixStore
 
 Key = bytes
@@ -38,6 +39,8 @@ class PrefixStatistics:
     hit_tokens: int = 0
     stored_hit_tokens: int = 0
     """Those of ``hit_tokens`` that came from the store's files."""
+    shared_hit_tokens: int = 0
+    """Those of ``hit_tokens`` that were not copied, but read in pages of requests that ran at the time."""
     kept: int = 0
     evicted: int = 0
     blocks: int = 0
@@ -80,19 +83,22 @@ class PrefixCache:
         self._pins: Counter[Key] = Counter()
         self._lock = threading.RLock()
 
-    def begin(self, sequence: SequenceCache, prompt_ids: Sequence[int], salt: str) -> int:
-        """Give an empty sequence the longest prefix of a prompt that is cached; returns its tokens, 0 if there is none.
+    def begin(self, sequence: SequenceCache, prompt_ids: Sequence[int], salt: str, shared: SharedPages | None = None) -> int:
+        """Give an empty sequence the longest prefix of a prompt that is cached or ``shared``; returns its tokens, 0 if there is
+        none.
 
         Errors as for ``CacheBlocks.place``.
         """
-        n_blocks = max(0, len(prompt_ids) - self._blocks.n_last_queries) // self.block_tokens
+        n_shared = 0 if shared is None else (1 + shared.pages_LN.shape[1]) * sequence.pool.page_size
         with self._lock:
             self.statistics.queried_tokens += len(prompt_ids)
-            found = self._longest(list(self._keys(prompt_ids, n_blocks, salt)))
-        n_tokens = len(found) * self.block_tokens
+            found = self._longest(self.reusable_keys(prompt_ids, salt))
+        copied = found[n_shared // self.block_tokens :]
+        n_tokens = n_shared + len(copied) * self.block_tokens
         if n_tokens:
-            self._blocks.place(sequence, found, n_tokens)
+            self._blocks.place(sequence, copied, n_tokens, shared)
             self.statistics.hit_tokens += n_tokens
+            self.statistics.shared_hit_tokens += n_shared
         return n_tokens
 
     def keep(self, sequence: SequenceCache, prompt_ids: Sequence[int], n_read: int, salt: str) -> None:
@@ -117,13 +123,13 @@ class PrefixCache:
         memory that begin it.
         """
         with self._lock:
-            self._pins.update(self._all_keys(prompt_ids, salt))
+            self._pins.update(self.keys(prompt_ids, salt))
             return self.n_cached(prompt_ids, salt)
 
     def unpin(self, prompt_ids: Sequence[int], salt: str) -> int:
         """Undo one ``pin`` of the same prompt. Returns the tokens of the blocks that were pinned; 0 if it was not."""
         with self._lock:
-            pinned = [key for key in self._all_keys(prompt_ids, salt) if self._pins[key]]
+            pinned = [key for key in self.keys(prompt_ids, salt) if self._pins[key]]
             self._pins.subtract(pinned)
             self._pins = +self._pins
             return self.block_tokens * len(pinned)
@@ -131,12 +137,12 @@ class PrefixCache:
     def n_cached(self, prompt_ids: Sequence[int], salt: str) -> int:
         """Tokens of the blocks in memory that begin a prompt."""
         with self._lock:
-            keys = self._all_keys(prompt_ids, salt)
+            keys = self.keys(prompt_ids, salt)
             return self.block_tokens * next((at for at, key in enumerate(keys) if key not in self._entries), len(keys))
 
     def n_stored(self, prompt_ids: Sequence[int], salt: str) -> int:
         """Tokens of the blocks in files that begin a prompt."""
-        keys, store = self._all_keys(prompt_ids, salt), self._store
+        keys, store = self.keys(prompt_ids, salt), self._store
         missing = (at for at, key in enumerate(keys) if store is None or key not in store)
         return self.block_tokens * next(missing, len(keys))
 
@@ -146,8 +152,13 @@ class PrefixCache:
             for key in [key for key in self._entries if not self._pins[key]]:
                 self._drop(key)
 
-    def _all_keys(self, prompt_ids: Sequence[int], salt: str) -> list[Key]:
+    def keys(self, prompt_ids: Sequence[int], salt: str) -> list[Key]:
+        """The keys of the whole blocks of a prompt."""
         return list(self._keys(prompt_ids, len(prompt_ids) // self.block_tokens, salt))
+
+    def reusable_keys(self, prompt_ids: Sequence[int], salt: str) -> list[Key]:
+        """Those of the blocks that need not be read: not so late that one of the last queries would be missing."""
+        return self.keys(prompt_ids[: max(0, len(prompt_ids) - self._blocks.n_last_queries)], salt)
 
     def _keys(self, prompt_ids: Sequence[int], n_blocks: int, salt: str) -> Iterator[Key]:
         """The keys of the first blocks of a prompt."""
