@@ -134,11 +134,11 @@ def engine_for(subject: Subject, options: dict[str, Any]) -> Path:
 
     ``BenchmarkError`` with what the command said if it fails.
     """
-    words = [str(part).replace("/", "_") for item in options.items() for part in item]
+    words = [str(part).replace("/", "_").replace(" ", "-") for item in options.items() for part in item]
     out = peers_folder() / "engines" / "-".join([subject.name, *words])
     command = [sys.executable, "-m", "trt_kv", "build", "--checkpoint", str(subject.checkpoint)]
     for name, value in options.items():
-        command += [f"--{name}", str(value)]
+        command += [f"--{name}", *str(value).split()]
     _once(out, lambda path: run_command([*command, "--out", str(path)]))
     return out
 

@@ -48,6 +48,7 @@ def run(folder: Path, *, quick: bool) -> Report:
             rows.append(_first_tokens(subject, policy, n_tokens, options, folder / "store"))
             shutil.rmtree(folder / "store", ignore_errors=True)
     trace = _trace(subjects[0][0], n_requests=8 if quick else 16)
+    at_once = _on_one_document(subjects[0][0], n_requests=4 if quick else 8, n_tokens=1024 if quick else 2048)
     longest = [row for row in rows if row["prefix_tokens"] == max(row["prefix_tokens"] for row in rows)]
     return Report(
         title="Prefix reuse",
@@ -56,7 +57,11 @@ def run(folder: Path, *, quick: bool) -> Report:
             Check(what="tokens and log-probabilities that differ from those without reuse", error=row.pop("differ"), allowed=0)
             for row in rows
         ],
-        tables={"time to the first token": rows, "a trace of shared documents and conversations": trace},
+        tables={
+            "time to the first token": rows,
+            "a trace of shared documents and conversations": trace,
+            "questions on one document, all sent at once": at_once,
+        },
         targets=[
             Target(
                 what=f"first token behind {row['prefix_tokens']} reused tokens / behind as many read ones: {row['policy']}",
@@ -145,6 +150,40 @@ def _trace(subject: Subject, *, n_requests: int) -> list[Row]:
                 "seconds": rounded(seconds),
                 "first_token_p50_s": rounded(float(np.median([_seconds(one) for one in found]))),
                 "generated_tokens_per_s": rounded(16 * n_requests / seconds),
+            }
+        )
+    return rows
+
+
+def _on_one_document(subject: Subject, *, n_requests: int, n_tokens: int) -> list[Row]:
+    """Questions on one document, in memory for two and a half of it: how many run at once, and what pages are in use."""
+    document = random_tokens(n_tokens, subject.vocab_size, seed=1)
+    prompts = [document + random_tokens(QUESTION, subject.vocab_size, seed=100 + at) for at in range(n_requests)]
+    rows = []
+    for is_on in (False, True):
+        with _engine(subject, "full", 5 * n_tokens // 2, {}, max_sequences=n_requests, prefix_cache=is_on) as engine:
+            _answer(engine, random_tokens(600, subject.vocab_size, seed=9))
+            core, pool, most_running, most_pages = engine.core, engine.core.runner.pool, 0, 0
+            began = time.perf_counter()
+            requests = [engine.submit(list(prompt), max_new_tokens=32, ignore_eos=True) for prompt in prompts]
+            while not all(request.is_finished for request in requests):
+                n_steps = core.statistics.decode_steps + core.statistics.prefill_steps
+                core.wait(
+                    lambda: core.statistics.decode_steps + core.statistics.prefill_steps > n_steps,  # noqa: B023
+                    comes_back=True,
+                )
+                most_running = max(most_running, core.statistics.n_running)
+                most_pages = max(most_pages, pool.n_pages - pool.n_free)
+            seconds = time.perf_counter() - began
+        rows.append(
+            {
+                "prefix_cache": "on" if is_on else "off",
+                "requests": n_requests,
+                "document_tokens": n_tokens,
+                "most_at_once": most_running,
+                "most_mib_of_pages": rounded(most_pages * pool.page_bytes / 2**20),
+                "seconds": rounded(seconds),
+                "generated_tokens_per_s": rounded(32 * n_requests / seconds),
             }
         )
     return rows

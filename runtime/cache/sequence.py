@@ -179,24 +179,22 @@ class SequenceCache:
         """
         self.make_room(n_new)
         new_len = self._lengths_after(n_new)
-        slots = np.empty((self.n_layers, n_new), np.int64)
-        for layer in range(self.n_layers):
-            slots[layer] = (
-                self._slots(layer, range(self.kv_len[layer], new_len[layer]))
-                if new_len[layer] > self.kv_len[layer]
-                else self._reuse_order[layer].popleft()
-            )
-            if self._growth is not None and not self._windows[layer]:
-                self._reuse_order[layer].extend(int(slot) for slot in slots[layer])
+        slots = self._next_slots(n_new)
+        if self._growth is not None:
+            for layer in range(self.n_layers):
+                if new_len[layer] == self.kv_len[layer]:
+                    slots[layer] = self._reuse_order[layer].popleft()
+                if not self._windows[layer]:
+                    self._reuse_order[layer].extend(int(slot) for slot in slots[layer])
         self.kv_len = new_len
         self.num_computed_tokens += n_new
         return slots
 
     def _lengths_after(self, n_new: int) -> Ints:
         """[L]: tokens of each layer after ``n_new`` more."""
-        reuse = n_new == 1 and self._growth is not None
-        grows = np.array([not (reuse and self._evicts_for_next(layer)) for layer in range(self.n_layers)])
-        lengths: Ints = self.kv_len + n_new * grows
+        lengths: Ints = self.kv_len + n_new
+        if n_new == 1 and self._growth is not None:
+            lengths -= np.array([self._evicts_for_next(layer) for layer in range(self.n_layers)])
         return lengths
 
     def shrink(self, kept: Ints, growth: Sequence[float] | None) -> None:
@@ -292,6 +290,14 @@ class SequenceCache:
         n_held = self.kv_len[layer]
         over = int(n_held - self.num_computed_tokens * self._growth[layer]) > 0
         return over and n_held >= self._floor and bool(self._reuse_order[layer])
+
+    def _next_slots(self, n_new: int) -> Ints:
+        """Pool slots [L, n_new] behind the cached tokens; of no meaning where there is no page for them."""
+        index_LN = self.kv_len[:, None] + np.arange(n_new)
+        size, last = self.pool.page_size, self.page_table.shape[1] - 1
+        pages_LN = np.take_along_axis(self.page_table, np.minimum(index_LN // size, last), axis=1)
+        slots: Ints = pages_LN * size + index_LN % size
+        return slots
 
     def _slots(self, layer: int, indices: range) -> Ints:
         """Pool slots of the sequence's cached tokens ``indices``."""

@@ -15,6 +15,7 @@ from trt_kv.runtime.backends.host.attention_layers import OP, AttentionLayers, C
 from trt_kv.runtime.backends.ops import LayerOps
 from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
+from trt_kv.runtime.kernel_threads import kernel_threads_bound
 
 
 class SplitStepExecutor:
@@ -72,7 +73,8 @@ def _kernels_on(n_threads: int) -> Iterator[None]:
     before = numba.get_num_threads()
     numba.set_num_threads(min(n_threads or before, int(vars(numba.config)["NUMBA_NUM_THREADS"])))
     try:
-        yield
+        with kernel_threads_bound():
+            yield
     finally:
         numba.set_num_threads(before)
 
