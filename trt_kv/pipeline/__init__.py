@@ -15,6 +15,8 @@ Example::
     evaluation = evaluate(EvaluationRequest(engine=engine, tasks=Path("examples/evaluate/tasks.jsonl")))
 """
 
+from trt_kv.pipeline.advice import Advice, MeasuredMachine, PolicyAdvice, WeightSize
+from trt_kv.pipeline.advise import AdviceRequest, advise
 from trt_kv.pipeline.build import build_engine
 from trt_kv.pipeline.calibrate import RecipeFiles, calibrate_drift, calibrate_recipe
 from trt_kv.pipeline.callbacks import OnNote, OnProgress
@@ -34,6 +36,8 @@ from trt_kv.pipeline.plans import (
 from trt_kv.pipeline.requests import BuildRequest, DriftRequest, EvaluationRequest, ExportRequest, RecipeRequest
 
 __all__ = [
+    "Advice",
+    "AdviceRequest",
     "BuildRequest",
     "CalibrationPlan",
     "Conversation",
@@ -43,15 +47,19 @@ __all__ = [
     "EvaluationRequest",
     "ExportRequest",
     "Finding",
+    "MeasuredMachine",
     "ModelSource",
     "OnNote",
     "OnProgress",
+    "PolicyAdvice",
     "RecipeFiles",
     "RecipeRequest",
     "ResourceChoice",
     "State",
     "TargetPlan",
     "WeightPlan",
+    "WeightSize",
+    "advise",
     "build_engine",
     "calibrate_drift",
     "calibrate_recipe",
