@@ -53,13 +53,11 @@ def measured(request: dict[str, Any]) -> dict[str, Any]:
             probe.warm_up(what)
     started = time.perf_counter()
     speed = bandwidth.gb_per_s(n_threads) if probes else None
-    times = {
-        what: [
-            [probe.ms(what, n) for n in request["points"][what]] if time.perf_counter() - started < request["seconds"] else None
-            for probe in of_what
-        ]
-        for what, of_what in probes.items()
-    }
+    times: dict[str, list[list[float] | None]] = {what: [None] * len(of_what) for what, of_what in probes.items()}
+    in_turn = sorted((index, what) for what, of_what in probes.items() for index in range(len(of_what)))
+    for index, what in in_turn:
+        if time.perf_counter() - started < request["seconds"]:
+            times[what][index] = [probes[what][index].ms(what, n) for n in request["points"][what]]
     return {
         "n_threads": n_threads,
         "base_bytes": base_bytes,

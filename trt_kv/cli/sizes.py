@@ -10,7 +10,7 @@ _BYTES |= {f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt
 _BYTES |= {f"{letter}b": 10 ** (3 * power) for power, letter in enumerate("kmgt", start=1)}
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType[int]):
     """A number with one of ``units``, by name in lower case."""
 
     def __init__(self, name: str, units: dict[str, int], example: str) -> None:

@@ -24,6 +24,7 @@ from trt_kv.pipeline.chat import Conversation
 from trt_kv.pipeline.environment import Finding, State, examine
 from trt_kv.pipeline.evaluation import evaluate
 from trt_kv.pipeline.export import export_graphs
+from trt_kv.pipeline.handover import calibrate_queries, hand_over
 from trt_kv.pipeline.plans import (
     CalibrationPlan,
     DeviceChoice,
@@ -62,8 +63,10 @@ __all__ = [
     "advise",
     "build_engine",
     "calibrate_drift",
+    "calibrate_queries",
     "calibrate_recipe",
     "evaluate",
     "examine",
     "export_graphs",
+    "hand_over",
 ]

@@ -12,6 +12,7 @@ from trt_kv.pipeline.advice import MeasuredMachine
 from trt_kv.pipeline.advice_model import PlannedPolicy, Subject
 from trt_kv.pipeline.advice_time import LayerTimes, Nodes, TimeModel, kind_of, prompt_times, recalls, token_times
 from trt_kv.pipeline.callbacks import OnProgress
+from trt_kv.policies import policy_from_name
 from trt_kv.program import PHASES
 
 PROBE_SECONDS = 10.0
@@ -27,7 +28,8 @@ def measure(
     subject: Subject, planned: Sequence[PlannedPolicy], *, batch: int, with_times: bool, on_progress: OnProgress
 ) -> tuple[MeasuredMachine, TimeModel | None]:
     """Probe this machine, and with an engine time some of its steps. ``EngineError`` if that fails, with what it said last."""
-    kinds = {"token": _kinds(planned, "decode"), "prompt": _kinds(planned, "prefill")} if with_times else {}
+    every = [subject.planned(policy_from_name("full")), *planned]
+    kinds = {"token": _kinds(every, "decode"), "prompt": _kinds(planned, "prefill")} if with_times else {}
     request = _request(subject, kinds, batch)
     on_progress("probing this machine", 0, 1)
     found = _run(request)
@@ -51,23 +53,30 @@ def measure(
     short = steps["short_tokens"]
     of_step = model.caches_ms(own, [short] * subject.config.n_layers, short)
     of_chunk = model.reading_ms(own, steps["chunk_tokens"])
-    if of_step is None or of_chunk is None:
-        return machine, model
-    machine = dataclasses.replace(
-        machine,
-        step_ms=max(0.0, steps["step_ms"] - batch * of_step),
-        prompt_ms_per_token=max(0.0, steps["chunk_ms"] - of_chunk) / steps["chunk_tokens"],
-    )
+    if of_step is not None:
+        machine = dataclasses.replace(machine, step_ms=max(0.0, steps["step_ms"] - batch * of_step))
+    if of_chunk is not None:
+        per_token = max(0.0, steps["chunk_ms"] - of_chunk) / steps["chunk_tokens"]
+        machine = dataclasses.replace(machine, prompt_ms_per_token=per_token)
     return machine, TimeModel(machine, layers)
 
 
 def _kinds(planned: Sequence[PlannedPolicy], phase: str) -> dict[str, dict[str, Nodes]]:
-    """A layer of each kind in ``phase``, with its nodes of both phases: plain attention first, what recalls last."""
+    """A layer of each kind in ``phase``, with its nodes of both phases.
+
+    Plain attention comes first, which others are compared with, then what an engine needs, and last what recalls.
+    """
+    own = {kind_of(nodes) for one in planned if one.is_engine for nodes in one.programs[phase]}
     found: dict[str, dict[str, Nodes]] = {}
     for one in planned:
         for layer, nodes in enumerate(one.programs[phase]):
             found.setdefault(kind_of(nodes), {name: one.programs[name][layer] for name in PHASES})
-    return dict(sorted(found.items(), key=lambda entry: (recalls(entry[1][phase]), len(entry[1][phase]), entry[0])))
+
+    def order(entry: tuple[str, Mapping[str, Nodes]]) -> tuple[bool, bool, bool, int, str]:
+        kind, nodes = entry[0], entry[1][phase]
+        return len(nodes) > 1 or recalls(nodes), kind not in own, recalls(nodes), len(nodes), kind
+
+    return dict(sorted(found.items(), key=order))
 
 
 def _request(subject: Subject, kinds: Mapping[str, Mapping[str, Mapping[str, Nodes]]], batch: int) -> dict[str, Any]:
