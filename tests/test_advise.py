@@ -12,13 +12,15 @@ import pytest
 
 from tests.engines import Run, build_for_test
 from tests.serving import engine_under, small_policy
+from trt_kv.calibration.pareto_plot import picture_from_policies
 from trt_kv.errors import UsageError
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import KV_DTYPES, load_manifest
-from trt_kv.pipeline import AdviceRequest, advise
+from trt_kv.pipeline import AdviceRequest, MeasuredPolicy, advise
 from trt_kv.pipeline.advice_model import open_subject, weight_bytes
 from trt_kv.pipeline.advice_probe import CHUNK
+from trt_kv.pipeline.advice_tasks import is_on_front, recommended
 from trt_kv.pipeline.advice_time import prompt_times, token_times
 from trt_kv.pipeline.advise import MOST_BATCH, largest
 from trt_kv.pipeline.plans import WeightPlan
@@ -241,6 +243,61 @@ def test_the_command_prints_a_table_and_json(run: Run) -> None:
     assert found["context"] == 1024
     assert found["memory_bytes"] == int(0.2 * 2**30)
     assert run("advise", "llama3", "--memory", "much")[0] == 2
+
+
+def on_tasks(name: str, accuracy: float, high: float, n_bytes: int, seconds: float, *, fits: bool = True) -> MeasuredPolicy:
+    return MeasuredPolicy(
+        name=name,
+        n_tasks=20,
+        accuracy=accuracy,
+        accuracy_low=accuracy / 2,
+        accuracy_high=high,
+        cache_bytes=n_bytes,
+        seconds_per_task=seconds,
+        fits=fits,
+    )
+
+
+def test_the_smallest_cache_is_recommended_whose_interval_reaches_the_best_accuracy(tmp_path: Path) -> None:
+    full, half, tenth = (
+        on_tasks("full", 0.8, 0.9, 100, 1.0),
+        on_tasks("half", 0.75, 0.86, 50, 0.8),
+        on_tasks("tenth", 0.2, 0.4, 10, 0.7),
+    )
+    worse = on_tasks("worse", 0.7, 0.82, 60, 0.9)
+    everyone = [full, half, tenth, worse]
+    assert recommended(everyone) == "half"
+    assert [policy.name for policy in everyone if is_on_front(policy, everyone)] == ["full", "half", "tenth"]
+    assert recommended([dataclasses.replace(half, fits=False), full]) == "full"
+    assert recommended([dataclasses.replace(half, fits=False)]) is None
+    twins = [half, dataclasses.replace(half, name="twin")]
+    assert all(is_on_front(policy, twins) for policy in twins)
+    picture_from_policies(everyone, tmp_path / "policies.png", title="a test")
+    assert (tmp_path / "policies.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_tasks_give_a_table_a_picture_and_a_recommendation(run: Run, tmp_path: Path) -> None:
+    tasks = Path(__file__).parent.parent / "examples/evaluate/tasks.jsonl"
+    words = (
+        "--tasks",
+        tasks,
+        "--limit",
+        "2",
+        "--policy",
+        "full",
+        "--policy",
+        "streamingllm",
+        "--no-measure",
+        "--out",
+        tmp_path / "a",
+    )
+    for _ in range(2):  # the second time everything is there
+        code, out, errors = run("advise", "llama3", "--context", "2k", *words)
+        assert code == 0, errors
+        assert "recommended" in out
+        assert "2 tasks" in out
+    assert {"advice.png", "full", "full.json", "streamingllm"} <= {path.name for path in (tmp_path / "a").iterdir()}
 
 
 @pytest.mark.slow

@@ -1,10 +1,15 @@
 """Advice as text for the terminal."""
 
+from typing import TYPE_CHECKING
+
 from trt_kv.cli.hints import as_argument
 from trt_kv.cli.output import say
 from trt_kv.cli.sizes import bytes_as_text
 from trt_kv.pipeline import Advice, MeasuredMachine, PolicyAdvice
 from trt_kv.printable import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WIDTH = 150
 """Columns of the table where the output is not a terminal."""
@@ -28,6 +33,8 @@ def print_advice(advice: Advice) -> None:
     if not console.is_terminal:
         console = Console(width=WIDTH)
     console.print(table)
+    if advice.measured:
+        console.print(_measured(advice))
     for line in _explanation(advice):
         say(line)
 
@@ -90,6 +97,29 @@ def _cells(policy: PolicyAdvice, advice: Advice) -> dict[str, str]:
     }
 
 
+def _measured(advice: Advice) -> "Table":
+    """A row for each policy that answered tasks."""
+    from rich.table import Table
+
+    table = Table(title=f"\n{advice.measured[0].n_tasks} tasks, one at a time", title_justify="left", title_style="bold")
+    for name in ("policy", "right", "95 %", "KV cache", "s per task", ""):
+        table.add_column(name, justify="left" if name in ("policy", "") else "right")
+    for policy in advice.measured:
+        interval = f"{policy.accuracy_low:.0%}–{policy.accuracy_high:.0%}"
+        told = ["not beaten in all of accuracy, bytes and time"] if policy.on_front else []
+        told += ["recommended"] if policy.name == advice.recommendation else []
+        told += [] if policy.fits else ["does not fit what was asked for"]
+        table.add_row(
+            policy.name,
+            f"{policy.accuracy:.0%}",
+            interval,
+            bytes_as_text(policy.cache_bytes),
+            f"{policy.seconds_per_task:.2f}",
+            "; ".join(told),
+        )
+    return table
+
+
 def _explanation(advice: Advice) -> list[str]:
     """What the columns mean, and how to get the best of what fits."""
     lines = [
@@ -100,6 +130,11 @@ def _explanation(advice: Advice) -> list[str]:
         lines.append(
             "≥: weights read as fast as memory allows; `trt-kv advise ENGINE` times the steps of an engine, and prompts."
         )
+    if advice.measured:
+        lines.append(
+            "recommended: of what fits, the smallest cache whose 95 % interval reaches the best accuracy; few tasks tell"
+        )
+        lines.append(f"little, so look at the intervals. picture: {advice.picture}")
     lines += [f"note: {note}" for note in advice.notes]
     own = next((policy for policy in advice.policies if policy.is_engine), None)
     if own is not None:

@@ -1,11 +1,12 @@
 """``trt-kv advise``: what fits into this machine's memory under each policy, and how long it takes."""
 
 import json
+from pathlib import Path
 
 import click
 
 from trt_kv.cli.advice_table import print_advice
-from trt_kv.cli.options import debug_option
+from trt_kv.cli.options import any_path, debug_option, existing_file
 from trt_kv.cli.progress import progress_bars, say_note
 from trt_kv.cli.signals import termination_unwinds
 from trt_kv.cli.sizes import byte_count, token_count
@@ -37,6 +38,18 @@ from trt_kv.pipeline.plans import QUANTS
 @click.option("--page-size", type=int, metavar="TOKENS", help="Tokens per page of the KV cache. Default: 32, or the engine's.")
 @click.option("--policy", "policies", multiple=True, metavar="NAME", help="Only this policy; may be repeated. Default: all.")
 @click.option("--measure/--no-measure", default=True, help="Probe this machine for times, or plan sizes alone.")
+@click.option(
+    "--tasks", type=existing_file, metavar="FILE", help="Also answer tasks (JSON lines) under each policy, and recommend one."
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use the first N tasks only.")
+@click.option(
+    "--out",
+    type=any_path,
+    default="advice",
+    show_default=True,
+    metavar="FOLDER",
+    help="With --tasks: engines, answers, picture.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @debug_option
 def command(
@@ -51,6 +64,9 @@ def command(
     page_size: int | None,
     policies: tuple[str, ...],
     measure: bool,
+    tasks: Path | None,
+    limit: int | None,
+    out: Path,
     as_json: bool,
 ) -> None:
     """Plan for MODEL: the name of a preset, a checkpoint (folder, .gguf file or hub id), or an engine folder.
@@ -58,13 +74,15 @@ def command(
     For each policy: memory of weights and caches by the arithmetic with which requests are admitted, whether it fits, the
     longest context and the most requests that do, and the time of a token and of a prompt. Times come from a probe of this
     machine, and of an engine some of its steps are timed, too: give one for times that include its dense layers. How well a
-    policy answers is not known without tasks: see `trt-kv evaluate`.
+    policy answers is not known without tasks: with --tasks, which has lines as for `trt-kv evaluate`, engines with six
+    policies, or those of --policy, are built and answer them, and accuracy is compared with bytes and time.
 
     \b
     Examples:
       trt-kv advise smollm2 --context 8k --batch 8
       trt-kv advise ~/models/Llama-3.1-8B --quant int4 --context 32k --memory 16GiB
       trt-kv advise engines/smollm2-prefixkv-int4 --json
+      trt-kv advise smollm2 --quant int4 --tasks mine.jsonl --policy full --policy snapkv --policy freekv
     """
     request = AdviceRequest(
         model=model,
@@ -77,6 +95,9 @@ def command(
         page_size=page_size,
         policies=policies,
         measure=measure,
+        tasks=tasks,
+        limit=limit,
+        out=out,
     )
     with termination_unwinds(), progress_bars() as on_progress:
         advice = advise(request, on_progress=on_progress, on_note=say_note)

@@ -15,7 +15,7 @@ Example::
     evaluation = evaluate(EvaluationRequest(engine=engine, tasks=Path("examples/evaluate/tasks.jsonl")))
 """
 
-from trt_kv.pipeline.advice import Advice, MeasuredMachine, PolicyAdvice, WeightSize
+from trt_kv.pipeline.advice import Advice, MeasuredMachine, MeasuredPolicy, PolicyAdvice, WeightSize
 from trt_kv.pipeline.advise import AdviceRequest, advise
 from trt_kv.pipeline.build import build_engine
 from trt_kv.pipeline.calibrate import RecipeFiles, calibrate_drift, calibrate_recipe
@@ -49,6 +49,7 @@ __all__ = [
     "ExportRequest",
     "Finding",
     "MeasuredMachine",
+    "MeasuredPolicy",
     "ModelSource",
     "OnNote",
     "OnProgress",

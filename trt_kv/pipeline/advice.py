@@ -63,8 +63,29 @@ class PolicyAdvice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuredPolicy:
+    """A policy's answers to tasks: the share of right ones with its 95 % interval, mean bytes cached after a prompt has been
+    read, and time. ``on_front``: no other policy is at least as good in all three and better in one. ``fits``: what was asked
+    for.
+    """
+
+    name: str
+    n_tasks: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    cache_bytes: int
+    seconds_per_task: float
+    fits: bool
+    on_front: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Advice:
-    """The answer to an ``AdviceRequest``. ``weights``: in each quantisation; ``quant``: the one that the policies are with."""
+    """The answer to an ``AdviceRequest``. ``weights``: in each quantisation; ``quant``: the one that the policies are with.
+
+    ``measured``: on tasks, if there were any; ``recommendation``: the name of one of these; ``picture``: a PNG of them.
+    """
 
     model: str
     source: str
@@ -79,6 +100,9 @@ class Advice:
     machine: MeasuredMachine
     policies: tuple[PolicyAdvice, ...]
     notes: tuple[str, ...] = ()
+    measured: tuple[MeasuredPolicy, ...] = ()
+    recommendation: str | None = None
+    picture: str | None = None
 
     @property
     def weight_bytes(self) -> int:

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.pipeline.advice import Advice, PolicyAdvice
 from trt_kv.pipeline.advice_model import PlannedPolicy, Subject, open_subject
 from trt_kv.pipeline.advice_probe import measure
+from trt_kv.pipeline.advice_tasks import measured_on_tasks
 from trt_kv.pipeline.advice_time import TimeModel
 from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
 from trt_kv.pipeline.plans import QUANTS, check_kv_dtype
@@ -29,7 +31,8 @@ class AdviceRequest:
 
     ``context``: tokens of a prompt and its answer together, of which ``new_tokens`` are the answer; None: all of the model's
     positions. ``batch``: requests at once. ``memory_bytes``: None for what is free. ``policies``: names; empty for all.
-    ``measure``: probe the machine, for times.
+    ``measure``: probe the machine, for times. ``tasks``: a file as for ``EvaluationRequest``, whose first ``limit`` tasks are
+    answered under each of ``policies`` (empty: six of them); engines, answers and a picture are written to the folder ``out``.
     """
 
     model: str
@@ -42,6 +45,9 @@ class AdviceRequest:
     page_size: int | None = None
     policies: tuple[str, ...] = ()
     measure: bool = True
+    tasks: Path | None = None
+    limit: int | None = None
+    out: Path = Path("advice")
 
     def __post_init__(self) -> None:
         for option, value in (("--context", self.context), ("--new-tokens", self.new_tokens), ("--batch", self.batch)):
@@ -61,6 +67,8 @@ class AdviceRequest:
         check_kv_dtype(self.kv_dtype)
         for name in self.policies:
             policy_from_name(name)
+        if self.limit is not None and self.tasks is None:
+            raise UsageError("--limit is of tasks", got=f"--limit {self.limit}", fix="add --tasks, or leave it out")
 
 
 def advise(request: AdviceRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> Advice:
@@ -108,7 +116,19 @@ def advise(request: AdviceRequest, *, on_progress: OnProgress = ignore, on_note:
         policies=(),
         notes=tuple(_notes(subject, planned)),
     )
-    return dataclasses.replace(advice, policies=tuple(_advice_on(one, subject, advice, times) for one in planned))
+    advice = dataclasses.replace(advice, policies=tuple(_advice_on(one, subject, advice, times) for one in planned))
+    if request.tasks is None:
+        return advice
+    return measured_on_tasks(
+        advice,
+        subject,
+        tasks=request.tasks,
+        out=request.out,
+        policies=request.policies,
+        limit=request.limit,
+        on_progress=on_progress,
+        on_note=on_note,
+    )
 
 
 def _quant(request: AdviceRequest, subject: Subject) -> str:
