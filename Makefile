@@ -5,7 +5,7 @@ SHELL := bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help engine generate chat serve evaluate test soak check bench report clean
+.PHONY: help engine generate chat serve evaluate advise test soak check bench report clean
 
 # Machine settings, which may come from the environment. PIP_ARGS is added to every pip install, e.g. an index with CPU builds.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell command -v $(name))) python3.11)
@@ -46,6 +46,8 @@ QUANT =
 PAGE_SIZE =
 HOST_TIER =
 PREFIX_STORE =
+BATCH =
+MEMORY =
 DEVICE =
 DENSE =
 TRACE =
@@ -151,6 +153,16 @@ evaluate: $(ready_dense) ## engine + your own tasks -> accuracy, perplexity, kep
 		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
 		$(on_device) \
 		$(ARGS) -- "$$engine"
+
+# What advice is about: ENGINE, CHECKPOINT or MODEL.
+advise: $(if $(ENGINE),$(VENV)/.ready-build,$(VENV)/.ready-$(ready_model)) ## memory and time under each policy, on this machine
+	@$(VENV)/bin/trt-kv advise $(if $(CONTEXT),--context '$(CONTEXT)') \
+		$(if $(BATCH),--batch '$(BATCH)') \
+		$(if $(MEMORY),--memory '$(MEMORY)') \
+		$(if $(QUANT),$(if $(ENGINE),,--quant '$(QUANT)')) \
+		$(if $(KV_DTYPE),--kv-dtype '$(KV_DTYPE)') \
+		$(if $(PAGE_SIZE),$(if $(ENGINE),,--page-size '$(PAGE_SIZE)')) \
+		$(ARGS) -- '$(or $(ENGINE),$(CHECKPOINT),$(MODEL))'
 
 test: $(VENV)/.ready-dev ## run all tests except those marked slow
 	@$(VENV)/bin/python -m pytest --numprocesses '$(JOBS)' --dist loadfile --no-loadscope-reorder $(ARGS)

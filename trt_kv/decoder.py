@@ -51,14 +51,14 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(sizes[1], config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
-        q, k = self._heads(self.q_proj(x), self.q_norm), self._heads(self.k_proj(x), self.k_norm)
-        v = self._heads(self.v_proj(x), None)
+        q, k = self.heads(self.q_proj(x), self.q_norm), self.heads(self.k_proj(x), self.k_norm)
+        v = self.heads(self.v_proj(x), None)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         output: Tensor = self.o_proj(attend(self.layer, q, k, v).flatten(-2))
         return output
 
-    def _heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
+    def heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
         """``[N, H * D]`` as normed heads ``[N, H, D]``."""
         if norm is not None and not self.norms_heads:
             projected = norm(projected)

@@ -23,3 +23,11 @@ def kv_bytes(config: ModelConfig, kv_dtype: str) -> int:
 def token_bytes(config: ModelConfig, kv_dtype: str) -> int:
     """Bytes of a pool per token and layer: keys and values, a position and a score per KV head."""
     return kv_bytes(config, kv_dtype) + config.n_kv_heads * (POSITION_BYTES + SCORE_BYTES)
+
+
+def recall_row_bytes(config: ModelConfig, kv_dtype: str) -> int:
+    """Bytes besides of a page whose cache is recalled in place: the two summaries of each KV head's keys, stored like them, and
+    a row for the last query of all query heads, fp32.
+    """
+    summaries = config.n_kv_heads * 2 * row_bytes(kv_dtype, config.head_dim)
+    return summaries + config.n_heads * config.head_dim * ITEM_BYTES["float32"]

@@ -17,8 +17,8 @@ INTERRUPTED = 130
 
 # name of the command and of its module in trt_kv.cli, in the order a user needs them
 COMMANDS = (
-    *("doctor", "models", "policies", "build", "generate", "chat", "serve", "prefix", "evaluate", "inspect", "calibrate"),
-    "export",
+    *("doctor", "models", "policies", "build", "generate", "chat", "serve", "prefix", "evaluate", "inspect", "advise"),
+    *("calibrate", "export"),
 )
 
 

@@ -24,6 +24,7 @@ from trt_kv.errors import EngineError
 from trt_kv.pipeline import BuildRequest, CalibrationPlan, DriftPlan, ModelSource, TargetPlan, WeightPlan, build_engine
 from trt_kv.pipeline.kernels_beside import kernels_beside
 from trt_kv.pipeline.names import default_name
+from trt_kv.pipeline.plans import TENSORRT_LLM
 from trt_kv.policy import Policy
 
 
@@ -57,7 +58,7 @@ def command(
     where: bool,
     force: bool,
 ) -> None:
-    """Build an engine from a checkpoint.
+    """Build an engine from a checkpoint; with --target tensorrt-llm, a folder for TensorRT-LLM with the nearest options.
 
     If the policy needs a recipe or drift thresholds and --recipe or --drift does not provide them, they are calibrated
     first. The engine folder appears complete or not at all.
@@ -70,6 +71,7 @@ def command(
       trt-kv build --checkpoint ~/models/Llama-3.2-1B --policy full --out engines/full
       trt-kv build --checkpoint ~/models/Llama-3.2-1B.Q4_K_M.gguf --quant int4
       trt-kv build --checkpoint ~/models/Llama-3.1-8B --target tensorrt --profile datacenter --dtype bfloat16
+      trt-kv build --checkpoint ~/models/Qwen3-8B --target tensorrt-llm --policy h2o --context 16384
     """
     request = BuildRequest(
         source=source,
@@ -89,6 +91,10 @@ def command(
         return
     with termination_unwinds(), progress_bars() as on_progress, kernels_beside(request, on_progress):
         engine = build_engine(request, on_progress=on_progress, on_note=say_note)
+    if target.target == TENSORRT_LLM:
+        say(f"folder: {engine}")
+        say(f"next:   read {engine / 'README.md'}, which tells what of the policy is lost and how to start it")
+        return
     say(f"engine: {engine}")
     say(f"next:   {command_line(_next_command(engine))}")
 

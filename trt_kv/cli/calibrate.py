@@ -28,6 +28,7 @@ from trt_kv.pipeline import (
     RecipeRequest,
     TargetPlan,
     calibrate_drift,
+    calibrate_queries,
     calibrate_recipe,
 )
 from trt_kv.pipeline.names import default_name
@@ -67,6 +68,12 @@ from trt_kv.policy import Policy
     help="Default: recipes/NAME.json, for drift recipes/NAME-drift.json: the model or checkpoint, the policy, and each "
     "option not at its default.",
 )
+@click.option(
+    "--queries",
+    is_flag=True,
+    help="Write statistics of the heads' queries before RoPE instead, for TriAttention (--target tensorrt-llm); of the policy "
+    "nothing is read.",
+)
 @debug_option
 def command(
     *,
@@ -78,6 +85,7 @@ def command(
     to_published: Path | None,
     recipe: Path | None,
     out: Path | None,
+    queries: bool,
 ) -> None:
     """Calibrate the kept share of each layer (a recipe); or, for a policy that recalls pages, the drift threshold of each
     layer: the cosine of adjacent queries below which a KV head selects its pages again.
@@ -96,7 +104,17 @@ def command(
       trt-kv calibrate --score window --prompts prompts.txt --samples 20 --out recipes/window.json
       trt-kv calibrate --from-published llama_0.8.json --budget 0.2 --out recipes/published.json
       trt-kv calibrate --policy freekv --set tokens=512 --correction-rate 0.05
+      trt-kv calibrate --queries --checkpoint ~/models/Qwen3-8B --out qwen3-8b.safetensors
     """
+    if queries:
+        _refuse(
+            {"--from-published": from_published, "--to-published": to_published, "--recipe": recipe}, "these are statistics"
+        )
+        path = out or _default_out(source, policy, calibration, drift, "-queries.safetensors")
+        with progress_bars() as on_progress:
+            queried = calibrate_queries(source, calibration, path, on_progress=on_progress, on_note=say_note)
+        say(f"queries: {queried}")
+        return
     if policy.needs_drift or (policy.recalls and not policy.needs_recipe):
         policy = _with_thresholds(policy)
         _refuse({"--from-published": from_published, "--to-published": to_published}, "thresholds have no published form")

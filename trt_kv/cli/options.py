@@ -171,7 +171,7 @@ def target_options(command: CommandFunction) -> CommandFunction:
         default="onnxruntime",
         show_default=True,
         metavar="NAME",
-        help=f"What runs the engine: {' or '.join(TARGETS)}.",
+        help=f"What runs the engine: {', '.join(TARGETS)}.",
     )
     @click.option(
         "--profile",

@@ -15,6 +15,8 @@ Example::
     evaluation = evaluate(EvaluationRequest(engine=engine, tasks=Path("examples/evaluate/tasks.jsonl")))
 """
 
+from trt_kv.pipeline.advice import Advice, MeasuredMachine, MeasuredPolicy, PolicyAdvice, WeightSize
+from trt_kv.pipeline.advise import AdviceRequest, advise
 from trt_kv.pipeline.build import build_engine
 from trt_kv.pipeline.calibrate import RecipeFiles, calibrate_drift, calibrate_recipe
 from trt_kv.pipeline.callbacks import OnNote, OnProgress
@@ -22,6 +24,7 @@ from trt_kv.pipeline.chat import Conversation
 from trt_kv.pipeline.environment import Finding, State, examine
 from trt_kv.pipeline.evaluation import evaluate
 from trt_kv.pipeline.export import export_graphs
+from trt_kv.pipeline.handover import calibrate_queries, hand_over
 from trt_kv.pipeline.plans import (
     CalibrationPlan,
     DeviceChoice,
@@ -34,6 +37,8 @@ from trt_kv.pipeline.plans import (
 from trt_kv.pipeline.requests import BuildRequest, DriftRequest, EvaluationRequest, ExportRequest, RecipeRequest
 
 __all__ = [
+    "Advice",
+    "AdviceRequest",
     "BuildRequest",
     "CalibrationPlan",
     "Conversation",
@@ -43,19 +48,26 @@ __all__ = [
     "EvaluationRequest",
     "ExportRequest",
     "Finding",
+    "MeasuredMachine",
+    "MeasuredPolicy",
     "ModelSource",
     "OnNote",
     "OnProgress",
+    "PolicyAdvice",
     "RecipeFiles",
     "RecipeRequest",
     "ResourceChoice",
     "State",
     "TargetPlan",
     "WeightPlan",
+    "WeightSize",
+    "advise",
     "build_engine",
     "calibrate_drift",
+    "calibrate_queries",
     "calibrate_recipe",
     "evaluate",
     "examine",
     "export_graphs",
+    "hand_over",
 ]

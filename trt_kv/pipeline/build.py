@@ -13,7 +13,8 @@ from trt_kv.pipeline.calibration_runs import drift_from_prompts, recipe_from_pro
 from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
 from trt_kv.pipeline.destinations import check_new_file, check_new_folder
 from trt_kv.pipeline.given_files import drift_of_plan, policy_of_recipe
-from trt_kv.pipeline.plans import TargetPlan
+from trt_kv.pipeline.handover import hand_over
+from trt_kv.pipeline.plans import TENSORRT_LLM, TargetPlan
 from trt_kv.pipeline.reproduce import command_line_of, is_built
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.pipeline.sources import open_source
@@ -46,6 +47,8 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
         source, policy = ModelSource(model="llama3"), policy_from_name("prefixkv")
         build_engine(BuildRequest(source=source, policy=policy, out=Path("engines/first")), on_note=print)
     """
+    if request.target.target == TENSORRT_LLM:
+        return hand_over(request, on_progress=on_progress, on_note=on_note)
     from trt_kv.export import engine
     from trt_kv.export.new_folder import check_destination
     from trt_kv.runtime.processes import will_compute

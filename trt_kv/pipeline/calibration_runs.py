@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trt_kv.chat.turns import text_end_ids
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from trt_kv.calibration.drift import Trace, TraceOf
     from trt_kv.calibration.prefixkv import Importance
+    from trt_kv.calibration.query_statistics import QueryStatistics
     from trt_kv.export.checkpoints.base import Checkpoint
 
 CALIBRATION_TOKENS = 1024
@@ -199,6 +200,53 @@ def drift_trace_of(
         return recorder.taken()
 
     return trace_of
+
+
+def query_statistics_of(
+    checkpoint: "Checkpoint", prompts: Sequence[Sequence[int]], on_sample: Callable[[int, int], None]
+) -> "QueryStatistics":
+    """Statistics of the queries of each layer and head, normed but not rotated, while the torch decoder reads ``prompts``.
+
+    ``UsageError`` for a model whose heads do not turn as a whole in every layer.
+    """
+    from trt_kv.calibration.query_statistics import QueryRecorder
+    from trt_kv.decoder import SelfAttention
+    from trt_kv.policies import policy_from_name
+    from trt_kv.runtime.backends.host.runner import host_runner
+    from trt_kv.runtime.backends.host.store import HostKvPool
+    from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
+
+    config, size = checkpoint.config, DEFAULT_PAGE_SIZE
+    if config.unrotated_layers or config.local_rope or config.rope.rotary_dim not in (0, config.head_dim):
+        raise UsageError(
+            f"statistics of queries are of heads that turn as a whole, and those of {checkpoint.name} do not",
+            got="layers without RoPE, with another one, or with one for a part of each head",
+            expected="one RoPE over all channels in every layer",
+        )
+    recorder = QueryRecorder(config.n_layers, config.n_heads, config.head_dim)
+    decoder = _decoder(checkpoint)
+
+    def recording(attention: SelfAttention) -> Callable[..., None]:
+        def record(_module: object, _inputs: object, projected: "torch.Tensor") -> None:
+            recorder.add(attention.layer, attention.heads(projected, attention.q_norm).float().numpy())
+
+        return record
+
+    for module in decoder.modules():
+        if isinstance(module, SelfAttention):
+            module.q_proj.register_forward_hook(recording(module))
+    n_pages = config.n_layers * -(-max(map(len, prompts)) // size)
+    pool = HostKvPool(n_pages=n_pages, page_size=size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+    runner = host_runner(TorchDecoderExecutor(decoder), pool, _programs(checkpoint, policy_from_name("full"), size))
+    for done, ids in enumerate(prompts):
+        on_sample(done, len(prompts))
+        sequence = runner.new_sequence()
+        try:
+            runner.prefill(sequence, ids)
+        finally:
+            sequence.release()
+    on_sample(len(prompts), len(prompts))
+    return recorder.statistics()
 
 
 def recipe_model(checkpoint: "Checkpoint") -> RecipeModel:

@@ -132,6 +132,27 @@ def _backends() -> Iterator[Finding]:
             )
         else:
             yield _accelerator(section, package)
+    yield _tensorrt_llm(section)
+
+
+def _tensorrt_llm(section: str) -> Finding:
+    """Whether TensorRT-LLM is installed, and has the options that ``--target tensorrt-llm`` writes."""
+    from trt_kv.export.targets.tensorrt_llm_fields import missing_fields
+
+    name = "tensorrt_llm"
+    if importlib.util.find_spec(name) is None:
+        text = "not found; folders of --target tensorrt-llm can be written, and not run, here"
+        return Finding(section=section, name=name, state=State.OPTIONAL, text=text)
+    try:
+        missing = missing_fields()
+    except Exception as error:  # noqa: BLE001  what an import of it raises without a GPU is not known
+        return Finding(section=section, name=name, state=State.OPTIONAL, text=f"does not load: {_first_line(error)}")
+    version = _version(name) or "unknown version"
+    if missing:
+        text = f"{version} lacks options that --target tensorrt-llm writes: {', '.join(missing)}"
+        fix = "take another version, or remove these from llm_options.yaml"
+        return Finding(section=section, name=name, state=State.OPTIONAL, text=text, fix=fix)
+    return Finding(section=section, name=name, state=State.OK, text=f"{version}; has the options of --target tensorrt-llm")
 
 
 def _accelerator(section: str, package: str) -> Finding:

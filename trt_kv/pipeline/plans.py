@@ -18,7 +18,8 @@ DEFAULT_CORRECTION_RATE = 0.1
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_PAGE_SIZE = 32
 _DIGEST_CHARACTERS = len("sha256:") + 12
-TARGETS = ("onnxruntime", "tensorrt")
+TENSORRT_LLM = "tensorrt-llm"
+TARGETS = ("onnxruntime", "tensorrt", TENSORRT_LLM)
 QUANTS = {"none": None, "int8": 8, "int4": 4}
 """Bits of a weight, by name; None: weights are not quantised."""
 

@@ -10,7 +10,6 @@ from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.kv_memory import token_bytes
 from trt_kv.manifest import Manifest
 from trt_kv.plugins.kv_rows import converts_halves
-from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.program import finds_budgets, recalling_layers
 from trt_kv.runtime.backends.host.dense import open_dense
 from trt_kv.runtime.backends.host.executor import warm_up_kernels
@@ -18,6 +17,7 @@ from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.recall.in_place import MemoryTier, RecallInPlace
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
+from trt_kv.runtime.backends.host.reservation import host_resources
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import PoolSizes
@@ -26,7 +26,7 @@ from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgres
 from trt_kv.runtime.memory import available_bytes, free_for_cache
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.processes import will_compute
-from trt_kv.runtime.reservation import CachePages, HostPages, Places, Reservation, Resource, WorkingSetPages
+from trt_kv.runtime.reservation import Places, Reservation, Resource
 
 _ROOM_FOR_THREADS = 64 * 2**20
 """Bytes of address space that kernels' threads and sessions need at once, at the least."""
@@ -142,31 +142,12 @@ def _n_bytes(manifest: Manifest, sizes: PoolSizes) -> int:
 
 def _pages(manifest: Manifest, runner: ModelRunner, chunk: int) -> list[Resource]:
     """The resources that requests reserve in the engine's pools."""
-    budgets, windows, policy = manifest.budgets, manifest.windows, manifest.applied_policy
-    if runner.tiers is None:
-        pages = CachePages(
-            runner.pool,
-            budgets=budgets,
-            n_protected=policy.sinks + policy.recent,
-            windows=windows,
-            chunk=chunk,
-            reserve=policy.reading_reserve,
-        )
-        return [pages]
-    recalling = recalling_layers(manifest.programs["decode"])
-    host = HostPages(runner.tiers.host, n_layers=len(recalling))
-    if isinstance(runner.tiers, RecallInPlace):
-        others = [layer for layer in range(len(budgets)) if layer not in recalling]
-        pool = CachePages(
-            runner.pool,
-            budgets=[None] * len(others),
-            n_protected=0,
-            windows=[windows[layer] for layer in others],
-            chunk=chunk,
-            n_layers=len(budgets),
-            layers=others,
-        )
-        return [pool, host]
-    limits = PageLimits(page_size=manifest.page_size, sinks=policy.sinks, recent=policy.recent)
-    of_layers = [limits if layer in recalling else None for layer in range(len(budgets))]
-    return [WorkingSetPages(runner.pool, limits=of_layers, budgets=budgets, windows=windows, chunk=chunk), host]
+    tiers = runner.tiers
+    return host_resources(
+        manifest.applied_policy,
+        manifest.programs,
+        runner.pool,
+        None if tiers is None else tiers.host,
+        in_place=isinstance(tiers, RecallInPlace),
+        chunk=chunk,
+    )
