@@ -20,6 +20,7 @@ from trt_kv.runtime.backends.host.recall.in_place import MemoryTier, RecallInPla
 from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
+from trt_kv.runtime.cache.draws import draws_of, most_generated
 from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.cpus import threads_for
 from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
@@ -70,6 +71,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         decode=policy.decode,
         decode_distance=policy.decode_distance,
         reading_reserve=policy.reading_reserve,
+        draws=draws_of(policy),
         recall=recall,
         trace=options.trace,
     )
@@ -151,6 +153,7 @@ def _pages(manifest: Manifest, runner: ModelRunner, chunk: int) -> list[Resource
             windows=windows,
             chunk=chunk,
             reserve=policy.reading_reserve,
+            most_generated=most_generated(policy, manifest.page_size),
         )
         return [pages]
     recalling = recalling_layers(manifest.programs["decode"])
