@@ -36,6 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "arkvale": RECALLING | {"tau": 1.01},
     "snapkv": {"window": 16, "recent": 16},
     "pyramidkv": {"window": 16, "recent": 16},
+    "defensivekv_v": {"window": 16, "recent": 16},
+    "randomdecode": {"draw_tokens": 8},
 }
 """What presets need to evict anything from the prompts of these tests."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trt_kv.plugins.kv_rows import load
+from trt_kv.plugins.kv_rows import KvDtype, load
 from trt_kv.plugins.lots import LOTS, key_of, lot_of
 from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy
@@ -54,7 +54,10 @@ def most_generated(policy: Policy, page_size: int) -> int | None:
     return None if draws is None else draws.most(page_size)
 
 
-def page_ranges(pages: Sequence[int], v_XKPW: np.ndarray) -> Mapping[int, Floats]:
-    """For each page, [K]: the largest difference between two elements of one value, over the page's tokens."""
-    ranges_XK = np.ptp(load(v_XKPW), axis=3).max(axis=2)
+def page_ranges(pages: Sequence[int], v_XKPW: np.ndarray, kv_dtype: str) -> Mapping[int, Floats]:
+    """For each page, [K]: the largest difference between two elements of one value, over the page's tokens; ``v_XKPW`` as
+    ``KvPool.read_pages`` returns them.
+    """
+    stored_XKPW = np.ascontiguousarray(v_XKPW).view(KvDtype(kv_dtype).stored_as)
+    ranges_XK = np.ptp(load(stored_XKPW), axis=3).max(axis=2)
     return dict(zip(pages, ranges_XK, strict=True))

@@ -224,7 +224,7 @@ class SequenceCache:
         """[X, K]: ``page_ranges`` of the layer's pages from ``first`` to ``end`` - 1, each of which is read once."""
         pages, known = [int(page) for page in self.page_table[layer, first:end]], self._ranges[layer]
         if new := [page for page in pages if page not in known]:
-            known.update(page_ranges(new, self.pool.read_pages("kv", np.array(new))[:, 1]))
+            known.update(page_ranges(new, self.pool.read_pages("kv", np.array(new))[:, 1], self.pool.kv_dtype))
         return np.stack([known[page] for page in pages])
 
     def fork(self) -> Self:
