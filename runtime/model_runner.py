@@ -11,6 +11,7 @@ from trt_kv.program import Program, budgets_of, eviction_nodes, finds_budgets, r
 from trt_kv.runtime.backends.base import ChoosingExecutor, StepExecutor
 from trt_kv.runtime.backends.step import Choice, Chosen, Ints, Step, StepResult
 from trt_kv.runtime.cache.blocks import CacheBlocks
+from trt_kv.runtime.cache.draws import Draws
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.cache.states import SequenceStates
@@ -41,10 +42,13 @@ class ModelRunner:
         decode: str = "row",
         decode_distance: int = 25,
         reading_reserve: int | None = None,
+        draws: Draws | None = None,
         tiers: CopyableTiers | None = None,
         trace: Trace = NO_TRACE,
     ) -> None:
         """``reading_reserve``: tokens that a layer holds beyond its budget between two chunks of a prompt; None: all of it.
+
+        ``draws``: how pages of generated tokens are drawn; None: none are.
 
         ``tiers``: a cache on the host, with ``pool`` as the device, whose kernels ``executor`` has been given. None: every
         layer's cache is in ``pool``.
@@ -58,6 +62,7 @@ class ModelRunner:
         self._decode = decode
         self._decode_distance = decode_distance
         self._reading_reserve = reading_reserve
+        self._draws = draws
         self._budgets = budgets_of(programs["prefill"])
         self._windows = windows_of(programs["decode"])
         evictions = [node for node in eviction_nodes(programs["prefill"]) if node is not None]
@@ -176,6 +181,7 @@ class ModelRunner:
             shares = None if n_left else self._growth((kept_L / sequence.num_computed_tokens).tolist())
             sequence.shrink(kept_L, shares)
         sequence.free_passed()
+        sequence.protect()
         return result.logits
 
     def _budget_of(self, n_seen: int) -> Ints:
@@ -196,6 +202,8 @@ class ModelRunner:
             if flags[b]:
                 sequence.settle(result.kept[:, b])
             sequence.free_passed()
+            if self._draws is not None and sequence.failure is None:
+                sequence.draw(self._draws)
         return result
 
     def scores(self, sequence: SequenceCache) -> Floats:

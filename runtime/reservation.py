@@ -225,6 +225,7 @@ class CachePages(_Pages):
         n_layers: int | None = None,
         layers: Sequence[int] = (),
         reserve: int | None = None,
+        most_generated: int | None = None,
     ) -> None:
         """``budgets``: of each layer; None if it depends on the prompt, and so may be the whole prompt. ``n_layers``: that the
         pool was sized for; None: those that have a budget here. ``layers``: their numbers, if these are not all of the model's.
@@ -232,9 +233,11 @@ class CachePages(_Pages):
 
         ``n_protected`` tokens of each layer are kept whatever its budget. ``windows``: each layer's attention window in tokens,
         0 for none; empty: no layer has one. ``chunk``: prompt tokens that are read in one step. ``most``: for each layer, the
-        pages that it adds to the pool at most, however many tokens it is sized for; empty: no bound.
+        pages that it adds to the pool at most, however many tokens it is sized for; empty: no bound. ``most_generated``: tokens
+        generated after the prompt that a layer ever holds; None: all of them.
         """
         super().__init__(pool, n_layers=n_layers or len(budgets), most=most)
+        self._most_generated = sys.maxsize if most_generated is None else most_generated
         self._layers = list(zip(layers or range(len(budgets)), budgets, windows or [0] * len(budgets), strict=True))
         self._n_protected = n_protected
         self._reserve = reserve
@@ -254,7 +257,7 @@ class CachePages(_Pages):
 
     def _most_tokens(self, size: RequestSize, layer: int, budget: LayerBudget | None, window: int) -> int:
         # The last token is never attended to.
-        n_decoding = self._kept_at_most(size, layer, budget) + size.max_new_tokens - 1
+        n_decoding = self._kept_at_most(size, layer, budget) + min(size.max_new_tokens - 1, self._most_generated)
         n_tokens, page_size = max(self._most_read(size, layer, budget), n_decoding), self.pool.page_size
         return min(n_tokens, window_pages(window, self._chunk, page_size) * page_size)
 
@@ -272,7 +275,8 @@ class CachePages(_Pages):
 
     def _while_decoding(self, size: RequestSize, layer: int, budget: LayerBudget | None, window: int) -> int:
         """The most pages of one layer of a sequence afterwards."""
-        n_pages = _pages(self._kept_at_most(size, layer, budget) + size.max_new_tokens, self.pool)
+        n_generated = min(size.max_new_tokens, self._most_generated)
+        n_pages = _pages(self._kept_at_most(size, layer, budget) + n_generated, self.pool)
         return min(n_pages, window_pages(window, 1, self.pool.page_size))
 
     def _kept_at_most(self, size: RequestSize, layer: int, budget: LayerBudget | None) -> int:

@@ -19,6 +19,7 @@ from trt_kv.runtime.backends.host import load as host_load
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.backends.host.runner import host_runner
+from trt_kv.runtime.cache.draws import draws_of
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import Loaded, LoadOptions
 from trt_kv.runtime.prefix.opening import open_prefixes
@@ -35,6 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "arkvale": RECALLING | {"tau": 1.01},
     "snapkv": {"window": 16, "recent": 16},
     "pyramidkv": {"window": 16, "recent": 16},
+    "defensivekv_v": {"window": 16, "recent": 16},
+    "randomdecode": {"draw_tokens": 8},
 }
 """What presets need to evict anything from the prompts of these tests."""
 
@@ -70,6 +73,7 @@ def engine_under(dense: Engine, policy: Policy, *, windows: Any = (), **options:
         decode=policy.decode,
         decode_distance=policy.decode_distance,
         reading_reserve=policy.reading_reserve,
+        draws=draws_of(policy),
         recall=recall,
     )
     reservation = Reservation([Places(of_load.max_sequences or 50), *host_load._pages(manifest, runner, of_load.chunk)])

@@ -43,6 +43,7 @@ DECODES = {
     "keep": "every generated token is kept",
     "row": "at the kept share, evict the token `decode_distance` before the end of the kept prompt (published PrefixKV)",
     "rank": "generated tokens join the ranking, and each of them evicts the lowest-ranked token",
+    "draw": "beyond `draw_tokens` generated tokens, pages of them are drawn at random and freed, never the prompt's",
 }
 EVICTS = {
     "after_reading": "once, when the whole prompt has been read, as in the papers",
@@ -102,8 +103,9 @@ class Policy:
     smooths scores over neighbours, odd, 1 for none. ``sinks`` first and ``recent`` last prompt tokens are never evicted, nor is
     the newest ``recent_share`` of a budget. ``reserve``: evict "while_reading" only. ``decode_distance``: decode "row" only.
     ``exempt_layers`` keep everything. ``threshold``, ``metric_row``, ``metric_order``, ``norm``: budget "unimetric" only.
-    ``beta``: budget "pyramid" only, the steepness (1: flat). ``seed``: score "random" only. Defaults are published PrefixKV's
-    and ReFreeKV's.
+    ``beta``: budget "pyramid" only, the steepness (1: flat). ``seed``: score "random" and decode "draw" only. ``draw_tokens``,
+    ``draw_extreme``: decode "draw" only, generated tokens that each layer holds beside the prompt, in whole pages, and the
+    share of their pages that stay because they hold the widest values. Defaults are published PrefixKV's and ReFreeKV's.
 
     Residency "host" only: budgets count what one step attends to, ``sinks`` and ``recent`` included, in whole pages. A KV head
     whose query is less like the one before than ``tau`` (cosine) selects its pages again before it attends; above 1 every head
@@ -142,6 +144,8 @@ class Policy:
     page_summary: str = "minmax"
     group_pooling: str = "mean_softmax"
     softmax_scale: float = 1.0
+    draw_tokens: int = 0
+    draw_extreme: float = 0.0
 
     def __post_init__(self) -> None:
         check_policy(self, NAMES)
@@ -150,6 +154,11 @@ class Policy:
     def evicts(self) -> bool:
         """Whether any token may ever be evicted."""
         return self.budget != "full" and not self.recalls
+
+    @property
+    def draws(self) -> bool:
+        """Whether pages of generated tokens are freed at random."""
+        return self.decode == "draw"
 
     @property
     def eviction_floor(self) -> int:

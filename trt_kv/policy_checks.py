@@ -29,6 +29,7 @@ def check_policy(policy: "Policy", names: Mapping[str, Mapping[str, str]]) -> No
     _check_score(policy)
     _check_residency(policy)
     _check_reading(policy)
+    _check_draws(policy)
 
 
 def _check_values(policy: "Policy") -> None:
@@ -40,7 +41,7 @@ def _check_values(policy: "Policy") -> None:
             fix="e.g. --budget 0.5",
         )
     counts = {"window": 1, "pooling": 1, "decode_distance": 1, "tokens": 0, "floor": 0, "sinks": 0, "recent": 0, "seed": 0}
-    counts["reserve"] = 0
+    counts |= {"reserve": 0, "draw_tokens": 0}
     for field, smallest in counts.items():
         value, largest = getattr(policy, field), LARGEST_POOLING if field == "pooling" else LARGEST_COUNT
         if not _is_int(value) or not smallest <= value <= largest:
@@ -112,6 +113,23 @@ def _check_reading(policy: "Policy") -> None:
             "reserve applies only to evict 'while_reading'",
             got=f"reserve {policy.reserve}",
             fix="add --set evict=while_reading",
+        )
+
+
+def _check_draws(policy: "Policy") -> None:
+    if not 0.0 <= policy.draw_extreme < 1.0:
+        raise UsageError("draw_extreme is out of range", got=policy.draw_extreme, expected="a number in [0, 1)")
+    if (policy.decode == "draw") != (policy.draw_tokens > 0):
+        raise UsageError(
+            f"decode {policy.decode!r} with draw_tokens {policy.draw_tokens}",
+            expected="draw_tokens >= 1 exactly with decode 'draw'",
+            fix="e.g. --set decode=draw draw_tokens=1024",
+        )
+    if policy.draw_extreme and policy.decode != "draw":
+        raise UsageError(
+            "draw_extreme applies only to decode 'draw'",
+            got=f"draw_extreme {policy.draw_extreme}",
+            fix="add --set decode=draw draw_tokens=1024",
         )
 
 

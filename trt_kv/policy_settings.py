@@ -23,7 +23,10 @@ _READ_BY: Mapping[str, tuple[str, Callable[[Policy], bool]]] = {
     "metric_row": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
     "metric_order": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
     "norm": ("budget unimetric", lambda policy: policy.budget == "unimetric"),
-    "decode": _EVICTION,
+    "decode": ("a budget other than full, or is draw", lambda policy: policy.budget != "full" or policy.draws),
+    "draw_tokens": ("decode draw", lambda policy: policy.draws),
+    "draw_extreme": ("decode draw", lambda policy: policy.draws),
+    "seed": ("decode draw", lambda policy: policy.draws),
     "sinks": _EVICTION,
     "recent": _EVICTION,
     "recent_share": _EVICTION,
@@ -77,6 +80,8 @@ def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
         neutral["floor"] = 0
     elif not policy.evicts:
         neutral["floor"] = DEFAULT_FLOOR
+    if residency == "host" or settings.get("decode", "draw") != "draw":
+        neutral |= {"draw_tokens": 0, "draw_extreme": 0.0}
     if score.ranks == "pages" and budget == "unimetric":
         neutral |= {"metric_order": "position", "metric_row": "query"}
     if not score.reads_attention:

@@ -207,6 +207,8 @@ class _Nodes:
             "pooling": policy.pooling,
             "average": 0,
             "generated": int(policy.decode == "rank"),
+            "maximum": 0,
+            "value_norm": 0,
             **self._score.token_scores(policy),
         }
         return [OpNode(op="TokenScores", attributes={**self._common(layer), **self._logits, **what})]

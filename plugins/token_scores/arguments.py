@@ -30,3 +30,5 @@ class Arguments(Generic[Array]):
     average: int = 0
     generated: int = 0
     soft_cap: float = 0.0
+    maximum: int = 0
+    value_norm: int = 0

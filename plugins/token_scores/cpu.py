@@ -13,6 +13,7 @@ from trt_kv.plugins.chunk_blocks import BLOCK_TOKENS, FASTMATH, STRIP_ROWS, cap,
 from trt_kv.plugins.decode_cpu import first_parts, multiply_page, pages_of_part
 from trt_kv.plugins.fast_math import exp_nonpositive, exp_or_zero
 from trt_kv.plugins.jit import njit
+from trt_kv.plugins.kv_rows import head_size_of, number, scale_of
 from trt_kv.plugins.paging import Floats, Ints, Rows, gather_slots, pages_of, scatter_slots
 from trt_kv.plugins.token_scores.arguments import Arguments
 from trt_kv.plugins.vectors import HEADS, WIDEST
@@ -40,6 +41,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
             np.float32(args.scale),
             np.float32(args.soft_cap),
             bool(args.per_head),
+            bool(args.maximum),
             args.scores,
         )
     for b in np.flatnonzero(new_B > 0):
@@ -61,8 +63,12 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
                 positions_KS,
                 args.scale,
                 soft_cap=args.soft_cap,
+                maximum=bool(args.maximum),
             )
-            scores_KS += received_KS if args.per_head else received_KS.mean(axis=0)
+            if args.maximum:
+                np.maximum(scores_KS, received_KS if args.per_head else received_KS.max(axis=0), out=scores_KS)
+            else:
+                scores_KS += received_KS if args.per_head else received_KS.mean(axis=0)
         if is_last.any():
             last = int(args.positions[rows[is_last]].max())
             if args.average:
@@ -70,6 +76,10 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
                 scores_KS /= np.clip(n_queries_KS, 1, args.window or None).astype(np.float32)
             if args.pooling > 1:
                 pool_neighbours(positions_KS, scores_KS, end=last - args.window, pooling=args.pooling)
+            if args.value_norm:
+                raise_to_mean(positions_KS, scores_KS, end=last - args.window)
+                squares_KS = squares_of_values(args.kv, pages, n_cached)
+                scores_KS *= np.sqrt(squares_KS if args.per_head else squares_KS.sum(axis=0))
         scatter_slots(args.scores, pages, scores_KS)
     return ()
 
@@ -84,11 +94,13 @@ def attention_received(
     scale: float,
     *,
     soft_cap: float = 0.0,
+    maximum: bool = False,
 ) -> Floats:
     """Attention that the first S slots of ``pages_T`` receive from a chunk's queries: [K, S] fp32.
 
     Summed over queries, mean over a KV head's query heads: token k receives sum_m exp(logit_mk - lse_m) of the queries m at its
-    position or behind it; the logit is scale * q_m.k, capped by ``soft_cap``. Memory: a copy of the slots' K.
+    position or behind it; the logit is scale * q_m.k, capped by ``soft_cap``. ``maximum``: the largest over both instead.
+    Memory: a copy of the slots' K.
     """
     n_kv_heads = len(positions_KS)
     group = q_NHD.shape[1] // n_kv_heads
@@ -96,8 +108,8 @@ def attention_received(
     received_KS = np.zeros(positions_KS.shape, np.float32)
     keys = key_blocks(kv, pages_T, positions_KS.shape[1])
     q_KRC = query_rows(q_NHD, n_kv_heads, scale)
-    _receive_blocks(q_KRC, lse_KR, keys, positions_N, positions_KS, np.float32(soft_cap), received_KS)
-    return received_KS / np.float32(group)
+    _receive_blocks(q_KRC, lse_KR, keys, positions_N, positions_KS, np.float32(soft_cap), maximum, received_KS)
+    return received_KS if maximum else received_KS / np.float32(group)
 
 
 @njit(parallel=True, fastmath=FASTMATH)
@@ -108,6 +120,7 @@ def _receive_blocks(
     positions_N: Ints,
     positions_KS: Ints,
     soft_cap: np.float32,
+    maximum: bool,
     received_KS: Floats,
 ) -> None:
     """One task per KV head and block of its tokens."""
@@ -129,8 +142,12 @@ def _receive_blocks(
                 cap(exponents_RT, len(lse_R), len(positions_T), soft_cap)
             hide_later(exponents_RT, positions_R[strip], positions_T)
             for r in range(len(lse_R)):
-                for t in range(len(positions_T)):
-                    received_T[t] += exp_or_zero(exponents_RT[r, t] - lse_R[r])
+                if maximum:
+                    for t in range(len(positions_T)):
+                        received_T[t] = max(received_T[t], exp_or_zero(exponents_RT[r, t] - lse_R[r]))
+                else:
+                    for t in range(len(positions_T)):
+                        received_T[t] += exp_or_zero(exponents_RT[r, t] - lse_R[r])
 
 
 def pool_neighbours(positions_KS: Ints, scores_KS: Floats, *, end: int, pooling: int) -> None:
@@ -150,6 +167,35 @@ def pool_neighbours(positions_KS: Ints, scores_KS: Floats, *, end: int, pooling:
     np.copyto(scores_KS, pooled_KS, where=is_pooled_KS)
 
 
+def raise_to_mean(positions_KS: Ints, scores_KS: Floats, *, end: int) -> None:
+    """In each head, raise the scores of tokens at positions up to ``end`` to at least their mean."""
+    is_before_KS = positions_KS <= end
+    n_K1 = np.maximum(is_before_KS.sum(axis=1, keepdims=True), 1).astype(np.float32)
+    means_K1 = np.where(is_before_KS, scores_KS, np.float32(0.0)).sum(axis=1, keepdims=True) / n_K1
+    np.maximum(scores_KS, means_K1, out=scores_KS, where=is_before_KS)
+
+
+def squares_of_values(kv: Rows, pages_T: Ints, n_cached: int) -> Floats:
+    """[K, S]: the squared L2 norm of the value in each of the first S slots of ``pages_T``."""
+    squares_KS = np.empty((kv.shape[2], n_cached), np.float32)
+    _square_values(kv, pages_T, head_size_of(kv), squares_KS)
+    return squares_KS
+
+
+@njit(parallel=True, fastmath=FASTMATH)
+def _square_values(kv: Rows, pages_T: Ints, head_size: int, squares_KS: Floats) -> None:
+    n_kv_heads, page_size = kv.shape[2:4]
+    n_cached = squares_KS.shape[1]
+    for p in numba.prange(len(pages_T)):
+        for head in range(n_kv_heads):
+            for s in range(p * page_size, min((p + 1) * page_size, n_cached)):
+                row = kv[pages_T[p], 1, head, s - p * page_size]
+                total, scale = np.float32(0.0), scale_of(row)
+                for d in range(head_size):
+                    total += number(row[d]) * number(row[d])
+                squares_KS[head, s] = total * scale * scale
+
+
 @njit(parallel=True, fastmath=FASTMATH)
 def receive_one(
     q_NHD: Floats,
@@ -161,9 +207,12 @@ def receive_one(
     scale: np.float32,
     soft_cap: np.float32,
     per_head: bool,
+    maximum: bool,
     scores: Floats,
 ) -> None:
-    """Add to ``scores`` the attention that the ``kv_len_B[b]`` tokens of sequence b receive from row ``rows_B[b]`` of q."""
+    """Add to ``scores`` the attention that the ``kv_len_B[b]`` tokens of sequence b receive from row ``rows_B[b]`` of q, or
+    raise them to it (``maximum``).
+    """
     page_size = kv.shape[3]
     first_B = first_parts(kv_len_B, page_size)
     for i in numba.prange(first_B[-1]):
@@ -172,16 +221,25 @@ def receive_one(
         q_HD = q_NHD[rows_B[b]] * scale
         for p in range(first, end):
             page, n_rows = page_table_BT[b, p], min(page_size, kv_len_B[b] - p * page_size)
-            received_KS = _page_received(q_HD, lse_NH[rows_B[b]], kv, page, n_rows, soft_cap)
+            received_KS = _page_received(q_HD, lse_NH[rows_B[b]], kv, page, n_rows, soft_cap, maximum)
             for s in range(n_rows):
+                if maximum:
+                    most = received_KS[:, s].max()
+                    for head in range(len(received_KS)):
+                        scores[page, head, s] = max(scores[page, head, s], received_KS[head, s] if per_head else most)
+                    continue
                 mean = received_KS[:, s].sum() / np.float32(len(received_KS))
                 for head in range(len(received_KS)):
                     scores[page, head, s] += received_KS[head, s] if per_head else mean
 
 
 @njit(fastmath=FASTMATH)
-def _page_received(q_HD: Floats, lse_H: Floats, kv: Rows, page: int, n_rows: int, soft_cap: np.float32) -> Floats:
-    """Attention that a page's tokens receive from one query, the mean over the query heads of each KV head: [K, n_rows]."""
+def _page_received(
+    q_HD: Floats, lse_H: Floats, kv: Rows, page: int, n_rows: int, soft_cap: np.float32, maximum: bool
+) -> Floats:
+    """Attention that a page's tokens receive from one query, the mean over the query heads of each KV head, or the largest
+    (``maximum``): [K, n_rows].
+    """
     n_heads, head_size = q_HD.shape
     n_kv_heads, page_size = kv.shape[2:4]
     group = n_heads // n_kv_heads
@@ -196,5 +254,8 @@ def _page_received(q_HD: Floats, lse_H: Floats, kv: Rows, page: int, n_rows: int
             for s in range(n_rows):
                 for g in range(n):
                     weight = exp_nonpositive(weights_1S[0, s * HEADS + g] - lse_H[first + g])
-                    received_KS[head, s] += weight / np.float32(group)
+                    if maximum:
+                        received_KS[head, s] = max(received_KS[head, s], weight)
+                    else:
+                        received_KS[head, s] += weight / np.float32(group)
     return received_KS

@@ -44,9 +44,11 @@ def body(
     lse_KGN1 = f.Unsqueeze(f.Transpose(f.Reshape(lse, f.Concat([0], grouped, axis=0)), perm=[1, 2, 0]), [3])
     counted_K1NZ = f.And(visible_slots(f, cached, positions, cu_tokens), _counted_rows(f, prompt_remaining))
     weights = f.Where(counted_K1NZ, f.Exp(f.Sub(logits, lse_KGN1)), 0.0)
-    received_KZ = f.ReduceMean(f.ReduceSum(weights, [2], keepdims=0), [1], keepdims=0)
-    is_per_head = f.Equal(f.attribute("per_head"), 1)
-    received_KZ = f.Where(is_per_head, received_KZ, f.ReduceMean(received_KZ, [0]))
+    sums_KZ = f.ReduceMean(f.ReduceSum(weights, [2], keepdims=0), [1], keepdims=0)
+    most_KZ = f.ReduceMax(weights, [1, 2], keepdims=0)
+    is_per_head, is_maximum = f.Equal(f.attribute("per_head"), 1), f.Equal(f.attribute("maximum"), 1)
+    sums_KZ = f.Where(is_per_head, sums_KZ, f.ReduceMean(sums_KZ, [0]))
+    received_KZ = f.Where(is_maximum, f.Where(is_per_head, most_KZ, f.ReduceMax(most_KZ, [0])), sums_KZ)
     split = f.Concat([0], f.Shape(cached.live), axis=0)
     received_BKS = f.Transpose(f.Reshape(received_KZ, split), perm=[1, 0, 2])
 
@@ -54,8 +56,11 @@ def body(
     started = write_slots(f, scores, f.Gather(slots, f.attribute("layer")), new_N)
     before_BKS = slots_of(f, started, cached.pages_by_sequence)
     last_B11 = _last_prompt_position(f, positions, cu_tokens, prompt_remaining)
-    after_BKS = _finished(f, cached, f.Add(before_BKS, received_BKS), last_B11)
-    after_BKS = f.Where(f.Unsqueeze(cached.live, [1]), after_BKS, before_BKS)
+    scores_BKS = f.Where(is_maximum, f.Max(before_BKS, received_BKS), f.Add(before_BKS, received_BKS))
+    live_B1S = f.Unsqueeze(cached.live, [1])
+    after_BKS = _finished(f, cached, scores_BKS, last_B11)
+    after_BKS = _of_values(f, cached, after_BKS, last_B11, half_of_kv(f, kv, cached.pages, 1), split)
+    after_BKS = f.Where(live_B1S, after_BKS, before_BKS)
     return (write_pages(f, started, cached.table, pages_of_slots(f, after_BKS, scores)),)
 
 
@@ -89,6 +94,23 @@ def _finished(f: FunctionBody, cached: PagedSequences, scores_BKS: ir.Value, las
     before_window = f.LessOrEqual(cached.positions, f.Sub(last_B11, window))
     pooled_BKS = f.And(f.And(before_window, f.Unsqueeze(cached.live, [1])), ends_B11)
     return f.Where(pooled_BKS, _neighbour_means(f, cached, scores_BKS, pooled_BKS), scores_BKS)
+
+
+def _of_values(
+    f: FunctionBody, cached: PagedSequences, scores_BKS: ir.Value, last_B11: ir.Value, v_KZD: ir.Value, split: ir.Value
+) -> ir.Value:
+    """[B, K, S]: with ``value_norm`` 1, in sequences whose prompt ends in this step, the scores, those before the window at
+    least their mean, times the norms of the values.
+    """
+    before_BKS = f.And(f.LessOrEqual(cached.positions, f.Sub(last_B11, f.attribute("window"))), f.Unsqueeze(cached.live, [1]))
+    n_BK1 = f.ReduceSum(f.Cast(before_BKS, to=FLOAT), [2])
+    means_BK1 = f.Div(f.ReduceSum(f.Where(before_BKS, scores_BKS, 0.0), [2]), f.Max(n_BK1, 1.0))
+    raised_BKS = f.Where(before_BKS, f.Max(scores_BKS, means_BK1), scores_BKS)
+    squares_KZ = f.ReduceSum(f.Mul(v_KZD, v_KZD), [2], keepdims=0)
+    squares_KZ = f.Where(f.Equal(f.attribute("per_head"), 1), squares_KZ, f.ReduceSum(squares_KZ, [0]))
+    norms_BKS = f.Transpose(f.Reshape(f.Sqrt(squares_KZ), split), perm=[1, 0, 2])
+    applies = f.And(f.GreaterOrEqual(last_B11, 0), f.Equal(f.attribute("value_norm"), 1))
+    return f.Where(applies, f.Mul(raised_BKS, norms_BKS), scores_BKS)
 
 
 def _neighbour_means(f: FunctionBody, cached: PagedSequences, scores_BKS: ir.Value, pooled_BKS: ir.Value) -> ir.Value:

@@ -19,7 +19,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
     for b in range(len(args.cu_tokens) - 1):
         n_cached = int(args.kv_len[args.layer, b])
         pages = pages_of(args.page_table, args.layer, b, n_cached, args.page_size)
-        k_KSD, _ = gather_kv(args.kv, pages, n_cached)
+        k_KSD, v_KSD = gather_kv(args.kv, pages, n_cached)
         positions_KS = gather_slots(args.token_positions, pages, n_cached)
         scores_KS = gather_slots(args.scores, pages, n_cached)
         rows = range(args.cu_tokens[b], args.cu_tokens[b + 1])
@@ -32,7 +32,10 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
                 logits = (k_KSD[kv_head, visible] * args.q[i, h]).sum(axis=1) * np.float32(args.scale)
                 logits = capped(logits, args.soft_cap)
                 weights = np.exp(logits - args.lse[i, h])
-                if args.per_head:
+                heads = slice(kv_head, kv_head + 1) if args.per_head else slice(None)
+                if args.maximum:
+                    scores_KS[heads, visible] = np.maximum(scores_KS[heads, visible], weights)
+                elif args.per_head:
                     scores_KS[kv_head, visible] += weights / (n_heads // n_kv_heads)
                 else:
                     scores_KS[:, visible] += weights / n_heads
@@ -42,6 +45,11 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[()]:
                 if args.average:
                     _average(positions_S, scores_S, last, args.window)
                 _pool(positions_S, scores_S, last - args.window, args.pooling)
+                if args.value_norm:
+                    _raise_to_mean(positions_S, scores_S, last - args.window)
+            if args.value_norm:
+                squares_KS = (v_KSD**2).sum(axis=2)
+                scores_KS *= np.sqrt(squares_KS if args.per_head else squares_KS.sum(axis=0))
         scatter_slots(args.scores, pages, scores_KS)
     return ()
 
@@ -57,6 +65,13 @@ def _average(positions_S: Ints, scores_S: Floats, last: int, window: int) -> Non
     for slot, position in enumerate(positions_S):
         n_queries = last - int(position) + 1
         scores_S[slot] /= max(1, min(n_queries, window) if window else n_queries)
+
+
+def _raise_to_mean(positions_S: Ints, scores_S: Floats, end: int) -> None:
+    """Raise the scores of tokens at positions up to ``end`` to at least their mean."""
+    is_before = positions_S <= end
+    if is_before.any():
+        scores_S[is_before] = np.maximum(scores_S[is_before], scores_S[is_before].mean())
 
 
 def _pool(positions_S: Ints, scores_S: Floats, end: int, pooling: int) -> None:

@@ -14,12 +14,16 @@ SPEC = OpSpec(
         "position p, scores are finished: average 1 divides the score of the token at position s by the number of counted "
         "prompt queries that may see it, min(p - s + 1, W); then pooling k replaces the scores of the tokens at "
         "positions up to p - window by the mean over k of them, neighbours in order of position, zeros beyond the first and "
-        "the last."
+        "the last. With maximum 1 a score is the largest weight that any of its query heads gives the token in any query that "
+        "counts, instead of the mean and the sum. value_norm 1 comes last: scores at positions up to p - window are raised to "
+        "at least their mean over the KV head, then all scores of the sequence are multiplied by the L2 norm of the token's "
+        "value in that KV head (per_head 1), or of its values in all KV heads (per_head 0)."
     ),
     source=(
         "PrefixKV (arXiv 2412.03409): I_l[n] = sum_m mean_h A^{l,h}[m, n]; window, pooling and scores per KV head: SnapKV "
         "(arXiv 2404.14469), avg_pool1d with count_include_pad; generated tokens: H2O (arXiv 2306.14048); average: kvpress, "
-        "ObservedAttentionPress"
+        "ObservedAttentionPress; maximum and the mean as a floor: DefensiveKV (arXiv 2510.13334), which takes the norm of the "
+        "value after the output projection"
     ),
     inputs=(
         t.Q,
@@ -58,6 +62,15 @@ SPEC = OpSpec(
             name="generated", type="int", doc="1: queries of generated tokens count too, regardless of the window", default=0
         ),
         t.SOFT_CAP,
+        AttributeSpec(
+            name="maximum", type="int", doc="1: scores are maxima over query heads and queries, not sums of means", default=0
+        ),
+        AttributeSpec(
+            name="value_norm",
+            type="int",
+            doc="1: finished scores, at least their mean, are multiplied by the norm of the token's value",
+            default=0,
+        ),
     ),
     cases=(
         Case(name="prefill", cached=(0,), new=(23,), dims={"H": 4, "K": 2, "D": 6, "P": 5, "L": 1}),
@@ -165,6 +178,55 @@ SPEC = OpSpec(
             dims={"H": 6, "K": 2, "D": 5, "P": 6, "L": 1},
             attributes={"generated": 1, "per_head": 1, "soft_cap": 1.2},
             values={"prompt_remaining": (-1, 0, 1, 0, -1)},
+        ),
+        Case(
+            name="maximum",
+            cached=(0, 11, 30, 2),
+            new=(7, 1, 5, 1),
+            dims={"H": 10, "K": 5, "D": 3, "P": 7, "L": 2},
+            attributes={"maximum": 1, "window": 3, "per_head": 1},
+            own_tokens=True,
+        ),
+        Case(
+            name="maximum_shared",
+            cached=(11, 4, 16),
+            new=(1, 1, 3),
+            dims={"H": 6, "K": 2, "D": 5, "P": 6, "L": 1},
+            attributes={"maximum": 1, "generated": 1, "soft_cap": 0.7},
+            values={"prompt_remaining": (-1, 0, 1, 0, -1)},
+        ),
+        Case(
+            name="defensive",
+            cached=(14, 0, 3, 8),
+            new=(7, 9, 2, 1),
+            dims={"H": 6, "K": 2, "D": 7, "P": 5, "L": 2},
+            attributes={"maximum": 1, "value_norm": 1, "per_head": 1, "window": 4, "pooling": 5},
+            values={"prompt_remaining": (6, 5, 4, 3, 2, 1, 0, 8, 7, 6, 5, 4, 3, 2, 1, 0, 12, 11, 0)},
+            own_tokens=True,
+        ),
+        Case(
+            name="defensive_shared",
+            cached=(14, 0, 3, 8),
+            new=(7, 9, 2, 1),
+            dims={"H": 6, "K": 3, "D": 10, "P": 4, "L": 2},
+            attributes={"maximum": 1, "value_norm": 1, "window": 2},
+            values={"prompt_remaining": (6, 5, 4, 3, 2, 1, 0, 8, 7, 6, 5, 4, 3, 2, 1, 0, 12, 11, 0)},
+        ),
+        Case(
+            name="value_norm_of_sums",
+            cached=(6, 0, 7, 5),
+            new=(4, 8, 3, 1),
+            dims={"H": 4, "K": 2, "D": 6, "P": 5, "L": 2},
+            attributes={"value_norm": 1, "average": 1, "per_head": 1},
+            values={"prompt_remaining": (3, 2, 1, 0, 7, 6, 5, 4, 3, 2, 1, 0, 9, 8, 7, 0)},
+        ),
+        Case(
+            name="value_norm_of_prompts_within_the_window",
+            cached=(0, 2),
+            new=(3, 4),
+            dims={"H": 2, "K": 1, "D": 5, "P": 4, "L": 1},
+            attributes={"value_norm": 1, "maximum": 1, "window": 9, "pooling": 3, "per_head": 1},
+            values={"prompt_remaining": (2, 1, 0, 3, 2, 1, 0)},
         ),
     ),
     tolerance=Tolerance(atol=2e-5, rtol=2e-5, reason="fp32 sums over heads and queries in another order"),

@@ -1,4 +1,4 @@
-"""TokenScores on the GPU: column sums of the attention matrix from the log-sum-exps, then averaging and pooling.
+"""TokenScores on the GPU: column sums of the attention matrix from the log-sum-exps, then averaging, pooling and norms.
 
 Every program owns the slots of one tile, so no two programs add to the same score. How work is divided: decision 19.
 """
@@ -59,9 +59,10 @@ def receive_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     LOG2_E: tl.constexpr,
+    MAXIMUM: tl.constexpr,
 ) -> None:
     """One program per (BLOCK_S tokens of a sequence, sequence, KV head). If KV heads share their scores, each writes its own
-    sums to ``parts_ptr`` [B, K, slots of a page table], for ``share_kernel``.
+    sums (maxima with MAXIMUM) to ``parts_ptr`` [B, K, slots of a page table], for ``share_kernel``.
 
     The roles of flash attention are exchanged: a tile of keys stays in registers, and the program loops over queries, from the
     first that counts and sees one of the keys. A query counts if ``counted_from`` to ``counted_to`` - 1 prompt tokens follow
@@ -126,7 +127,8 @@ def receive_kernel(
             logits = capped(logits * scale, soft_cap) * LOG2_E
         else:
             logits = logits * (scale * LOG2_E)
-        received += tl.where(position[:, None] <= asked[None, :], tl.exp2(logits - lse[None, :]), 0.0)
+        weights = tl.where(position[:, None] <= asked[None, :], tl.exp2(logits - lse[None, :]), 0.0)
+        received = tl.maximum(received, weights) if MAXIMUM else received + weights
     for start in range(compared, high, ROWS):
         row = start + m // G
         is_row = (m // G < ROWS) & (row < high)
@@ -138,12 +140,14 @@ def receive_kernel(
             logits = capped(logits * scale, soft_cap) * LOG2_E
         else:
             logits = logits * (scale * LOG2_E)
-        received += tl.exp2(logits - lse[None, :])
-    mean = tl.sum(received, 1) / G
+        weights = tl.exp2(logits - lse[None, :])
+        received = tl.maximum(received, weights) if MAXIMUM else received + weights
+    new = tl.max(received, 1) if MAXIMUM else tl.sum(received, 1) / G
     if PER_HEAD:
-        tl.store(scores_ptr + at_slot, tl.load(scores_ptr + at_slot, mask=inside, other=0.0) + mean, mask=inside)
+        before = tl.load(scores_ptr + at_slot, mask=inside, other=0.0)
+        tl.store(scores_ptr + at_slot, tl.maximum(before, new) if MAXIMUM else before + new, mask=inside)
     else:
-        tl.store(at_part, mean, mask=inside)
+        tl.store(at_part, new, mask=inside)
 
 
 @triton.jit(do_not_specialize=["table_stride_b", "n_slots"], do_not_specialize_on_alignment=["cu_ptr", "table_ptr", "len_ptr"])
@@ -158,8 +162,11 @@ def share_kernel(
     K: tl.constexpr,
     P: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    MAXIMUM: tl.constexpr,
 ) -> None:
-    """One program per (BLOCK_S tokens of a sequence, sequence): every KV head gets the mean over the parts of all KV heads."""
+    """One program per (BLOCK_S tokens of a sequence, sequence): every KV head gets the mean over the parts of all KV heads, or
+    their maximum.
+    """
     b = tl.program_id(1)
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     n = tl.load(len_ptr + b).to(tl.int32)
@@ -168,11 +175,13 @@ def share_kernel(
     inside = s < n
     total = tl.zeros([BLOCK_S], tl.float32)
     for head in range(K):
-        total += tl.load(parts_ptr + (b * K + head) * n_slots + s, mask=inside, other=0.0)
+        part = tl.load(parts_ptr + (b * K + head) * n_slots + s, mask=inside, other=0.0)
+        total = tl.maximum(total, part) if MAXIMUM else total + part
     page = tl.load(table_ptr + b * table_stride_b + s // P, mask=inside, other=0)
     for head in range(K):
         to = scores_ptr + (page * K + head) * P + s % P
-        tl.store(to, tl.load(to, mask=inside, other=0.0) + total / K, mask=inside)
+        before = tl.load(to, mask=inside, other=0.0)
+        tl.store(to, tl.maximum(before, total) if MAXIMUM else before + total / K, mask=inside)
 
 
 @triton.jit
@@ -305,6 +314,103 @@ def pool_kernel(
     tl.store(scores_ptr + at, total / POOLING, mask=is_pooled)
 
 
+@triton.jit(
+    do_not_specialize=["table_stride_b", "window"],
+    do_not_specialize_on_alignment=["positions_ptr", "cu_ptr", "remaining_ptr", "table_ptr", "len_ptr"],
+)
+def mean_kernel(
+    positions_ptr: tl.tensor,
+    cu_ptr: tl.tensor,
+    remaining_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    len_ptr: tl.tensor,
+    token_positions_ptr: tl.tensor,
+    scores_ptr: tl.tensor,
+    means_ptr: tl.tensor,
+    table_stride_b: tl.tensor,
+    window: tl.tensor,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    """One program per (sequence, KV head), if the prompt ends in this step: ``means_ptr`` [B, K] gets the mean score of the
+    tokens at positions up to the last one minus ``window``.
+    """
+    b = tl.program_id(0)
+    head = tl.program_id(1)
+    n = tl.load(len_ptr + b).to(tl.int32)
+    begin = tl.load(cu_ptr + b)
+    n_new = (tl.load(cu_ptr + b + 1) - begin).to(tl.int32)
+    last = last_position(positions_ptr, remaining_ptr, begin, n_new, 256)
+    if last < 0:
+        return
+    table_ptr += b * table_stride_b
+    total = tl.zeros([BLOCK_S], tl.float32)
+    n_before = tl.zeros([BLOCK_S], tl.int32)
+    for start in range(0, n, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        at = (tl.load(table_ptr + s // P, mask=s < n, other=0) * K + head) * P + s % P
+        is_before = (s < n) & (tl.load(token_positions_ptr + at, mask=s < n, other=2**62) <= last - window)
+        total += tl.load(scores_ptr + at, mask=is_before, other=0.0)
+        n_before += is_before.to(tl.int32)
+    mean = tl.sum(total, 0) / tl.maximum(tl.sum(n_before, 0), 1).to(tl.float32)
+    tl.store(means_ptr + b * K + head, mean)
+
+
+@triton.jit(
+    do_not_specialize=["table_stride_b", "window"],
+    do_not_specialize_on_alignment=["positions_ptr", "cu_ptr", "remaining_ptr", "table_ptr", "len_ptr"],
+)
+def norm_kernel(
+    positions_ptr: tl.tensor,
+    cu_ptr: tl.tensor,
+    remaining_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    len_ptr: tl.tensor,
+    kv_ptr: tl.tensor,
+    token_positions_ptr: tl.tensor,
+    scores_ptr: tl.tensor,
+    means_ptr: tl.tensor,
+    table_stride_b: tl.tensor,
+    window: tl.tensor,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    """After ``mean_kernel``, one program per (BLOCK_S tokens of a sequence, sequence, KV head): raises scores to the mean and
+    multiplies them by the norms of the values, of all KV heads together unless PER_HEAD.
+    """
+    b = tl.program_id(1)
+    head = tl.program_id(2)
+    first_slot = tl.program_id(0) * BLOCK_S
+    n = tl.load(len_ptr + b).to(tl.int32)
+    begin = tl.load(cu_ptr + b)
+    n_new = (tl.load(cu_ptr + b + 1) - begin).to(tl.int32)
+    if (first_slot >= n) | (n_new == 0):
+        return
+    last = last_position(positions_ptr, remaining_ptr, begin, n_new, 256)
+    if last < 0:
+        return
+    s = first_slot + tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    inside = s < n
+    page = tl.load(table_ptr + b * table_stride_b + s // P, mask=inside, other=0)
+    at = (page * K + head) * P + s % P
+    squares = tl.zeros([BLOCK_S], tl.float32)
+    for nth in range(1 if PER_HEAD else K):
+        of = head if PER_HEAD else nth
+        row = ((page * 2 + 1) * K + of) * P + s % P
+        v = tl.load(kv_ptr + row[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        squares += tl.sum(v * v, 1)
+    is_before = inside & (tl.load(token_positions_ptr + at, mask=inside, other=2**62) <= last - window)
+    score = tl.load(scores_ptr + at, mask=inside, other=0.0)
+    score = tl.where(is_before, tl.maximum(score, tl.load(means_ptr + b * K + head)), score)
+    tl.store(scores_ptr + at, score * tl.sqrt(squares), mask=inside)
+
+
 def run(args: Arguments[Tensor]) -> tuple[()]:
     """Spec: ``spec.py``. Updates scores in place. Launches on the current stream and does not wait.
 
@@ -361,23 +467,39 @@ def run(args: Arguments[Tensor]) -> tuple[()]:
         PER_HEAD=args.per_head,
         BLOCK_D=max(16, power_of_2(head_size)),
         LOG2_E=_LOG2_E,
+        MAXIMUM=args.maximum,
         **step,
         **sizes,
         **shape,
     )
     if not args.per_head:
         shared = {name: step[name] for name in ("cu_ptr", "table_ptr", "len_ptr", "scores_ptr", "table_stride_b")}
-        launch(share_kernel, tiles, parts_ptr=parts, n_slots=n_slots, BLOCK_S=_BLOCK_S, **shared, **sizes)
+        launch(share_kernel, tiles, parts_ptr=parts, n_slots=n_slots, BLOCK_S=_BLOCK_S, MAXIMUM=args.maximum, **shared, **sizes)
     if args.average or args.pooling > 1:
         # Without pooling nothing is sorted, and the kernel accesses neither of the two.
         sorted_scores = torch.empty_like(args.scores) if args.pooling > 1 else args.scores
         ranks = torch.empty_like(args.scores, dtype=torch.int32) if args.pooling > 1 else args.scores
-        step |= {"sorted_ptr": sorted_scores, "ranks_ptr": ranks, "window": args.window, "BLOCK_S": _BLOCK_S}
+        finish = step | {"sorted_ptr": sorted_scores, "ranks_ptr": ranks, "window": args.window, "BLOCK_S": _BLOCK_S}
         launch(
-            finish_kernel, (*tiles, n_kv_heads), AVERAGE=args.average, SORT=int(args.pooling > 1), BLOCK_R=64, **step, **sizes
+            finish_kernel, (*tiles, n_kv_heads), AVERAGE=args.average, SORT=int(args.pooling > 1), BLOCK_R=64, **finish, **sizes
         )
-    if args.pooling > 1:
-        launch(pool_kernel, (*tiles, n_kv_heads), POOLING=args.pooling, **step, **sizes)
+        if args.pooling > 1:
+            launch(pool_kernel, (*tiles, n_kv_heads), POOLING=args.pooling, **finish, **sizes)
+    if args.value_norm:
+        means = torch.empty((n_sequences, n_kv_heads), dtype=args.scores.dtype, device=args.scores.device)
+        norm: dict[str, Any] = step | {"means_ptr": means, "window": args.window}
+        launch(mean_kernel, (n_sequences, n_kv_heads), BLOCK_S=256, **norm, **sizes)
+        launch(
+            norm_kernel,
+            (*tiles, n_kv_heads),
+            kv_ptr=args.kv,
+            D=head_size,
+            PER_HEAD=args.per_head,
+            BLOCK_D=power_of_2(head_size),
+            BLOCK_S=_BLOCK_S,
+            **norm,
+            **sizes,
+        )
     return ()
 
 

@@ -12,8 +12,10 @@ from typing import Any, Self
 import numpy as np
 
 from trt_kv.errors import CapacityError, TrtKvError
+from trt_kv.plugins.paging import Floats
 from trt_kv.policy import Policy
 from trt_kv.runtime.backends.step import Ints
+from trt_kv.runtime.cache.draws import Draws, page_ranges
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.page_pool import PagePool
 from trt_kv.runtime.generation import RequestRecall
@@ -56,6 +58,10 @@ class SequenceCache:
         self._windows = tuple(windows) or (0,) * n_layers
         self._growth: list[float] | None = None
         self._reuse_order: list[deque[int]] = []
+        self._n_fixed: Ints = np.zeros(n_layers, np.int64)
+        """[L]: tokens of each layer that were there when decoding began, and that are never drawn."""
+        self._ranges: list[dict[int, Floats]] = [{} for _ in range(n_layers)]
+        """Of each layer, ``page_ranges`` of the pages that may be drawn."""
         self.is_evicted = False
         """Whether tokens have been evicted from the prompt, so that decode-time eviction may begin."""
         self.n_prompt = 0
@@ -225,6 +231,40 @@ class SequenceCache:
         """Record that EvictTokens ran while decoding: layer l holds ``kept[l]`` tokens. Its pages stay allocated."""
         self.kv_len = np.array(kept, np.int64)
 
+    def protect(self) -> None:
+        """From now on, what the layers hold is never drawn (``draw``)."""
+        self._n_fixed = self.kv_len.copy()
+        self._ranges = [{} for _ in range(self.n_layers)]
+
+    def draw(self, draws: Draws) -> None:
+        """Free one page of each layer without a window that holds ``draws.most`` generated tokens: a full page of generated
+        tokens alone, none of them among the newest page_size ones.
+        """
+        size = self.pool.page_size
+        full = (self.kv_len - self._n_fixed >= draws.most(size)) & (np.array(self._windows) == 0)
+        if not full.any():
+            return
+        kv_len = self.kv_len.copy()
+        for layer in map(int, np.flatnonzero(full)):
+            first, end = -(-int(self._n_fixed[layer]) // size), (int(kv_len[layer]) - size) // size
+            ranges_XK = self._value_ranges(layer, first, end) if draws.extreme else None
+            at = first + draws.page(ranges_XK, end - first, layer=layer, n_seen=self.num_computed_tokens)
+            n_pages = int(self._n_pages[layer])
+            self._ranges[layer].pop(int(self.page_table[layer, at]), None)
+            self.pool.release(self.page_table[layer, at : at + 1])
+            self.page_table[layer, at : n_pages - 1] = self.page_table[layer, at + 1 : n_pages].copy()
+            self.page_table[layer, n_pages - 1] = -1
+            self._n_pages[layer] = n_pages - 1
+            kv_len[layer] -= size
+        self.kv_len = kv_len
+
+    def _value_ranges(self, layer: int, first: int, end: int) -> Floats:
+        """[X, K]: ``page_ranges`` of the layer's pages from ``first`` to ``end`` - 1, each of which is read once."""
+        pages, known = [int(page) for page in self.page_table[layer, first:end]], self._ranges[layer]
+        if new := [page for page in pages if page not in known]:
+            known.update(page_ranges(new, self.pool.read_pages("kv", np.array(new))[:, 1], self.pool.kv_dtype))
+        return np.stack([known[page] for page in pages])
+
     def fork(self) -> Self:
         """A copy of this sequence in pages of its own, which grows and shrinks independently.
 
@@ -239,6 +279,7 @@ class SequenceCache:
         twin.n_prompt = self.n_prompt
         twin.adaptive_budget = self.adaptive_budget.copy()
         twin.kv_len = self.kv_len.copy()
+        twin._n_fixed = self._n_fixed.copy()
         twin.is_evicted = self.is_evicted
         twin.goes_on = self.goes_on
         if self._growth is not None:

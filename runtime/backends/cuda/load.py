@@ -20,6 +20,7 @@ from trt_kv.runtime.backends.cuda.store import TORCH_TYPES, DeviceKvPool
 from trt_kv.runtime.backends.cuda.weights import decoder_from_engine
 from trt_kv.runtime.backends.devices import DENSE, DeviceOptions, free_device_bytes, told_out_of_memory
 from trt_kv.runtime.backends.host.segments import check_shapes
+from trt_kv.runtime.cache.draws import draws_of, most_generated
 from trt_kv.runtime.loading import (
     Loaded,
     LoadOptions,
@@ -89,6 +90,7 @@ def load(
         chunk=wanted.chunk,
         decode=manifest.applied_policy.decode,
         decode_distance=manifest.applied_policy.decode_distance,
+        draws=draws_of(manifest.applied_policy),
         tiers=recall,
         trace=options.trace,
     )
@@ -199,7 +201,15 @@ def _reservation(
     places = Places(min(n_most, options.max_sequences or n_most), "send fewer at once, or load the engine with a larger batch")
     if recall is None or plan.recall is None:
         n_protected = policy.sinks + policy.recent
-        pages = CachePages(pool, budgets=budgets, n_protected=n_protected, windows=windows, chunk=chunk, most=plan.most)
+        pages = CachePages(
+            pool,
+            budgets=budgets,
+            n_protected=n_protected,
+            windows=windows,
+            chunk=chunk,
+            most=plan.most,
+            most_generated=most_generated(policy, page_size),
+        )
         return Reservation([places, pages], [LargestStep(plan.largest, page_size=page_size, most_held=pages.most_in_any_layer)])
     layers = recalling_layers(manifest.programs["decode"])
     longest = page_size * min(plan.largest.table_width, plan.recall.host_pages // len(layers))

@@ -20,6 +20,7 @@ from trt_kv.runtime.backends.host.recall.store import free_on_disk, host_tier_at
 from trt_kv.runtime.backends.host.reservation import host_resources
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
+from trt_kv.runtime.cache.draws import draws_of
 from trt_kv.runtime.cache.kv_pool import PoolSizes
 from trt_kv.runtime.cpus import threads_for
 from trt_kv.runtime.loading import MAX_SEQUENCES, Loaded, LoadOptions, OnProgress, check_no_host_tier, pool_sizes
@@ -70,6 +71,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         decode=policy.decode,
         decode_distance=policy.decode_distance,
         reading_reserve=policy.reading_reserve,
+        draws=draws_of(policy),
         recall=recall,
         trace=options.trace,
     )

@@ -11,6 +11,7 @@ from trt_kv.model_config import ModelConfig
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
 from trt_kv.policy import Policy
 from trt_kv.program import Program, budgets_of, recalling_layers, windows_of
+from trt_kv.runtime.cache.draws import most_generated
 from trt_kv.runtime.cache.page_pool import PagePool
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK
 from trt_kv.runtime.reservation import CachePages, HostPages, RequestSize, Resource, WorkingSetPages
@@ -39,6 +40,7 @@ def host_resources(
             windows=windows,
             chunk=chunk,
             reserve=policy.reading_reserve,
+            most_generated=most_generated(policy, pool.page_size),
         )
         return [pages]
     recalling = recalling_layers(programs["decode"])

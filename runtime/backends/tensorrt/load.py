@@ -10,6 +10,7 @@ from trt_kv.runtime.backends.cuda.reservation import LargestStep
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
 from trt_kv.runtime.backends.cuda.store import DeviceKvPool
 from trt_kv.runtime.backends.tensorrt.executor import TensorRtExecutor, free_device_bytes
+from trt_kv.runtime.cache.draws import draws_of, most_generated
 from trt_kv.runtime.cache.page_pool import PagePool
 from trt_kv.runtime.loading import (
     Loaded,
@@ -69,6 +70,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         chunk=chunk_of(plan, options),
         decode=policy.decode,
         decode_distance=policy.decode_distance,
+        draws=draws_of(policy),
         trace=options.trace,
     )
     return Loaded(runner=runner, reservation=reservation_of(manifest, plan, pool, options), token_budget=options.token_budget)
@@ -91,6 +93,7 @@ def reservation_of(manifest: Manifest, plan: Plan, pool: PagePool, options: Load
         n_protected=policy.sinks + policy.recent,
         windows=manifest.windows,
         chunk=chunk_of(plan, options),
+        most_generated=most_generated(policy, pool.page_size),
     )
     length = LargestStep(
         largest, page_size=pool.page_size, most_held=pages.most_in_any_layer, how_to_enlarge=f"{how_to_enlarge} longer contexts"
