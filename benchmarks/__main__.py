@@ -26,6 +26,8 @@ MODULES = {
     "kvpress_overlap": "benchmarks.kvpress.overlap",
     "kv_types": "benchmarks.quality.kv_types",
     "bounded_reading": "benchmarks.quality.bounded_reading",
+    "page_ranking": "benchmarks.quality.page_ranking",
+    "recall_tasks": "benchmarks.quality.recall_tasks",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
     "recall_steps": "benchmarks.speed.recall_steps",
