@@ -28,6 +28,7 @@ MODULES = {
     "bounded_reading": "benchmarks.quality.bounded_reading",
     "page_ranking": "benchmarks.quality.page_ranking",
     "recall_tasks": "benchmarks.quality.recall_tasks",
+    "page_choice": "benchmarks.speed.page_choice",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
     "recall_steps": "benchmarks.speed.recall_steps",

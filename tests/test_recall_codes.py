@@ -1,12 +1,19 @@
 """Pages ranked by codes of their keys (``page_summary=codes``): the definition, its kernels, and what it is good for."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.engines import build_for_test, random_ids
 from tests.test_onnx_bodies import assert_body_equals_reference, run_in_onnxruntime
+from trt_kv.cli.inspection import describe_engine
+from trt_kv.errors import UsageError
+from trt_kv.export.checkpoints.opening import open_checkpoint
+from trt_kv.export.engine import EngineRequest
+from trt_kv.manifest import KV_DTYPES, load_manifest
 from trt_kv.opspec import Case
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.kv_rows import KvDtype, dtype_of, load
@@ -15,9 +22,14 @@ from trt_kv.plugins.recall_attention.choice import best_pages, summaries_of
 from trt_kv.plugins.recall_attention.page_counts import CODES, summary_rows
 from trt_kv.plugins.recall_attention.spec import SPEC
 from trt_kv.plugins.registry import kernel
+from trt_kv.policies import policy_from_name
+from trt_kv.policy_settings import policy_with
+from trt_kv.runtime.engine import Engine
+from trt_kv.runtime.loading import check_ranks_on_devices
 
 CASES = [case for case in SPEC.cases if case.name not in ("equal_pages", "soft_cap", "many_layers", "no_room_to_recall")]
-DTYPES = ("float32", "float16", "bfloat16", "int8")
+DTYPES = [pytest.param(name, marks=pytest.mark.slow if "float16" in name else ()) for name in KV_DTYPES]
+"""As in ``test_op_parity``: kernels of a type take long to compile."""
 
 
 def coded(case: Case) -> Case:
@@ -96,3 +108,33 @@ def test_keys_on_the_levels_are_estimated_exactly_where_the_query_is_large() -> 
     probe_GD[:, 2], probe_GD[:, 6] = (0.3, 0.7), (-1.0, 2.0)
     found_GJ = reference.estimates_of(probe_GD, summaries[:, 0, :2], k_PD[None])
     np.testing.assert_allclose(found_GJ[:, 0], (probe_GD @ k_PD.T).max(axis=1), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def coded_engine(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
+    policy = policy_with(
+        policy_from_name("freekv"),
+        {"tokens": 30, "sinks": 3, "recent": 5, "page_summary": "codes", "group_pooling": "max_raw"},
+    )
+    request = EngineRequest(checkpoint=open_checkpoint(small_checkpoint_folder), policy=policy, page_size=5)
+    return build_for_test(request, tmp_path_factory.mktemp("codes") / "engine")
+
+
+def test_an_engine_says_the_same_from_memory_and_from_a_file(coded_engine: Path, tmp_path: Path) -> None:
+    """Also in a second request that begins like the first one, whose pages come with their codes from the prefix cache."""
+    said: list[tuple[int, ...]] = []
+    for host_tier in ("ram", f"file:{tmp_path}"):
+        with Engine.load(coded_engine, n_threads=1, host_tier=host_tier) as engine:
+            assert engine.manifest.applied_policy.page_summary == "codes"
+            prompt = random_ids(engine, 80, seed=4)
+            said += [engine.generate(prompt, max_new_tokens=12).token_ids for _ in range(2)]
+    assert said == said[:1] * 4
+
+
+def test_devices_without_the_kernel_refuse_the_engine(coded_engine: Path) -> None:
+    with pytest.raises(UsageError, match="runs on a CPU only"):
+        check_ranks_on_devices(coded_engine, load_manifest(coded_engine))
+
+
+def test_the_description_of_an_engine_names_codes(coded_engine: Path) -> None:
+    assert "pages     codes: " in describe_engine(coded_engine)

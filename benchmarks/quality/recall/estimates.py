@@ -23,7 +23,7 @@ LEVELS_2_BITS = np.array([-1.5104, -0.4528, 0.4528, 1.5104], np.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """``bytes_per_key``: read per key and KV head to rank all pages; None: not comparable."""
+    """``bytes_per_key``: read per key and KV head to rank all pages; rows are in int8 unless the name says otherwise."""
 
     name: str
     page_size: int
@@ -31,58 +31,33 @@ class Way:
     estimate: Estimate
 
 
-def ways(page_size: int, head_size: int, codebooks: Floats | None = None) -> list[Way]:
-    """Everything compared, for pages of ``page_size``."""
-    found: list[tuple[str, float, Estimate]] = []
-    row = {"bf16": 2.0 * head_size, "int8": head_size + 4.0}
-    names = {"bf16": "bfloat16", "int8": "int8"}
-    for short, dtype in names.items():
-        for summary, what in ((0, "bounds"), (1, "mean deviation")):
-            found.append((f"{what} {short}", 2 * row[short] / page_size, _bounds(page_size, summary, dtype)))
-    found.append(("mean key int8", row["int8"] / page_size, _means(page_size)))
-    for part in (4, 8, 16):
-        if part < page_size:
-            found.append((f"bounds per {part} int8", 2 * row["int8"] / part, _bounds(part, 0, "int8")))
-            found.append((f"mean deviation per {part} int8", 2 * row["int8"] / part, _bounds(part, 1, "int8")))
-            found.append((f"mean key per {part} int8", row["int8"] / part, _means(part)))
-    signs, two = head_size / 8, head_size / 4
+def ways(page_size: int, head_size: int, group: int) -> list[Way]:
+    """Everything compared, for pages of ``page_size``; a KV head has ``group`` query heads."""
+    row = {"bfloat16": 2.0 * head_size, "int8": head_size + 4.0}
     turn = rotation(head_size)
-    found += [
-        ("1 bit", signs + 2, _tokens(_by_signs)),
-        ("1 bit rotated", signs + 2, _tokens(lambda k: _by_signs(k @ turn.T) @ turn)),
-        ("1 bit rotated, largest token", signs + 2, _tokens(lambda k: _by_signs(k @ turn.T) @ turn, largest=True)),
-        ("1 bit rotated, unbiased", signs + 2, _tokens(lambda k: _by_signs(k @ turn.T, unbiased=True) @ turn)),
-        ("1 bit about page mean", signs + 2 + row["int8"] / page_size, _tokens(lambda k: _about_mean(k, _by_signs))),
+    bounds, mean, codes = 2 * row["int8"] / page_size, row["int8"] / page_size, head_size / 4
+    found: list[tuple[str, float, Estimate]] = [
+        ("bounds, bf16", 2 * row["bfloat16"] / page_size, _bounds(page_size, 0, "bfloat16")),
+        ("bounds", bounds, _bounds(page_size, 0, "int8")),
+        ("mean deviation", bounds, _bounds(page_size, 1, "int8")),
+        ("mean key", mean, _means(page_size)),
+        ("bounds of 4 tokens", 2 * row["int8"] / 4, _bounds(4, 0, "int8")),
+        ("mean keys of 4 tokens", row["int8"] / 4, _means(4)),
+        ("1 bit, rotated", head_size / 8 + 2, _tokens(lambda k: _by_signs(k @ turn.T) @ turn)),
         (
-            "1 bit rotated about page mean",
-            signs + 2 + row["int8"] / page_size,
+            "1 bit, rotated, about the page's mean",
+            head_size / 8 + 2 + mean,
             _tokens(lambda k: _about_mean(k, lambda x: _by_signs(x @ turn.T) @ turn)),
         ),
-        (
-            "1 bit rotated about page mean, unbiased",
-            signs + 2 + row["int8"] / page_size,
-            _tokens(lambda k: _about_mean(k, lambda x: _by_signs(x @ turn.T, unbiased=True) @ turn)),
-        ),
-        ("1 bit per channel of page", signs + 2 * row["int8"] / page_size, _tokens(_two_levels)),
-        ("2 bits rotated", two + 2, _tokens(lambda k: _by_levels(k @ turn.T) @ turn)),
-        ("2 bits rotated, largest token", two + 2, _tokens(lambda k: _by_levels(k @ turn.T) @ turn, largest=True)),
-        (
-            "2 bits rotated about page mean",
-            two + 2 + row["int8"] / page_size,
-            _tokens(lambda k: _about_mean(k, lambda x: _by_levels(x @ turn.T) @ turn)),
-        ),
-        ("2 bits per channel of page", two + 2 * row["int8"] / page_size, _tokens(_four_levels)),
-        ("4 bits rotated", head_size / 2 + 2, _tokens(lambda k: _in_steps(k @ turn.T, 7) @ turn)),
-        ("bit planes, 56 of 128 bits", head_size * 7 / 128 + _SCALES, _planes(56 / 128)),
-        ("bit planes, 1 bit", head_size / 8 + _SCALES, _planes(1.0)),
-        ("exact keys", 2.0 * head_size, _tokens(lambda k: k)),
-        ("exact keys, largest token", 2.0 * head_size, _tokens(lambda k: k, largest=True)),
+        ("2 bits, rotated", codes + 2, _tokens(lambda k: _by_levels(k @ turn.T) @ turn)),
+        ("bounds and 1 bit per channel", bounds + codes / 2, _tokens(_two_levels)),
+        ("bounds and 2 bits per channel", bounds + codes, _tokens(_four_levels)),
+        ("bounds and 2 bits of a quarter of the channels", bounds + codes / 4, _of_large_channels(group)),
+        ("bit planes, 28 bits", head_size * 7 / 128 + _SCALES, _planes(7 / 16)),
+        ("bit planes, 64 bits", head_size / 8 + _SCALES, _planes(1.0)),
+        ("exact keys, bf16", row["bfloat16"], _tokens(lambda k: k)),
+        ("exact keys, bf16, largest token", row["bfloat16"], _tokens(lambda k: k, largest=True)),
     ]
-    if codebooks is not None:
-        n_parts = len(codebooks)
-        found.append(
-            (f"product code, {n_parts} bytes, trained", float(n_parts), _tokens(lambda k: _by_codebooks(k, codebooks)))
-        )
     return [Way(name=name, page_size=page_size, bytes_per_key=n_bytes, estimate=estimate) for name, n_bytes, estimate in found]
 
 
@@ -97,22 +72,6 @@ def log_sum_exp(logits: Floats) -> Floats:
     largest = logits.max(axis=-1, keepdims=True)
     found: Floats = largest[..., 0] + np.log(np.exp(logits - largest).sum(axis=-1))
     return found
-
-
-def codebooks_of(k_SD: Floats, n_parts: int, *, seed: int = 0) -> Floats:
-    """256 centroids of each part of the keys, [parts, 256, D / parts], by k-means."""
-    draw = np.random.default_rng(seed)
-    parts_RSE = k_SD.reshape(len(k_SD), n_parts, -1).transpose(1, 0, 2)
-    books = []
-    for part_SE in parts_RSE:
-        book_CE = part_SE[draw.choice(len(part_SE), 256, replace=False)]
-        for _ in range(8):
-            nearest = _nearest(part_SE, book_CE)
-            counts = np.bincount(nearest, minlength=256)
-            sums = np.stack([np.bincount(nearest, part_SE[:, e], 256) for e in range(part_SE.shape[1])], axis=1)
-            book_CE = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], book_CE).astype(np.float32)
-        books.append(book_CE)
-    return np.stack(books)
 
 
 def _tokens(rebuilt: Callable[[Floats], Floats], *, largest: bool = False) -> Estimate:
@@ -138,6 +97,23 @@ def _bounds(part: int, summary: int, dtype: str) -> Estimate:
     return estimate
 
 
+def _of_large_channels(group: int) -> Estimate:
+    """As RecallAttention with summary 2: the largest token, by the quarter of the channels in which the queries are large."""
+
+    def estimate(q_MD: Floats, k_JPD: Floats) -> Floats:
+        rebuilt_JPD = _four_levels(k_JPD)
+        middle_JD = (k_JPD.min(axis=1) + k_JPD.max(axis=1)) / 2
+        logits = []
+        for q_GD in q_MD.reshape(-1, group, q_MD.shape[1]):
+            order = np.argsort(-np.square(q_GD).sum(axis=0), kind="stable")
+            large, others = np.split(order, [-(-len(order) // 4)])
+            products_GJP = np.tensordot(q_GD[:, large], rebuilt_JPD[:, :, large], axes=(1, 2))
+            logits.append(products_GJP.max(axis=2) + q_GD[:, others] @ middle_JD[:, others].T)
+        return np.concatenate(logits)
+
+    return estimate
+
+
 def _means(part: int) -> Estimate:
     def estimate(q_MD: Floats, k_JPD: Floats) -> Floats:
         means = k_JPD.reshape(-1, part, k_JPD.shape[2]).mean(axis=1)
@@ -147,11 +123,9 @@ def _means(part: int) -> Estimate:
     return estimate
 
 
-def _by_signs(x: Floats, *, unbiased: bool = False) -> Floats:
-    """A sign per channel and a size per key: the closest, or the one whose product with the key is right (RaBitQ)."""
+def _by_signs(x: Floats) -> Floats:
+    """A sign per channel and a size per key."""
     sizes = np.abs(x).mean(axis=-1, keepdims=True)
-    if unbiased:
-        sizes = np.square(x).sum(axis=-1, keepdims=True) / np.maximum(np.abs(x).sum(axis=-1, keepdims=True), 1e-12)
     found: Floats = np.where(x >= 0, sizes, -sizes)
     return found
 
@@ -163,12 +137,6 @@ def _by_levels(x: Floats) -> Floats:
     levels = LEVELS_2_BITS[(shares > -0.9816).astype(int) + (shares > 0) + (shares > 0.9816)]
     fit = (x * levels).sum(axis=-1, keepdims=True) / np.square(levels).sum(axis=-1, keepdims=True)
     found: Floats = levels * fit
-    return found
-
-
-def _in_steps(x: Floats, most: int) -> Floats:
-    steps = np.maximum(np.abs(x).max(axis=-1, keepdims=True), 1e-12) / most
-    found: Floats = np.rint(x / steps) * steps
     return found
 
 
@@ -199,7 +167,7 @@ def _four_levels(k_JPD: Floats) -> Floats:
 
 
 _SCALES = 0.5
-"""Bytes per key of the bit planes' scales: two bytes for 64 tokens of a channel, of half of 64 channels that are read."""
+"""Bytes per key of the bit planes' scales, with 16 of 64 channels read: two bytes for 64 tokens of a channel."""
 
 
 def _planes(bits_per_channel: float) -> Estimate:
@@ -228,14 +196,3 @@ def _planes(bits_per_channel: float) -> Estimate:
         return log_sum_exp(logits.reshape(len(q_MD), *k_JPD.shape[:2]))
 
     return estimate
-
-
-def _by_codebooks(k_JPD: Floats, books_RCE: Floats) -> Floats:
-    parts = k_JPD.reshape(-1, len(books_RCE), books_RCE.shape[2])
-    rebuilt = [book[_nearest(parts[:, r], book)] for r, book in enumerate(books_RCE)]
-    return np.stack(rebuilt, axis=1).reshape(k_JPD.shape)
-
-
-def _nearest(x_SE: Floats, book_CE: Floats) -> np.ndarray:
-    found: np.ndarray = (np.square(book_CE).sum(axis=1) - 2 * x_SE @ book_CE.T).argmin(axis=1)
-    return found
