@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from trt_kv.plugins.kv_rows import KvDtype, store
 from trt_kv.plugins.paging import Floats, Ints
+from trt_kv.plugins.recall_attention.page_counts import summary_rows
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with
-from trt_kv.program import PHASES, finds_budgets, program_of
+from trt_kv.program import PAGE_SUMMARIES, PHASES, finds_budgets, program_of
 from trt_kv.runtime.backends.base import Attend
 from trt_kv.runtime.backends.host.recall import working_set
 from trt_kv.runtime.backends.host.recall.background import Copies, Job
@@ -184,6 +185,7 @@ def runner_of(
             copies,
             n_layers=model.n_layers,
             finds_budgets=finds_budgets(programs["prefill"]),
+            summary_rows=summary_rows(PAGE_SUMMARIES[policy.page_summary], page_size, dtype),
         )
     return host_runner(model, pool, programs, chunk=chunk, decode=policy.decode, recall=recall)
 

@@ -320,6 +320,7 @@ def test_pages_are_ranked_exactly_where_the_cache_is_on_the_host() -> None:
         {"budget": "unimetric", "threshold": 0.05},
         {"budget": "uniform", "kept": 0.2, "drift": "calibrated"},
         {"tokens": 512, "tau": 0.9, "exempt_layers": (0, 1)},
+        {"page_summary": "codes", "group_pooling": "max_raw"},
         {"score": "mass", "budget": "uniform"},
     ],
 )

@@ -27,7 +27,7 @@ SETTINGS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "sinks": st.integers(0, 7),
         "recent": st.integers(1, 9),
         "tau": st.sampled_from([-1.01, 0.0, 0.5, 0.7, 0.9, 1.0, 1.01]),
-        "page_summary": st.sampled_from(["minmax", "deviation"]),
+        "page_summary": st.sampled_from(["minmax", "deviation", "codes"]),
         "group_pooling": st.sampled_from(["mean_softmax", "max_softmax", "mean_raw", "max_raw"]),
         "exempt_layers": st.sampled_from([(), (0,), (1,)]),
     }

@@ -64,6 +64,7 @@ NORMS = {
 PAGE_SUMMARIES = {
     "minmax": "smallest and largest value of each channel of a page's keys (Quest, FreeKV)",
     "deviation": "middle between smallest and largest, plus and minus the mean absolute deviation from it (ArkVale)",
+    "codes": "as minmax, and two bits per channel of each key: pages are ranked by their best key, of which a quarter is read",
 }
 GROUP_POOLINGS = {
     "mean_softmax": "mean over a KV head's query heads of the softmax over pages (MeanS, FreeKV)",

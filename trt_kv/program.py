@@ -14,7 +14,7 @@ from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
 
 PHASES = ("prefill", "decode")
-PAGE_SUMMARIES = {"minmax": 0, "deviation": 1}
+PAGE_SUMMARIES = {"minmax": 0, "deviation": 1, "codes": 2}
 """The attribute ``summary`` by page_summary."""
 
 GROUP_POOLINGS = {"mean_softmax": 0, "max_softmax": 1, "mean_raw": 2, "max_raw": 3}

@@ -10,6 +10,9 @@ import numpy.typing as npt
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import KvDtype, load, number, scale_of, store
 from trt_kv.plugins.paging import Floats, Ints, Rows
+from trt_kv.plugins.recall_attention.key_codes import LEVELS, with_codes
+from trt_kv.plugins.recall_attention.page_counts import CODED_TOKENS, CODES, CODING
+from trt_kv.plugins.vector_codes import CODED_HEADS, code_sums
 
 MAXIMUM = (1, 3)
 """Values of the attribute ``pooling`` that take the maximum over a group; the others take the mean."""
@@ -73,14 +76,15 @@ def _cosines(q_HD: Floats, last_HD: Floats, n_kv_heads: int) -> npt.NDArray[np.f
 
 
 def summaries_of(k_MKPW: Rows, summary: int, dtype: KvDtype) -> Rows:
-    """lo and hi of the keys of full pages, both as rows of ``dtype``: [M, K, 2, W]."""
+    """lo and hi of the keys of full pages, as rows of ``dtype``: [M, K, 2, W]; with codes (2) more rows, which hold these."""
     k_MKPD = load(k_MKPW)
     lo_MKD, hi_MKD = k_MKPD.min(axis=2), k_MKPD.max(axis=2)
     if summary == 1:
         middle_MKD = (lo_MKD + hi_MKD) / np.float32(2)
         deviation_MKD = np.abs(k_MKPD - middle_MKD[:, :, None]).mean(axis=2)
         lo_MKD, hi_MKD = middle_MKD - deviation_MKD, middle_MKD + deviation_MKD
-    return store(np.stack([lo_MKD, hi_MKD], axis=2), dtype)
+    lo_hi_MK2W = store(np.stack([lo_MKD, hi_MKD], axis=2), dtype)
+    return with_codes(lo_hi_MK2W, k_MKPD, dtype) if summary == CODES else lo_hi_MK2W
 
 
 def best_pages(probe_HD: Floats, pages_J: Ints, summaries: Rows, n_chosen: int, pooling: int, softmax_scale: float) -> Ints:
@@ -106,7 +110,8 @@ def choose_pages(
     """The pages that each KV head chooses for its queries ``probe_BHD``, as ascending page numbers: [B, K, C].
 
     Sequence b chooses ``n_chosen_B[b]`` of the ``n_between_B[b]`` pages from number ``first_B[b]`` on; C is the most of any
-    sequence, and what is beyond a sequence's own is undefined. Summaries are read by several threads if there are many.
+    sequence, and what is beyond a sequence's own is undefined. Summaries are read by several threads if there are many. Those
+    with more than two rows have codes.
     """
     n_sequences, n_heads, head_size = probe_BHD.shape
     n_kv_heads, widest = summaries.shape[1], int(n_between_B.max())
@@ -172,6 +177,9 @@ def _bound_block(
     """The bounds of a block of pages, if there is something to choose; a page's summaries are read once for all heads."""
     if n_chosen_B[b] <= 0 or n_chosen_B[b] >= n_between_B[b]:
         return
+    if summaries.shape[2] > 2:
+        _estimate_block(b, block, probe_BHD, page_table_BT, first_B, n_between_B, summaries, bounds_BHJ)
+        return
     n_kv_heads, head_size = summaries.shape[1], probe_BHD.shape[2]
     group = probe_BHD.shape[1] // n_kv_heads
     for j in range(block * BLOCK_PAGES, min((block + 1) * BLOCK_PAGES, n_between_B[b])):
@@ -185,6 +193,73 @@ def _bound_block(
                     x = probe_BHD[b, h, d]
                     bound += max(x * (lo_scale * number(lo_W[d])), x * (hi_scale * number(hi_W[d])))
                 bounds_BHJ[b, h, j] = bound
+
+
+@njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
+def _estimate_block(
+    b: int,
+    block: int,
+    probe_BHD: Floats,
+    page_table_BT: Ints,
+    first_B: Ints,
+    n_between_B: Ints,
+    summaries: Rows,
+    bounds_BHJ: Floats,
+) -> None:
+    """As ``_bound_block``, with the largest estimate of a page's keys in place of a bound."""
+    n_kv_heads, head_size = summaries.shape[1], probe_BHD.shape[2]
+    group = probe_BHD.shape[1] // n_kv_heads
+    n_coded = (head_size + CODING - 1) // CODING
+    channels_KR = _coded_channels(probe_BHD[b], n_kv_heads, n_coded)
+    place_KD = np.full((n_kv_heads, head_size), 0.5, np.float32)
+    for head in range(n_kv_heads):
+        for channel in channels_KR[head]:
+            place_KD[head, channel] = 0.0
+    weights = np.empty(CODED_HEADS * n_coded, np.float32)
+    sums = np.empty(CODED_HEADS * CODED_TOKENS, np.float32)
+    base_G = np.empty(CODED_HEADS, np.float32)
+    row_bytes, rows_per_group = summaries.shape[3] * summaries.itemsize, 2 if summaries.itemsize == 1 else 1
+    for j in range(block * BLOCK_PAGES, min((block + 1) * BLOCK_PAGES, n_between_B[b])):
+        page = page_table_BT[b, first_B[b] + j]
+        for head in range(n_kv_heads):
+            lo_W, hi_W = summaries[page, head, 0], summaries[page, head, 1]
+            lo_scale, hi_scale = scale_of(lo_W), scale_of(hi_W)
+            first_row = (page * n_kv_heads + head) * summaries.shape[2]
+            for begin in range(head * group, (head + 1) * group, CODED_HEADS):
+                n_heads = min(CODED_HEADS, (head + 1) * group - begin)
+                for g in range(n_heads):
+                    base = np.float32(0.0)
+                    for d in range(head_size):
+                        lo, hi = lo_scale * number(lo_W[d]), hi_scale * number(hi_W[d])
+                        base += probe_BHD[b, begin + g, d] * (lo + place_KD[head, d] * (hi - lo))
+                    for i in range(n_coded):
+                        d = channels_KR[head, i]
+                        width = hi_scale * number(hi_W[d]) - lo_scale * number(lo_W[d])
+                        weights[g * n_coded + i] = probe_BHD[b, begin + g, d] * width / np.float32(LEVELS - 1)
+                    base_G[g] = base
+                    bounds_BHJ[b, begin + g, j] = -np.inf
+                for row in range(2, summaries.shape[2], rows_per_group):
+                    at = (first_row + row) * row_bytes
+                    code_sums(weights, n_heads, channels_KR[head], n_coded, head_size, summaries, at, sums)
+                    for g in range(n_heads):
+                        largest = sums[g * CODED_TOKENS]
+                        for t in range(1, CODED_TOKENS):
+                            largest = max(largest, sums[g * CODED_TOKENS + t])
+                        bounds_BHJ[b, begin + g, j] = max(bounds_BHJ[b, begin + g, j], base_G[g] + largest)
+
+
+@njit(nogil=True)
+def _coded_channels(probe_HD: Floats, n_kv_heads: int, n_coded: int) -> Ints:
+    """[K, R]: the channels in which the queries of each KV head are largest, by the sum of their squares, ascending."""
+    group = len(probe_HD) // n_kv_heads
+    channels_KR = np.empty((n_kv_heads, n_coded), np.int64)
+    for head in range(n_kv_heads):
+        squares_D = np.zeros(probe_HD.shape[1], np.float32)
+        for h in range(head * group, (head + 1) * group):
+            for d in range(probe_HD.shape[1]):
+                squares_D[d] += probe_HD[h, d] * probe_HD[h, d]
+        channels_KR[head] = np.sort(np.argsort(-squares_D, kind="mergesort")[:n_coded])
+    return channels_KR
 
 
 @njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})

@@ -9,10 +9,10 @@ from trt_kv.plugins.attention_cpu import append_tokens, attend_cached
 from trt_kv.plugins.decode_cpu import NO_WINDOW, attend_one
 from trt_kv.plugins.jit import njit
 from trt_kv.plugins.kv_rows import dtype_of
-from trt_kv.plugins.paging import Floats, Ints, pages_of
+from trt_kv.plugins.paging import Floats, Ints, Rows, pages_of
 from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.plugins.recall_attention.choice import choose_pages, probes_of, summaries_of
-from trt_kv.plugins.recall_attention.page_counts import PageLimits, budget_tokens
+from trt_kv.plugins.recall_attention.page_counts import CODES, PageLimits, budget_tokens
 
 
 def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
@@ -29,7 +29,8 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
         first, full = (n_cached - (end - begin)) // args.page_size, n_cached // args.page_size
         if first < full:
             filled = page_table_BT[b, first:full]
-            args.summaries[filled] = summaries_of(args.kv[filled, 0], args.summary, dtype_of(args.summaries))
+            found = summaries_of(args.kv[filled, 0], args.summary, dtype_of(args.summaries))
+            args.summaries[filled] = found[:, :, : args.summaries.shape[2]]
         if args.prompt_remaining[end - 1] < 0:
             decoding.append(b)
             continue
@@ -61,7 +62,10 @@ def _attend_chosen(args: Arguments[NDArray[Any]], decoding: list[int], out: Floa
     n_chosen = [min(limits.n_chosen(budget), n) for budget, n in zip(budgets, n_between, strict=True)]
     first_B, n_between_B, n_chosen_B = np.array([[limits.n_sinks] * len(decoding), n_between, n_chosen])
     counts = first_B, n_between_B, n_chosen_B
-    chosen_BKC = choose_pages(probe_BHD, page_table_BT, *counts, args.summaries, args.pooling, args.softmax_scale)
+    summaries = args.summaries
+    if args.summary == CODES and summaries.shape[2] == 2:
+        summaries = _coded_again(args, decoding)
+    chosen_BKC = choose_pages(probe_BHD, page_table_BT, *counts, summaries, args.pooling, args.softmax_scale)
     table_BKT, n_tokens_B = attended_tables(page_table_BT, chosen_BKC, kv_len_B, *counts, args.page_size)
     attend_one(
         *(args.q, rows_B, table_BKT, n_tokens_B, args.kv, np.float32(args.scale), np.float32(args.soft_cap)),
@@ -70,6 +74,22 @@ def _attend_chosen(args: Arguments[NDArray[Any]], decoding: list[int], out: Floa
     args.last_query[query_rows_B] = args.q[rows_B]
     found: np.ndarray = drifted_BK
     return found
+
+
+def _coded_again(args: Arguments[NDArray[Any]], decoding: list[int]) -> Rows:
+    """Summaries with codes of the full pages of sequences, from their keys, for a state that has no room for codes."""
+    full = [
+        pages_of(
+            args.page_table, args.layer, b, int(args.kv_len[args.layer, b]) // args.page_size * args.page_size, args.page_size
+        )
+        for b in decoding
+    ]
+    pages = np.concatenate(full)
+    coded = summaries_of(args.kv[pages, 0], CODES, dtype_of(args.summaries))
+    summaries = np.zeros((len(args.summaries), *coded.shape[1:]), coded.dtype)
+    summaries[pages] = coded
+    summaries[:, :, :2] = args.summaries
+    return summaries
 
 
 @njit(nogil=True)

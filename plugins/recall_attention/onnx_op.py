@@ -12,6 +12,7 @@ from trt_kv.plugins.onnx_attention import append_tokens, attention
 from trt_kv.plugins.onnx_function import FunctionBody
 from trt_kv.plugins.onnx_paging import FLOAT, HIDDEN, PagedSequences, paged_sequences, size, visible_slots, write_pages
 from trt_kv.plugins.onnx_shares import kept_share_of
+from trt_kv.plugins.recall_attention.page_counts import CODES
 
 INT64 = ir.DataType.INT64
 
@@ -54,7 +55,7 @@ def body(
     before_BHD = f.Gather(last_query, f.Max(row_B, 0))
     corrected_BK, probe_BKGD = _probe(f, q_BHD, before_BHD, f.Unsqueeze(generated_B, [1]), size(f, kv, 2))
     room_B1 = _room(f, prompt_len, adaptive_budget, size(f, kv, 3))
-    attended_BKT = _attended(f, cached, summaries_out, probe_BKGD, room_B1, size(f, kv, 3))
+    attended_BKT = _attended(f, cached, summaries_out, kv_out, probe_BKGD, room_B1)
 
     visible_K1NZ = visible_slots(f, cached, positions, cu_tokens)
     is_prompt_N1 = f.Unsqueeze(f.GreaterOrEqual(prompt_remaining, 0), [1])
@@ -120,17 +121,17 @@ def _attended(
     f: FunctionBody,
     cached: PagedSequences,
     summaries: ir.Value,
+    kv: ir.Value,
     probe_BKGD: ir.Value,
     room_B1: ir.Value,
-    page_size: ir.Value,
 ) -> ir.Value:
     """[B, K, T]: mask of the pages that a generated token attends to; also set beyond the sequence's last page."""
-    pages_T = _pages(f, cached)
+    pages_T, page_size = _pages(f, cached), size(f, kv, 3)
     first_newest_B1 = f.Div(f.Max(f.Sub(cached.n_cached, f.attribute("recent")), 0), page_size)
     is_sink_T = f.Less(pages_T, _pages_for(f, f.attribute("sinks"), page_size))
     always_B1T = f.Unsqueeze(f.Or(is_sink_T, f.GreaterOrEqual(pages_T, first_newest_B1)), [1])
     between_B1T = f.Not(always_B1T)
-    values_BKT = f.Where(between_B1T, _page_values(f, cached, summaries, probe_BKGD, between_B1T), -math.inf)
+    values_BKT = f.Where(between_B1T, _page_values(f, cached, summaries, kv, probe_BKGD, between_B1T), -math.inf)
     _, best_BKT = f.top_k(values_BKT, f.Shape(pages_T), largest=True)
     has_room_BKT = f.Expand(f.Unsqueeze(f.Cast(f.Less(pages_T, room_B1), to=INT64), [1]), f.Shape(best_BKT))
     chosen_BKT = f.Equal(f.ScatterElements(best_BKT, best_BKT, has_room_BKT, axis=2), 1)
@@ -138,7 +139,12 @@ def _attended(
 
 
 def _page_values(
-    f: FunctionBody, cached: PagedSequences, summaries: ir.Value, probe_BKGD: ir.Value, between_B1T: ir.Value
+    f: FunctionBody,
+    cached: PagedSequences,
+    summaries: ir.Value,
+    kv: ir.Value,
+    probe_BKGD: ir.Value,
+    between_B1T: ir.Value,
 ) -> ir.Value:
     """[B, K, T] fp32: the values that pages in between are ranked by; undefined for the others.
 
@@ -149,6 +155,8 @@ def _page_values(
     lo_hi_BKTE = f.Where(f.Unsqueeze(between_B1T, [3]), lo_hi_BKTE, 0.0)
     probe_BKGE = f.Concat(f.Min(probe_BKGD, 0.0), f.Max(probe_BKGD, 0.0), axis=3)
     bounds_BKGT = f.MatMul(probe_BKGE, f.Transpose(lo_hi_BKTE, perm=[0, 1, 3, 2]))
+    estimates_BKGT = _estimates(f, cached, summaries_BTK2D, kv, probe_BKGD)
+    bounds_BKGT = f.Where(f.Equal(f.attribute("summary"), CODES), estimates_BKGT, bounds_BKGT)
 
     between_B11T = f.Unsqueeze(between_B1T, [2])
     logits_BKGT = f.Where(between_B11T, f.Mul(bounds_BKGT, f.attribute("softmax_scale")), HIDDEN)
@@ -157,6 +165,37 @@ def _page_values(
     pooled_BKGT = f.Where(f.Less(pooling, 2), softmax_BKGT, bounds_BKGT)
     means_BKT, largest_BKT = f.ReduceMean(pooled_BKGT, [2], keepdims=0), f.ReduceMax(pooled_BKGT, [2], keepdims=0)
     return f.Where(f.Equal(f.Mod(pooling, 2), 1), largest_BKT, means_BKT)
+
+
+def _estimates(
+    f: FunctionBody, cached: PagedSequences, summaries_BTK2D: ir.Value, kv: ir.Value, probe_BKGD: ir.Value
+) -> ir.Value:
+    """[B, K, G, T]: the largest product with a key of the page, as estimated from its codes.
+
+    Codes are made of the keys themselves: a graph has them at hand, and its state has no room for codes.
+    """
+    k_BTKPD = f.Cast(f.Gather(f.Gather(kv, 0, axis=1), cached.pages_by_sequence), to=FLOAT)
+    smallest_BTK1D, largest_BTK1D = f.ReduceMin(k_BTKPD, [3]), f.ReduceMax(k_BTKPD, [3])
+    width_BTK1D = f.Sub(largest_BTK1D, smallest_BTK1D)
+    width_BTK1D = f.Where(f.Greater(width_BTK1D, 0.0), width_BTK1D, 1.0)
+    levels_BTKPD = f.Round(f.Div(f.Mul(f.Sub(k_BTKPD, smallest_BTK1D), 3.0), width_BTK1D))
+
+    squares_BKD = f.ReduceSum(f.Mul(probe_BKGD, probe_BKGD), [2], keepdims=0)
+    channels_D = f.Range(0, size(f, squares_BKD, 2), 1)
+    n_coded = f.Div(f.Add(size(f, squares_BKD, 2), 3), 4)
+    _, order_BKD = f.top_k(squares_BKD, f.Shape(channels_D), largest=True)
+    is_first_BKD = f.Expand(f.Cast(f.Less(channels_D, n_coded), to=INT64), f.Shape(order_BKD))
+    is_coded_BKD = f.Equal(f.ScatterElements(order_BKD, order_BKD, is_first_BKD, axis=2), 1)
+    places_BTKPD = f.Where(f.Unsqueeze(is_coded_BKD, [1, 3]), f.Div(levels_BTKPD, 3.0), 0.5)
+
+    lo_BTK1D, hi_BTK1D = (f.Unsqueeze(f.Gather(summaries_BTK2D, i, axis=3), [3]) for i in range(2))
+    keys_BTKPD = f.Add(lo_BTK1D, f.Mul(places_BTKPD, f.Sub(hi_BTK1D, lo_BTK1D)))
+    sizes = f.Shape(keys_BTKPD)
+    keys_BKDZ = f.Reshape(f.Transpose(keys_BTKPD, perm=[0, 2, 4, 1, 3]), [0, 0, 0, -1])
+    products_BKGZ = f.MatMul(probe_BKGD, keys_BKDZ)
+    n_pages, page_size = f.Slice(sizes, [1], [2], [0]), f.Slice(sizes, [3], [4], [0])
+    products_BKGTP = f.Reshape(products_BKGZ, f.Concat([0, 0, 0], n_pages, page_size, axis=0))
+    return f.ReduceMax(products_BKGTP, [4], keepdims=0)
 
 
 def _by_slot(f: FunctionBody, pages_BKT: ir.Value, page_size: ir.Value) -> ir.Value:

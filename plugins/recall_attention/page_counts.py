@@ -4,6 +4,19 @@ from dataclasses import dataclass
 
 from trt_kv.layer_budget import LayerBudget
 
+CODES = 2
+"""The value of the attribute ``summary`` with which keys have codes."""
+CODED_TOKENS = 8
+"""Tokens whose codes are stored together (``key_codes.py``)."""
+CODING = 4
+"""One in so many channels, rounded up, is read of the codes: those in which the query is large."""
+
+
+def summary_rows(summary: int, page_size: int, kv_dtype: str) -> int:
+    """R: rows that the summary of a page-head takes on a CPU: lo and hi, and those of its codes if there are any."""
+    per_group = 2 if kv_dtype == "int8" else 1
+    return 2 + (per_group * -(-page_size // CODED_TOKENS) if summary == CODES else 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PageLimits:

@@ -52,9 +52,11 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
                     corrected[b, head] = 1
                 else:
                     probe = before
-                values = page_values(
-                    probe, load(args.summaries[pages[between.start : between.stop], head]), args.pooling, args.softmax_scale
-                )
+                summaries = load(args.summaries[pages[between.start : between.stop], head])
+                bounds_GJ = bounds_of(probe, summaries)
+                if args.summary == 2:
+                    bounds_GJ = estimates_of(probe, summaries, load(args.kv[pages[between.start : between.stop], 0, head]))
+                values = values_of(bounds_GJ, args.pooling, args.softmax_scale)
                 ranked = sorted((-value, page) for value, page in zip(values, between, strict=True))
                 chosen = {page for _, page in ranked[:room]} | set(range(n_sinks)) | set(range(first_newest, len(pages)))
                 attended[head] = [s for s in range(n) if s // args.page_size in chosen]
@@ -74,7 +76,7 @@ def run(args: Arguments[NDArray[Any]]) -> tuple[Floats, Floats, Ints]:
 def summary_of(k_PD: Floats, summary: int) -> Floats:
     """lo and hi [2, D] of one full page-head."""
     lo, hi = k_PD.min(axis=0), k_PD.max(axis=0)
-    if summary == 0:
+    if summary != 1:
         return np.stack([lo, hi])
     middle = (lo + hi) / 2
     deviation = np.abs(k_PD - middle).mean(axis=0)
@@ -88,9 +90,34 @@ def cosine(a: Floats, b: Floats) -> float:
 
 
 def page_values(probe_GD: Floats, summaries_J2D: Floats, pooling: int, softmax_scale: float) -> list[float]:
-    """The values that one KV head's pages are ranked by."""
+    """The values that one KV head's pages are ranked by, with bounds."""
+    return values_of(bounds_of(probe_GD, summaries_J2D), pooling, softmax_scale)
+
+
+def bounds_of(probe_GD: Floats, summaries_J2D: Floats) -> Floats:
+    """[G, J]: upper bounds of the products with a page's keys."""
     lo_JD, hi_JD = summaries_J2D.astype(np.float64)[:, 0], summaries_J2D.astype(np.float64)[:, 1]
-    values_GJ = np.array([np.maximum(probe * lo_JD, probe * hi_JD).sum(axis=1) for probe in probe_GD])
+    return np.array([np.maximum(probe * lo_JD, probe * hi_JD).sum(axis=1) for probe in probe_GD])
+
+
+def estimates_of(probe_GD: Floats, summaries_J2D: Floats, k_JPD: Floats) -> Floats:
+    """[G, J]: the largest of the products with a page's keys, of whose channels only the level between lo and hi is known, or
+    where the queries are small nothing.
+    """
+    smallest_J1D, largest_J1D = k_JPD.min(axis=1, keepdims=True), k_JPD.max(axis=1, keepdims=True)
+    width_J1D = np.where(largest_J1D > smallest_J1D, largest_J1D - smallest_J1D, np.float32(1))
+    levels_JPD = np.rint((k_JPD - smallest_J1D) * np.float32(3) / width_J1D)
+    n_coded = math.ceil(probe_GD.shape[1] / 4)
+    coded = np.argsort(-np.square(probe_GD.astype(np.float32)).sum(axis=0), kind="stable")[:n_coded]
+    places_JPD = np.full(k_JPD.shape, 0.5)
+    places_JPD[:, :, coded] = levels_JPD[:, :, coded] / 3
+    lo_J1D, hi_J1D = (summaries_J2D[:, i : i + 1].astype(np.float64) for i in range(2))
+    keys_JPD = lo_J1D + places_JPD * (hi_J1D - lo_J1D)
+    return np.array([(keys_JPD * probe).sum(axis=2).max(axis=1, initial=-math.inf) for probe in probe_GD])
+
+
+def values_of(values_GJ: Floats, pooling: int, softmax_scale: float) -> list[float]:
+    """One value per page of those of a KV head's query heads."""
     if values_GJ.shape[1] and pooling < 2:
         exps_GJ = np.exp(softmax_scale * (values_GJ - values_GJ.max(axis=1, keepdims=True)))
         values_GJ = exps_GJ / exps_GJ.sum(axis=1, keepdims=True)

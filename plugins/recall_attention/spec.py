@@ -28,13 +28,18 @@ SPEC = OpSpec(
         "the bounds of its query heads: 0 their mean and 1 their maximum after softmax(softmax_scale * bound) over the "
         "pages in between, 2 their mean and 3 their maximum without softmax. Ties go to the lower page. A page gets its "
         "summary when it is full: `summary` 0 the minimum and maximum of its keys per channel, 1 the midpoint of these minus "
-        "and plus the mean absolute deviation from the midpoint. Afterwards last_query holds the query of each sequence's "
+        "and plus the mean absolute deviation from the midpoint, 2 as 0. With 2 a page has an estimate instead of the bound, "
+        "the largest over its keys of sum_d probe_d * (lo_d + x_d * (hi_d - lo_d)). In the ceil(D / 4) channels with the "
+        "largest sum of squares of the KV head's probes, lower channels first, 3 x_d is the key's place between the page's "
+        "smallest and largest key, rounded to an integer; in the other channels x_d is 1 / 2. Afterwards last_query holds the "
+        "query of each sequence's "
         "last token of this step. All of this is computed in fp32 or better. A soft cap applies to the logits of attention; "
         "bounds have none: tanh is monotone, so a query head ranks pages as it would by bounds of capped logits."
     ),
     source=(
         "FreeKV (arXiv 2505.13109, section 4): speculative retrieval with the last query, correction per KV head, group- "
-        "consistent selection; bounds and summaries of Quest (arXiv 2406.10774), ArkVale's as summary 1"
+        "consistent selection; bounds and summaries of Quest (arXiv 2406.10774), ArkVale's as summary 1; codes of keys per "
+        "channel as in KIVI (arXiv 2402.02750), of the channels where the query is large as in SparQ (arXiv 2312.04985)"
     ),
     inputs=(
         t.Q,
@@ -93,7 +98,12 @@ SPEC = OpSpec(
         AttributeSpec(name="sinks", type="int", doc="first tokens that are always attended to", default=0),
         AttributeSpec(name="recent", type="int", doc="last tokens that are always attended to, at least 1", default=1),
         AttributeSpec(name="tau", type="float", doc="cosine below which a KV head is corrected, taken in fp32", default=0.8),
-        AttributeSpec(name="summary", type="int", doc="0: minimum and maximum; 1: midpoint and mean deviation", default=0),
+        AttributeSpec(
+            name="summary",
+            type="int",
+            doc="0: minimum and maximum; 1: midpoint and mean deviation; 2: as 0, with codes of the keys",
+            default=0,
+        ),
         AttributeSpec(name="pooling", type="int", doc="0 MeanS, 1 MaxS, 2 MeanQK, 3 MaxQK", default=0),
         AttributeSpec(name="softmax_scale", type="float", doc="factor on bounds before the softmax over pages", default=1.0),
         t.SOFT_CAP,

@@ -4,7 +4,7 @@ A block is whole pages of every layer, read between two chunks of a prompt, befo
 and layer, L layers, K KV heads, P page size, W length of a stored row, n pages:
 
     kv.L           [n, 2, K, P, W]      keys and values as stored; of a layer with a window, the pages that it still held
-    summaries.L    [n, K, 2, W]         of layers that recall
+    summaries.L    [n, K, R, W]         of layers that recall
     scores.L       [all, K, P] fp32     of layers whose score is a sum over all queries: the sums so far, of the whole prefix
 
 Positions are not stored, because an unevicted prompt has all of them. Neither are scores of the last W queries, which are zero
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.plugins.recall_attention.page_counts import PageLimits, summary_rows
 from trt_kv.program import Program, recall_nodes, windows_of
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
@@ -39,6 +39,10 @@ class CacheBlocks:
             else PageLimits(
                 page_size=pool.page_size, sinks=int(node.attributes["sinks"]), recent=int(node.attributes["recent"])
             )
+            for node in recall_nodes(program)
+        ]
+        self._summary_rows = [
+            0 if node is None else summary_rows(int(node.attributes["summary"]), pool.page_size, pool.kv_dtype)
             for node in recall_nodes(program)
         ]
         self._windows = [_score_window(nodes) for nodes in program]
@@ -106,7 +110,7 @@ class CacheBlocks:
             n_new = min(n_held, n_tokens // self._pool.page_size)
             wanted = {"kv": (kv.dtype, (n_new, *kv.shape[1:]))}
             if limits is not None:
-                wanted["summaries"] = (kv.dtype, (n_new, kv.shape[2], 2, kv.shape[4]))
+                wanted["summaries"] = (kv.dtype, (n_new, kv.shape[2], self._summary_rows[layer], kv.shape[4]))
             if self._windows[layer] == 0:
                 wanted["scores"] = (scores.dtype, (n_held, *scores.shape[1:]))
             for name, (dtype, shape) in wanted.items():

@@ -28,9 +28,9 @@ class PoolSizes:
 class KvPool(PagePool, Generic[Array]):
     """Pages of ``page_size`` slots: kv [M, 2, K, P, W], token_positions and scores [M, K, P].
 
-    If RecallAttention runs on the pool in place, the pool also holds its states: summaries [M, K, 2, W], and last_query
-    [M, H, D], in which a layer of a sequence uses the row of its first page. Otherwise these two have no rows. Each backend
-    allocates the arrays in a subclass.
+    If RecallAttention runs on the pool in place, the pool also holds its states: summaries [M, K, R, W], R = 2 or, with codes,
+    more, and last_query [M, H, D], in which a layer of a sequence uses the row of its first page. Otherwise these two have no
+    rows. Each backend allocates the arrays in a subclass.
     """
 
     on_host = True

@@ -23,7 +23,7 @@ class SequenceState:
     layer l ``kv_len[l]`` of them held.
 
     ``arrays``: by name and layer, the layer's pages in order: kv.L [n, 2, K, P, W] as stored, token_positions.L [n, K, P],
-    scores.L [n, K, P] fp32; of layers that recall kv.L and summaries.L [n, K, 2, W].
+    scores.L [n, K, P] fp32; of layers that recall kv.L and summaries.L [n, K, R, W].
     """
 
     num_computed_tokens: int

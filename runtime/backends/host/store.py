@@ -18,9 +18,10 @@ class HostKvPool(KvPool[np.ndarray]):
         head_size: int,
         dtype: str = "float32",
         n_query_heads: int = 0,
+        summary_rows: int = 2,
     ) -> None:
         """``dtype``: what keys, values and summaries are stored as, a ``KvDtype``; rows of W elements. ``n_query_heads``: H if
-        RecallAttention runs on the pool in place, else 0.
+        RecallAttention runs on the pool in place, else 0. ``summary_rows``: as ``page_counts.summary_rows`` counts them.
         """
         super().__init__(n_pages=n_pages, page_size=page_size)
         self.kv_dtype, self.dtype = dtype, KvDtype(dtype)
@@ -29,5 +30,5 @@ class HostKvPool(KvPool[np.ndarray]):
         self.token_positions = np.empty((n_pages, n_kv_heads, page_size), np.int64)
         self.scores = np.empty((n_pages, n_kv_heads, page_size), np.float32)
         recalls = n_query_heads > 0
-        self.summaries = np.empty((n_pages * recalls, n_kv_heads, 2, row_length), stored_as)
+        self.summaries = np.empty((n_pages * recalls, n_kv_heads, summary_rows, row_length), stored_as)
         self.last_query = np.empty((n_pages * recalls, n_query_heads, head_size), np.float32)

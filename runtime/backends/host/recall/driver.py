@@ -49,9 +49,19 @@ class StreamedRecall:
     in_memory = False
 
     def __init__(
-        self, host: HostTier, device: HostKvPool, copies: Copies, *, n_layers: int, finds_budgets: bool, trace: Trace = NO_TRACE
+        self,
+        host: HostTier,
+        device: HostKvPool,
+        copies: Copies,
+        *,
+        n_layers: int,
+        finds_budgets: bool,
+        summary_rows: int = 2,
+        trace: Trace = NO_TRACE,
     ) -> None:
-        """``finds_budgets``: AdaptiveBudget runs after a prompt's last chunk, so the first recall waits for its result."""
+        """``finds_budgets``: AdaptiveBudget runs after a prompt's last chunk, so the first recall waits for its result.
+        ``summary_rows``: as ``page_counts.summary_rows`` counts them.
+        """
         self.host = host
         self.device = device
         self.statistics = RecallStatistics(
@@ -62,7 +72,7 @@ class StreamedRecall:
         )
         self.sets: dict[int, WorkingSet] = {}
         self._copies = copies
-        self._streams = LayerStreams(host, device, copies, self.statistics, trace)
+        self._streams = LayerStreams(host, device, copies, self.statistics, trace, summary_rows=summary_rows)
         self._trace = trace
         self._finds_budgets = finds_budgets
         self._first_choices: dict[int, Choice] = {}
@@ -70,7 +80,7 @@ class StreamedRecall:
 
     @property
     def summaries(self) -> Rows:
-        """Summaries (lo and hi) of the keys of every full host page, stored as the pool's type: [M, K, 2, W]."""
+        """Summaries (lo and hi, and codes) of the keys of every full host page, stored as the pool's type: [M, K, R, W]."""
         return self._streams.summaries
 
     @summaries.setter

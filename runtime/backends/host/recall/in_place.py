@@ -33,16 +33,23 @@ class RecallInPlace:
     in_memory = True
 
     def __init__(
-        self, host: MemoryTier, device: HostKvPool, *, n_layers: int, n_query_heads: int, trace: Trace = NO_TRACE
+        self,
+        host: MemoryTier,
+        device: HostKvPool,
+        *,
+        n_layers: int,
+        n_query_heads: int,
+        summary_rows: int = 2,
+        trace: Trace = NO_TRACE,
     ) -> None:
-        """``device`` holds the layers that do not recall."""
+        """``device`` holds the layers that do not recall. ``summary_rows``: as ``page_counts.summary_rows`` counts them."""
         n_pages, _, n_kv_heads, _, row_length = host.kv.shape
         self._trace = trace
         self.host = host
         self.device = device
         self.sets: Mapping[int, Held] = {}
-        self.summaries: Rows = np.empty((n_pages, n_kv_heads, 2, row_length), host.kv.dtype)
-        """Summaries (lo and hi) of the keys of every full page, stored like them: [M, K, 2, W]."""
+        self.summaries: Rows = np.empty((n_pages, n_kv_heads, summary_rows, row_length), host.kv.dtype)
+        """Summaries (lo and hi, and codes if there are any) of the keys of every full page, stored like them: [M, K, R, W]."""
         self.last_query: Floats = np.empty((n_pages, n_query_heads, head_size_of(host.kv)), np.float32)
         """The query of the last token of a layer of a sequence, in the row of its first page: [M, H, D]."""
         self.statistics = RecallStatistics(

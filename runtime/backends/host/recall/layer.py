@@ -51,13 +51,23 @@ class Choice:
 class LayerStreams:
     """The two tiers, and the operations on working sets. Its only state of sequences are the summaries of their host pages."""
 
-    def __init__(self, host: HostTier, device: HostKvPool, copies: Copies, statistics: RecallStatistics, trace: Trace) -> None:
+    def __init__(
+        self,
+        host: HostTier,
+        device: HostKvPool,
+        copies: Copies,
+        statistics: RecallStatistics,
+        trace: Trace,
+        *,
+        summary_rows: int,
+    ) -> None:
         self.host = host
         self.device = device
         self.copies = copies
         self.statistics = statistics
         self.trace = trace
-        self.summaries: Rows = np.empty((host.n_pages, device.kv.shape[2], 2, device.kv.shape[4]), device.kv.dtype)
+        shape = (host.n_pages, device.kv.shape[2], summary_rows, device.kv.shape[4])
+        self.summaries: Rows = np.empty(shape, device.kv.dtype)
 
     def fork(self, working_set: WorkingSet, twin: WorkingSet, pages: Ints, twin_pages: Ints) -> None:
         """Copy one layer of a sequence from its host pages ``pages`` to ``twin`` and the new host pages ``twin_pages``."""
