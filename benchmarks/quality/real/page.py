@@ -1,0 +1,102 @@
+"""The page of a real model's report: a template filled with tables from the results alone."""
+
+from pathlib import Path
+
+from benchmarks.quality.pages import filled, setup_line
+from benchmarks.quality.real import tables
+from benchmarks.quality.real.plots import png
+from benchmarks.quality.real.results import RealResults
+from benchmarks.quality.real.statistics import N_RESAMPLES
+from trt_kv.errors import ReportError
+from trt_kv.json_file import write_atomically
+
+MODES = {
+    "aware": "The question is read before tokens are evicted",
+    "agnostic": "The question comes after the eviction",
+}
+
+
+def write_real_report(results: RealResults, out: Path) -> Path:
+    """``results.json``, ``report.md``, ``summary.md`` and the picture, into the folder ``out``; the page's path."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise ReportError("cannot write the report", got=f"{out}: {cause.strerror or cause}") from cause
+    results.save(out / "results.json")
+    page = out / "report.md"
+    files = {
+        page: real_markdown(results).encode(),
+        out / "summary.md": (summary(results) + "\n").encode(),
+        out / "kept.png": png(results),
+    }
+    for path, content in files.items():
+        write_atomically(path, content, kind="report", error=ReportError)
+    return page
+
+
+def real_markdown(results: RealResults) -> str:
+    """The whole page."""
+    settings = results.settings
+    plan, budget = settings.main, summary_budget(results)
+    return filled(
+        "real",
+        model=results.model.name,
+        n_parameters=f"{results.model.n_parameters / 1e6:.0f}",
+        n_layers=results.model.n_layers,
+        weights=results.weights,
+        n_tokens=plan.n_tokens,
+        capable_from=f"{100 * settings.capable_from:.0f}",
+        summary=summary(results),
+        capability_table=tables.capability_table(results),
+        modes="\n\n".join(_mode_section(results, mode) for mode in MODES),
+        read_table=tables.read_table(results, plan.n_tokens, budget),
+        budget=f"{100 * budget:g}",
+        length_table=tables.length_table(results, "aware", budget),
+        talk_table=tables.talk_table(results),
+        talk_tokens=settings.talk.n_tokens,
+        talk_turns=settings.talk.n_turns,
+        text_table=tables.text_table(results),
+        n_texts=len(results.texts[0].losses) if results.texts else 0,
+        text_tokens=settings.text_tokens - 1,
+        page_size=results.page_size,
+        page_bytes=results.page_bytes,
+        samples=settings.calibration_samples,
+        n_resamples=N_RESAMPLES,
+        setup=setup_line(results.versions, results.machine),
+        hours=f"{sum(cell.elapsed_s for cell in results.cells) / 3600:.1f}",
+        digest=results.model.digest,
+        command=results.command,
+    )
+
+
+def summary(results: RealResults) -> str:
+    """The table for readers in a hurry: every policy at one share, in both modes."""
+    plan, budget = results.settings.main, summary_budget(results)
+    parts = []
+    for mode, title in MODES.items():
+        marks = tables.marks_of(results, mode, plan.n_tokens)
+        if marks is not None:
+            parts.append(
+                f"**{title}**, {100 * budget:g} % kept, {plan.n_tokens} tokens, {marks.n_documents} documents:\n\n"
+                f"{tables.rival_table(results, marks, budget)}"
+            )
+    return "\n\n".join(parts) or "The model can do none of the families with its full cache."
+
+
+def summary_budget(results: RealResults) -> float:
+    """The share of tables that show only one."""
+    return min(results.settings.main.budgets, key=lambda budget: abs(budget - 0.25))
+
+
+def _mode_section(results: RealResults, mode: str) -> str:
+    plan = results.settings.main
+    marks = tables.marks_of(results, mode, plan.n_tokens)
+    if marks is None:
+        return ""
+    budget = summary_budget(results)
+    return (
+        f"## {MODES[mode]}\n\nMean marks in %, {marks.n_documents} documents of {len(marks.cells)} families.\n\n"
+        f"{tables.share_table(results, marks, plan.budgets)}\n\n"
+        f"Per family, {100 * budget:g} % kept or the policy's own budget:\n\n"
+        f"{tables.family_table(results, mode, plan.n_tokens, budget)}"
+    )
