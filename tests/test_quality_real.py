@@ -73,8 +73,8 @@ def test_every_policy_is_measured_in_every_mode_that_the_model_can_do(quick: Rea
 
 @pytest.mark.slow
 def test_what_the_model_cannot_do_is_not_compared(quick: RealResults) -> None:
-    (cell,) = {c.family: c for c in quick.cells if c.family == "niah_single_2"}.values()
-    assert not cell.is_compared
+    assert "niah_single_2" in {cell.family for cell in quick.tried}
+    assert "niah_single_2" not in {cell.family for cell in quick.cells}
     assert "left out" in real_markdown(quick)
 
 

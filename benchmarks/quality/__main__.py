@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from benchmarks.quality.measure import measure
-from benchmarks.quality.pages import recall_markdown, report_markdown, summary_markdown
+from benchmarks.quality.pages import recall_markdown, report_markdown, summary_markdown, with_section
 from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS, QUICK_SETTINGS
 from benchmarks.quality.plots.pictures import pictures
 from benchmarks.quality.real.run import real_report
@@ -130,11 +130,7 @@ def write_report(results: Results, recall: RecallResults, out: Path) -> None:
 
 def page_with_summary(text: str, summary: str) -> str:
     """``text`` with ``summary`` between its markers. ``ReportError`` unless each marker occurs once, in order."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ReportError("the page has no place for the report's summary", expected=f"{BEGIN} and {END}, once each, in order")
-    return f"{before}{BEGIN}\n{summary}\n{END}{after}"
+    return with_section(text, BEGIN, END, summary)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from benchmarks.quality.comparisons import COMPARISONS, percent
 from benchmarks.quality.recall import tables as recall_tables
 from benchmarks.quality.recall.results import RecallResults
 from benchmarks.quality.results import Machine, Results, Versions
+from trt_kv.errors import ReportError
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -120,6 +121,15 @@ def summary_markdown(results: Results, recall: RecallResults) -> str:
         sinks=recall.sinks,
         recent=recall.recent,
     ).rstrip("\n")
+
+
+def with_section(text: str, begin: str, end: str, content: str) -> str:
+    """``text`` with ``content`` between two markers. ``ReportError`` unless each occurs once, in order."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end or begin in after or end in after:
+        raise ReportError("the page has no place for the report's summary", expected=f"{begin} and {end}, once each, in order")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def _task_section(results: Results, cell: Cell) -> str:

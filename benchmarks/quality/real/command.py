@@ -98,6 +98,7 @@ def results_of_engine(
             out_of_time=clock.until(1.0),
             tell=tell,
         )
+        marked = measurer.cells(of_families)
         return RealResults(
             command=command,
             machine=this_machine(),
@@ -115,7 +116,8 @@ def results_of_engine(
             recipes=recipes.facts,
             policies=tuple(contender.facts for contender in compared),
             families=tuple(family.facts for family in of_families),
-            cells=tuple(measurer.cells(of_families)),
+            tried=marked.tried,
+            cells=marked.compared,
             texts=measured_texts(measurer.within(FOR_TEXTS)),
             talks=measured_talks(measurer, steps.dense, config),
         )

@@ -13,7 +13,7 @@ from benchmarks.quality.real.contenders import Contender, Entry, entries_of
 from benchmarks.quality.real.families import Family
 from benchmarks.quality.real.items import Item
 from benchmarks.quality.real.marking import mark
-from benchmarks.quality.real.results import MarkCell, MarkRow, joined
+from benchmarks.quality.real.results import MarkCell, MarkRow, is_able, joined
 from benchmarks.quality.real.settings import LengthPlan, RealSettings
 from benchmarks.quality.recipes import Recipes
 from benchmarks.quality.store import Store
@@ -39,6 +39,14 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Cells: the full cache alone, on the first documents, and every policy, where the full cache can do the family."""
+
+    tried: tuple[MarkCell, ...]
+    compared: tuple[MarkCell, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurer:
     """What cells are measured with. ``out_of_time``: whether to stop before the next document."""
 
@@ -56,36 +64,33 @@ class Measurer:
         """The same, which stops when this share of the time is over."""
         return dataclasses.replace(self, out_of_time=self.clock.until(share))
 
-    def cells(self, families: Sequence[Family]) -> list[MarkCell]:
-        """Every cell, with as many documents as there was time for; cells of which there are none are left out.
+    def cells(self, families: Sequence[Family]) -> Measured:
+        """As many documents of every cell as there is time for.
 
         Length after length: first what the full cache can do, then a document of every such cell, then the next of each.
         """
-        found: list[MarkCell] = []
+        tried: list[MarkCell] = []
+        compared: list[MarkCell] = []
         share = 0.0
         for plan in self.settings.lengths:
             share += (FOR_CELLS - share) * (1.0 if plan is self.settings.lengths[-1] else 2 / 3)
-            found += self.within(share)._cells_of(families, plan)
-        return found
+            of_length = self.within(share)._cells_of(families, plan)
+            tried += of_length.tried
+            compared += of_length.compared
+        return Measured(tried=tuple(tried), compared=tuple(compared))
 
-    def _cells_of(self, families: Sequence[Family], plan: LengthPlan) -> list[MarkCell]:
-        found: list[MarkCell] = []
+    def _cells_of(self, families: Sequence[Family], plan: LengthPlan) -> Measured:
         tried = {family.name: self._tried(family, plan) for family in families}
-        places = [Place(family=of, mode=mode, n_tokens=plan.n_tokens) for of in families for mode in of.facts.modes]
-        compared: dict[str, list[MarkCell]] = {place.name: [] for place in places}
+        able = [family for family in families if tried[family.name] and is_able(tried[family.name], self.settings)]
+        places = [Place(family=of, mode=mode, n_tokens=plan.n_tokens) for of in able for mode in of.facts.modes]
+        found: dict[str, list[MarkCell]] = {place.name: [] for place in places}
         for document in range(plan.n_documents):
             for place in places:
-                if self._can(tried[place.family.name]):
-                    compared[place.name] += self._compared(place, plan, document)
-        for place in places:
-            alone = [dataclasses.replace(cell, mode=place.mode) for cell in tried[place.family.name]]
-            parts = compared[place.name] or alone
-            found += [joined(parts)] if parts else []
-        return found
-
-    def _can(self, cells: Sequence[MarkCell]) -> bool:
-        marks = [of for cell in cells for of in cell.full.marks]
-        return bool(marks) and sum(marks) / len(marks) >= self.settings.capable_from
+                found[place.name] += self._compared(place, plan, document)
+        return Measured(
+            tried=tuple(joined(cells) for cells in tried.values() if cells),
+            compared=tuple(joined(cells) for cells in found.values() if cells),
+        )
 
     def _tried(self, family: Family, plan: LengthPlan) -> list[MarkCell]:
         """The full cache alone on the first documents, for which it makes no difference when the question is read."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.quality.pages import filled, setup_line
+from benchmarks.quality.pages import filled, setup_line, with_section
 from benchmarks.quality.real import tables
 from benchmarks.quality.real.plots import png
 from benchmarks.quality.real.results import RealResults
@@ -14,6 +14,36 @@ MODES = {
     "aware": "The question is read before tokens are evicted",
     "agnostic": "The question comes after the eviction",
 }
+
+
+BEGIN, END = "<!-- real model: begin -->", "<!-- real model: end -->"
+SHOWN_SHARES = (0.5, 0.25)
+
+
+def page_with_table(text: str, results: RealResults) -> str:
+    """A page of the project with the table of a real model between its markers."""
+    return with_section(text, BEGIN, END, table_of_page(results))
+
+
+def table_of_page(results: RealResults) -> str:
+    """The table of README.md and what it means."""
+    found = {mode: tables.marks_of(results, mode, results.settings.main.n_tokens) for mode in MODES}
+    counts = {mode: marks.n_documents for mode, marks in found.items() if marks is not None}
+    talk = results.settings.talk
+    n_talks = len(results.talks[0].right) if results.talks else 0
+    return filled(
+        "real_table",
+        table=tables.compact_table(results, SHOWN_SHARES),
+        model=results.model.name,
+        n_tokens=results.settings.main.n_tokens,
+        weights=results.weights,
+        aware=counts.get("aware", 0),
+        agnostic=counts.get("agnostic", 0),
+        n_talks=n_talks,
+        talk_tokens=talk.n_tokens,
+        talk_turns=talk.n_turns,
+        talk_budget=f"{100 * talk.budgets[0]:g}",
+    ).rstrip("\n")
 
 
 def write_real_report(results: RealResults, out: Path) -> Path:
@@ -63,7 +93,6 @@ def real_markdown(results: RealResults) -> str:
         samples=settings.calibration_samples,
         n_resamples=N_RESAMPLES,
         setup=setup_line(results.versions, results.machine),
-        hours=f"{sum(cell.elapsed_s for cell in results.cells) / 3600:.1f}",
         digest=results.model.digest,
         command=results.command,
     )

@@ -63,8 +63,7 @@ class MarkRow:
 @dataclass(frozen=True, kw_only=True)
 class MarkCell:
     """A family, in one mode, at one length. ``documents`` and ``n_prompt`` (tokens that were read before the eviction): [I].
-
-    ``rows``: the full cache first; alone, if the model cannot do the family.
+    ``rows``: the full cache first.
     """
 
     family: str
@@ -87,10 +86,6 @@ class MarkCell:
     @property
     def full(self) -> MarkRow:
         return self.rows[0]
-
-    @property
-    def is_compared(self) -> bool:
-        return len(self.rows) > 1
 
     @property
     def n_documents(self) -> int:
@@ -140,7 +135,7 @@ class TalkRow:
 
 @dataclass(frozen=True, kw_only=True)
 class RealResults:
-    """A results file."""
+    """A results file. ``tried``: the full cache alone, for every family and length; ``cells``: what is compared."""
 
     command: str
     machine: Machine
@@ -153,6 +148,7 @@ class RealResults:
     recipes: tuple[RecipeFacts, ...]
     policies: tuple[PolicyRow, ...]
     families: tuple[FamilyFacts, ...]
+    tried: tuple[MarkCell, ...]
     cells: tuple[MarkCell, ...]
     texts: tuple[TextRow, ...]
     talks: tuple[TalkRow, ...]
@@ -165,17 +161,9 @@ class RealResults:
         """The family called ``name``."""
         return next(family for family in self.families if family.name == name)
 
-    def can(self, cell: MarkCell) -> bool:
-        """Whether the full cache does well enough for policies to be compared."""
-        return float(np.mean(cell.full.marks)) >= self.settings.capable_from
-
     def compared(self, mode: str, n_tokens: int) -> list[MarkCell]:
-        """The cells of a mode and a length in which policies are compared."""
-        return [
-            cell
-            for cell in self.cells
-            if (cell.mode, cell.n_tokens) == (mode, n_tokens) and cell.is_compared and self.can(cell)
-        ]
+        """The cells of a mode and a length."""
+        return [cell for cell in self.cells if (cell.mode, cell.n_tokens) == (mode, n_tokens)]
 
     def save(self, path: Path) -> None:
         """Write the results to ``path``, whole or not at all."""
@@ -190,6 +178,11 @@ class RealResults:
             raise ReportError(f"{path} is no results file that this version reads", expected=f"{FORMAT} {VERSION}")
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
         return dataclass_from_json(cls, fields, where="results", error=ReportError)
+
+
+def is_able(cells: Sequence[MarkCell], settings: RealSettings) -> bool:
+    """Whether the full cache does well enough in cells of one family and length for policies to be compared there."""
+    return float(np.mean([mark for cell in cells for mark in cell.full.marks])) >= settings.capable_from
 
 
 def joined(cells: Sequence[MarkCell]) -> MarkCell:

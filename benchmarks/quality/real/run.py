@@ -6,12 +6,14 @@ import click
 
 from benchmarks.quality.real import plans
 from benchmarks.quality.real.command import measured_model
-from benchmarks.quality.real.page import write_real_report
+from benchmarks.quality.real.page import page_with_table, write_real_report
 from benchmarks.quality.real.results import RealResults
-from trt_kv.errors import UsageError
+from trt_kv.errors import ReportError, UsageError
+from trt_kv.json_file import write_atomically
 from trt_kv.presets import preset
 
 ROOT = Path(__file__).resolve().parents[3]
+README = ROOT / "README.md"
 
 
 def real_report(model: str, *, quick: bool, from_results: Path | None, out: Path | None, minutes: float | None) -> Path:
@@ -31,4 +33,8 @@ def real_report(model: str, *, quick: bool, from_results: Path | None, out: Path
             command=["python", "-m", "benchmarks.quality", "--model", model, *(["--quick"] if quick else [])],
             tell=lambda message: click.echo(message, err=True),
         )
-    return write_real_report(results, out)
+    page = write_real_report(results, out)
+    if out.resolve() == ROOT / "docs" / "report" / "smollm2":
+        content = page_with_table(README.read_text(encoding="utf-8"), results)
+        write_atomically(README, content.encode(), kind="page", error=ReportError)
+    return page

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from benchmarks.quality.real.contenders import PolicyRow
-from benchmarks.quality.real.results import RealResults, TalkRow
+from benchmarks.quality.real.results import RealResults, TalkRow, is_able
 from benchmarks.quality.real.statistics import Key, Marks, mean_over
 from benchmarks.quality.tables import table
 from trt_kv.calibration.statistics import Estimate
@@ -41,12 +41,11 @@ def capability_table(results: RealResults) -> str:
     lengths = [plan.n_tokens for plan in results.settings.lengths]
 
     def told(family: str, n_tokens: int) -> str:
-        cells = [cell for cell in results.cells if (cell.family, cell.n_tokens) == (family, n_tokens)]
+        cells = [cell for cell in results.tried if (cell.family, cell.n_tokens) == (family, n_tokens)]
         if not cells:
             return "not measured"
-        most = max(cells, key=lambda cell: cell.n_documents)
-        value = f"{100 * float(np.mean(most.full.marks)):.0f} ({most.n_documents})"
-        return value if results.can(most) else f"*{value}, left out*"
+        value = f"{100 * float(np.mean(cells[0].full.marks)):.0f} ({cells[0].n_documents})"
+        return value if is_able(cells, results.settings) else f"*{value}, left out*"
 
     rows = [[family.title, family.description, *[told(family.name, n) for n in lengths]] for family in results.families]
     return table(["family", "what is asked", *[f"{n} tokens" for n in lengths]], rows)
@@ -107,6 +106,32 @@ def rival_table(results: RealResults, marks: Marks, budget: float) -> str:
         "tokens generated",
     ]
     return table(header, rows)
+
+
+def compact_table(results: RealResults, budgets: Sequence[float]) -> str:
+    """For the README: both protocols at a few shares, conversations on compressed tokens, plain text."""
+    n_tokens = results.settings.main.n_tokens
+    found = {mode: marks_of(results, mode, n_tokens) for mode in ("aware", "agnostic")}
+    known = {mode: marks for mode, marks in found.items() if marks is not None}
+    names = {"aware": "question read before", "agnostic": "question asked after"}
+    rows = []
+    for policy in results.policies:
+        shown = []
+        for marks in known.values():
+            own = policy.adaptive or policy.name == "full"
+            for at, budget in enumerate(budgets):
+                key: Key = (policy.name, None if own else budget)
+                text = percent(marks.mean(key)) if key in marks.keys else ""
+                shown.append("" if own and at else _with_kept(marks, key, text) if policy.adaptive else text)
+        rows.append([label(policy), *shown, _talked(results, policy)])
+    header = [f"{names[mode]}, {100 * budget:g} % kept" for mode in known for budget in budgets]
+    return table(["policy", *header, "20 questions in turn"], rows)
+
+
+def _talked(results: RealResults, policy: PolicyRow) -> str:
+    """Right answers of conversations on compressed tokens."""
+    found = [row for row in results.talks if (row.policy, row.mode) == (policy.name, "compressed")]
+    return percent(mean_over([_right(of) for of in found[0].right])) if found else ""
 
 
 def family_table(results: RealResults, mode: str, n_tokens: int, budget: float) -> str:
