@@ -7,6 +7,7 @@ from benchmarks.quality.real import tables
 from benchmarks.quality.real.plots import png
 from benchmarks.quality.real.results import RealResults
 from benchmarks.quality.real.statistics import N_RESAMPLES
+from trt_kv.calibration.statistics import FEWEST_DOCUMENTS
 from trt_kv.errors import ReportError
 from trt_kv.json_file import write_atomically
 
@@ -26,7 +27,7 @@ def page_with_table(text: str, results: RealResults) -> str:
 
 
 def table_of_page(results: RealResults) -> str:
-    """The table of README.md and what it means."""
+    """The table of docs/policies.md and what it means."""
     found = {mode: tables.marks_of(results, mode, results.settings.main.n_tokens) for mode in MODES}
     counts = {mode: marks.n_documents for mode, marks in found.items() if marks is not None}
     talk = results.settings.talk
@@ -92,6 +93,7 @@ def real_markdown(results: RealResults) -> str:
         page_bytes=results.page_bytes,
         samples=settings.calibration_samples,
         n_resamples=N_RESAMPLES,
+        fewest=FEWEST_DOCUMENTS,
         setup=setup_line(results.versions, results.machine),
         digest=results.model.digest,
         command=results.command,

@@ -13,7 +13,7 @@ from trt_kv.json_file import write_atomically
 from trt_kv.presets import preset
 
 ROOT = Path(__file__).resolve().parents[3]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "policies.md"
 
 
 def real_report(model: str, *, quick: bool, from_results: Path | None, out: Path | None, minutes: float | None) -> Path:
@@ -35,6 +35,6 @@ def real_report(model: str, *, quick: bool, from_results: Path | None, out: Path
         )
     page = write_real_report(results, out)
     if out.resolve() == ROOT / "docs" / "report" / "smollm2":
-        content = page_with_table(README.read_text(encoding="utf-8"), results)
-        write_atomically(README, content.encode(), kind="page", error=ReportError)
+        content = page_with_table(PAGE.read_text(encoding="utf-8"), results)
+        write_atomically(PAGE, content.encode(), kind="page", error=ReportError)
     return page

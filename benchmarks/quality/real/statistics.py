@@ -6,13 +6,13 @@ families together. C documents (clusters), B resamples.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.quality.real.results import MarkCell, MarkRow
-from trt_kv.calibration.statistics import Estimate
+from trt_kv.calibration.statistics import FEWEST_DOCUMENTS, Estimate
 from trt_kv.errors import ReportError
 
 Floats = npt.NDArray[np.float64]
@@ -40,11 +40,11 @@ class Marks:
 
     def mean(self, key: Key) -> Estimate:
         """The mean mark of a row, each document with equal weight, and its 95 % interval."""
-        return self._estimate(self._of_documents(key))
+        return mean_over(self._of_documents(key).tolist())
 
     def difference(self, key: Key, other: Key) -> Estimate:
         """The mean of one row minus that of another on the same documents, and its 95 % interval."""
-        return self._estimate(self._of_documents(key) - self._of_documents(other))
+        return mean_over((self._of_documents(key) - self._of_documents(other)).tolist(), lowest=-1.0)
 
     def mean_of(self, key: Key, name: str) -> float | None:
         """The mean over questions of another field of a row; None where it is not known for all cells."""
@@ -72,21 +72,21 @@ class Marks:
             means += [marks[documents == document].mean() for document in dict.fromkeys(cell.documents)]
         return np.array(means)
 
-    def _estimate(self, values_C: Floats) -> Estimate:
-        low, high = np.percentile(values_C[self._draws].mean(axis=1), QUANTILES)
-        mean = float(values_C.mean())
-        return Estimate(value=mean, low=min(mean, float(low)), high=max(mean, float(high)))
 
-    @cached_property
-    def _draws(self) -> npt.NDArray[np.int64]:
-        """[B, C], the same for every row, so that differences are paired."""
-        return np.random.default_rng(0).integers(self.n_documents, size=(N_RESAMPLES, self.n_documents))
+def mean_over(values: Sequence[float], *, lowest: float = 0.0) -> Estimate:
+    """The mean over C documents, and its interval. With fewer than ``FEWEST_DOCUMENTS`` it is everything that is possible, from
+    ``lowest`` to 1, because resamples of so few documents say nothing about others.
 
-
-def mean_over(values: Sequence[float]) -> Estimate:
-    """The mean over documents, and its interval by the same bootstrap."""
-    found = np.asarray(values, np.float64)
-    draws = np.random.default_rng(0).integers(len(found), size=(N_RESAMPLES, len(found)))
-    low, high = np.percentile(found[draws].mean(axis=1), QUANTILES)
-    mean = float(found.mean())
+    The resamples [B, C] are the same for every C values, so a difference of two rows is paired.
+    """
+    found_C = np.asarray(values, np.float64)
+    mean = float(found_C.mean())
+    if len(found_C) < FEWEST_DOCUMENTS:
+        return Estimate(value=mean, low=lowest, high=1.0)
+    low, high = np.percentile(found_C[_draws(len(found_C))].mean(axis=1), QUANTILES)
     return Estimate(value=mean, low=min(mean, float(low)), high=max(mean, float(high)))
+
+
+@cache
+def _draws(n_documents: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(0).integers(n_documents, size=(N_RESAMPLES, n_documents))

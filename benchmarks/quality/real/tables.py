@@ -8,7 +8,7 @@ from benchmarks.quality.real.contenders import PolicyRow
 from benchmarks.quality.real.results import RealResults, TalkRow, is_able
 from benchmarks.quality.real.statistics import Key, Marks, mean_over
 from benchmarks.quality.tables import table
-from trt_kv.calibration.statistics import Estimate
+from trt_kv.calibration.statistics import FEWEST_DOCUMENTS, Estimate
 
 MIB = 1 << 20
 NO_RIVALS = ("refreekv",)
@@ -109,7 +109,7 @@ def rival_table(results: RealResults, marks: Marks, budget: float) -> str:
 
 
 def compact_table(results: RealResults, budgets: Sequence[float]) -> str:
-    """For the README: both protocols at a few shares, conversations on compressed tokens, plain text."""
+    """For docs/policies.md: both protocols at a few shares, conversations on compressed tokens, plain text."""
     n_tokens = results.settings.main.n_tokens
     found = {mode: marks_of(results, mode, n_tokens) for mode in ("aware", "agnostic")}
     known = {mode: marks for mode, marks in found.items() if marks is not None}
@@ -196,9 +196,16 @@ def text_table(results: RealResults) -> str:
             budget: mean_over([(a - b) / n_tokens for a, b in zip(row.losses, full.losses, strict=True)])
             for budget, row in of.items()
         }
-        shown = {budget: f"{np.exp(e.value):.2f} ({np.exp(e.low):.2f}–{np.exp(e.high):.2f})" for budget, e in ratios.items()}
+        shown = {budget: _ratio(estimate, len(full.losses)) for budget, estimate in ratios.items()}
         rows.append([label(policy), *[shown.get(budget, "") for budget in budgets], shown.get(None, "")])
     return table(["kept", *[f"{100 * budget:g} %" for budget in budgets], "own budget"], rows)
+
+
+def _ratio(of_log: Estimate, n_texts: int) -> str:
+    """A ratio from an estimate of its logarithm; without interval if there are too few texts for one."""
+    if n_texts < FEWEST_DOCUMENTS:
+        return f"{np.exp(of_log.value):.2f}"
+    return f"{np.exp(of_log.value):.2f} ({np.exp(of_log.low):.2f}–{np.exp(of_log.high):.2f})"
 
 
 def talk_table(results: RealResults) -> str:
