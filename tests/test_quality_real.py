@@ -18,8 +18,9 @@ from benchmarks.quality.real.families import Family, families, synthetic_familie
 from benchmarks.quality.real.haystack import prose
 from benchmarks.quality.real.items import Item, fitted
 from benchmarks.quality.real.marking import mark, records_found, share_found
-from benchmarks.quality.real.page import real_markdown, write_real_report
+from benchmarks.quality.real.page import page_with_table, real_markdown, write_real_report
 from benchmarks.quality.real.results import MarkCell, MarkRow, RealResults
+from benchmarks.quality.real.run import PAGE
 from benchmarks.quality.real.statistics import Marks
 from benchmarks.quality.recall.harness import RecallHarness
 from benchmarks.quality.recall.steps import Movement
@@ -202,6 +203,13 @@ def test_the_rival_holds_no_more_bytes() -> None:
     marks = Marks((_cell([1.0] * 20, [0.5] * 20),))
     assert marks.best_with_no_more_bytes(("full", None), ["snapkv"]) == ("snapkv", 0.5)
     assert marks.best_with_no_more_bytes(("snapkv", 0.5), ["full"]) is None
+
+
+def test_the_committed_report_is_what_its_results_give() -> None:
+    folder = report.COMMITTED / "smollm2"
+    results = RealResults.load(folder / "results.json")
+    assert (folder / "report.md").read_text() == real_markdown(results)
+    assert page_with_table(PAGE.read_text(), results) == PAGE.read_text()
 
 
 def test_bad_options(tmp_path: Path) -> None:
