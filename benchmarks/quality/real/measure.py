@@ -1,0 +1,155 @@
+"""Measures everything that the report of a real model needs, a document at a time, so that it can be interrupted."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.quality.harness import Plan
+from benchmarks.quality.real.answering import Answered, Answerer, Question
+from benchmarks.quality.real.asking import Asker
+from benchmarks.quality.real.clock import Clock
+from benchmarks.quality.real.contenders import Contender, Entry, entries_of
+from benchmarks.quality.real.families import Family
+from benchmarks.quality.real.items import Item
+from benchmarks.quality.real.marking import mark
+from benchmarks.quality.real.results import MarkCell, MarkRow, is_able, joined
+from benchmarks.quality.real.settings import LengthPlan, RealSettings
+from benchmarks.quality.recipes import Recipes
+from benchmarks.quality.store import Store
+
+FOR_CELLS, FOR_TEXTS = 0.6, 0.7
+"""Shares of the time by the end of which cells, and then texts, are given up; of what the cells have, each length but the last
+leaves a third to those after it."""
+N_TRIED = 3
+"""Documents of a family that the full cache answers before policies are compared on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A cell of the report."""
+
+    family: Family
+    mode: str
+    n_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.family.name}-{self.mode}-{self.n_tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Cells: the full cache alone, on the first documents, and every policy, where the full cache can do the family."""
+
+    tried: tuple[MarkCell, ...]
+    compared: tuple[MarkCell, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurer:
+    """What cells are measured with. ``out_of_time``: whether to stop before the next document."""
+
+    answerer: Answerer
+    asker: Asker
+    settings: RealSettings
+    known: Sequence[Contender]
+    recipes: Recipes
+    store: Store
+    clock: Clock
+    out_of_time: Callable[[], bool]
+    tell: Callable[[str], None]
+
+    def within(self, share: float) -> "Measurer":
+        """The same, which stops when this share of the time is over."""
+        return dataclasses.replace(self, out_of_time=self.clock.until(share))
+
+    def cells(self, families: Sequence[Family]) -> Measured:
+        """As many documents of every cell as there is time for.
+
+        Length after length: first what the full cache can do, then a document of every such cell, then the next of each.
+        """
+        tried: list[MarkCell] = []
+        compared: list[MarkCell] = []
+        share = 0.0
+        for plan in self.settings.lengths:
+            share += (FOR_CELLS - share) * (1.0 if plan is self.settings.lengths[-1] else 2 / 3)
+            of_length = self.within(share)._cells_of(families, plan)
+            tried += of_length.tried
+            compared += of_length.compared
+        return Measured(tried=tuple(tried), compared=tuple(compared))
+
+    def _cells_of(self, families: Sequence[Family], plan: LengthPlan) -> Measured:
+        tried = {family.name: self._tried(family, plan) for family in families}
+        able = [family for family in families if tried[family.name] and is_able(tried[family.name], self.settings)]
+        places = [Place(family=of, mode=mode, n_tokens=plan.n_tokens) for of in able for mode in of.facts.modes]
+        found: dict[str, list[MarkCell]] = {place.name: [] for place in places}
+        for document in range(plan.n_documents):
+            for place in places:
+                found[place.name] += self._compared(place, plan, document)
+        return Measured(
+            tried=tuple(joined(cells) for cells in tried.values() if cells),
+            compared=tuple(joined(cells) for cells in found.values() if cells),
+        )
+
+    def _tried(self, family: Family, plan: LengthPlan) -> list[MarkCell]:
+        """The full cache alone on the first documents, for which it makes no difference when the question is read."""
+        entry = entries_of(self.known[:1], plan.budgets, ())[0]
+        place = Place(family=family, mode="agnostic", n_tokens=plan.n_tokens)
+        found = []
+        for document in range(min(N_TRIED, plan.n_documents)):
+            found += self._part(
+                place, f"{place.name}-full-{document}", document, [entry], lambda asked, _: [self.answerer.full(asked)]
+            )
+        return found
+
+    def _compared(self, place: Place, plan: LengthPlan, document: int) -> list[MarkCell]:
+        entries = entries_of(self.known, plan.budgets, self.settings.recall_budgets)
+        return self._part(place, f"{place.name}-{document}", document, entries, self.answerer.answers)
+
+    def _part(
+        self,
+        place: Place,
+        name: str,
+        document: int,
+        entries: Sequence[Entry],
+        answers: Callable[[Question, Sequence[Plan]], list[Answered]],
+    ) -> list[MarkCell]:
+        """A document of a cell: read back, or measured; nothing if there is no time left for it."""
+        items = place.family.items(self.asker.encode, place.n_tokens, document)
+        plans = [entry.contender.plan(self.recipes, entry.budget, lots=document) for entry in entries]
+        conditions = {"items": [repr(item) for item in items], "plans": [repr(plan) for plan in plans]}
+        if self.out_of_time() and not self.store.has(name, **conditions):
+            return []
+
+        def measured() -> MarkCell:
+            start = time.perf_counter()
+            asked = [self.asker.question(item, place.mode) for item in items]
+            found = [answers(question, plans) for question in asked]
+            rows = [_row(entry, items, [of[i] for of in found], self.asker) for i, entry in enumerate(entries)]
+            elapsed_s = round(time.perf_counter() - start, 1)
+            self.tell(f"{name}: {elapsed_s:.0f} s")
+            return MarkCell(
+                family=place.family.name,
+                mode=place.mode,
+                n_tokens=place.n_tokens,
+                documents=(document,) * len(items),
+                n_prompt=tuple(len(question.prompt) for question in asked),
+                rows=tuple(rows),
+                elapsed_s=elapsed_s,
+            )
+
+        return [self.store.get_or_measure(name, MarkCell, measured, **conditions)]
+
+
+def _row(entry: Entry, items: Sequence[Item], found: Sequence[Answered], asker: Asker) -> MarkRow:
+    return MarkRow(
+        policy=entry.contender.facts.name,
+        budget=entry.budget,
+        marks=tuple(round(mark(item, asker.text(item, of.tokens)), 4) for item, of in zip(items, found, strict=True)),
+        kept=tuple(round(of.kept, 4) for of in found),
+        kv_bytes=tuple(of.kv_bytes for of in found),
+        moved_bytes=tuple(of.moved_bytes for of in found),
+        n_generated=tuple(len(of.tokens) for of in found),
+        fact_kept=tuple(None if of.fact_kept is None else round(of.fact_kept, 4) for of in found),
+    )

@@ -1,0 +1,40 @@
+"""The options of ``python -m benchmarks.quality`` for another model than the bundled one."""
+
+from pathlib import Path
+
+import click
+
+from benchmarks.quality.real import plans
+from benchmarks.quality.real.command import measured_model
+from benchmarks.quality.real.page import page_with_table, write_real_report
+from benchmarks.quality.real.results import RealResults
+from trt_kv.errors import ReportError, UsageError
+from trt_kv.json_file import write_atomically
+from trt_kv.presets import preset
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = ROOT / "docs" / "policies.md"
+
+
+def real_report(model: str, *, quick: bool, from_results: Path | None, out: Path | None, minutes: float | None) -> Path:
+    """Measure a named model, or take a results file of it, and write its report. The page's path."""
+    preset(model)
+    if minutes is not None and minutes <= 0:
+        raise UsageError("there is no time to measure anything", got=f"--minutes {minutes:g}", expected="more than 0")
+    out = out or (ROOT / "build" / f"report-{model}" if quick else ROOT / "docs" / "report" / model)
+    if from_results is not None:
+        results = RealResults.load(from_results)
+    else:
+        results = measured_model(
+            model,
+            plans.QUICK if quick else plans.FULL,
+            ROOT / "build" / f"report-parts-{model}",
+            minutes=minutes,
+            command=["python", "-m", "benchmarks.quality", "--model", model, *(["--quick"] if quick else [])],
+            tell=lambda message: click.echo(message, err=True),
+        )
+    page = write_real_report(results, out)
+    if out.resolve() == ROOT / "docs" / "report" / "smollm2":
+        content = page_with_table(PAGE.read_text(encoding="utf-8"), results)
+        write_atomically(PAGE, content.encode(), kind="page", error=ReportError)
+    return page
