@@ -17,7 +17,6 @@ from trt_kv.openmp import let_threads_wait
 MODULES = {
     "split_vs_monolithic": "benchmarks.speed.split_vs_monolithic",
     "decode_speed": "benchmarks.speed.decode_speed",
-    "advice": "benchmarks.speed.advice",
     "sampling": "benchmarks.speed.sampling",
     "attention_kernels": "benchmarks.speed.attention_kernels",
     "packed_products": "benchmarks.speed.packed_products",

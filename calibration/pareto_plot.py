@@ -51,13 +51,15 @@ def picture_from_policies(policies: Sequence[Point], path: Path, *, title: str) 
 
 
 def _draw(axis: "Axes", policies: Sequence[Point], of: Callable[[Point], float], label: str) -> None:
-    for policy in policies:
+    for at, policy in enumerate(policies):
         color, x = ACCENT if policy.on_front else FAINT, of(policy)
         axis.vlines(x, policy.accuracy_low, policy.accuracy_high, color=color, linewidth=1.2)
         axis.plot([x], [policy.accuracy], "o", color=color)
-        axis.annotate(policy.name, (x, policy.accuracy), xytext=(5, 4), textcoords="offset points", color=INK, fontsize=9)
+        axis.annotate(
+            policy.name, (x, policy.accuracy), xytext=(5, 4 - 11 * (at % 4)), textcoords="offset points", color=INK, fontsize=9
+        )
     axis.set_xlabel(label)
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, 1.2 * max(1e-9, *map(of, policies)))  # with room for the last name
     axis.set_ylim(-0.02, 1.02)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(colors=INK, labelsize=9)
