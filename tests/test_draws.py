@@ -86,7 +86,7 @@ def test_a_page_survives_each_draw_with_the_same_probability(n_prompt: int) -> N
     n_draws, draws_by_age = 12, np.zeros((2, 13), np.int64)
     pool = pool_of(200)
     first_page, held = -(-n_prompt // PAGE_SIZE), Draws(tokens=6 * PAGE_SIZE).most(PAGE_SIZE)
-    for seed in range(150):
+    for seed in range(80):
         draws = Draws(tokens=6 * PAGE_SIZE, seed=seed)
         sequence = SequenceCache(pool, n_layers=4)
         append(sequence, n_prompt)
@@ -105,8 +105,8 @@ def test_a_page_survives_each_draw_with_the_same_probability(n_prompt: int) -> N
     n_candidates = (n_prompt + held - PAGE_SIZE) // PAGE_SIZE - first_page
     survived = draws_by_age[0, :n_draws] / draws_by_age[1, :n_draws]
     expected = ((n_candidates - 1) / n_candidates) ** np.arange(1, n_draws + 1)
-    # 600 layers, in each of which the draws of one page exclude those of another.
-    np.testing.assert_allclose(survived, expected, atol=0.03)
+    # 320 layers, in each of which the draws of one page exclude those of another.
+    np.testing.assert_allclose(survived, expected, atol=0.04)
 
 
 def test_layers_and_seeds_draw_differently_and_the_same_seed_alike() -> None:
