@@ -70,7 +70,7 @@ def _timed(n_tokens: int, dtype: str, rounds: int, n_layers: int, n_kv_heads: in
     wrong = sum(int((np.diff(pages, axis=2) <= 0).sum()) for side in SIDES.values() for pages in chosen(*side))
     sides = {name: lambda side=side: chosen(*side) for name, side in SIDES.items()}
     rows = take_turns(sides, rounds=rounds).rows("minmax, mean_softmax")
-    n_bytes = {name: rows[0].nbytes for name, rows in of_layer.items()}
+    n_bytes = {name: summary.nbytes for name, summary in of_layer.items()}
     for row in rows:
         row["summary_bytes_per_key"] = n_bytes[SIDES[row["side"]][0]] / (n_tokens * n_kv_heads)
     return rows, wrong
