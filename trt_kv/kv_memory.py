@@ -25,9 +25,9 @@ def token_bytes(config: ModelConfig, kv_dtype: str) -> int:
     return kv_bytes(config, kv_dtype) + config.n_kv_heads * (POSITION_BYTES + SCORE_BYTES)
 
 
-def recall_row_bytes(config: ModelConfig, kv_dtype: str) -> int:
-    """Bytes besides of a page whose cache is recalled in place: the two summaries of each KV head's keys, stored like them, and
-    a row for the last query of all query heads, fp32.
+def recall_row_bytes(config: ModelConfig, kv_dtype: str, n_summaries: int = 2) -> int:
+    """Bytes besides of a page whose cache is recalled in place: the summaries of each KV head's keys, ``n_summaries`` rows
+    stored like them, and a row for the last query of all query heads, fp32.
     """
-    summaries = config.n_kv_heads * 2 * row_bytes(kv_dtype, config.head_dim)
+    summaries = config.n_kv_heads * n_summaries * row_bytes(kv_dtype, config.head_dim)
     return summaries + config.n_heads * config.head_dim * ITEM_BYTES["float32"]
