@@ -50,7 +50,7 @@ class Found:
 
 def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001  (every benchmark is given a folder)
     """Every side on the same prompts; quick: one short prompt each, of the bundled model."""
-    n, n_tokens = (1, 300) if quick else (6, 2048)
+    n, n_tokens = (1, 1200) if quick else (6, 2048)
     path = engine_for(bundled() if quick else smollm2(), {"policy": "full", "quant": "int4"})
     with Engine.load(path, prefix_cache=False, cache_tokens=64) as engine:
         asked = [records(engine.tokenizer, n_tokens=n_tokens - 8, n_asked=4, seed=seed) for seed in range(100, 100 + n)]
