@@ -33,6 +33,7 @@ from trt_kv.presets import PRESETS
 CONTEXT = 4000
 REFUSED = {
     "arkvale": "recalled in each step",
+    "randomdecode": "drawn at random",
     "freekv": "recalled in each step",
     "quest": "recalled in each step",
     "reach": "found from each prompt",
@@ -44,7 +45,11 @@ REFUSED = {
     "widewindow": "a budget of its own for each layer",
 }
 SECTION = {"full": None, "h2o": "kv_cache_compression_config", "random": "kv_cache_compression_config"}
-SECTION |= {"snapkv": "sparse_attention_config", "uniform": "sparse_attention_config"}
+SECTION |= {
+    "defensivekv_v": "sparse_attention_config",
+    "snapkv": "sparse_attention_config",
+    "uniform": "sparse_attention_config",
+}
 
 
 def handed_over(checkpoint: Checkpoint, name: str, changed: dict[str, Any] | None = None, **options: Any) -> HandOver:

@@ -64,6 +64,10 @@ def _options_of(
     policy: Policy, config: ModelConfig, budgets: Sequence[LayerBudget], context: int, options: dict[str, Any]
 ) -> tuple[list[str], bool]:
     """Add what ``policy`` becomes to ``options``; the losses, and whether query statistics are needed."""
+    if policy.draws:
+        raise _nothing_like(
+            policy, "pages of generated tokens that are drawn at random", "take decode=rank, which becomes TriAttention"
+        )
     if not (policy.evicts or policy.recalls):
         return ["nothing of the policy: it keeps every token, and so does TensorRT-LLM"], False
     if policy.recalls:

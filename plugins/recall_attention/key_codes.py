@@ -34,13 +34,15 @@ def levels_of(k_MKPD: Floats) -> NDArray[np.uint8]:
 def with_codes(lo_hi_MK2W: Rows, k_MKPD: Floats, dtype: KvDtype) -> Rows:
     """Bounds, stored as rows of ``dtype``, and behind them the rows with the codes of the keys: [M, K, R, W]."""
     n_pages, n_kv_heads, page_size, head_size = k_MKPD.shape
+    n_rows = summary_rows(CODES, page_size, dtype.name)
+    rows: Rows = np.zeros((n_pages, n_kv_heads, n_rows, lo_hi_MK2W.shape[3]), lo_hi_MK2W.dtype)
+    if not n_pages:
+        return rows
+    rows[:, :, :2] = lo_hi_MK2W
     beyond = ((0, 0), (0, 0), (0, -page_size % CODED_TOKENS), (0, 0))
     levels_MKETD = np.pad(levels_of(k_MKPD), beyond, mode="edge").reshape(n_pages, n_kv_heads, -1, CODED_TOKENS, head_size)
     bits_MKETBD = np.stack([levels_MKETD & 1, levels_MKETD >> 1], axis=4)
     codes_MKEB = np.packbits(bits_MKETBD, axis=3, bitorder="little").reshape(n_pages, n_kv_heads, -1, 2 * head_size)
-    n_rows = summary_rows(CODES, page_size, dtype.name)
-    rows: Rows = np.zeros((n_pages, n_kv_heads, n_rows, lo_hi_MK2W.shape[3]), lo_hi_MK2W.dtype)
-    rows[:, :, :2] = lo_hi_MK2W
     of_groups = rows.view(np.uint8).reshape(n_pages, n_kv_heads, n_rows, -1)[:, :, 2:].reshape(*codes_MKEB.shape[:3], -1)
     of_groups[..., : 2 * head_size] = codes_MKEB
     rows[:, :, 2:] = of_groups.reshape(n_pages, n_kv_heads, n_rows - 2, -1).view(rows.dtype)

@@ -214,9 +214,13 @@ def sizing_of(planned: PlannedPolicy, subject: Subject) -> "HostSizing":
 
 def attended_tokens(planned: PlannedPolicy, subject: Subject, context: int, new_tokens: int) -> list[int]:
     """Tokens that a decode step attends to in each layer at the end of the context; the most, if budgets depend on prompts."""
+    from trt_kv.runtime.cache.draws import most_generated
+
     policy, n_prompt = planned.applied, context - new_tokens
     limits = PageLimits(page_size=subject.page_size, sinks=policy.sinks, recent=policy.recent)
     recalling, windows = recalling_layers(planned.programs["decode"]), windows_of(planned.programs["decode"])
+    most = most_generated(policy, subject.page_size)
+    n_generated = new_tokens if most is None else min(new_tokens, most)
     attended = []
     for layer, (budget, window) in enumerate(zip(budgets_of(planned.programs["prefill"]), windows, strict=True)):
         if window:
@@ -227,8 +231,8 @@ def attended_tokens(planned: PlannedPolicy, subject: Subject, context: int, new_
             attended.append(min(context, limits.n_most(budget.of_prompt(n_prompt)) * limits.page_size))
         else:
             kept = budget.of(n_prompt)
-            growth = {"keep": 1.0, "row": kept / n_prompt, "rank": float(kept == n_prompt)}[policy.decode]
-            attended.append(min(context, round(kept + new_tokens * growth)))
+            growth = {"keep": 1.0, "draw": 1.0, "row": kept / n_prompt, "rank": float(kept == n_prompt)}[policy.decode]
+            attended.append(min(context, round(kept + n_generated * growth)))
     return attended
 
 
