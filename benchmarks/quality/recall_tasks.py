@@ -30,6 +30,8 @@ from trt_kv.runtime.engine import Engine
 SHARE = 0.1
 PAGE_SIZE = 8
 ENDS = {"sinks": 16, "recent": 64}
+LEAST = sum(ENDS.values()) + 4 * PAGE_SIZE
+"""Tokens that a step attends to even of short prompts, such as those of a quick run."""
 SIDES: dict[str, tuple[str, dict[str, object]]] = {
     "freekv": ("freekv", {}),
     "quest": ("quest", {"exempt_layers": ()}),
@@ -116,7 +118,9 @@ def _sides(engine: Engine, prompt: Asked, *, feeds: bool) -> dict[str, Found]:
         n_query_heads=config.n_heads,
     )
     policies = {"everything": _policy("freekv", {}, n_prompt + n_answer + 2 * PAGE_SIZE + ENDS["recent"])}
-    policies |= {name: _policy(preset, settings, int(SHARE * n_prompt)) for name, (preset, settings) in SIDES.items()}
+    policies |= {
+        name: _policy(preset, settings, max(int(SHARE * n_prompt), LEAST)) for name, (preset, settings) in SIDES.items()
+    }
     found: dict[str, Found] = {}
     reader = host_runner(dense.dense, pool, programs_of(policies["everything"], config, page_size=PAGE_SIZE))
     whole = reader.new_sequence()
