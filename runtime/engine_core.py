@@ -47,8 +47,9 @@ class EngineCore:
         self.prefixes = prefixes
         self._process = os.getpid()
         self.statistics = EngineStatistics()
-        shares = prefixes is not None and runner.blocks.are_final
-        self.sharing = PageSharing(prefixes, runner.blocks, reservation) if prefixes is not None and shares else None
+        self.sharing: PageSharing | None = None
+        if prefixes is not None and runner.blocks.are_final:
+            self.sharing = PageSharing(prefixes, runner.blocks, reservation)
         self._scheduler: Scheduler[Request] = Scheduler(
             reservation, chunk=runner.chunk, token_budget=token_budget, sharing=self.sharing
         )

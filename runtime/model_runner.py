@@ -181,7 +181,8 @@ class ModelRunner:
             shares = None if n_left else self._growth((kept_L / sequence.num_computed_tokens).tolist())
             sequence.shrink(kept_L, shares)
         sequence.free_passed()
-        sequence.protect()
+        if self._draws is not None:
+            sequence.protect()
         return result.logits
 
     def _budget_of(self, n_seen: int) -> Ints:

@@ -76,12 +76,7 @@ def measure(
         machine=this_machine(),
         versions=versions,
         settings=settings,
-        model=ModelFacts(
-            name=model.name,
-            digest=model.digest,
-            n_layers=model.n_layers,
-            n_parameters=sum(checkpoint.tensor(name).numel() for name in checkpoint.tensor_names),
-        ),
+        model=ModelFacts.of(checkpoint),
         page_size=harness.pool.page_size,
         page_bytes=harness.pool.page_bytes,
         recipes=recipes.facts,

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.quality.cell import Cell, pooled
 from benchmarks.quality.settings import Settings
 from trt_kv.errors import ReportError
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.json_file import dataclass_from_json, read_json, write_atomically
 
 FORMAT = "trt-kv-report"
@@ -50,6 +51,16 @@ class ModelFacts:
     digest: str
     n_layers: int
     n_parameters: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "ModelFacts":
+        """Those of a checkpoint, whose tensors are read for it."""
+        return cls(
+            name=checkpoint.name,
+            digest=checkpoint.digest,
+            n_layers=checkpoint.config.n_layers,
+            n_parameters=sum(checkpoint.tensor(name).numel() for name in checkpoint.tensor_names),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

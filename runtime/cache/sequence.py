@@ -101,8 +101,7 @@ class SequenceCache:
 
     def pages_in(self, pool: PagePool) -> list[int]:
         """The pages of ``pool`` that this sequence owns, layer by layer."""
-        layers = [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool]
-        return [int(page) for layer in layers for page in self.own_pages(layer)]
+        return [int(page) for layer in self._layers_in(pool) for page in self.own_pages(layer)]
 
     def own_pages(self, layer: int) -> Ints:
         """The layer's pages that are not shared."""
@@ -315,8 +314,10 @@ class SequenceCache:
 
     def _table_of(self, pool: PagePool) -> list[int]:
         """All pages of ``pool`` in the page table, also shared ones, layer by layer."""
-        layers = [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool]
-        return [int(page) for layer in layers for page in self.page_table[layer, : self._n_pages[layer]]]
+        return [int(page) for layer in self._layers_in(pool) for page in self.page_table[layer, : self._n_pages[layer]]]
+
+    def _layers_in(self, pool: PagePool) -> list[int]:
+        return [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool]
 
     @property
     def _pools(self) -> list[PagePool]:
@@ -352,7 +353,7 @@ class SequenceCache:
         more_L = n_pages - self._n_pages
         if not more_L.any():
             return
-        in_pool = {pool: [layer for layer in range(self.n_layers) if self._pool_of(layer) is pool] for pool in self._pools}
+        in_pool = {pool: self._layers_in(pool) for pool in self._pools}
         taken: dict[PagePool, list[int]] = {}
         try:
             for pool, layers in in_pool.items():

@@ -104,12 +104,7 @@ def results_of_engine(
             machine=this_machine(),
             versions=versions,
             settings=settings,
-            model=ModelFacts(
-                name=model.name,
-                digest=model.digest,
-                n_layers=model.n_layers,
-                n_parameters=sum(checkpoint.tensor(name).numel() for name in checkpoint.tensor_names),
-            ),
+            model=ModelFacts.of(checkpoint),
             weights=QUANT,
             page_size=answerer.harness.pool.page_size,
             page_bytes=answerer.harness.pool.page_bytes,
