@@ -22,6 +22,7 @@ from trt_kv.plugins.registry import kernel, op_specs
 from trt_kv.rope_config import RopeConfig
 from trt_kv.runtime.backends.host.native.executor import NativeExecutor
 from trt_kv.runtime.backends.host.native.weights import Weights
+from trt_kv.runtime.kernel_threads import kernel_threads_bound
 from trt_kv.runtime.sampling import SamplingParams
 from trt_kv.runtime.sampling.choice import next_token
 
@@ -44,7 +45,7 @@ def marker_of(kv_dtype: str, ops: Sequence[str]) -> Path | None:
 
 
 def compile_kernels(kv_dtype: str, ops: Sequence[str]) -> None:
-    """Run the ``ops`` on every case of their specs, and for ``native`` a model of one layer; then choose tokens."""
+    """Run the ``ops`` on every case of their specs, and for ``native`` a model of one layer; bind threads, choose tokens."""
     specs = op_specs()
     for name in ops:
         if name == NATIVE:
@@ -52,6 +53,8 @@ def compile_kernels(kv_dtype: str, ops: Sequence[str]) -> None:
             continue
         for case in specs[name].cases:
             kernel(name, "cpu")(**case_inputs(specs[name], case, kv_dtype=kv_dtype))
+    with kernel_threads_bound():
+        pass
     rng, logits_V = np.random.default_rng(0), np.zeros(_SIZE, np.float32)
     for params in (SamplingParams(), SamplingParams(temperature=0.7, top_k=4, top_p=0.9)):
         next_token(logits_V, params, rng)
