@@ -8,11 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.quality import __main__ as report
-from benchmarks.quality.real import plans
+from benchmarks.quality.real import command, plans
 from benchmarks.quality.real.answering import PAGE_SIZE, Answerer
 from benchmarks.quality.real.asking import Asker
 from benchmarks.quality.real.clock import Clock
-from benchmarks.quality.real.command import results_of_engine
 from benchmarks.quality.real.contenders import contenders
 from benchmarks.quality.real.families import Family, families, synthetic_families
 from benchmarks.quality.real.haystack import prose
@@ -21,6 +20,7 @@ from benchmarks.quality.real.marking import mark, records_found, share_found
 from benchmarks.quality.real.page import page_with_table, real_markdown, write_real_report
 from benchmarks.quality.real.results import MarkCell, MarkRow, RealResults
 from benchmarks.quality.real.run import PAGE
+from benchmarks.quality.real.settings import LengthPlan, RealSettings
 from benchmarks.quality.real.statistics import Marks
 from benchmarks.quality.recall.harness import RecallHarness
 from benchmarks.quality.recall.steps import Movement
@@ -44,12 +44,19 @@ def quick(full_folder: Path, bundled_checkpoint: Checkpoint, tmp_path_factory: p
     return _measured(full_folder, bundled_checkpoint, tmp_path_factory.mktemp("real") / "parts", [])
 
 
-def _measured(folder: Path, checkpoint: Checkpoint, parts: Path, told: list[str], minutes: float | None = None) -> RealResults:
-    return results_of_engine(
+def _measured(
+    folder: Path,
+    checkpoint: Checkpoint,
+    parts: Path,
+    told: list[str],
+    minutes: float | None = None,
+    settings: RealSettings = plans.QUICK,
+) -> RealResults:
+    return command.results_of_engine(
         checkpoint,
         folder,
         synthetic_families(),
-        plans.QUICK,
+        settings,
         folder=parts,
         clock=Clock(minutes=minutes),
         command="a test",
@@ -139,6 +146,32 @@ def test_an_interrupted_measurement_goes_on_with_its_parts(
     assert (nothing.cells, nothing.talks, nothing.texts) == ((), (), ())
     assert "can do none" in real_markdown(nothing)
     assert quick.cells
+
+
+@pytest.mark.slow
+def test_a_new_policy_is_measured_without_the_others(
+    full_folder: Path, bundled_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(
+        plans.QUICK,
+        lengths=(LengthPlan(n_tokens=384, n_documents=1, budgets=(0.5,)),),
+        n_texts=0,
+        talk=dataclasses.replace(plans.QUICK.talk, n_documents=0),
+    )
+    known = {contender.facts.name: contender for contender in contenders()}
+
+    def cells(parts: str, *names: str) -> tuple[tuple[MarkCell, ...], list[str]]:
+        told: list[str] = []
+        monkeypatch.setattr(command, "contenders", lambda: [known[name] for name in names])
+        found = _measured(full_folder, bundled_checkpoint, tmp_path / parts, told, settings=settings)
+        return found.cells, [line for line in told if "-full-" not in line]
+
+    cells("parts", "full", "snapkv")
+    both, told = cells("parts", "full", "random", "snapkv")
+    alone, _ = cells("other", "full", "random", "snapkv")
+    assert both == alone
+    assert told
+    assert all(": 1 rows" in line for line in told)
 
 
 @pytest.mark.slow
@@ -244,4 +277,4 @@ def _cell(full: list[float], other: list[float], *, each: bool = False) -> MarkC
     )
     less = dataclasses.replace(row, policy="snapkv", budget=0.5, marks=tuple(other), kv_bytes=(50,) * n)
     documents = tuple(range(n)) if each else tuple(int(at >= n // 2) for at in range(n))
-    return MarkCell(family="x", mode="aware", n_tokens=8, documents=documents, n_prompt=ints, rows=(row, less), elapsed_s=0.0)
+    return MarkCell(family="x", mode="aware", n_tokens=8, documents=documents, n_prompt=ints, rows=(row, less))

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,24 +32,22 @@ class Store:
 
         ``more_conditions`` are those of this part alone. ``ReportError`` if the folder cannot be written to.
         """
-        conditions = {**self.conditions, **more_conditions}
-        found = self._read(name, conditions)
+        found = self._read(name, {**self.conditions, **more_conditions})
         if found is not None:
             return dataclass_from_json(part_of, found, where=name, error=ReportError)
         part = measure()
-        document = {
-            "format": FORMAT,
-            "version": VERSION,
-            "conditions_digest": _digest(conditions),
-            "conditions": conditions,
-            "part": dataclasses.asdict(part),  # type: ignore[call-overload]
-        }
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as cause:
-            raise ReportError("cannot store what was measured", got=f"{self.folder}: {cause.strerror or cause}") from cause
-        write_atomically(self._path(name), (json.dumps(document) + "\n").encode(), kind="report's part", error=ReportError)
+        self._write(name, dataclasses.asdict(part), {**self.conditions, **more_conditions})  # type: ignore[call-overload]
         return part
+
+    def rows(self, name: str, row_of: type[T], **more_conditions: Any) -> dict[str, T]:
+        """What ``put_rows`` stored, by key; empty if there is nothing."""
+        found = self._read(name, {**self.conditions, **more_conditions}) or {}
+        return {key: dataclass_from_json(row_of, row, where=f"{name}: {key}", error=ReportError) for key, row in found.items()}
+
+    def put_rows(self, name: str, rows: Mapping[str, T], **more_conditions: Any) -> None:
+        """Store a part of several rows, dataclasses by key, so that one more need not be measured with the others again."""
+        part = {key: dataclasses.asdict(row) for key, row in rows.items()}  # type: ignore[call-overload]
+        self._write(name, part, {**self.conditions, **more_conditions})
 
     def has(self, name: str, **more_conditions: Any) -> bool:
         """Whether the part is stored and need not be measured."""
@@ -65,6 +63,20 @@ class Store:
         if not isinstance(document, dict) or any(document.get(key) != value for key, value in expected.items()):
             return None
         return document.get("part")
+
+    def _write(self, name: str, part: Any, conditions: dict[str, Any]) -> None:
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "conditions_digest": _digest(conditions),
+            "conditions": conditions,
+            "part": part,
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as cause:
+            raise ReportError("cannot store what was measured", got=f"{self.folder}: {cause.strerror or cause}") from cause
+        write_atomically(self._path(name), (json.dumps(document) + "\n").encode(), kind="report's part", error=ReportError)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

@@ -48,6 +48,7 @@ def run(folder: Path, *, quick: bool) -> Report:
             rows.append(_first_tokens(subject, policy, n_tokens, options, folder / "store"))
             shutil.rmtree(folder / "store", ignore_errors=True)
     trace = _trace(subjects[0][0], n_requests=8 if quick else 16)
+    trace += [row for subject, _ in subjects[1:] for row in _trace(subject, n_requests=12, longest=1200)]
     at_once = _on_one_document(subjects[0][0], n_requests=4 if quick else 8, n_tokens=1024 if quick else 2048)
     longest = [row for row in rows if row["prefix_tokens"] == max(row["prefix_tokens"] for row in rows)]
     return Report(
@@ -125,17 +126,17 @@ def _seconds(generation: Generation) -> float:
     return seconds
 
 
-def _trace(subject: Subject, *, n_requests: int) -> list[Row]:
+def _trace(subject: Subject, *, n_requests: int, longest: int = 3000) -> list[Row]:
     """The same requests, four at a time, without the cache, with it, and with memory for a part of what they share."""
-    prompts = _shared_prompts(subject, n_requests)
-    longest = max(map(len, prompts))
+    prompts = _shared_prompts(subject, n_requests, longest)
+    room = 4 * (max(map(len, prompts)) + 64)
     rows = []
     for name, options in (
         ("off", {"prefix_cache": False}),
         ("on", {}),
         ("on, in 256 MiB", {"prefix_bytes": 2**28}),
     ):
-        with _engine(subject, "full", 4 * (longest + 64), {}, max_sequences=4, **options) as engine:
+        with _engine(subject, "full", room, {}, max_sequences=4, **options) as engine:
             _answer(engine, random_tokens(600, subject.vocab_size, seed=9))
             began = time.perf_counter()
             found = engine.generate_batch([list(prompt) for prompt in prompts], max_new_tokens=16, ignore_eos=True)
@@ -143,6 +144,7 @@ def _trace(subject: Subject, *, n_requests: int) -> list[Row]:
         n_prompt = sum(map(len, prompts))
         rows.append(
             {
+                "model": subject.name,
                 "prefix_cache": name,
                 "requests": n_requests,
                 "prompt_tokens": n_prompt,
@@ -189,12 +191,12 @@ def _on_one_document(subject: Subject, *, n_requests: int, n_tokens: int) -> lis
     return rows
 
 
-def _shared_prompts(subject: Subject, n: int) -> list[list[int]]:
-    """Questions on documents of 600 to 3,000 tokens, of which few are asked for often; every other one goes on where an earlier
-    conversation about the same document ended.
+def _shared_prompts(subject: Subject, n: int, longest: int) -> list[list[int]]:
+    """Questions on documents of 600 to ``longest`` tokens, of which few are asked for often; every other one goes on where an
+    earlier conversation about the same document ended.
     """
     rng = np.random.default_rng(0)
-    n_documents, longest = max(2, n // 3), min(3000, subject.max_positions // 3)
+    n_documents, longest = max(2, n // 3), min(longest, subject.max_positions // 3)
     shares = 1 / np.arange(1, n_documents + 1)
     documents = [random_tokens(int(rng.integers(600, longest)), subject.vocab_size, seed=20 + at) for at in range(n_documents)]
     ends: dict[int, list[int]] = {}

@@ -1,21 +1,20 @@
 """Measures plain text and conversations; ``measure`` has the rest."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality.real import conversations, texts
 from benchmarks.quality.real.contenders import Entry, entries_of
-from benchmarks.quality.real.measure import Measurer
+from benchmarks.quality.real.measure import Measurer, stored_as
 from benchmarks.quality.real.results import TalkRow, TextRow
 from trt_kv.model_config import ModelConfig
 from trt_kv.runtime.backends.base import DenseExecutor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Losses:
-    """A text: the loss of each row, in order of the entries, in nats."""
+class Loss:
+    """Of a text's tokens under one policy, summed."""
 
-    rows: tuple[float, ...]
+    nats: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +27,27 @@ class OneTalk:
 
 def measured_texts(measurer: Measurer) -> tuple[TextRow, ...]:
     """As many texts as there is time for, under every policy that drops tokens."""
-    settings, found = measurer.settings, []
+    settings = measurer.settings
+    found: list[list[float]] = []
     dropping = [contender for contender in measurer.known if not contender.policy.recalls]
     entries = entries_of(dropping, settings.main.budgets, ())
     plans = [entry.contender.plan(measurer.recipes, entry.budget, lots=0) for entry in entries]
+    keys = [stored_as(entry, plan) for entry, plan in zip(entries, plans, strict=True)]
     for number in range(settings.n_texts):
-        prompt, expected = texts.text(measurer.asker, settings.main.n_tokens, settings.text_tokens, number)
-        conditions = {"ids": [*prompt, *expected], "plans": [repr(plan) for plan in plans]}
         name = f"text-{number}"
-        if measurer.out_of_time() and not measurer.store.has(name, **conditions):
-            break
-
-        def losses(prompt: Sequence[int] = prompt, expected: Sequence[int] = expected) -> Losses:
-            return Losses(rows=tuple(round(loss, 4) for loss in measurer.answerer.losses(prompt, expected, plans)))
-
-        found.append(measurer.store.get_or_measure(name, Losses, losses, **conditions))
-        measurer.tell(name)
+        prompt, expected = texts.text(measurer.asker, settings.main.n_tokens, settings.text_tokens, number)
+        rows = measurer.store.rows(name, Loss, ids=[*prompt, *expected])
+        missing = [i for i, key in enumerate(keys) if key not in rows]
+        if missing:
+            if measurer.out_of_time():
+                break
+            losses = measurer.answerer.losses(prompt, expected, [plans[i] for i in missing])
+            rows |= {keys[i]: Loss(nats=round(loss, 4)) for i, loss in zip(missing, losses, strict=True)}
+            measurer.store.put_rows(name, rows, ids=[*prompt, *expected])
+            measurer.tell(name)
+        found.append([rows[key].nats for key in keys])
     return tuple(
-        TextRow(policy=entry.contender.facts.name, budget=entry.budget, losses=tuple(of.rows[i] for of in found))
+        TextRow(policy=entry.contender.facts.name, budget=entry.budget, losses=tuple(of[i] for of in found))
         for i, entry in enumerate(entries if found else [])
     )
 

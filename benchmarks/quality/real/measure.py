@@ -115,31 +115,40 @@ class Measurer:
         entries: Sequence[Entry],
         answers: Callable[[Question, Sequence[Plan]], list[Answered]],
     ) -> list[MarkCell]:
-        """A document of a cell: read back, or measured; nothing if there is no time left for it."""
+        """A document of a cell: read back, and what is missing measured; nothing if there is no time left for that."""
         items = place.family.items(self.asker.encode, place.n_tokens, document)
         plans = [entry.contender.plan(self.recipes, entry.budget, lots=document) for entry in entries]
-        conditions = {"items": [repr(item) for item in items], "plans": [repr(plan) for plan in plans]}
-        if self.out_of_time() and not self.store.has(name, **conditions):
-            return []
-
-        def measured() -> MarkCell:
+        conditions = {"items": [repr(item) for item in items]}
+        keys = [stored_as(entry, plan) for entry, plan in zip(entries, plans, strict=True)]
+        rows = self.store.rows(name, MarkRow, **conditions)
+        missing = [i for i, key in enumerate(keys) if key not in rows]
+        asked = [self.asker.question(item, place.mode) for item in items]
+        if missing:
+            if self.out_of_time():
+                return []
             start = time.perf_counter()
-            asked = [self.asker.question(item, place.mode) for item in items]
-            found = [answers(question, plans) for question in asked]
-            rows = [_row(entry, items, [of[i] for of in found], self.asker) for i, entry in enumerate(entries)]
-            elapsed_s = round(time.perf_counter() - start, 1)
-            self.tell(f"{name}: {elapsed_s:.0f} s")
-            return MarkCell(
-                family=place.family.name,
-                mode=place.mode,
-                n_tokens=place.n_tokens,
-                documents=(document,) * len(items),
-                n_prompt=tuple(len(question.prompt) for question in asked),
-                rows=tuple(rows),
-                elapsed_s=elapsed_s,
-            )
+            found = [answers(question, [plans[i] for i in missing]) for question in asked]
+            for at, i in enumerate(missing):
+                rows[keys[i]] = _row(entries[i], items, [of[at] for of in found], self.asker)
+            self.store.put_rows(name, rows, **conditions)
+            self.tell(f"{name}: {len(missing)} rows, {time.perf_counter() - start:.0f} s")
+        cell = MarkCell(
+            family=place.family.name,
+            mode=place.mode,
+            n_tokens=place.n_tokens,
+            documents=(document,) * len(items),
+            n_prompt=tuple(len(question.prompt) for question in asked),
+            rows=tuple(rows[key] for key in keys),
+        )
+        return [cell]
 
-        return [self.store.get_or_measure(name, MarkCell, measured, **conditions)]
+
+def stored_as(entry: Entry, plan: Plan) -> str:
+    """The key of a row in the store: the policy's name and what is not its default, so that an option that is added to policies
+    leaves other rows as they are."""
+    fields = dataclasses.fields(plan.policy)
+    given = {field.name: value for field in fields if (value := getattr(plan.policy, field.name)) != field.default}
+    return f"{entry.contender.facts.name} {given!r} {plan.kept_shares!r}"
 
 
 def _row(entry: Entry, items: Sequence[Item], found: Sequence[Answered], asker: Asker) -> MarkRow:

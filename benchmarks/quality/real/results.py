@@ -72,7 +72,6 @@ class MarkCell:
     documents: tuple[int, ...]
     n_prompt: tuple[int, ...]
     rows: tuple[MarkRow, ...]
-    elapsed_s: float
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -194,7 +193,6 @@ def joined(cells: Sequence[MarkCell]) -> MarkCell:
         documents=tuple(document for cell in cells for document in cell.documents),
         n_prompt=tuple(n for cell in cells for n in cell.n_prompt),
         rows=tuple(_joined([row for cell in cells if (row := cell.row(*key)) is not None]) for key in keys),
-        elapsed_s=round(sum(cell.elapsed_s for cell in cells), 1),
     )
 
 
