@@ -1,6 +1,7 @@
 """``python -m benchmarks.serving_peers``, which is ``make bench ARGS=serving-peers``: measure, write results and their page."""
 
 import dataclasses
+import functools
 import os
 import time
 from pathlib import Path
@@ -10,10 +11,11 @@ import click
 from rich.console import Console
 
 from benchmarks.harness import begun_document, busy_seconds_of_others, load, save
+from benchmarks.peers.subjects import SUBJECTS
 from benchmarks.serving_peers.loads_by_others import AIPERF_FILE
 from benchmarks.serving_peers.measure import Run
 from benchmarks.serving_peers.page import write_page
-from benchmarks.serving_peers.plan import PARTS, SIZES, Plan
+from benchmarks.serving_peers.plan import CONCURRENCY, PARTS, SIZES, SMOLLM2, Plan
 from benchmarks.serving_peers.public_tool import measure_with_aiperf
 from benchmarks.serving_peers.results import tables_of, targets_of
 from benchmarks.serving_peers.rows import ROWS
@@ -27,6 +29,13 @@ TITLE = "Servers beside other servers, on one machine, one after the other"
 @click.command()
 @click.option("--sizes", default="full", show_default=True, type=click.Choice(tuple(SIZES)), help="Prompts, answers and rows.")
 @click.option("--short", is_flag=True, help="--sizes short: about ten minutes on two cores.")
+@click.option(
+    "--model",
+    default=SMOLLM2,
+    show_default=True,
+    type=click.Choice(tuple(SUBJECTS)),
+    help="Random weights in the shape of another model cannot answer: only --part concurrency.",
+)
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these parts. Default: all.")
 @click.option(
     "--row", "rows", multiple=True, type=click.Choice(tuple(ROWS)), help="Only these rows. Default: all of the sizes."
@@ -41,6 +50,7 @@ TITLE = "Servers beside other servers, on one machine, one after the other"
 def main(
     sizes: str,
     short: bool,
+    model: str,
     parts: tuple[str, ...],
     rows: tuple[str, ...],
     threads: int,
@@ -58,12 +68,18 @@ def main(
       make bench ARGS=serving-peers
       make bench ARGS="serving-peers --short"
       make bench ARGS="serving-peers --sizes tiny --part memory --out /tmp/servers"
+      make bench ARGS="serving-peers --short --model llama-3.2-1b"
       make bench ARGS="serving-peers --aiperf"
     """
     console, folder = Console(soft_wrap=True), out or RESULTS
+    parts = parts or (PARTS if model == SMOLLM2 else (CONCURRENCY,))
+    if model != SMOLLM2 and parts != (CONCURRENCY,):
+        raise click.BadParameter(f"got {', '.join(parts)}, expected {CONCURRENCY} with --model {model}", param_hint="--part")
+    path = folder / (FILE if model == SMOLLM2 else f"serving_peers_{model}.json")
     plan = Plan(
         sizes="short" if short else sizes,
-        parts=parts or PARTS,
+        model=model,
+        parts=parts,
         rows=rows,
         threads=threads or len(os.sched_getaffinity(0)),
         minutes=minutes,
@@ -74,16 +90,16 @@ def main(
             console.print(f"written to {folder / AIPERF_FILE}")
             return
         if prepare:
-            Run(plan, [], save=lambda: None, say=console.print).prepare()
+            Run(plan, [], save=lambda: None, say=console.print, subject=SUBJECTS[model]).prepare()
             return
-        document = _document(plan, folder / FILE, console, resume=resume, from_results=from_results)
-        save(document, folder / FILE)
+        document = _document(plan, path, console, resume=resume, from_results=from_results)
+        save(document, path)
         if out is None:
-            write_page(document, RESULTS)
+            write_page(load(RESULTS / FILE), RESULTS)
     except TrtKvError as error:
         raise click.ClickException(str(error)) from error
     met = sum(target["is_met"] for target in document["targets"])
-    console.print(f"{met} of {len(document['targets'])} aims are met; written to {folder / FILE}")
+    console.print(f"{met} of {len(document['targets'])} aims are met; written to {path}")
 
 
 def _document(plan: Plan, path: Path, console: Console, *, resume: bool, from_results: bool) -> dict[str, Any]:
@@ -100,8 +116,9 @@ def _document(plan: Plan, path: Path, console: Console, *, resume: bool, from_re
         document["elapsed_s"] = round(before_s + time.perf_counter() - started, 1)
         save(with_tables(document), path)
 
+    say = functools.partial(console.print, markup=False)
     try:
-        Run(plan, document["samples"], save=keep, say=lambda text: console.print(text, markup=False)).measure()
+        Run(plan, document["samples"], save=keep, say=say, subject=SUBJECTS[plan.model]).measure()
     finally:
         used = (busy_seconds_of_others() - busy) / (time.perf_counter() - started)
         document["machine"]["cores_used_by_others"] = round(max(0.0, used), 2)

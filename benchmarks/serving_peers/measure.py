@@ -42,8 +42,9 @@ class Run:
 
     def prepare(self) -> None:
         """Make environments, models and engines that are missing."""
-        of = self._plan.of
-        for name in dict.fromkeys(self._plan.chosen((*of.rows, *of.memory_rows))):
+        of, parts = self._plan.of, self._plan.parts
+        rows = (*(of.rows if parts != (MEMORY,) else ()), *(of.memory_rows if MEMORY in parts else ()))
+        for name in dict.fromkeys(self._plan.chosen(rows)):
             self._say(f"preparing {name}")
             self._start_of(name)
 

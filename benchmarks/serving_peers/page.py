@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import markdown_tables, replace_section
+from benchmarks.harness import load, markdown_tables, replace_section
+from benchmarks.peers.subjects import TITLES
 from benchmarks.serving_peers.loads_by_others import lines_of
-from benchmarks.serving_peers.plan import CONCURRENCY, DOORS, MEMORY, SIZES
+from benchmarks.serving_peers.plan import CONCURRENCY, DOORS, MEMORY, SIZES, SMOLLM2
 from benchmarks.serving_peers.results import CAPTIONS, refusals_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
@@ -14,12 +15,33 @@ BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
 def write_page(document: Mapping[str, Any], folder: Path, page: Path = PAGE) -> None:
-    """Replace the measured part by that of a document with tables, and of the loads by others in the folder."""
-    replace_section(page, BEGIN, END, section(document, lines_of(folder)))
+    """Replace the measured part by that of a document with tables, and of other runs and loads by others in the folder."""
+    more = [load(path) for path in sorted(folder.glob("serving_peers_*.json"))]
+    replace_section(page, BEGIN, END, section(document, lines_of(folder), more))
 
 
-def section(document: Mapping[str, Any], by_others: Sequence[str] = ()) -> str:
-    """The text between the markers, markers included. ``by_others``: lines about other loads."""
+def section(document: Mapping[str, Any], by_others: Sequence[str] = (), more: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The text between the markers, markers included. ``by_others``: lines about other loads. ``more``: other runs."""
+    parts = [
+        f"{BEGIN}{_of_run(document)}",
+        *(f"### {_title(other)}\n\n{_of_run(other)}" for other in more),
+        *(["Under other loads:\n\n" + "".join(f"{line}\n" for line in by_others)] if by_others else []),
+        END,
+    ]
+    return "\n".join(parts)
+
+
+def _title(document: Mapping[str, Any]) -> str:
+    """What another run is about."""
+    plan = document["settings"]
+    model, of = plan.get("model", SMOLLM2), SIZES[plan["sizes"]]
+    if model != SMOLLM2:
+        title = TITLES[model]
+        return title[0].upper() + title[1:]
+    return f"Contexts of {of.memory_prompt:,} tokens"
+
+
+def _of_run(document: Mapping[str, Any]) -> str:
     machine, plan = document["machine"], document["settings"]
     others = machine.get("cores_used_by_others", "an unknown number")
     intro = (
@@ -36,12 +58,10 @@ def section(document: Mapping[str, Any], by_others: Sequence[str] = ()) -> str:
         for aim in document["targets"]
     )
     parts = [
-        f"{BEGIN}{intro}",
+        intro,
         *tables,
         *([f"Not measured:\n\n{missing}"] if missing else []),
         *([f"Aims:\n\n{aims}"] if aims else []),
-        *(["Under other loads:\n\n" + "".join(f"{line}\n" for line in by_others)] if by_others else []),
-        END,
     ]
     return "\n".join(parts)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from benchmarks.serving_peers.rows import EVICTING, ROWS
 
 MIB = 2**20
+SMOLLM2 = "smollm2"
 CONCURRENCY, MEMORY, DOORS = "concurrency", "memory", "doors"
 """Parts of a run: every row against the number of clients; in equal memory; our own doors beside the engine in process."""
 IN_MEMORY = (
@@ -80,10 +81,11 @@ PARTS = (CONCURRENCY, MEMORY, DOORS)
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """``sizes``: a name of ``SIZES``. ``parts`` to measure, and ``rows``; empty: those of the sizes. ``minutes``: after them
-    nothing new is begun.
+    nothing new is begun. ``model``: a name of ``SUBJECTS``.
     """
 
     sizes: str
+    model: str = SMOLLM2
     parts: tuple[str, ...] = PARTS
     rows: tuple[str, ...] = ()
     threads: int
