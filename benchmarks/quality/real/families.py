@@ -32,10 +32,13 @@ class FamilyFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of tasks; ``draw`` makes the items of one document."""
+    """A family of tasks; ``draw`` makes the items of one document. Policies are compared on one of ``every`` documents, if all
+    of them would take too long.
+    """
 
     facts: FamilyFacts
     draw: Draw
+    every: int = 1
 
     @property
     def name(self) -> str:
@@ -71,6 +74,7 @@ def families() -> list[Family]:
             "a fact early in a long text that counts as generated, asked for at its end",
             records.fact_in_generated,
             modes=("agnostic",),
+            every=5,
         ),
     ]
 
@@ -113,5 +117,6 @@ def _of(
     description: str,
     draw: Draw,
     modes: tuple[Mode, ...] = MODES,
+    every: int = 1,
 ) -> Family:
-    return Family(facts=FamilyFacts(name=name, title=title, description=description, modes=modes), draw=draw)
+    return Family(facts=FamilyFacts(name=name, title=title, description=description, modes=modes), draw=draw, every=every)

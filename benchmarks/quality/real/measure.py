@@ -85,7 +85,7 @@ class Measurer:
         places = [Place(family=of, mode=mode, n_tokens=plan.n_tokens) for of in able for mode in of.facts.modes]
         found: dict[str, list[MarkCell]] = {place.name: [] for place in places}
         for document in range(plan.n_documents):
-            for place in places:
+            for place in (place for place in places if document % place.family.every == 0):
                 found[place.name] += self._compared(place, plan, document)
         return Measured(
             tried=tuple(joined(cells) for cells in tried.values() if cells),
