@@ -20,7 +20,6 @@ from benchmarks.serving_peers.clients import ask, openai_door, triton_door
 from benchmarks.serving_peers.contenders import server
 from benchmarks.serving_peers.loads import Load, Reply, Served, closed_loop
 from benchmarks.serving_peers.loads_by_others import AIPERF_FILE, SOAK_FILE, lines_of
-from benchmarks.serving_peers.measure import Run
 from benchmarks.serving_peers.page import section
 from benchmarks.serving_peers.plan import CONCURRENCY, DOORS, IN_PROCESS, MEMORY, TRITON, Plan
 from benchmarks.serving_peers.prompts import Prompt, facts_in_prose, prose
@@ -217,7 +216,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer)
         monkeypatch.setitem(ROWS, name, Row(name=name, cache="int8", prepare=missing if name == RIVAL else prepare))
     monkeypatch.setattr(measure, "doors_of", lambda *_: {name: prepare(None)(room_of_one()) for name in (IN_PROCESS, TRITON)})
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    monkeypatch.setattr(command, "Run", lambda *of, **how: Run(*of, **how, subject=lambda: SimpleNamespace(folder=tmp_path)))  # type: ignore[arg-type,return-value]
+    monkeypatch.setitem(command.SUBJECTS, "smollm2", lambda: SimpleNamespace(folder=tmp_path))  # type: ignore[arg-type,return-value]
+    monkeypatch.setitem(command.SUBJECTS, "tiny", lambda: SimpleNamespace(folder=tmp_path))  # type: ignore[arg-type,return-value]
     return asked
 
 
@@ -252,6 +252,25 @@ def test_a_run_measures_once_and_tells_what_it_could_not(fakes: list[tuple[int, 
     text = section(document)
     assert "| trt-kv pooledwindow 20 %, int8 cache | int8 | 4.0 |" in text
     assert f"{MEMORY}, {RIVAL}, 3 clients: it cannot be installed" in text
+
+
+def test_another_model_has_a_file_and_a_section_of_its_own(fakes: list[tuple[int, int]], tmp_path: Path) -> None:
+    document = measured(tmp_path)
+    measured(tmp_path, "--model", "tiny")
+    other = json.loads((tmp_path / "serving_peers_tiny.json").read_text())
+    assert {sample["part"] for sample in other["samples"]} == {CONCURRENCY}
+    text = section(document, more=[other])
+    assert "### A tiny shape, random weights\n" in text
+    refused = click.testing.CliRunner().invoke(command.main, ["--model", "tiny", "--part", "memory"])
+    assert refused.exit_code == 2
+    assert "expected concurrency with --model tiny" in refused.output
+
+
+def test_answers_without_text_have_throughput_alone() -> None:
+    silent = Reply(sent_s=0.5, n_tokens=4, ended_s=2.0)
+    found = summary([reply(1.0, 1.5), silent], [Prompt(token_ids=[1]), Prompt(token_ids=[2])])
+    assert found["seconds"] == 2.0
+    assert found["first_token_s"] == {"p50": None, "p95": None}
 
 
 def test_the_page_tells_of_loads_by_others(tmp_path: Path) -> None:

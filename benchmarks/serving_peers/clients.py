@@ -101,6 +101,7 @@ def _client(door: Door, queue: _Queue, within_s: float) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", door.port, timeout=max(1.0, within_s - queue.now()))
         try:
             _read(connection, door, prompt, reply, queue)
+            reply.ended_s = queue.now()
         except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
             reply.why = f"{type(error).__name__}: {error}"[:300]
         finally:

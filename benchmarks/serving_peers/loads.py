@@ -22,7 +22,8 @@ class Load:
 class Reply:
     """Seconds since the load began: ``sent_s``, and ``token_s`` for each token as it was seen. ``n_tokens`` that it had.
 
-    What was generated is ``text``, or ``token_ids`` where the engine gives no text. ``why``: it was refused.
+    What was generated is ``text``, or ``token_ids`` where the engine gives no text. ``ended_s``: when an answer ended that was
+    seen as text, of which tokens beyond a vocabulary have none. ``why``: it was refused.
     """
 
     sent_s: float
@@ -30,6 +31,7 @@ class Reply:
     n_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    ended_s: float | None = None
     why: str = ""
 
 

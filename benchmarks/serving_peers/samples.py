@@ -27,15 +27,16 @@ def summary(replies: Sequence[Reply], prompts: Sequence[Prompt]) -> Sample:
     """Throughput from the first request to the last token, and percentiles over all requests and all gaps between tokens.
 
     ``at_once``: the most requests that were between their first and last tokens. ``right``: answers that begin with what was
-    asked for, of ``asked``.
+    asked for, of ``asked``. No percentiles if there is an answer without text.
     """
     why = next((reply.why for reply in replies if reply.why), None)
     if why is not None:
         return {"why": f"{sum(bool(reply.why) for reply in replies)} of {len(replies)} requests: {why}"}
-    end_s = max(reply.token_s[-1] for reply in replies)
+    end_s = max(reply.token_s[-1] if reply.token_s else reply.ended_s or 0.0 for reply in replies)
+    seen = replies if all(reply.token_s for reply in replies) else ()
     n_tokens = sum(reply.n_tokens for reply in replies)
-    first_s = [reply.token_s[0] - reply.sent_s for reply in replies]
-    gaps_ms = np.concatenate([np.diff(reply.token_s) for reply in replies]) * 1e3
+    first_s = [reply.token_s[0] - reply.sent_s for reply in seen]
+    gaps_ms = [gap for reply in seen for gap in np.diff(reply.token_s) * 1e3]
     asked = [(prompt.answer, reply.text) for prompt, reply in zip(prompts, replies, strict=True) if prompt.answer is not None]
     return {
         "requests": len(replies),
@@ -45,13 +46,15 @@ def summary(replies: Sequence[Reply], prompts: Sequence[Prompt]) -> Sample:
         "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
         "first_token_s": _percentiles(first_s, (50, 95)),
         "between_tokens_ms": _percentiles(gaps_ms, (50, 95, 99)),
-        "at_once": _at_once(replies),
+        "at_once": _at_once(seen),
         "asked": len(asked),
         "right": sum(text.strip().startswith(answer) for answer, text in asked),
     }
 
 
-def _percentiles(values: Any, which: Sequence[int]) -> dict[str, float]:
+def _percentiles(values: Sequence[float], which: Sequence[int]) -> dict[str, float | None]:
+    if not values:
+        return {f"p{one}": None for one in which}
     return {f"p{one}": rounded(value) for one, value in zip(which, np.percentile(values, which), strict=True)}
 
 
