@@ -62,9 +62,12 @@ class SequenceStates:
 
     def _accepts(self, state: SequenceState) -> bool:
         """Whether it has the arrays that ``place`` reads, for pages like those here."""
-        if len(state.kv_len) != len(self._scores) or not 0 <= state.n_prompt <= state.num_computed_tokens:
+        n_seen = state.num_computed_tokens
+        if len(state.kv_len) != len(self._scores) or not 0 <= state.n_prompt <= n_seen:
             return False
         for layer, n_held in enumerate(state.kv_len):
+            if not 0 <= n_held <= n_seen or (layer in self._recalls and n_held != n_seen):
+                return False
             is_host = layer in self._recalls and self._tiers is not None
             of_page = (
                 self._tiers.read_pages(0, np.arange(1))
@@ -75,6 +78,8 @@ class SequenceStates:
             for name, page in of_page.items():
                 values = state.arrays.get(f"{name}.{layer}")
                 if values is None or values.dtype != page.dtype or values.shape != (n_pages, *page.shape[1:]):
+                    return False
+                if name == "token_positions" and not _are_positions(values, n_held, n_seen):
                     return False
         return True
 
@@ -136,6 +141,12 @@ class SequenceStates:
         n_pages = -(-int(sequence.kv_len[layer]) // self._pool.page_size)
         pages: Ints = sequence.page_table[layer, :n_pages]
         return pages
+
+
+def _are_positions(positions_MKP: np.ndarray, n_held: int, n_seen: int) -> bool:
+    """Whether the first ``n_held`` slots have positions of ``n_seen`` tokens."""
+    positions_KS = positions_MKP.swapaxes(0, 1).reshape(positions_MKP.shape[1], -1)[:, :n_held]
+    return bool(np.all((positions_KS >= 0) & (positions_KS < n_seen)))
 
 
 def _continued(scores_MKP: np.ndarray, positions_MKP: np.ndarray, scored: Mapping[str, Any], *, n_prompt: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Files of prefix blocks, which outlive the engine: one per block, named by its key.
 
 A file is ``_MAGIC``, the SHA-256 digest of the key and the rest, and the block in the format of numpy (npz). It is written
-beside its place and renamed, so a file is whole or not there, even if the process is killed. A file that cannot be read, or is
+beside its place and renamed, so a file is whole or not there, even if the process is killed; after a power failure its digest
+tells that it is not whole, so nobody waits for the disk. A file that cannot be read, or is
 not what was written under its key by the same user, is a block that is not there: others may be able to put files into the
 folder, and what is in them would decide answers.
 """
@@ -22,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from trt_kv.errors import UsageError, load_option
+from trt_kv.json_file import PART, write_atomically
 from trt_kv.runtime.cache.blocks import Block
 
 _MAGIC = b"trt-kv prefix 1\n"
 _SUFFIX = ".prefix"
-_PART = ".part"
 _HEAD_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
 _ABANDONED_S = 3600.0
 """Age in seconds of a file that is not complete, by which its process must have been killed."""
@@ -45,7 +46,7 @@ class PrefixStore:
         self._path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path, suffix=_PART):
+            with tempfile.NamedTemporaryFile(dir=path, suffix=PART):
                 pass
         except OSError as error:
             raise UsageError(
@@ -54,7 +55,7 @@ class PrefixStore:
                 expected="a folder, or the path of a new one",
                 fix=f"choose another with {load_option('prefix_store')}",
             ) from error
-        for left in path.glob(f"*{_PART}"):
+        for left in path.glob(f"*{PART}"):
             with contextlib.suppress(OSError):
                 if left.stat().st_mtime < time.time() - _ABANDONED_S:
                     left.unlink()
@@ -90,21 +91,12 @@ class PrefixStore:
         arrays: dict[str, Any] = dict(block)
         np.savez(written, **arrays)
         body = written.getvalue()
-        part = None
+        head = _MAGIC + _digest(key, body)
         try:
-            if not self._make_room(_HEAD_BYTES + len(body)):
-                return
-            descriptor, part = tempfile.mkstemp(dir=self._path, suffix=_PART)  # readable by the user only
-            with os.fdopen(descriptor, "wb") as out:
-                out.write(_MAGIC + _digest(key, body))
-                out.write(body)
-            Path(part).replace(file)
-        except OSError as error:
-            _log.warning("prefix store: %s cannot be written: %s", file, error.strerror)
-        finally:
-            if part is not None:
-                with contextlib.suppress(OSError):
-                    Path(part).unlink(missing_ok=True)
+            if self._make_room(len(head) + len(body)):
+                write_atomically(file, head, body, kind="prefix", error=UsageError, mode=0o600, is_durable=False)
+        except (OSError, UsageError) as error:
+            _log.warning("prefix store: %s cannot be written, so its tokens will be read again: %s", file, error)
 
     def __contains__(self, key: bytes) -> bool:
         """Whether there is a file for a key, whatever is in it."""
