@@ -225,7 +225,7 @@ class EngineCore:
         if self.prefixes is None:
             return plan
         shared = None if self.sharing is None else self.sharing.used_by(request)
-        n_cached = self.prefixes.begin(request.held_sequence, request.prompt_ids, request.params.cache_salt, shared)
+        n_cached = self.prefixes.begin(request.held_sequence, request.prefix_keys(self.prefixes), shared)
         request.n_cached = n_cached
         self._share(request, n_cached)
         return self._scheduler.skip_to(plan, n_cached) if n_cached else plan
@@ -250,7 +250,7 @@ class EngineCore:
             elif plan.reads_last:
                 self._end_prompt(request, rows[0])
             elif self.prefixes is not None and request.begins_with is None:
-                self.prefixes.keep(request.sequence, request.prompt_ids, plan.end, request.params.cache_salt)
+                self.prefixes.keep(request.sequence, request.prefix_keys(self.prefixes), plan.end)
                 self._share(request, plan.end)
             return
         counts.decode_steps += 1

@@ -1,34 +1,25 @@
-"""Files of prefix blocks, which outlive the engine: one per block, named by its key.
+"""Files of prefix blocks, which outlive the engine: one per block, named by its key (block_file.py has the format).
 
-A file is ``_MAGIC``, the SHA-256 digest of the key and the rest, and the block in the format of numpy (npz). It is written
-beside its place and renamed, so a file is whole or not there, even if the process is killed; after a power failure its digest
-tells that it is not whole, so nobody waits for the disk. A file that cannot be read, or is
-not what was written under its key by the same user, is a block that is not there: others may be able to put files into the
-folder, and what is in them would decide answers.
+A file is written beside its place and renamed, so it is whole or not there, even if the process is killed; after a power
+failure its digest tells that it is not whole, so nobody waits for the disk. A file that cannot be read, or is not what was
+written under its key by the same user, is a block that is not there: others may be able to put files into the folder, and what
+is in them would decide answers.
 """
 
 import contextlib
-import hashlib
-import io
 import logging
 import os
 import stat
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from trt_kv.errors import UsageError, load_option
 from trt_kv.json_file import PART, write_atomically
 from trt_kv.runtime.cache.blocks import Block
+from trt_kv.runtime.prefix.block_file import SUFFIX, About, decoded, encoded, file_name
 
-_MAGIC = b"trt-kv prefix 1\n"
-_SUFFIX = ".prefix"
-_HEAD_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
 _ABANDONED_S = 3600.0
 """Age in seconds of a file that is not complete, by which its process must have been killed."""
 
@@ -72,7 +63,7 @@ class PrefixStore:
         except OSError as error:
             _log.warning("prefix store: %s cannot be read, so its tokens are read again: %s", file, error.strerror)
             return None
-        block = _block_of(key, data) if is_own else None
+        block = decoded(key, data) if is_own else None
         if block is None or not accepts(block):
             _log.warning(
                 "prefix store: %s is %s, so its tokens are read again", file, "damaged" if is_own else "another user's"
@@ -82,19 +73,14 @@ class PrefixStore:
             return None
         return block
 
-    def put(self, key: bytes, block: Block) -> None:
+    def put(self, key: bytes, block: Block, about: About) -> None:
         """Write a block, unless it is there. What cannot be written is left out, with a warning."""
         if key in self:
             return
-        file = self._file(key)
-        written = io.BytesIO()
-        arrays: dict[str, Any] = dict(block)
-        np.savez(written, **arrays)
-        body = written.getvalue()
-        head = _MAGIC + _digest(key, body)
+        file, content = self._file(key), encoded(key, block, about)
         try:
-            if self._make_room(len(head) + len(body)):
-                write_atomically(file, head, body, kind="prefix", error=UsageError, mode=0o600, is_durable=False)
+            if self._make_room(sum(map(len, content))):
+                write_atomically(file, *content, kind="prefix", error=UsageError, mode=0o600, is_durable=False)
         except (OSError, UsageError) as error:
             _log.warning("prefix store: %s cannot be written, so its tokens will be read again: %s", file, error)
 
@@ -112,17 +98,7 @@ class PrefixStore:
     @property
     def used_bytes(self) -> int:
         """Bytes of all blocks, of whatever engine."""
-        return sum(size for _, size, _ in self._files())
-
-    def _files(self) -> list[tuple[int, int, Path]]:
-        """(time of last use in ns, bytes, path) of the file of every block."""
-        found = []
-        for file in self._path.glob(f"*{_SUFFIX}"):
-            with contextlib.suppress(OSError):  # another process may have deleted it
-                status = file.stat()
-                if stat.S_ISREG(status.st_mode):
-                    found.append((status.st_mtime_ns, status.st_size, file))
-        return found
+        return sum(size for _, size, _ in block_files(self._path))
 
     def _make_room(self, n_bytes: int) -> bool:
         """Delete the least recently used files until ``n_bytes`` more fit; False if they never do."""
@@ -130,7 +106,7 @@ class PrefixStore:
             return True
         if n_bytes > self.capacity_bytes:
             return False
-        files = sorted(self._files())
+        files = sorted(block_files(self._path))
         over = sum(size for _, size, _ in files) + n_bytes - self.capacity_bytes
         for _, size, file in files:
             if over <= 0:
@@ -140,7 +116,7 @@ class PrefixStore:
         return True
 
     def _file(self, key: bytes) -> Path:
-        return self._path / f"{key.hex()}{_SUFFIX}"
+        return self._path / file_name(key)
 
 
 def _read(file: Path) -> tuple[bytes, bool]:
@@ -150,19 +126,12 @@ def _read(file: Path) -> tuple[bytes, bool]:
         return opened.read(), not hasattr(os, "geteuid") or owner == os.geteuid()
 
 
-def _block_of(key: bytes, data: bytes) -> Block | None:
-    """The block that a file holds; None if it is not what was written under ``key``."""
-    head, body = data[:_HEAD_BYTES], data[_HEAD_BYTES:]
-    if head != _MAGIC + _digest(key, body):
-        return None
-    try:
-        with np.load(io.BytesIO(body), allow_pickle=False) as stored:
-            return dict(stored)
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError):
-        return None
-
-
-def _digest(key: bytes, body: bytes) -> bytes:
-    digest = hashlib.sha256(key)
-    digest.update(body)
-    return digest.digest()
+def block_files(folder: Path) -> list[tuple[int, int, Path]]:
+    """(time of last use in ns, bytes, path) of the file of every block in a folder."""
+    found = []
+    for file in folder.glob(f"*{SUFFIX}"):
+        with contextlib.suppress(OSError):  # another process may have deleted it
+            status = file.lstat()
+            if stat.S_ISREG(status.st_mode):
+                found.append((status.st_mtime_ns, status.st_size, file))
+    return found
