@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from trt_kv.errors import CapacityError, EngineError, TrtKvError, UsageError
+from trt_kv.errors import CapacityError, EngineError, RecallError, TrtKvError, UsageError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.step import Chosen
 from trt_kv.runtime.generation import FinishReason
@@ -299,8 +299,8 @@ class EngineCore:
         if request.keeps_state and request.state is None and request.finish_reason in ("stop", "length"):
             try:
                 request.state = self.runner.states.read(request.sequence)
-            except MemoryError as error:
-                request.error = memory_error(error, "a turn of a conversation")
+            except (MemoryError, RecallError) as error:  # as in the middle of an answer
+                request.error = memory_error(error, "a turn of a conversation") or error
 
     def _fail(self, plan: StepPlan[Request], error: Exception) -> None:
         """End the requests of a failed step; with a prompt's, all of its forks, which have no token to continue from."""

@@ -137,7 +137,7 @@ def test_one_turn_of_a_conversation_runs_at_a_time(engine: Engine, tmp_path: Pat
         lambda: session.load(tmp_path / "before"),
     ):
         with pytest.raises(UsageError, match="a turn of this conversation is running"):
-            refused()  # type: ignore[no-untyped-call]
+            refused()
     assert session.fork().chat(MESSAGES[1]).token_ids == alone
     session.save(tmp_path / "during")
     assert (tmp_path / "during").read_bytes() == (tmp_path / "before").read_bytes()
@@ -168,7 +168,7 @@ def test_a_turn_that_is_refused_leaves_a_conversation_as_it_was(engine: Engine) 
         session = served.session(**ANSWER)
         for options in ({"n": 2, "temperature": 1.0}, {"top_k": -1}, {"template": "{{ raise_exception('no') }}"}):
             with pytest.raises(UsageError):
-                await session.chat("hello", **options)  # type: ignore[arg-type]
+                await session.chat("hello", **options)
         with pytest.raises(UsageError, match="bad mode"):
             served.session(mode="lossy")  # type: ignore[arg-type]
         assert (session.messages, session.session.in_turn) == ([], False)
@@ -200,10 +200,11 @@ def test_a_client_that_is_gone_before_its_stream_begins_ends_its_turn(spec_versi
         await asyncio.sleep(1)
 
     async def answer() -> None:
-        stream = EventStream(events(), ending)
+        begun = events()
+        stream = EventStream(begun, ending)
         with contextlib.suppress(ClientDisconnect):
             await stream({"type": "http", "asgi": {"spec_version": spec_version}}, receive, send)
-        await stream.body_iterator.aclose()  # type: ignore[union-attr]
+        await begun.aclose()
 
     asyncio.run(answer())
     assert ended == ["once"]

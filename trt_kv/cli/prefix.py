@@ -111,8 +111,8 @@ def list_(*, folder: Path, engine: str | None, as_json: bool) -> None:
     """
     found = list_prefixes(folder, engine=engine)
     if as_json:
-        document = {"prefixes": [dataclasses.asdict(one) for one in found.prefixes]}
-        document |= {"other_files": len(found.others), "other_bytes": found.other_bytes, "bytes": found.n_bytes}
+        others = {"other_files": len(found.others), "other_bytes": found.other_bytes, "bytes": found.n_bytes}
+        document = {"prefixes": [dataclasses.asdict(one) for one in found.prefixes], **others}
         say(json.dumps(document, indent=1))
         return
     if found.prefixes:
