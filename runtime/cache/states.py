@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trt_kv.errors import UsageError
-from trt_kv.program import Program, recalling_layers
+from trt_kv.program import Program, eviction_nodes, finds_budgets, recalling_layers
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.blocks import page_limits, rows_of_summaries
 from trt_kv.runtime.cache.kv_pool import KvPool
@@ -48,15 +48,18 @@ class SequenceStates:
         self._recalls = frozenset(recalling_layers(program))
         self._limits = page_limits(program, pool.page_size)
         self._summary_rows = rows_of_summaries(program, pool)
+        self._drops = finds_budgets(program) or any(node is not None for node in eviction_nodes(program))
         self._scores = [next((node.attributes for node in nodes if node.op == "TokenScores"), None) for nodes in program]
 
     def check(self, state: SequenceState | None = None) -> None:
-        """``UsageError`` if the cache is on a GPU, or if ``state``, from elsewhere, does not fit it."""
-        if not self._pool.on_host:
+        """``UsageError`` if the cache is on a GPU and the policy drops tokens, or if ``state``, from elsewhere, does not fit
+        this engine.
+        """
+        if self._drops and not self._pool.on_host:
             raise UsageError(
-                "on a GPU a conversation cannot go on from what was kept (mode compressed)",
-                got="an engine that runs on a GPU",
-                fix="use mode exact, which reads the history again unless the prefix cache has it, or the device cpu",
+                "on a GPU a conversation cannot go on from what was kept (mode compressed) if the policy drops tokens",
+                got="a policy that drops tokens, whose kernels on GPUs have no budgets for single turns",
+                fix="use mode exact, which reads the history again unless the prefix cache has it; or the device cpu",
                 parameter="mode",
             )
         if state is not None and not self._accepts(state):
