@@ -20,8 +20,9 @@ from tests.serving import engine_under, small_policy
 from trt_kv.errors import UsageError
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.generation import Generation
+from trt_kv.runtime.prefix import store as store_module
 from trt_kv.runtime.prefix.block_file import MAGIC, About, digest
-from trt_kv.runtime.prefix.store import PrefixStore
+from trt_kv.runtime.prefix.store import PrefixStore, block_files
 
 CHUNK = 20
 KEYS = [bytes([at]) * 32 for at in range(4)]
@@ -114,6 +115,11 @@ def replace_by_folder(file: Path) -> None:
     file.mkdir()
 
 
+def replace_by_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 def swap(file: Path) -> None:
     """The block of another prefix, whole, under this name."""
     shutil.copy(next(one for one in files(file.parent) if one != file), file)
@@ -141,6 +147,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "scores of another prefix": rewritten(lambda block: block | {"scores.0": block["scores.0"][:-1]}),
     "a folder": replace_by_folder,
 }
+if hasattr(os, "mkfifo"):
+    DAMAGES["a pipe that nobody writes to"] = replace_by_pipe
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
@@ -227,6 +235,30 @@ def test_the_files_of_the_least_recently_used_prefix_are_deleted_its_end_first(t
     assert [store.get(key) is not None for key in KEYS] == [True, False, True, True]
     store.put(KEYS[1], BLOCK | {"kv.0": np.zeros(9999, np.float32)}, ABOUT)  # larger than all of the store
     assert [store.get(key) is not None for key in KEYS] == [True, False, True, True]
+
+
+def test_a_folder_with_much_room_is_not_listed_for_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[Path] = []
+
+    def counted(folder: Path) -> list[tuple[int, int, Path]]:
+        listed.append(folder)
+        return block_files(folder)
+
+    monkeypatch.setattr(store_module, "block_files", counted)
+    store = PrefixStore(tmp_path)
+    store.put(bytes(32), BLOCK, ABOUT)
+    n_bytes = store.used_bytes
+    store.capacity_bytes, listed[:] = 100 * n_bytes, []
+    for at in range(150):
+        store.put(bytes([1 + at]) * 32, BLOCK, ABOUT)
+        assert sum(size for _, size, _ in block_files(tmp_path)) <= store.capacity_bytes
+    assert len(listed) < 110  # each of the last ones replaces another
+    listed.clear()
+    for key in range(140):
+        store._file(bytes([1 + key]) * 32).unlink(missing_ok=True)
+    for at in range(200, 212):
+        store.put(bytes([at]) * 32, BLOCK, ABOUT)
+    assert 1 <= len(listed) <= 3
 
 
 def test_a_path_that_is_no_folder_is_refused(small_engine: Engine, tmp_path: Path) -> None:

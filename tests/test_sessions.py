@@ -214,6 +214,7 @@ def test_a_compressed_turn_of_any_policy_depends_on_its_conversation_alone(
             assert min(session.held_tokens[1:]) == len(session.token_ids) - 1
         elif name != "refreekv":
             assert min(session.held_tokens) < len(session.token_ids) / 2 + N_NEW
+    again = session
     for at, ids in enumerate(turns):
         with engine_under(small_engine, small_policy(name), **WHERE[where], chunk=20) as engine:
             again = engine.session(mode="compressed", **ANSWER)

@@ -23,6 +23,11 @@ from trt_kv.runtime.prefix.block_file import SUFFIX, About, decoded, encoded, fi
 _ABANDONED_S = 3600.0
 """Age in seconds of a file that is not complete, by which its process must have been killed."""
 
+_RELISTED_SHARE = 16
+"""The folder is listed again when one of so many parts of the room that was found has been used: others write there too."""
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+"""Flags for opening a file without waiting for who writes to it, if it is a pipe."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +40,8 @@ class PrefixStore:
         """
         self.capacity_bytes = capacity_bytes
         self._path = path
+        self._room = 0
+        """Bytes that may be written before the folder is listed again."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path, suffix=PART):
@@ -66,7 +73,9 @@ class PrefixStore:
         block = decoded(key, data) if is_own else None
         if block is None or not accepts(block):
             _log.warning(
-                "prefix store: %s is %s, so its tokens are read again", file, "damaged" if is_own else "another user's"
+                "prefix store: %s is %s, so its tokens are read again",
+                file,
+                "damaged" if is_own else "another user's, or no file",
             )
             with contextlib.suppress(OSError):
                 file.unlink()
@@ -77,11 +86,12 @@ class PrefixStore:
         """Write a block, unless it is there. What cannot be written is left out, with a warning."""
         if key in self:
             return
-        file, content = self._file(key), encoded(key, block, about)
+        file = self._file(key)
         try:
+            content = encoded(key, block, about)
             if self._make_room(sum(map(len, content))):
                 write_atomically(file, *content, kind="prefix", error=UsageError, mode=0o600, is_durable=False)
-        except (OSError, UsageError) as error:
+        except (OSError, UsageError, MemoryError) as error:
             _log.warning("prefix store: %s cannot be written, so its tokens will be read again: %s", file, error)
 
     def __contains__(self, key: bytes) -> bool:
@@ -106,6 +116,9 @@ class PrefixStore:
             return True
         if n_bytes > self.capacity_bytes:
             return False
+        if n_bytes <= self._room:
+            self._room -= n_bytes
+            return True
         files = sorted(block_files(self._path))
         over = sum(size for _, size, _ in files) + n_bytes - self.capacity_bytes
         for _, size, file in files:
@@ -113,6 +126,7 @@ class PrefixStore:
                 break
             file.unlink(missing_ok=True)
             over -= size
+        self._room = -over // _RELISTED_SHARE
         return True
 
     def _file(self, key: bytes) -> Path:
@@ -120,10 +134,17 @@ class PrefixStore:
 
 
 def _read(file: Path) -> tuple[bytes, bool]:
-    """What a file holds, and whether it belongs to the user of this process, where the system tells."""
-    with file.open("rb") as opened:
-        owner = os.fstat(opened.fileno()).st_uid
-        return opened.read(), not hasattr(os, "geteuid") or owner == os.geteuid()
+    """What a file holds, and whether it is a regular one and belongs to the user of this process, where the system tells."""
+    descriptor = os.open(file, os.O_RDONLY | _AT_ONCE)
+    try:
+        status = os.fstat(descriptor)
+        is_own = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+        if not (is_own and stat.S_ISREG(status.st_mode)):
+            return b"", False
+        with os.fdopen(descriptor, "rb", closefd=False) as opened:
+            return opened.read(), True
+    finally:
+        os.close(descriptor)
 
 
 def block_files(folder: Path) -> list[tuple[int, int, Path]]:

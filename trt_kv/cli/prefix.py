@@ -111,8 +111,8 @@ def list_(*, folder: Path, engine: str | None, as_json: bool) -> None:
     """
     found = list_prefixes(folder, engine=engine)
     if as_json:
-        others = {"other_files": len(found.others), "other_bytes": found.other_bytes, "bytes": found.n_bytes}
-        document = {"prefixes": [dataclasses.asdict(one) for one in found.prefixes], **others}
+        rest = {"other_files": len(found.others), "other_bytes": found.other_bytes, "bytes": found.n_bytes}
+        document = {"prefixes": [dataclasses.asdict(one) for one in found.prefixes], **rest}
         say(json.dumps(document, indent=1))
         return
     if found.prefixes:

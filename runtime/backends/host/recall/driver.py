@@ -212,7 +212,8 @@ class StreamedRecall:
     def read_open_page(self, row: int, page: int, number: int, limits: PageLimits) -> np.ndarray:
         """See ``CopyableTiers``. Waits for pending copies."""
         self._streams.join(self.sets[row])
-        return self.device.kv[self.sets[row].page_of(number)].copy()
+        copy: np.ndarray = self.device.kv[self.sets[row].page_of(number)].copy()
+        return copy
 
     def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits, *, n_tokens: int) -> None:
         """See ``CopyableTiers``. Sinks and newest pages are read back to the device."""

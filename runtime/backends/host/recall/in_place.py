@@ -92,7 +92,8 @@ class RecallInPlace:
 
     def read_open_page(self, row: int, page: int, number: int, limits: PageLimits) -> np.ndarray:
         """See ``CopyableTiers``."""
-        return self.host.kv[page].copy()
+        copy: np.ndarray = self.host.kv[page].copy()
+        return copy
 
     def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits, *, n_tokens: int) -> None:
         """See ``CopyableTiers``."""
