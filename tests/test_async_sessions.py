@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ from trt_kv import AsyncEngine, Engine
 from trt_kv.errors import UsageError
 from trt_kv.runtime.async_session import AsyncSession
 from trt_kv.runtime.session_file import _LENGTH_BYTES, _MAGIC
+from trt_kv.serving.http.bodies import SessionBody
 from trt_kv.serving.http.generating import EventStream
+from trt_kv.serving.http.refusals import RefusedError
+from trt_kv.serving.http.sessions import Sessions
+from trt_kv.serving.http.settings import ServerSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,6 +213,43 @@ def test_a_client_that_is_gone_before_its_stream_begins_ends_its_turn(spec_versi
 
     asyncio.run(answer())
     assert ended == ["once"]
+
+
+def test_a_conversation_is_not_forgotten_while_it_has_a_turn(engine: Engine) -> None:
+    now = [0.0]
+    settings = ServerSettings(model_name="tiny", session_seconds=10)
+    sessions = Sessions(AsyncEngine(engine), settings, now=lambda: now[0])
+    held = sessions.take("key", SessionBody(id="a"))
+    now[0] = 99.0
+    sessions.give_back(sessions.take("key", SessionBody(id="b")))
+    with pytest.raises(RefusedError) as refused:
+        sessions.take("key", SessionBody(id="a"))
+    assert refused.value.code == "session_in_turn"
+    sessions.give_back(held)
+    assert not sessions._held, "neither has had an answer"
+
+
+def test_templates_run_beside_the_event_loop(engine: Engine) -> None:
+    async def use(served: AsyncEngine) -> set[int]:
+        threads = set()
+        render = engine.chat_request
+
+        def rendered(*args: Any, **options: Any) -> Any:
+            threads.add(threading.get_ident())
+            return render(*args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "chat_request", rendered)
+            message = [{"role": "user", "content": "hello"}]
+            whole = await served.chat(message, **ANSWER)
+            stream = served.stream_chat(message, **ANSWER)
+            assert "".join([piece async for piece in stream]) == whole.text
+            with pytest.raises(UsageError):
+                await anext(served.stream_chat([{"role": "user"}], **ANSWER))
+            await served.session(**ANSWER).chat("hello")
+        return threads - {threading.get_ident()} if threading.get_ident() not in threads else set()
+
+    assert run(engine, use)
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {

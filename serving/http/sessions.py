@@ -78,7 +78,7 @@ class Sessions:
             try:
                 session = self._engine.session(mode=wanted.mode or "compressed")
             except TrtKvError as error:
-                raise refusal_of(error, default_param="session.mode") from error
+                raise refusal_of(error, {"mode": "session.mode"}, default_param="session.mode") from error
             held = self._held[key] = Held(id=wanted.id, session=session, used=self._now())
         held.session.session.begin_turn()
         held.used = self._now()
