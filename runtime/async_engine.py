@@ -127,7 +127,11 @@ class AsyncEngine:
         return await asyncio.to_thread(self.engine.chat_request, messages, params, **options)
 
     def session(self, *, mode: Mode = "exact", system: str | None = None, **options: Unpack[ChatKeywords]) -> AsyncSession:
-        """Begin a conversation. Options and errors as for ``Engine.session``."""
+        """Begin a conversation. Options and errors as for ``Engine.session``.
+
+        >>> session = engine.session(mode="compressed", max_new_tokens=64)
+        >>> answers = [(await session.chat(text)).text for text in ("Why is the sky blue?", "And at night?")]
+        """
         return AsyncSession(self, self.engine.session(mode=mode, system=system, **options))
 
     async def load_session(self, path: str | Path, **options: Unpack[ChatKeywords]) -> AsyncSession:

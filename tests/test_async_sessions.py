@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -305,3 +306,22 @@ def test_a_file_that_cannot_be_written_is_refused_and_leaves_nothing(engine: Eng
     with pytest.raises(UsageError, match="cannot write the session"):
         session.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have modes on POSIX only")
+def test_a_file_is_private_from_the_moment_in_which_it_is_made(engine: Engine, tmp_path: Path) -> None:
+    modes = []
+    fdopen = os.fdopen
+
+    def opened(descriptor: int, *args: Any, **options: Any) -> Any:
+        modes.append(os.fstat(descriptor).st_mode & 0o777)
+        return fdopen(descriptor, *args, **options)
+
+    umask = os.umask(0)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fdopen", opened)
+            engine.session(**ANSWER).save(tmp_path / "talk")
+    finally:
+        os.umask(umask)
+    assert modes == [0o600]

@@ -15,6 +15,7 @@ from tests.serving import assert_idle, engine_under, small_policy
 from trt_kv import Engine
 from trt_kv.errors import RecallError, UsageError
 from trt_kv.pipeline import Conversation
+from trt_kv.policies import policy_names
 from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
 from trt_kv.runtime.session import Session
 
@@ -187,6 +188,7 @@ def test_a_conversation_in_the_terminal_goes_on_in_the_next_run(
     assert "2 messages, mode compressed" in err_again
 
 
+OFTEN = ("prefixkv_paper", "refreekv", "h2o", "freekv")
 WHERE: dict[str, dict[str, Any]] = {
     "": {},
     "windows": {"windows": (12, 0, 0)},
@@ -197,8 +199,9 @@ WHERE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        *((name, where) for name in ("prefixkv_paper", "refreekv", "h2o", "freekv") for where in ("", "windows")),
+        *((name, where) for name in OFTEN for where in ("", "windows")),
         *((name, "file") for name in ("freekv", "quest")),
+        *(pytest.param(name, "", marks=pytest.mark.slow) for name in policy_names() if name not in OFTEN),
     ],
 )
 def test_a_compressed_turn_of_any_policy_depends_on_its_conversation_alone(
@@ -212,7 +215,7 @@ def test_a_compressed_turn_of_any_policy_depends_on_its_conversation_alone(
         assert_idle(engine)
         if name in ("freekv", "quest"):
             assert min(session.held_tokens[1:]) == len(session.token_ids) - 1
-        elif name != "refreekv":
+        elif name in OFTEN and name != "refreekv":
             assert min(session.held_tokens) < len(session.token_ids) / 2 + N_NEW
     again = session
     for at, ids in enumerate(turns):
@@ -276,6 +279,40 @@ def test_an_answer_whose_pages_are_lost_at_its_end_fails_and_is_read_again(small
         again.generate(turns[0])
         assert session.generate(turns[2]).token_ids == again.generate([*said, *turns[2]]).token_ids
         assert_idle(engine)
+
+
+def test_what_comes_while_the_end_of_an_answer_is_copied_changes_nothing(engine: Engine) -> None:
+    """A cancellation is too late; an interrupt stops the turn, whose pages are freed with the next step."""
+    first, second, *_ = prompts(engine)
+    plain = engine.session(mode="compressed", **ANSWER)
+    expected = [plain.generate(ids).token_ids for ids in (first, second)]
+    session, read = engine.session(mode="compressed", **ANSWER), engine.runner.states.read
+
+    def cancelled(sequence: Any) -> Any:
+        for request in engine.core._live:
+            request.cancelled = True
+        return read(sequence)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner.states, "read", cancelled)
+        assert session.generate(first).token_ids == expected[0]
+    assert session.last is not None
+    assert (session.last.finish_reason, session.held_tokens != ()) == ("length", True)
+    fork = session.fork()
+
+    def interrupted(_: Any) -> Any:
+        patch.undo()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner.states, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fork.generate(second)
+    assert fork.held_tokens == session.held_tokens
+    assert not fork.in_turn
+    assert session.generate(second).token_ids == expected[1]
+    engine.core.run_until_idle()
+    assert_idle(engine)
 
 
 def _lost(_: object) -> None:
