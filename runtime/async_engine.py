@@ -17,8 +17,9 @@ from trt_kv.runtime.request import Request
 from trt_kv.runtime.samples import check_one_sample
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.sampling.model_defaults import params_of_each
-from trt_kv.runtime.session import Mode, Turn
+from trt_kv.runtime.session import Mode
 from trt_kv.runtime.text.prompts import Prompt
+from trt_kv.runtime.turn import Turn
 
 IDLE_S = 1.0
 """Longest wait of the idle thread, in seconds, before it checks again for requests and for ``close``."""

@@ -12,8 +12,9 @@ from trt_kv.runtime.async_stream import AsyncRequest, AsyncStream
 from trt_kv.runtime.chat import ChatKeywords
 from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.sampling import SamplingOptions
-from trt_kv.runtime.session import Mode, Session, Turn
+from trt_kv.runtime.session import Mode, Session
 from trt_kv.runtime.text.prompts import Prompt
+from trt_kv.runtime.turn import Turn
 
 if TYPE_CHECKING:
     from trt_kv.runtime.async_engine import AsyncEngine

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, get_args
 
@@ -25,6 +24,7 @@ from trt_kv.runtime.sampling.model_defaults import params_of_each
 from trt_kv.runtime.session_file import SavedSession, read_session, write_session
 from trt_kv.runtime.stream import Stream
 from trt_kv.runtime.text.prompts import Prompt
+from trt_kv.runtime.turn import Turn
 
 if TYPE_CHECKING:
     from trt_kv.runtime.engine import Engine
@@ -32,20 +32,6 @@ if TYPE_CHECKING:
 Mode = Literal["exact", "compressed"]
 _STAND_IN = {"role": "assistant", "content": "x"}
 """In place of an answer, to see what a template writes behind one: it may leave parts of an answer out later."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What a turn asks of the engine. ``history``: all tokens before the answer, of which ``prompt_ids`` are read now, behind
-    ``begins_with``. ``messages``: all messages before the answer; none, if the conversation consists of prompts.
-    """
-
-    history: Sequence[int]
-    prompt_ids: Sequence[int]
-    params: SamplingParams
-    messages: Sequence[Message]
-    begins_with: SequenceState | None
-    keeps_state: bool
 
 
 class Session:

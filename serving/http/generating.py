@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from trt_kv.errors import TrtKvError
 from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.sampling import SamplingParams
-from trt_kv.runtime.session import Turn
+from trt_kv.runtime.turn import Turn
 from trt_kv.serving.http.answers import ChatForm, CompletionForm, Form
 from trt_kv.serving.http.bodies import ChatBody, CompletionBody, Generating, StreamOptions
 from trt_kv.serving.http.context import Context

@@ -9,7 +9,7 @@ from trt_kv.runtime.chat import ChatKeywords
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.sampling.model_defaults import params_of_each
-from trt_kv.runtime.session import Turn
+from trt_kv.runtime.turn import Turn
 from trt_kv.serving.http.bodies import ChatBody, CompletionBody, Generating, Templated, TokenizeBody
 from trt_kv.serving.http.refusals import RefusedError
 from trt_kv.serving.http.settings import MAX_COMPLETION_TOKENS

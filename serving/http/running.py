@@ -10,7 +10,7 @@ from trt_kv.runtime.async_stream import AsyncRequest
 from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
-from trt_kv.runtime.session import Turn
+from trt_kv.runtime.turn import Turn
 from trt_kv.serving.admission import Admission, shutting_down
 from trt_kv.serving.http.answers import News
 

@@ -9,7 +9,7 @@ from typing import Any
 from trt_kv.errors import TrtKvError
 from trt_kv.runtime.async_engine import AsyncEngine
 from trt_kv.runtime.async_session import AsyncSession
-from trt_kv.runtime.session import Turn
+from trt_kv.runtime.turn import Turn
 from trt_kv.serving.http.bodies import SessionBody
 from trt_kv.serving.http.refusals import RefusedError, refusal_of
 from trt_kv.serving.http.running import Running
