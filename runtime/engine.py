@@ -24,10 +24,11 @@ from trt_kv.runtime.samples import check_fits, check_one_sample, samples_of
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.sampling.model_defaults import NO_DEFAULTS, ModelDefaults, params_of_each
 from trt_kv.runtime.sampling.structure import Structures
-from trt_kv.runtime.session import EngineSessions, Turn
+from trt_kv.runtime.session import EngineSessions
 from trt_kv.runtime.stream import Stream
 from trt_kv.runtime.text.prompts import Prompt, PromptEncoder, prompt_name
 from trt_kv.runtime.trace import NO_TRACE, Trace
+from trt_kv.runtime.turn import Turn
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from trt_kv.errors import CapacityError, EngineError, TrtKvError, UsageError
+from trt_kv.errors import CapacityError, EngineError, RecallError, TrtKvError, UsageError
 from trt_kv.plugins.paging import Floats
 from trt_kv.runtime.backends.step import Chosen
 from trt_kv.runtime.generation import FinishReason
@@ -225,7 +225,7 @@ class EngineCore:
         if self.prefixes is None:
             return plan
         shared = None if self.sharing is None else self.sharing.used_by(request)
-        n_cached = self.prefixes.begin(request.held_sequence, request.prompt_ids, request.params.cache_salt, shared)
+        n_cached = self.prefixes.begin(request.held_sequence, request.prefix_keys(self.prefixes), shared)
         request.n_cached = n_cached
         self._share(request, n_cached)
         return self._scheduler.skip_to(plan, n_cached) if n_cached else plan
@@ -250,7 +250,7 @@ class EngineCore:
             elif plan.reads_last:
                 self._end_prompt(request, rows[0])
             elif self.prefixes is not None and request.begins_with is None:
-                self.prefixes.keep(request.sequence, request.prompt_ids, plan.end, request.params.cache_salt)
+                self.prefixes.keep(request.sequence, request.prefix_keys(self.prefixes), plan.end)
                 self._share(request, plan.end)
             return
         counts.decode_steps += 1
@@ -299,8 +299,8 @@ class EngineCore:
         if request.keeps_state and request.state is None and request.finish_reason in ("stop", "length"):
             try:
                 request.state = self.runner.states.read(request.sequence)
-            except MemoryError as error:
-                request.error = memory_error(error, "a turn of a conversation")
+            except (MemoryError, RecallError) as error:  # as in the middle of an answer
+                request.error = memory_error(error, "a turn of a conversation") or error
 
     def _fail(self, plan: StepPlan[Request], error: Exception) -> None:
         """End the requests of a failed step; with a prompt's, all of its forks, which have no token to continue from."""

@@ -15,6 +15,7 @@ from trt_kv.runtime.backends.step import Choice, Chosen
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.cache.states import SequenceState
 from trt_kv.runtime.generation import FinishReason, Generation, RequestRecall, RequestTimes, TokenLogprob
+from trt_kv.runtime.prefix.cache import PrefixCache, PromptKeys
 from trt_kv.runtime.reservation import RequestSize
 from trt_kv.runtime.sampling import SamplingParams
 from trt_kv.runtime.sampling.choice import log_probability, log_total, next_token, top_log_probabilities
@@ -96,6 +97,13 @@ class Request:
         """All text, with the stand-ins of special tokens that are searched for."""
         self._n_emitted = 0
         self._held: tuple[int, tuple[int, ...], RequestRecall | None] | None = None
+        self._prefix_keys: PromptKeys | None = None
+
+    def prefix_keys(self, prefixes: PrefixCache) -> PromptKeys:
+        """The keys of its prompt's blocks, for the thread that runs steps."""
+        if self._prefix_keys is None:
+            self._prefix_keys = prefixes.keys_of(self.prompt_ids, self.params.cache_salt)
+        return self._prefix_keys
 
     @property
     def size(self) -> RequestSize:

@@ -4,10 +4,11 @@ Mode "exact": a turn has the tokens that the whole history, sent anew, would hav
 "compressed": a turn goes on from what the last one kept, so the cache stays within the policy's budget.
 """
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, get_args
 
@@ -23,6 +24,7 @@ from trt_kv.runtime.sampling.model_defaults import params_of_each
 from trt_kv.runtime.session_file import SavedSession, read_session, write_session
 from trt_kv.runtime.stream import Stream
 from trt_kv.runtime.text.prompts import Prompt
+from trt_kv.runtime.turn import Turn
 
 if TYPE_CHECKING:
     from trt_kv.runtime.engine import Engine
@@ -32,26 +34,13 @@ _STAND_IN = {"role": "assistant", "content": "x"}
 """In place of an answer, to see what a template writes behind one: it may leave parts of an answer out later."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What a turn asks of the engine. ``history``: all tokens before the answer, of which ``prompt_ids`` are read now, behind
-    ``begins_with``. ``messages``: all messages before the answer; none, if the conversation consists of prompts.
-    """
-
-    history: Sequence[int]
-    prompt_ids: Sequence[int]
-    params: SamplingParams
-    messages: Sequence[Message]
-    begins_with: SequenceState | None
-    keeps_state: bool
-
-
 class Session:
     """A conversation with an engine, of messages (``chat``, ``stream_chat``) or of prompts that continue each other
-    (``generate``, ``stream``). Made by ``Engine.session``. Use it from one thread at a time.
+    (``generate``, ``stream``). Made by ``Engine.session``.
 
     Between turns it holds no pages of the engine; in mode "compressed" it has a copy of what was kept. A turn that is refused
-    leaves it as it was; an answer that is stopped stays as far as it got.
+    leaves it as it was; an answer that is stopped stays as far as it got. One turn runs at a time: until its iterator has ended
+    or is closed, other turns, ``reset`` and ``load`` are a ``UsageError``. ``fork`` and ``save`` have what was said before it.
 
     >>> session = engine.session(system="Answer in one sentence.", max_new_tokens=64)
     >>> session.chat("Why is the sky blue?").text
@@ -67,40 +56,64 @@ class Session:
         if mode == "compressed":
             engine.runner.states.check()
         self.engine = engine
-        self.mode: Mode = mode
-        self.messages: list[Message] = []
-        self.token_ids: list[int] = []
-        """All tokens so far, as they were read and generated."""
         self.last: Generation | None = None
         """The result of the last turn."""
-        self._state: SequenceState | None = None
+        self._said = _nothing_said(mode, system)  # never changed, only replaced: others may be reading it
         self._options = dict(options or {})
-        self.reset(system)
+        self._turn_lock = threading.Lock()
+
+    @property
+    def mode(self) -> Mode:
+        return cast(Mode, self._said.mode)
+
+    @property
+    def messages(self) -> list[Message]:
+        """All messages so far, of users and of the assistant, in a list of their own."""
+        return list(self._said.messages)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens so far, as they were read and generated, in a list of their own."""
+        return list(self._said.token_ids)
 
     @property
     def system(self) -> str | None:
         """The system message; None: none of one's own, so that the template's default is used, if it has one."""
-        return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else None
+        messages = self._said.messages
+        return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+
+    @property
+    def n_turns(self) -> int:
+        """Messages that have been answered."""
+        return sum(message["role"] == "assistant" for message in self._said.messages)
 
     @property
     def n_bytes(self) -> int:
         """Memory of what is remembered, about."""
-        texts = sum(len(str(message.get("content"))) for message in self.messages)
-        return 8 * len(self.token_ids) + texts + (0 if self._state is None else self._state.n_bytes)
+        said = self._said
+        texts = sum(len(str(message.get("content"))) for message in said.messages)
+        return 8 * len(said.token_ids) + texts + (0 if said.state is None else said.state.n_bytes)
 
     @property
     def held_tokens(self) -> tuple[int, ...]:
         """Per layer, how many of ``token_ids`` the next turn goes on from without reading them; empty in mode "exact"."""
-        return () if self._state is None else self._state.kv_len
+        return () if self._said.state is None else self._said.state.kv_len
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether a turn runs."""
+        return self._turn_lock.locked()
 
     def reset(self, system: str | None = None) -> None:
         """Forget what was said, and begin with a system message, or with none."""
-        self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self.token_ids, self.last, self._state = [], None, None
+        with self._alone():
+            self._said, self.last = _nothing_said(self.mode, system), None
 
     def fork(self) -> "Session":
         """A conversation that begins with this one, and goes on independently."""
-        return copy.copy(self)  # what it refers to is replaced by a turn, never changed
+        fork = copy.copy(self)
+        fork._turn_lock = threading.Lock()
+        return fork
 
     def chat(self, message: str, **options: Unpack[ChatKeywords]) -> Generation:
         """The answer to a message of the user; errors as for ``Engine.chat``."""
@@ -110,7 +123,8 @@ class Session:
         self, message: str, *, on_prefill: Callable[[int], None] | None = None, **options: Unpack[ChatKeywords]
     ) -> Generator[str, None, None]:
         """Stream the answer to a message of the user. Closing the iterator stops it."""
-        yield from self._answered(self.turn_of_messages([{"role": "user", "content": message}], **options), on_prefill)
+        with self._alone():
+            yield from self._answered(self.turn_of_messages([{"role": "user", "content": message}], **options), on_prefill)
 
     def generate(self, prompt: Prompt, **sampling: Unpack[SamplingOptions]) -> Generation:
         """The continuation of all prompts and continuations so far, and of ``prompt``; errors as for ``Engine.generate``."""
@@ -120,77 +134,113 @@ class Session:
         self, prompt: Prompt, *, on_prefill: Callable[[int], None] | None = None, **sampling: Unpack[SamplingOptions]
     ) -> Generator[str, None, None]:
         """Stream the continuation of a prompt. Closing the iterator stops it."""
-        yield from self._answered(self._turn_of_prompt(prompt, sampling), on_prefill)
+        with self._alone():
+            yield from self._answered(self.turn_of_prompt(prompt, **sampling), on_prefill)
+
+    def begin_turn(self) -> None:
+        """From now on no other turn may begin, until ``end_turn``; for servers. ``UsageError`` if one runs."""
+        if not self._turn_lock.acquire(blocking=False):
+            raise UsageError(
+                "a turn of this conversation is running",
+                got="another one",
+                expected="one turn at a time",
+                fix="wait for the end of its answer, or close its iterator; fork() begins a conversation of its own",
+            )
+
+    def end_turn(self) -> None:
+        """Undo ``begin_turn``."""
+        self._turn_lock.release()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.begin_turn()
+        try:
+            yield
+        finally:
+            self.end_turn()
 
     def turn_of_messages(self, messages: Sequence[Message], **options: Unpack[ChatKeywords]) -> Turn:
-        """What the next messages ask of the engine, for servers; ``record`` its end."""
-        self._check_kind(bool(self.token_ids) and len(self.messages) < 2, "prompts", "messages")
+        """What the next messages ask of the engine; between ``begin_turn`` and ``end_turn``, with ``record`` at the end."""
+        said = self._said
+        self._check_kind(bool(said.token_ids) and len(said.messages) < 2, "prompts", "messages")
         given = cast(ChatKeywords, {**self._options, **options})
-        whole = [*self.messages, *messages]
+        whole = [*said.messages, *messages]
         ids, params = self.engine.chat_request(whole, None, **given)
-        if self.mode == "compressed" and self.token_ids:
-            ids = [*self.token_ids, *self._behind_answer(messages, given)]
+        if self.mode == "compressed" and said.token_ids:
+            ids = [*said.token_ids, *self._behind_answer(messages, given)]
         return self._turn(ids, params, whole)
+
+    def turn_of_prompt(self, prompt: Prompt, **sampling: Unpack[SamplingOptions]) -> Turn:
+        """The same for a prompt that goes on where the last continuation ended."""
+        said = self._said
+        self._check_kind(bool(said.messages), "messages", "prompts")
+        given = {name: value for name, value in self._options.items() if name not in TemplateOptions.__annotations__} | sampling
+        (params,) = params_of_each(1, None, cast(SamplingOptions, given), self.engine.default_sampling)
+        is_part = isinstance(prompt, str) and bool(said.token_ids)
+        encode: Callable[..., list[int]] = self.engine.encode_part if is_part else self.engine.encode
+        new = encode(prompt, parse_special_tokens=params.parse_special_tokens)
+        return self._turn([*said.token_ids, *new], params, ())
 
     def record(self, turn: Turn, result: Generation, state: SequenceState | None) -> None:
         """Add a turn and its answer. ``state``: of its request, None if that did not end by itself: then the next turn reads
         its tokens again.
         """
+        said = self._said
+        answered = [*turn.messages, {"role": "assistant", "content": result.text}] if turn.messages else said.messages
         self.last = result
-        self.token_ids = [*turn.history, *result.token_ids]
-        if turn.messages:
-            self.messages = [*turn.messages, {"role": "assistant", "content": result.text}]
-        if state is not None:
-            self._state = state
+        self._said = SavedSession(
+            mode=said.mode,
+            messages=answered,
+            token_ids=[*turn.history, *result.token_ids],
+            state=said.state if state is None else state,
+        )
+
+    def record_stopped(self, turn: Turn, result: Generation) -> None:
+        """Add a turn whose answer did not end by itself, as far as it got; nothing if it has no text."""
+        if result.text:
+            self.record(turn, result, None)
+        else:
+            self.last = result
 
     def save(self, path: str | Path) -> None:
         """Write the conversation to a file, which ``Engine.load_session`` reads. A file that is there is replaced as a whole;
         nobody but the user can read it. ``UsageError`` if it cannot be written.
         """
-        saved = SavedSession(mode=self.mode, messages=self.messages, token_ids=self.token_ids, state=self._state)
-        write_session(Path(path), saved, self._fingerprint)
+        write_session(Path(path), self._said, self._fingerprint)
 
     def load(self, path: str | Path) -> None:
         """Become the conversation that ``save`` wrote. ``UsageError`` for a file that is none, is damaged, or is of another
         engine; nothing has changed then.
         """
-        saved = read_session(Path(path), self._fingerprint)
-        if saved.state is not None:
-            self.engine.runner.states.check(saved.state)
-        self.mode = cast(Mode, saved.mode)
-        self.messages, self.token_ids, self._state, self.last = list(saved.messages), list(saved.token_ids), saved.state, None
+        with self._alone():
+            saved = read_session(Path(path), self._fingerprint, vocab_size=self.engine.manifest.config.vocab_size)
+            if saved.mode == "compressed":
+                self.engine.runner.states.check(saved.state)
+            self._said, self.last = saved, None
 
     @property
     def _fingerprint(self) -> Mapping[str, Any]:
         """What a file must be of, to be read here."""
         return {"engine": self.engine.manifest.to_json()["digest"], "stored_as": self.engine.runner.pool.kv_dtype}
 
-    def _turn_of_prompt(self, prompt: Prompt, sampling: SamplingOptions) -> Turn:
-        self._check_kind(bool(self.messages), "messages", "prompts")
-        given = {name: value for name, value in self._options.items() if name not in TemplateOptions.__annotations__} | sampling
-        (params,) = params_of_each(1, None, cast(SamplingOptions, given), self.engine.default_sampling)
-        is_part = isinstance(prompt, str) and bool(self.token_ids)
-        encode: Callable[..., list[int]] = self.engine.encode_part if is_part else self.engine.encode
-        new = encode(prompt, parse_special_tokens=params.parse_special_tokens)
-        return self._turn([*self.token_ids, *new], params, ())
-
     def _turn(self, history: Sequence[int], params: SamplingParams, messages: Sequence[Message]) -> Turn:
         check_one_sample(params)
         self._check_room(len(history))
-        n_before = 0 if self._state is None else self._state.num_computed_tokens
+        state = self._said.state
+        n_before = 0 if state is None else state.num_computed_tokens
         return Turn(
             history=history,
             prompt_ids=history[n_before:],
             params=params,
             messages=messages,
-            begins_with=self._state,
+            begins_with=state,
             keeps_state=self.mode == "compressed",
         )
 
     def _behind_answer(self, messages: Sequence[Message], options: ChatKeywords) -> list[int]:
         """The tokens between the last answer and the next one: the end of the one, the new messages, the head of the other."""
         of_template = cast(TemplateOptions, {k: v for k, v in options.items() if k in TemplateOptions.__annotations__})
-        before = [*self.messages[:-1], _STAND_IN]
+        before = [*self._said.messages[:-1], _STAND_IN]
         cut = cast(TemplateOptions, {**of_template, "continue_final_message": True})
         begin = self.engine.encode_chat(before, **cut)
         whole = self.engine.encode_chat([*before, *messages], **of_template)
@@ -222,10 +272,10 @@ class Session:
         result = request.result()
         if is_stopped:  # to the engine, an interrupt in the middle of a step is an error
             result = dataclasses.replace(result, finish_reason="cancelled", error=None)
-        if result.text or is_whole:
-            self.record(turn, result, request.state if is_whole else None)
+        if is_whole:
+            self.record(turn, result, request.state)
         else:
-            self.last = result
+            self.record_stopped(turn, result)
 
     def _whole(self, answer: Generator[str, None, None]) -> Generation:
         for _ in answer:
@@ -246,6 +296,11 @@ class Session:
                 expected=f"fewer than {most}, as an answer needs some",
                 fix="start again (/reset in trt-kv chat), or send a shorter message",
             )
+
+
+def _nothing_said(mode: str, system: str | None) -> SavedSession:
+    messages = () if system is None else ({"role": "system", "content": system},)
+    return SavedSession(mode=mode, messages=messages, token_ids=(), state=None)
 
 
 class EngineSessions:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import trt_kv
 from trt_kv import errors, pipeline
-from trt_kv.runtime import async_engine, chat, generation, stream
+from trt_kv.runtime import async_session, async_stream, chat, generation, session, stream
 from trt_kv.runtime.prefix import pins
 
 WIDTH = 100
@@ -29,7 +29,11 @@ SECTIONS: dict[str, tuple[str, dict[str, object]]] = {
             "TemplateOptions": chat.TemplateOptions,
             "RequestTimes": generation.RequestTimes,
             "Stream": stream.Stream,
-            "AsyncStream": async_engine.AsyncStream,
+            "AsyncStream": async_stream.AsyncStream,
+            "EngineSessions": session.EngineSessions,
+            "Session": session.Session,
+            "AsyncSession": async_session.AsyncSession,
+            "AsyncAnswer": async_session.AsyncAnswer,
         },
     ),
     "From a checkpoint to an evaluated engine": (

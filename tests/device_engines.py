@@ -1,12 +1,13 @@
 """Engines on a device say what they say on the host; as a program, in Triton's interpreter:
 ``TRITON_INTERPRET=1 python -m tests.device_engines DENSE ENGINE ...`` fails where one does not, and with ``prefixes`` as
-DENSE where one has other bits after a cached prefix.
+DENSE where one has other bits after a cached prefix, with ``sessions`` where a conversation has other tokens.
 
 A program, because the variable has to be set before a kernel is imported.
 """
 
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,25 @@ def check_prefixes(folder: Path) -> None:
         assert (again.logprobs, again.kv_tokens) == (first.logprobs, first.kv_tokens), folder
 
 
+def check_sessions(folder: Path) -> None:
+    """A conversation that goes on from what was kept says on a device what it says on the host, also after it was saved."""
+    turns = [prompts()[0], prompts()[1], [7]]
+    answer: dict[str, Any] = {"max_new_tokens": N_NEW, "ignore_eos": True}
+    with Engine.load(folder, cache_tokens=200, chunk=CHUNK, n_threads=1) as host:
+        on_host = host.session(mode="compressed", **answer)
+        expected = [on_host.generate(ids).token_ids for ids in turns]
+    with load_on(folder, torch.device("cpu")) as engine, tempfile.TemporaryDirectory() as place:
+        session = engine.session(mode="compressed", **answer)
+        for ids, tokens in zip(turns, expected, strict=True):
+            assert session.generate(ids).token_ids == tokens, folder
+            session.save(Path(place) / "talk")
+            session = engine.load_session(Path(place) / "talk", **answer)
+        assert session.held_tokens == on_host.held_tokens, folder
+        engine.runner.pool.check_integrity([])
+        if engine.runner.tiers is not None:
+            engine.runner.tiers.host.check_integrity([])
+
+
 def check_batch_invariance(folder: Path) -> None:
     """With ``batch_invariant`` a request's logits are its own, bit for bit, alone and beside others that come and go.
 
@@ -122,9 +142,9 @@ def check_batch_invariance(folder: Path) -> None:
 if __name__ == "__main__":
     prepare()
     np.seterr(invalid="ignore", over="ignore")  # what is masked afterwards
-    if sys.argv[1] == "prefixes":
+    if sys.argv[1] in ("prefixes", "sessions"):
         for engine_folder in sys.argv[2:]:
-            check_prefixes(Path(engine_folder))
+            (check_prefixes if sys.argv[1] == "prefixes" else check_sessions)(Path(engine_folder))
         sys.exit()
     for engine_folder in sys.argv[2:]:
         check(Path(engine_folder), torch.device("cpu"), DeviceOptions(dense=sys.argv[1]))

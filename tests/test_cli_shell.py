@@ -15,8 +15,8 @@ from tests.bare_python import make_bare_environment
 from trt_kv import __version__
 from trt_kv.cli import build, generate
 from trt_kv.cli.app import COMMANDS, main
-from trt_kv.cli.generate import read_prompt
 from trt_kv.cli.hints import command_line
+from trt_kv.cli.prompt_options import read_prompt
 from trt_kv.errors import CapacityError, EngineError, MissingDependencyError, TrtKvError, UnknownNameError, UsageError
 from trt_kv.pipeline import BuildRequest, CalibrationPlan, TargetPlan
 from trt_kv.require import missing_dependency, require

@@ -69,6 +69,8 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
         ("torch", POLICIES),
         ("onnxruntime", ("freekv",)),
         ("prefixes", ("freekv",)),
+        ("sessions", ("full", "freekv")),
+        pytest.param("sessions", ("freekv-windows", "freekv-recipe"), marks=pytest.mark.slow),
         pytest.param("prefixes", ("h2o-windows", "freekv-windows", "prefixkv_paper"), marks=pytest.mark.slow),
     ],
 )
@@ -81,6 +83,14 @@ def test_an_engine_says_on_a_device_what_it_says_on_the_host(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}
     )
     assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_conversation_cannot_go_on_from_what_a_device_has_dropped(folder_of: Callable[[str], Path]) -> None:
+    engine = load_on(folder_of("prefixkv_paper"), CPU)
+    with pytest.raises(UsageError, match=r"cannot go on from what was kept .* policy drops tokens"):
+        engine.session(mode="compressed")
+    engine.session()
 
 
 @pytest.mark.usefixtures("idle")

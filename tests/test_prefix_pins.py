@@ -1,6 +1,7 @@
 """Pinned prefixes are read once and stay; ``trt-kv prefix add`` reads them into files."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.engines import Run, random_ids
 from tests.serving import assert_idle, engine_under, small_policy
 from trt_kv.cli.run_options import byte_count
 from trt_kv.errors import CapacityError, UsageError
+from trt_kv.manifest import load_manifest
 from trt_kv.pipeline.plans import ResourceChoice
 from trt_kv.runtime.async_engine import AsyncEngine
 from trt_kv.runtime.engine import Engine
@@ -99,6 +101,9 @@ def test_prefix_add_reads_a_prompt_that_generate_continues(small_folder: Path, r
     assert (code, out) == (0, "")
     _, expected, told = run("generate", small_folder, text, "--max-new-tokens", "4", "--no-prefix-cache", *sizes[:6])
     assert "prefix cache" not in told
+    kept = json.loads(run("prefix", "list", tmp_path / "store", "--json")[1])["prefixes"]
+    assert [(one["tokens"], one["policy"], one["is_whole"]) for one in kept] == [(n_of(err, "are in"), "prefixkv_paper", True)]
+    assert kept[0]["engine"] == load_manifest(small_folder).to_json()["digest"]
     code, out, told = run("generate", small_folder, f"{text}and more", "--max-new-tokens", "4", *store)
     assert code == 0
     assert n_of(told, "from the prefix cache; first token after") == n_of(err, "are in") > 0

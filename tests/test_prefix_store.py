@@ -20,11 +20,13 @@ from tests.serving import engine_under, small_policy
 from trt_kv.errors import UsageError
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.generation import Generation
-from trt_kv.runtime.prefix import store as module
-from trt_kv.runtime.prefix.store import PrefixStore
+from trt_kv.runtime.prefix import store as store_module
+from trt_kv.runtime.prefix.block_file import MAGIC, About, digest
+from trt_kv.runtime.prefix.store import PrefixStore, block_files
 
 CHUNK = 20
 KEYS = [bytes([at]) * 32 for at in range(4)]
+ABOUT = About(engine="sha256:0", policy="h2o", tokens=20, own_tokens=20)
 BLOCK = {"kv.0": np.arange(60, dtype=np.float32).reshape(3, 20), "scores.0": np.ones((1, 7), np.float32)}
 
 
@@ -45,7 +47,7 @@ class Written:
     def first(self) -> Path:
         """The file of the first block of the prompt."""
         assert self.engine.core.prefixes is not None
-        (key,) = self.engine.core.prefixes._keys(prompt_of(self.engine), 1, "")
+        key = self.engine.core.prefixes.keys(prompt_of(self.engine), "")[0]
         return self.store / f"{key.hex()}.prefix"
 
 
@@ -97,7 +99,7 @@ def rewritten(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) 
         block = store.get(key)
         assert block is not None
         file.unlink()
-        store.put(key, change(dict(block)))
+        store.put(key, change(dict(block)), ABOUT)
 
     return damage
 
@@ -113,6 +115,11 @@ def replace_by_folder(file: Path) -> None:
     file.mkdir()
 
 
+def replace_by_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 def swap(file: Path) -> None:
     """The block of another prefix, whole, under this name."""
     shutil.copy(next(one for one in files(file.parent) if one != file), file)
@@ -121,14 +128,14 @@ def swap(file: Path) -> None:
 def no_block(file: Path) -> None:
     """The right digest of no block at all."""
     body = b"\xff" * 100
-    file.write_bytes(module._MAGIC + module._digest(bytes.fromhex(file.stem), body) + body)
+    file.write_bytes(MAGIC + digest(bytes.fromhex(file.stem), body) + body)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: file.write_bytes(b""),
     "cut": lambda file: file.write_bytes(file.read_bytes()[:-7]),
     "cut in its head": lambda file: file.write_bytes(file.read_bytes()[:30]),
-    "another version": lambda file: file.write_bytes(b"trt-kv prefix 2\n" + file.read_bytes()[16:]),
+    "another version": lambda file: file.write_bytes(b"trt-kv prefix 1\n" + file.read_bytes()[16:]),
     "a flipped digest": lambda file: flip(file, 20),
     "a flipped header": lambda file: flip(file, 60),
     "a flipped value": lambda file: flip(file, -9),
@@ -140,6 +147,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "scores of another prefix": rewritten(lambda block: block | {"scores.0": block["scores.0"][:-1]}),
     "a folder": replace_by_folder,
 }
+if hasattr(os, "mkfifo"):
+    DAMAGES["a pipe that nobody writes to"] = replace_by_pipe
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
@@ -161,7 +170,7 @@ def test_a_damaged_file_is_a_miss_with_a_warning(
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="users own files on POSIX only")
 def test_files_of_others_are_not_read_and_others_read_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = PrefixStore(tmp_path / "made" / "here")
-    store.put(KEYS[0], BLOCK)
+    store.put(KEYS[0], BLOCK, ABOUT)
     (file,) = files(tmp_path / "made" / "here")
     assert [stat.S_IMODE(path.stat().st_mode) for path in (file.parent, file)] == [0o700, 0o600]
     assert store.get(KEYS[0]) is not None
@@ -177,7 +186,9 @@ import numpy as np
 from pathlib import Path
 from trt_kv.runtime.prefix.store import PrefixStore
 os.replace = os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-PrefixStore(Path(sys.argv[1])).put(bytes(32), {"kv.0": np.ones(999, np.float32)})
+from trt_kv.runtime.prefix.block_file import About
+about = About(engine="", policy="full", tokens=20, own_tokens=20)
+PrefixStore(Path(sys.argv[1])).put(bytes(32), {"kv.0": np.ones(999, np.float32)}, about)
 """
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode < 0
     (left,) = tmp_path.iterdir()
@@ -213,17 +224,41 @@ def test_on_a_full_disk_requests_go_on(small_engine: Engine, tmp_path: Path, cap
 
 def test_the_files_of_the_least_recently_used_prefix_are_deleted_its_end_first(tmp_path: Path) -> None:
     store = PrefixStore(tmp_path)
-    store.put(KEYS[0], BLOCK)
+    store.put(KEYS[0], BLOCK, ABOUT)
     store.capacity_bytes = 3 * store.used_bytes
     (tmp_path / "ff.prefix").mkdir()
     for key in KEYS[1:3]:
-        store.put(key, BLOCK)
+        store.put(key, BLOCK, ABOUT)
     store.touch(KEYS[:2])
     store.touch(KEYS[2:3])
-    store.put(KEYS[3], BLOCK)
+    store.put(KEYS[3], BLOCK, ABOUT)
     assert [store.get(key) is not None for key in KEYS] == [True, False, True, True]
-    store.put(KEYS[1], BLOCK | {"kv.0": np.zeros(9999, np.float32)})  # larger than all of the store
+    store.put(KEYS[1], BLOCK | {"kv.0": np.zeros(9999, np.float32)}, ABOUT)  # larger than all of the store
     assert [store.get(key) is not None for key in KEYS] == [True, False, True, True]
+
+
+def test_a_folder_with_much_room_is_not_listed_for_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[Path] = []
+
+    def counted(folder: Path) -> list[tuple[int, int, Path]]:
+        listed.append(folder)
+        return block_files(folder)
+
+    monkeypatch.setattr(store_module, "block_files", counted)
+    store = PrefixStore(tmp_path)
+    store.put(bytes(32), BLOCK, ABOUT)
+    n_bytes = store.used_bytes
+    store.capacity_bytes, listed[:] = 100 * n_bytes, []
+    for at in range(150):
+        store.put(bytes([1 + at]) * 32, BLOCK, ABOUT)
+        assert sum(size for _, size, _ in block_files(tmp_path)) <= store.capacity_bytes
+    assert len(listed) < 110  # each of the last ones replaces another
+    listed.clear()
+    for key in range(140):
+        store._file(bytes([1 + key]) * 32).unlink(missing_ok=True)
+    for at in range(200, 212):
+        store.put(bytes([at]) * 32, BLOCK, ABOUT)
+    assert 1 <= len(listed) <= 3
 
 
 def test_a_path_that_is_no_folder_is_refused(small_engine: Engine, tmp_path: Path) -> None:

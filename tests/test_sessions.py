@@ -1,6 +1,7 @@
 """Conversations that an engine remembers: the same tokens as the whole history, or going on from what was kept."""
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -12,8 +13,11 @@ from tests.chat_engines import chat_engine
 from tests.engines import Run, random_ids
 from tests.serving import assert_idle, engine_under, small_policy
 from trt_kv import Engine
-from trt_kv.errors import UsageError
+from trt_kv.errors import RecallError, UsageError
 from trt_kv.pipeline import Conversation
+from trt_kv.policies import policy_names
+from trt_kv.runtime.backends.host.recall.driver import StreamedRecall
+from trt_kv.runtime.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -184,26 +188,132 @@ def test_a_conversation_in_the_terminal_goes_on_in_the_next_run(
     assert "2 messages, mode compressed" in err_again
 
 
-@pytest.mark.parametrize("name", ["prefixkv_paper", "refreekv", "h2o", "freekv"])
-@pytest.mark.parametrize("windows", [(), (12, 0, 0)], ids=["", "windows"])
+OFTEN = ("prefixkv_paper", "refreekv", "h2o", "freekv")
+WHERE: dict[str, dict[str, Any]] = {
+    "": {},
+    "windows": {"windows": (12, 0, 0)},
+    "file": {"host_tier": f"file:{tempfile.gettempdir()}"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        *((name, where) for name in OFTEN for where in ("", "windows")),
+        *((name, "file") for name in ("freekv", "quest")),
+        *(pytest.param(name, "", marks=pytest.mark.slow) for name in policy_names() if name not in OFTEN),
+    ],
+)
 def test_a_compressed_turn_of_any_policy_depends_on_its_conversation_alone(
-    small_engine: Engine, name: str, windows: tuple[int, ...], tmp_path: Path
+    small_engine: Engine, name: str, where: str, tmp_path: Path
 ) -> None:
     """Not on a restart between the turns, nor on what else runs; everything is free afterwards."""
     turns = [random_ids(small_engine, n_tokens, seed=n_tokens) for n_tokens in TURNS]
-    with engine_under(small_engine, small_policy(name), windows=windows, chunk=20) as engine:
+    with engine_under(small_engine, small_policy(name), **WHERE[where], chunk=20) as engine:
         session = engine.session(mode="compressed", **ANSWER)
         expected = [session.generate(ids).token_ids for ids in turns]
         assert_idle(engine)
-        if name == "freekv":
+        if name in ("freekv", "quest"):
             assert min(session.held_tokens[1:]) == len(session.token_ids) - 1
-        elif name != "refreekv":
+        elif name in OFTEN and name != "refreekv":
             assert min(session.held_tokens) < len(session.token_ids) / 2 + N_NEW
+    again = session
     for at, ids in enumerate(turns):
-        with engine_under(small_engine, small_policy(name), windows=windows, chunk=20) as engine:
+        with engine_under(small_engine, small_policy(name), **WHERE[where], chunk=20) as engine:
             again = engine.session(mode="compressed", **ANSWER)
             if at:
                 again.load(tmp_path / "talk")
             engine.submit(random_ids(engine, 50, seed=3), max_new_tokens=30, ignore_eos=True)
             assert again.generate(ids).token_ids == expected[at]
             again.save(tmp_path / "talk")
+    assert state_of(again) == state_of(session), "there is something of others in it"
+
+
+def state_of(session: Session) -> dict[str, bytes]:
+    assert session._said.state is not None
+    return {name: values.tobytes() for name, values in session._said.state.arrays.items()}
+
+
+@pytest.mark.parametrize("name", ["freekv", "quest"])
+def test_a_cache_in_a_file_has_the_turns_of_one_in_memory(small_engine: Engine, name: str, tmp_path: Path) -> None:
+    """From one to the other too, and as in a sequence whose cache is never copied."""
+    turns = [random_ids(small_engine, n_tokens, seed=n_tokens) for n_tokens in TURNS]
+    with (
+        engine_under(small_engine, small_policy(name), chunk=20) as in_memory,
+        engine_under(small_engine, small_policy(name), **WHERE["file"], chunk=20) as in_file,
+    ):
+        assert isinstance(in_file.runner.tiers, StreamedRecall)
+        sessions = [engine.session(mode="compressed", **ANSWER) for engine in (in_memory, in_file)]
+        for ids in turns:
+            found = [session.generate(ids).token_ids for session in sessions]
+            assert found[0] == found[1]
+            assert state_of(sessions[0]) == state_of(sessions[1])
+            first, second = sessions
+            first._said, second._said = second._said, first._said
+        plain, expected, pending = in_file.runner.new_sequence(), [], list[int]()
+        for ids in turns:
+            answer = [int(in_file.runner.prefill(plain, [*pending, *ids]).argmax())]
+            while len(answer) < N_NEW:
+                answer.append(int(in_file.runner.decode([plain], [answer[-1]])[0].argmax()))
+            expected += [*ids, *answer]
+            pending = answer[-1:]
+        plain.release()
+        assert sessions[1].token_ids == expected
+        assert_idle(in_file)
+
+
+def test_an_answer_whose_pages_are_lost_at_its_end_fails_and_is_read_again(small_engine: Engine) -> None:
+    turns = [random_ids(small_engine, n_tokens, seed=n_tokens) for n_tokens in TURNS]
+    with engine_under(small_engine, small_policy("freekv"), **WHERE["file"], chunk=20) as engine:
+        session = engine.session(mode="compressed", **ANSWER)
+        session.generate(turns[0])
+        held, before = session.held_tokens, len(session.token_ids)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.runner.states, "read", _lost)
+            with pytest.raises(RecallError, match="lost"):
+                session.generate(turns[1])
+        assert session.held_tokens == held
+        said = session.token_ids[before:]
+        assert len(said) == len(turns[1]) + N_NEW
+        again = engine.session(mode="compressed", **ANSWER)
+        again.generate(turns[0])
+        assert session.generate(turns[2]).token_ids == again.generate([*said, *turns[2]]).token_ids
+        assert_idle(engine)
+
+
+def test_what_comes_while_the_end_of_an_answer_is_copied_changes_nothing(engine: Engine) -> None:
+    """A cancellation is too late; an interrupt stops the turn, whose pages are freed with the next step."""
+    first, second, *_ = prompts(engine)
+    plain = engine.session(mode="compressed", **ANSWER)
+    expected = [plain.generate(ids).token_ids for ids in (first, second)]
+    session, read = engine.session(mode="compressed", **ANSWER), engine.runner.states.read
+
+    def cancelled(sequence: Any) -> Any:
+        for request in engine.core._live:
+            request.cancelled = True
+        return read(sequence)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner.states, "read", cancelled)
+        assert session.generate(first).token_ids == expected[0]
+    assert session.last is not None
+    assert (session.last.finish_reason, session.held_tokens != ()) == ("length", True)
+    fork = session.fork()
+
+    def interrupted(_: Any) -> Any:
+        patch.undo()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner.states, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fork.generate(second)
+    assert fork.held_tokens == session.held_tokens
+    assert not fork.in_turn
+    assert session.generate(second).token_ids == expected[1]
+    engine.core.run_until_idle()
+    assert_idle(engine)
+
+
+def _lost(_: object) -> None:
+    raise RecallError("the pages are lost")

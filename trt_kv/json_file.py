@@ -1,5 +1,6 @@
 """JSON documents on disk: read strictly into frozen dataclasses, written whole or not at all."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,6 +18,9 @@ from trt_kv.text_file import shortened
 T = TypeVar("T")
 ErrorType = type[TrtKvError]
 
+PART = ".part"
+"""The end of the name of a file that is being written."""
+_BINARY = getattr(os, "O_BINARY", 0)
 MAX_DOCUMENT_BYTES = 16 * 2**20
 """Of each document that describes an engine. Parsed, it takes up to about twenty times as much memory."""
 
@@ -42,25 +46,30 @@ def read_json(path: Path, *, kind: str, error: ErrorType, max_bytes: int | None 
         ) from cause
 
 
-def write_atomically(path: Path, content: bytes, *, kind: str, error: ErrorType, mode: int | None = None) -> None:
-    """Write ``content`` to a temporary file beside ``path`` and rename it into place. ``mode``: of the file; None: the usual.
+def write_atomically(
+    path: Path, *content: bytes, kind: str, error: ErrorType, mode: int = 0o666, is_durable: bool = True
+) -> None:
+    """Write the parts of ``content`` to a temporary file beside ``path``, whose name ends with ``PART``, and rename it into
+    place. ``mode``: of the file, without what the user's umask excludes. ``is_durable``: wait until the disk has it; without, a
+    power failure may leave a file that is not whole.
 
-    After any failure (full disk, Ctrl-C) ``path`` holds its old content or all of the new one, and no temporary file remains.
+    After any failure (full disk, Ctrl-C) ``path`` holds its old content or all of the new one, and no temporary file remains,
+    unless the process was killed.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
-        with temporary.open("xb") as file:
-            if mode is not None:
-                temporary.chmod(mode)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode), "wb") as file:
+            file.writelines(content)
+            if is_durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as cause:
         reason = cause.strerror or str(cause)
         raise error(f"cannot write the {kind}", got=f"{path}: {reason}", fix="check the folder and its free space") from cause
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or nothing can be done about it
+            temporary.unlink()
 
 
 def document_text(value: Any, indent: str = "") -> str:

@@ -33,18 +33,8 @@ class CacheBlocks:
         """``program``: of phase "prefill"."""
         self._pool = pool
         self._tiers = tiers
-        self._limits = [
-            None
-            if node is None
-            else PageLimits(
-                page_size=pool.page_size, sinks=int(node.attributes["sinks"]), recent=int(node.attributes["recent"])
-            )
-            for node in recall_nodes(program)
-        ]
-        self._summary_rows = [
-            0 if node is None else summary_rows(int(node.attributes["summary"]), pool.page_size, pool.kv_dtype)
-            for node in recall_nodes(program)
-        ]
+        self._limits = page_limits(program, pool.page_size)
+        self._summary_rows = rows_of_summaries(program, pool)
         self._windows = [_score_window(nodes) for nodes in program]
         """Of each layer: how many of the last prompt queries its scores are of; 0: all; None: it has no scores."""
         self._attention_windows = windows_of(program)
@@ -144,11 +134,29 @@ class CacheBlocks:
                     self._pool.write_pages(name, part_M, pages)
         assert end == 0, "the blocks lack pages that the layer holds"
         if limits is not None and self._tiers is not None:
-            self._tiers.begin_at(held_M, positions_MP, limits)
+            self._tiers.begin_at(held_M, positions_MP, limits, n_tokens=len(held_M) * size)
         else:
             n_kv_heads = self._pool.token_positions.shape[1]
             positions_MKP = np.repeat(positions_MP[:, None], n_kv_heads, axis=1)
             self._pool.write_pages("token_positions", held_M, positions_MKP)
+
+
+def page_limits(program: Program, page_size: int) -> list[PageLimits | None]:
+    """Of each layer: the sinks and newest pages of its RecallAttention; None if it does not recall."""
+    return [
+        None
+        if node is None
+        else PageLimits(page_size=page_size, sinks=int(node.attributes["sinks"]), recent=int(node.attributes["recent"]))
+        for node in recall_nodes(program)
+    ]
+
+
+def rows_of_summaries(program: Program, pool: KvPool[Any]) -> list[int]:
+    """Of each layer: the stored rows of a page's summary; 0 if it does not recall."""
+    return [
+        0 if node is None else summary_rows(int(node.attributes["summary"]), pool.page_size, pool.kv_dtype)
+        for node in recall_nodes(program)
+    ]
 
 
 def _pages_of(sequence: SequenceCache, layer: int) -> Ints:

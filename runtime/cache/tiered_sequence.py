@@ -87,13 +87,19 @@ class CopyableTiers(Tiers, Protocol):
         """
         ...
 
-    def write_pages(self, pages: Ints, values: Mapping[str, np.ndarray]) -> None:
-        """Write what ``read_pages`` returned to new pages. ``RecallError`` if that fails."""
+    def read_open_page(self, row: int, page: int, number: int, limits: PageLimits) -> np.ndarray:
+        """A copy [2, K, P, W] of the page of that layer that is not full, its ``number``-th, in the place where attention reads
+        it; ``page``: its host page. ``limits``: those of the layer's RecallAttention. ``RecallError`` as above.
+        """
         ...
 
-    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
-        """Let a layer of a new sequence begin with ``pages``, which ``write_pages`` has written. ``limits``: those of its
-        RecallAttention; None: only if ``in_memory``.
+    def write_pages(self, pages: Ints, values: Mapping[str, np.ndarray]) -> None:
+        """Write pages that were read, also the open one, to new pages. ``RecallError`` if that fails."""
+        ...
+
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits, *, n_tokens: int) -> None:
+        """Let a layer of a new sequence begin with ``n_tokens`` in ``pages``, which ``write_pages`` has written. ``limits``:
+        those of its RecallAttention.
         """
         ...
 

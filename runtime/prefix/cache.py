@@ -13,7 +13,7 @@ run at the same time may share pages of the pool (sharing.py).
 import hashlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from trt_kv.errors import RecallError
 from trt_kv.runtime.cache.blocks import Block, CacheBlocks
 from trt_kv.runtime.cache.sequence import SequenceCache, SharedPages
+from trt_kv.runtime.prefix.block_file import About
 from trt_kv.runtime.prefix.store import PrefixStore
 
 Key = bytes
@@ -51,6 +52,25 @@ class PrefixStatistics:
         return asdict(self)
 
 
+class PromptKeys:
+    """The keys of a prompt's whole blocks. Each is computed once, when it is first asked for. Not for several threads."""
+
+    def __init__(self, root: Key, prompt_ids: Sequence[int], block_tokens: int) -> None:
+        """``root``: the digest that the chain begins with."""
+        self.n_tokens = len(prompt_ids)
+        self._chain = [root]
+        self._ids = prompt_ids
+        self._block_tokens = block_tokens
+
+    def of_first(self, n_tokens: int) -> list[Key]:
+        """The keys of the whole blocks among the first ``n_tokens``."""
+        n_blocks = max(0, min(n_tokens, self.n_tokens)) // self._block_tokens
+        for at in range(len(self._chain) - 1, n_blocks):
+            block_ids = np.asarray(self._ids[at * self._block_tokens : (at + 1) * self._block_tokens], np.int64)
+            self._chain.append(hashlib.sha256(self._chain[-1] + block_ids.tobytes()).digest())
+        return self._chain[1 : n_blocks + 1]
+
+
 @dataclass(kw_only=True, eq=False)
 class _Entry:
     block: Block
@@ -70,20 +90,24 @@ class PrefixCache:
         capacity_bytes: int,
         fingerprint: str = "",
         store: PrefixStore | None = None,
+        engine: str = "",
+        policy: str = "",
     ) -> None:
         """``block_tokens``: a multiple of the chunk and of the page size. ``fingerprint``: of all that the bits in a block
-        depend on but tokens, so that ``store`` can be shared. ``store``: files that blocks are also written to.
+        depend on but tokens, so that ``store`` can be shared. ``store``: files that blocks are also written to, which tell the
+        digest of their ``engine`` and the name of its ``policy``.
         """
         self.block_tokens = block_tokens
         self.statistics = PrefixStatistics(capacity_bytes=capacity_bytes)
         self._blocks = blocks
         self._fingerprint = fingerprint
         self._store = store
+        self._of = {"engine": engine, "policy": policy}
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
         self._pins: Counter[Key] = Counter()
         self._lock = threading.RLock()
 
-    def begin(self, sequence: SequenceCache, prompt_ids: Sequence[int], salt: str, shared: SharedPages | None = None) -> int:
+    def begin(self, sequence: SequenceCache, keys: PromptKeys, shared: SharedPages | None = None) -> int:
         """Give an empty sequence the longest prefix of a prompt that is cached or ``shared``; returns its tokens, 0 if there is
         none.
 
@@ -91,8 +115,8 @@ class PrefixCache:
         """
         n_shared = 0 if shared is None else (1 + shared.pages_LN.shape[1]) * sequence.pool.page_size
         with self._lock:
-            self.statistics.queried_tokens += len(prompt_ids)
-            found = self._longest(self.reusable_keys(prompt_ids, salt))
+            self.statistics.queried_tokens += keys.n_tokens
+            found = self._longest(self.reusable(keys))
         copied = found[n_shared // self.block_tokens :]
         n_tokens = n_shared + len(copied) * self.block_tokens
         if n_tokens:
@@ -101,13 +125,13 @@ class PrefixCache:
             self.statistics.shared_hit_tokens += n_shared
         return n_tokens
 
-    def keep(self, sequence: SequenceCache, prompt_ids: Sequence[int], n_read: int, salt: str) -> None:
+    def keep(self, sequence: SequenceCache, keys: PromptKeys, n_read: int) -> None:
         """Keep the block that ends after ``n_read`` tokens of a prompt, if one does, the sequence having read just these."""
         n_blocks, rest = divmod(n_read, self.block_tokens)
         if rest or not n_blocks or sequence.failure is not None:
             return
         with self._lock:
-            *before, key = self._keys(prompt_ids, n_blocks, salt)
+            *before, key = keys.of_first(n_read)
             if key in self._entries or not all(earlier in self._entries for earlier in before):
                 return
             try:
@@ -115,7 +139,9 @@ class PrefixCache:
             except (MemoryError, RecallError):  # the request goes on, and finds out by itself if it cannot
                 return
             if self._insert(before, key, block) and self._store is not None:
-                self._store.put(key, block)
+                after = before[-1].hex() if before else ""
+                about = About(tokens=n_read, own_tokens=self.block_tokens, after=after, **self._of)
+                self._store.put(key, block, about)
                 self._store.touch([*before, key])
 
     def pin(self, prompt_ids: Sequence[int], salt: str) -> int:
@@ -152,21 +178,18 @@ class PrefixCache:
             for key in [key for key in self._entries if not self._pins[key]]:
                 self._drop(key)
 
+    def keys_of(self, prompt_ids: Sequence[int], salt: str) -> PromptKeys:
+        """The keys of a prompt, for its request to keep."""
+        root = hashlib.sha256(f"{self._fingerprint}\n{salt}".encode()).digest()
+        return PromptKeys(root, prompt_ids, self.block_tokens)
+
     def keys(self, prompt_ids: Sequence[int], salt: str) -> list[Key]:
         """The keys of the whole blocks of a prompt."""
-        return list(self._keys(prompt_ids, len(prompt_ids) // self.block_tokens, salt))
+        return self.keys_of(prompt_ids, salt).of_first(len(prompt_ids))
 
-    def reusable_keys(self, prompt_ids: Sequence[int], salt: str) -> list[Key]:
+    def reusable(self, keys: PromptKeys) -> list[Key]:
         """Those of the blocks that need not be read: not so late that one of the last queries would be missing."""
-        return self.keys(prompt_ids[: max(0, len(prompt_ids) - self._blocks.n_last_queries)], salt)
-
-    def _keys(self, prompt_ids: Sequence[int], n_blocks: int, salt: str) -> Iterator[Key]:
-        """The keys of the first blocks of a prompt."""
-        key = hashlib.sha256(f"{self._fingerprint}\n{salt}".encode()).digest()
-        ids = np.asarray(prompt_ids[: n_blocks * self.block_tokens], np.int64)
-        for block_ids in ids.reshape(n_blocks, self.block_tokens):
-            key = hashlib.sha256(key + block_ids.tobytes()).digest()
-            yield key
+        return keys.of_first(keys.n_tokens - self._blocks.n_last_queries)
 
     def _longest(self, keys: Sequence[Key]) -> list[Block]:
         """The blocks of the longest cached prefix, read from the store if they are only there. They become the last to be

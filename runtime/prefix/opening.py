@@ -44,6 +44,8 @@ def open_prefixes(manifest: Manifest, runner: ModelRunner, options: LoadOptions)
         capacity_bytes=available_bytes() // MEMORY_SHARE if capacity is None else capacity,
         fingerprint=_fingerprint(manifest, runner, options),
         store=None if options.prefix_store is None else _open_store(Path(options.prefix_store).expanduser()),
+        engine=manifest.to_json()["digest"],
+        policy=manifest.policy.name,
     )
 
 

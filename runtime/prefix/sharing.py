@@ -59,7 +59,7 @@ class PageSharing:
         if not self._blocks or request.begins_with is not None:
             return
         found = self._of[request] = []
-        for key in self._prefixes.reusable_keys(request.prompt_ids, request.params.cache_salt):
+        for key in self._prefixes.reusable(request.prefix_keys(self._prefixes)):
             if (block := self._blocks.get(key)) is None:
                 break
             found.append(block)
@@ -93,7 +93,7 @@ class PageSharing:
         size = self._prefixes.block_tokens
         if request.begins_with is not None or n_tokens - request.n_shared < size:
             return
-        keys = self._prefixes.keys(request.prompt_ids[:n_tokens], request.params.cache_salt)
+        keys = request.prefix_keys(self._prefixes).of_first(n_tokens)
         for key in keys[request.n_shared // size :]:
             if key in self._blocks:
                 return

@@ -1,35 +1,32 @@
-"""Files of prefix blocks, which outlive the engine: one per block, named by its key.
+"""Files of prefix blocks, which outlive the engine: one per block, named by its key (block_file.py has the format).
 
-A file is ``_MAGIC``, the SHA-256 digest of the key and the rest, and the block in the format of numpy (npz). It is written
-beside its place and renamed, so a file is whole or not there, even if the process is killed. A file that cannot be read, or is
-not what was written under its key by the same user, is a block that is not there: others may be able to put files into the
-folder, and what is in them would decide answers.
+A file is written beside its place and renamed, so it is whole or not there, even if the process is killed; after a power
+failure its digest tells that it is not whole, so nobody waits for the disk. A file that cannot be read, or is not what was
+written under its key by the same user, is a block that is not there: others may be able to put files into the folder, and what
+is in them would decide answers.
 """
 
 import contextlib
-import hashlib
-import io
 import logging
 import os
 import stat
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from trt_kv.errors import UsageError, load_option
+from trt_kv.json_file import PART, write_atomically
 from trt_kv.runtime.cache.blocks import Block
+from trt_kv.runtime.prefix.block_file import SUFFIX, About, decoded, encoded, file_name
 
-_MAGIC = b"trt-kv prefix 1\n"
-_SUFFIX = ".prefix"
-_PART = ".part"
-_HEAD_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
 _ABANDONED_S = 3600.0
 """Age in seconds of a file that is not complete, by which its process must have been killed."""
+
+_RELISTED_SHARE = 16
+"""The folder is listed again when one of so many parts of the room that was found has been used: others write there too."""
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+"""Flags for opening a file without waiting for who writes to it, if it is a pipe."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +40,11 @@ class PrefixStore:
         """
         self.capacity_bytes = capacity_bytes
         self._path = path
+        self._room = 0
+        """Bytes that may be written before the folder is listed again."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path, suffix=_PART):
+            with tempfile.NamedTemporaryFile(dir=path, suffix=PART):
                 pass
         except OSError as error:
             raise UsageError(
@@ -54,7 +53,7 @@ class PrefixStore:
                 expected="a folder, or the path of a new one",
                 fix=f"choose another with {load_option('prefix_store')}",
             ) from error
-        for left in path.glob(f"*{_PART}"):
+        for left in path.glob(f"*{PART}"):
             with contextlib.suppress(OSError):
                 if left.stat().st_mtime < time.time() - _ABANDONED_S:
                     left.unlink()
@@ -71,40 +70,29 @@ class PrefixStore:
         except OSError as error:
             _log.warning("prefix store: %s cannot be read, so its tokens are read again: %s", file, error.strerror)
             return None
-        block = _block_of(key, data) if is_own else None
+        block = decoded(key, data) if is_own else None
         if block is None or not accepts(block):
             _log.warning(
-                "prefix store: %s is %s, so its tokens are read again", file, "damaged" if is_own else "another user's"
+                "prefix store: %s is %s, so its tokens are read again",
+                file,
+                "damaged" if is_own else "another user's, or no file",
             )
             with contextlib.suppress(OSError):
                 file.unlink()
             return None
         return block
 
-    def put(self, key: bytes, block: Block) -> None:
+    def put(self, key: bytes, block: Block, about: About) -> None:
         """Write a block, unless it is there. What cannot be written is left out, with a warning."""
         if key in self:
             return
         file = self._file(key)
-        written = io.BytesIO()
-        arrays: dict[str, Any] = dict(block)
-        np.savez(written, **arrays)
-        body = written.getvalue()
-        part = None
         try:
-            if not self._make_room(_HEAD_BYTES + len(body)):
-                return
-            descriptor, part = tempfile.mkstemp(dir=self._path, suffix=_PART)  # readable by the user only
-            with os.fdopen(descriptor, "wb") as out:
-                out.write(_MAGIC + _digest(key, body))
-                out.write(body)
-            Path(part).replace(file)
-        except OSError as error:
-            _log.warning("prefix store: %s cannot be written: %s", file, error.strerror)
-        finally:
-            if part is not None:
-                with contextlib.suppress(OSError):
-                    Path(part).unlink(missing_ok=True)
+            content = encoded(key, block, about)
+            if self._make_room(sum(map(len, content))):
+                write_atomically(file, *content, kind="prefix", error=UsageError, mode=0o600, is_durable=False)
+        except (OSError, UsageError, MemoryError) as error:
+            _log.warning("prefix store: %s cannot be written, so its tokens will be read again: %s", file, error)
 
     def __contains__(self, key: bytes) -> bool:
         """Whether there is a file for a key, whatever is in it."""
@@ -120,17 +108,7 @@ class PrefixStore:
     @property
     def used_bytes(self) -> int:
         """Bytes of all blocks, of whatever engine."""
-        return sum(size for _, size, _ in self._files())
-
-    def _files(self) -> list[tuple[int, int, Path]]:
-        """(time of last use in ns, bytes, path) of the file of every block."""
-        found = []
-        for file in self._path.glob(f"*{_SUFFIX}"):
-            with contextlib.suppress(OSError):  # another process may have deleted it
-                status = file.stat()
-                if stat.S_ISREG(status.st_mode):
-                    found.append((status.st_mtime_ns, status.st_size, file))
-        return found
+        return sum(size for _, size, _ in block_files(self._path))
 
     def _make_room(self, n_bytes: int) -> bool:
         """Delete the least recently used files until ``n_bytes`` more fit; False if they never do."""
@@ -138,39 +116,43 @@ class PrefixStore:
             return True
         if n_bytes > self.capacity_bytes:
             return False
-        files = sorted(self._files())
+        if n_bytes <= self._room:
+            self._room -= n_bytes
+            return True
+        files = sorted(block_files(self._path))
         over = sum(size for _, size, _ in files) + n_bytes - self.capacity_bytes
         for _, size, file in files:
             if over <= 0:
                 break
             file.unlink(missing_ok=True)
             over -= size
+        self._room = -over // _RELISTED_SHARE
         return True
 
     def _file(self, key: bytes) -> Path:
-        return self._path / f"{key.hex()}{_SUFFIX}"
+        return self._path / file_name(key)
 
 
 def _read(file: Path) -> tuple[bytes, bool]:
-    """What a file holds, and whether it belongs to the user of this process, where the system tells."""
-    with file.open("rb") as opened:
-        owner = os.fstat(opened.fileno()).st_uid
-        return opened.read(), not hasattr(os, "geteuid") or owner == os.geteuid()
-
-
-def _block_of(key: bytes, data: bytes) -> Block | None:
-    """The block that a file holds; None if it is not what was written under ``key``."""
-    head, body = data[:_HEAD_BYTES], data[_HEAD_BYTES:]
-    if head != _MAGIC + _digest(key, body):
-        return None
+    """What a file holds, and whether it is a regular one and belongs to the user of this process, where the system tells."""
+    descriptor = os.open(file, os.O_RDONLY | _AT_ONCE)
     try:
-        with np.load(io.BytesIO(body), allow_pickle=False) as stored:
-            return dict(stored)
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError):
-        return None
+        status = os.fstat(descriptor)
+        is_own = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+        if not (is_own and stat.S_ISREG(status.st_mode)):
+            return b"", False
+        with os.fdopen(descriptor, "rb", closefd=False) as opened:
+            return opened.read(), True
+    finally:
+        os.close(descriptor)
 
 
-def _digest(key: bytes, body: bytes) -> bytes:
-    digest = hashlib.sha256(key)
-    digest.update(body)
-    return digest.digest()
+def block_files(folder: Path) -> list[tuple[int, int, Path]]:
+    """(time of last use in ns, bytes, path) of the file of every block in a folder."""
+    found = []
+    for file in folder.glob(f"*{SUFFIX}"):
+        with contextlib.suppress(OSError):  # another process may have deleted it
+            status = file.lstat()
+            if stat.S_ISREG(status.st_mode):
+                found.append((status.st_mtime_ns, status.st_size, file))
+    return found

@@ -37,7 +37,7 @@ _ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
 def make_app(engine: AsyncEngine, settings: ServerSettings) -> Starlette:
     """The ASGI application of an engine, which it closes at the end of its life span."""
     admission = Admission(engine.engine.core.statistics, max_queue=settings.max_queue)
-    sessions = Sessions(engine.engine, settings)
+    sessions = Sessions(engine, settings)
     context = Context(engine=engine, settings=settings, admission=admission, sessions=sessions)
 
     @contextlib.asynccontextmanager

@@ -1,6 +1,7 @@
 """POST /v1/chat/completions and /v1/completions: whole answers, and streams of server-sent events."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -9,11 +10,12 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from trt_kv.errors import TrtKvError
 from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.sampling import SamplingParams
-from trt_kv.runtime.session import Turn
+from trt_kv.runtime.turn import Turn
 from trt_kv.serving.http.answers import ChatForm, CompletionForm, Form
 from trt_kv.serving.http.bodies import ChatBody, CompletionBody, Generating, StreamOptions
 from trt_kv.serving.http.context import Context
@@ -45,6 +47,20 @@ class Asked:
     """The turn of the conversation ``held``, in place of prompts."""
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events. ``ending`` is closed also for a client that went away before the first one: then they never begin."""
+
+    def __init__(self, events: AsyncIterator[str], ending: contextlib.ExitStack) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._ending = ending
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ``StreamingResponse``."""
+        with self._ending:
+            await super().__call__(scope, receive, send)
+
+
 async def chat(context: Context, request: Request) -> Response:
     """Answer a conversation."""
     _check_open(context)
@@ -54,9 +70,12 @@ async def chat(context: Context, request: Request) -> Response:
     names = {"max_new_tokens": limit, "template_variables": "chat_template_kwargs", "json_schema": "response_format"}
     engine, most = context.engine.engine, context.settings.max_new_tokens
     form = ChatForm(model=context.settings.model_name, tokenizer=engine.tokenizer, with_logprobs=bool(body.logprobs))
+    ending = contextlib.ExitStack()
     held = None if body.session is None else context.sessions.take(request.state.key_digest, body.session)
+    if held is not None:
+        ending.callback(context.sessions.give_back, held)
     try:  # in a thread: a template may run for seconds
-        turn = None if held is None else await asyncio.to_thread(chat_turn, held.session, body, max_new_tokens=most)
+        turn = None if held is None else await chat_turn(held.session, body, max_new_tokens=most)
         if turn is None:
             prompt, params = await asyncio.to_thread(chat_request, engine, body, max_new_tokens=most)
         else:
@@ -65,10 +84,9 @@ async def chat(context: Context, request: Request) -> Response:
         asked = Asked(
             prompts=[prompt], params=params, form=form, body=body, names=names, param="messages", held=held, turn=turn
         )
-        return await _answer(context, request, asked)
+        return await _answer(context, request, asked, ending)
     except BaseException as error:
-        if held is not None:
-            context.sessions.give_back(held)
+        ending.close()
         if isinstance(error, TrtKvError):
             raise refusal_of(error, names, default_param="messages") from error
         raise
@@ -98,9 +116,8 @@ async def complete(context: Context, request: Request) -> Response:
         echoed=echoed,
         n=params.n,
     )
-    return await _answer(
-        context, request, Asked(prompts=prompts, params=params, form=form, body=body, names=names, param="prompt")
-    )
+    asked = Asked(prompts=prompts, params=params, form=form, body=body, names=names, param="prompt")
+    return await _answer(context, request, asked, contextlib.ExitStack())
 
 
 def _check_open(context: Context) -> None:
@@ -115,8 +132,10 @@ def _text(tokenizer: Any, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
 
 
-async def _answer(context: Context, request: Request, asked: Asked) -> Response:
-    """Run what is asked for: an answer, or a stream of its chunks. If the client goes away, it is ended."""
+async def _answer(context: Context, request: Request, asked: Asked, ending: contextlib.ExitStack) -> Response:
+    """Run what is asked for: an answer, or a stream of its chunks. If the client goes away, it is ended. ``ending``: closed at
+    the end of the answer, in any case but an error that is raised here.
+    """
     if asked.body.stream_options is not None and not asked.body.stream:
         raise RefusedError(400, "stream_options needs stream to be true", param="stream_options", code="invalid_value")
     running = Running(context.engine, context.admission)
@@ -128,21 +147,16 @@ async def _answer(context: Context, request: Request, asked: Asked) -> Response:
             await running.start_turn(dataclasses.replace(asked.turn, params=params))
     except TrtKvError as error:
         raise refusal_of(error, asked.names, default_param=asked.param) from error
+    ending.callback(_log_end, context, running, request.state.request_id)
+    ending.callback(running.close)
     if asked.body.stream:
-        options = asked.body.stream_options or StreamOptions()
-        events = _events(context, asked, running, options, request.state.request_id)
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    try:
-        results = await _unless_gone(request, running)
-        usage = {} if results is None else usage_of(results) | await _recorded(asked, running)
-    except TrtKvError as error:
-        raise refusal_of(error, asked.names) from error
-    finally:
-        _log_end(context, running, request.state.request_id)
-        running.close()
-    if asked.held is not None:
-        context.sessions.give_back(asked.held)
+        return EventStream(_events(asked, running, asked.body.stream_options or StreamOptions(), ending), ending)
+    with ending:
+        try:
+            results = await _unless_gone(request, running)
+            usage = {} if results is None else usage_of(results) | await _recorded(asked, running)
+        except TrtKvError as error:
+            raise refusal_of(error, asked.names) from error
     return GONE if results is None else JSONResponse(asked.form.whole(results, usage))
 
 
@@ -176,9 +190,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(
-    context: Context, asked: Asked, running: Running, options: StreamOptions, request_id: str
-) -> AsyncIterator[str]:
+async def _events(asked: Asked, running: Running, options: StreamOptions, ending: contextlib.ExitStack) -> AsyncIterator[str]:
     """The answer as server-sent events. Starlette cancels it if the client goes away."""
     form = asked.form
     try:
@@ -198,10 +210,7 @@ async def _events(
     except TrtKvError as error:
         yield _event(refusal_of(error, asked.names).to_json())
     finally:
-        running.close()
-        _log_end(context, running, request_id)
-        if asked.held is not None:
-            context.sessions.give_back(asked.held)
+        ending.close()  # before the client knows that it may send the next turn
     yield "data: [DONE]\n\n"
 
 

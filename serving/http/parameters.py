@@ -4,11 +4,12 @@ import json
 from typing import Any, cast
 
 from trt_kv.errors import UsageError
+from trt_kv.runtime.async_session import AsyncSession
 from trt_kv.runtime.chat import ChatKeywords
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.sampling import SamplingOptions, SamplingParams
 from trt_kv.runtime.sampling.model_defaults import params_of_each
-from trt_kv.runtime.session import Session, Turn
+from trt_kv.runtime.turn import Turn
 from trt_kv.serving.http.bodies import ChatBody, CompletionBody, Generating, Templated, TokenizeBody
 from trt_kv.serving.http.refusals import RefusedError
 from trt_kv.serving.http.settings import MAX_COMPLETION_TOKENS
@@ -28,10 +29,10 @@ def chat_request(engine: Engine, body: ChatBody, *, max_new_tokens: int) -> tupl
     return engine.chat_request(body.messages, params, **template_options(body))
 
 
-def chat_turn(session: Session, body: ChatBody, *, max_new_tokens: int) -> Turn:
+async def chat_turn(session: AsyncSession, body: ChatBody, *, max_new_tokens: int) -> Turn:
     """What the new messages of a conversation ask for; errors as for ``chat_request``."""
     options = chat_sampling(body, max_new_tokens=max_new_tokens) | template_options(body)
-    return session.turn_of_messages(body.messages, **cast(ChatKeywords, options))
+    return await session.turn_of_messages(body.messages, **cast(ChatKeywords, options))
 
 
 def chat_sampling(body: ChatBody, *, max_new_tokens: int) -> dict[str, Any]:

@@ -5,11 +5,12 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 
-from trt_kv.runtime.async_engine import AsyncEngine, AsyncRequest
+from trt_kv.runtime.async_engine import AsyncEngine
+from trt_kv.runtime.async_stream import AsyncRequest
 from trt_kv.runtime.generation import Generation
 from trt_kv.runtime.request import Request
 from trt_kv.runtime.sampling import SamplingParams
-from trt_kv.runtime.session import Turn
+from trt_kv.runtime.turn import Turn
 from trt_kv.serving.admission import Admission, shutting_down
 from trt_kv.serving.http.answers import News
 
@@ -32,11 +33,11 @@ class Running:
         """Queue a turn of a conversation; errors as for ``start``."""
         await self._start([partial(self._engine.submit_turn, turn)])
 
-    async def freed(self) -> Request:
-        """The only request, when it has ended and its pages are free."""
+    @property
+    def only(self) -> AsyncRequest:
+        """The request, of which there is one."""
         (queued,) = self._queued
-        await queued.freed()
-        return queued.request
+        return queued
 
     @property
     def samples(self) -> list[Request]:

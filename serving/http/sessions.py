@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trt_kv.errors import TrtKvError
-from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.session import Session, Turn
+from trt_kv.runtime.async_engine import AsyncEngine
+from trt_kv.runtime.async_session import AsyncSession
+from trt_kv.runtime.turn import Turn
 from trt_kv.serving.http.bodies import SessionBody
 from trt_kv.serving.http.refusals import RefusedError, refusal_of
 from trt_kv.serving.http.running import Running
@@ -20,22 +21,29 @@ Key = tuple[str, str]
 
 @dataclass(kw_only=True, eq=False)
 class Held:
-    """A conversation. ``used``: when it was last used, in seconds of ``time.monotonic``; ``in_turn``: whether a turn runs."""
+    """A conversation. ``used``: when it was last used, in seconds of ``time.monotonic``."""
 
     id: str
-    session: Session
+    session: AsyncSession
     used: float
-    in_turn: bool = True
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether a turn runs."""
+        return self.session.session.in_turn
 
     @property
     def n_turns(self) -> int:
         """Turns that have been answered."""
-        return sum(message["role"] == "assistant" for message in self.session.messages)
+        return self.session.session.n_turns
+
+    @property
+    def n_bytes(self) -> int:
+        return self.session.session.n_bytes
 
     async def record(self, turn: Turn, running: Running) -> None:
         """Add a turn whose answer has ended."""
-        request = await running.freed()
-        self.session.record(turn, request.result(), request.state)
+        await self.session.record(turn, running.only)
 
     def to_json(self) -> dict[str, Any]:
         return {"id": self.id, "mode": self.session.mode, "turns": self.n_turns}
@@ -44,7 +52,7 @@ class Held:
 class Sessions:
     """The conversations of one server. Used by its event loop only."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings, *, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings, *, now: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._settings = settings
         self._now = now
@@ -70,29 +78,31 @@ class Sessions:
             try:
                 session = self._engine.session(mode=wanted.mode or "compressed")
             except TrtKvError as error:
-                raise refusal_of(error, default_param="session.mode") from error
+                raise refusal_of(error, {"mode": "session.mode"}, default_param="session.mode") from error
             held = self._held[key] = Held(id=wanted.id, session=session, used=self._now())
-        held.in_turn, held.used = True, self._now()
+        held.session.session.begin_turn()
+        held.used = self._now()
         self._held.move_to_end(key)
         return held
 
     def give_back(self, held: Held) -> None:
         """Take in a conversation after a turn; the least recently used ones are forgotten if there is no room for all."""
-        held.in_turn, held.used = False, self._now()
+        held.session.session.end_turn()
+        held.used = self._now()
         self._forget_old()
-        over = sum(one.session.n_bytes for one in self._held.values()) - self._settings.session_bytes
+        over = sum(one.n_bytes for one in self._held.values()) - self._settings.session_bytes
         for key, one in list(self._held.items()):
             if over <= 0 and len(self._held) <= self._settings.max_sessions:
                 return
             if not one.in_turn:
-                over -= one.session.n_bytes
+                over -= one.n_bytes
                 del self._held[key]
 
     def _forget_old(self) -> None:
         """Forget what nobody has used for long, and conversations without a turn, whose first one failed."""
         oldest = self._now() - self._settings.session_seconds
         for key, held in list(self._held.items()):
-            if held.used < oldest or not (held.in_turn or held.session.token_ids):
+            if not held.in_turn and (held.used < oldest or not held.n_turns):
                 del self._held[key]
 
 

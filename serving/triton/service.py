@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trt_kv.errors import BusyError, CapacityError, EngineError, NoTokenLeftError, TrtKvError, UsageError
-from trt_kv.runtime.async_engine import AsyncEngine, AsyncRequest
+from trt_kv.runtime.async_engine import AsyncEngine
+from trt_kv.runtime.async_stream import AsyncRequest
 from trt_kv.serving.admission import Admission, Ticket
 from trt_kv.serving.first_tokens import generate_first_tokens
 from trt_kv.serving.logs import log_event, log_generated

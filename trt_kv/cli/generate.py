@@ -1,6 +1,5 @@
 """``trt-kv generate``: continue a prompt with an engine."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +7,18 @@ import click
 
 from trt_kv.cli.chat_options import chat_options
 from trt_kv.cli.generation import ChatChoice, RunOptions, stream_text
-from trt_kv.cli.options import any_path, debug_option, digest_option, utf8_text
+from trt_kv.cli.options import any_path, debug_option, digest_option
 from trt_kv.cli.output import say
+from trt_kv.cli.prompt_options import prompt_options, read_prompt
 from trt_kv.cli.run_options import device_options, resource_options
 from trt_kv.cli.sampling_options import model_defaults_option, sampling_options
 from trt_kv.errors import UsageError
 from trt_kv.pipeline.plans import DeviceChoice, ResourceChoice
-from trt_kv.text_file import read_text, text_from_bytes
 
 
 @click.command("generate", short_help="Continue a prompt with an engine.")
 @click.argument("engine", type=any_path)
-@click.argument("prompt", callback=utf8_text, required=False)
-@click.option(
-    "--prompt-file",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
-    metavar="FILE",
-    help="Read the prompt from FILE.",
-)
+@prompt_options
 @click.option(
     "--chat",
     "is_message",
@@ -99,22 +92,3 @@ def command(
             click.echo()
     for note in notes:
         say(note, err=True)
-
-
-def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt from the argument, from a file or from standard input (``-``); ``UsageError`` unless exactly one is given."""
-    if (prompt is None) == (prompt_file is None):
-        raise UsageError(
-            "generate needs exactly one prompt",
-            got="no prompt" if prompt is None else "a prompt and --prompt-file",
-            expected="PROMPT, PROMPT - for standard input, or --prompt-file FILE",
-        )
-    if prompt is not None and prompt != "-":
-        return prompt
-    if prompt_file is not None and prompt_file != "-":
-        text = read_text(Path(prompt_file), what="the file with the prompt")
-    elif sys.stdin is None:
-        raise UsageError("the prompt cannot be read", got="a closed standard input", fix="pass PROMPT, or --prompt-file FILE")
-    else:
-        text = text_from_bytes(sys.stdin.buffer.read(), what="the prompt", where="standard input")
-    return text.removesuffix("\n")

@@ -34,6 +34,7 @@ from trt_kv.pipeline.plans import (
     TargetPlan,
     WeightPlan,
 )
+from trt_kv.pipeline.prefixes import PrefixRemoval, list_prefixes, remove_prefixes
 from trt_kv.pipeline.requests import BuildRequest, DriftRequest, EvaluationRequest, ExportRequest, RecipeRequest
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "OnNote",
     "OnProgress",
     "PolicyAdvice",
+    "PrefixRemoval",
     "RecipeFiles",
     "RecipeRequest",
     "ResourceChoice",
@@ -70,4 +72,6 @@ __all__ = [
     "examine",
     "export_graphs",
     "hand_over",
+    "list_prefixes",
+    "remove_prefixes",
 ]

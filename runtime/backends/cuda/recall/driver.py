@@ -141,9 +141,13 @@ class DeviceRecall:
         sets.host_kv[torch.from_numpy(pages)] = from_bits(values["kv"], sets.host_kv.dtype)
         sets.summaries[torch.from_numpy(pages).to(sets.summaries.device)] = summaries.to(sets.summaries.device)
 
-    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
+    def read_open_page(self, row: int, page: int, number: int, limits: PageLimits) -> np.ndarray:
+        """See ``CopyableTiers``. Waits for the device."""
+        sets = self._waited_for()
+        return bits_on_host(sets.kv[self.prompts.place(self.sets.block(row), limits, number)])
+
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits, *, n_tokens: int) -> None:
         """See ``CopyableTiers``. Sinks and newest pages are copied to the device."""
-        assert limits is not None
         sets, block = self._waited_for(), self.sets.allocate(int(pages[0]))
         for number, page in enumerate(pages.tolist()):
             if number < limits.n_sinks or number >= len(pages) - limits.n_newest:

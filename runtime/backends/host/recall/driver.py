@@ -209,13 +209,18 @@ class StreamedRecall:
         self._streams.write_pages(pages, values["kv"])
         self.summaries[pages] = values["summaries"]
 
-    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
+    def read_open_page(self, row: int, page: int, number: int, limits: PageLimits) -> np.ndarray:
+        """See ``CopyableTiers``. Waits for pending copies."""
+        self._streams.join(self.sets[row])
+        copy: np.ndarray = self.device.kv[self.sets[row].page_of(number)].copy()
+        return copy
+
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits, *, n_tokens: int) -> None:
         """See ``CopyableTiers``. Sinks and newest pages are read back to the device."""
-        assert limits is not None
         working_set = self._working_set(int(pages[0]), limits)
         for first, end in ((0, min(limits.n_sinks, len(pages))), (max(0, len(pages) - limits.n_newest), len(pages))):
             working_set.n_tokens = first * limits.page_size
-            working_set.place(self._streams.read_pages(pages[first:end]), end * limits.page_size)
+            working_set.place(self._streams.read_pages(pages[first:end]), n_tokens)
 
     def _working_set(self, row: int, limits: PageLimits) -> WorkingSet:
         """The working set of a layer of a sequence. A new one is recorded before it allocates, so that ``release`` finds it."""

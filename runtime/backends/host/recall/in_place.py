@@ -90,7 +90,12 @@ class RecallInPlace:
         """See ``CopyableTiers``."""
         self.host.kv[pages], self.summaries[pages] = values["kv"], values["summaries"]
 
-    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits | None) -> None:
+    def read_open_page(self, row: int, page: int, number: int, limits: PageLimits) -> np.ndarray:
+        """See ``CopyableTiers``."""
+        copy: np.ndarray = self.host.kv[page].copy()
+        return copy
+
+    def begin_at(self, pages: Ints, positions_MP: Ints, limits: PageLimits, *, n_tokens: int) -> None:
         """See ``CopyableTiers``."""
         self.host.token_positions[pages] = positions_MP[:, None]
 
