@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.harness import BenchmarkError, begun_document, save
 from benchmarks.peers.protocol import Refusal
+from benchmarks.peers.subjects import SUBJECTS
 from benchmarks.serving_peers import __main__ as command
 from benchmarks.serving_peers import measure
 from benchmarks.serving_peers.clients import ask, openai_door, triton_door
@@ -216,8 +217,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer)
         monkeypatch.setitem(ROWS, name, Row(name=name, cache="int8", prepare=missing if name == RIVAL else prepare))
     monkeypatch.setattr(measure, "doors_of", lambda *_: {name: prepare(None)(room_of_one()) for name in (IN_PROCESS, TRITON)})
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    monkeypatch.setitem(command.SUBJECTS, "smollm2", lambda: SimpleNamespace(folder=tmp_path))  # type: ignore[arg-type,return-value]
-    monkeypatch.setitem(command.SUBJECTS, "tiny", lambda: SimpleNamespace(folder=tmp_path))  # type: ignore[arg-type,return-value]
+    for model in ("smollm2", "tiny"):
+        monkeypatch.setitem(SUBJECTS, model, lambda: SimpleNamespace(folder=tmp_path))  # type: ignore[arg-type,return-value]
     return asked
 
 
