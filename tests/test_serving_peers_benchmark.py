@@ -218,7 +218,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer)
     monkeypatch.setattr(measure, "doors_of", lambda *_: {name: prepare(None)(room_of_one()) for name in (IN_PROCESS, TRITON)})
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for model in ("smollm2", "tiny"):
-        monkeypatch.setitem(SUBJECTS, model, lambda: SimpleNamespace(folder=tmp_path))  # type: ignore[arg-type,return-value]
+        monkeypatch.setitem(SUBJECTS, model, lambda: SimpleNamespace(folder=tmp_path))
     return asked
 
 
