@@ -72,8 +72,9 @@ def _check_shares(folder: Path, manifest: Manifest) -> None:
     path = safe_join(folder, RECIPE_FILE, error=EngineError)
     recipe = Recipe.load(path)
     _check_model(path, recipe, manifest)
-    exempt = policy.exempt_layers
-    wanted = [1.0 if layer in exempt else share for layer, share in enumerate(recipe.kept)]
+    exempt = manifest.cache_policy.exempt_layers
+    shares = recipe.shares_of_cache(heads_apart=manifest.heads_apart)
+    wanted = [1.0 if layer in exempt else share for layer, share in enumerate(shares)]
     if not _same_numbers(wanted, manifest.kept_shares) or not _same_numbers([recipe.budget], [policy.kept]):
         raise EngineError(
             f"{folder} does not apply its {RECIPE_FILE}",
