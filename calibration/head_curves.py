@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trt_kv.errors import RecipeError
-from trt_kv.head_shares import N_ROWS, HeadShares, means
+from trt_kv.head_shares import LEAST_KEPT, N_ROWS, HeadShares, means
 from trt_kv.json_file import write_atomically
 from trt_kv.recipe import CREATED_BY, CalibrationRecord, Protected, Recipe, RecipeModel, RecipeScore
 
@@ -57,7 +57,7 @@ def recipe_from_curves(
             expected="REMOVED shares, from 1 to 99 percent",
             fix="were these kept ones?",
         )
-    kept = np.maximum(1.0 - removed, 1e-6).round(6)
+    kept = np.maximum(1.0 - removed, LEAST_KEPT).round(6)
     heads = HeadShares(rows=tuple(tuple(map(tuple, row)) for row in kept.tolist()))
     return Recipe(
         method="lukv",

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from trt_kv.errors import RecipeError
 
 N_ROWS = 99
+LEAST_KEPT = 1e-6
+"""Of the tokens, a head keeps at least this share: so much that a share is never 0."""
 Shares = tuple[tuple[float, ...], ...]
 """By layer, then by KV head."""
 
@@ -48,14 +50,13 @@ class HeadShares:
     def at(self, kept: float) -> Shares:
         """The heads' shares for the mean kept share ``kept`` in (0, 1]: those of its row, and between two rows in proportion.
 
-        Above 99 % they go on to 1, below 1 % they fall with ``kept``.
+        Above 99 % they go on to 1, below 1 % they fall with ``kept`` to a millionth.
         """
         if not 0.0 < kept <= 1.0:
             raise RecipeError("the budget is out of range", got=kept, expected="a number in (0, 1]")
         removed = round(100.0 * (1.0 - kept), 9)
         if removed > N_ROWS:
-            factor = (100.0 - removed) / (100.0 - N_ROWS)
-            return tuple(tuple(share * factor for share in layer) for layer in self.rows[-1])
+            return tuple(tuple(max(LEAST_KEPT, share * 100.0 * kept) for share in layer) for layer in self.rows[-1])
         above, weight = int(removed), removed % 1.0
         high = self._row_of(above)
         if not weight:

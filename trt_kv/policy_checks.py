@@ -180,7 +180,6 @@ def _check_residency(policy: "Policy") -> None:
             fix="1 is as published",
         )
     for field, neutral, reason in (
-        ("heads", "shared", "pages are recalled for each KV head as they are"),
         ("decode", "keep", "with residency 'host' every generated token is kept"),
         ("recent_share", 0.0, "the newest tokens are given as a number: --set recent=..."),
         ("floor", 0, "with residency 'host' nothing is evicted"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_kv.cache_layers import cache_config, cache_policy, heads_apart
+from trt_kv.cache_layers import cache_config, cache_policy, each_repeated, heads_apart
 from trt_kv.errors import EngineError
 from trt_kv.layer_budget import LayerBudget, check_exempt_layers, layer_budgets
 from trt_kv.model_config import ModelConfig
@@ -56,13 +56,16 @@ def program_of_model(
 ) -> Program:
     """``program_of`` with the layers, the windows and the arithmetic of attention of a model.
 
-    ``kept_shares``: one for each layer of the cache, so with heads "own" for each KV head of each layer.
+    ``kept_shares``: one for each layer of the cache, so with heads "own" for each KV head of each layer; or then also one for
+    each layer, which its heads share.
     """
     applied = policy.applied_to(config.windows)
     check_exempt_layers(applied, config.n_layers)
-    cache = cache_config(config, applied)
+    n_apart, cache = heads_apart(config, applied), cache_config(config, applied)
+    if kept_shares is not None and len(kept_shares) == config.n_layers:
+        kept_shares = each_repeated(kept_shares, n_apart)
     return program_of(
-        cache_policy(applied, heads_apart(config, applied)),
+        cache_policy(applied, n_apart),
         phase=phase,
         n_layers=cache.n_layers,
         scale=cache.scale,
