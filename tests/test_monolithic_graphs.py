@@ -225,7 +225,7 @@ def test_states_leave_with_the_shapes_they_came_with(folder: Path, phase: str) -
     outputs = {value.name.removesuffix("_out"): shape_of(value) for value in graph.output if value.name.endswith("_out")}
     assert outputs == inputs
     manifest = load_manifest(folder)
-    layers = range(manifest.config.n_layers)
+    layers = range(manifest.cache_config.n_layers)
     evicting = EVICTING_LAYERS[manifest.policy.name, phase]
     of_layers = {"kv": layers, "token_positions": layers, "scores": layers[evicting]}
     assert set(outputs) == {f"{name}_{layer}" for name, which in of_layers.items() for layer in which}
