@@ -97,7 +97,7 @@ def test_kernels_say_what_the_references_say(engine: Engine, decode: str) -> Non
         sequence = runner.new_sequence()
         runner.prefill(sequence, ids)
         logits.append([runner.decode([sequence], [token]) for token in random_ids(engine, N_NEW, seed=3)])
-    np.testing.assert_allclose(*logits, atol=1e-4)
+    np.testing.assert_allclose(np.stack(logits[0]), np.stack(logits[1]), atol=1e-4)
 
 
 def masked_logits(folder: Path, ids: Sequence[int], kept: Sequence[Sequence[int]], config: ModelConfig) -> np.ndarray:

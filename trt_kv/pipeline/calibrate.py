@@ -12,7 +12,8 @@ from trt_kv.pipeline.given_files import policy_of_recipe, recipe_for_policy
 from trt_kv.pipeline.requests import DriftRequest, RecipeRequest
 from trt_kv.pipeline.sources import open_source
 from trt_kv.policy import Policy
-from trt_kv.recipe import Protected, Recipe, recipe_from_published, recipe_score
+from trt_kv.published_recipe import recipe_from_published, write_published
+from trt_kv.recipe import Protected, Recipe, recipe_score
 
 if TYPE_CHECKING:
     from trt_kv.export.checkpoints.base import Checkpoint
@@ -102,7 +103,7 @@ def _publish(recipe: Recipe, folder: Path) -> Path:
     """Write the recipe in its published form."""
     from trt_kv.calibration.head_curves import write_curves
 
-    return recipe.to_published(folder) if recipe.heads is None else write_curves(recipe, recipe.heads, folder)
+    return write_published(recipe, folder) if recipe.heads is None else write_curves(recipe, recipe.heads, folder)
 
 
 def calibrate_drift(request: DriftRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> Path:
