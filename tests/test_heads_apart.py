@@ -11,6 +11,7 @@ import torch
 
 from tests.checkpoints import SAMPLES, write_checkpoint
 from tests.engines import CHUNK, HEAD_SHARES, assert_nothing_leaked, build_for_test, load_for_test, lukv_request, random_ids
+from tests.serving import assert_idle, engine_under
 from tests.test_native_engine import INT4, LARGE_ENOUGH
 from trt_kv.cache_layers import cache_config, cache_policy, heads_apart, layer_name
 from trt_kv.cli.inspection import describe_engine
@@ -275,3 +276,28 @@ def test_layers_with_a_window_keep_it_for_each_head(small_checkpoint_folder: Pat
     windows = [nodes[0].attributes["window"] for nodes in programs["decode"]]
     assert windows == [0, 0, 11, 11, 0, 0]
     assert [len(nodes) for nodes in programs["prefill"]] == [3, 3, 1, 1, 3, 3]
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "evicts while it reads": ("lukv", {"evict": "while_reading", "reserve": 6}),
+    "draws generated pages": ("lukv", {"decode": "draw", "draw_tokens": 8}),
+    "finds its budgets": ("reach", {"heads": "own"}),
+    "ranks while it decodes": ("h2o", {"heads": "own"}),
+    "constant": ("lukv", {"budget": "constant", "tokens": 30, "kept": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_heads_apart_go_with_the_other_parts_of_policies(name: str, small_engine: Engine) -> None:
+    """A request gets the same alone and in company, and a conversation goes on from what the heads kept."""
+    preset, settings = OTHERS[name]
+    policy = dataclasses.replace(policy_without_floor(preset), **settings)
+    with engine_under(small_engine, policy, chunk=16) as engine:
+        prompts = [random_ids(engine, n, seed=n) for n in (61, 23, 47)]
+        alone = [engine.generate(prompt, max_new_tokens=16) for prompt in prompts]
+        assert engine.generate_batch(prompts, max_new_tokens=16) == alone
+        assert max(alone[0].kv_tokens) > min(alone[0].kv_tokens) or name == "constant"
+        assert_idle(engine)
+        session = engine.session(mode="compressed", max_new_tokens=4)
+        session.generate(prompts[0])
+        assert len(session.generate(prompts[1]).kv_tokens) == 6

@@ -170,7 +170,8 @@ def _budget(manifest: Manifest) -> str:
 
 def _protected(policy: Policy) -> str:
     newest = f", newest {policy.recent_share:.0%} of the budget" if policy.recent_share else ""
-    floor = f"; nothing while a layer holds at most {policy.eviction_floor} tokens" if policy.eviction_floor else ""
+    what = "KV head" if policy.heads == "own" else "layer"
+    floor = f"; nothing while a {what} holds at most {policy.eviction_floor} tokens" if policy.eviction_floor else ""
     return f"first {policy.sinks} and last {policy.recent} prompt tokens{newest}{floor}"
 
 
