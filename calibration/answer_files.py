@@ -39,7 +39,8 @@ class Settings:
 class EngineFacts:
     """An engine: its folder's name, the digest of its manifest (which contains those of all files), its model and policy.
 
-    ``windows``: each layer's attention window in tokens, 0 for none; empty: no layer has one.
+    ``windows``: each layer's attention window in tokens, 0 for none; empty: no layer has one. ``heads_apart``: layers of the
+    cache per layer of the model (``trt_kv/cache_layers.py``).
     """
 
     name: str
@@ -52,6 +53,7 @@ class EngineFacts:
     dtype: str
     runs_on: str
     windows: tuple[int, ...] = ()
+    heads_apart: int = 1
 
     @property
     def applied_policy(self) -> Policy:

@@ -1,6 +1,7 @@
 """The plot of a recipe: the kept share of each layer, and the cumulative curves it was derived from."""
 
 import io
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ _SHARE_TICKS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 def picture_from_recipe(recipe: Recipe, path: Path) -> None:
     """Write a PNG of ``recipe`` to ``path``, whole or not at all.
 
-    Left: kept share per layer, the mean budget as a line, the range over the calibration prompts as whiskers. Right: each
+    Left: kept share per layer, the mean budget as a line, the range over the calibration prompts as whiskers, or instead the
+    shares of KV heads as dots. Right: each
     layer's cumulative importance against its kept share, a dot at the recipe's share, and the common mass as a line; left
     out for recipes without curves. Layers are coloured by depth. ``MissingDependencyError`` without matplotlib.
     """
@@ -56,18 +58,24 @@ def _draw_shares(axis: "Axes", recipe: Recipe, colors: list[Any]) -> None:
     layers = range(len(recipe.kept))
     axis.bar(layers, recipe.kept, width=0.8, color=colors)
     samples = recipe.calibration.samples
-    if len(samples) > 1:
+    if len(samples) > 1 and recipe.heads is None:
         lowest = np.min([sample.kept for sample in samples], axis=0)
         highest = np.max([sample.kept for sample in samples], axis=0)
         label = f"range over {len(samples)} prompts"
         if _few(colors):
             axis.vlines(layers, lowest, highest, color="white", linewidth=2.6)
         axis.vlines(layers, lowest, highest, color=INK, linewidth=1.2, label=label)
+    if recipe.heads is not None:
+        heads = recipe.heads.at(recipe.budget)
+        for head in range(recipe.heads.n_kv_heads):
+            shares = [layer[head] for layer in heads]
+            axis.plot(layers, shares, ".", color=INK, markersize=4, label=None if head else "each KV head")
     axis.axhline(recipe.budget, color=ACCENT, linewidth=1.4, linestyle="--", label=f"mean budget {percent(recipe.budget)}")
     axis.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(nbins=12, integer=True))
     axis.yaxis.set_major_formatter(lambda share, _position: percent(share))
     axis.set_xlim(-0.7, len(recipe.kept) - 0.3)
-    axis.set_ylim(0.0, 1.18 * max(*recipe.kept, recipe.budget))
+    heads_kept = () if recipe.heads is None else itertools.chain(*recipe.heads.at(recipe.budget))
+    axis.set_ylim(0.0, 1.18 * max(*recipe.kept, recipe.budget, *heads_kept))
     axis.set_title("Kept share of each layer", loc="left", fontsize=10, color=INK)
     axis.set_xlabel("layer", color=INK)
     axis.set_ylabel("kept tokens", color=INK)

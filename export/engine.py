@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from trt_kv.cache_layers import heads_apart
 from trt_kv.chat.turns import text_end_ids
 from trt_kv.drift import Drift
 from trt_kv.engine_files import file_records
@@ -28,6 +29,7 @@ from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.export.triton_repository import write_repository
 from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, KV_DTYPES, RECIPE_FILE, Manifest, Plan, Quantization
 from trt_kv.opspec import OP_VERSION
+from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of_model
 from trt_kv.recipe import CREATED_BY, Recipe
@@ -80,6 +82,13 @@ class EngineRequest:
                 got=f"kv_dtype={self.kv_dtype} for an engine in {self.dtype}",
                 expected=self.dtype,
                 fix="leave the type of the KV cache out, or build for the CPU: target onnxruntime in float32",
+            )
+        if self.is_for_gpus and heads_apart(self.checkpoint.config, self.applied_policy) > 1:
+            raise UsageError(
+                "KV heads with budgets of their own are for ONNX Runtime on a CPU",
+                got=f"heads 'own' for target {self.target}, {self.dtype}",
+                expected="target onnxruntime, float32",
+                fix="build with --set heads=each, whose budgets are per layer",
             )
         if self.applied_policy.needs_recipe and self.recipe is None:
             raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
@@ -136,7 +145,10 @@ class EngineRequest:
 
     @property
     def kept_shares(self) -> list[float] | None:
-        return list(self.recipe.kept) if self.recipe is not None and self.applied_policy.needs_recipe else None
+        """A recipe's share of each layer of the cache; None if the policy reads none."""
+        if self.recipe is None or not self.applied_policy.needs_recipe:
+            return None
+        return self.recipe.shares_of_cache(heads_apart=heads_apart(self.checkpoint.config, self.applied_policy))
 
     @property
     def taus(self) -> list[float] | None:
@@ -150,16 +162,33 @@ def export_graphs(
     on_progress: OnProgress | None = None,
     *,
     offsets: Mapping[str, int] | None = None,
+    to_cut: bool = False,
 ) -> None:
     """Write the monolithic graphs ``prefill.onnx`` and ``decode.onnx`` and the ``weights.data`` they share into ``folder``.
 
-    ``offsets``: of the weights in ``weights.data``, if it is there already.
+    ``offsets``: of the weights in ``weights.data``, if it is there already. ``to_cut``: also write a graph to cut segments
+    from, if the decode graph has several ops that attend in a layer (``_graph_to_cut``).
     """
     graphs = {}
     packed = request.packed_weights
-    for done, phase in enumerate(PHASES):
-        _tell(on_progress, "tracing graphs", done, len(PHASES))
-        program = program_of_model(
+    programs = _programs(request)
+    if to_cut and _graph_to_cut(request) != "decode":
+        config, whole = request.checkpoint.config, policy_from_name("full")
+        programs[_graph_to_cut(request)] = program_of_model(config, whole, phase="decode", page_size=request.page_size)
+    for done, (name, program) in enumerate(programs.items()):
+        _tell(on_progress, "tracing graphs", done, len(programs))
+        graphs[name] = graph_from_checkpoint(
+            request.checkpoint, program, page_size=request.page_size, dtype=getattr(torch, request.dtype)
+        )
+        if packed is not None:
+            quantize_graph(graphs[name], packed)
+    _tell(on_progress, "tracing graphs", len(programs), len(programs))
+    save_graphs(graphs, folder, lambda done, total: _tell(on_progress, "writing weights", done, total), offsets=offsets)
+
+
+def _programs(request: EngineRequest) -> dict[str, Program]:
+    return {
+        phase: program_of_model(
             request.checkpoint.config,
             request.policy,
             phase=phase,
@@ -167,13 +196,13 @@ def export_graphs(
             kept_shares=request.kept_shares,
             taus=request.taus,
         )
-        graphs[phase] = graph_from_checkpoint(
-            request.checkpoint, program, page_size=request.page_size, dtype=getattr(torch, request.dtype)
-        )
-        if packed is not None:
-            quantize_graph(graphs[phase], packed)
-    _tell(on_progress, "tracing graphs", len(PHASES), len(PHASES))
-    save_graphs(graphs, folder, lambda done, total: _tell(on_progress, "writing weights", done, total), offsets=offsets)
+        for phase in PHASES
+    }
+
+
+def _graph_to_cut(request: EngineRequest) -> str:
+    """The graph whose segments an engine has: the decode graph, or one that attends once per layer where that one does not."""
+    return "decode" if heads_apart(request.checkpoint.config, request.applied_policy) == 1 else "whole_layers"
 
 
 def build_engine(
@@ -204,12 +233,15 @@ def build_engine(
                 packed=packed,
                 on_weight=lambda done, total: _tell(on_progress, "comparing weights", done, total),
             )
-        export_graphs(request, graphs, on_progress, offsets=offsets)
+        export_graphs(request, graphs, on_progress, offsets=offsets, to_cut=request.tensorrt is None)
         programs = {phase: program_from_graph(_load_graph(graphs, phase)) for phase in PHASES}
         if request.tensorrt is None:
+            cut = _graph_to_cut(request)
             parts = save_onnxruntime_parts(
-                request.checkpoint, _load_graph(graphs, "decode"), graphs, dtype=request.dtype, packed=packed
+                request.checkpoint, _load_graph(graphs, cut), graphs, dtype=request.dtype, packed=packed
             )
+            if cut != "decode":
+                (graphs / f"{cut}.onnx").unlink()
         else:
             parts = Parts(plan=_compile(request, request.tensorrt, programs, folder, on_progress))
             shutil.rmtree(graphs)

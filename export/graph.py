@@ -47,7 +47,7 @@ def graph_from_checkpoint(
     reads (such as ``kept`` [B] if it evicts), and ``<state>_<layer>_out``.
     """
     module = _TokenFlatModule(_traceable_decoder(checkpoint, dtype), program)
-    sizes = _EXAMPLE_SIZES | _fixed_sizes(checkpoint.config, page_size)
+    sizes = _EXAMPLE_SIZES | _fixed_sizes(checkpoint.config, program, page_size)
     inputs = graph_inputs(program)
     dtypes = _DTYPES | {"float": dtype}
     with warnings.catch_warnings(), _quiet_exporter():
@@ -116,19 +116,36 @@ class _TokenFlatModule(nn.Module):
         super().__init__()
         self.decoder = decoder
         self._program = program
+        self._heads_apart = len(program) // decoder.config.n_layers
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         named = dict(zip(graph_inputs(self._program), tensors, strict=True))
         step = {name: named[name] for name in step_tensors_of(self._program)}
         layers: list[dict[str, Tensor]] = []
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend_in(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             nodes = self._program[layer]
             values = {**step, **{name: named[f"{name}_{layer}"] for name in states_of((nodes,))}, "q": q, "k": k, "v": v}
             for node in nodes:
                 emit_node(op_specs()[node.op], values, node.attributes)
             layers.append(values)
             return values["out"]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            n_apart = self._heads_apart
+            if n_apart == 1:
+                return attend_in(layer, q, k, v)
+            group = q.shape[1] // n_apart
+            outs = [
+                attend_in(
+                    layer * n_apart + head,
+                    q[:, head * group : (head + 1) * group],
+                    k[:, head : head + 1],
+                    v[:, head : head + 1],
+                )
+                for head in range(n_apart)
+            ]
+            return torch.cat(outs, dim=1)
 
         logits = self.decoder(named["input_ids"], named["positions"], named["logit_rows"], attend)
         made = {
@@ -198,8 +215,11 @@ def _external(name: str, tensor: ir.TensorProtocol, offset: int, folder: Path) -
     )
 
 
-def _fixed_sizes(config: ModelConfig, page_size: int) -> dict[str, int]:
-    return {"2": 2, "K": config.n_kv_heads, "D": config.head_dim, "H": config.n_heads, "P": page_size, "L": config.n_layers}
+def _fixed_sizes(config: ModelConfig, program: Program, page_size: int) -> dict[str, int]:
+    """Sizes of states and step tensors, which are of the layers of the cache."""
+    n_apart = len(program) // config.n_layers
+    of_heads = {"K": config.n_kv_heads // n_apart, "H": config.n_heads // n_apart}
+    return {"2": 2, **of_heads, "D": config.head_dim, "P": page_size, "L": len(program)}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Checks that this runtime can run an engine, and that the engine's graphs apply its policy."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trt_kv.drift import Drift
@@ -71,9 +72,11 @@ def _check_shares(folder: Path, manifest: Manifest) -> None:
     policy = manifest.applied_policy
     path = safe_join(folder, RECIPE_FILE, error=EngineError)
     recipe = Recipe.load(path)
-    _check_model(path, recipe, manifest)
-    exempt = policy.exempt_layers
-    wanted = [1.0 if layer in exempt else share for layer, share in enumerate(recipe.kept)]
+    with _named(path):
+        recipe.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
+        shares = recipe.shares_of_cache(heads_apart=manifest.heads_apart)
+    exempt = manifest.cache_policy.exempt_layers
+    wanted = [1.0 if layer in exempt else share for layer, share in enumerate(shares)]
     if not _same_numbers(wanted, manifest.kept_shares) or not _same_numbers([recipe.budget], [policy.kept]):
         raise EngineError(
             f"{folder} does not apply its {RECIPE_FILE}",
@@ -86,7 +89,8 @@ def _check_shares(folder: Path, manifest: Manifest) -> None:
 def _check_taus(folder: Path, manifest: Manifest) -> None:
     path = safe_join(folder, DRIFT_FILE, error=EngineError)
     drift = Drift.load(path)
-    _check_model(path, drift, manifest)
+    with _named(path):
+        drift.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
     same = len(drift.taus) == len(manifest.taus) and all(map(_same_value, manifest.taus, drift.taus))
     if not same:
         raise EngineError(
@@ -97,9 +101,11 @@ def _check_taus(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _check_model(path: Path, found: Recipe | Drift, manifest: Manifest) -> None:
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors about what a file holds name the file."""
     try:
-        found.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
+        yield
     except RecipeError as cause:
         raise RecipeError(f"{path}: {cause.what}", got=cause.got, expected=cause.expected, fix=cause.fix) from cause
 

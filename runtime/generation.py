@@ -49,7 +49,8 @@ class Generation:
     """Result of a request: ``text``, without the prompt, and its ``token_ids``, without the one that ended it.
 
     ``kv_tokens``: per layer, how many of its ``num_computed_tokens`` (prompt and generated ones) were held at the end, in the
-    cache, or in the working set if the cache is on the host. ``finish_reason``: "stop" (end of sequence, or a stop text),
+    cache, or in the working set if the cache is on the host; if KV heads have budgets of their own, per layer and KV head (head
+    k of layer l is l * K + k). ``finish_reason``: "stop" (end of sequence, or a stop text),
     "length" (``max_new_tokens``, or the model's positions), "timeout", "cancelled", or "error", with the ``error`` that
     ended the request. ``seed``: the seed of its random numbers. ``logprobs``: of each token, if ``top_logprobs`` asks for them.
     ``others``: the second and later samples of the prompt, if ``n`` asks for them. ``recall``: None if the cache is not on the

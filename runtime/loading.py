@@ -121,6 +121,17 @@ def check_ranks_on_devices(folder: Path, manifest: Manifest) -> None:
         )
 
 
+def check_heads_together(folder: Path, manifest: Manifest) -> None:
+    """``UsageError`` for an engine whose KV heads have budgets of their own; for devices that have one per layer."""
+    if manifest.heads_apart > 1:
+        raise UsageError(
+            f"{folder} has a budget for each KV head, which runs on a CPU only",
+            got=f"policy {manifest.policy.name!r} with heads=own",
+            expected="heads shared or each",
+            fix="use the device cpu, or build the engine with --set heads=each",
+        )
+
+
 def check_kv_as_computed(folder: Path, manifest: Manifest, options: LoadOptions, dtype: str) -> None:
     """``UsageError`` if keys and values are to be stored in another type than ``dtype``, in which a GPU computes."""
     built = manifest.kv_dtype if manifest.kv_dtype != manifest.dtype else dtype
@@ -142,7 +153,7 @@ def pool_sizes(manifest: Manifest, cache_tokens: int | None, n_bytes: int, *, kv
 
     Layers with an attention window take part as if they had none: the pages that they do not need serve the others.
     """
-    config, policy = manifest.config, manifest.applied_policy
+    config, policy = manifest.cache_config, manifest.applied_policy
     if cache_tokens is None:
         bytes_per_token = config.n_layers * token_bytes(config, kv_dtype)
         besides = policy.sinks + policy.recent + 4 * manifest.page_size if policy.recalls else 0

@@ -211,8 +211,12 @@ class ModelRunner:
         """The scores of the cached tokens of each of the L layers without a window, which must hold the same number of tokens:
         [L, K, S] fp32.
         """
-        layers = [layer for layer, window in enumerate(self._windows) if not window]
-        return np.stack([self._of_slots(self.pool.scores, sequence, layer) for layer in layers])
+        return np.stack([self._of_slots(self.pool.scores, sequence, layer) for layer in self.whole_layers])
+
+    @property
+    def whole_layers(self) -> list[int]:
+        """The layers without an attention window."""
+        return [layer for layer, window in enumerate(self._windows) if not window]
 
     def importance(self, token_ids: Sequence[int]) -> Floats:
         """Scores of each token of a prompt by the program, without eviction: [L, K, N] fp32, L as for ``scores``."""

@@ -25,15 +25,18 @@ from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.graph import graph_from_checkpoint
+from trt_kv.head_shares import HeadShares, Shares, means
 from trt_kv.policies import policy_from_name, policy_without_floor
 from trt_kv.presets import PRESETS
 from trt_kv.program import Program
-from trt_kv.recipe import CREATED_BY, CalibrationRecord, Protected, Recipe, RecipeModel, RecipeScore
+from trt_kv.recipe import CREATED_BY, CalibrationRecord, Protected, Recipe, RecipeModel, RecipeScore, recipe_score
 from trt_kv.runtime.engine import Engine
 
 SHARES = (0.72, 0.28, 0.54, 0.5, 0.62, 0.49, 0.53, 0.32)
 """Kept shares of the 50 % engine: all different, mean 0.5, much like calibrated ones."""
 
+HEAD_SHARES: Shares = ((0.6, 0.15), (0.3, 0.32), (0.09, 0.9))
+"""Kept shares of the KV heads of the small checkpoint."""
 CACHE_TOKENS = 10_000
 CHUNK = 64
 """Prompt tokens per prefill step, small enough that many prompts need several."""
@@ -128,6 +131,16 @@ def recipe_for(checkpoint: Checkpoint, kept: Sequence[float], *, budget: float, 
 def prefixkv_request(checkpoint: Checkpoint, kept: Sequence[float], *, budget: float) -> EngineRequest:
     policy = dataclasses.replace(policy_from_name("prefixkv_paper"), kept=budget)
     return EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe_for(checkpoint, kept, budget=budget))
+
+
+def lukv_request(checkpoint: Checkpoint, shares: Shares, **settings: Any) -> EngineRequest:
+    """An engine whose KV heads keep ``shares`` at the budget of the preset; ``settings`` of the policy."""
+    policy = dataclasses.replace(policy_without_floor("lukv"), **settings)
+    heads = HeadShares(rows=(shares,) * 99)
+    recipe = dataclasses.replace(
+        recipe_for(checkpoint, means(shares), budget=policy.kept, score=recipe_score(policy)), method="lukv", heads=heads
+    )
+    return EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe)
 
 
 def load_for_test(folder: Path) -> Engine:
@@ -229,6 +242,13 @@ def small_refreekv_folder(tmp_path_factory: pytest.TempPathFactory, small_checkp
 def small_h2o_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
     """A ranking per KV head that goes on while decoding, on pages of 5 tokens. Not to be changed: copy it first."""
     return _small_preset(tmp_path_factory, small_checkpoint_folder, "h2o")
+
+
+@pytest.fixture(scope="session")
+def small_lukv_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
+    """KV heads that keep ``HEAD_SHARES``, on pages of 5 tokens. Not to be changed: copy it first."""
+    request = lukv_request(open_checkpoint(small_checkpoint_folder), HEAD_SHARES)
+    return shared(tmp_path_factory, "small-lukv", partial(build_for_test, dataclasses.replace(request, page_size=5)))
 
 
 @pytest.fixture(scope="session")

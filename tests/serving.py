@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.engines import random_ids
+from trt_kv.cache_layers import heads_apart
 from trt_kv.plugins.paging import Floats
 from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
@@ -58,8 +59,9 @@ def engine_under(dense: Engine, policy: Policy, *, windows: Any = (), **options:
     steps = dense.runner._executor
     assert isinstance(steps, SplitStepExecutor)
     page_size, config = dense.manifest.page_size, dataclasses.replace(dense.manifest.config, windows=tuple(windows))
+    shares = [share * (0.8**head) for share in SHARES for head in range(heads_apart(config, policy))]
     programs = {
-        phase: program_of_model(config, policy, phase=phase, page_size=page_size, kept_shares=SHARES) for phase in PHASES
+        phase: program_of_model(config, policy, phase=phase, page_size=page_size, kept_shares=shares) for phase in PHASES
     }
     manifest = dataclasses.replace(dense.manifest, config=config, policy=policy, programs=programs)
     host = {"host_tokens": 900} if policy.recalls else {}

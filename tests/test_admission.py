@@ -323,7 +323,7 @@ def test_reading_reserves_no_page_that_is_not_needed(
 def _smallest(engine: Engine, lengths: Sequence[int], max_new_tokens: int) -> dict[str, int]:
     """``cache_tokens`` and ``host_tokens`` in which each request fits alone, and not much beside it."""
     found = {}
-    n_layers = engine.manifest.config.n_layers
+    n_layers = engine.manifest.cache_config.n_layers
     for resource, option in zip(engine.core.reservation.resources[1:], ("cache_tokens", "host_tokens"), strict=False):
         n_pages = max(resource.while_reading(RequestSize(n_prompt=n, max_new_tokens=max_new_tokens)) for n in lengths)
         if not n_pages:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,12 @@ def test_a_document_changed_at_random(name: str, broken: Path) -> None:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_document_changed_at_random_often(name: str, broken: Path) -> None:
     MANY(given(data=st.data())(lambda data: fuzz(broken, name, data)))()
+
+
+@pytest.mark.parametrize("name", [FILE_NAME, "recipe.json"])
+def test_documents_of_an_engine_with_budgets_of_kv_heads(name: str, small_lukv_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_lukv_folder, tmp_path / "engine")
+    FEW(given(data=st.data())(lambda data: fuzz(tmp_path / "engine", name, data)))()
 
 
 def own_drift(checkpoint: Checkpoint, policy: Policy) -> Drift:

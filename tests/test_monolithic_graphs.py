@@ -44,6 +44,8 @@ EVICTING_LAYERS = {
     ("refreekv", "decode"): slice(0),
     ("h2o", "prefill"): slice(None),
     ("h2o", "decode"): slice(None),
+    ("lukv", "prefill"): slice(None),
+    ("lukv", "decode"): slice(0),
 }
 """By policy and phase: ReFreeKV leaves the first two layers whole, and only H2O goes on evicting while decoding."""
 
@@ -52,8 +54,8 @@ HALF_ATOL = 0.1
 
 
 @pytest.fixture(
-    params=["half_folder", "small_folder", "small_refreekv_folder", "small_h2o_folder"],
-    ids=["bundled", "qwen3-biases", "refreekv", "h2o"],
+    params=["half_folder", "small_folder", "small_refreekv_folder", "small_h2o_folder", "small_lukv_folder"],
+    ids=["bundled", "qwen3-biases", "refreekv", "h2o", "lukv"],
 )
 def folder(request: pytest.FixtureRequest) -> Path:
     """An engine that evicts: the bundled checkpoint, and a random one with other sizes under three policies."""
@@ -78,7 +80,7 @@ class MonolithicRunner:
     """Runs steps on the monolithic graphs; holds each layer's KV state, poisoned where nothing was written."""
 
     def __init__(self, graphs: Path, manifest: Manifest, dtype: DTypeLike = np.float32) -> None:
-        config, page_size = manifest.config, manifest.page_size
+        config, page_size = manifest.cache_config, manifest.page_size
         self._sessions = {phase: session_of(graphs / f"{phase}.onnx") for phase in PHASES}
         self.states: dict[str, np.ndarray] = {}
         for layer in range(config.n_layers):
@@ -108,7 +110,7 @@ def graph_of(folder: Path, file: str) -> onnx.ModelProto:
 
 def recorded_run(folder: Path, manifest: Manifest) -> tuple[list[Step], list[np.ndarray], list[np.ndarray]]:
     """The runtime's steps over two prompts and greedy decoding of both, the logits it made, the positions it kept."""
-    config = manifest.config
+    config = manifest.cache_config
     pool = HostKvPool(n_pages=N_PAGES, page_size=manifest.page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
     executor = Recording(folder, manifest)
     runner = ModelRunner(executor, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
@@ -156,7 +158,7 @@ def kept_in(states: dict[str, np.ndarray], last: Step, manifest: Manifest, kept:
     lengths = iter(positions_KS.shape[1] for positions_KS in kept)
     held = []
     for b in range(len(PROMPTS)):
-        for layer in range(manifest.config.n_layers):
+        for layer in range(manifest.cache_config.n_layers):
             pages = last.page_table[layer, b]
             held.append(gather_slots(states[f"token_positions_{layer}"], pages[pages >= 0], next(lengths)).tolist())
     return held
@@ -223,7 +225,7 @@ def test_states_leave_with_the_shapes_they_came_with(folder: Path, phase: str) -
     outputs = {value.name.removesuffix("_out"): shape_of(value) for value in graph.output if value.name.endswith("_out")}
     assert outputs == inputs
     manifest = load_manifest(folder)
-    layers = range(manifest.config.n_layers)
+    layers = range(manifest.cache_config.n_layers)
     evicting = EVICTING_LAYERS[manifest.policy.name, phase]
     of_layers = {"kv": layers, "token_positions": layers, "scores": layers[evicting]}
     assert set(outputs) == {f"{name}_{layer}" for name, which in of_layers.items() for layer in which}

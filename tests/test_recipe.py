@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trt_kv.errors import RecipeError, UsageError
+from trt_kv.published_recipe import published_name, recipe_from_published, write_published
 from trt_kv.recipe import (
     CalibrationRecord,
     Curves,
@@ -22,8 +23,6 @@ from trt_kv.recipe import (
     RecipeModel,
     RecipeSample,
     RecipeScore,
-    published_name,
-    recipe_from_published,
 )
 
 MODEL = RecipeModel(name="llama3-tiny", digest="sha256:00ff", n_layers=3)
@@ -188,12 +187,12 @@ def test_a_published_list_comes_back_as_it_was(tmp_path_factory: pytest.TempPath
     path.write_text(json.dumps(forgotten))
     recipe = recipe_from_published(path, model=RecipeModel(name="some-model", digest="sha256:1", n_layers=len(forgotten)))
     assert recipe.budget == pytest.approx(1 - ratio)
-    assert json.loads(recipe.to_published(folder).read_text()) == forgotten
+    assert json.loads(write_published(recipe, folder).read_text()) == forgotten
     assert Recipe.from_json(json.loads(recipe.to_text())) == recipe
 
 
 def test_an_exported_recipe_comes_back_with_the_same_shares(tmp_path: Path) -> None:
-    path = RECIPE.to_published(tmp_path)
+    path = write_published(RECIPE, tmp_path)
     assert path.name == "prefixkv_llama3-tiny_0.6.json"
     back = recipe_from_published(path, model=MODEL, score=RECIPE.score)
     assert (back.kept, back.budget, back.score, back.model) == (RECIPE.kept, 0.4, RECIPE.score, MODEL)

@@ -12,7 +12,8 @@ import pytest
 from trt_kv.calibration.prefixkv import calibrate_prefixkv
 from trt_kv.calibration.recipe_plot import picture_from_recipe
 from trt_kv.errors import MissingDependencyError, TrtKvError
-from trt_kv.recipe import Protected, Recipe, RecipeModel, RecipeScore, recipe_from_published
+from trt_kv.published_recipe import recipe_from_published, write_published
+from trt_kv.recipe import Protected, Recipe, RecipeModel, RecipeScore
 
 
 def _recipe(n_layers: int, n_samples: int = 3) -> Recipe:
@@ -41,7 +42,7 @@ def test_a_picture_is_drawn_for_any_number_of_layers(n_layers: int, n_samples: i
 
 def test_an_imported_list_without_curves_has_one_panel(tmp_path: Path) -> None:
     recipe = _recipe(8)
-    imported = recipe_from_published(recipe.to_published(tmp_path), model=recipe.model)
+    imported = recipe_from_published(write_published(recipe, tmp_path), model=recipe.model)
     picture_from_recipe(imported, tmp_path / "recipe.png")
     assert matplotlib.image.imread(tmp_path / "recipe.png").shape[:2] == (660, 900)
 

@@ -40,6 +40,7 @@ REFUSED = {
     "refreekv": "found from each prompt",
     "streamingllm": "sink_token_length is ignored",
     "pyramidkv": "a budget of its own for each layer",
+    "lukv": "a budget of its own for each layer",
     "prefixkv": "a budget of its own for each layer",
     "prefixkv_paper": "a budget of its own for each layer",
     "widewindow": "a budget of its own for each layer",

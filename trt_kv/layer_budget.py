@@ -35,14 +35,7 @@ def layer_budgets(policy: Policy, n_layers: int, kept_shares: Sequence[float] | 
     With budget "unimetric" all layers do, until the budget is computed from the input.
     ``UsageError`` for an exempt layer that the model does not have.
     """
-    missing = [layer for layer in policy.exempt_layers if layer >= n_layers]
-    if missing:
-        raise UsageError(
-            "the policy exempts layers that the model does not have",
-            got=missing,
-            expected=f"layers 0 .. {n_layers - 1}",
-            fix="name existing layers with --set exempt_layers=..., or exempt none with --set exempt_layers=none",
-        )
+    check_exempt_layers(policy, n_layers)
     match policy.budget:
         case "constant":
             budgets = [LayerBudget(share=0.0, tokens=policy.tokens)] * n_layers
@@ -56,6 +49,18 @@ def layer_budgets(policy: Policy, n_layers: int, kept_shares: Sequence[float] | 
             budgets = [LayerBudget(share=share) for share in kept_shares or [policy.kept] * n_layers]
     budgets = [dataclasses.replace(budget, floor=policy.eviction_floor) for budget in budgets]
     return [ALL if layer in policy.exempt_layers else budget for layer, budget in enumerate(budgets)]
+
+
+def check_exempt_layers(policy: Policy, n_layers: int) -> None:
+    """``UsageError`` for an exempt layer that a model of ``n_layers`` does not have."""
+    missing = [layer for layer in policy.exempt_layers if layer >= n_layers]
+    if missing:
+        raise UsageError(
+            "the policy exempts layers that the model does not have",
+            got=missing,
+            expected=f"layers 0 .. {n_layers - 1}",
+            fix="name existing layers with --set exempt_layers=..., or exempt none with --set exempt_layers=none",
+        )
 
 
 def pyramid_budgets(kept: float, n_layers: int, *, window: int, beta: float) -> list[LayerBudget]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trt_kv.cache_layers import cache_config, cache_policy, heads_apart
 from trt_kv.digests import check_digest, document_digest
 from trt_kv.errors import EngineError, TrtKvError, UsageError
 from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, read_json
@@ -166,6 +167,21 @@ class Manifest:
         return self.policy.applied_to(self.config.windows)
 
     @property
+    def heads_apart(self) -> int:
+        """Layers of the cache per layer of the model: its KV heads if each has its own budget, else 1."""
+        return heads_apart(self.config, self.applied_policy)
+
+    @property
+    def cache_config(self) -> ModelConfig:
+        """The model's config with the layers, heads and windows of the cache (``trt_kv/cache_layers.py``)."""
+        return cache_config(self.config, self.applied_policy)
+
+    @property
+    def cache_policy(self) -> Policy:
+        """``applied_policy`` with the numbers of its exempt layers as the cache counts them."""
+        return cache_policy(self.applied_policy, self.heads_apart)
+
+    @property
     def loaded_files(self) -> set[str]:
         """What loading opens by name, by path in the folder; weights are named by the graphs and their index."""
         names = {TOKENIZER_FILE, *(f"{GRAPHS}/{segment.file}" for segment in self.segments)}
@@ -175,17 +191,17 @@ class Manifest:
 
     @property
     def budgets(self) -> list[LayerBudget | None]:
-        """Each layer's budget, as the prefill graph's ops have it; None if it is computed from the input."""
+        """The budget of each layer of the cache, as the prefill graph's ops have it; None if it is computed from the input."""
         return budgets_of(self.programs["prefill"])
 
     @property
     def windows(self) -> list[int]:
-        """Each layer's attention window in tokens, as the decode graph's ops have it; 0: it has none."""
+        """The attention window of each layer of the cache in tokens, as the decode graph's ops have it; 0: it has none."""
         return windows_of(self.programs["decode"])
 
     @property
     def kept_shares(self) -> list[float]:
-        """The share in each layer's budget; 1 if nothing is evicted or if the budget is computed from the input."""
+        """The share in the budget of each layer of the cache; 1 if nothing is evicted or if it is computed from the input."""
         return [1.0 if budget is None else budget.share for budget in self.budgets]
 
     @property
@@ -349,9 +365,10 @@ def _parsed(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _check_programs(manifest: Manifest) -> None:
     """Raise ``EngineError``, or what reading them raises, for programs that are not of the model's layers."""
     depths = {phase: len(program) for phase, program in manifest.programs.items()}
-    if set(depths.values()) != {manifest.config.n_layers}:
-        raise EngineError("the programs are not of the model's layers", got=depths, expected=manifest.config.n_layers)
+    n_layers = manifest.cache_config.n_layers
+    if set(depths.values()) != {n_layers}:
+        raise EngineError("the programs are not of the model's layers", got=depths, expected=n_layers)
     ops = {node.op for program in manifest.programs.values() for nodes in program for node in nodes}
     if not ops <= set(manifest.op_versions):
         raise EngineError("ops have no version", got=dict(manifest.op_versions), expected=f"versions of {sorted(ops)}")
-    assert len(manifest.budgets) == len(manifest.taus) == manifest.config.n_layers
+    assert len(manifest.budgets) == len(manifest.taus) == n_layers

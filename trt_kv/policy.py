@@ -38,6 +38,7 @@ RESIDENCIES = {
 HEADS = {
     "shared": "one ranking per layer: attention is averaged over all query heads",
     "each": "one ranking per KV head: attention is averaged over its query heads",
+    "own": "one ranking, one budget and pages of its own for each KV head, which then may keep less than the others (CPU only)",
 }
 DECODES = {
     "keep": "every generated token is kept",

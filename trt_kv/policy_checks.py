@@ -89,6 +89,12 @@ def _check_budget(policy: "Policy") -> None:
             expected="tokens >= 1 exactly with budget 'constant'",
             fix="e.g. --set budget=constant tokens=512",
         )
+    if policy.heads == "own" and policy.budget == "pyramid":
+        raise UsageError(
+            "budget 'pyramid' gives a share to each layer, not to each KV head",
+            got="heads 'own'",
+            fix="--set heads=each, or another budget",
+        )
     if policy.budget == "full" and policy.floor:
         raise UsageError("budget 'full' evicts nothing", got=f"floor {policy.floor}", expected="floor 0")
     if policy.budget == "constant" and policy.floor > policy.tokens:

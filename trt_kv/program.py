@@ -1,4 +1,4 @@
-"""Programs: the KV ops of each layer between its graph segments, with their attributes, per phase.
+"""Programs: the KV ops of each layer of the cache between two graph segments, with their attributes, per phase.
 
 The graph is made from a program and a program is read back from the graph; an engine's manifest contains it, so
 that the runtime applies exactly what was built.
@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trt_kv.cache_layers import cache_config, cache_policy, each_repeated, heads_apart
 from trt_kv.errors import EngineError
-from trt_kv.layer_budget import LayerBudget, layer_budgets
+from trt_kv.layer_budget import LayerBudget, check_exempt_layers, layer_budgets
 from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
 
@@ -41,7 +42,7 @@ class OpNode:
 
 
 Program = tuple[tuple[OpNode, ...], ...]
-"""For each layer, its KV ops in order of execution."""
+"""For each layer of the cache (``trt_kv/cache_layers.py``), its KV ops in order of execution."""
 
 
 def program_of_model(
@@ -53,17 +54,26 @@ def program_of_model(
     kept_shares: Sequence[float] | None = None,
     taus: Sequence[float] | None = None,
 ) -> Program:
-    """``program_of`` with the layers, the windows and the arithmetic of attention of a model."""
+    """``program_of`` with the layers, the windows and the arithmetic of attention of a model.
+
+    ``kept_shares``: one for each layer of the cache, so with heads "own" for each KV head of each layer; or then also one for
+    each layer, which its heads share.
+    """
+    applied = policy.applied_to(config.windows)
+    check_exempt_layers(applied, config.n_layers)
+    n_apart, cache = heads_apart(config, applied), cache_config(config, applied)
+    if kept_shares is not None and len(kept_shares) == config.n_layers:
+        kept_shares = each_repeated(kept_shares, n_apart)
     return program_of(
-        policy,
+        cache_policy(applied, n_apart),
         phase=phase,
-        n_layers=config.n_layers,
-        scale=config.scale,
+        n_layers=cache.n_layers,
+        scale=cache.scale,
         page_size=page_size,
         kept_shares=kept_shares,
         taus=taus,
-        windows=config.windows,
-        soft_cap=config.attention_soft_cap,
+        windows=cache.windows,
+        soft_cap=cache.attention_soft_cap,
     )
 
 
@@ -203,7 +213,7 @@ class _Nodes:
         policy = self._policy
         what: dict[str, AttributeValue] = {
             "window": 0,
-            "per_head": int(policy.heads == "each"),
+            "per_head": int(policy.heads != "shared"),
             "pooling": policy.pooling,
             "average": 0,
             "generated": int(policy.decode == "rank"),

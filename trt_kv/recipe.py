@@ -1,25 +1,28 @@
-"""A recipe: the share of tokens that each layer keeps, and how it was found.
+"""A recipe: the share of tokens that each layer, or each KV head, keeps, and how it was found.
 
-One human-readable JSON file. Shares are always the KEPT part; only the published list format, read and written at the end
-of this file, holds forgotten (evicted) fractions.
+One human-readable JSON file. Shares are always the KEPT part; only published formats (``published_recipe.py``) hold forgotten
+(evicted) fractions.
 """
 
 import dataclasses
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trt_kv import __version__
+from trt_kv.cache_layers import each_repeated
 from trt_kv.errors import RecipeError, UsageError
+from trt_kv.head_shares import HeadShares, means
 from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, document_text, read_json, write_atomically
 from trt_kv.policy import HEADS, Policy, kept_tokens
 from trt_kv.scores import attention_scores, scores_that_read
 
 FORMAT = "trt-kv-recipe"
-VERSION = 1
-METHODS = ("prefixkv",)
+VERSION = 2
+"""Of recipes with shares of KV heads; those of layers alone are written as version 1."""
+READ_VERSIONS = (1, 2)
+METHODS = ("prefixkv", "lukv")
+MEAN_ROUNDING = 2e-6
 CREATED_BY = f"trt-kv {__version__}"
 
 
@@ -52,7 +55,7 @@ class RecipeScore:
     def described(self) -> str:
         """E.g. "score window (64 queries, each KV head, pooling 5)"."""
         parts = [f"{self.window} queries"] if self.window else []
-        parts += ["each KV head"] if self.heads == "each" else []
+        parts += ["each KV head"] if self.heads != "shared" else []
         parts += [f"pooling {self.pooling}"] if self.pooling > 1 else []
         return f"score {self.name}" + (f" ({', '.join(parts)})" if parts else "")
 
@@ -103,7 +106,7 @@ class RecipeModel:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeSample:
-    """What the search found for one calibration prompt of ``n_tokens``: kept share per layer, common cumulative mass."""
+    """What the search found for one calibration prompt of ``n_tokens``: kept share per layer, and ``mass`` as in ``Recipe``."""
 
     n_tokens: int
     kept: tuple[float, ...]
@@ -154,7 +157,9 @@ class Recipe:
     """Kept shares per layer for one model, score and budget; raises ``RecipeError`` on any inconsistent value.
 
     ``budget``: mean kept share asked for, in (0, 1]. ``kept``: L kept shares in (0, 1]. ``mass``: the common cumulative mass p,
-    mean over samples; None, like ``curves``, when a published list was imported.
+    or of method "lukv" the share of what answers attend to that was kept, mean over samples; None, like ``curves``, when a
+    published list was imported. ``heads``: of method "lukv" alone, the shares of KV heads at every budget; ``kept`` is then
+    their mean over the heads of a layer.
     """
 
     method: str
@@ -166,6 +171,7 @@ class Recipe:
     model: RecipeModel
     calibration: CalibrationRecord
     curves: Curves | None
+    heads: HeadShares | None = None
     created_by: str
 
     def __post_init__(self) -> None:
@@ -175,6 +181,14 @@ class Recipe:
         _check_shares("the recipe's kept shares", self.kept)
         if self.mass is not None:
             _check_mass("the recipe's mass", self.mass)
+        if (self.heads is not None) != (self.method == "lukv"):
+            raise RecipeError(
+                "shares of KV heads and the method do not fit together",
+                got=f"method {self.method!r}, {'no ' if self.heads is None else ''}shares of KV heads",
+                expected="method 'lukv' if and only if there are shares of KV heads",
+            )
+        if self.heads is not None:
+            self._check_means(self.heads)
         lists: list[tuple[str, int]] = [("kept", len(self.kept))]
         lists += [(f"calibration.samples[{i}].kept", len(s.kept)) for i, s in enumerate(self.calibration.samples)]
         lists += [("curves.layers", len(self.curves.layers))] if self.curves is not None else []
@@ -183,6 +197,38 @@ class Recipe:
                 raise RecipeError(
                     f"the recipe's {name} does not have one value per layer", got=length, expected=self.model.n_layers
                 )
+
+    def _check_means(self, heads: HeadShares) -> None:
+        found = means(heads.at(self.budget))
+        if len(found) != len(self.kept) or any(abs(a - b) > MEAN_ROUNDING for a, b in zip(found, self.kept, strict=True)):
+            raise RecipeError(
+                "the recipe's kept shares are not the means of its KV heads", got=list(self.kept), expected=list(found)
+            )
+
+    def with_budget(self, budget: float) -> "Recipe":
+        """This recipe for another mean kept share; ``RecipeError`` if it has no shares of KV heads, which tell it.
+
+        What was found for the samples at the old budget is left out.
+        """
+        if self.heads is None:
+            raise RecipeError("the recipe is of one budget", got=budget, expected=self.budget, fix="calibrate another")
+        record = dataclasses.replace(self.calibration, samples=())
+        kept = means(self.heads.at(budget))
+        return dataclasses.replace(self, budget=budget, kept=kept, mass=None, calibration=record)
+
+    def shares_of_cache(self, *, heads_apart: int) -> list[float]:
+        """The share of each layer of the cache (``trt_kv/cache_layers.py``): of each layer of the model, or with
+        ``heads_apart`` K of each of its KV heads, which have their layer's share if the recipe has no others.
+
+        ``RecipeError`` if the recipe has shares for another number of KV heads.
+        """
+        if self.heads is None or heads_apart == 1:
+            return each_repeated(self.kept, heads_apart)
+        if self.heads.n_kv_heads != heads_apart:
+            raise RecipeError(
+                "the recipe has shares for another number of KV heads", got=self.heads.n_kv_heads, expected=heads_apart
+            )
+        return [share for layer in self.heads.at(self.budget) for share in layer]
 
     def kept_tokens(self, n_tokens: int) -> list[int]:
         """Tokens that each layer keeps of a prompt of ``n_tokens``: L counts, at least the protected tokens each.
@@ -206,7 +252,10 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as a JSON object, format and version first."""
-        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self)
+        if self.heads is None:
+            del fields["heads"]
+        return {"format": FORMAT, "version": 1 if self.heads is None else VERSION, **fields}
 
     @classmethod
     def from_json(cls, data: object) -> "Recipe":
@@ -219,14 +268,22 @@ class Recipe:
                 fix="import published lists with recipe_from_published" if isinstance(data, list) else None,
             )
         version = data.get("version")
-        if version != VERSION or isinstance(version, bool):
+        if version not in READ_VERSIONS or isinstance(version, bool):
             raise RecipeError(
                 "the recipe has a version that this trt-kv cannot read",
                 got=repr(version),
-                expected=VERSION,
+                expected=" or ".join(map(str, READ_VERSIONS)),
                 fix="use the trt-kv that wrote it, or calibrate again",
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
+        if version == 1 and "heads" not in fields:
+            fields["heads"] = None
+        elif version == 1 or fields.get("heads") is None:
+            raise RecipeError(
+                f"a recipe of version {version} {'has no' if version == 1 else 'lacks'} shares of KV heads",
+                got=f"heads {'in it' if 'heads' in fields else 'not in it'}",
+                expected="heads in version 2 alone",
+            )
         if isinstance(fields.get("score"), dict):
             fields["score"] = {"heads": "shared", "pooling": 1, **fields["score"]}  # missing in recipes of version 0.1
         return dataclass_from_json(cls, fields, where="recipe", error=RecipeError)
@@ -247,58 +304,6 @@ class Recipe:
             return cls.from_json(data)
         except RecipeError as cause:
             raise RecipeError(f"{path}: {cause.what}", got=cause.got, expected=cause.expected, fix=cause.fix) from cause
-
-    def to_published(self, folder: Path) -> Path:
-        """Write the published format into ``folder``: a JSON list of L FORGOTTEN fractions. Returns the file's path."""
-        path = folder / published_name(self.model.name, self.budget)
-        text = json.dumps([_complement(share) for share in self.kept]) + "\n"
-        write_atomically(path, text.encode(), kind="published recipe", error=RecipeError)
-        return path
-
-
-def published_name(model_name: str, budget: float) -> str:
-    """``prefixkv_{model}_{ratio}.json``; the ratio is the forgotten fraction, with as many decimals as it needs."""
-    whole, _, decimals = f"{1.0 - budget:.6f}".partition(".")
-    return f"prefixkv_{re.sub(r'[^A-Za-z0-9.-]+', '-', model_name)}_{whole}.{decimals.rstrip('0') or '0'}.json"
-
-
-def recipe_from_published(path: Path, *, model: RecipeModel, score: RecipeScore | None = None) -> Recipe:
-    """Read a published PrefixKV list (L FORGOTTEN fractions) whose file name ends in ``_{forgotten ratio}.json``.
-
-    The list does not identify its checkpoint, so the recipe is bound to ``model``. ``score`` None: the published "mass".
-    """
-    data = read_json(path, kind="published recipe", error=RecipeError)
-    named = re.search(r"_(\d(?:\.\d+)?)\.json$", path.name)
-    if named is None:
-        raise RecipeError("the file name does not contain the ratio", got=path.name, expected="prefixkv_{model}_{ratio}.json")
-    if not isinstance(data, list) or not data or not all(type(x) in (int, float) and 0.0 <= x < 1.0 for x in data):
-        raise RecipeError(f"{path} is not a published recipe", expected="a JSON list of forgotten fractions in [0, 1)")
-    forgotten = float(named.group(1))
-    mean = sum(data) / len(data)
-    if abs(mean - forgotten) > 0.1:
-        raise RecipeError(
-            f"the list in {path} does not fit its file name",
-            got=f"a mean of {mean:.3f}",
-            expected=f"a mean forgotten fraction of about {forgotten}",
-            fix="published lists hold FORGOTTEN fractions; were these kept ones?",
-        )
-    return Recipe(
-        method="prefixkv",
-        score=score or RecipeScore(name="mass"),
-        budget=_complement(forgotten),
-        kept=tuple(_complement(fraction) for fraction in data),
-        mass=None,
-        protected=Protected(),
-        model=model,
-        calibration=CalibrationRecord(source=f"published list {path.name}", seed=None, samples=()),
-        curves=None,
-        created_by=CREATED_BY,
-    )
-
-
-def _complement(fraction: float) -> float:
-    """1 - fraction, rounded so that the complement of the complement is the fraction again (up to 15 decimals)."""
-    return round(1.0 - fraction, 15)
 
 
 def _check_shares(name: str, shares: tuple[float, ...]) -> None:

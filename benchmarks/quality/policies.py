@@ -1,15 +1,15 @@
 """The policies that the report compares: every preset, and presets with one part replaced. None has a floor,
 as in the papers.
 
-A new preset in ``trt_kv/policies`` is included automatically, in the group "ours"; those that keep the cache on the host are in
-``recall.policies``.
+A new preset in ``trt_kv/policies`` is included automatically, in the group "ours", unless its KV heads have budgets of their
+own; those that keep the cache on the host are in ``recall.policies``.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
 from benchmarks.quality.results import PolicyFacts
-from trt_kv.policies import policy_names, policy_without_floor
+from trt_kv.policies import policy_from_name, policy_names, policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import SHARED_BUDGETS, differences, setting_as_text
 from trt_kv.recipe import recipe_score
@@ -59,7 +59,7 @@ class Contender:
 
 def contenders() -> list[Contender]:
     """Every policy of the report, the full cache first."""
-    presets = {name: policy_without_floor(name) for name in policy_names()}
+    presets = {name: policy_without_floor(name) for name in policy_names() if has_shared_pages(name)}
     ours = [name for name, policy in presets.items() if name not in (*PUBLISHED, "full") and not policy.recalls]
     return [
         Contender(name="full", label="full cache", group="reference", policy=policy_without_floor("full")),
@@ -69,6 +69,11 @@ def contenders() -> list[Contender]:
         *_thresholds(),
         *_ablations(),
     ]
+
+
+def has_shared_pages(name: str) -> bool:
+    """Whether KV heads share pages, as in the report's caches: budgets of single heads cannot be measured there."""
+    return policy_from_name(name).heads != "own"
 
 
 def _choices() -> list[Contender]:

@@ -138,7 +138,7 @@ def _triattention(policy: Policy, config: ModelConfig, budget: int, options: dic
         "algorithm": "triattention",
         "budget": budget,
         "beta": TRIATTENTION_PERIOD,
-        "eviction_mode": "per_layer_perhead" if policy.heads == "each" else "union",
+        "eviction_mode": "per_layer_perhead" if policy.heads != "shared" else "union",
         "calibration_path": CALIBRATION_FILE,
     }
     return [

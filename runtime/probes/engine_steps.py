@@ -38,7 +38,7 @@ def engine_steps(folder: Path, *, batch: int, kv_dtype: str, weight_bytes: int, 
     short = min(SHORT_TOKENS, chunk_tokens)
     n_new = min(DECODE_TOKENS, manifest.config.max_positions - short)
     sizing = HostSizing(
-        manifest.config,
+        manifest.cache_config,
         manifest.applied_policy,
         manifest.programs,
         page_size=manifest.page_size,

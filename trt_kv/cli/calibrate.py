@@ -47,13 +47,14 @@ from trt_kv.policy import Policy
     "--from-published",
     type=existing_file,
     metavar="FILE",
-    help="Take the budgets from a published list (JSON, one forgotten share per layer) instead of calibrating.",
+    help="Take the budgets from a published file instead of calibrating: PrefixKV's list (JSON, one forgotten share per "
+    "layer), or LU-KV's curves as kvpress has them (.npy, with --policy lukv).",
 )
 @click.option(
     "--to-published",
     type=any_path,
     metavar="FOLDER",
-    help="Also write the budgets in the published form, one file per forgotten share.",
+    help="Also write the budgets in the published form: a list per forgotten share, or the curves of KV heads.",
 )
 @click.option(
     "--recipe",
@@ -91,7 +92,9 @@ def command(
     layer: the cosine of adjacent queries below which a KV head selects its pages again.
 
     A recipe is a readable JSON file with the kept share of each layer and how it was found. It is valid for one
-    checkpoint. A plot of the shares and of the cumulative curves is written beside it.
+    checkpoint. A plot of the shares and of the cumulative curves is written beside it. For a policy whose KV heads have
+    budgets of their own (lukv, --set heads=own) it has the share of each head at 99 budgets, found by what the model's
+    answers to the prompts attend to; --recipe FILE --budget B then builds with any of them.
 
     Drift thresholds (policies freekv, quest, arkvale) are a JSON file too. It has a tau for each layer, chosen so that
     --correction-rate of its KV heads are corrected, and the similarity of adjacent queries and of the pages they select,
@@ -103,6 +106,7 @@ def command(
       trt-kv calibrate --budget 0.3
       trt-kv calibrate --score window --prompts prompts.txt --samples 20 --out recipes/window.json
       trt-kv calibrate --from-published llama_0.8.json --budget 0.2 --out recipes/published.json
+      trt-kv calibrate --policy lukv --from-published ea_0.02_llama_avg_ratio.npy --budget 0.3 --out recipes/heads.json
       trt-kv calibrate --policy freekv --set tokens=512 --correction-rate 0.05
       trt-kv calibrate --queries --checkpoint ~/models/Qwen3-8B --out qwen3-8b.safetensors
     """

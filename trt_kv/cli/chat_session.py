@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trt_kv.cache_layers import layer_name
 from trt_kv.cli.generation_notes import held_note
 from trt_kv.manifest import Manifest
 from trt_kv.pipeline.chat import Conversation
@@ -101,17 +102,18 @@ class Session:
 
 
 def policy_lines(manifest: Manifest, last: "Generation | None") -> Iterator[str]:
-    """The policy, and the tokens that each layer held at the end of the last answer."""
+    """The policy, and the tokens that each layer of the cache held at the end of the last answer."""
     policy = manifest.policy
     yield f"policy {policy.name}: {policy.summary}"
     if last is None or not last.num_computed_tokens:
         shares = ", ".join(f"{share:.0%}" for share in manifest.kept_shares)
-        yield f"nothing is held yet; the layers may keep {shares}"
+        yield f"nothing is held yet; the {'layers' if manifest.heads_apart == 1 else 'KV heads'} may keep {shares}"
         return
     seen, first = last.num_computed_tokens, 0
     for held, layers in itertools.groupby(last.kv_tokens):
         n_layers = len(list(layers))
-        name = f"layer {first}" if n_layers == 1 else f"layers {first}-{first + n_layers - 1}"
+        names = [layer_name(layer, manifest.heads_apart) for layer in (first, first + n_layers - 1)]
+        name = f"layer {names[0]}" if n_layers == 1 else f"layers {'-'.join(names)}"
         yield f"{name:>13}: {held:6} of {seen} tokens, {held / seen:4.0%}"
         first += n_layers
     yield held_note(manifest, last)

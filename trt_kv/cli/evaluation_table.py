@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trt_kv.cache_layers import cache_policy
 from trt_kv.calibration.task_files import MATCHES
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy_settings import differences, setting_as_text
@@ -46,10 +47,11 @@ def _engine(facts: "EngineFacts") -> str:
 def _exempt(run: "Run") -> list[str]:
     """The kept share over the layers that are not exempt, if some but not all are; those with a window are."""
     exempt = run.engine.applied_policy.exempt_layers
-    n_others = len(run.answers[0].kept_tokens) - len(exempt)
+    in_cache = cache_policy(run.engine.applied_policy, run.engine.heads_apart).exempt_layers
+    n_others = len(run.answers[0].kept_tokens) - len(in_cache)
     if not exempt or n_others == 0:
         return []
-    shares = [answer.kept_share_without(exempt) for answer in run.answers]
+    shares = [answer.kept_share_without(in_cache) for answer in run.answers]
     told = f"{sum(shares) / len(shares):.1%} ({_share(min(shares), 1)}–{_share(max(shares), 1)})"
     return ["", f"kept of prompt includes the exempt layers {', '.join(map(str, exempt))}; without them it is {told}"]
 

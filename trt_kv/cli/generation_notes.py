@@ -33,10 +33,11 @@ def held_note(manifest: Manifest, result: "Generation") -> str:
     held, seen = _mean(result.kv_tokens), result.num_computed_tokens
     if manifest.applied_policy.recalls:
         return f"[{begin}; {_attended_text(manifest, result)}the device holds {_count(held, seen)}]"
-    exempt = manifest.applied_policy.exempt_layers
+    exempt = manifest.cache_policy.exempt_layers
     others = [n for layer, n in enumerate(result.kv_tokens) if layer not in exempt]
     told = f", {_percent(_mean(others), seen)} without exempt layers" if exempt and others else ""
-    return f"[{begin}; KV cache holds {_count(held, seen)} of {seen} tokens per layer ({_percent(held, seen)}{told})]"
+    what = "per layer" if manifest.heads_apart == 1 else "per KV head"
+    return f"[{begin}; KV cache holds {_count(held, seen)} of {seen} tokens {what} ({_percent(held, seen)}{told})]"
 
 
 def recall_note(manifest: Manifest, result: "Generation", counts: "RecallStatistics") -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from trt_kv.cache_layers import layer_name
 from trt_kv.cli.generation_notes import attended_tokens
 from trt_kv.cli.inspected_types import described_types
 from trt_kv.drift import Drift
@@ -71,9 +72,10 @@ def _model(folder: Path, manifest: Manifest) -> list[str]:
 def _attention(manifest: Manifest) -> list[str]:
     """Windows and soft cap of attention, if there are any."""
     lines = []
-    for window in sorted({window for window in manifest.windows if window}):
-        layers = [layer for layer, other in enumerate(manifest.windows) if other == window]
-        which = "every layer" if len(layers) == len(manifest.windows) else f"layers {', '.join(map(str, layers))}"
+    windows = manifest.windows[:: manifest.heads_apart]
+    for window in sorted({window for window in windows if window}):
+        layers = [layer for layer, other in enumerate(windows) if other == window]
+        which = "every layer" if len(layers) == len(windows) else f"layers {', '.join(map(str, layers))}"
         lines.append(f"          a window of {window} tokens in {which}")
     soft_cap = manifest.config.attention_soft_cap
     return lines + ([f"          logits of attention capped at {soft_cap:g}"] if soft_cap else [])
@@ -132,13 +134,19 @@ def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
             f"protected first {policy.sinks} and last {policy.recent} tokens, in whole pages",
         ]
     if recipe is not None and recipe.mass is not None:
-        lines.append(f"mass      each layer keeps {recipe.mass:.1%} of its importance ({recipe.score.described})")
+        lines.append(f"mass      {_mass(recipe, recipe.mass)}")
     return lines
+
+
+def _mass(recipe: Recipe, mass: float) -> str:
+    if recipe.heads is not None:
+        return f"the KV heads together keep {mass:.1%} of what answers attend to (ranked by {recipe.score.described})"
+    return f"each layer keeps {mass:.1%} of its importance ({recipe.score.described})"
 
 
 def _details(policy: Policy) -> str:
     parts = [f"window {policy.window}"] if "window" in policy.scoring.settings else []
-    parts += ["each KV head"] if policy.heads == "each" else []
+    parts += ["each KV head"] if policy.heads != "shared" else []
     parts += [f"pooling {policy.pooling}"] if policy.pooling > 1 else []
     return f" ({', '.join(parts)})" if parts else ""
 
@@ -154,14 +162,16 @@ def _budget(manifest: Manifest) -> str:
         "constant": f"{policy.tokens} tokens in every layer{which}" + (", in whole pages" if policy.recalls else ""),
         "unimetric": f"computed per input, threshold {policy.threshold:.2%} of the norm of {METRIC_ROWS[policy.metric_row]}",
     }
-    exempt = ", ".join(str(layer) for layer in policy.exempt_layers if not manifest.windows[layer])
+    windows = manifest.windows[:: manifest.heads_apart]
+    exempt = ", ".join(str(layer) for layer in policy.exempt_layers if not windows[layer])
     told_exempt = f"; layers {exempt} keep everything" if exempt else ""
     return told.get(policy.budget, f"{policy.kept:.0%} of the tokens, mean over layers{which}") + told_exempt
 
 
 def _protected(policy: Policy) -> str:
     newest = f", newest {policy.recent_share:.0%} of the budget" if policy.recent_share else ""
-    floor = f"; nothing while a layer holds at most {policy.eviction_floor} tokens" if policy.eviction_floor else ""
+    what = "KV head" if policy.heads == "own" else "layer"
+    floor = f"; nothing while a {what} holds at most {policy.eviction_floor} tokens" if policy.eviction_floor else ""
     return f"first {policy.sinks} and last {policy.recent} prompt tokens{newest}{floor}"
 
 
@@ -172,11 +182,12 @@ def _budgets(manifest: Manifest, recipe: Recipe | None) -> list[str]:
     depends = recalls or any(windows) or any(budget is not None and budget.tokens for budget in manifest.budgets)
     at = f", at {length} tokens" if depends else ""
     what = "share attended to" if recalls else "kept share"
-    lines = [f"{what} per layer (from {origin}{at})"]
+    per = "layer" if manifest.heads_apart == 1 else "layer and KV head"
+    lines = [f"{what} per {per} (from {origin}{at})"]
     shares = _shares(manifest)
     for layer, (budget, share, window) in enumerate(zip(manifest.budgets, shares, windows, strict=True)):
         told = "computed for each input" if budget is None else f"{bar(share)} {share:6.1%}{'  window' if window else ''}"
-        lines.append(f"  {layer:>3} {told}")
+        lines.append(f"  {layer_name(layer, manifest.heads_apart):>3} {told}")
     if None in manifest.budgets:
         return lines
     return [*lines, f" mean {' ' * BAR_WIDTH}{sum(shares) / len(shares):6.1%}"]
@@ -218,7 +229,7 @@ def _shares(manifest: Manifest) -> list[float]:
 
 
 def _sizes(manifest: Manifest) -> list[str]:
-    config = manifest.config
+    config = manifest.cache_config
     of_token = kv_bytes(config, manifest.kv_dtype)
     full = of_token * config.n_layers * config.max_positions
     kept = of_token * config.max_positions * sum(_shares(manifest))

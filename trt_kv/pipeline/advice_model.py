@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trt_kv.cache_layers import cache_config, heads_apart
 from trt_kv.engine_files import check_files
 from trt_kv.errors import UsageError
 from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
@@ -26,12 +27,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPolicy:
-    """A policy with the programs that an engine with it has. ``applied``: what it decides in this model."""
+    """A policy for the model of ``config``, with the programs of an engine. ``applied``: what it decides in this model."""
 
     policy: Policy
     applied: Policy
     programs: Mapping[str, Program]
+    config: ModelConfig
     is_engine: bool = False
+
+    @property
+    def heads_apart(self) -> int:
+        """Layers of the cache per layer of the model."""
+        return heads_apart(self.config, self.applied)
+
+    @property
+    def cache(self) -> ModelConfig:
+        """The config as the cache has it (``trt_kv/cache_layers.py``)."""
+        return cache_config(self.config, self.applied)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +62,8 @@ class Subject:
         """``policy`` for this model; without a recipe each layer has the mean share."""
         size = self.page_size
         programs = {phase: program_of_model(self.config, policy, phase=phase, page_size=size) for phase in PHASES}
-        return PlannedPolicy(policy=policy, applied=policy.applied_to(self.config.windows), programs=programs)
+        applied = policy.applied_to(self.config.windows)
+        return PlannedPolicy(policy=policy, applied=applied, programs=programs, config=self.config)
 
     def own_policy(self) -> PlannedPolicy | None:
         """That of the engine, with the budgets that it was built with."""
@@ -58,7 +71,11 @@ class Subject:
             return None
         manifest = self.engine[1]
         return PlannedPolicy(
-            policy=manifest.policy, applied=manifest.applied_policy, programs=manifest.programs, is_engine=True
+            policy=manifest.policy,
+            applied=manifest.applied_policy,
+            programs=manifest.programs,
+            config=self.config,
+            is_engine=True,
         )
 
 

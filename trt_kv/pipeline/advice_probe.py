@@ -51,7 +51,7 @@ def measure(
     if own is None or steps is None:
         return machine, model
     short = steps["short_tokens"]
-    of_step = model.caches_ms(own, [short] * subject.config.n_layers, short)
+    of_step = model.caches_ms(own, [short] * own.cache.n_layers, short)
     of_chunk = model.reading_ms(own, steps["chunk_tokens"])
     if of_step is not None:
         machine = dataclasses.replace(machine, step_ms=max(0.0, steps["step_ms"] - batch * of_step))

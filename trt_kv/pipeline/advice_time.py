@@ -68,7 +68,7 @@ class TimeModel:
             if times is None:
                 return None
             total += times[0] + times[1] * n_attended + times[2] * n_cached
-        return total
+        return total / planned.heads_apart
 
     def prompt_s(self, planned: PlannedPolicy, n_tokens: int) -> float | None:
         """Of reading a prompt; None without steps of an engine."""
@@ -83,7 +83,7 @@ class TimeModel:
             if times is None:
                 return None
             total += times[0] * n_tokens + times[1] * n_tokens * min(n_tokens, _window(nodes) or n_tokens)
-        return total
+        return total / planned.heads_apart  # layers were measured with all heads of the model
 
 
 def kind_of(nodes: Nodes) -> str:

@@ -209,7 +209,7 @@ def sizing_of(planned: PlannedPolicy, subject: Subject) -> "HostSizing":
     from trt_kv.runtime.backends.host.reservation import HostSizing
 
     size, kv_dtype = subject.page_size, subject.kv_dtype
-    return HostSizing(subject.config, planned.applied, planned.programs, page_size=size, kv_dtype=kv_dtype)
+    return HostSizing(planned.cache, planned.applied, planned.programs, page_size=size, kv_dtype=kv_dtype)
 
 
 def attended_tokens(planned: PlannedPolicy, subject: Subject, context: int, new_tokens: int) -> list[int]:

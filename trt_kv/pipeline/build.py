@@ -12,7 +12,7 @@ from trt_kv.manifest import FILE_NAME as MANIFEST_FILE
 from trt_kv.pipeline.calibration_runs import drift_from_prompts, recipe_from_prompts
 from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
 from trt_kv.pipeline.destinations import check_new_file, check_new_folder
-from trt_kv.pipeline.given_files import drift_of_plan, policy_of_recipe
+from trt_kv.pipeline.given_files import drift_of_plan, policy_of_recipe, recipe_for_policy
 from trt_kv.pipeline.handover import hand_over
 from trt_kv.pipeline.plans import TENSORRT_LLM, TargetPlan
 from trt_kv.pipeline.reproduce import command_line_of, is_built
@@ -68,7 +68,7 @@ def build_engine(request: BuildRequest, *, on_progress: OnProgress = ignore, on_
     check_destination(out, replace=request.replace)
     for note in tokenizer_notes(checkpoint):
         on_note(note)
-    recipe = Recipe.load(request.recipe) if request.recipe is not None else None
+    recipe = recipe_for_policy(request.recipe, request.policy) if request.recipe is not None else None
     policy = request.policy if recipe is None else policy_of_recipe(request.policy, recipe, on_note)
     applied = policy.applied_to(checkpoint.config.windows)
     if policy != applied and not (applied.evicts or applied.recalls):

@@ -2,15 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trt_kv.errors import UsageError
 from trt_kv.pipeline.calibration_runs import drift_from_prompts, recipe_from_prompts, recipe_model
 from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
 from trt_kv.pipeline.destinations import check_new_file, check_new_folder
-from trt_kv.pipeline.given_files import policy_of_recipe
+from trt_kv.pipeline.given_files import policy_of_recipe, recipe_for_policy
 from trt_kv.pipeline.requests import DriftRequest, RecipeRequest
 from trt_kv.pipeline.sources import open_source
-from trt_kv.recipe import Recipe, recipe_from_published, recipe_score
+from trt_kv.policy import Policy
+from trt_kv.published_recipe import recipe_from_published, write_published
+from trt_kv.recipe import Protected, Recipe, recipe_score
+
+if TYPE_CHECKING:
+    from trt_kv.export.checkpoints.base import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +61,49 @@ def calibrate_recipe(request: RecipeRequest, *, on_progress: OnProgress = ignore
         folder.mkdir(parents=True, exist_ok=True)
     checkpoint = open_source(request.source, on_note)
     if request.from_published is not None:
-        recipe = recipe_from_published(request.from_published, model=recipe_model(checkpoint), score=recipe_score(policy))
+        recipe = _published(request.from_published, checkpoint, policy)
         policy_of_recipe(policy, recipe, on_note)
     else:
         recipe = recipe_from_prompts(checkpoint, policy, request.calibration, on_progress=on_progress, on_note=on_note)
     recipe.save(out)
     picture_from_recipe(recipe, picture)
-    published = recipe.to_published(request.to_published) if request.to_published is not None else None
+    published = _publish(recipe, request.to_published) if request.to_published is not None else None
     return RecipeFiles(recipe=out, picture=picture, published=published)
+
+
+def _published(path: Path, checkpoint: "Checkpoint", policy: Policy) -> Recipe:
+    """The recipe of a published file: PrefixKV's list, or for a policy with a budget for each KV head, LU-KV's curves.
+
+    Raises ``UsageError`` for a file of the other kind.
+    """
+    from trt_kv.calibration.head_curves import recipe_from_curves
+
+    is_of_heads = path.suffix == ".npy"
+    if is_of_heads != (policy.heads == "own"):
+        raise UsageError(
+            f"policy {policy.name!r} has a budget for each {'KV head' if policy.heads == 'own' else 'layer'}",
+            got=str(path),
+            expected="curves of KV heads (.npy)" if policy.heads == "own" else "a list with a share for each layer (.json)",
+            fix="take --policy lukv for curves, prefixkv for a list",
+        )
+    model, score = recipe_model(checkpoint), recipe_score(policy)
+    if not is_of_heads:
+        return recipe_from_published(path, model=model, score=score)
+    return recipe_from_curves(
+        path,
+        model=model,
+        n_kv_heads=checkpoint.config.n_kv_heads,
+        score=score,
+        budget=policy.kept,
+        protected=Protected(sinks=policy.sinks, recent=policy.recent),
+    )
+
+
+def _publish(recipe: Recipe, folder: Path) -> Path:
+    """Write the recipe in its published form."""
+    from trt_kv.calibration.head_curves import write_curves
+
+    return write_published(recipe, folder) if recipe.heads is None else write_curves(recipe, recipe.heads, folder)
 
 
 def calibrate_drift(request: DriftRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> Path:
@@ -93,7 +134,7 @@ def calibrate_drift(request: DriftRequest, *, on_progress: OnProgress = ignore, 
     checkpoint = open_source(request.source, on_note)
     checkpoint.config.check_page_size(request.drift.page_size)
     out.parent.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe.load(request.recipe) if request.recipe is not None else None
+    recipe = recipe_for_policy(request.recipe, policy) if request.recipe is not None else None
     if recipe is not None:
         recipe.check_model(digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
         policy = policy_of_recipe(policy, recipe, on_note)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from trt_kv.chat.turns import text_end_ids
 from trt_kv.drift import ALWAYS, Drift, drift_settings
@@ -16,7 +16,7 @@ from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
 from trt_kv.plugins.recall_attention.page_counts import PageLimits, summary_rows
 from trt_kv.policy import Policy
 from trt_kv.program import PAGE_SUMMARIES, PHASES, Program, program_of_model
-from trt_kv.recipe import Protected, Recipe, RecipeModel, recipe_score
+from trt_kv.recipe import Protected, Recipe, RecipeModel, RecipeScore, recipe_score
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +31,26 @@ FEW_TOKENS = 32
 """Recipes from shorter prompts are made with a note: hardly a token could be evicted from them."""
 
 
+class _How(TypedDict):
+    """What all calibrations of recipes are told."""
+
+    budget: float
+    score: RecipeScore
+    model: RecipeModel
+    source: str
+    seed: int
+    protected: Protected
+    windowed_layers: tuple[int, ...]
+    on_sample: Callable[[int, int], None]
+
+
 def recipe_from_prompts(
     checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan, *, on_progress: OnProgress, on_note: OnNote
 ) -> Recipe:
     """The recipe that ``policy`` needs, found on the prompts of ``plan``."""
+    from trt_kv.calibration.lukv import calibrate_lukv
     from trt_kv.calibration.prefixkv import calibrate_prefixkv
+    from trt_kv.pipeline.calibration_heads import usefulness_of
 
     _check_decides(checkpoint, policy)
     prompts = calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS, on_note=on_note)
@@ -45,18 +60,19 @@ def recipe_from_prompts(
             f"note: few or short calibration prompts ({len(prompts)}, the longest of {longest} tokens) make a poor recipe: "
             "give about ten, as long as those in production"
         )
-    return calibrate_prefixkv(
-        prompts,
-        importance_of(checkpoint, policy, longest),
-        budget=policy.kept,
-        score=recipe_score(policy),
-        model=recipe_model(checkpoint),
-        source=calibration_source(checkpoint, plan),
-        seed=plan.seed,
-        protected=Protected(sinks=policy.sinks, recent=policy.recent),
-        windowed_layers=checkpoint.config.windowed_layers,
-        on_sample=lambda done, total: on_progress("calibrating", done, total),
-    )
+    how: _How = {
+        "budget": policy.kept,
+        "score": recipe_score(policy),
+        "model": recipe_model(checkpoint),
+        "source": calibration_source(checkpoint, plan),
+        "seed": plan.seed,
+        "protected": Protected(sinks=policy.sinks, recent=policy.recent),
+        "windowed_layers": checkpoint.config.windowed_layers,
+        "on_sample": lambda done, total: on_progress("calibrating", done, total),
+    }
+    if policy.heads == "own":
+        return calibrate_lukv(prompts, usefulness_of(checkpoint, policy, longest), **how)
+    return calibrate_prefixkv(prompts, importance_of(checkpoint, policy, longest), **how)
 
 
 def drift_from_prompts(
@@ -143,18 +159,22 @@ def importance_of(
     config = checkpoint.config
     n_pages = config.n_layers * -(-max_tokens // page_size)
     pool = HostKvPool(n_pages=n_pages, page_size=page_size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
+    programs = programs_for(checkpoint, scoring_policy(policy), page_size)
+    return host_runner(TorchDecoderExecutor(decoder_for(checkpoint)), pool, programs).importance
+
+
+def scoring_policy(policy: Policy) -> Policy:
+    """The ranking of the recipe for ``policy`` (``recipe_score``), in layers that hold all KV heads."""
     score = recipe_score(policy)
-    scoring = Policy(
+    return Policy(
         name="scoring",
         summary="",
         score=score.name,
         budget="uniform",
         window=score.window or policy.window,
-        heads=score.heads,
+        heads="shared" if score.heads == "shared" else "each",
         pooling=score.pooling,
     )
-    programs = _programs(checkpoint, scoring, page_size)
-    return host_runner(TorchDecoderExecutor(_decoder(checkpoint)), pool, programs).importance
 
 
 def drift_trace_of(
@@ -188,11 +208,11 @@ def drift_trace_of(
         n_query_heads=config.n_heads,
         summary_rows=summary_rows(PAGE_SUMMARIES[policy.page_summary], page_size, "float32"),
     )
-    programs = _programs(checkpoint, dataclasses.replace(policy, drift="fixed", tau=ALWAYS), page_size, kept_shares)
+    programs = programs_for(checkpoint, dataclasses.replace(policy, drift="fixed", tau=ALWAYS), page_size, kept_shares)
     end_ids = text_end_ids(checkpoint.eos_token_ids, checkpoint.tokenizer_files, vocab_size=config.vocab_size)
     recorder = DriftRecorder(kernel("RecallAttention", "cpu"))
     kernels = {"RecallAttention": recorder}
-    steps = SplitStepExecutor(TorchDecoderExecutor(_decoder(checkpoint)), programs, kernels=kernels)
+    steps = SplitStepExecutor(TorchDecoderExecutor(decoder_for(checkpoint)), programs, kernels=kernels)
     runner = ModelRunner(steps, pool, programs, decode=policy.decode)
 
     def trace_of(token_ids: Sequence[int]) -> "Trace":
@@ -225,7 +245,7 @@ def query_statistics_of(
             expected="one RoPE over all channels in every layer",
         )
     recorder = QueryRecorder(config.n_layers, config.n_heads, config.head_dim)
-    decoder = _decoder(checkpoint)
+    decoder = decoder_for(checkpoint)
 
     def recording(attention: SelfAttention) -> Callable[..., None]:
         def record(_module: object, _inputs: object, projected: "torch.Tensor") -> None:
@@ -238,7 +258,7 @@ def query_statistics_of(
             module.q_proj.register_forward_hook(recording(module))
     n_pages = config.n_layers * -(-max(map(len, prompts)) // size)
     pool = HostKvPool(n_pages=n_pages, page_size=size, n_kv_heads=config.n_kv_heads, head_size=config.head_dim)
-    runner = host_runner(TorchDecoderExecutor(decoder), pool, _programs(checkpoint, policy_from_name("full"), size))
+    runner = host_runner(TorchDecoderExecutor(decoder), pool, programs_for(checkpoint, policy_from_name("full"), size))
     for done, ids in enumerate(prompts):
         on_sample(done, len(prompts))
         sequence = runner.new_sequence()
@@ -255,16 +275,18 @@ def recipe_model(checkpoint: "Checkpoint") -> RecipeModel:
     return RecipeModel(name=checkpoint.name, digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)
 
 
-def _programs(
+def programs_for(
     checkpoint: "Checkpoint", policy: Policy, page_size: int, kept_shares: Sequence[float] | None = None
 ) -> Mapping[str, Program]:
+    """The programs of ``policy`` for the checkpoint's model, by phase."""
     return {
         phase: program_of_model(checkpoint.config, policy, phase=phase, page_size=page_size, kept_shares=kept_shares)
         for phase in PHASES
     }
 
 
-def _decoder(checkpoint: "Checkpoint") -> "torch.nn.Module":
+def decoder_for(checkpoint: "Checkpoint") -> "torch.nn.Module":
+    """The checkpoint's decoder in fp32 if that fits into the memory."""
     from trt_kv.export.decoder import decoder_from_checkpoint
 
     return decoder_from_checkpoint(checkpoint, _calibration_dtype(checkpoint))

@@ -7,8 +7,11 @@ if TYPE_CHECKING:
     from trt_kv.runtime.model_runner import ModelRunner
 
 
-def continue_greedily(runner: "ModelRunner", token_ids: Sequence[int], n_steps: int, end_ids: Sequence[int]) -> None:
-    """Prefill ``token_ids`` and then run ``n_steps`` greedy decode steps, fewer if one of ``end_ids`` is generated."""
+def continue_greedily(runner: "ModelRunner", token_ids: Sequence[int], n_steps: int, end_ids: Sequence[int]) -> Sequence[int]:
+    """Prefill ``token_ids`` and then run ``n_steps`` greedy decode steps, fewer if one of ``end_ids`` is generated.
+
+    Returns the tokens that were fed in these steps.
+    """
     from trt_kv.runtime.engine_core import EngineCore
     from trt_kv.runtime.request import Request
     from trt_kv.runtime.reservation import Reservation
@@ -21,3 +24,4 @@ def continue_greedily(runner: "ModelRunner", token_ids: Sequence[int], n_steps: 
     core.run_until_idle()
     if request.error is not None:
         raise request.error
+    return request.token_ids[:-1]

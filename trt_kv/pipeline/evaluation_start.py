@@ -86,6 +86,7 @@ def _engine_facts(folder: Path, manifest: Manifest, request: EvaluationRequest) 
         dtype=on.dtype or manifest.dtype,
         runs_on=f"{runs_on}{stored}" if on.on_host else f"{runs_on} on {on.device}",
         windows=manifest.config.windows,
+        heads_apart=manifest.heads_apart,
     )
 
 

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
-from trt_kv.pipeline.given_files import drift_of_plan, policy_of_recipe
+from trt_kv.pipeline.given_files import drift_of_plan, policy_of_recipe, recipe_for_policy
 from trt_kv.pipeline.requests import ExportRequest
 from trt_kv.pipeline.sources import open_source
-from trt_kv.recipe import Recipe
 
 
 def export_graphs(request: ExportRequest, *, on_progress: OnProgress = ignore, on_note: OnNote = ignore) -> list[Path]:
@@ -29,7 +28,7 @@ def export_graphs(request: ExportRequest, *, on_progress: OnProgress = ignore, o
     from trt_kv.runtime.processes import will_compute
 
     will_compute()
-    recipe = Recipe.load(request.recipe) if request.recipe is not None else None
+    recipe = recipe_for_policy(request.recipe, request.policy) if request.recipe is not None else None
     checkpoint = open_source(request.source, on_note)
     policy = request.policy if recipe is None else policy_of_recipe(request.policy, recipe, on_note)
     drift = drift_of_plan(policy.applied_to(checkpoint.config.windows), request.drift, on_note)

@@ -1,6 +1,7 @@
 """Checks that recipes and drift thresholds from files match the request."""
 
 import dataclasses
+from pathlib import Path
 
 from trt_kv.drift import Drift, drift_settings
 from trt_kv.errors import UsageError
@@ -32,11 +33,23 @@ def drift_of_plan(policy: Policy, plan: DriftPlan, on_note: OnNote) -> Drift | N
     return loaded
 
 
-def policy_of_recipe(policy: Policy, recipe: Recipe, on_note: OnNote) -> Policy:
-    """``policy`` with the recipe's budget. Raises ``UsageError`` if ``policy`` has another one."""
+def recipe_for_policy(path: Path, policy: Policy) -> Recipe:
+    """The recipe in a file, for the budget of ``policy`` if the user chose one and the recipe tells it for every budget."""
+    recipe = Recipe.load(path)
+    another = policy.needs_recipe and budget_is_chosen(policy) and policy.kept != recipe.budget
+    return recipe.with_budget(policy.kept) if recipe.heads is not None and another else recipe
+
+
+def budget_is_chosen(policy: Policy) -> bool:
+    """Whether ``policy`` has another budget than it would have without options."""
     preset = policy_from_name(policy.name) if policy.name in policy_names() else None
     default = preset.kept if preset is not None and preset.budget in SHARED_BUDGETS else DEFAULT_KEPT
-    if (preset is None or policy.kept != default) and abs(policy.kept - recipe.budget) > 1e-6:
+    return preset is None or policy.kept != default
+
+
+def policy_of_recipe(policy: Policy, recipe: Recipe, on_note: OnNote) -> Policy:
+    """``policy`` with the recipe's budget. Raises ``UsageError`` if ``policy`` has another one."""
+    if budget_is_chosen(policy) and abs(policy.kept - recipe.budget) > 1e-6:
         raise UsageError(
             "the recipe was made for another budget",
             got=f"--budget {policy.kept}",

@@ -10,12 +10,11 @@ from trt_kv.pipeline.calibration_prompts import calibration_prompts, calibration
 from trt_kv.pipeline.calibration_runs import CALIBRATION_TOKENS, query_statistics_of, recipe_from_prompts
 from trt_kv.pipeline.callbacks import OnNote, OnProgress, ignore
 from trt_kv.pipeline.destinations import check_new_file, check_new_folder
-from trt_kv.pipeline.given_files import policy_of_recipe
+from trt_kv.pipeline.given_files import policy_of_recipe, recipe_for_policy
 from trt_kv.pipeline.plans import CalibrationPlan, ModelSource
 from trt_kv.pipeline.reproduce import command_line_of
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.pipeline.sources import open_source
-from trt_kv.recipe import Recipe
 
 if TYPE_CHECKING:
     from trt_kv.export.checkpoints.base import Checkpoint
@@ -41,7 +40,7 @@ def hand_over(request: BuildRequest, *, on_progress: OnProgress = ignore, on_not
     checkpoint = open_source(request.source, on_note)
     checkpoint_files(checkpoint)
     config, target = checkpoint.config, request.target
-    recipe = None if request.recipe is None else Recipe.load(request.recipe)
+    recipe = None if request.recipe is None else recipe_for_policy(request.recipe, request.policy)
     policy = request.policy if recipe is None else policy_of_recipe(request.policy, recipe, on_note)
 
     def options_with(kept: tuple[float, ...] | None) -> "HandOver":

@@ -11,6 +11,7 @@ from trt_kv.engine_files import verify_files
 from trt_kv.errors import EngineError, RecipeError
 from trt_kv.manifest import DRIFT_FILE, RECIPE_FILE, Manifest, load_manifest
 from trt_kv.pipeline.calibration_prompts import calibration_source
+from trt_kv.pipeline.given_files import budget_is_chosen, recipe_for_policy
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE
 from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.policies import policy_from_name, policy_names
@@ -34,7 +35,8 @@ def build_words(request: BuildRequest) -> list[str]:
     words += ["--checkpoint", source.checkpoint] if source.checkpoint else []
     words += ["--context", source.context] if source.context is not None else []
     words += ["--policy", policy.name]
-    words += ["--budget", policy.kept] if policy.budget in SHARED_BUDGETS and recipe is None else []
+    told = recipe is None or budget_is_chosen(policy)
+    words += ["--budget", policy.kept] if policy.budget in SHARED_BUDGETS and told else []
     words += ["--score", policy.score] if policy.evicts else []
     words += ["--window", policy.window] if "window" in policy.scoring.settings else []
     changed = differences(policy, policy_from_name(policy.name)) if policy.name in policy_names() else {}
@@ -85,7 +87,7 @@ def _files_are_those_of(folder: Path, manifest: Manifest, request: BuildRequest,
     source = calibration_source(checkpoint, request.calibration)
     return all(
         (
-            request.recipe is None or Recipe.load(request.recipe) == recipe,
+            request.recipe is None or recipe_for_policy(request.recipe, request.policy) == recipe,
             request.drift.file is None or Drift.load(request.drift.file) == drift,
             not (request.calibrates_recipe and applied.needs_recipe)
             or (recipe is not None and recipe.calibration.source == source),

@@ -48,7 +48,7 @@ class BuildRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeRequest:
-    """A recipe for ``policy`` in the file ``out`` (.json): calibrated, or the published list ``from_published``.
+    """A recipe for ``policy`` in the file ``out`` (.json): calibrated, or the published list or curves ``from_published``.
 
     ``to_published``: a folder for the same budgets in the published format.
     """

@@ -25,6 +25,7 @@ from trt_kv.runtime.loading import (
     Loaded,
     LoadOptions,
     OnProgress,
+    check_heads_together,
     check_kv_as_computed,
     check_no_host_tier,
     check_ranks_on_devices,
@@ -136,6 +137,7 @@ def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOpt
         )
     check_reads_whole_prompts(folder, manifest)
     check_ranks_on_devices(folder, manifest)
+    check_heads_together(folder, manifest)
     if not manifest.applied_policy.recalls:
         check_no_host_tier(folder, manifest, options)
     elif finds_budgets(manifest.programs["prefill"]):

@@ -29,8 +29,7 @@ def open_dense(folder: Path, manifest: Manifest, options: LoadOptions, on_segmen
     if options.dense in (None, "native"):
         reason = why_not_native(folder, manifest)
         if reason is None:
-            only_attends = AttentionLayers.of(manifest.programs["decode"]) is not None
-            return _native(folder, manifest, (options.kv_dtype or manifest.kv_dtype) if only_attends else None)
+            return _native(folder, manifest, options.kv_dtype or manifest.kv_dtype)
         if options.dense == "native":
             raise _refusal(folder, reason)
     segments = _segments(folder, manifest, options, on_segment)
@@ -65,13 +64,13 @@ def why_not_native(folder: Path, manifest: Manifest) -> str | None:
     return unsupported(load_weight_index(folder / GRAPHS, manifest.config.tensor_shapes()))
 
 
-def _native(folder: Path, manifest: Manifest, kv_dtype: str | None) -> "NativeExecutor":
+def _native(folder: Path, manifest: Manifest, kv_dtype: str) -> "NativeExecutor":
     from trt_kv.runtime.backends.host.native.executor import NativeExecutor
     from trt_kv.runtime.backends.host.native.weights import open_weights
 
     index = load_weight_index(folder / GRAPHS, manifest.config.tensor_shapes())
     dense = NativeExecutor(manifest.config, open_weights(folder / GRAPHS, index))
-    dense.warm_up(kv_dtype)
+    dense.warm_up(kv_dtype, AttentionLayers.of(manifest.programs["decode"]))
     return dense
 
 

@@ -12,6 +12,7 @@ from trt_kv.plugins.registry import Kernel, kernel
 from trt_kv.program import Program
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.attention_layers import OP, AttentionLayers, CachedTokens, WholeStepExecutor
+from trt_kv.runtime.backends.host.heads_apart import attend_by_head
 from trt_kv.runtime.backends.ops import LayerOps
 from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
@@ -63,7 +64,8 @@ class SplitStepExecutor:
             if phase == "decode" and self._attention is not None and isinstance(self.dense, WholeStepExecutor):
                 logits = self.dense.decode(step.input_ids, step.logit_rows, self._attention, CachedTokens.of(step, pool))
             else:
-                logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
+                by_head = attend_by_head(attend, pool.kv.shape[2])
+                logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, by_head)
         return StepResult.assemble(step, logits, attend.made)
 
 

@@ -20,6 +20,7 @@ from trt_kv.plugins.jit import cache_folder
 from trt_kv.plugins.packed_weights import PackedWeights
 from trt_kv.plugins.registry import kernel, op_specs
 from trt_kv.rope_config import RopeConfig
+from trt_kv.runtime.backends.host.attention_layers import AttentionLayers
 from trt_kv.runtime.backends.host.native.executor import NativeExecutor
 from trt_kv.runtime.backends.host.native.weights import Weights
 from trt_kv.runtime.kernel_threads import kernel_threads_bound
@@ -46,10 +47,10 @@ def marker_of(kv_dtype: str, ops: Sequence[str]) -> Path | None:
 
 def compile_kernels(kv_dtype: str, ops: Sequence[str]) -> None:
     """Run the ``ops`` on every case of their specs, and for ``native`` a model of one layer; bind threads, choose tokens."""
-    specs = op_specs()
+    specs, zero = op_specs(), np.zeros(1, np.float32)
     for name in ops:
         if name == NATIVE:
-            _smallest_model().warm_up(kv_dtype)
+            _smallest_model().warm_up(kv_dtype, AttentionLayers(zero, zero, np.zeros(1, np.int64)))
             continue
         for case in specs[name].cases:
             kernel(name, "cpu")(**case_inputs(specs[name], case, kv_dtype=kv_dtype))

@@ -93,7 +93,7 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     if not manifest.applied_policy.recalls:
         return _pool(manifest, options, n_free), None
     host_tokens, where = options.host_tokens, options.host_tier or "ram"
-    n_layers, n_host_layers = manifest.config.n_layers, len(recalling_layers(manifest.programs["decode"]))
+    n_layers, n_host_layers = manifest.cache_config.n_layers, len(recalling_layers(manifest.programs["decode"]))
     on_disk = free_on_disk(where)
     if options.cache_tokens is not None:
         n_free -= _n_bytes(manifest, _sizes(manifest, options, options.cache_tokens, 0))
@@ -144,7 +144,7 @@ def _check_free(option: str, n_bytes: int, n_free: int) -> None:
 
 
 def _n_bytes(manifest: Manifest, sizes: PoolSizes) -> int:
-    return sizes.n_pages * sizes.page_size * token_bytes(manifest.config, sizes.dtype)
+    return sizes.n_pages * sizes.page_size * token_bytes(manifest.cache_config, sizes.dtype)
 
 
 def _pages(manifest: Manifest, runner: ModelRunner, chunk: int) -> list[Resource]:

@@ -47,19 +47,18 @@ class NativeExecutor:
     def description(self) -> str:
         return f"own kernels (numba {numba.__version__}), CPU"
 
-    def warm_up(self, kv_dtype: str | None) -> None:
-        """Compile, or load from the cache, what a step runs, and ``decode`` with a cache in ``kv_dtype``, unless it is None."""
+    def warm_up(self, kv_dtype: str, layers: AttentionLayers | None) -> None:
+        """Compile, or load from the cache, what a step runs, and ``decode`` with a cache of ``layers`` in ``kv_dtype``."""
         first = np.zeros(1, np.int64)
         self.run(first, first, first, lambda _layer, q, _k, _v: q)
-        if kv_dtype is None:
+        if layers is None:
             return
-        config = self._config
-        kv = store(np.zeros((1, 2, config.n_kv_heads, 1, config.head_dim), np.float32), KvDtype(kv_dtype))
-        positions = np.zeros((1, config.n_kv_heads, 1), np.int64)
-        by_layer = np.zeros((config.n_layers, 1), np.int64)
-        tokens = CachedTokens(first, by_layer, by_layer[..., None], by_layer + 1, kv, positions)
-        attributes = np.zeros(config.n_layers, np.float32)
-        self.decode(first, first, AttentionLayers(attributes, attributes, first.repeat(config.n_layers)), tokens)
+        config, n_layers = self._config, len(layers.scale_L)
+        n_kv_heads = config.n_kv_heads * config.n_layers // n_layers
+        kv = store(np.zeros((1, 2, n_kv_heads, 1, config.head_dim), np.float32), KvDtype(kv_dtype))
+        positions = np.zeros((1, n_kv_heads, 1), np.int64)
+        by_layer = np.zeros((n_layers, 1), np.int64)
+        self.decode(first, first, layers, CachedTokens(first, by_layer, by_layer[..., None], by_layer + 1, kv, positions))
 
     def run(self, input_ids: Ints, positions: Ints, logit_rows: Ints, attend: Attend) -> Floats:
         """See ``DenseExecutor.run``."""
@@ -81,7 +80,8 @@ class NativeExecutor:
     def decode(self, input_ids: Ints, logit_rows: Ints, layers: AttentionLayers, tokens: CachedTokens) -> Floats:
         """See ``WholeStepExecutor.decode``."""
         config = self._config
-        assert len(layers.scale_L) == config.n_layers == len(tokens.slots_LN)
+        assert len(layers.scale_L) == len(tokens.slots_LN)
+        assert config.n_layers * config.n_kv_heads == len(tokens.slots_LN) * tokens.kv.shape[2]
         arguments = self._arguments(input_ids, tokens.positions_N, logit_rows)
         shape = config.n_heads, config.n_kv_heads, config.head_dim
         run_decode_step(self._all_ops, self._ends, len(logit_rows), shape, layers, tokens, arguments)
