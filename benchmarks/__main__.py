@@ -20,7 +20,6 @@ MODULES = {
     "sampling": "benchmarks.speed.sampling",
     "attention_kernels": "benchmarks.speed.attention_kernels",
     "packed_products": "benchmarks.speed.packed_products",
-    "advice": "benchmarks.speed.advice",
     "prefill_scores_cost": "benchmarks.speed.prefill_scores_cost",
     "prefill_memory": "benchmarks.speed.prefill_memory",
     "weights_accuracy": "benchmarks.quality.weights_accuracy",
