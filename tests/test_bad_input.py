@@ -52,7 +52,7 @@ def checkpoint(small_checkpoint_folder: Path, tmp_path: Path) -> Path:
 
 
 KNOWN_NAMES = {
-    "--policy": "h2o, prefixkv, prefixkv_paper",
+    "--policy": "prefixkv, prefixkv_paper",
     "--model": "llama3",
     "--score": "mass",
     "--target": "onnxruntime",

@@ -129,7 +129,8 @@ def test_a_recipe_made_apart_builds_the_same_engine(
     code, out, err = run("calibrate", *source, *words, "--out", "recipes/mine.json", "--to-published", "lists")
     assert (code, err) == (0, "")
     next_build = (
-        f"--checkpoint {small_checkpoint_folder} --policy prefixkv --score window --window 8 --recipe recipes/mine.json"
+        f"--checkpoint {small_checkpoint_folder} --policy prefixkv --budget 0.7 --score window --window 8"
+        " --recipe recipes/mine.json"
     )
     assert out.splitlines()[1:] == [
         "recipe: recipes/mine.json",

@@ -125,7 +125,8 @@ def test_the_format_of_vllm_is_understood(site: Site) -> None:
     assert answer["text_output"] == PROMPT + alone.text  # as vLLM's backend does, unless it is told not to
     found = json.loads(answer["logprobs"])
     for of_token, expected in zip(found, alone.logprobs, strict=True):
-        assert of_token[str(expected.token_id)]["logprob"] == expected.logprob
+        # The server's numba may be another one, whose sums of exponentials are added in vectors of another width.
+        assert of_token[str(expected.token_id)]["logprob"] == pytest.approx(expected.logprob, rel=1e-9)
         ranks = {token: one["rank"] for token, one in of_token.items() if one["rank"] is not None}
         assert ranks == {str(token): rank for rank, (token, _) in enumerate(expected.top, 1)}
 
