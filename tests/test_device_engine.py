@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 POSITIONS = 128
 """Of the small checkpoint."""
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.early]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.early, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

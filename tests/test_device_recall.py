@@ -20,7 +20,7 @@ from trt_kv.plugins.triton_compile import MODELS, SHARED_BYTES, compiled
 from trt_kv.plugins.triton_launch import Launch, recording
 from trt_kv.program import OpNode
 
-pytestmark = pytest.mark.early
+pytestmark = [pytest.mark.early, pytest.mark.slow]
 
 Errors = dict[str, str]
 
@@ -44,7 +44,6 @@ def test_outputs_equal_attention_over_the_whole_cache(errors: Errors, case: Case
     assert errors.get(case.name) is None, errors[case.name]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_outputs_equal_attention_over_the_whole_cache_in_many_more_worlds(tmp_path: Path) -> None:
     errors = errors_in_interpreter("slow", tmp_path)

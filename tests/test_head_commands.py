@@ -11,7 +11,7 @@ from trt_kv.manifest import load_manifest
 from trt_kv.recipe import Recipe
 from trt_kv.runtime.engine import Engine
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

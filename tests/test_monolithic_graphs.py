@@ -29,6 +29,8 @@ from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = (
     b"The keeper of the lighthouse counted the ships that came in before the storm, and wrote their names into a book.",
     b"Every third page was torn out of the atlas.",

@@ -39,7 +39,7 @@ HALVES = ("float16", "bfloat16")
 
 EngineOf = Callable[[str], Path]
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.early]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.early, pytest.mark.slow]
 without_cuda_provider = pytest.mark.skipif(
     CUDA not in ort.get_available_providers(), reason=f"this ONNX Runtime has no {CUDA}: pip install onnxruntime-gpu"
 )

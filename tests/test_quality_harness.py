@@ -27,6 +27,8 @@ from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {contender.name: contender.policy for contender in contenders()}
 KEPT = 0.3
 COMPARED = ["refreekv", "snapkv", "h2o", "streamingllm", "pyramidkv", "random", "mean-uniform", "refreekv-attention", "reach"]

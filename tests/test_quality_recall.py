@@ -30,7 +30,7 @@ from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.model_runner import ModelRunner
 
-pytestmark = pytest.mark.early
+pytestmark = [pytest.mark.early, pytest.mark.slow]
 
 BY_NAME = {contender.name: contender.policy for contender in host_contenders()}
 FULL = Plan(policy=policy_from_name("full"))

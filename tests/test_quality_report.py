@@ -29,7 +29,7 @@ from tests.quality import measured, measured_recall
 from trt_kv.errors import ReportError
 from trt_kv.export.checkpoints.base import Checkpoint
 
-pytestmark = pytest.mark.early
+pytestmark = [pytest.mark.early, pytest.mark.slow]
 
 PNG_HEAD = b"\x89PNG"
 

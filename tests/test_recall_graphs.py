@@ -23,7 +23,7 @@ from trt_kv.runtime.backends.step import Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import NOT_PROMPT, ModelRunner
 
-pytestmark = pytest.mark.early
+pytestmark = [pytest.mark.early, pytest.mark.slow]
 
 Recorded = tuple[list[tuple[Step, StepResult]], KvPool[Any]]
 

@@ -22,7 +22,7 @@ from trt_kv.policy import Policy
 from trt_kv.profiles import build_profile
 from trt_kv.program import PHASES
 
-pytestmark = pytest.mark.early
+pytestmark = [pytest.mark.early, pytest.mark.slow]
 
 FREEKV = policy_from_name("freekv")
 BUDGET_FOUND = dataclasses.replace(FREEKV, budget="unimetric", tokens=0)
@@ -126,7 +126,6 @@ def check_shaped_network(network: dict[str, Any], config: ModelConfig) -> None:
     assert network["outputs"][f"budget_{last}"] == {"type": "INT64", "shape": [-1]}
 
 
-@pytest.mark.slow
 def test_llama_31_8b_that_recalls_parses_with_plugins_in_every_layer(build: Any, tmp_path: Path) -> None:
     from trt_kv.export.targets.tensorrt_network import check_network, describe_network, network_from_onnx
 
@@ -136,7 +135,6 @@ def test_llama_31_8b_that_recalls_parses_with_plugins_in_every_layer(build: Any,
     check_shaped_network(describe_network(parsed), LLAMA_31_8B)
 
 
-@pytest.mark.slow
 def test_llama_31_8b_that_recalls_builds(build: Any, tmp_path: Path) -> None:
     """Two of its layers, and few words."""
     config = dataclasses.replace(LLAMA_31_8B, n_layers=2, vocab_size=1000, bos_token_id=1, eos_token_ids=(2,))

@@ -19,6 +19,8 @@ from trt_kv.runtime.backends.host.recall.layer import Choice, LayerStreams
 from trt_kv.runtime.backends.host.recall.store import host_tier_at
 from trt_kv.runtime.backends.host.recall.working_set import HEAD, PAGE, SLOT, WAITS, moves_to
 
+pytestmark = pytest.mark.slow
+
 N_NEW = 40
 
 SETTINGS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(

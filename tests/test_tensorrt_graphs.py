@@ -27,7 +27,7 @@ from trt_kv.profiles import BuildProfile, build_profile
 from trt_kv.program import PHASES, OpNode, Program, program_of, program_of_model
 from trt_kv.runtime.engine import Engine
 
-pytestmark = pytest.mark.early
+pytestmark = [pytest.mark.early, pytest.mark.slow]
 
 PAGE_SIZE = 32
 ENGINES = {"full": "full_folder", "prefixkv_paper": "half_folder"}
@@ -254,7 +254,6 @@ def shaped_request(build: Any, config: ModelConfig, folder: Path) -> tuple[Any, 
     return request, shares
 
 
-@pytest.mark.slow
 def test_llama_31_8b_parses_with_plugins_in_every_layer(build: Any, tmp_path: Path) -> None:
     """All 32 layers and the whole vocabulary in fp16."""
     from trt_kv.export.targets.tensorrt_network import check_network, describe_network, network_from_onnx

@@ -258,6 +258,7 @@ def test_kernels_take_the_arguments_of_their_op(spec: OpSpec) -> None:
     assert taken_by(spec, "triton") == [arguments_of(spec)]
 
 
+@pytest.mark.slow
 @EACH_SPEC
 @pytest.mark.parametrize("capability", EACH_CAPABILITY)
 def test_kernels_compile_for_every_gpu_we_name(spec: OpSpec, capability: int) -> None:

@@ -24,6 +24,8 @@ from trt_kv.policy import Policy
 from trt_kv.program import OpNode
 from trt_kv.runtime.compatibility import check_compatible
 
+pytestmark = pytest.mark.slow
+
 WINDOWS = (0, 9, 0)
 CAP, SCALE = 1.5, 0.4
 
