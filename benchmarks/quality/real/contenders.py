@@ -14,7 +14,10 @@ from trt_kv.policy import Policy
 from trt_kv.policy_settings import SHARED_BUDGETS
 
 Group = Literal["reference", "published", "host", "ours"]
-PUBLISHED = ("prefixkv_paper", "uniform", "streamingllm", "h2o", "snapkv", "pyramidkv", "refreekv", "random")
+PUBLISHED = (
+    *("prefixkv_paper", "uniform", "streamingllm", "h2o", "snapkv", "pyramidkv", "refreekv", "random"),
+    *("defensivekv_v", "randomdecode"),
+)
 HOST = ("freekv", "quest", "arkvale")
 
 
