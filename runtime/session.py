@@ -311,8 +311,8 @@ class EngineSessions:
 
         ``mode`` "exact": every turn has the tokens of the whole history sent anew, of which the prefix cache has most.
         "compressed": every turn goes on from the tokens that the policy kept at the end of the last one, so memory stays within
-        its budget, and what was dropped is lost for later turns. ``UsageError`` for "compressed" if the cache is not in memory
-        of the host.
+        its budget, and what was dropped is lost for later turns. ``UsageError`` for "compressed" on a GPU under
+        a policy that drops tokens.
         """
         return Session(cast("Engine", self), mode=mode, system=system, options=options)
 
