@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trt_kv.calibration.prefixkv import check_length
 from trt_kv.errors import UsageError
 from trt_kv.head_shares import N_ROWS, HeadShares, means
 from trt_kv.recipe import CREATED_BY, CalibrationRecord, Protected, Recipe, RecipeModel, RecipeSample, RecipeScore
@@ -73,13 +74,7 @@ def calibrate_lukv(
         raise UsageError("there are no prompts to calibrate with", expected="at least one prompt")
     tables, samples = [], []
     for index, token_ids in enumerate(prompts_token_ids):
-        if len(token_ids) <= protected.n_tokens:
-            raise UsageError(
-                f"calibration prompt {index + 1} is too short",
-                got=f"{len(token_ids)} tokens",
-                expected=f"more than the {protected.n_tokens} protected tokens",
-                fix="calibrate with prompts as long as those in production",
-            )
+        check_length(token_ids, protected, f"prompt {index + 1}")
         found = evictions(usefulness_of(token_ids), protected)
         table = found.shares(windowed_layers)
         tables.append(table)

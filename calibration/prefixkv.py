@@ -231,6 +231,17 @@ def _handed_out(low_L: Ints, high_L: Ints, target: int) -> Ints:
     return kept_L
 
 
+def check_length(token_ids: Sequence[int], protected: Protected, name: str) -> None:
+    """``UsageError`` for a calibration prompt of which all tokens are protected."""
+    if len(token_ids) <= protected.n_tokens:
+        raise UsageError(
+            f"calibration {name} is too short",
+            got=f"{len(token_ids)} tokens",
+            expected=f"more than the {protected.n_tokens} protected tokens",
+            fix="calibrate with prompts as long as those in production",
+        )
+
+
 def _curves_of_prompt(
     token_ids: Sequence[int],
     importance: Importance,
@@ -240,13 +251,7 @@ def _curves_of_prompt(
     name: str,
 ) -> Floats:
     """The cumulative curves of one calibration prompt, after checks of its length and of the scorer's result."""
-    if len(token_ids) <= protected.n_tokens:
-        raise UsageError(
-            f"calibration {name} is too short",
-            got=f"{len(token_ids)} tokens",
-            expected=f"more than the {protected.n_tokens} protected tokens",
-            fix="calibrate with prompts as long as those in production",
-        )
+    check_length(token_ids, protected, name)
     scores_LKN = importance(token_ids)
     if scores_LKN.ndim not in (2, 3) or (scores_LKN.shape[0], scores_LKN.shape[-1]) != (n_layers, len(token_ids)):
         raise UsageError(

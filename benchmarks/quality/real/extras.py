@@ -1,10 +1,11 @@
 """Measures plain text and conversations; ``measure`` has the rest."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality.real import conversations, texts
 from benchmarks.quality.real.contenders import Entry, entries_of
-from benchmarks.quality.real.measure import Measurer, stored_as
+from benchmarks.quality.real.measure import Measurer
 from benchmarks.quality.real.results import TalkRow, TextRow
 from trt_kv.model_config import ModelConfig
 from trt_kv.runtime.backends.base import DenseExecutor
@@ -32,20 +33,17 @@ def measured_texts(measurer: Measurer) -> tuple[TextRow, ...]:
     dropping = [contender for contender in measurer.known if not contender.policy.recalls]
     entries = entries_of(dropping, settings.main.budgets, ())
     plans = [entry.contender.plan(measurer.recipes, entry.budget, lots=0) for entry in entries]
-    keys = [stored_as(entry, plan) for entry, plan in zip(entries, plans, strict=True)]
     for number in range(settings.n_texts):
-        name = f"text-{number}"
         prompt, expected = texts.text(measurer.asker, settings.main.n_tokens, settings.text_tokens, number)
-        rows = measurer.store.rows(name, Loss, ids=[*prompt, *expected])
-        missing = [i for i, key in enumerate(keys) if key not in rows]
-        if missing:
-            if measurer.out_of_time():
-                break
+
+        def measured(missing: Sequence[int], prompt: Sequence[int] = prompt, expected: Sequence[int] = expected) -> list[Loss]:
             losses = measurer.answerer.losses(prompt, expected, [plans[i] for i in missing])
-            rows |= {keys[i]: Loss(nats=round(loss, 4)) for i, loss in zip(missing, losses, strict=True)}
-            measurer.store.put_rows(name, rows, ids=[*prompt, *expected])
-            measurer.tell(name)
-        found.append([rows[key].nats for key in keys])
+            return [Loss(nats=round(loss, 4)) for loss in losses]
+
+        rows = measurer.rows(f"text-{number}", Loss, entries, plans, measured, ids=[*prompt, *expected])
+        if rows is None:
+            break
+        found.append([row.nats for row in rows])
     return tuple(
         TextRow(policy=entry.contender.facts.name, budget=entry.budget, losses=tuple(of[i] for of in found))
         for i, entry in enumerate(entries if found else [])

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from benchmarks.quality.harness import Plan
 from benchmarks.quality.real.answering import Answered, Answerer, Question
@@ -18,6 +19,7 @@ from benchmarks.quality.real.settings import LengthPlan, RealSettings
 from benchmarks.quality.recipes import Recipes
 from benchmarks.quality.store import Store
 
+T = TypeVar("T")
 FOR_CELLS, FOR_TEXTS = 0.6, 0.7
 """Shares of the time by the end of which cells, and then texts, are given up; of what the cells have, each length but the last
 leaves a third to those after it."""
@@ -107,6 +109,30 @@ class Measurer:
         entries = entries_of(self.known, plan.budgets, self.settings.recall_budgets)
         return self._part(place, f"{place.name}-{document}", document, entries, self.answerer.answers)
 
+    def rows(
+        self,
+        name: str,
+        row_of: type[T],
+        entries: Sequence[Entry],
+        plans: Sequence[Plan],
+        measure: Callable[[Sequence[int]], Sequence[T]],
+        **conditions: object,
+    ) -> list[T] | None:
+        """The row of each entry in the part ``name``: read back, or measured and stored, which ``measure`` does for the entries
+        of these numbers. None if there is no time left for what is missing.
+        """
+        keys = [_stored_as(entry, plan) for entry, plan in zip(entries, plans, strict=True)]
+        rows = self.store.rows(name, row_of, **conditions)
+        missing = [i for i, key in enumerate(keys) if key not in rows]
+        if missing:
+            if self.out_of_time():
+                return None
+            start = time.perf_counter()
+            rows |= {keys[i]: row for i, row in zip(missing, measure(missing), strict=True)}
+            self.store.put_rows(name, rows, **conditions)
+            self.tell(f"{name}: {len(missing)} rows, {time.perf_counter() - start:.0f} s")
+        return [rows[key] for key in keys]
+
     def _part(
         self,
         place: Place,
@@ -118,32 +144,27 @@ class Measurer:
         """A document of a cell: read back, and what is missing measured; nothing if there is no time left for that."""
         items = place.family.items(self.asker.encode, place.n_tokens, document)
         plans = [entry.contender.plan(self.recipes, entry.budget, lots=document) for entry in entries]
-        conditions = {"items": [repr(item) for item in items]}
-        keys = [stored_as(entry, plan) for entry, plan in zip(entries, plans, strict=True)]
-        rows = self.store.rows(name, MarkRow, **conditions)
-        missing = [i for i, key in enumerate(keys) if key not in rows]
         asked = [self.asker.question(item, place.mode) for item in items]
-        if missing:
-            if self.out_of_time():
-                return []
-            start = time.perf_counter()
+
+        def measured(missing: Sequence[int]) -> list[MarkRow]:
             found = [answers(question, [plans[i] for i in missing]) for question in asked]
-            for at, i in enumerate(missing):
-                rows[keys[i]] = _row(entries[i], items, [of[at] for of in found], self.asker)
-            self.store.put_rows(name, rows, **conditions)
-            self.tell(f"{name}: {len(missing)} rows, {time.perf_counter() - start:.0f} s")
+            return [_row(entries[i], items, [of[at] for of in found], self.asker) for at, i in enumerate(missing)]
+
+        rows = self.rows(name, MarkRow, entries, plans, measured, items=[repr(item) for item in items])
+        if rows is None:
+            return []
         cell = MarkCell(
             family=place.family.name,
             mode=place.mode,
             n_tokens=place.n_tokens,
             documents=(document,) * len(items),
             n_prompt=tuple(len(question.prompt) for question in asked),
-            rows=tuple(rows[key] for key in keys),
+            rows=tuple(rows),
         )
         return [cell]
 
 
-def stored_as(entry: Entry, plan: Plan) -> str:
+def _stored_as(entry: Entry, plan: Plan) -> str:
     """The key of a row in the store: the policy's name and what is not its default, so that an option that is added to policies
     leaves other rows as they are."""
     fields = dataclasses.fields(plan.policy)
