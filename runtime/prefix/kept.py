@@ -1,15 +1,15 @@
 """What is in a folder of prefixes, and its removal: without an engine, by what the files tell of themselves."""
 
-import os
+import itertools
 import re
-import stat
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trt_kv.errors import UsageError
 from trt_kv.runtime.prefix.block_file import About, about_of
-from trt_kv.runtime.prefix.store import block_files
+from trt_kv.runtime.prefix.store import block_files, is_own_file
 
 LEAST_KEY = 8
 """Digits by which a prefix can be named."""
@@ -60,10 +60,10 @@ def prefix_folder(folder: Path) -> PrefixFolder:
     """
     files, others, other_bytes = _files(folder)
     ends = set(files) - {file.about.after for file in files.values()}
-    n_users = _n_prefixes(files, ends)
+    chains = {key: _chain(files, key) for key in ends}
+    n_users = Counter(itertools.chain.from_iterable(chains.values()))
     prefixes = []
-    for key in ends:
-        chain = _chain(files, key)
+    for key, chain in chains.items():
         last, first = files[key], files[chain[-1]]
         prefixes.append(
             KeptPrefix(
@@ -153,9 +153,7 @@ def _files(folder: Path) -> tuple[dict[str, _File], list[Path], int]:
 def _about(path: Path) -> About | None:
     """What a file of this user tells of itself."""
     try:
-        status = path.lstat()
-        is_own = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
-        return about_of(path) if is_own and stat.S_ISREG(status.st_mode) else None
+        return about_of(path) if is_own_file(path.lstat()) else None
     except OSError:
         return None
 
@@ -168,12 +166,3 @@ def _chain(files: Mapping[str, _File], end: str) -> list[str]:
         chain[key] = None
         key = files[key].about.after
     return list(chain)
-
-
-def _n_prefixes(files: Mapping[str, _File], ends: set[str]) -> dict[str, int]:
-    """How many prefixes each block is of."""
-    counts = dict.fromkeys(files, 0)
-    for end in ends:
-        for key in _chain(files, end):
-            counts[key] += 1
-    return counts

@@ -133,13 +133,18 @@ class PrefixStore:
         return self._path / file_name(key)
 
 
+def is_own_file(status: os.stat_result) -> bool:
+    """Whether it is a regular file, of this user."""
+    is_own = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+    return is_own and stat.S_ISREG(status.st_mode)
+
+
 def _read(file: Path) -> tuple[bytes, bool]:
     """What a file holds, and whether it is a regular one and belongs to the user of this process, where the system tells."""
     descriptor = os.open(file, os.O_RDONLY | _AT_ONCE)
     try:
         status = os.fstat(descriptor)
-        is_own = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
-        if not (is_own and stat.S_ISREG(status.st_mode)):
+        if not is_own_file(status):
             return b"", False
         with os.fdopen(descriptor, "rb", closefd=False) as opened:
             return opened.read(), True
