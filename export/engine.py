@@ -33,6 +33,7 @@ from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of_model
 from trt_kv.recipe import CREATED_BY, Recipe
+from trt_kv.surrogate import Predictor
 
 DEFAULT_PAGE_SIZE = 32
 
@@ -99,6 +100,13 @@ class EngineRequest:
 
     def _check_recipe_is_for_policy(self, recipe: Recipe) -> None:
         policy = self.applied_policy
+        if policy.needs_recipe and (recipe.surrogate is not None) != policy.scoring.predicts:
+            raise RecipeError(
+                f"the recipe is not for policy {policy.name!r}",
+                got=f"a recipe of method {recipe.method!r}",
+                expected="method 'kvzap'" if policy.scoring.predicts else "kept shares: method 'prefixkv' or 'lukv'",
+                fix=f"calibrate one: trt-kv calibrate --policy {policy.name}",
+            )
         if not policy.needs_recipe or recipe.budget != policy.kept:
             raise RecipeError(
                 f"the recipe is not for policy {policy.name!r}",
@@ -146,9 +154,17 @@ class EngineRequest:
     @property
     def kept_shares(self) -> list[float] | None:
         """A recipe's share of each layer of the cache; None if the policy reads none."""
-        if self.recipe is None or not self.applied_policy.needs_recipe:
+        if self.recipe is None or self.applied_policy.budget != "recipe":
             return None
         return self.recipe.shares_of_cache(heads_apart=heads_apart(self.checkpoint.config, self.applied_policy))
+
+    @property
+    def predictors(self) -> list[Predictor] | None:
+        """With what each layer of the cache predicts scores; None if the policy predicts none."""
+        if self.recipe is None or self.recipe.surrogate is None:
+            return None
+        config = self.checkpoint.config
+        return self.recipe.surrogate.predictors(config, self.policy.kept, heads_apart=heads_apart(config, self.applied_policy))
 
     @property
     def taus(self) -> list[float] | None:
@@ -195,6 +211,7 @@ def _programs(request: EngineRequest) -> dict[str, Program]:
             page_size=request.page_size,
             kept_shares=request.kept_shares,
             taus=request.taus,
+            predictors=request.predictors,
         )
         for phase in PHASES
     }

@@ -7,13 +7,14 @@ modified: nothing; the segments are new models.
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from trt_kv.errors import EngineError
 from trt_kv.manifest import AttentionPort, GraphSegment
-from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES
+from trt_kv.opspec import DOMAIN, PLUGIN_ATTRIBUTES, AttributeValue
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import OpNode, Program
 
@@ -23,9 +24,17 @@ def program_from_graph(model: ModelProto) -> Program:
     layers: dict[int, list[OpNode]] = {}
     for node in _kv_nodes(model.graph):
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name not in PLUGIN_ATTRIBUTES}
-        decoded = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
-        layers.setdefault(int(decoded["layer"]), []).append(OpNode(op=node.op_type, attributes=decoded))
+        decoded = {name: _plain(value) for name, value in attributes.items()}
+        layers.setdefault(int(attributes["layer"]), []).append(OpNode(op=node.op_type, attributes=decoded))
     return tuple(tuple(layers[layer]) for layer in sorted(layers))
+
+
+def _plain(value: Any) -> AttributeValue:
+    """An attribute's value as ``OpNode`` has it."""
+    if isinstance(value, bytes):
+        return value.decode()
+    plain: AttributeValue = tuple(value) if isinstance(value, list) else value
+    return plain
 
 
 def segments_from_graph(model: ModelProto) -> tuple[list[ModelProto], list[GraphSegment], list[AttentionPort]]:

@@ -19,7 +19,12 @@ OPSET = 23
 Number = int | float
 Operand = ir.Value | Number | Sequence[int]
 
-_ATTRIBUTE_TYPES = {"int": ir.AttributeType.INT, "float": ir.AttributeType.FLOAT, "string": ir.AttributeType.STRING}
+_ATTRIBUTE_TYPES = {
+    "int": ir.AttributeType.INT,
+    "float": ir.AttributeType.FLOAT,
+    "string": ir.AttributeType.STRING,
+    "floats": ir.AttributeType.FLOATS,
+}
 
 
 def onnx_function(spec: OpSpec, *, with_optional_inputs: bool = False) -> ir.Function:
@@ -70,7 +75,7 @@ class FunctionBody:
         return values, indices
 
     def attribute(self, name: str) -> ir.Value:
-        """The scalar attribute ``name`` of the node."""
+        """The attribute ``name`` of the node: a scalar, or the vector of its ``floats``."""
         kind = self._attribute_types[name]
         return self._constant(f"value_{kind}", ir.RefAttr(f"value_{kind}", name, _ATTRIBUTE_TYPES[kind]), key=name)
 

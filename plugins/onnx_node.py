@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trt_kv.opspec import DOMAIN, OP_VERSION, PLUGIN_ATTRIBUTES, DType, OpSpec
-from trt_kv.program import AttributeValue
+from trt_kv.opspec import DOMAIN, OP_VERSION, PLUGIN_ATTRIBUTES, AttributeValue, DType, OpSpec
 
 
 def emit_node(spec: OpSpec, tensors: dict[str, Tensor], attributes: Mapping[str, AttributeValue]) -> None:

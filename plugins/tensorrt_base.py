@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from trt_kv.errors import EngineError
-from trt_kv.opspec import PLUGIN_ATTRIBUTES, OpSpec, TensorSpec
+from trt_kv.opspec import PLUGIN_ATTRIBUTES, AttributeValue, OpSpec, TensorSpec
 from trt_kv.plugins.registry import op_specs
 from trt_kv.plugins.tensorrt_memory import Buffer, CudaMemory, Memory, PluginCall, PluginKernels
-from trt_kv.program import AttributeValue
 from trt_kv.require import require_tensorrt
 
 trt: Any = require_tensorrt()
@@ -28,6 +27,7 @@ _FIELD_TYPES = {
     "int": (trt.PluginFieldType.INT32, np.int32),
     "float": (trt.PluginFieldType.FLOAT32, np.float32),
     "string": (trt.PluginFieldType.CHAR, np.int8),
+    "floats": (trt.PluginFieldType.FLOAT32, np.float32),
 }
 _registered: dict[str, "OpCreator"] = {}
 
@@ -194,7 +194,7 @@ def kernels_of(spec: OpSpec) -> PluginKernels:
 def field_of(name: str, type_name: str, value: AttributeValue) -> Any:
     """A plugin field that holds one attribute."""
     field_type, dtype = _FIELD_TYPES[type_name]
-    data = np.frombuffer(value.encode(), dtype) if isinstance(value, str) else np.array([value], dtype)
+    data = np.frombuffer(value.encode(), dtype) if isinstance(value, str) else np.atleast_1d(np.array(value, dtype))
     return trt.PluginField(name, data, field_type)
 
 
@@ -221,6 +221,8 @@ def attributes_of(spec: OpSpec, fields: Sequence[Any]) -> dict[str, AttributeVal
 def _value(field: Any, type_name: str) -> AttributeValue:
     if type_name == "string":
         return bytes(np.asarray(field.data, np.int8)).decode()
+    if type_name == "floats":
+        return tuple(np.asarray(field.data, np.float32).tolist())
     (value,) = np.asarray(field.data).tolist()
     return float(value) if type_name == "float" else int(value)
 

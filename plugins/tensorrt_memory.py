@@ -6,9 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trt_kv.opspec import OpSpec
+from trt_kv.opspec import AttributeValue, OpSpec
 from trt_kv.plugins.registry import Kernel
-from trt_kv.program import AttributeValue
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 from trt_kv.drift import Drift
 from trt_kv.errors import EngineError, RecipeError
 from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest
-from trt_kv.opspec import OP_VERSION
+from trt_kv.opspec import OP_VERSION, AttributeValue
 from trt_kv.plugins.registry import op_specs
-from trt_kv.program import AttributeValue, OpNode, Program, program_of_model
+from trt_kv.program import OpNode, Program, program_of_model
 from trt_kv.rebuild import how_to_rebuild
 from trt_kv.recipe import Recipe
 from trt_kv.safe_path import safe_join
+from trt_kv.surrogate import Predictor
 from trt_kv.weight_index import FILE_NAME as WEIGHT_INDEX
 from trt_kv.weight_index import load_weight_index
 
@@ -33,11 +34,17 @@ def check_compatible(folder: Path, manifest: Manifest) -> None:
             fix=how_to_rebuild(folder, manifest.reproduce),
         )
     policy = manifest.applied_policy
-    shares = manifest.kept_shares if policy.needs_recipe else None
+    shares = manifest.kept_shares if policy.needs_recipe and not policy.scoring.predicts else None
     taus = [policy.tau if tau is None else tau for tau in manifest.taus] if policy.needs_drift else None
     for phase, program in manifest.programs.items():
         expected = program_of_model(
-            manifest.config, policy, phase=phase, page_size=manifest.page_size, kept_shares=shares, taus=taus
+            manifest.config,
+            policy,
+            phase=phase,
+            page_size=manifest.page_size,
+            kept_shares=shares,
+            taus=taus,
+            predictors=[found or Predictor() for found in manifest.predictors],
         )
         differing = [
             layer
@@ -75,6 +82,9 @@ def _check_shares(folder: Path, manifest: Manifest) -> None:
     with _named(path):
         recipe.check_model(digest=manifest.model_digest, n_layers=manifest.config.n_layers)
         shares = recipe.shares_of_cache(heads_apart=manifest.heads_apart)
+    if recipe.surrogate is not None or policy.scoring.predicts:
+        _check_predictors(path, recipe, manifest)
+        return
     exempt = manifest.cache_policy.exempt_layers
     wanted = [1.0 if layer in exempt else share for layer, share in enumerate(shares)]
     if not _same_numbers(wanted, manifest.kept_shares) or not _same_numbers([recipe.budget], [policy.kept]):
@@ -84,6 +94,41 @@ def _check_shares(folder: Path, manifest: Manifest) -> None:
             expected=f"recipe: budget {recipe.budget}, {wanted}",
             fix=how_to_rebuild(folder, manifest.reproduce),
         )
+
+
+def _check_predictors(path: Path, recipe: Recipe, manifest: Manifest) -> None:
+    """As ``check_recipe``, for a policy whose scores are predicted."""
+    wanted: list[Predictor] = []
+    if recipe.surrogate is not None and manifest.applied_policy.scoring.predicts:
+        with _named(path):
+            wanted = recipe.surrogate.predictors(manifest.config, recipe.budget, heads_apart=manifest.heads_apart)
+    found = manifest.predictors
+    exempt = manifest.cache_policy.exempt_layers
+    differing = [
+        layer
+        for layer, (one, other) in enumerate(zip(found, wanted, strict=False))
+        if not _same_predictor(one, other, layer in exempt)
+    ]
+    if differing or len(found) != len(wanted) or not _same_numbers([recipe.budget], [manifest.applied_policy.kept]):
+        raise EngineError(
+            f"{path.parent} does not apply its {RECIPE_FILE}",
+            got=f"graphs: budget {manifest.applied_policy.kept}",
+            expected=f"recipe: budget {recipe.budget}, and the weights of its surrogate; they differ in layers {differing[:5]}",
+            fix=how_to_rebuild(path.parent, manifest.reproduce),
+        )
+
+
+def _same_predictor(found: Predictor | None, expected: Predictor, is_exempt: bool) -> bool:
+    if found is None or is_exempt:
+        return found is None and is_exempt
+    return all(
+        _same_numbers(ours, theirs)
+        for ours, theirs in (
+            (found.weights, expected.weights),
+            (found.frequencies, expected.frequencies),
+            ([found.threshold], [expected.threshold]),
+        )
+    )
 
 
 def _check_taus(folder: Path, manifest: Manifest) -> None:
@@ -127,8 +172,10 @@ def _all_attributes(node: OpNode) -> dict[str, AttributeValue]:
 
 
 def _same_value(value: AttributeValue | None, expected: AttributeValue | None) -> bool:
+    if isinstance(value, tuple) and isinstance(expected, tuple):
+        return _same_numbers(value, expected)
     if isinstance(value, float) and isinstance(expected, float | int):
-        return abs(value - expected) <= FLOAT32_ROUNDING
+        return abs(value - expected) <= FLOAT32_ROUNDING * max(1.0, abs(expected))
     return value == expected
 
 

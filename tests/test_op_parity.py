@@ -103,7 +103,7 @@ def taken_by(spec: OpSpec, implementation: str) -> list[Any]:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_arguments_are_the_inputs_and_attributes_of_the_spec(spec: OpSpec) -> None:
     """By name, type and default, in the spec's order."""
-    types: dict[str, Any] = {"int": int, "float": float, "string": str}
+    types: dict[str, Any] = {"int": int, "float": float, "string": str, "floats": tuple[float, ...]}
     expected: list[tuple[str, Any, Any]] = [
         (t.name, Array | None if t.optional else Array, None if t.optional else MISSING) for t in spec.inputs
     ]

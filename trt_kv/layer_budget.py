@@ -32,7 +32,7 @@ def layer_budgets(policy: Policy, n_layers: int, kept_shares: Sequence[float] | 
     """One budget per layer, with the policy's floor.
 
     ``kept_shares``: a recipe's share of each layer; None: every layer keeps ``policy.kept``. Exempt layers keep everything.
-    With budget "unimetric" all layers do, until the budget is computed from the input.
+    With budgets "unimetric" and "above" all layers do, until the budget is computed from the input.
     ``UsageError`` for an exempt layer that the model does not have.
     """
     check_exempt_layers(policy, n_layers)
@@ -43,7 +43,7 @@ def layer_budgets(policy: Policy, n_layers: int, kept_shares: Sequence[float] | 
             n_counted = n_layers - len(policy.exempt_layers)
             pyramid = iter(pyramid_budgets(policy.kept, n_counted, window=policy.recent, beta=policy.beta))
             budgets = [ALL if layer in policy.exempt_layers else next(pyramid) for layer in range(n_layers)]
-        case "full" | "unimetric":
+        case "full" | "unimetric" | "above":
             budgets = [ALL] * n_layers
         case _:
             budgets = [LayerBudget(share=share) for share in kept_shares or [policy.kept] * n_layers]

@@ -14,9 +14,10 @@ from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, read_json
 from trt_kv.layer_budget import LayerBudget
 from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
-from trt_kv.program import PHASES, OpNode, Program, budgets_of, recall_nodes, windows_of
+from trt_kv.program import PHASES, OpNode, Program, budgets_of, predictors_of, recall_nodes, windows_of
 from trt_kv.rebuild import how_to_rebuild, in_new_words
 from trt_kv.safe_path import safe_join
+from trt_kv.surrogate import Predictor, check_predictors
 
 T = TypeVar("T")
 
@@ -205,6 +206,11 @@ class Manifest:
         return [1.0 if budget is None else budget.share for budget in self.budgets]
 
     @property
+    def predictors(self) -> list[Predictor | None]:
+        """What each layer of the cache predicts scores with, as the prefill graph's ops have it; None: it predicts none."""
+        return predictors_of(self.programs["prefill"])
+
+    @property
     def taus(self) -> list[float | None]:
         """Each layer's drift threshold, as the decode graph's ops have it; None if nothing is recalled."""
         recalls = recall_nodes(self.programs["decode"])
@@ -372,3 +378,4 @@ def _check_programs(manifest: Manifest) -> None:
     if not ops <= set(manifest.op_versions):
         raise EngineError("ops have no version", got=dict(manifest.op_versions), expected=f"versions of {sorted(ops)}")
     assert len(manifest.budgets) == len(manifest.taus) == n_layers
+    check_predictors(manifest.predictors, manifest.config, heads_apart=manifest.heads_apart)

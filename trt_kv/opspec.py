@@ -15,7 +15,9 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSIO
 """On every node beside the spec's attributes: TensorRT looks its plugin up by these. Other runtimes ignore them."""
 
 DType = Literal["float", "float32", "int64"]
-AttributeType = Literal["int", "float", "string"]
+AttributeType = Literal["int", "float", "string", "floats"]
+"""``floats``: a table of the policy for the node's layer, a tuple of fp32 numbers."""
+AttributeValue = int | float | str | tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class AttributeSpec:
     name: str
     type: AttributeType
     doc: str
-    default: int | float | str | None = None
+    default: AttributeValue | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class Case:
     cached: tuple[int, ...]
     new: tuple[int, ...]
     dims: Mapping[str, int]
-    attributes: Mapping[str, int | float | str] = field(default_factory=dict)
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     own_tokens: bool = False
     in_order: bool = False

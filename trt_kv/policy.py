@@ -27,6 +27,7 @@ BUDGETS = {
     "constant": "every layer keeps `tokens` tokens, however long the prompt is (recalled ones in whole pages)",
     "pyramid": "shares fall linearly from the first layer to the last (PyramidKV); their mean is the kept share",
     "recipe": "each layer keeps the share that a calibrated recipe gives it (PrefixKV)",
+    "above": "each KV head keeps the tokens whose score exceeds the threshold that `kept` of the calibration's did (KVzap)",
     "unimetric": "each layer keeps tokens that hold 1 - `threshold` of the attention norm, computed per input (ReFreeKV)",
 }
 DEFAULT_FLOOR = 256
@@ -99,7 +100,8 @@ NAMES = {
 class Policy:
     """Which tokens each layer keeps; ``UsageError`` for an invalid combination.
 
-    ``kept``: mean kept share over the layers that are not exempt, in (0, 1]; 1 if the budget does not read it. ``tokens``:
+    ``kept``: mean kept share over the layers that are not exempt, in (0, 1]; 1 if the budget does not read it. For budget
+    "above" the share of the calibration prompts' tokens that exceed the threshold, without protected ones. ``tokens``:
     budget "constant" only. ``floor``: a layer that holds at most so many tokens evicts none of them, whatever its budget (0: as
     in the papers). ``window``: observation window in queries, for scores that read it. ``pooling``: width of the mean that
     smooths scores over neighbours, odd, 1 for none. ``sinks`` first and ``recent`` last prompt tokens are never evicted, nor is
@@ -179,7 +181,8 @@ class Policy:
 
     @property
     def needs_recipe(self) -> bool:
-        return self.budget == "recipe"
+        """Whether shares or predictions are calibrated."""
+        return self.budget in ("recipe", "above")
 
     @property
     def needs_drift(self) -> bool:

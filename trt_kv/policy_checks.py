@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trt_kv.errors import UnknownNameError, UsageError
-from trt_kv.scores import all_scores, attention_scores, score_names
+from trt_kv.scores import all_scores, attention_scores, predicted_scores, score_names
 
 if TYPE_CHECKING:
     from trt_kv.policy import Policy
@@ -95,6 +95,13 @@ def _check_budget(policy: "Policy") -> None:
             got="heads 'own'",
             fix="--set heads=each, or another budget",
         )
+    if (policy.budget == "above") != policy.scoring.predicts:
+        predicted = _one_of(predicted_scores())
+        raise UsageError(
+            f"policy {policy.name!r} combines score {policy.score!r} with budget {policy.budget!r}",
+            expected=f"score {predicted} exactly with budget 'above': a threshold is of predictions",
+            fix=f"--set score={predicted} budget=above heads=own, or another score and budget",
+        )
     if policy.budget == "full" and policy.floor:
         raise UsageError("budget 'full' evicts nothing", got=f"floor {policy.floor}", expected="floor 0")
     if policy.budget == "constant" and policy.floor > policy.tokens:
@@ -107,7 +114,7 @@ def _check_budget(policy: "Policy") -> None:
 
 
 def _check_reading(policy: "Policy") -> None:
-    if policy.evict == "while_reading" and (not policy.evicts or policy.budget == "unimetric"):
+    if policy.evict == "while_reading" and (not policy.evicts or policy.budget in ("unimetric", "above")):
         raise UsageError(
             "evict 'while_reading' needs a budget that is known before the prompt has been read, of tokens that are dropped",
             got=f"budget {policy.budget!r}, residency {policy.residency!r}",
@@ -141,7 +148,7 @@ def _check_draws(policy: "Policy") -> None:
 
 def _check_score(policy: "Policy") -> None:
     policy.scoring.check(policy)
-    if policy.reads_attention:
+    if policy.reads_attention or policy.scoring.predicts:
         return
     made_from_attention = f"score {_one_of(attention_scores())}"
     if policy.budget == "unimetric" and policy.metric_row == "scores":

@@ -8,7 +8,7 @@ from trt_kv.errors import UnknownNameError, UsageError
 from trt_kv.policy import DEFAULT_FLOOR, NAMES, Policy
 from trt_kv.scores import score_from_name, scores_that_read
 
-SHARED_BUDGETS = ("uniform", "pyramid", "recipe")
+SHARED_BUDGETS = ("uniform", "pyramid", "recipe", "above")
 """Budgets that read the mean kept share."""
 
 SETTABLE = tuple(field.name for field in dataclasses.fields(Policy) if field.name not in ("name", "summary", "residency"))
@@ -85,7 +85,7 @@ def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
     if score.ranks == "pages" and budget == "unimetric":
         neutral |= {"metric_order": "position", "metric_row": "query"}
     if not score.reads_attention:
-        neutral |= {"pooling": 1, "heads": "shared"}
+        neutral |= {"pooling": 1, "heads": policy.heads if score.predicts else "shared"}
         if policy.metric_row == "scores":
             neutral["metric_row"] = "query"
     changed = dataclasses.replace(policy, **(neutral | dict(settings)))

@@ -4,6 +4,7 @@ The graph is made from a program and a program is read back from the graph; an e
 that the runtime applies exactly what was built.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,24 +13,27 @@ from trt_kv.cache_layers import cache_config, cache_policy, each_repeated, heads
 from trt_kv.errors import EngineError
 from trt_kv.layer_budget import LayerBudget, check_exempt_layers, layer_budgets
 from trt_kv.model_config import ModelConfig
+from trt_kv.opspec import AttributeValue
 from trt_kv.policy import Policy
+from trt_kv.surrogate import Predictor
 
 PHASES = ("prefill", "decode")
 PAGE_SUMMARIES = {"minmax": 0, "deviation": 1, "codes": 2}
 """The attribute ``summary`` by page_summary."""
 
+FINDS_BUDGETS = ("AdaptiveBudget", "PredictedScores")
+"""Ops that compute a layer's budget from the input."""
+
 GROUP_POOLINGS = {"mean_softmax": 0, "max_softmax": 1, "mean_raw": 2, "max_raw": 3}
 """The attribute ``pooling`` of RecallAttention by group_pooling."""
-
-AttributeValue = int | float | str
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpNode:
-    """One KV op of one layer: its op_type and every attribute on the node."""
+    """One KV op of one layer: its op_type and every attribute on the node, an ``AttributeValue`` each."""
 
     op: str
-    attributes: Mapping[str, AttributeValue]
+    attributes: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         return {"op": self.op, **self.attributes}
@@ -38,7 +42,8 @@ class OpNode:
     def from_json(cls, data: Mapping[str, Any]) -> "OpNode":
         if "op" not in data:
             raise EngineError("a KV op of the manifest has no name", got=dict(data), expected="a field 'op'")
-        return cls(op=data["op"], attributes={key: value for key, value in data.items() if key != "op"})
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key != "op"}
+        return cls(op=data["op"], attributes=values)
 
 
 Program = tuple[tuple[OpNode, ...], ...]
@@ -53,6 +58,7 @@ def program_of_model(
     page_size: int,
     kept_shares: Sequence[float] | None = None,
     taus: Sequence[float] | None = None,
+    predictors: Sequence[Predictor] | None = None,
 ) -> Program:
     """``program_of`` with the layers, the windows and the arithmetic of attention of a model.
 
@@ -72,6 +78,7 @@ def program_of_model(
         page_size=page_size,
         kept_shares=kept_shares,
         taus=taus,
+        predictors=predictors,
         windows=cache.windows,
         soft_cap=cache.attention_soft_cap,
     )
@@ -86,6 +93,7 @@ def program_of(
     page_size: int,
     kept_shares: Sequence[float] | None = None,
     taus: Sequence[float] | None = None,
+    predictors: Sequence[Predictor] | None = None,
     windows: Sequence[int] = (),
     soft_cap: float = 0.0,
 ) -> Program:
@@ -93,7 +101,8 @@ def program_of(
 
     ``kept_shares`` gives each layer's kept share in (0, 1], for policies that need a recipe; without it every layer keeps
     ``policy.kept``. ``taus`` gives each layer's drift threshold, if drift is calibrated; without it every layer has
-    ``policy.tau``. Prefill scores and evicts once, with the prompt's last token. Decode only attends, except for policies that
+    ``policy.tau``. ``predictors``: of each layer, if scores are predicted; without it there are no weights, which shows which
+    ops there are. Prefill scores and evicts once, with the prompt's last token. Decode only attends, except for policies that
     continue to rank (decode "rank"); decode "row" only affects which slot the runtime writes to. With a host-resident cache,
     one op attends, recalls pages and stores the query in both phases, and nothing is evicted.
 
@@ -103,6 +112,12 @@ def program_of(
     policy = policy.applied_to(windows)
     budgets = layer_budgets(policy, n_layers, kept_shares)
     build = _Nodes(policy, scale=scale, page_size=page_size, windows=windows or [0] * n_layers, soft_cap=soft_cap)
+    if phase == "prefill" and policy.scoring.predicts:
+        predictors = predictors or [Predictor()] * n_layers
+        return tuple(
+            build.predicting(layer, budget, predictor)
+            for layer, (budget, predictor) in enumerate(zip(budgets, predictors, strict=True))
+        )
     nodes = build.prefill if phase == "prefill" else build.decode
     if policy.recalls:
         taus = taus or [policy.tau] * n_layers
@@ -131,7 +146,14 @@ def windows_of(program: Program) -> list[int]:
 
 def finds_budgets(program: Program) -> bool:
     """Whether any layer's budget is computed from the input."""
-    return any(node.op == "AdaptiveBudget" for nodes in program for node in nodes)
+    return any(node.op in FINDS_BUDGETS for nodes in program for node in nodes)
+
+
+def predictors_of(program: Program) -> list[Predictor | None]:
+    """The weights of each layer's PredictedScores; None if it has none."""
+    found = [next((node.attributes for node in nodes if node.op == "PredictedScores"), None) for nodes in program]
+    names = [field.name for field in dataclasses.fields(Predictor)]
+    return [None if values is None else Predictor(**{name: values[name] for name in names}) for values in found]
 
 
 def eviction_nodes(program: Program) -> list[OpNode | None]:
@@ -144,7 +166,7 @@ def budgets_of(program: Program) -> list[LayerBudget | None]:
     budgets: list[LayerBudget | None] = []
     for nodes, evict, recall in zip(program, eviction_nodes(program), recall_nodes(program), strict=True):
         limits = evict or recall
-        if any(node.op == "AdaptiveBudget" for node in nodes):
+        if any(node.op in FINDS_BUDGETS for node in nodes):
             budgets.append(None)
         elif limits is None:
             budgets.append(LayerBudget(share=1.0))
@@ -184,6 +206,21 @@ class _Nodes:
             return tuple(nodes)
         nodes += self._token_scores(layer)
         return (*nodes, self._evict(layer, budget))
+
+    def predicting(self, layer: int, budget: LayerBudget, predictor: Predictor) -> tuple[OpNode, ...]:
+        """In phase "prefill", with predicted scores."""
+        policy = self._policy
+        if not policy.evicts or layer in policy.exempt_layers:
+            return (self._attention(layer),)
+        what: dict[str, AttributeValue] = {
+            "weights": predictor.weights,
+            "frequencies": predictor.frequencies,
+            "threshold": predictor.threshold,
+            "sinks": policy.sinks,
+            "recent": policy.recent,
+        }
+        scores = OpNode(op="PredictedScores", attributes={**self._common(layer), **what})
+        return self._attention(layer), scores, self._evict(layer, budget)
 
     def recalling(self, layer: int, budget: LayerBudget, phase: str, tau: float) -> tuple[OpNode, ...]:
         policy = self._policy

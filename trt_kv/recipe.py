@@ -15,13 +15,16 @@ from trt_kv.errors import RecipeError, UsageError
 from trt_kv.head_shares import HeadShares, means
 from trt_kv.json_file import MAX_DOCUMENT_BYTES, dataclass_from_json, document_text, read_json, write_atomically
 from trt_kv.policy import HEADS, Policy, kept_tokens
-from trt_kv.scores import attention_scores, scores_that_read
+from trt_kv.scores import attention_scores, predicted_scores, scores_that_read
+from trt_kv.surrogate import Surrogate
 
 FORMAT = "trt-kv-recipe"
-VERSION = 2
-"""Of recipes with shares of KV heads; those of layers alone are written as version 1."""
-READ_VERSIONS = (1, 2)
-METHODS = ("prefixkv", "lukv")
+VERSION = 3
+"""Of recipes with a surrogate; those with shares of KV heads are written as version 2, those of layers alone as version 1."""
+READ_VERSIONS = (1, 2, 3)
+METHODS = ("prefixkv", "lukv", "kvzap")
+_ADDED = {"heads": 2, "surrogate": 3}
+"""Fields that only recipes of one version have."""
 MEAN_ROUNDING = 2e-6
 CREATED_BY = f"trt-kv {__version__}"
 
@@ -39,7 +42,10 @@ class RecipeScore:
     pooling: int = 1
 
     def __post_init__(self) -> None:
-        for what, got, known in (("score", self.name, attention_scores()), ("heads", self.heads, HEADS)):
+        for what, got, known in (
+            ("score", self.name, [*attention_scores(), *predicted_scores()]),
+            ("heads", self.heads, HEADS),
+        ):
             if got not in known:
                 raise RecipeError(f"the recipe's {what} is unknown", got=repr(got), expected=f"one of {', '.join(known)}")
         windowed = scores_that_read("window")
@@ -62,6 +68,8 @@ class RecipeScore:
 
 def recipe_score(policy: Policy) -> RecipeScore:
     """The ranking whose curves set the budgets of ``policy``: its own, or published PrefixKV's if it reads no attention."""
+    if policy.scoring.predicts:
+        return RecipeScore(name=policy.score, heads="each")
     if not policy.reads_attention:
         return RecipeScore(name="mass")
     window = policy.window if "window" in policy.scoring.settings else None
@@ -159,7 +167,9 @@ class Recipe:
     ``budget``: mean kept share asked for, in (0, 1]. ``kept``: L kept shares in (0, 1]. ``mass``: the common cumulative mass p,
     or of method "lukv" the share of what answers attend to that was kept, mean over samples; None, like ``curves``, when a
     published list was imported. ``heads``: of method "lukv" alone, the shares of KV heads at every budget; ``kept`` is then
-    their mean over the heads of a layer.
+    their mean over the heads of a layer. ``surrogate``: of method "kvzap" alone, which predicts scores; ``kept`` is then the
+    share of each layer's calibration tokens above the threshold, and ``mass`` the share of what the texts' repetitions attend
+    to that they hold.
     """
 
     method: str
@@ -172,6 +182,7 @@ class Recipe:
     calibration: CalibrationRecord
     curves: Curves | None
     heads: HeadShares | None = None
+    surrogate: Surrogate | None = None
     created_by: str
 
     def __post_init__(self) -> None:
@@ -187,8 +198,16 @@ class Recipe:
                 got=f"method {self.method!r}, {'no ' if self.heads is None else ''}shares of KV heads",
                 expected="method 'lukv' if and only if there are shares of KV heads",
             )
+        if (self.surrogate is not None) != (self.method == "kvzap"):
+            raise RecipeError(
+                "a surrogate and the method do not fit together",
+                got=f"method {self.method!r}, {'no ' if self.surrogate is None else 'a '}surrogate",
+                expected="method 'kvzap' if and only if there is a surrogate",
+            )
         if self.heads is not None:
-            self._check_means(self.heads)
+            self._check_means(means(self.heads.at(self.budget)), "the means of its KV heads")
+        if self.surrogate is not None:
+            self._check_means(self.surrogate.kept_at(self.budget), "those of its surrogate")
         lists: list[tuple[str, int]] = [("kept", len(self.kept))]
         lists += [(f"calibration.samples[{i}].kept", len(s.kept)) for i, s in enumerate(self.calibration.samples)]
         lists += [("curves.layers", len(self.curves.layers))] if self.curves is not None else []
@@ -198,22 +217,28 @@ class Recipe:
                     f"the recipe's {name} does not have one value per layer", got=length, expected=self.model.n_layers
                 )
 
-    def _check_means(self, heads: HeadShares) -> None:
-        found = means(heads.at(self.budget))
+    def _check_means(self, found: tuple[float, ...], what: str) -> None:
         if len(found) != len(self.kept) or any(abs(a - b) > MEAN_ROUNDING for a, b in zip(found, self.kept, strict=True)):
-            raise RecipeError(
-                "the recipe's kept shares are not the means of its KV heads", got=list(self.kept), expected=list(found)
-            )
+            raise RecipeError(f"the recipe's kept shares are not {what}", got=list(self.kept), expected=list(found))
+
+    @property
+    def has_all_budgets(self) -> bool:
+        """Whether it tells what to keep at any budget: ``with_budget``."""
+        return self.heads is not None or self.surrogate is not None
 
     def with_budget(self, budget: float) -> "Recipe":
-        """This recipe for another mean kept share; ``RecipeError`` if it has no shares of KV heads, which tell it.
+        """This recipe for another mean kept share; ``RecipeError`` if it has neither shares of KV heads nor
+        a surrogate, which tell it.
 
         What was found for the samples at the old budget is left out.
         """
-        if self.heads is None:
+        if self.heads is not None:
+            kept = means(self.heads.at(budget))
+        elif self.surrogate is not None:
+            kept = self.surrogate.kept_at(budget)
+        else:
             raise RecipeError("the recipe is of one budget", got=budget, expected=self.budget, fix="calibrate another")
         record = dataclasses.replace(self.calibration, samples=())
-        kept = means(self.heads.at(budget))
         return dataclasses.replace(self, budget=budget, kept=kept, mass=None, calibration=record)
 
     def shares_of_cache(self, *, heads_apart: int) -> list[float]:
@@ -252,10 +277,9 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as a JSON object, format and version first."""
-        fields = dataclasses.asdict(self)
-        if self.heads is None:
-            del fields["heads"]
-        return {"format": FORMAT, "version": 1 if self.heads is None else VERSION, **fields}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _ADDED or value is not None}
+        version = max(1, *(version if name in fields else 1 for name, version in _ADDED.items()))
+        return {"format": FORMAT, "version": version, **fields}
 
     @classmethod
     def from_json(cls, data: object) -> "Recipe":
@@ -276,14 +300,14 @@ class Recipe:
                 fix="use the trt-kv that wrote it, or calibrate again",
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
-        if version == 1 and "heads" not in fields:
-            fields["heads"] = None
-        elif version == 1 or fields.get("heads") is None:
-            raise RecipeError(
-                f"a recipe of version {version} {'has no' if version == 1 else 'lacks'} shares of KV heads",
-                got=f"heads {'in it' if 'heads' in fields else 'not in it'}",
-                expected="heads in version 2 alone",
-            )
+        for name, added in _ADDED.items():
+            if (version == added) != (fields.get(name) is not None) or (version != added and name in fields):
+                raise RecipeError(
+                    f"a recipe of version {version} {'lacks' if version == added else 'has no'} {name}",
+                    got=f"{name} {'in it' if name in fields else 'not in it'}",
+                    expected=f"{name} in version {added} alone",
+                )
+        fields = dict.fromkeys(_ADDED) | fields
         if isinstance(fields.get("score"), dict):
             fields["score"] = {"heads": "shared", "pooling": 1, **fields["score"]}  # missing in recipes of version 0.1
         return dataclass_from_json(cls, fields, where="recipe", error=RecipeError)

@@ -7,23 +7,24 @@ from typing import TYPE_CHECKING, Literal, get_args
 from trt_kv.errors import UsageError
 
 if TYPE_CHECKING:
+    from trt_kv.opspec import AttributeValue
     from trt_kv.policy import Policy
-    from trt_kv.program import AttributeValue
 
 Ranked = Literal["nothing", "tokens", "pages"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One score; ``UsageError`` unless exactly one of ``token_scores`` and ``ranking`` is set for tokens, and neither
-    otherwise.
+    """One score; ``UsageError`` unless exactly one of ``token_scores``, ``predicts`` and ``ranking`` is set for tokens, and
+    none otherwise.
 
     ``ranks``: cached tokens, for eviction; pages, for recall, by the bounds of a policy's ``page_summary`` and
-    ``group_pooling``; or nothing, for policies that keep everything. A score of tokens is either accumulated attention or an
-    order:
+    ``group_pooling``; or nothing, for policies that keep everything. A score of tokens is accumulated attention, a
+    prediction or an order:
 
     * ``token_scores`` returns the attributes of TokenScores that this score sets: ``window`` and ``average``, 0 if left out;
       the policy's ``heads``, ``pooling`` and ``decode`` set the others. None: the score reads no attention.
+    * ``predicts``: PredictedScores computes it from keys and values, with the weights of a recipe.
     * ``ranking`` is the attribute of that name of EvictTokens, and of AdaptiveBudget if the policy's ``metric_order`` is
       "ranking": 0 by the result of TokenScores, 1 newest first, 2 random.
 
@@ -35,6 +36,7 @@ class Score:
     summary: str
     ranks: Ranked = "tokens"
     token_scores: "Callable[[Policy], Mapping[str, AttributeValue]] | None" = None
+    predicts: bool = False
     ranking: int = 0
     settings: tuple[str, ...] = ()
     check: "Callable[[Policy], None]" = lambda _: None
@@ -42,11 +44,12 @@ class Score:
     def __post_init__(self) -> None:
         if self.ranks not in get_args(Ranked):
             raise UsageError(f"score {self.name!r} has an unknown value of ranks", got=self.ranks, expected=get_args(Ranked))
-        if self.reads_attention + (self.ranking != 0) != (self.ranks == "tokens"):
+        if self.reads_attention + self.predicts + (self.ranking != 0) != (self.ranks == "tokens"):
             raise UsageError(
                 f"score {self.name!r} has no unique ranking",
-                got=f"ranks {self.ranks!r}, ranking {self.ranking}, {'' if self.reads_attention else 'no '}token_scores",
-                expected="either token_scores or a ranking other than 0 if tokens are ranked, else neither",
+                got=f"ranks {self.ranks!r}, ranking {self.ranking}, {'' if self.reads_attention else 'no '}token_scores, "
+                f"predicts {self.predicts}",
+                expected="either token_scores, predicts or a ranking other than 0 if tokens are ranked, else none",
             )
 
     @property

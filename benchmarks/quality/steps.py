@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from trt_kv.opspec import OpSpec
+from trt_kv.opspec import AttributeValue, OpSpec
 from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.registry import Kernel, kernel, op_specs
-from trt_kv.program import AttributeValue, OpNode, Program
+from trt_kv.program import OpNode, Program
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.step import Ints, Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool

@@ -52,14 +52,14 @@ def usefulness_of(checkpoint: "Checkpoint", policy: Policy, max_tokens: int) -> 
     def of(token_ids: Sequence[int]) -> "Usefulness":
         n_steps = min(ANSWER_TOKENS, config.max_positions - len(token_ids))
         answer = continue_greedily(answering, token_ids, n_steps, end_ids)
-        scoring = host_runner(dense, pool, _largest_weights(checkpoint, max(1, len(answer))))
+        scoring = host_runner(dense, pool, largest_weights(checkpoint, max(1, len(answer))))
         use = _use(scoring, pool, [*token_ids, *answer])[:, :, : len(token_ids)]
         return Usefulness(ranking=ranking.importance(token_ids), use=use)
 
     return of
 
 
-def _largest_weights(checkpoint: "Checkpoint", n_queries: int) -> Mapping[str, Program]:
+def largest_weights(checkpoint: "Checkpoint", n_queries: int) -> Mapping[str, Program]:
     """Programs that score tokens by the largest weight that any of the last queries gives them, for each KV head."""
     score = Policy(name="use", summary="", score="window", budget="uniform", window=n_queries, heads="each")
 

@@ -48,9 +48,11 @@ def recipe_from_prompts(
     checkpoint: "Checkpoint", policy: Policy, plan: CalibrationPlan, *, on_progress: OnProgress, on_note: OnNote
 ) -> Recipe:
     """The recipe that ``policy`` needs, found on the prompts of ``plan``."""
+    from trt_kv.calibration.kvzap import calibrate_kvzap
     from trt_kv.calibration.lukv import calibrate_lukv
     from trt_kv.calibration.prefixkv import calibrate_prefixkv
     from trt_kv.pipeline.calibration_heads import usefulness_of
+    from trt_kv.pipeline.calibration_surrogate import tokens_of
 
     _check_decides(checkpoint, policy)
     prompts = calibration_prompts(checkpoint, plan, CALIBRATION_TOKENS, on_note=on_note)
@@ -70,6 +72,8 @@ def recipe_from_prompts(
         "windowed_layers": checkpoint.config.windowed_layers,
         "on_sample": lambda done, total: on_progress("calibrating", done, total),
     }
+    if policy.scoring.predicts:
+        return calibrate_kvzap(prompts, tokens_of(checkpoint, longest, on_note), **how)
     if policy.heads == "own":
         return calibrate_lukv(prompts, usefulness_of(checkpoint, policy, longest), **how)
     return calibrate_prefixkv(prompts, importance_of(checkpoint, policy, longest), **how)

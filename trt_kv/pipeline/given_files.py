@@ -37,7 +37,7 @@ def recipe_for_policy(path: Path, policy: Policy) -> Recipe:
     """The recipe in a file, for the budget of ``policy`` if the user chose one and the recipe tells it for every budget."""
     recipe = Recipe.load(path)
     another = policy.needs_recipe and budget_is_chosen(policy) and policy.kept != recipe.budget
-    return recipe.with_budget(policy.kept) if recipe.heads is not None and another else recipe
+    return recipe.with_budget(policy.kept) if recipe.has_all_budgets and another else recipe
 
 
 def budget_is_chosen(policy: Policy) -> bool:

@@ -30,6 +30,11 @@ def attention_scores() -> list[str]:
     return [score.name for score in all_scores() if score.reads_attention]
 
 
+def predicted_scores() -> list[str]:
+    """The names of the scores that are predicted from keys and values."""
+    return [score.name for score in all_scores() if score.predicts]
+
+
 def scores_that_read(setting: str) -> list[str]:
     """The names of the scores whose ``settings`` contain this field of a policy."""
     return [score.name for score in all_scores() if setting in score.settings]
