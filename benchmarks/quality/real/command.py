@@ -12,10 +12,11 @@ from benchmarks.quality.real.clock import Clock
 from benchmarks.quality.real.contenders import Contender, contenders
 from benchmarks.quality.real.extras import measured_talks, measured_texts
 from benchmarks.quality.real.families import Family, families, synthetic_families
+from benchmarks.quality.real.known import Known
 from benchmarks.quality.real.measure import FOR_TEXTS, Measurer
 from benchmarks.quality.real.results import RealResults
 from benchmarks.quality.real.settings import RealSettings
-from benchmarks.quality.recipes import Recipes, calibrated_recipes
+from benchmarks.quality.recipes import Recipes, calibrated_recipes, recipe_kind
 from benchmarks.quality.results import ModelFacts
 from benchmarks.quality.store import Store
 from trt_kv.export.checkpoints.base import Checkpoint
@@ -34,11 +35,19 @@ QUANT = "int4"
 
 
 def measured_model(
-    model: str, settings: RealSettings, folder: Path, *, minutes: float | None, command: Sequence[str], tell: Tell
+    model: str,
+    settings: RealSettings,
+    folder: Path,
+    *,
+    minutes: float | None,
+    command: Sequence[str],
+    tell: Tell,
+    known: RealResults | None = None,
 ) -> RealResults:
     """The results of the preset ``model``, on an engine with weights of 4 bits that is built in ``folder`` once.
 
-    Parts are kept in ``folder`` too. After ``minutes`` nothing more is measured, and the results have what there is.
+    Parts are kept in ``folder`` too. After ``minutes`` nothing more is measured, and the results have what there is. What
+    ``known`` has is not measured again.
     """
     clock = Clock(minutes=minutes)
     checkpoint = open_checkpoint(preset(model).checkpoint())
@@ -51,16 +60,16 @@ def measured_model(
         ),
         on_note=tell,
     )
-    known = families() if model != "llama3" else synthetic_families()
     return results_of_engine(
         checkpoint,
         engine,
-        known,
+        families() if model != "llama3" else synthetic_families(),
         settings,
         folder=folder / "parts",
         clock=clock,
         command=shlex.join(command),
         tell=tell,
+        known=known,
     )
 
 
@@ -74,6 +83,7 @@ def results_of_engine(
     clock: Clock,
     command: str,
     tell: Tell,
+    known: RealResults | None = None,
 ) -> RealResults:
     """The same on a built engine, whatever its policy."""
     with Engine.load(folder_of_engine, prefix_cache=False, cache_tokens=64) as engine:
@@ -86,7 +96,10 @@ def results_of_engine(
         longest = max(plan.n_tokens for plan in settings.lengths) + settings.text_tokens
         answerer = Answerer(steps.dense, config, longest=longest)
         compared = contenders()
-        recipes = _recipes(store, answerer, checkpoint, settings, compared, model, tell)
+        earlier = Known.nothing()
+        if known is not None:
+            earlier = Known.of(known, digest=model.digest, versions=versions, settings=settings)
+        recipes = _recipes(store, answerer, checkpoint, settings, compared, model, earlier.recipes, tell)
         measurer = Measurer(
             answerer=answerer,
             asker=asker,
@@ -97,6 +110,7 @@ def results_of_engine(
             clock=clock,
             out_of_time=clock.until(1.0),
             tell=tell,
+            earlier=earlier,
         )
         marked = measurer.cells(of_families)
         return RealResults(
@@ -125,10 +139,13 @@ def _recipes(
     settings: RealSettings,
     compared: Sequence[Contender],
     model: RecipeModel,
+    known: Recipes,
     tell: Tell,
 ) -> Recipes:
-    """As ``trt-kv build`` calibrates them, on its prompts, at every budget."""
+    """As ``trt-kv build`` calibrates them, on its prompts, at every budget; those that are ``known``, if they are enough."""
     needing = [contender.policy for contender in compared if contender.policy.needs_recipe]
+    if known.have({recipe_kind(policy) for policy in needing}, settings.budgets):
+        return known
 
     def calibrated() -> Recipes:
         plan = CalibrationPlan(samples=settings.calibration_samples, seed=settings.calibration_seed)

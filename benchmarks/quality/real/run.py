@@ -16,11 +16,24 @@ ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "policies.md"
 
 
-def real_report(model: str, *, quick: bool, from_results: Path | None, out: Path | None, minutes: float | None) -> Path:
-    """Measure a named model, or take a results file of it, and write its report. The page's path."""
+def real_report(
+    model: str,
+    *,
+    quick: bool,
+    from_results: Path | None,
+    out: Path | None,
+    minutes: float | None,
+    known: Path | None = None,
+) -> Path:
+    """Measure a named model, or take a results file of it, and write its report. The page's path.
+
+    ``known``: a results file whose rows are not measured again. ``UsageError`` if nothing is to be measured.
+    """
     preset(model)
     if minutes is not None and minutes <= 0:
         raise UsageError("there is no time to measure anything", got=f"--minutes {minutes:g}", expected="more than 0")
+    if known is not None and from_results is not None:
+        raise UsageError("--from-results measures nothing", got=f"--known {known}", fix="use only one of the two options")
     out = out or (ROOT / "build" / f"report-{model}" if quick else ROOT / "docs" / "report" / model)
     if from_results is not None:
         results = RealResults.load(from_results)
@@ -32,6 +45,7 @@ def real_report(model: str, *, quick: bool, from_results: Path | None, out: Path
             minutes=minutes,
             command=["python", "-m", "benchmarks.quality", "--model", model, *(["--quick"] if quick else [])],
             tell=lambda message: click.echo(message, err=True),
+            known=None if known is None else RealResults.load(known),
         )
     page = write_real_report(results, out)
     if out.resolve() == ROOT / "docs" / "report" / "smollm2":
