@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from benchmarks.quality.machine import these_versions, this_machine
@@ -13,12 +13,13 @@ from benchmarks.quality.real.contenders import Contender, contenders
 from benchmarks.quality.real.extras import measured_talks, measured_texts
 from benchmarks.quality.real.families import Family, families, synthetic_families
 from benchmarks.quality.real.known import Known
-from benchmarks.quality.real.measure import FOR_TEXTS, Measurer
+from benchmarks.quality.real.measure import FOR_TEXTS, TALKS, TEXTS, Measurer, parts_of
 from benchmarks.quality.real.results import RealResults
 from benchmarks.quality.real.settings import RealSettings
 from benchmarks.quality.recipes import Recipes, calibrated_recipes, recipe_kind
 from benchmarks.quality.results import ModelFacts
 from benchmarks.quality.store import Store
+from trt_kv.errors import UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.pipeline import BuildRequest, ModelSource, build_engine
@@ -43,11 +44,12 @@ def measured_model(
     command: Sequence[str],
     tell: Tell,
     known: RealResults | None = None,
+    only: Collection[str] = (),
 ) -> RealResults:
     """The results of the preset ``model``, on an engine with weights of 4 bits that is built in ``folder`` once.
 
     Parts are kept in ``folder`` too. After ``minutes`` nothing more is measured, and the results have what there is. What
-    ``known`` has is not measured again.
+    ``known`` has is not measured again. Nothing but the parts ``only`` (``parts_of``) is measured, if there are any.
     """
     clock = Clock(minutes=minutes)
     checkpoint = open_checkpoint(preset(model).checkpoint())
@@ -70,6 +72,7 @@ def measured_model(
         command=shlex.join(command),
         tell=tell,
         known=known,
+        only=only,
     )
 
 
@@ -84,8 +87,11 @@ def results_of_engine(
     command: str,
     tell: Tell,
     known: RealResults | None = None,
+    only: Collection[str] = (),
 ) -> RealResults:
     """The same on a built engine, whatever its policy."""
+    if unknown := set(only) - set(parts_of(settings)):
+        raise UsageError("the report has no such part", got=sorted(unknown), expected=f"of {', '.join(parts_of(settings))}")
     with Engine.load(folder_of_engine, prefix_cache=False, cache_tokens=64) as engine:
         steps, config = engine.runner._executor, engine.manifest.config
         assert isinstance(steps, SplitStepExecutor)
@@ -111,6 +117,7 @@ def results_of_engine(
             out_of_time=clock.until(1.0),
             tell=tell,
             earlier=earlier,
+            only=frozenset(only),
         )
         marked = measurer.cells(of_families)
         return RealResults(
@@ -127,8 +134,8 @@ def results_of_engine(
             families=tuple(family.facts for family in of_families),
             tried=marked.tried,
             cells=marked.compared,
-            texts=measured_texts(measurer.within(FOR_TEXTS)),
-            talks=measured_talks(measurer, steps.dense, config),
+            texts=measured_texts(measurer.within(FOR_TEXTS, TEXTS)),
+            talks=measured_talks(measurer.within(1.0, TALKS), steps.dense, config),
         )
 
 

@@ -24,6 +24,7 @@ T = TypeVar("T")
 FOR_CELLS, FOR_TEXTS = 0.6, 0.7
 """Shares of the time by the end of which cells, and then texts, are given up; of what the cells have, each length but the last
 leaves a third to those after it."""
+TEXTS, TALKS = "texts", "talks"
 N_TRIED = 3
 """Documents of a family that the full cache answers before policies are compared on it."""
 
@@ -52,7 +53,8 @@ class Measured:
 @dataclass(frozen=True, kw_only=True)
 class Measurer:
     """What cells are measured with. ``out_of_time``: whether to stop before the next document. ``earlier``: what need not be
-    measured again.
+    measured again. ``only``: the parts of the report, by ``parts_of``, that are measured, if not all are; of the others there
+    is what is stored.
     """
 
     answerer: Answerer
@@ -65,10 +67,19 @@ class Measurer:
     out_of_time: Callable[[], bool]
     tell: Callable[[str], None]
     earlier: Known = field(default_factory=Known.nothing)
+    only: frozenset[str] = frozenset()
 
-    def within(self, share: float) -> "Measurer":
-        """The same, which stops when this share of the time is over."""
+    def within(self, share: float, part: str) -> "Measurer":
+        """The same, which stops when this share of the time is over; of chosen parts the last may take all. Of a part that is
+        not measured, it stops at once.
+        """
+        if self.only:
+            share = (1.0 if part == self._last else share) if part in self.only else 0.0
         return dataclasses.replace(self, out_of_time=self.clock.until(share))
+
+    @property
+    def _last(self) -> str:
+        return [part for part in parts_of(self.settings) if part in self.only][-1]
 
     def cells(self, families: Sequence[Family]) -> Measured:
         """As many documents of every cell as there is time for.
@@ -80,7 +91,7 @@ class Measurer:
         share = 0.0
         for plan in self.settings.lengths:
             share += (FOR_CELLS - share) * (1.0 if plan is self.settings.lengths[-1] else 2 / 3)
-            of_length = self.within(share)._cells_of(families, plan)
+            of_length = self.within(share, str(plan.n_tokens))._cells_of(families, plan)
             tried += of_length.tried
             compared += of_length.compared
         return Measured(tried=tuple(tried), compared=tuple(compared))
@@ -170,6 +181,11 @@ class Measurer:
             rows=tuple(rows),
         )
         return [cell]
+
+
+def parts_of(settings: RealSettings) -> list[str]:
+    """What a report has, in the order in which it is measured: its lengths, ``TEXTS``, ``TALKS``."""
+    return [*(str(plan.n_tokens) for plan in settings.lengths), TEXTS, TALKS]
 
 
 def _stored_as(entry: Entry, plan: Plan) -> str:
