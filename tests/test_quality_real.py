@@ -25,7 +25,7 @@ from benchmarks.quality.real.statistics import Marks
 from benchmarks.quality.recall.harness import RecallHarness
 from benchmarks.quality.recall.steps import Movement
 from benchmarks.quality.recipes import Recipes
-from trt_kv.errors import UsageError
+from trt_kv.errors import ReportError, UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.store import HostKvPool
@@ -51,6 +51,7 @@ def _measured(
     told: list[str],
     minutes: float | None = None,
     settings: RealSettings = plans.QUICK,
+    known: RealResults | None = None,
 ) -> RealResults:
     return command.results_of_engine(
         checkpoint,
@@ -61,6 +62,7 @@ def _measured(
         clock=Clock(minutes=minutes),
         command="a test",
         tell=told.append,
+        known=known,
     )
 
 
@@ -172,6 +174,28 @@ def test_a_new_policy_is_measured_without_the_others(
     assert both == alone
     assert told
     assert all(": 1 rows" in line for line in told)
+
+
+@pytest.mark.slow
+def test_what_a_results_file_has_is_not_measured_again(
+    quick: RealResults, full_folder: Path, bundled_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    quick.save(tmp_path / "results.json")
+    known = RealResults.load(tmp_path / "results.json")
+    assert _measured(full_folder, bundled_checkpoint, tmp_path / "parts", told, known=known) == quick
+    assert not told
+
+    def without(cell: MarkCell, policy: str) -> MarkCell:
+        return dataclasses.replace(cell, rows=tuple(row for row in cell.rows if row.policy != policy))
+
+    fewer = dataclasses.replace(known, cells=tuple(without(cell, "snapkv") for cell in known.cells))
+    assert _measured(full_folder, bundled_checkpoint, tmp_path / "parts", told, known=fewer) == quick
+    assert told
+    assert all(": 2 rows" in line for line in told), "snapkv at two shares"
+    other = dataclasses.replace(known, versions=dataclasses.replace(known.versions, numpy="0"))
+    with pytest.raises(ReportError, match="other versions"):
+        _measured(full_folder, bundled_checkpoint, tmp_path / "parts", told, known=other)
 
 
 @pytest.mark.slow

@@ -47,6 +47,19 @@ BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
     "--model", default=BUNDLED, help="a named model, such as smollm2: another report, of tasks for models that can talk"
 )
 @click.option("--minutes", type=float, help="with --model: stop measuring then, and report what there is; the next run goes on")
+@click.option(
+    "--known",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="with --model: a results file of the same model and versions whose rows are not measured again, such as the committed "
+    "one, docs/report/smollm2/results.json; what is not in it is added, policies of other names among it",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="PART",
+    help="with --model: measure this part alone, a length such as 2048, texts or talks; of the others the report has what is "
+    "known; may be given several times",
+)
 @click.option("--recall-only", is_flag=True, help="measure only host-resident policies; take the rest from docs/report")
 @click.option(
     "--out",
@@ -54,18 +67,27 @@ BEGIN, END = "<!-- report summary: begin -->", "<!-- report summary: end -->"
     help="where to write; default docs/report, with --quick build/report",
 )
 def main(
-    quick: bool, from_results: Path | None, recall_only: bool, out: Path | None, model: str, minutes: float | None
+    quick: bool,
+    from_results: Path | None,
+    recall_only: bool,
+    out: Path | None,
+    model: str,
+    minutes: float | None,
+    known: Path | None,
+    only: tuple[str, ...],
 ) -> None:
     """Measure or load results, then write tables and pictures; the committed report fills a table of docs/policies.md too."""
     try:
         if model != BUNDLED:
             if recall_only:
                 raise UsageError("--recall-only is of the bundled model's report", got=f"--model {model}", fix="leave it out")
-            page = real_report(model, quick=quick, from_results=from_results, out=out, minutes=minutes)
+            page = real_report(model, quick=quick, from_results=from_results, out=out, minutes=minutes, known=known, only=only)
             click.echo(f"report: {page}")
             return
-        if minutes is not None:
-            raise UsageError("the bundled model's report is measured whole", got=f"--minutes {minutes:g}", fix="leave it out")
+        given = {"--minutes": minutes, "--known": known, "--only": ", ".join(only) or None}
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError("the bundled model's report is measured whole", got=f"{option} {value}", fix="leave it out")
         out = out or (ROOT / "build" / "report" if quick else COMMITTED)
         if recall_only and (quick or from_results):
             raise UsageError("--recall-only takes all other results from docs/report", fix="use only one of the two options")

@@ -3,7 +3,7 @@
 L layers, K KV heads, N tokens of a prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality.cases import Encode
@@ -38,6 +38,11 @@ class Recipes:
     """All recipes of a report."""
 
     facts: tuple[RecipeFacts, ...]
+
+    def have(self, kinds: Collection[RecipeKind], budgets: Collection[float]) -> bool:
+        """Whether there is a recipe of each of ``kinds`` at each of ``budgets``."""
+        held = {(recipe.score, recipe.budget) for recipe in self.facts}
+        return all((kind.name, budget) in held for kind in kinds for budget in budgets)
 
     def kept(self, kind: RecipeKind, budget: float) -> tuple[float, ...]:
         """The layers' kept shares at a mean kept share."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from benchmarks.quality.machine import these_versions, this_machine
@@ -12,12 +12,14 @@ from benchmarks.quality.real.clock import Clock
 from benchmarks.quality.real.contenders import Contender, contenders
 from benchmarks.quality.real.extras import measured_talks, measured_texts
 from benchmarks.quality.real.families import Family, families, synthetic_families
-from benchmarks.quality.real.measure import FOR_TEXTS, Measurer
+from benchmarks.quality.real.known import Known
+from benchmarks.quality.real.measure import FOR_TEXTS, TALKS, TEXTS, Measurer, parts_of
 from benchmarks.quality.real.results import RealResults
 from benchmarks.quality.real.settings import RealSettings
-from benchmarks.quality.recipes import Recipes, calibrated_recipes
+from benchmarks.quality.recipes import Recipes, calibrated_recipes, recipe_kind
 from benchmarks.quality.results import ModelFacts
 from benchmarks.quality.store import Store
+from trt_kv.errors import UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.pipeline import BuildRequest, ModelSource, build_engine
@@ -34,11 +36,20 @@ QUANT = "int4"
 
 
 def measured_model(
-    model: str, settings: RealSettings, folder: Path, *, minutes: float | None, command: Sequence[str], tell: Tell
+    model: str,
+    settings: RealSettings,
+    folder: Path,
+    *,
+    minutes: float | None,
+    command: Sequence[str],
+    tell: Tell,
+    known: RealResults | None = None,
+    only: Collection[str] = (),
 ) -> RealResults:
     """The results of the preset ``model``, on an engine with weights of 4 bits that is built in ``folder`` once.
 
-    Parts are kept in ``folder`` too. After ``minutes`` nothing more is measured, and the results have what there is.
+    Parts are kept in ``folder`` too. After ``minutes`` nothing more is measured, and the results have what there is. What
+    ``known`` has is not measured again. Nothing but the parts ``only`` (``parts_of``) is measured, if there are any.
     """
     clock = Clock(minutes=minutes)
     checkpoint = open_checkpoint(preset(model).checkpoint())
@@ -51,16 +62,17 @@ def measured_model(
         ),
         on_note=tell,
     )
-    known = families() if model != "llama3" else synthetic_families()
     return results_of_engine(
         checkpoint,
         engine,
-        known,
+        families() if model != "llama3" else synthetic_families(),
         settings,
         folder=folder / "parts",
         clock=clock,
         command=shlex.join(command),
         tell=tell,
+        known=known,
+        only=only,
     )
 
 
@@ -74,8 +86,12 @@ def results_of_engine(
     clock: Clock,
     command: str,
     tell: Tell,
+    known: RealResults | None = None,
+    only: Collection[str] = (),
 ) -> RealResults:
     """The same on a built engine, whatever its policy."""
+    if unknown := set(only) - set(parts_of(settings)):
+        raise UsageError("the report has no such part", got=sorted(unknown), expected=f"of {', '.join(parts_of(settings))}")
     with Engine.load(folder_of_engine, prefix_cache=False, cache_tokens=64) as engine:
         steps, config = engine.runner._executor, engine.manifest.config
         assert isinstance(steps, SplitStepExecutor)
@@ -86,7 +102,10 @@ def results_of_engine(
         longest = max(plan.n_tokens for plan in settings.lengths) + settings.text_tokens
         answerer = Answerer(steps.dense, config, longest=longest)
         compared = contenders()
-        recipes = _recipes(store, answerer, checkpoint, settings, compared, model, tell)
+        earlier = Known.nothing()
+        if known is not None:
+            earlier = Known.of(known, digest=model.digest, versions=versions, settings=settings)
+        recipes = _recipes(store, answerer, checkpoint, settings, compared, model, earlier.recipes, tell)
         measurer = Measurer(
             answerer=answerer,
             asker=asker,
@@ -97,6 +116,8 @@ def results_of_engine(
             clock=clock,
             out_of_time=clock.until(1.0),
             tell=tell,
+            earlier=earlier,
+            only=frozenset(only),
         )
         marked = measurer.cells(of_families)
         return RealResults(
@@ -113,8 +134,8 @@ def results_of_engine(
             families=tuple(family.facts for family in of_families),
             tried=marked.tried,
             cells=marked.compared,
-            texts=measured_texts(measurer.within(FOR_TEXTS)),
-            talks=measured_talks(measurer, steps.dense, config),
+            texts=measured_texts(measurer.within(FOR_TEXTS, TEXTS)),
+            talks=measured_talks(measurer.within(1.0, TALKS), steps.dense, config),
         )
 
 
@@ -125,10 +146,13 @@ def _recipes(
     settings: RealSettings,
     compared: Sequence[Contender],
     model: RecipeModel,
+    known: Recipes,
     tell: Tell,
 ) -> Recipes:
-    """As ``trt-kv build`` calibrates them, on its prompts, at every budget."""
+    """As ``trt-kv build`` calibrates them, on its prompts, at every budget; those that are ``known``, if they are enough."""
     needing = [contender.policy for contender in compared if contender.policy.needs_recipe]
+    if known.have({recipe_kind(policy) for policy in needing}, settings.budgets):
+        return known
 
     def calibrated() -> Recipes:
         plan = CalibrationPlan(samples=settings.calibration_samples, seed=settings.calibration_seed)

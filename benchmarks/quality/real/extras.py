@@ -1,29 +1,14 @@
 """Measures plain text and conversations; ``measure`` has the rest."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from benchmarks.quality.real import conversations, texts
 from benchmarks.quality.real.contenders import Entry, entries_of
+from benchmarks.quality.real.known import talk_name, text_name
 from benchmarks.quality.real.measure import Measurer
-from benchmarks.quality.real.results import TalkRow, TextRow
+from benchmarks.quality.real.results import Loss, OneTalk, TalkRow, TextRow
 from trt_kv.model_config import ModelConfig
 from trt_kv.runtime.backends.base import DenseExecutor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """Of a text's tokens under one policy, summed."""
-
-    nats: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneTalk:
-    """A conversation about one document."""
-
-    right: str
-    held: tuple[float, ...]
 
 
 def measured_texts(measurer: Measurer) -> tuple[TextRow, ...]:
@@ -40,7 +25,7 @@ def measured_texts(measurer: Measurer) -> tuple[TextRow, ...]:
             losses = measurer.answerer.losses(prompt, expected, [plans[i] for i in missing])
             return [Loss(nats=round(loss, 4)) for loss in losses]
 
-        rows = measurer.rows(f"text-{number}", Loss, entries, plans, measured, ids=[*prompt, *expected])
+        rows = measurer.rows(text_name(number), Loss, entries, plans, measured, ids=[*prompt, *expected])
         if rows is None:
             break
         found.append([row.nats for row in rows])
@@ -85,10 +70,13 @@ def _one_talk(
     asked: conversations.Talk,
 ) -> OneTalk | None:
     """None: there is no time left for it."""
+    talks: dict[tuple[str, float | None], OneTalk] = dict(measurer.earlier.rows(talk_name(document, mode)))
+    if entry.key in talks:
+        return talks[entry.key]
     plan = entry.contender.plan(measurer.recipes, entry.budget, lots=document)
     conditions = {"asked": repr(asked), "plan": repr(plan)}
     share = "own" if entry.budget is None else f"{entry.budget:g}"
-    name = f"talk-{document}-{mode}-{entry.contender.facts.name}-{share}"
+    name = f"{talk_name(document, mode)}-{entry.contender.facts.name}-{share}"
     if measurer.out_of_time() and not measurer.store.has(name, **conditions):
         return None
 

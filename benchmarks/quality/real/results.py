@@ -1,10 +1,11 @@
 """The results file of a real model: every mark of every policy on every question. I questions (items) of a cell."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,10 @@ class MarkRow:
         return float(np.mean(known)) if known else None
 
 
+_PER_ITEM = [field.name for field in dataclasses.fields(MarkRow) if field.name not in ("policy", "budget")]
+"""The fields of a ``MarkRow`` that have a value for each item."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MarkCell:
     """A family, in one mode, at one length. ``documents`` and ``n_prompt`` (tokens that were read before the eviction): [I].
@@ -97,6 +102,21 @@ class MarkCell:
     @cached_property
     def _by_key(self) -> dict[tuple[str, float | None], MarkRow]:
         return {row.key: row for row in self.rows}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Of a text's tokens under one policy, summed."""
+
+    nats: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneTalk:
+    """A conversation about one document: as in ``TalkRow``, with the share ``held`` at each answer."""
+
+    right: str
+    held: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +204,17 @@ def is_able(cells: Sequence[MarkCell], settings: RealSettings) -> bool:
     return float(np.mean([mark for cell in cells for mark in cell.full.marks])) >= settings.capable_from
 
 
+def of_document(cell: MarkCell, document: int) -> MarkCell:
+    """The part of ``cell`` that is of one document: what ``joined`` joins."""
+    at = [i for i, of in enumerate(cell.documents) if of == document]
+    n_prompt = tuple(cell.n_prompt[i] for i in at)
+
+    def part(row: MarkRow) -> MarkRow:
+        return _with_items(row, lambda name: tuple(getattr(row, name)[i] for i in at))
+
+    return dataclasses.replace(cell, documents=(document,) * len(at), n_prompt=n_prompt, rows=tuple(map(part, cell.rows)))
+
+
 def joined(cells: Sequence[MarkCell]) -> MarkCell:
     """The cells of several documents as one, with the rows that all of them have."""
     first = cells[0]
@@ -200,5 +231,9 @@ def _joined(rows: Sequence[MarkRow]) -> MarkRow:
     def all_of(name: str) -> tuple[float, ...]:
         return tuple(value for row in rows for value in getattr(row, name))
 
-    names = [field.name for field in dataclasses.fields(MarkRow) if field.name not in ("policy", "budget")]
-    return dataclasses.replace(rows[0], **{name: all_of(name) for name in names})  # type: ignore[arg-type]
+    return _with_items(rows[0], all_of)
+
+
+def _with_items(row: MarkRow, values_of: Callable[[str], tuple[Any, ...]]) -> MarkRow:
+    """``row`` with other items: the values of each field that has one for each."""
+    return dataclasses.replace(row, **{name: values_of(name) for name in _PER_ITEM})  # type: ignore[arg-type]

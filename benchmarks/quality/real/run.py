@@ -1,5 +1,6 @@
 """The options of ``python -m benchmarks.quality`` for another model than the bundled one."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import click
@@ -16,11 +17,27 @@ ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "policies.md"
 
 
-def real_report(model: str, *, quick: bool, from_results: Path | None, out: Path | None, minutes: float | None) -> Path:
-    """Measure a named model, or take a results file of it, and write its report. The page's path."""
+def real_report(
+    model: str,
+    *,
+    quick: bool,
+    from_results: Path | None,
+    out: Path | None,
+    minutes: float | None,
+    known: Path | None = None,
+    only: Collection[str] = (),
+) -> Path:
+    """Measure a named model, or take a results file of it, and write its report. The page's path.
+
+    ``known``: a results file whose rows are not measured again; ``only``: what is measured, if not all (``parts_of``).
+    ``UsageError`` if they are given and nothing is to be measured.
+    """
     preset(model)
     if minutes is not None and minutes <= 0:
         raise UsageError("there is no time to measure anything", got=f"--minutes {minutes:g}", expected="more than 0")
+    if (known is not None or only) and from_results is not None:
+        got = f"--known {known}" if known is not None else f"--only {' --only '.join(only)}"
+        raise UsageError("--from-results measures nothing", got=got, fix="use only one of the two options")
     out = out or (ROOT / "build" / f"report-{model}" if quick else ROOT / "docs" / "report" / model)
     if from_results is not None:
         results = RealResults.load(from_results)
@@ -32,6 +49,8 @@ def real_report(model: str, *, quick: bool, from_results: Path | None, out: Path
             minutes=minutes,
             command=["python", "-m", "benchmarks.quality", "--model", model, *(["--quick"] if quick else [])],
             tell=lambda message: click.echo(message, err=True),
+            known=None if known is None else RealResults.load(known),
+            only=only,
         )
     page = write_real_report(results, out)
     if out.resolve() == ROOT / "docs" / "report" / "smollm2":
