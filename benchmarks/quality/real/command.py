@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.quality.machine import these_versions, this_machine
@@ -15,15 +16,17 @@ from benchmarks.quality.real.families import Family, families, synthetic_familie
 from benchmarks.quality.real.measure import FOR_TEXTS, Measurer
 from benchmarks.quality.real.results import RealResults
 from benchmarks.quality.real.settings import RealSettings
-from benchmarks.quality.recipes import Recipes, calibrated_recipes
+from benchmarks.quality.recipes import Recipes, calibrated_head_recipes, calibrated_recipes
 from benchmarks.quality.results import ModelFacts
 from benchmarks.quality.store import Store
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.pipeline import BuildRequest, ModelSource, build_engine
+from trt_kv.pipeline.calibration_heads import usefulness_of
 from trt_kv.pipeline.calibration_prompts import calibration_prompts
 from trt_kv.pipeline.plans import CalibrationPlan, WeightPlan
 from trt_kv.policies import policy_from_name
+from trt_kv.policy import Policy
 from trt_kv.presets import preset
 from trt_kv.recipe import RecipeModel
 from trt_kv.runtime.backends.host.executor import SplitStepExecutor
@@ -127,19 +130,30 @@ def _recipes(
     model: RecipeModel,
     tell: Tell,
 ) -> Recipes:
-    """As ``trt-kv build`` calibrates them, on its prompts, at every budget."""
+    """As ``trt-kv build`` calibrates them, on its prompts, at every budget; those of layers and those of KV heads."""
     needing = [contender.policy for contender in compared if contender.policy.needs_recipe]
+    of_heads = [policy for policy in needing if policy.heads == "own"]
+    of_layers = [policy for policy in needing if policy.heads != "own"]
+    budgets, seed = settings.budgets, settings.calibration_seed
 
-    def calibrated() -> Recipes:
-        plan = CalibrationPlan(samples=settings.calibration_samples, seed=settings.calibration_seed)
-        prompts = calibration_prompts(checkpoint, plan, settings.calibration_tokens, on_note=tell)
-        return calibrated_recipes(answerer.harness, prompts, settings.budgets, needing, model, seed=settings.calibration_seed)
+    def prompts() -> list[list[int]]:
+        plan = CalibrationPlan(samples=settings.calibration_samples, seed=seed)
+        return calibration_prompts(checkpoint, plan, settings.calibration_tokens, on_note=tell)
 
-    return store.get_or_measure(
-        "recipes",
-        Recipes,
-        calibrated,
-        budgets=list(settings.budgets),
-        calibration=[settings.calibration_samples, settings.calibration_tokens, settings.calibration_seed],
-        policies=sorted(map(repr, needing)),
-    )
+    def layers_calibrated() -> Recipes:
+        return calibrated_recipes(answerer.harness, prompts(), budgets, of_layers, model, seed=seed)
+
+    def heads_calibrated() -> Recipes:
+        read = prompts()
+        longest = max(map(len, read))
+        use = partial(usefulness_of, checkpoint, max_tokens=longest)
+        return calibrated_head_recipes(read, budgets, of_heads, use, model, seed=seed)
+
+    def stored(name: str, calibrated: Callable[[], Recipes], policies: Sequence[Policy]) -> Recipes:
+        calibration = [settings.calibration_samples, settings.calibration_tokens, seed]
+        conditions = {"budgets": list(budgets), "calibration": calibration, "policies": sorted(map(repr, policies))}
+        return store.get_or_measure(name, Recipes, calibrated, **conditions)
+
+    layers = stored("recipes", layers_calibrated, of_layers)
+    heads = stored("recipes-heads", heads_calibrated, of_heads)
+    return Recipes(facts=(*layers.facts, *heads.facts))
