@@ -128,7 +128,7 @@ def calibrated_head_recipes(
     *,
     seed: int,
 ) -> Recipes:
-    """The same for ``policies`` whose KV heads have shares of their own; ``usefulness_for`` a policy as in ``calibrate_lukv``."""
+    """The same for ``policies`` whose KV heads have shares of their own. ``usefulness_for``: what ``calibrate_lukv`` takes."""
     facts = []
     for kind, policy in {recipe_kind(policy): policy for policy in policies}.items():
         usefulness_of = usefulness_for(policy)
