@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from benchmarks.quality.machine import these_versions, this_machine
@@ -136,6 +136,7 @@ def _recipes(
     of_layers = [policy for policy in needing if policy.heads != "own"]
     budgets, seed = settings.budgets, settings.calibration_seed
 
+    @cache
     def prompts() -> list[list[int]]:
         plan = CalibrationPlan(samples=settings.calibration_samples, seed=seed)
         return calibration_prompts(checkpoint, plan, settings.calibration_tokens, on_note=tell)

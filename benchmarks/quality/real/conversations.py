@@ -73,7 +73,7 @@ def talked(dense: DenseExecutor, config: ModelConfig, asker: Asker, plan: Plan, 
 
 def _runner(dense: DenseExecutor, config: ModelConfig, plan: Plan, asked: Talk) -> ModelRunner:
     n_tokens = len(asked.document) + sum(len(question) + N_NEW for question, _ in asked.questions)
-    cache = cache_config(config, plan.policy)
+    cache = cache_config(config, plan.policy.applied_to(config.windows))
     pool = HostKvPool(
         n_pages=2 * cache.n_layers * -(-(n_tokens + 64) // PAGE_SIZE),
         page_size=PAGE_SIZE,
