@@ -5,7 +5,10 @@ policy's program, and then all forks decode the right answer together as one bat
 greedily gives exactly the right answer if every answer token is ranked first after the right tokens before it, so one pass
 yields both exactness and likelihood of the answer.
 
-L layers, K KV heads, S cached tokens, T fed tokens, F forks, V vocabulary.
+KV heads with budgets of their own (heads "own") are layers of the cache, in a pool whose pages hold one of them; the others are
+in pages of all heads of a layer. So a harness is for one or for the other.
+
+L layers of the cache (``trt_kv/cache_layers.py``), K KV heads, S cached tokens, T fed tokens, F forks, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +22,7 @@ import numpy.typing as npt
 
 from benchmarks.quality.cases import Case
 from benchmarks.quality.steps import SharedSteps, after_attention, decode_groups, run_nodes, score_key
+from trt_kv.cache_layers import cache_policy
 from trt_kv.calibration.answers import answer_losses
 from trt_kv.calibration.prefixkv import online_budget
 from trt_kv.manifest import Manifest
@@ -34,6 +38,7 @@ from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.surrogate import Predictor
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
@@ -43,13 +48,15 @@ N_SINKS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A policy as in an engine: with the ``kept_shares`` [L] of its recipe if it needs one.
+    """A policy as in an engine: with the ``kept_shares`` [L] of its recipe, one for each layer of the cache, if it needs one,
+    or the ``predictors`` of its surrogate.
 
     ``searches``: instead of a recipe, the shares are searched for each input (PrefixKV's "online" variant).
     """
 
     policy: Policy
     kept_shares: tuple[float, ...] | None = None
+    predictors: tuple[Predictor, ...] | None = None
     searches: bool = False
 
 
@@ -81,10 +88,16 @@ class Prefilled:
 class Harness:
     """One model on one executor with one pool."""
 
-    def __init__(self, executor: DenseExecutor, pool: KvPool[Any], *, n_layers: int, scale: float) -> None:
+    def __init__(
+        self, executor: DenseExecutor, pool: KvPool[Any], *, n_layers: int, scale: float, heads_apart: int = 1
+    ) -> None:
+        """``n_layers``: of the cache, of which the model has one for each of its layers, or ``heads_apart`` K if the plans are
+        all of policies with heads "own".
+        """
         self.pool = pool
         self._n_layers = n_layers
         self._scale = scale
+        self._heads_apart = heads_apart
         self.steps = SharedSteps(executor, pool, n_layers=n_layers, scale=scale)
         full = {phase: self.program(Plan(policy=policy_from_name("full")), phase) for phase in PHASES}
         self.runner = ModelRunner(self.steps, pool, full)
@@ -221,12 +234,13 @@ class Harness:
     def program(self, plan: Plan, phase: str) -> Program:
         """The KV ops of a plan's engine in a phase."""
         return program_of(
-            plan.policy,
+            cache_policy(plan.policy, self._heads_apart),
             phase=phase,
             n_layers=self._n_layers,
             scale=self._scale,
             page_size=self.pool.page_size,
             kept_shares=plan.kept_shares,
+            predictors=plan.predictors,
         )
 
 

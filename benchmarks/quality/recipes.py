@@ -1,9 +1,11 @@
 """The recipes of a report: trt-kv's calibration on the calibration split, every score from one pass over the prompts.
 
+Policies whose KV heads have budgets of their own get recipes of LU-KV's kind (``calibration/lukv.py``).
+
 L layers, K KV heads, N tokens of a prompt.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality.cases import Encode
@@ -11,11 +13,17 @@ from benchmarks.quality.harness import Harness
 from benchmarks.quality.results import RecipeFacts
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.store import Store
+from trt_kv.calibration.kvzap import TokensOf, calibrate_kvzap
+from trt_kv.calibration.lukv import UsefulnessOf, calibrate_lukv
 from trt_kv.calibration.prefixkv import calibrate_prefixkv_budgets
 from trt_kv.calibration.tasks import calibration_prompts
 from trt_kv.errors import ReportError
+from trt_kv.model_config import ModelConfig
 from trt_kv.policy import Policy
-from trt_kv.recipe import Protected, RecipeModel, RecipeScore, recipe_score
+from trt_kv.recipe import Protected, Recipe, RecipeModel, RecipeScore, recipe_score
+from trt_kv.surrogate import Predictor
+
+SOURCE = "bundled synthetic English, calibration split"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +36,24 @@ class RecipeKind:
     @property
     def name(self) -> str:
         """E.g. "score window (32 queries), 1 first and 32 last tokens protected"; PrefixKV's own protection is left out."""
-        if self.protected == Protected():
-            return self.score.described
-        return f"{self.score.described}, {self.protected.sinks} first and {self.protected.recent} last tokens protected"
+        parts = [self.score.described]
+        if self.protected != Protected():
+            parts.append(f"{self.protected.sinks} first and {self.protected.recent} last tokens protected")
+        if self.score.heads == "own":
+            parts.append("a share for each KV head")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """All recipes of a report."""
+    """All recipes of a report. ``predicted``: with what each layer of the cache predicts scores, by budget."""
 
     facts: tuple[RecipeFacts, ...]
+    predicted: tuple[tuple[float, tuple[Predictor, ...]], ...] = ()
+
+    def predictors(self, budget: float) -> tuple[Predictor, ...]:
+        """With what the layers of the cache predict scores at a budget."""
+        return dict(self.predicted)[budget]
 
     def have(self, kinds: Collection[RecipeKind], budgets: Collection[float]) -> bool:
         """Whether there is a recipe of each of ``kinds`` at each of ``budgets``."""
@@ -45,7 +61,7 @@ class Recipes:
         return all((kind.name, budget) in held for kind in kinds for budget in budgets)
 
     def kept(self, kind: RecipeKind, budget: float) -> tuple[float, ...]:
-        """The layers' kept shares at a mean kept share."""
+        """The kept shares of the layers of the cache (``trt_kv/cache_layers.py``) at a mean kept share."""
         for recipe in self.facts:
             if (recipe.score, recipe.budget) == (kind.name, budget):
                 return recipe.kept
@@ -96,7 +112,7 @@ def calibrated_recipes(
     *,
     seed: int,
 ) -> Recipes:
-    """Recipes for ``policies``, all of which need one, at every budget, from ``prompts`` of the calibration split."""
+    """Recipes for ``policies``, which all need one of layers, at every budget, from ``prompts`` of the calibration split."""
     kinds = list({kind.name: kind for kind in map(recipe_kind, policies)}.values())
     found = {tuple(ids): harness.importance(ids, [kind.score for kind in kinds]) for ids in prompts}
     recipes = [
@@ -108,13 +124,67 @@ def calibrated_recipes(
             budgets=budgets,
             score=kind.score,
             model=model,
-            source="bundled synthetic English, calibration split",
+            source=SOURCE,
             seed=seed,
             protected=kind.protected,
         )
     ]
-    facts = [
-        RecipeFacts(score=kind.name, budget=recipe.budget, kept=recipe.kept, mass=recipe.mass or 0.0)
-        for kind, recipe in recipes
-    ]
+    return Recipes(facts=tuple(_facts(kind, recipe) for kind, recipe in recipes))
+
+
+def calibrated_head_recipes(
+    prompts: Sequence[Sequence[int]],
+    budgets: Sequence[float],
+    policies: Sequence[Policy],
+    usefulness_for: Callable[[Policy], UsefulnessOf],
+    model: RecipeModel,
+    *,
+    seed: int,
+) -> Recipes:
+    """The same for ``policies`` whose KV heads have shares of their own. ``usefulness_for``: what ``calibrate_lukv`` takes."""
+    facts = []
+    for kind, policy in {recipe_kind(policy): policy for policy in policies}.items():
+        usefulness_of = usefulness_for(policy)
+        found = {tuple(ids): usefulness_of(ids) for ids in prompts}
+        for budget in budgets:
+            recipe = calibrate_lukv(
+                prompts,
+                lambda ids, found=found: found[tuple(ids)],  # type: ignore[misc]
+                budget=budget,
+                score=kind.score,
+                model=model,
+                source=SOURCE,
+                seed=seed,
+                protected=kind.protected,
+            )
+            assert recipe.heads is not None
+            facts.append(_facts(kind, recipe, heads_apart=recipe.heads.n_kv_heads))
     return Recipes(facts=tuple(facts))
+
+
+def surrogate_recipes(
+    prompts: Sequence[Sequence[int]],
+    budgets: Sequence[float],
+    kind: RecipeKind,
+    tokens_of: TokensOf,
+    model: RecipeModel,
+    config: ModelConfig,
+    *,
+    seed: int,
+) -> Recipes:
+    """The same for policies whose scores are predicted, for each KV head, from one calibration. ``tokens_of``: what
+    ``calibrate_kvzap`` takes.
+    """
+    how = {"score": kind.score, "model": model, "source": SOURCE, "seed": seed, "protected": kind.protected}
+    recipe = calibrate_kvzap(prompts, tokens_of, budget=budgets[0], **how)  # type: ignore[arg-type]
+    facts = [_facts(kind, recipe.with_budget(budget)) for budget in budgets]
+    assert recipe.surrogate is not None
+    predicted = [
+        (budget, tuple(recipe.surrogate.predictors(config, budget, heads_apart=config.n_kv_heads))) for budget in budgets
+    ]
+    return Recipes(facts=tuple(facts), predicted=tuple(predicted))
+
+
+def _facts(kind: RecipeKind, recipe: Recipe, *, heads_apart: int = 1) -> RecipeFacts:
+    kept = tuple(recipe.shares_of_cache(heads_apart=heads_apart))
+    return RecipeFacts(score=kind.name, budget=recipe.budget, kept=kept, mass=recipe.mass or 0.0)

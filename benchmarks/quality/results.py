@@ -65,7 +65,9 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFacts:
-    """A recipe that was calibrated for the report: its score's description, budget, kept share per layer, common mass."""
+    """A recipe that was calibrated for the report: its score's description, budget, kept share per layer of the cache (with
+    shares of KV heads layer by layer, head by head), and ``mass`` as in ``trt_kv.recipe.Recipe``.
+    """
 
     score: str
     budget: float

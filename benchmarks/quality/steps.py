@@ -3,7 +3,7 @@
 The KV ops are the engines' kernels with the attributes of the engines' programs. The only difference from an engine is that
 work shared by several policies is done once.
 
-L layers, H query heads, K KV heads, D head size, M pages, P page size, B sequences of a step.
+L layers of the cache, H query heads, K KV heads, D head size, M pages, P page size, B sequences of a step.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ from trt_kv.plugins.paging import Floats
 from trt_kv.plugins.registry import Kernel, kernel, op_specs
 from trt_kv.program import OpNode, Program
 from trt_kv.runtime.backends.base import DenseExecutor
+from trt_kv.runtime.backends.host.heads_apart import attend_by_head
 from trt_kv.runtime.backends.step import Ints, Step, StepResult
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.model_runner import DROP_ONE
@@ -84,7 +85,8 @@ class SharedSteps:
             out: Floats = bound["out"]
             return out
 
-        logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, attend)
+        by_head = attend_by_head(attend, pool.kv.shape[2])
+        logits = self.dense.run(step.input_ids, step.positions, step.logit_rows, by_head)
         return StepResult(logits=logits, kept=self.kept)
 
     def _score(self, layer: int, tensors: dict[str, Any]) -> None:

@@ -8,23 +8,22 @@ from pathlib import Path
 from benchmarks.quality.machine import these_versions, this_machine
 from benchmarks.quality.real.answering import Answerer
 from benchmarks.quality.real.asking import Asker
+from benchmarks.quality.real.calibrating import Calibration, recipes_for
 from benchmarks.quality.real.clock import Clock
-from benchmarks.quality.real.contenders import Contender, contenders
+from benchmarks.quality.real.contenders import contenders
 from benchmarks.quality.real.extras import measured_talks, measured_texts
 from benchmarks.quality.real.families import Family, families, synthetic_families
 from benchmarks.quality.real.known import Known
 from benchmarks.quality.real.measure import FOR_TEXTS, TALKS, TEXTS, Measurer, parts_of
 from benchmarks.quality.real.results import RealResults
 from benchmarks.quality.real.settings import RealSettings
-from benchmarks.quality.recipes import Recipes, calibrated_recipes, recipe_kind
 from benchmarks.quality.results import ModelFacts
 from benchmarks.quality.store import Store
 from trt_kv.errors import UsageError
 from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.pipeline import BuildRequest, ModelSource, build_engine
-from trt_kv.pipeline.calibration_prompts import calibration_prompts
-from trt_kv.pipeline.plans import CalibrationPlan, WeightPlan
+from trt_kv.pipeline.plans import WeightPlan
 from trt_kv.policies import policy_from_name
 from trt_kv.presets import preset
 from trt_kv.recipe import RecipeModel
@@ -105,7 +104,10 @@ def results_of_engine(
         earlier = Known.nothing()
         if known is not None:
             earlier = Known.of(known, digest=model.digest, versions=versions, settings=settings)
-        recipes = _recipes(store, answerer, checkpoint, settings, compared, model, earlier.recipes, tell)
+        calibration = Calibration(
+            checkpoint=checkpoint, answerer=answerer, model=model, store=store, known=earlier.recipes, tell=tell
+        )
+        recipes = recipes_for([one.policy for one in compared], settings, calibration)
         measurer = Measurer(
             answerer=answerer,
             asker=asker,
@@ -137,33 +139,3 @@ def results_of_engine(
             texts=measured_texts(measurer.within(FOR_TEXTS, TEXTS)),
             talks=measured_talks(measurer.within(1.0, TALKS), steps.dense, config),
         )
-
-
-def _recipes(
-    store: Store,
-    answerer: Answerer,
-    checkpoint: Checkpoint,
-    settings: RealSettings,
-    compared: Sequence[Contender],
-    model: RecipeModel,
-    known: Recipes,
-    tell: Tell,
-) -> Recipes:
-    """As ``trt-kv build`` calibrates them, on its prompts, at every budget; those that are ``known``, if they are enough."""
-    needing = [contender.policy for contender in compared if contender.policy.needs_recipe]
-    if known.have({recipe_kind(policy) for policy in needing}, settings.budgets):
-        return known
-
-    def calibrated() -> Recipes:
-        plan = CalibrationPlan(samples=settings.calibration_samples, seed=settings.calibration_seed)
-        prompts = calibration_prompts(checkpoint, plan, settings.calibration_tokens, on_note=tell)
-        return calibrated_recipes(answerer.harness, prompts, settings.budgets, needing, model, seed=settings.calibration_seed)
-
-    return store.get_or_measure(
-        "recipes",
-        Recipes,
-        calibrated,
-        budgets=list(settings.budgets),
-        calibration=[settings.calibration_samples, settings.calibration_tokens, settings.calibration_seed],
-        policies=sorted(map(repr, needing)),
-    )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.quality.harness import Plan
-from benchmarks.quality.policies import has_shared_pages
 from benchmarks.quality.recall.policies import small
 from benchmarks.quality.recipes import Recipes, recipe_kind
 from trt_kv.policies import policy_from_name, policy_names, policy_without_floor
@@ -46,6 +45,8 @@ class Contender:
         if budget is None:
             return Plan(policy=policy)
         policy = dataclasses.replace(policy, kept=budget)
+        if policy.scoring.predicts:
+            return Plan(policy=policy, predictors=recipes.predictors(budget))
         return Plan(policy=policy, kept_shares=recipes.kept(recipe_kind(policy), budget) if policy.needs_recipe else None)
 
 
@@ -63,7 +64,7 @@ class Entry:
 
 def contenders() -> list[Contender]:
     """The full cache first. A new preset is included by itself, in the group "ours"."""
-    ours = [name for name in policy_names() if has_shared_pages(name) and name not in ("full", *PUBLISHED, *HOST)]
+    ours = [name for name in policy_names() if name not in ("full", *PUBLISHED, *HOST)]
     groups: list[tuple[Group, Sequence[str]]] = [
         ("reference", ["full"]),
         ("published", PUBLISHED),

@@ -19,6 +19,7 @@ from benchmarks.quality.real.answering import PAGE_SIZE
 from benchmarks.quality.real.asking import Asker
 from benchmarks.quality.real.records import N_NEW, city_facts, fact_question, fact_text, prose_with
 from benchmarks.quality.real.settings import TalkPlan
+from trt_kv.cache_layers import cache_config
 from trt_kv.model_config import ModelConfig
 from trt_kv.program import PHASES, program_of_model
 from trt_kv.runtime.backends.base import DenseExecutor
@@ -72,15 +73,23 @@ def talked(dense: DenseExecutor, config: ModelConfig, asker: Asker, plan: Plan, 
 
 def _runner(dense: DenseExecutor, config: ModelConfig, plan: Plan, asked: Talk) -> ModelRunner:
     n_tokens = len(asked.document) + sum(len(question) + N_NEW for question, _ in asked.questions)
+    cache = cache_config(config, plan.policy.applied_to(config.windows))
     pool = HostKvPool(
-        n_pages=2 * config.n_layers * -(-(n_tokens + 64) // PAGE_SIZE),
+        n_pages=2 * cache.n_layers * -(-(n_tokens + 64) // PAGE_SIZE),
         page_size=PAGE_SIZE,
-        n_kv_heads=config.n_kv_heads,
-        head_size=config.head_dim,
+        n_kv_heads=cache.n_kv_heads,
+        head_size=cache.head_dim,
         n_query_heads=config.n_heads if plan.policy.recalls else 0,
     )
     programs = {
-        phase: program_of_model(config, plan.policy, phase=phase, page_size=PAGE_SIZE, kept_shares=plan.kept_shares)
+        phase: program_of_model(
+            config,
+            plan.policy,
+            phase=phase,
+            page_size=PAGE_SIZE,
+            kept_shares=plan.kept_shares,
+            predictors=plan.predictors,
+        )
         for phase in PHASES
     }
     return host_runner(dense, pool, programs, decode=plan.policy.decode, decode_distance=plan.policy.decode_distance)

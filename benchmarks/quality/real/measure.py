@@ -19,6 +19,7 @@ from benchmarks.quality.real.results import MarkCell, MarkRow, is_able, joined
 from benchmarks.quality.real.settings import LengthPlan, RealSettings
 from benchmarks.quality.recipes import Recipes
 from benchmarks.quality.store import Store
+from trt_kv.digests import document_digest
 
 T = TypeVar("T")
 FOR_CELLS, FOR_TEXTS = 0.6, 0.7
@@ -193,7 +194,10 @@ def _stored_as(entry: Entry, plan: Plan) -> str:
     leaves other rows as they are."""
     fields = dataclasses.fields(plan.policy)
     given = {field.name: value for field in fields if (value := getattr(plan.policy, field.name)) != field.default}
-    return f"{entry.contender.facts.name} {given!r} {plan.kept_shares!r}"
+    key = f"{entry.contender.facts.name} {given!r} {plan.kept_shares!r}"
+    if plan.predictors is None:
+        return key
+    return f"{key} {document_digest({'predictors': [dataclasses.asdict(one) for one in plan.predictors]})}"
 
 
 def _row(entry: Entry, items: Sequence[Item], found: Sequence[Answered], asker: Asker) -> MarkRow:
