@@ -29,6 +29,7 @@ from trt_kv.export.targets.tensorrt_profile import TensorRtOptions
 from trt_kv.export.triton_repository import write_repository
 from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, KV_DTYPES, RECIPE_FILE, Manifest, Plan, Quantization
 from trt_kv.opspec import OP_VERSION
+from trt_kv.plugins.predicted_scores.frequencies import key_frequencies
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, Program, program_of_model
@@ -164,7 +165,9 @@ class EngineRequest:
         if self.recipe is None or self.recipe.surrogate is None:
             return None
         config = self.checkpoint.config
-        return self.recipe.surrogate.predictors(config, self.policy.kept, heads_apart=heads_apart(config, self.applied_policy))
+        return self.recipe.surrogate.predictors(
+            config, self.policy.kept, key_frequencies(config), heads_apart=heads_apart(config, self.applied_policy)
+        )
 
     @property
     def taus(self) -> list[float] | None:

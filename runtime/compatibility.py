@@ -8,6 +8,7 @@ from trt_kv.drift import Drift
 from trt_kv.errors import EngineError, RecipeError
 from trt_kv.manifest import DRIFT_FILE, DTYPES, GRAPHS, RECIPE_FILE, Manifest
 from trt_kv.opspec import OP_VERSION, AttributeValue
+from trt_kv.plugins.predicted_scores.frequencies import key_frequencies
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import OpNode, Program, program_of_model
 from trt_kv.rebuild import how_to_rebuild
@@ -101,7 +102,9 @@ def _check_predictors(path: Path, recipe: Recipe, manifest: Manifest) -> None:
     wanted: list[Predictor] = []
     if recipe.surrogate is not None and manifest.applied_policy.scoring.predicts:
         with _named(path):
-            wanted = recipe.surrogate.predictors(manifest.config, recipe.budget, heads_apart=manifest.heads_apart)
+            wanted = recipe.surrogate.predictors(
+                manifest.config, recipe.budget, key_frequencies(manifest.config), heads_apart=manifest.heads_apart
+            )
     found = manifest.predictors
     exempt = manifest.cache_policy.exempt_layers
     differing = [

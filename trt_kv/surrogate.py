@@ -11,8 +11,6 @@ from trt_kv.cache_layers import each_repeated
 from trt_kv.errors import EngineError, RecipeError
 from trt_kv.head_shares import N_ROWS
 from trt_kv.model_config import ModelConfig
-from trt_kv.rope_config import RopeConfig
-from trt_kv.rope_frequencies import rope_frequencies
 
 Weights = tuple[tuple[tuple[float, ...], ...], ...]
 """By layer, then by KV head; those of a head in the order of PredictedScores. A layer with an attention window has no heads."""
@@ -83,8 +81,11 @@ class Surrogate:
         pairs = zip(self.kept[row], self.kept[min(row + 1, N_ROWS - 1)], strict=True)
         return tuple(max(1e-6, round(low + weight * (high - low), 6)) for low, high in pairs)
 
-    def predictors(self, config: ModelConfig, kept: float, *, heads_apart: int) -> list[Predictor]:
-        """One for each layer of the cache (``trt_kv/cache_layers.py``), for the model of ``config``.
+    def predictors(
+        self, config: ModelConfig, kept: float, frequencies: Sequence[tuple[float, ...]], *, heads_apart: int
+    ) -> list[Predictor]:
+        """One for each layer of the cache (``trt_kv/cache_layers.py``), for the model of ``config``, whose layers turn their
+        keys by ``frequencies``.
 
         ``RecipeError`` if that has other layers or heads.
         """
@@ -96,46 +97,30 @@ class Surrogate:
                 expected=expected,
             )
         threshold, found = self.threshold_at(kept), []
-        for heads, frequencies in zip(self.weights, key_frequencies(config), strict=True):
+        for heads, frequencies_F in zip(self.weights, frequencies, strict=True):
             parts = [(weights,) for weights in heads] if heads_apart > 1 else [heads]
             found += [
-                Predictor(weights=tuple(w for head in part for w in head), frequencies=frequencies, threshold=threshold)
+                Predictor(weights=tuple(w for head in part for w in head), frequencies=frequencies_F, threshold=threshold)
                 for part in parts or each_repeated([()], heads_apart)
             ]
         return found
-
-
-def key_frequencies(config: ModelConfig) -> list[tuple[float, ...]]:
-    """By which each layer's keys are turned, radians per position of each pair of channels; zeros where they are not."""
-    import numpy as np
-
-    def of(rope: RopeConfig) -> tuple[float, ...]:
-        found = rope_frequencies(rope, config.head_dim, array=lambda numbers: np.array(numbers, np.float32))
-        return tuple(np.asarray(found, np.float32).tolist())
-
-    whole = of(config.rope)
-    local = whole if config.local_rope is None else of(config.local_rope)
-    return [
-        (0.0,) * len(whole) if layer in config.unrotated_layers else local if layer in config.local_rope_layers else whole
-        for layer in range(config.n_layers)
-    ]
 
 
 def check_predictors(predictors: Sequence[Predictor | None], config: ModelConfig, *, heads_apart: int) -> None:
     """``EngineError`` unless kernels can run them on a cache of the model: they do not check what they read."""
     if not any(predictors):
         return
-    frequencies = each_repeated(key_frequencies(config), heads_apart)
     size = config.n_kv_heads // heads_apart * n_weights(config.head_dim)
-    for layer, (found, expected) in enumerate(zip(predictors, frequencies, strict=True)):
+    for layer, found in enumerate(predictors):
         if found is None:
             continue
         numbers = [*found.weights, *found.frequencies, found.threshold]
-        if (len(found.weights), len(found.frequencies)) != (size, len(expected)) or not all(map(math.isfinite, numbers)):
+        fits = len(found.weights) == size and 2 * len(found.frequencies) <= config.head_dim
+        if not fits or not all(map(math.isfinite, numbers)):
             raise EngineError(
                 f"the predicted scores of layer {layer} of the cache do not fit the model",
                 got=f"{len(found.weights)} weights, {len(found.frequencies)} frequencies",
-                expected=f"{size} and {len(expected)}, all finite",
+                expected=f"{size}, and at most {config.head_dim // 2}, all finite",
             )
 
 

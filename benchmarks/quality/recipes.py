@@ -19,6 +19,7 @@ from trt_kv.calibration.prefixkv import calibrate_prefixkv_budgets
 from trt_kv.calibration.tasks import calibration_prompts
 from trt_kv.errors import ReportError
 from trt_kv.model_config import ModelConfig
+from trt_kv.plugins.predicted_scores.frequencies import key_frequencies
 from trt_kv.policy import Policy
 from trt_kv.recipe import Protected, Recipe, RecipeModel, RecipeScore, recipe_score
 from trt_kv.surrogate import Predictor
@@ -179,10 +180,9 @@ def surrogate_recipes(
     recipe = calibrate_kvzap(prompts, tokens_of, budget=budgets[0], **how)  # type: ignore[arg-type]
     facts = [_facts(kind, recipe.with_budget(budget)) for budget in budgets]
     assert recipe.surrogate is not None
-    predicted = [
-        (budget, tuple(recipe.surrogate.predictors(config, budget, heads_apart=config.n_kv_heads))) for budget in budgets
-    ]
-    return Recipes(facts=tuple(facts), predicted=tuple(predicted))
+    frequencies, heads_apart = key_frequencies(config), config.n_kv_heads
+    found = [recipe.surrogate.predictors(config, budget, frequencies, heads_apart=heads_apart) for budget in budgets]
+    return Recipes(facts=tuple(facts), predicted=tuple(zip(budgets, map(tuple, found), strict=True)))
 
 
 def _facts(kind: RecipeKind, recipe: Recipe, *, heads_apart: int = 1) -> RecipeFacts:

@@ -9,7 +9,6 @@ from trt_kv.pipeline.calibration_runs import decoder_for, programs_for
 from trt_kv.pipeline.callbacks import OnNote
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE
 from trt_kv.policy import Policy
-from trt_kv.surrogate import key_frequencies
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,6 +93,7 @@ def _read(
 
     from trt_kv.plugins.paging import gather_kv, pages_of
     from trt_kv.plugins.predicted_scores.features import features_of
+    from trt_kv.plugins.predicted_scores.frequencies import key_frequencies
 
     frequencies = key_frequencies(checkpoint.config)
     features, values = [], []
