@@ -31,6 +31,7 @@ from trt_kv.presets import PRESETS
 from trt_kv.program import Program
 from trt_kv.recipe import CREATED_BY, CalibrationRecord, Protected, Recipe, RecipeModel, RecipeScore, recipe_score
 from trt_kv.runtime.engine import Engine
+from trt_kv.surrogate import Surrogate, n_weights
 
 SHARES = (0.72, 0.28, 0.54, 0.5, 0.62, 0.49, 0.53, 0.32)
 """Kept shares of the 50 % engine: all different, mean 0.5, much like calibrated ones."""
@@ -143,6 +144,26 @@ def lukv_request(checkpoint: Checkpoint, shares: Shares, **settings: Any) -> Eng
     return EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe)
 
 
+def kvzap_request(checkpoint: Checkpoint, **settings: Any) -> EngineRequest:
+    """An engine whose scores are predicted with weights at random; ``settings`` of the policy."""
+    policy, config = dataclasses.replace(policy_without_floor("kvzap"), **settings), checkpoint.config
+    rng = np.random.default_rng(8)
+    surrogate = Surrogate(
+        weights=tuple(
+            tuple(tuple(rng.normal(size=n_weights(config.head_dim)).round(4).tolist()) for _ in range(config.n_kv_heads))
+            for _ in range(config.n_layers)
+        ),
+        thresholds=tuple((np.arange(99) / 30.0 - 1.6).round(4).tolist()),
+        kept=tuple(((99 - row) / 100.0,) * config.n_layers for row in range(99)),
+    )
+    recipe = dataclasses.replace(
+        recipe_for(checkpoint, surrogate.kept_at(policy.kept), budget=policy.kept, score=recipe_score(policy)),
+        method="kvzap",
+        surrogate=surrogate,
+    )
+    return EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe)
+
+
 def load_for_test(folder: Path) -> Engine:
     return Engine.load(folder, cache_tokens=CACHE_TOKENS, chunk=CHUNK, n_threads=1)
 
@@ -249,6 +270,13 @@ def small_lukv_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint
     """KV heads that keep ``HEAD_SHARES``, on pages of 5 tokens. Not to be changed: copy it first."""
     request = lukv_request(open_checkpoint(small_checkpoint_folder), HEAD_SHARES)
     return shared(tmp_path_factory, "small-lukv", partial(build_for_test, dataclasses.replace(request, page_size=5)))
+
+
+@pytest.fixture(scope="session")
+def small_kvzap_folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint_folder: Path) -> Path:
+    """Predicted scores, on pages of 5 tokens. Not to be changed: copy it first."""
+    request = kvzap_request(open_checkpoint(small_checkpoint_folder), kept=0.3, recent=9)
+    return shared(tmp_path_factory, "small-kvzap", partial(build_for_test, dataclasses.replace(request, page_size=5)))
 
 
 @pytest.fixture(scope="session")

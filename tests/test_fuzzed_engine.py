@@ -137,6 +137,12 @@ def test_documents_of_an_engine_with_budgets_of_kv_heads(name: str, small_lukv_f
     FEW(given(data=st.data())(lambda data: fuzz(tmp_path / "engine", name, data)))()
 
 
+@pytest.mark.parametrize("name", [FILE_NAME, "recipe.json"])
+def test_documents_of_an_engine_with_predicted_scores(name: str, small_kvzap_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_kvzap_folder, tmp_path / "engine")
+    FEW(given(data=st.data())(lambda data: fuzz(tmp_path / "engine", name, data)))()
+
+
 def own_drift(checkpoint: Checkpoint, policy: Policy) -> Drift:
     """Thresholds for the checkpoint and the policy."""
     model = RecipeModel(name="small", digest=checkpoint.digest, n_layers=checkpoint.config.n_layers)

@@ -48,6 +48,8 @@ EVICTING_LAYERS = {
     ("h2o", "decode"): slice(None),
     ("lukv", "prefill"): slice(None),
     ("lukv", "decode"): slice(0),
+    ("kvzap", "prefill"): slice(None),
+    ("kvzap", "decode"): slice(0),
 }
 """By policy and phase: ReFreeKV leaves the first two layers whole, and only H2O goes on evicting while decoding."""
 
@@ -56,11 +58,18 @@ HALF_ATOL = 0.1
 
 
 @pytest.fixture(
-    params=["half_folder", "small_folder", "small_refreekv_folder", "small_h2o_folder", "small_lukv_folder"],
-    ids=["bundled", "qwen3-biases", "refreekv", "h2o", "lukv"],
+    params=[
+        "half_folder",
+        "small_folder",
+        "small_refreekv_folder",
+        "small_h2o_folder",
+        "small_lukv_folder",
+        "small_kvzap_folder",
+    ],
+    ids=["bundled", "qwen3-biases", "refreekv", "h2o", "lukv", "kvzap"],
 )
 def folder(request: pytest.FixtureRequest) -> Path:
-    """An engine that evicts: the bundled checkpoint, and a random one with other sizes under three policies."""
+    """An engine that evicts: the bundled checkpoint, and a random one with other sizes under several policies."""
     path: Path = request.getfixturevalue(request.param)
     return path
 

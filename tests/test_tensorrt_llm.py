@@ -36,6 +36,7 @@ REFUSED = {
     "randomdecode": "drawn at random",
     "freekv": "recalled in each step",
     "quest": "recalled in each step",
+    "kvzap": "found from each prompt",
     "reach": "found from each prompt",
     "refreekv": "found from each prompt",
     "streamingllm": "sink_token_length is ignored",

@@ -102,6 +102,13 @@ def _check_budget(policy: "Policy") -> None:
             expected=f"score {predicted} exactly with budget 'above': a threshold is of predictions",
             fix=f"--set score={predicted} budget=above heads=own, or another score and budget",
         )
+    if policy.budget == "above" and not 0.01 <= policy.kept <= 0.99:
+        raise UsageError(
+            "budget 'above' has thresholds of whole percentages",
+            got=policy.kept,
+            expected="a number in [0.01, 0.99]",
+            fix="e.g. --budget 0.1",
+        )
     if policy.budget == "full" and policy.floor:
         raise UsageError("budget 'full' evicts nothing", got=f"floor {policy.floor}", expected="floor 0")
     if policy.budget == "constant" and policy.floor > policy.tokens:

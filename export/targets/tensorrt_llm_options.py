@@ -77,7 +77,7 @@ def _options_of(
             "requests that wait, and what attention reads is on the GPU",
             "take a policy that drops tokens, or run the engine with --device cuda",
         )
-    if policy.budget == "unimetric":
+    if policy.budget in ("unimetric", "above"):
         raise _nothing_like(policy, "budgets that are found from each prompt", "take a constant or uniform budget")
     if policy.score == "position":
         return _windows(policy, config, budgets, context, options), False

@@ -94,7 +94,9 @@ def command(
     A recipe is a readable JSON file with the kept share of each layer and how it was found. It is valid for one
     checkpoint. A plot of the shares and of the cumulative curves is written beside it. For a policy whose KV heads have
     budgets of their own (lukv, --set heads=own) it has the share of each head at 99 budgets, found by what the model's
-    answers to the prompts attend to; --recipe FILE --budget B then builds with any of them.
+    answers to the prompts attend to; --recipe FILE --budget B then builds with any of them. For a policy whose scores are
+    predicted (kvzap) it has the weights of the prediction and thresholds for 99 budgets: prompts like those in production
+    matter here, since the weights are fitted to them.
 
     Drift thresholds (policies freekv, quest, arkvale) are a JSON file too. It has a tau for each layer, chosen so that
     --correction-rate of its KV heads are corrected, and the similarity of adjacent queries and of the pages they select,

@@ -141,6 +141,8 @@ def _policy(manifest: Manifest, recipe: Recipe | None) -> list[str]:
 def _mass(recipe: Recipe, mass: float) -> str:
     if recipe.heads is not None:
         return f"the KV heads together keep {mass:.1%} of what answers attend to (ranked by {recipe.score.described})"
+    if recipe.surrogate is not None:
+        return f"the KV heads together kept {mass:.1%} of what repetitions of the calibration prompts attend to"
     return f"each layer keeps {mass:.1%} of its importance ({recipe.score.described})"
 
 
@@ -160,6 +162,7 @@ def _budget(manifest: Manifest) -> str:
     policy, which = manifest.policy, " without a window" if any(manifest.windows) else ""
     told = {
         "constant": f"{policy.tokens} tokens in every layer{which}" + (", in whole pages" if policy.recalls else ""),
+        "above": f"computed per input, a threshold that {policy.kept:.0%} of the calibration's tokens exceeded",
         "unimetric": f"computed per input, threshold {policy.threshold:.2%} of the norm of {METRIC_ROWS[policy.metric_row]}",
     }
     windows = manifest.windows[:: manifest.heads_apart]

@@ -55,6 +55,14 @@ def calibrate_recipe(request: RecipeRequest, *, on_progress: OnProgress = ignore
     out, policy = request.out, request.policy
     check_new_file(out, "--out")
     picture = _picture_beside(out, "recipe")
+    published = request.from_published or request.to_published
+    if policy.scoring.predicts and published is not None:
+        raise UsageError(
+            f"the recipe of policy {policy.name!r} has no published form",
+            got=str(published),
+            expected="no --from-published or --to-published",
+            fix="KVzap's published weights read the input of attention; calibrate these, which read keys and values",
+        )
     if request.to_published is not None:
         check_new_folder(request.to_published, "--to-published")
     for folder in {out.parent, request.to_published or out.parent}:
@@ -67,8 +75,8 @@ def calibrate_recipe(request: RecipeRequest, *, on_progress: OnProgress = ignore
         recipe = recipe_from_prompts(checkpoint, policy, request.calibration, on_progress=on_progress, on_note=on_note)
     recipe.save(out)
     picture_from_recipe(recipe, picture)
-    published = _publish(recipe, request.to_published) if request.to_published is not None else None
-    return RecipeFiles(recipe=out, picture=picture, published=published)
+    written = _publish(recipe, request.to_published) if request.to_published is not None else None
+    return RecipeFiles(recipe=out, picture=picture, published=written)
 
 
 def _published(path: Path, checkpoint: "Checkpoint", policy: Policy) -> Recipe:

@@ -198,7 +198,7 @@ def _groups(plans: Sequence[Plan]) -> Iterator[list[Plan]]:
     group: list[Plan] = []
     filled = 0.0
     for plan in plans:
-        share = min(1.0, (plan.policy.kept if plan.policy.budget != "unimetric" else 1.0) + 0.1)
+        share = min(1.0, (plan.policy.kept if plan.policy.budget not in ("unimetric", "above") else 1.0) + 0.1)
         if filled + share > N_FORKS:
             yield group
             group, filled = [], 0.0
