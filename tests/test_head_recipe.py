@@ -80,7 +80,7 @@ def test_the_two_versions_are_not_mixed() -> None:
     with pytest.raises(RecipeError, match="do not fit together"):
         Recipe.from_json({**data, "method": "prefixkv"})
     with pytest.raises(RecipeError, match="cannot read"):
-        Recipe.from_json({**data, "version": 3})
+        Recipe.from_json({**data, "version": 4})
     with pytest.raises(RecipeError, match="not the means"):
         Recipe.from_json({**data, "kept": [0.1, 0.2, 0.3]})
 

@@ -183,7 +183,7 @@ def test_an_engine_keeps_what_exceeds_the_threshold(heads: str, small_kvzap_fold
             held = runner.kept_positions(sequence, layer * config.n_kv_heads + head if heads == "own" else layer)
             assert held[0 if heads == "own" else head].tolist() == expected
             lengths.add(len(expected))
-    assert len(lengths) > 2, "budgets differ"
+    assert len(lengths) >= 2, "budgets differ"
 
 
 def test_what_is_kept_does_not_depend_on_what_follows(small_kvzap_folder: Path) -> None:

@@ -79,13 +79,14 @@ def test_any_score_goes_with_any_budget_or_is_refused_with_a_reason(score: str, 
     try:
         policy = policy_with(policy_from_name(name), settings)
     except UsageError:
-        allowed = (score == "none") == (budget == "full")
+        allowed = (score == "none") == (budget == "full") and (score == "surrogate") == (budget == "above")
         refuses_more = score_from_name(score).check is not Score.check
         assert not allowed or (refuses_more and (score != "random" or budget == "unimetric"))
         return
     ops = ops_of(policy, "prefill")
     assert ("TokenScores" in ops) == score_from_name(score).reads_attention
     assert ("AdaptiveBudget" in ops) == (budget == "unimetric")
+    assert ("PredictedScores" in ops) == (score == "surrogate") == (budget == "above")
     assert ("EvictTokens" in ops) == (budget != "full" and score_from_name(score).ranks == "tokens")
     assert ("RecallAttention" in ops) == (score_from_name(score).ranks == "pages") == policy.recalls
 

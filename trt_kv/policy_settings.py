@@ -85,7 +85,7 @@ def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
     if score.ranks == "pages" and budget == "unimetric":
         neutral |= {"metric_order": "position", "metric_row": "query"}
     if not score.reads_attention:
-        neutral |= {"pooling": 1, "heads": policy.heads if score.predicts else "shared"}
+        neutral |= {"pooling": 1, "heads": _heads_of_predictions(policy) if score.predicts else "shared"}
         if policy.metric_row == "scores":
             neutral["metric_row"] = "query"
     changed = dataclasses.replace(policy, **(neutral | dict(settings)))
@@ -99,6 +99,11 @@ def policy_with(policy: Policy, settings: Mapping[str, Any]) -> Policy:
                 fix=f"leave {name} out, or choose {readers}",
             )
     return changed
+
+
+def _heads_of_predictions(policy: Policy) -> str:
+    """Predictions are of KV heads."""
+    return "own" if policy.heads == "shared" else policy.heads
 
 
 def differences(policy: Policy, preset: Policy) -> dict[str, Any]:

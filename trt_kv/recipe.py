@@ -23,8 +23,8 @@ VERSION = 3
 """Of recipes with a surrogate; those with shares of KV heads are written as version 2, those of layers alone as version 1."""
 READ_VERSIONS = (1, 2, 3)
 METHODS = ("prefixkv", "lukv", "kvzap")
-_ADDED = {"heads": 2, "surrogate": 3}
-"""Fields that only recipes of one version have."""
+_ADDED = {"heads": (2, "shares of KV heads"), "surrogate": (3, "surrogate")}
+"""Fields that only recipes of one version have, and what they are."""
 MEAN_ROUNDING = 2e-6
 CREATED_BY = f"trt-kv {__version__}"
 
@@ -278,7 +278,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The recipe as a JSON object, format and version first."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _ADDED or value is not None}
-        version = max(1, *(version if name in fields else 1 for name, version in _ADDED.items()))
+        version = max([1, *(version for name, (version, _) in _ADDED.items() if name in fields)])
         return {"format": FORMAT, "version": version, **fields}
 
     @classmethod
@@ -300,10 +300,10 @@ class Recipe:
                 fix="use the trt-kv that wrote it, or calibrate again",
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
-        for name, added in _ADDED.items():
+        for name, (added, what) in _ADDED.items():
             if (version == added) != (fields.get(name) is not None) or (version != added and name in fields):
                 raise RecipeError(
-                    f"a recipe of version {version} {'lacks' if version == added else 'has no'} {name}",
+                    f"a recipe of version {version} {'lacks' if version == added else 'has no'} {what}",
                     got=f"{name} {'in it' if name in fields else 'not in it'}",
                     expected=f"{name} in version {added} alone",
                 )

@@ -71,7 +71,7 @@ SPEC = OpSpec(
             name="own_tokens",
             cached=(17, 9),
             new=(3, 1),
-            dims={"H": 4, "K": 2, "D": 10, "P": 7, "L": 2},
+            dims={"H": 4, "K": 2, "D": 10, "P": 13, "L": 2},
             attributes={"weights": drawn(46), "frequencies": TURNS, "threshold": 0.4, "sinks": 0, "recent": 1},
             own_tokens=True,
         ),
@@ -79,7 +79,7 @@ SPEC = OpSpec(
             name="without_rotation",
             cached=(12,),
             new=(6,),
-            dims={"H": 2, "K": 2, "D": 4, "P": 3, "L": 1},
+            dims={"H": 2, "K": 2, "D": 4, "P": 3, "L": 7},
             attributes={"weights": drawn(22), "frequencies": (0.0, 0.0), "threshold": 0.0, "sinks": 1},
         ),
         Case(
