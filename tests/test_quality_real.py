@@ -151,9 +151,11 @@ def test_an_interrupted_measurement_goes_on_with_its_parts(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("new", ["random", "lukv"])
 def test_a_new_policy_is_measured_without_the_others(
-    full_folder: Path, bundled_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new: str, full_folder: Path, bundled_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The recipes of the others stay as well, whether it needs one for its KV heads or none."""
     settings = dataclasses.replace(
         plans.QUICK,
         lengths=(LengthPlan(n_tokens=384, n_documents=1, budgets=(0.5,)),),
@@ -168,9 +170,11 @@ def test_a_new_policy_is_measured_without_the_others(
         found = _measured(full_folder, bundled_checkpoint, tmp_path / parts, told, settings=settings)
         return found.cells, [line for line in told if "-full-" not in line]
 
-    cells("parts", "full", "snapkv")
-    both, told = cells("parts", "full", "random", "snapkv")
-    alone, _ = cells("other", "full", "random", "snapkv")
+    cells("parts", "full", "prefixkv")
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "calibrated_recipes", lambda *_, **__: pytest.fail("layers are calibrated again"))
+        both, told = cells("parts", "full", new, "prefixkv")
+    alone, _ = cells("other", "full", new, "prefixkv")
     assert both == alone
     assert told
     assert all(": 1 rows" in line for line in told)
