@@ -111,8 +111,7 @@ def check_reads_whole_prompts(folder: Path, manifest: Manifest) -> None:
 
 def check_ranks_on_devices(folder: Path, manifest: Manifest) -> None:
     """``UsageError`` for an engine that ranks pages by codes of keys; for devices that have no kernel for that."""
-    policy = manifest.applied_policy
-    if policy.recalls and policy.page_summary == "codes":
+    if manifest.applied_policy.ranks_by_codes:
         raise UsageError(
             f"{folder} ranks pages by codes of their keys, which runs on a CPU only",
             got=f"policy {manifest.policy.name!r} with page_summary=codes",

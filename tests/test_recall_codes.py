@@ -15,6 +15,8 @@ from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import KV_DTYPES, load_manifest
 from trt_kv.opspec import Case
+from trt_kv.pipeline.plans import ModelSource, TargetPlan
+from trt_kv.pipeline.requests import BuildRequest
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.kv_rows import KvDtype, dtype_of, load
 from trt_kv.plugins.recall_attention import reference
@@ -134,6 +136,19 @@ def test_an_engine_says_the_same_from_memory_and_from_a_file(coded_engine: Path,
 def test_devices_without_the_kernel_refuse_the_engine(coded_engine: Path) -> None:
     with pytest.raises(UsageError, match="runs on a CPU only"):
         check_ranks_on_devices(coded_engine, load_manifest(coded_engine))
+
+
+@pytest.mark.parametrize("target", [TargetPlan(target="tensorrt"), TargetPlan(dtype="float16")])
+def test_a_build_for_devices_without_the_kernel_is_refused(target: TargetPlan) -> None:
+    policy = policy_with(policy_from_name("freekv"), {"page_summary": "codes"})
+    with pytest.raises(UsageError, match="on a CPU only"):
+        BuildRequest(source=ModelSource(model="llama3"), policy=policy, out=Path("x"), target=target)
+
+
+def test_an_export_for_devices_without_the_kernel_is_refused(small_checkpoint_folder: Path) -> None:
+    policy = policy_with(policy_from_name("freekv"), {"page_summary": "codes"})
+    with pytest.raises(UsageError, match="on a CPU only"):
+        EngineRequest(checkpoint=open_checkpoint(small_checkpoint_folder), policy=policy, dtype="float16")
 
 
 def test_the_description_of_an_engine_names_codes(coded_engine: Path) -> None:
