@@ -58,7 +58,9 @@ def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001  (every benchma
     path = engine_for(bundled() if quick else smollm2(), {"policy": "full", "quant": "int4"})
     with Engine.load(path, prefix_cache=False, cache_tokens=64) as engine:
         tables = {
-            f"{n_tokens} tokens: many look-ups in records, and a number of four digits in prose": _of_length(engine, n, n_tokens)
+            f"{n_tokens} tokens: many look-ups in records, and a number of four digits in prose": _of_length(
+                engine, n, n_tokens
+            )
             for n_tokens, n in lengths.items()
         }
     return Report(
@@ -87,8 +89,7 @@ def _of_length(engine: Engine, n: int, n_tokens: int) -> list[Row]:
     asked = [records(engine.tokenizer, n_tokens=n_tokens - 8, n_asked=4, seed=seed) for seed in range(100, 100 + n)]
     facts = facts_in_prose(engine.tokenizer, n, n_tokens=n_tokens - 8, seed=11)
     needles = [
-        Asked(prompt_ids=fact.token_ids, answer_ids=engine.tokenizer.encode(f" {fact.answer}").ids, values=())
-        for fact in facts
+        Asked(prompt_ids=fact.token_ids, answer_ids=engine.tokenizer.encode(f" {fact.answer}").ids, values=()) for fact in facts
     ]
     return _rows(engine, asked, needles)
 
