@@ -90,13 +90,6 @@ class EngineRequest:
                 expected="target onnxruntime, float32",
                 fix="build with --set heads=each, whose budgets are per layer",
             )
-        if self.is_for_gpus and self.applied_policy.ranks_by_codes:
-            raise UsageError(
-                "pages are ranked by codes of their keys on a CPU only",
-                got=f"page_summary 'codes' for target {self.target}, {self.dtype}",
-                expected="target onnxruntime, float32",
-                fix="build with --set page_summary=minmax",
-            )
         if self.applied_policy.needs_recipe and self.recipe is None:
             raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
         if self.recipe is not None:

@@ -178,11 +178,6 @@ class Policy:
         return self.residency == "host"
 
     @property
-    def ranks_by_codes(self) -> bool:
-        """Whether pages are ranked by codes of their keys."""
-        return self.recalls and self.page_summary == "codes"
-
-    @property
     def needs_recipe(self) -> bool:
         return self.budget == "recipe"
 

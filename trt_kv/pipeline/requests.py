@@ -29,7 +29,6 @@ class BuildRequest:
 
     def __post_init__(self) -> None:
         self.weights.check_target(self.target)
-        check_target_ranks(self.policy, self.target)
         check_recipe_is_read(self.policy, self.recipe)
         check_drift_is_read(self.policy, self.drift)
 
@@ -143,17 +142,6 @@ class EvaluationRequest:
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise UsageError(f"{name} is below 1", got=f"{name} {count}", expected=f"{name} >= 1")
-
-
-def check_target_ranks(policy: Policy, target: TargetPlan) -> None:
-    """Raise ``UsageError`` for a policy that ranks pages by codes of keys, for a target whose kernels cannot."""
-    if policy.ranks_by_codes and (target.target != "onnxruntime" or target.dtype not in (None, "float32")):
-        raise UsageError(
-            "pages are ranked by codes of their keys on a CPU only",
-            got=f"page_summary=codes with --target {target.target}" + (f" --dtype {target.dtype}" if target.dtype else ""),
-            expected="--target onnxruntime, and no --dtype",
-            fix="add --set page_summary=minmax",
-        )
 
 
 def check_reads_recipe(policy: Policy) -> None:
