@@ -189,7 +189,7 @@ LONG_CASES = [pytest.param(SPECS[op], case, id=f"{op}-{case.name}") for op, case
 LONG_TOLERANCE = Tolerance(atol=1e-4, rtol=1e-4, reason="fp32 sums of 1500 products in another order")
 ONE_TOKEN_KERNELS = (
     *("append_kernel", "combine_kernel", "decode_kernel", "zero_kernel", "share_kernel"),
-    *("bound_kernel", "choose_kernel", "count_kernel", "drift_kernel", "summary_kernel", "table_kernel"),
+    *("bound_kernel", "estimate_kernel", "choose_kernel", "count_kernel", "drift_kernel", "summary_kernel", "table_kernel"),
     *("threshold_kernel", "source_kernel", "move_kernel"),
 )
 SPILLED_BYTES = {"threshold_kernel": 8, "choose_kernel": 64}
