@@ -31,7 +31,7 @@ from trt_kv.runtime.loading import LoadOptions
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import CachePages, RequestSize
 
-POLICIES = ("full", "prefixkv_paper", "refreekv", "freekv", "freekv-recipe", "h2o-windows", "freekv-windows")
+POLICIES = ("full", "prefixkv_paper", "refreekv", "freekv", "bestkey", "freekv-recipe", "h2o-windows", "freekv-windows")
 CPU = torch.device("cpu")
 POSITIONS = 128
 """Of the small checkpoint."""
@@ -68,8 +68,8 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("torch", POLICIES),
         ("onnxruntime", ("freekv",)),
-        ("prefixes", ("freekv",)),
-        ("sessions", ("full", "freekv")),
+        ("prefixes", ("freekv", "bestkey")),
+        ("sessions", ("full", "freekv", "bestkey")),
         pytest.param("sessions", ("freekv-windows", "freekv-recipe"), marks=pytest.mark.slow),
         pytest.param("prefixes", ("h2o-windows", "freekv-windows", "prefixkv_paper"), marks=pytest.mark.slow),
     ],

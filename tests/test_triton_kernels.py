@@ -257,8 +257,8 @@ def test_codes_are_those_of_a_cpu_bit_by_bit(interpreter: Interpreter, case: Cas
     outputs, expected = interpreter.outputs(spec, inputs), run(spec, "cpu", inputs)
     for name in ("out", "lse"):
         np.testing.assert_allclose(outputs[name], expected[name], atol=spec.tolerance.atol, rtol=spec.tolerance.rtol)
-    stored = [np.ascontiguousarray(side["summaries_out"]).view(np.uint8) for side in (outputs, expected)]
-    np.testing.assert_array_equal(*stored)
+    found, wanted = (np.ascontiguousarray(side["summaries_out"]).view(np.uint8) for side in (outputs, expected))
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_long_page_table_means_parts() -> None:
