@@ -20,7 +20,8 @@ from benchmarks.quality.real.asking import Asker
 from benchmarks.quality.real.records import N_NEW, city_facts, fact_question, fact_text, prose_with
 from benchmarks.quality.real.settings import TalkPlan
 from trt_kv.model_config import ModelConfig
-from trt_kv.program import PHASES, program_of_model
+from trt_kv.plugins.recall_attention.page_counts import summary_rows
+from trt_kv.program import PAGE_SUMMARIES, PHASES, program_of_model
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
@@ -78,6 +79,7 @@ def _runner(dense: DenseExecutor, config: ModelConfig, plan: Plan, asked: Talk) 
         n_kv_heads=config.n_kv_heads,
         head_size=config.head_dim,
         n_query_heads=config.n_heads if plan.policy.recalls else 0,
+        summary_rows=summary_rows(PAGE_SUMMARIES[plan.policy.page_summary], PAGE_SIZE, "float32"),
     )
     programs = {
         phase: program_of_model(config, plan.policy, phase=phase, page_size=PAGE_SIZE, kept_shares=plan.kept_shares)
