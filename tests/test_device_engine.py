@@ -254,6 +254,27 @@ def test_working_sets_that_grow_with_prompts_are_sized_for_the_longest_that_fits
         planned(manifest, free_device=1000)
 
 
+def test_rows_of_codes_are_planned_for(folder_of: Callable[[str], Path]) -> None:
+    """One row for pages of five tokens, of each page on the host, besides the two of bounds."""
+
+    def least(name: str) -> int:
+        manifest, low, high = load_manifest(folder_of(name)), 0, 10**9
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                planned(manifest, free_device=middle)
+                high = middle
+            except CapacityError:
+                low = middle + 1
+        return low
+
+    manifest = load_manifest(folder_of("bestkey"))
+    recall = planned(manifest, free_device=10**9).recall
+    assert recall is not None
+    row_bytes = manifest.config.n_kv_heads * manifest.config.head_dim * 4
+    assert least("bestkey") - least("freekv") == 2 * recall.host_pages * row_bytes, "half of the free memory is planned"
+
+
 @pytest.mark.usefixtures("idle")
 def test_what_devices_do_not_run_is_refused(
     folder_of: Callable[[str], Path], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
