@@ -29,7 +29,7 @@ from trt_kv.runtime.engine import Engine
 
 SHARE = 0.1
 PAGE_SIZE = 8
-LENGTHS = {2048: 6, 4096: 6, 8192: 2}
+LENGTHS = {2048: 6, 4096: 6, 8192: 6}
 """Prompts of each length, in tokens of prompt and answer. Reading the longest takes most of the time."""
 ENDS = {"sinks": 16, "recent": 64}
 LEAST = sum(ENDS.values()) + 4 * PAGE_SIZE
