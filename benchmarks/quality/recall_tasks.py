@@ -58,9 +58,7 @@ def run(folder: Path, *, quick: bool) -> Report:  # noqa: ARG001  (every benchma
     path = engine_for(bundled() if quick else smollm2(), {"policy": "full", "quant": "int4"})
     with Engine.load(path, prefix_cache=False, cache_tokens=64) as engine:
         tables = {
-            f"{n_tokens} tokens: many look-ups in records, and a number of four digits in prose": _of_length(
-                engine, n, n_tokens
-            )
+            f"{n_tokens} tokens: many look-ups in records, and a number in prose": _of_length(engine, n, n_tokens)
             for n_tokens, n in lengths.items()
         }
     return Report(
