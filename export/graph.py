@@ -24,6 +24,7 @@ from trt_kv.opspec import DOMAIN
 from trt_kv.plugins.graph_io import graph_inputs, graph_outputs, made_by, specs_of, states_of, step_tensors_of
 from trt_kv.plugins.onnx_function import OPSET, onnx_function
 from trt_kv.plugins.onnx_node import emit_node
+from trt_kv.plugins.recall_attention.page_counts import most_rows
 from trt_kv.plugins.registry import op_specs
 from trt_kv.program import Program
 
@@ -219,7 +220,8 @@ def _fixed_sizes(config: ModelConfig, program: Program, page_size: int) -> dict[
     """Sizes of states and step tensors, which are of the layers of the cache."""
     n_apart = len(program) // config.n_layers
     of_heads = {"K": config.n_kv_heads // n_apart, "H": config.n_heads // n_apart}
-    return {"2": 2, **of_heads, "D": config.head_dim, "P": page_size, "L": len(program)}
+    rows = most_rows(program, page_size, "float32")  # of every type that graphs compute in
+    return {"2": 2, "S": rows, **of_heads, "D": config.head_dim, "P": page_size, "L": len(program)}
 
 
 @contextlib.contextmanager

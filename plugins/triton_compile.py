@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trt_kv.opspec import OpSpec
+from trt_kv.plugins.recall_attention.page_counts import summary_rows
 from trt_kv.plugins.registry import device_kernel, op_specs
 from trt_kv.plugins.triton_launch import OPTIONS, Launch, recording
 from trt_kv.require import require
@@ -57,11 +58,12 @@ def op_launches(spec: OpSpec, model: str, step: str, dtype: torch.dtype) -> Iter
     sizes = {**_SIZES, **MODELS[model], **STEPS[step]}
     sizes["B+1"] = sizes["B"] + 1
     types = {"float": dtype, "float32": torch.float32, "int64": torch.int64}
-    tensors = {t.name: torch.empty([sizes[axis] for axis in t.axes], dtype=types[t.dtype], device="meta") for t in spec.inputs}
     defaults = {a.name: a.default for a in spec.attributes} | {"layer": 1, "page_size": sizes["P"]}
     defaults |= {"scale": sizes["D"] ** -0.5} if "scale" in defaults else {}
     optional = [t.name for t in spec.inputs if t.optional]
     for case in spec.cases:
+        sizes["S"] = summary_rows(int(case.attributes.get("summary", 0)), sizes["P"], str(dtype).removeprefix("torch."))
+        tensors = {t.name: torch.empty([sizes[a] for a in t.axes], dtype=types[t.dtype], device="meta") for t in spec.inputs}
         given = {name: t for name, t in tensors.items() if name not in optional or name in case.values}
         with recording() as launches:
             run(**given, **(defaults | dict(case.attributes)))

@@ -109,18 +109,6 @@ def check_reads_whole_prompts(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def check_ranks_on_devices(folder: Path, manifest: Manifest) -> None:
-    """``UsageError`` for an engine that ranks pages by codes of keys; for devices that have no kernel for that."""
-    policy = manifest.applied_policy
-    if policy.recalls and policy.page_summary == "codes":
-        raise UsageError(
-            f"{folder} ranks pages by codes of their keys, which runs on a CPU only",
-            got=f"policy {manifest.policy.name!r} with page_summary=codes",
-            expected="page_summary minmax or deviation",
-            fix="use the device cpu, or build the engine with --set page_summary=minmax",
-        )
-
-
 def check_heads_together(folder: Path, manifest: Manifest) -> None:
     """``UsageError`` for an engine whose KV heads have budgets of their own; for devices that have one per layer."""
     if manifest.heads_apart > 1:

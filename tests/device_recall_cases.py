@@ -61,6 +61,7 @@ CASES = (
     Case(name="at_the_last_moment", placement="last_moment", n_layers=2, prompts=(38, 6)),
     Case(name="by_chance", placement="random", page_size=3, seed=1, summary=1, pooling=3),
     Case(name="pages_become_choosable", page_size=2, kept_tokens=28, prompts=(31,), n_steps=6, seed=1, tau=0.6),
+    Case(name="codes", placement="random", page_size=3, seed=2, summary=2, pooling=3, n_layers=2, prompts=(40, 6)),
     Case(name="share", placement="after_attention", kept_tokens=4, kept_share=0.55, page_size=5, heads=(4, 1, 7), pooling=2),
 )
 SLOW_CASES = (
@@ -72,6 +73,9 @@ SLOW_CASES = (
     Case(name="one_token_pages", page_size=1, kept_tokens=19, sinks=0, recent=1, placement="random", pooling=1, n_table=80),
     Case(name="no_room_to_choose", kept_tokens=8),
     Case(name="more_room_than_pages", kept_tokens=400, placement="last_moment"),
+    Case(
+        name="codes_in_half", dtype="float16", page_size=10, summary=2, placement="last_moment", kept_tokens=70, prompts=(95, 6)
+    ),
     Case(name="half", dtype="float16", page_size=7, placement="after_attention"),
     Case(name="in_parts", n_table=160, prompts=(90, 300), kept_tokens=200, chunk=150, heads=(2, 1, 6), placement="random"),
     Case(name="three", prompts=(51, 6, 38), heads=(6, 3, 10), n_steps=12, placement="random", seed=4),

@@ -38,6 +38,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "h2o": {"kept": 0.5},
     "refreekv": {"exempt_layers": (0,), "threshold": 0.05},
     "freekv": {"tokens": 25, "sinks": 5, "recent": 5},
+    "bestkey": {"tokens": 25, "sinks": 5, "recent": 5},
 }
 """How presets are changed so that prompts as short as these have something to lose."""
 

@@ -33,6 +33,7 @@ CHUNK = 16
 RECALLING: dict[str, Any] = {"tokens": 30, "sinks": 5, "recent": 5, "tau": 0.5}
 SETTINGS: dict[str, dict[str, Any]] = {
     "freekv": RECALLING,
+    "bestkey": RECALLING,
     "quest": RECALLING | {"tau": 1.01},
     "arkvale": RECALLING | {"tau": 1.01},
     "snapkv": {"window": 16, "recent": 16},

@@ -98,7 +98,7 @@ def test_a_misspelt_command_line_exits_with_2(arguments: list[str], capsys: pyte
     ("arguments", "said"),
     [
         (["build", "--model", "gpt1"], "one of llama3"),
-        (["build", "--policy", "lru"], "one of arkvale, defensivekv_v, freekv"),
+        (["build", "--policy", "lru"], "one of arkvale, "),
         (["build", "--score", "luck"], "unknown score"),
         (["build", "--budget", "0"], "(0, 1]"),
         (["build", "--budget", "1.01"], "(0, 1]"),

@@ -31,7 +31,7 @@ from trt_kv.runtime.loading import LoadOptions
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import CachePages, RequestSize
 
-POLICIES = ("full", "prefixkv_paper", "refreekv", "freekv", "freekv-recipe", "h2o-windows", "freekv-windows")
+POLICIES = ("full", "prefixkv_paper", "refreekv", "freekv", "bestkey", "freekv-recipe", "h2o-windows", "freekv-windows")
 CPU = torch.device("cpu")
 POSITIONS = 128
 """Of the small checkpoint."""
@@ -68,8 +68,8 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("torch", POLICIES),
         ("onnxruntime", ("freekv",)),
-        ("prefixes", ("freekv",)),
-        ("sessions", ("full", "freekv")),
+        ("prefixes", ("freekv", "bestkey")),
+        ("sessions", ("full", "freekv", "bestkey")),
         pytest.param("sessions", ("freekv-windows", "freekv-recipe"), marks=pytest.mark.slow),
         pytest.param("prefixes", ("h2o-windows", "freekv-windows", "prefixkv_paper"), marks=pytest.mark.slow),
     ],
@@ -252,6 +252,27 @@ def test_working_sets_that_grow_with_prompts_are_sized_for_the_longest_that_fits
     assert tight.n_pages == 10  # of the layer that is read whole
     with pytest.raises(CapacityError, match="too little memory for one working set"):
         planned(manifest, free_device=1000)
+
+
+def test_rows_of_codes_are_planned_for(folder_of: Callable[[str], Path]) -> None:
+    """One row for pages of five tokens, of each page on the host, besides the two of bounds."""
+
+    def least(name: str) -> int:
+        manifest, low, high = load_manifest(folder_of(name)), 0, 10**9
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                planned(manifest, free_device=middle)
+                high = middle
+            except CapacityError:
+                low = middle + 1
+        return low
+
+    manifest = load_manifest(folder_of("bestkey"))
+    recall = planned(manifest, free_device=10**9).recall
+    assert recall is not None
+    row_bytes = manifest.config.n_kv_heads * manifest.config.head_dim * 4
+    assert least("bestkey") - least("freekv") == 2 * recall.host_pages * row_bytes, "half of the free memory is planned"
 
 
 @pytest.mark.usefixtures("idle")

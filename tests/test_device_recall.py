@@ -16,6 +16,7 @@ from tests.device_recall_cases import BLOCKWISE, CASES, Case
 from tests.device_recall_rig import ReplayedSteps, World, over_layers, play, pool_of, states_of
 from tests.triton_kernels import EACH_CAPABILITY, ROOT
 from trt_kv.errors import CapacityError, UsageError
+from trt_kv.plugins.recall_attention.page_counts import CODES
 from trt_kv.plugins.triton_compile import MODELS, SHARED_BYTES, compiled
 from trt_kv.plugins.triton_launch import Launch, recording
 from trt_kv.program import OpNode
@@ -106,13 +107,14 @@ def test_blocks_are_planned_for_the_largest_budget_and_given_back() -> None:
     assert sets.block_of.tolist() == [2, 2, 2, 1, 2, 2, 2, 0, 2]
 
 
-def decode_launches(model: str, dtype: str) -> list[Launch]:
+def decode_launches(model: str, dtype: str, summary: int = 0) -> list[Launch]:
     """What a decode step of one layer launches, at 4096 tokens of budget."""
     from trt_kv.runtime.backends.cuda.recall.driver import DeviceRecall, RecallCapacity
 
     n_heads, n_kv_heads, head_size = (MODELS[model][axis] for axis in "HKD")
     heads = n_heads, n_kv_heads, head_size
-    case = Case(name=model, page_size=32, kept_tokens=4096, sinks=512, recent=512, heads=heads, dtype=dtype)
+    sizes: dict[str, Any] = {"page_size": 32, "kept_tokens": 4096, "sinks": 512, "recent": 512}
+    case = Case(name=model, **sizes, heads=heads, dtype=dtype, summary=summary)
     capacity = RecallCapacity(host_pages=8192, sequences=4, longest_prompt=32768, largest_chunk=2048)
     recall = DeviceRecall(case.program, capacity, pool_of(case, "meta"), n_query_heads=n_heads)
     integers = {
@@ -137,6 +139,13 @@ def test_a_decode_step_only_launches() -> None:
     assert names == ["begin_kernel", *ahead[0], *at_once, *ahead[1], "decode_kernel", "combine_kernel", *ahead[2]]
 
 
+def test_a_step_that_ranks_by_codes_launches_as_much() -> None:
+    by_bounds, by_codes = (
+        [launch.name for launch in decode_launches("Llama-3.1-8B", "float16", summary)] for summary in (0, CODES)
+    )
+    assert by_codes == [{"bound_kernel": "estimate_kernel"}.get(name, name) for name in by_bounds]
+
+
 NEW = ("begin_kernel", "now_kernel", "plan_kernel", "choose_kernel", "recall_kernel")
 
 
@@ -146,7 +155,8 @@ def test_kernels_compile_for_every_gpu_we_name(capability: int) -> None:
     kinds = [("Llama-3.1-8B", "float16")]
     if capability == 90:
         kinds += [("Llama-3.2-1B", "bfloat16"), ("Qwen2.5-7B", "float32")]
-    launches = {launch.key: launch for kind in kinds for launch in decode_launches(*kind) if launch.name in NEW}
+    all_launches = [launch for kind in kinds for summary in (0, CODES) for launch in decode_launches(*kind, summary)]
+    launches = {launch.key: launch for launch in all_launches if launch.name in NEW}
     assert {launch.name for launch in launches.values()} == set(NEW)
     for launch in launches.values():
         resources = compiled(launch, capability)

@@ -12,7 +12,7 @@ from benchmarks.quality.real import command, plans
 from benchmarks.quality.real.answering import PAGE_SIZE, Answerer
 from benchmarks.quality.real.asking import Asker
 from benchmarks.quality.real.clock import Clock
-from benchmarks.quality.real.contenders import contenders
+from benchmarks.quality.real.contenders import HOST, contenders
 from benchmarks.quality.real.families import Family, families, synthetic_families
 from benchmarks.quality.real.haystack import prose
 from benchmarks.quality.real.items import Item, fitted
@@ -75,7 +75,7 @@ def test_every_policy_is_measured_in_every_mode_that_the_model_can_do(quick: Rea
         for cell in cells:
             assert {row.policy for row in cell.rows} == known
             for row in cell.rows:
-                if row.budget is not None and row.policy not in ("freekv", "quest", "arkvale"):
+                if row.budget is not None and row.policy not in HOST:
                     assert row.mean_kept == pytest.approx(row.budget, abs=0.05), row.name
                     assert max(row.kv_bytes) < min(cell.full.kv_bytes), row.name
             assert all(bytes_ == full for bytes_, full in zip(_row(cell, "freekv").kv_bytes, cell.full.kv_bytes, strict=True))
@@ -97,7 +97,7 @@ def test_a_step_attends_to_its_share_and_pages_are_moved(quick: RealResults) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["freekv", "quest", "arkvale"])
+@pytest.mark.parametrize("name", HOST)
 def test_pages_are_recalled_as_if_the_policy_had_read_the_prompt(name: str, full_folder: Path) -> None:
     """The prompt is read once for all policies; RecallHarness, which engines are compared with, reads it for these alone."""
     plan = next(of for of in contenders() if of.facts.name == name).plan(Recipes(facts=()), 0.25, lots=0)
@@ -134,7 +134,7 @@ def test_pages_are_recalled_as_if_the_policy_had_read_the_prompt(name: str, full
 @pytest.mark.slow
 def test_a_conversation_on_compressed_tokens_stays_within_its_budget(quick: RealResults) -> None:
     compressed = [row for row in quick.talks if row.mode == "compressed" and row.budget is not None and row.policy != "freekv"]
-    held = {row.policy: max(row.most_held) for row in compressed if row.policy not in ("quest", "arkvale")}
+    held = {row.policy: max(row.most_held) for row in compressed if row.policy not in HOST}
     assert len(held) >= 8
     assert max(held.values()) < 0.5 + 0.05, held
 

@@ -87,7 +87,9 @@ def _generated(folder: Path, policy: Policy, prompt: Sequence[int]) -> tuple[int
     return tuple(made)
 
 
-@pytest.mark.parametrize("name", ["freekv", UNCORRECTED, "quest", "arkvale", ADAPTIVE, "freekv-deviation", "quest-exempt"])
+@pytest.mark.parametrize(
+    "name", ["freekv", UNCORRECTED, "quest", "arkvale", "bestkey", ADAPTIVE, "freekv-deviation", "quest-exempt"]
+)
 def test_a_policy_answers_as_the_runtime_does_with_it(
     name: str, harness: RecallHarness, cases: list[Case], full_folder: Path
 ) -> None:

@@ -10,10 +10,9 @@ import pytest
 from tests.engines import build_for_test, random_ids
 from tests.test_onnx_bodies import assert_body_equals_reference, run_in_onnxruntime
 from trt_kv.cli.inspection import describe_engine
-from trt_kv.errors import UsageError
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
-from trt_kv.manifest import KV_DTYPES, load_manifest
+from trt_kv.manifest import KV_DTYPES
 from trt_kv.opspec import Case
 from trt_kv.plugins.cases import case_inputs
 from trt_kv.plugins.kv_rows import KvDtype, dtype_of, load
@@ -25,7 +24,6 @@ from trt_kv.plugins.registry import kernel
 from trt_kv.policies import policy_from_name
 from trt_kv.policy_settings import policy_with
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.loading import check_ranks_on_devices
 
 CASES = [case for case in SPEC.cases if case.name not in ("equal_pages", "soft_cap", "many_layers", "no_room_to_recall")]
 DTYPES = [pytest.param(name, marks=pytest.mark.slow if "float16" in name else ()) for name in KV_DTYPES]
@@ -129,11 +127,6 @@ def test_an_engine_says_the_same_from_memory_and_from_a_file(coded_engine: Path,
             prompt = random_ids(engine, 80, seed=4)
             said += [engine.generate(prompt, max_new_tokens=12).token_ids for _ in range(2)]
     assert said == said[:1] * 4
-
-
-def test_devices_without_the_kernel_refuse_the_engine(coded_engine: Path) -> None:
-    with pytest.raises(UsageError, match="runs on a CPU only"):
-        check_ranks_on_devices(coded_engine, load_manifest(coded_engine))
 
 
 def test_the_description_of_an_engine_names_codes(coded_engine: Path) -> None:

@@ -13,6 +13,7 @@ from tests.test_monolithic_graphs import ATOL, CHUNK, N_DECODED, N_PAGES, PROMPT
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import Manifest, load_manifest
+from trt_kv.plugins.recall_attention.page_counts import most_rows
 from trt_kv.policies import policy_from_name
 from trt_kv.policy import Policy
 from trt_kv.program import PHASES, recall_nodes
@@ -35,6 +36,7 @@ POLICIES = {
     "freekv_budget_found": dataclasses.replace(FREEKV, budget="unimetric", tokens=0, threshold=0.3),
     "quest": dataclasses.replace(policy_from_name("quest"), **LIMITS),
     "arkvale": dataclasses.replace(policy_from_name("arkvale"), **LIMITS),
+    "bestkey": dataclasses.replace(policy_from_name("bestkey"), tau=0.2, **LIMITS),
 }
 
 
@@ -72,10 +74,15 @@ class RecallingRunner(MonolithicRunner):
 
     def __init__(self, graphs: Path, manifest: Manifest) -> None:
         super().__init__(graphs, manifest)
-        config = manifest.config
+        config, n_rows = manifest.config, rows_of(manifest)
         for layer in range(config.n_layers):
-            self.states[f"summaries_{layer}"] = np.full((N_PAGES, config.n_kv_heads, 2, config.head_dim), np.nan, np.float32)
+            shape = (N_PAGES, config.n_kv_heads, n_rows, config.head_dim)
+            self.states[f"summaries_{layer}"] = np.full(shape, np.nan, np.float32)
             self.states[f"last_query_{layer}"] = np.full((N_PAGES, config.n_heads, config.head_dim), np.nan, np.float32)
+
+
+def rows_of(manifest: Manifest) -> int:
+    return most_rows(manifest.programs["prefill"], manifest.page_size, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +96,7 @@ def recorded(folder: Path) -> Recorded:
         n_kv_heads=config.n_kv_heads,
         head_size=config.head_dim,
         n_query_heads=config.n_heads,
+        summary_rows=rows_of(manifest),
     )
     executor = Recording(folder, manifest)
     runner = ModelRunner(executor, pool, manifest.programs, chunk=CHUNK, decode=manifest.policy.decode)
@@ -121,7 +129,8 @@ def test_graphs_choose_the_pages_that_the_runtime_chooses(folder: Path, recorded
     for layer in recalling:
         for b in range(len(PROMPTS)):
             full = last.page_table[layer, b, : last.kv_len[layer, b] // manifest.page_size]
-            np.testing.assert_allclose(graphs.states[f"summaries_{layer}"][full], pool.summaries[full], atol=ATOL)
+            bounds, expected = (of[full][:, :, :2] for of in (graphs.states[f"summaries_{layer}"], pool.summaries))
+            np.testing.assert_allclose(bounds, expected, atol=ATOL)
             row = last.query_rows[layer, b]
             np.testing.assert_allclose(graphs.states[f"last_query_{layer}"][row], pool.last_query[row], atol=ATOL)
 

@@ -29,6 +29,7 @@ BUDGET_FOUND = dataclasses.replace(FREEKV, budget="unimetric", tokens=0)
 POLICIES = {
     "freekv_but_layer_1": dataclasses.replace(FREEKV, exempt_layers=(1,)),
     "freekv_budget_found": BUDGET_FOUND,
+    "bestkey": policy_from_name("bestkey"),
 }
 """What ``test_tensorrt_graphs``, which goes through the presets, does not see."""
 
@@ -47,6 +48,7 @@ def build(tensorrt: ModuleType) -> Iterator[ModuleType]:
     params=[
         pytest.param(POLICIES["freekv_but_layer_1"], id="freekv_but_layer_1", marks=pytest.mark.slow),
         pytest.param(POLICIES["freekv_budget_found"], id="freekv_budget_found"),
+        pytest.param(POLICIES["bestkey"], id="bestkey"),
     ],
 )
 def exported(

@@ -33,6 +33,7 @@ from trt_kv.presets import PRESETS
 CONTEXT = 4000
 REFUSED = {
     "arkvale": "recalled in each step",
+    "bestkey": "recalled in each step",
     "randomdecode": "drawn at random",
     "freekv": "recalled in each step",
     "quest": "recalled in each step",

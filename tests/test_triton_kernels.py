@@ -16,10 +16,12 @@ import torch
 
 from tests.rig.buffers import padded, padding_slots
 from tests.test_op_parity import arguments_of, run, taken_by, untouched
+from tests.test_recall_codes import coded, roomy
 from tests.triton_kernels import EACH_CAPABILITY, HALF_TOLERANCE, ROOT, Interpreter, assert_equals_reference, rounded
 from tests.triton_worker import device_outputs
 from trt_kv.opspec import Case, OpSpec, Tolerance
 from trt_kv.plugins.cases import case_inputs
+from trt_kv.plugins.recall_attention.page_counts import CODES
 from trt_kv.plugins.registry import device_kernel
 from trt_kv.plugins.triton_compile import (
     SHARED_BYTES,
@@ -156,6 +158,15 @@ LONG = {
     ],
     "RecallAttention": [
         Case(
+            name="codes_in_turns",
+            cached=(2100,),
+            new=(1,),
+            dims={"H": 12, "K": 2, "D": 5, "P": 270, "L": 1},
+            attributes={"kept_share": 0.0, "kept_tokens": 1350, "recent": 2, "summary": CODES, "pooling": 2},
+            values={"prompt_remaining": (-1,)},
+            in_order=True,
+        ),
+        Case(
             name="thousands_of_pages",
             cached=(4300, 700),
             new=(1, 1),
@@ -189,7 +200,7 @@ LONG_CASES = [pytest.param(SPECS[op], case, id=f"{op}-{case.name}") for op, case
 LONG_TOLERANCE = Tolerance(atol=1e-4, rtol=1e-4, reason="fp32 sums of 1500 products in another order")
 ONE_TOKEN_KERNELS = (
     *("append_kernel", "combine_kernel", "decode_kernel", "zero_kernel", "share_kernel"),
-    *("bound_kernel", "choose_kernel", "count_kernel", "drift_kernel", "summary_kernel", "table_kernel"),
+    *("bound_kernel", "estimate_kernel", "choose_kernel", "count_kernel", "drift_kernel", "summary_kernel", "table_kernel"),
     *("threshold_kernel", "source_kernel", "move_kernel"),
 )
 SPILLED_BYTES = {"threshold_kernel": 8, "choose_kernel": 64}
@@ -232,6 +243,22 @@ def test_padding_behind_the_last_token_and_sequence_changes_nothing(interpreter:
 def test_kernels_equal_the_reference_where_work_is_divided(interpreter: Interpreter, spec: OpSpec, case: Case) -> None:
     inputs = case_inputs(spec, case)
     assert_equals_reference(spec, inputs, interpreter.outputs(spec, inputs), LONG_TOLERANCE)
+
+
+CODED = [case for case in SPECS["RecallAttention"].cases if case.attributes.get("summary") == CODES]
+FILLED = next(case for case in SPECS["RecallAttention"].cases if case.name == "chunk_fills_pages")
+
+
+@pytest.mark.parametrize("case", [*CODED, coded(FILLED)], ids=lambda case: case.name)
+def test_codes_are_those_of_a_cpu_bit_by_bit(interpreter: Interpreter, case: Case) -> None:
+    """In a state that has room for them, whichever side wrote them."""
+    spec = SPECS["RecallAttention"]
+    inputs = roomy(case_inputs(spec, case))
+    outputs, expected = interpreter.outputs(spec, inputs), run(spec, "cpu", inputs)
+    for name in ("out", "lse"):
+        np.testing.assert_allclose(outputs[name], expected[name], atol=spec.tolerance.atol, rtol=spec.tolerance.rtol)
+    found, wanted = (np.ascontiguousarray(side["summaries_out"]).view(np.uint8) for side in (outputs, expected))
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_long_page_table_means_parts() -> None:

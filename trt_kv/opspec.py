@@ -1,7 +1,8 @@
 """OpSpec: everything about a custom op that is data. Schemas, docs, cases and tolerances are derived from it.
 
 Axis letters: N tokens of this step over all sequences, B sequences, H query heads, K KV heads, D head size, P page size,
-M pages in the pool, T pages a page table can name, L layers, U queries that the runtime stores. ``B+1`` is one more than B.
+M pages in the pool, T pages a page table can name, L layers, U queries that the runtime stores, S rows of a page's
+summary. ``B+1`` is one more than B.
 """
 
 from collections.abc import Mapping

@@ -12,7 +12,9 @@ from rich.console import Console
 
 from benchmarks.harness import load, save, show
 
-SECTIONS = ("bandwidth", "decode_attention", "prefill_scores", "recall_copies", "freekv", "decode_steps", "sampling")
+SECTIONS = (
+    *("bandwidth", "decode_attention", "prefill_scores", "recall_copies", "page_choice", "freekv", "decode_steps", "sampling"),
+)
 RESULTS = Path(__file__).parent.parent / "results"
 ROOT = RESULTS.parent.parent
 LIMIT_S = 570

@@ -29,7 +29,7 @@ SINKS, NEWEST = 32, 64
 SHARE = 0.1
 N_QUERIES = 32
 TOP = 16
-LENGTHS = (2048,)
+LENGTHS = (2048, 4096)
 EVERY = 7
 """One KV head in so many is measured; with three in a layer, those of every layer's first, second and third in turn."""
 NUCLEUS = (0.8, 0.9, 0.95)

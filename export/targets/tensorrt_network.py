@@ -9,6 +9,7 @@ from trt_kv.errors import EngineError
 from trt_kv.model_config import ModelConfig
 from trt_kv.opspec import TensorSpec
 from trt_kv.plugins.graph_io import graph_inputs, graph_outputs
+from trt_kv.plugins.recall_attention.page_counts import most_rows
 from trt_kv.plugins.tensorrt_base import OpPlugin, register_plugins, trt
 from trt_kv.program import OpNode, Program
 
@@ -75,7 +76,7 @@ def network_from_onnx(path: Path, *, plugins: bool = True) -> ParsedNetwork:
 def check_network(parsed: ParsedNetwork, program: Program, config: ModelConfig, *, page_size: int, dtype: str) -> None:
     """Compare inputs, outputs and plugins with the program. Raises ``EngineError`` naming the first that differs."""
     sizes = {"2": 2, "K": config.n_kv_heads, "D": config.head_dim, "H": config.n_heads, "P": page_size}
-    sizes |= {"L": config.n_layers, "V": config.vocab_size}
+    sizes |= {"L": config.n_layers, "V": config.vocab_size, "S": most_rows(program, page_size, dtype)}
     network = parsed.network
     for kind, found, expected in (
         ("input", [network.get_input(i) for i in range(network.num_inputs)], graph_inputs(program)),

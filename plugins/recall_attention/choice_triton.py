@@ -11,14 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trt_kv.plugins.recall_attention.bounds_triton import page_bounds
 from trt_kv.plugins.recall_attention.page_counts import PageLimits
-from trt_kv.plugins.recall_attention.rank_kernels import bound_kernel, choose_kernel
+from trt_kv.plugins.recall_attention.rank_kernels import choose_kernel
 from trt_kv.plugins.shares_triton import kept_of_share
-from trt_kv.plugins.triton_launch import launch, n_processors, power_of_2
+from trt_kv.plugins.triton_launch import launch, power_of_2
 
-_BOUND_PAGES = 32
-_BOUND_PROGRAMS = 4
-"""Programs per SM, as many as fit on it, whatever the batch and the table's width: they end at once if nothing is wanted."""
 CHOICE_WARPS = 8
 """Few programs with many warps, because ranking is on the critical path of a step."""
 _FEW_PAGES = 1024
@@ -247,7 +245,7 @@ def choose_pages(
     """The ``wanted_BK`` best of the ``between_B`` pages after ``n_sinks`` for the queries ``probe_BHD``, as ascending page
     indices within the sequence: [B, K, T] int64, of which the first ``wanted_BK[b, k]`` of a row are defined.
 
-    ``summaries`` [M, K, 2, D] are read through ``table_BT``. ``wanted_BK`` may have expanded axes.
+    ``summaries`` [M, K, R, D] are read through ``table_BT``. ``wanted_BK`` may have expanded axes.
     """
     chosen_BKT = torch.empty((*wanted_BK.shape, table_BT.shape[1]), dtype=torch.int64, device=summaries.device)
     bounds_BHT = page_bounds(probe_BHD, summaries, table_BT, between_B, wanted_BK, n_sinks)
@@ -263,37 +261,6 @@ def choose_pages(
         **choice_arguments(bounds_BHT, chosen_BKT, pooling, softmax_scale),
     )
     return chosen_BKT
-
-
-def page_bounds(
-    probe_BHD: Tensor, summaries: Tensor, table_BT: Tensor, between_B: Tensor, wanted_BK: Tensor, n_sinks: int
-) -> Tensor:
-    """Upper bounds of q.k for each query head and page, [B, H, T] fp32; only where there are more pages than wanted."""
-    n_sequences, n_heads, head_size = probe_BHD.shape
-    n_kv_heads, n_table = summaries.shape[1], table_BT.shape[1]
-    bounds_BHT = torch.empty((n_sequences, n_heads, n_table), dtype=torch.float32, device=summaries.device)
-    n_programs = -(-_BOUND_PROGRAMS * n_processors(summaries.device) // max(1, n_sequences * n_kv_heads))
-    launch(
-        bound_kernel,
-        (min(n_programs, -(-n_table // _BOUND_PAGES)), n_sequences, n_kv_heads),
-        probe_ptr=probe_BHD,
-        summaries_ptr=summaries,
-        table_ptr=table_BT,
-        between_ptr=between_B,
-        wanted_ptr=wanted_BK,
-        bounds_ptr=bounds_BHT,
-        table_stride_b=table_BT.stride(0),
-        wanted_stride_b=wanted_BK.stride(0),
-        wanted_stride_k=wanted_BK.stride(1),
-        n_table=n_table,
-        sink_pages=n_sinks,
-        H=n_heads,
-        K=n_kv_heads,
-        D=head_size,
-        BLOCK_D=power_of_2(head_size),
-        BLOCK_J=_BOUND_PAGES,
-    )
-    return bounds_BHT
 
 
 def choice_arguments(bounds_BHT: Tensor, chosen_BKT: Tensor, pooling: int, softmax_scale: float) -> dict[str, Any]:

@@ -81,7 +81,9 @@ def _summarized(f: FunctionBody, summaries: ir.Value, kv: ir.Value, cached: Page
     was_open_BT = f.Greater(ends_T, f.Sub(cached.n_cached, n_new_B1))
     filled_BT = f.And(f.LessOrEqual(ends_T, cached.n_cached), was_open_BT)
     table_X = f.Where(f.Reshape(filled_BT, [-1]), cached.table, -1)
-    return write_pages(f, summaries, table_X, f.CastLike(new_XK2D, summaries))
+    # Rows behind the bounds are for codes, which are made of the keys here: they get no content of their own.
+    rows_S = f.Min(f.Range(0, size(f, summaries, 2), 1), 1)
+    return write_pages(f, summaries, table_X, f.CastLike(f.Gather(new_XK2D, rows_S, axis=2), summaries))
 
 
 def _probe(
@@ -150,7 +152,8 @@ def _page_values(
 
     max(x lo, x hi) is min(x, 0) lo + max(x, 0) hi, because lo <= hi: one matrix product.
     """
-    summaries_BTK2D = f.Cast(f.Gather(summaries, cached.pages_by_sequence), to=FLOAT)
+    summaries_BTKSD = f.Gather(summaries, cached.pages_by_sequence)
+    summaries_BTK2D = f.Cast(f.Slice(summaries_BTKSD, [0], [2], [3]), to=FLOAT)
     lo_hi_BKTE = f.Reshape(f.Transpose(summaries_BTK2D, perm=[0, 2, 1, 3, 4]), [0, 0, 0, -1])
     lo_hi_BKTE = f.Where(f.Unsqueeze(between_B1T, [3]), lo_hi_BKTE, 0.0)
     probe_BKGE = f.Concat(f.Min(probe_BKGD, 0.0), f.Max(probe_BKGD, 0.0), axis=3)
@@ -172,7 +175,7 @@ def _estimates(
 ) -> ir.Value:
     """[B, K, G, T]: the largest product with a key of the page, as estimated from its codes.
 
-    Codes are made of the keys themselves: a graph has them at hand, and its state has no room for codes.
+    Codes are made of the keys themselves, which a graph has at hand.
     """
     k_BTKPD = f.Cast(f.Gather(f.Gather(kv, 0, axis=1), cached.pages_by_sequence), to=FLOAT)
     smallest_BTK1D, largest_BTK1D = f.ReduceMin(k_BTKPD, [3]), f.ReduceMax(k_BTKPD, [3])

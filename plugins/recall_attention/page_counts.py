@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from trt_kv.layer_budget import LayerBudget
+from trt_kv.program import Program, recall_nodes
 
-CODES = 2
-"""The value of the attribute ``summary`` with which keys have codes."""
+DEVIATION, CODES = 1, 2
+"""Values of the attribute ``summary``: bounds are midpoint and mean deviation; keys have codes."""
 CODED_TOKENS = 8
 """Tokens whose codes are stored together (``key_codes.py``)."""
 CODING = 4
@@ -13,9 +14,22 @@ CODING = 4
 
 
 def summary_rows(summary: int, page_size: int, kv_dtype: str) -> int:
-    """R: rows that the summary of a page-head takes on a CPU: lo and hi, and those of its codes if there are any."""
+    """R: rows that the summary of a page-head takes: lo and hi, and those of its codes if there are any."""
     per_group = 2 if kv_dtype == "int8" else 1
     return 2 + (per_group * -(-page_size // CODED_TOKENS) if summary == CODES else 0)
+
+
+def rows_of_layers(program: Program, page_size: int, kv_dtype: str) -> list[int]:
+    """Of each layer: ``summary_rows``; 0 if it does not recall."""
+    return [
+        0 if node is None else summary_rows(int(node.attributes["summary"]), page_size, kv_dtype)
+        for node in recall_nodes(program)
+    ]
+
+
+def most_rows(program: Program, page_size: int, kv_dtype: str) -> int:
+    """R of a state that all layers share; 0 if none recalls."""
+    return max(rows_of_layers(program, page_size, kv_dtype), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

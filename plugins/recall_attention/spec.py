@@ -73,9 +73,9 @@ SPEC = OpSpec(
         t.TOKEN_POSITIONS,
         TensorSpec(
             name="summaries",
-            axes=("M", "K", "2", "D"),
+            axes=("M", "K", "S", "D"),
             dtype="float",
-            doc="lo and hi of the keys in each full page-head",
+            doc="lo and hi of the keys in each full page-head, and in further rows, if it has them, an implementation's codes",
             state=True,
         ),
         TensorSpec(
@@ -249,6 +249,24 @@ SPEC = OpSpec(
             dims={"H": 4, "K": 2, "D": 6, "P": 37, "L": 1},
             attributes={"kept_share": 0.0, "kept_tokens": 111, "recent": 1},
             values={"prompt_remaining": (-1,)},
+            in_order=True,
+        ),
+        Case(
+            name="codes",
+            cached=(50, 61, 39),
+            new=(1, 1, 1),
+            dims=DIMS,
+            attributes={**LONG, "kept_share": 0.0, "tau": 0.0, "summary": 2, "pooling": 3},
+            values=DECODING,
+            in_order=True,
+        ),
+        Case(
+            name="codes_of_large_pages",
+            cached=(0, 95, 131),
+            new=(12, 1, 1),
+            dims={"H": 10, "K": 2, "D": 9, "P": 12, "L": 2},
+            attributes={"kept_share": 0.0, "kept_tokens": 60, "sinks": 3, "recent": 4, "tau": 0.3, "summary": 2},
+            values={"prompt_remaining": (*range(11, -1, -1), -1, -1), "prompt_len": (12, 90, 100)},
             in_order=True,
         ),
         Case(

@@ -11,8 +11,10 @@ from torch import Tensor
 from trt_kv.plugins.attention_kernels import sequence_of_tile
 from trt_kv.plugins.attention_triton import append_tokens, attend_chunks, attend_one
 from trt_kv.plugins.recall_attention.arguments import Arguments
+from trt_kv.plugins.recall_attention.bounds_triton import coded_again
 from trt_kv.plugins.recall_attention.choice_triton import PageCounts, choose_pages, drifted, page_counts
-from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.plugins.recall_attention.code_kernels import smallest_and_largest, write_codes
+from trt_kv.plugins.recall_attention.page_counts import CODES, DEVIATION, PageLimits
 from trt_kv.plugins.triton_launch import launch, power_of_2
 
 
@@ -23,19 +25,15 @@ def summarise(
     P: tl.constexpr,
     D: tl.constexpr,
     DEVIATION: tl.constexpr,
+    CODED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ) -> None:
-    """Write the lower and upper bounds [2, D] of one KV head's keys [P, D] in a page."""
+    """Write the lower and upper bounds [2, D] of one KV head's keys [P, D] in a page, and behind them their codes if CODED."""
     d = tl.arange(0, BLOCK_D)
-    lo = tl.full([BLOCK_D], float("inf"), tl.float32)
-    hi = tl.full([BLOCK_D], float("-inf"), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        mask = (p < P)[:, None] & (d < D)[None, :]
-        k = tl.load(keys_ptr + p[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        lo = tl.minimum(lo, tl.min(tl.where(mask, k, float("inf")), 0))
-        hi = tl.maximum(hi, tl.max(tl.where(mask, k, float("-inf")), 0))
+    lo, hi = smallest_and_largest(keys_ptr, P, D, BLOCK_D, BLOCK_P)
+    if CODED:
+        write_codes(keys_ptr, to_ptr + 2 * D, lo, hi, P, D, BLOCK_D)
     if DEVIATION:
         middle = (lo + hi) / 2
         deviation = tl.zeros([BLOCK_D], tl.float32)
@@ -64,6 +62,7 @@ def summary_kernel(
     K: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
     DEVIATION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -79,9 +78,8 @@ def summary_kernel(
     if j >= n // P:
         return
     page = tl.load(table_ptr + b * table_stride_b + j)
-    summarise(
-        kv_ptr + (page * 2 * K + head) * P * D, summaries_ptr + (page * K + head) * 2 * D, P, D, DEVIATION, BLOCK_D, BLOCK_P
-    )
+    keys_ptr, to_ptr = kv_ptr + (page * 2 * K + head) * P * D, summaries_ptr + (page * K + head) * ROWS * D
+    summarise(keys_ptr, to_ptr, P, D, DEVIATION, ROWS > 2, BLOCK_D, BLOCK_P)
 
 
 @triton.jit(
@@ -142,8 +140,11 @@ def run(args: Arguments[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         args.kept_tokens,
     )
     wanted_BK = counts.chosen[:, None].expand(corrected_BK.shape)
+    summaries = args.summaries
+    if args.summary == CODES and summaries.shape[2] == 2:
+        summaries = coded_again(args.kv, summaries, table_BT, len_B)
     chosen_BKT = choose_pages(
-        probe_BHD, args.summaries, table_BT, counts.between, wanted_BK, limits.n_sinks, args.pooling, args.softmax_scale
+        probe_BHD, summaries, table_BT, counts.between, wanted_BK, limits.n_sinks, args.pooling, args.softmax_scale
     )
 
     out = torch.empty_like(q)
@@ -163,7 +164,10 @@ def run(args: Arguments[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 def summaries_of_filled(
     kv: Tensor, summaries: Tensor, cu_tokens: Tensor, table_BT: Tensor, kv_len_B: Tensor, n_tokens: int, summary: int
 ) -> None:
-    """Write the summaries of the pages that the last of this step's ``n_tokens`` tokens, already in ``kv``, have filled."""
+    """Write the summaries of the pages that the last of this step's ``n_tokens`` tokens, already in ``kv``, have filled.
+
+    ``summaries`` [M, K, R, D] with more than two rows get codes, too.
+    """
     n_kv_heads, page_size, head_size = kv.shape[2:]
     launch(
         summary_kernel,
@@ -179,7 +183,8 @@ def summaries_of_filled(
         K=n_kv_heads,
         P=page_size,
         D=head_size,
-        DEVIATION=summary,
+        ROWS=summaries.shape[2],
+        DEVIATION=int(summary == DEVIATION),
         BLOCK_D=power_of_2(head_size),
         BLOCK_P=min(32, power_of_2(page_size)),
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_kv.plugins.recall_attention.page_counts import PageLimits, summary_rows
+from trt_kv.plugins.recall_attention.page_counts import PageLimits, rows_of_layers
 from trt_kv.program import Program, recall_nodes, windows_of
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.kv_pool import KvPool
@@ -34,7 +34,7 @@ class CacheBlocks:
         self._pool = pool
         self._tiers = tiers
         self._limits = page_limits(program, pool.page_size)
-        self._summary_rows = rows_of_summaries(program, pool)
+        self._summary_rows = rows_of_layers(program, pool.page_size, pool.kv_dtype)
         self._windows = [_score_window(nodes) for nodes in program]
         """Of each layer: how many of the last prompt queries its scores are of; 0: all; None: it has no scores."""
         self._attention_windows = windows_of(program)
@@ -147,14 +147,6 @@ def page_limits(program: Program, page_size: int) -> list[PageLimits | None]:
         None
         if node is None
         else PageLimits(page_size=page_size, sinks=int(node.attributes["sinks"]), recent=int(node.attributes["recent"]))
-        for node in recall_nodes(program)
-    ]
-
-
-def rows_of_summaries(program: Program, pool: KvPool[Any]) -> list[int]:
-    """Of each layer: the stored rows of a page's summary; 0 if it does not recall."""
-    return [
-        0 if node is None else summary_rows(int(node.attributes["summary"]), pool.page_size, pool.kv_dtype)
         for node in recall_nodes(program)
     ]
 

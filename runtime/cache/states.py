@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from trt_kv.errors import UsageError
+from trt_kv.plugins.recall_attention.page_counts import rows_of_layers
 from trt_kv.program import Program, eviction_nodes, finds_budgets, recalling_layers
 from trt_kv.runtime.backends.step import Ints
-from trt_kv.runtime.cache.blocks import page_limits, rows_of_summaries
+from trt_kv.runtime.cache.blocks import page_limits
 from trt_kv.runtime.cache.kv_pool import KvPool
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.cache.tiered_sequence import CopyableTiers
@@ -47,7 +48,7 @@ class SequenceStates:
         self._tiers = tiers
         self._recalls = frozenset(recalling_layers(program))
         self._limits = page_limits(program, pool.page_size)
-        self._summary_rows = rows_of_summaries(program, pool)
+        self._summary_rows = rows_of_layers(program, pool.page_size, pool.kv_dtype)
         self._drops = finds_budgets(program) or any(node is not None for node in eviction_nodes(program))
         self._scores = [next((node.attributes for node in nodes if node.op == "TokenScores"), None) for nodes in program]
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from trt_kv.plugins.kv_rows import KvDtype, store
 from trt_kv.plugins.paging import Floats, Rows
+from trt_kv.plugins.recall_attention.page_counts import most_rows
 from trt_kv.program import OpNode, Program
 from trt_kv.runtime.backends.base import Attend
 from trt_kv.runtime.backends.host.recall.in_place import MemoryTier, RecallInPlace
@@ -123,7 +124,8 @@ class LayerProbe:
         recall = None
         if self._recalls:
             tier = MemoryTier(n_pages=n_pages, **sizes)
-            recall = RecallInPlace(tier, pool, n_layers=n_layers, n_query_heads=shape.n_heads)
+            rows = most_rows(programs["decode"], shape.page_size, shape.kv_dtype)
+            recall = RecallInPlace(tier, pool, n_layers=n_layers, n_query_heads=shape.n_heads, summary_rows=rows)
         runner = host_runner(
             NoDenseLayers(shape, n_layers),
             pool,

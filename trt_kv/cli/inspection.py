@@ -13,12 +13,11 @@ from trt_kv.kv_memory import kv_bytes, token_bytes
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import DRIFT_FILE, KV_DTYPES, RECIPE_FILE, Manifest, load_manifest, recorded_digest
 from trt_kv.model_config import ModelConfig
-from trt_kv.plugins.recall_attention.page_counts import summary_rows
+from trt_kv.plugins.recall_attention.page_counts import most_rows
 from trt_kv.policies import policy_from_name, policy_names
 from trt_kv.policy import DECODES, GROUP_POOLINGS, METRIC_ROWS, PAGE_SUMMARIES, RESIDENCIES, Policy
 from trt_kv.policy_settings import differences, setting_as_text
 from trt_kv.printable import printable
-from trt_kv.program import PAGE_SUMMARIES as SUMMARIES
 from trt_kv.rebuild import build_command
 from trt_kv.recipe import Recipe
 from trt_kv.safe_path import safe_join
@@ -248,7 +247,7 @@ def _sizes(manifest: Manifest) -> list[str]:
     ]
     if recalls:
         host = of_token * sum(tau is not None for tau in manifest.taus) * config.max_positions
-        rows = summary_rows(SUMMARIES[manifest.applied_policy.page_summary], manifest.page_size, manifest.kv_dtype)
+        rows = most_rows(manifest.programs["decode"], manifest.page_size, manifest.kv_dtype)
         summaries = _megabytes(host * rows / (2 * manifest.page_size))
         lines.append(f"on host   {_megabytes(host)} at {config.max_positions} tokens, and {summaries} of summaries")
     return lines

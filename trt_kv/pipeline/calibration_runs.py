@@ -13,9 +13,9 @@ from trt_kv.pipeline.calibration_prompts import calibration_prompts, calibration
 from trt_kv.pipeline.callbacks import OnNote, OnProgress
 from trt_kv.pipeline.continuation import continue_greedily
 from trt_kv.pipeline.plans import DEFAULT_PAGE_SIZE, CalibrationPlan, DriftPlan
-from trt_kv.plugins.recall_attention.page_counts import PageLimits, summary_rows
+from trt_kv.plugins.recall_attention.page_counts import PageLimits, most_rows
 from trt_kv.policy import Policy
-from trt_kv.program import PAGE_SUMMARIES, PHASES, Program, program_of_model
+from trt_kv.program import PHASES, Program, program_of_model
 from trt_kv.recipe import Protected, Recipe, RecipeModel, RecipeScore, recipe_score
 
 if TYPE_CHECKING:
@@ -204,15 +204,15 @@ def drift_trace_of(
 
     config = checkpoint.config
     new_tokens = min(new_tokens, config.max_positions)
+    programs = programs_for(checkpoint, dataclasses.replace(policy, drift="fixed", tau=ALWAYS), page_size, kept_shares)
     pool = HostKvPool(
         n_pages=config.n_layers * -(-min(max_tokens + new_tokens, config.max_positions) // page_size),
         page_size=page_size,
         n_kv_heads=config.n_kv_heads,
         head_size=config.head_dim,
         n_query_heads=config.n_heads,
-        summary_rows=summary_rows(PAGE_SUMMARIES[policy.page_summary], page_size, "float32"),
+        summary_rows=most_rows(programs["prefill"], page_size, "float32"),
     )
-    programs = programs_for(checkpoint, dataclasses.replace(policy, drift="fixed", tau=ALWAYS), page_size, kept_shares)
     end_ids = text_end_ids(checkpoint.eos_token_ids, checkpoint.tokenizer_files, vocab_size=config.vocab_size)
     recorder = DriftRecorder(kernel("RecallAttention", "cpu"))
     kernels = {"RecallAttention": recorder}

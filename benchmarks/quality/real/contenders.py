@@ -17,7 +17,7 @@ PUBLISHED = (
     *("prefixkv_paper", "uniform", "streamingllm", "h2o", "snapkv", "pyramidkv", "refreekv", "random"),
     *("defensivekv_v", "randomdecode"),
 )
-HOST = ("freekv", "quest", "arkvale")
+HOST = ("freekv", "quest", "arkvale", "bestkey")
 
 
 @dataclass(frozen=True, kw_only=True)

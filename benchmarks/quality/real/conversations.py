@@ -21,7 +21,8 @@ from benchmarks.quality.real.records import N_NEW, city_facts, fact_question, fa
 from benchmarks.quality.real.settings import TalkPlan
 from trt_kv.cache_layers import cache_config
 from trt_kv.model_config import ModelConfig
-from trt_kv.program import PHASES, program_of_model
+from trt_kv.plugins.recall_attention.page_counts import summary_rows
+from trt_kv.program import PAGE_SUMMARIES, PHASES, program_of_model
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
@@ -80,6 +81,7 @@ def _runner(dense: DenseExecutor, config: ModelConfig, plan: Plan, asked: Talk) 
         n_kv_heads=cache.n_kv_heads,
         head_size=cache.head_dim,
         n_query_heads=config.n_heads if plan.policy.recalls else 0,
+        summary_rows=summary_rows(PAGE_SUMMARIES[plan.policy.page_summary], PAGE_SIZE, "float32"),
     )
     programs = {
         phase: program_of_model(

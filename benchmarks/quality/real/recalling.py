@@ -10,8 +10,6 @@ from benchmarks.quality.recall.harness import RecallHarness
 from benchmarks.quality.recall.policies import small
 from benchmarks.quality.recall.steps import Movement
 from benchmarks.quality.steps import LastQuery
-from trt_kv.plugins.kv_rows import dtype_of
-from trt_kv.plugins.recall_attention.choice import summaries_of
 from trt_kv.policies import policy_from_name
 from trt_kv.program import PAGE_SUMMARIES
 from trt_kv.runtime.backends.base import DenseExecutor
@@ -48,7 +46,7 @@ class Recaller:
         for layer, query in enumerate(queries):
             pages = fork.page_table[layer]
             full = pages[:n_full]
-            self.pool.summaries[full] = summaries_of(self.pool.kv[full, 0], summary, dtype_of(self.pool.summaries))
+            self.harness.steps.summarise(self.pool, full, summary)
             self.pool.last_query[pages[0]] = query.q[0]
         return fork
 

@@ -18,8 +18,6 @@ from benchmarks.quality.cases import Case
 from benchmarks.quality.harness import Outcome, Plan, outcome_of, released
 from benchmarks.quality.recall.steps import Movement, RecallSteps
 from trt_kv.manifest import Manifest
-from trt_kv.plugins.kv_rows import dtype_of
-from trt_kv.plugins.recall_attention.choice import summaries_of
 from trt_kv.policy import Policy
 from trt_kv.program import PAGE_SUMMARIES, PHASES, Program, program_of, recall_nodes
 from trt_kv.runtime.backends.base import DenseExecutor
@@ -92,8 +90,7 @@ class RecallHarness:
         for layer, node in enumerate(nodes):
             if node is not None and node.attributes["summary"] != PAGE_SUMMARIES["minmax"]:
                 full = fork.page_table[layer, : fork.num_computed_tokens // self.pool.page_size]
-                dtype = dtype_of(self.pool.summaries)
-                self.pool.summaries[full] = summaries_of(self.pool.kv[full, 0], int(node.attributes["summary"]), dtype)
+                self.steps.summarise(self.pool, full, int(node.attributes["summary"]))
         return fork
 
     def _attended(self, movement: Movement, case: Case) -> dict[str, Any]:

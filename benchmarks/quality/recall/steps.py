@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.quality.steps import run_nodes, step_tensors
-from trt_kv.plugins.paging import Floats, Ints
-from trt_kv.plugins.recall_attention.choice import best_pages, cosines
-from trt_kv.plugins.recall_attention.page_counts import PageLimits, budget_tokens
+from trt_kv.plugins.kv_rows import dtype_of
+from trt_kv.plugins.paging import Floats, Ints, Rows
+from trt_kv.plugins.recall_attention.choice import best_pages, cosines, summaries_of
+from trt_kv.plugins.recall_attention.page_counts import CODES, PageLimits, budget_tokens, summary_rows
 from trt_kv.program import OpNode, Program
 from trt_kv.runtime.backends.base import DenseExecutor
 from trt_kv.runtime.backends.step import Step, StepResult
@@ -164,6 +165,7 @@ class RecallSteps:
         self._prefill = prefill
         self.programs: Sequence[Program] = ()
         self.movements: Sequence[Movement] = ()
+        self._coded: Rows | None = None
 
     @property
     def description(self) -> str:
@@ -186,7 +188,7 @@ class RecallSteps:
                 return prefilled
             out = np.empty_like(q)
             for b in range(len(q)):
-                out[b] = self._attend_one(layer, b, bound)
+                out[b] = self._attend_one(layer, b, bound, pool)
             return out
 
         logits = self._dense.run(step.input_ids, step.positions, step.logit_rows, attend)
@@ -195,7 +197,22 @@ class RecallSteps:
                 movement.finish_step(sum(node.op == "RecallAttention" for nodes in program for node in nodes))
         return StepResult(logits=logits, kept=step.kv_len, adaptive_budget=adaptive_budget)
 
-    def _attend_one(self, layer: int, b: int, tensors: dict[str, Any]) -> Floats:
+    def summarise(self, pool: KvPool[Any], full: Ints, summary: int) -> None:
+        """Store summaries of the keys of full pages, as the op's attribute ``summary`` has them."""
+        self._summaries(pool, summary)[full] = summaries_of(pool.kv[full, 0], summary, dtype_of(pool.summaries))
+
+    def _summaries(self, pool: KvPool[Any], summary: int) -> Rows:
+        """The state of policies that summarise so: those with codes have one of their own, with room for them."""
+        if summary != CODES:
+            of_bounds: Rows = pool.summaries
+            return of_bounds
+        if self._coded is None:
+            n_rows = summary_rows(summary, pool.page_size, pool.kv_dtype)
+            n_pages, n_kv_heads, _, row_length = pool.summaries.shape
+            self._coded = np.empty((n_pages, n_kv_heads, n_rows, row_length), pool.summaries.dtype)
+        return self._coded
+
+    def _attend_one(self, layer: int, b: int, tensors: dict[str, Any], pool: KvPool[Any]) -> Floats:
         one = {
             **tensors,
             **{name: tensors[name][b : b + 1] for name in ("q", "k", "v", "positions", "prompt_remaining", "prompt_len")},
@@ -207,6 +224,7 @@ class RecallSteps:
         (node,) = self.programs[b][layer]
         n_tokens, page_size = int(one["kv_len"][layer, 0]), int(node.attributes["page_size"])
         if node.op == "RecallAttention":
+            one["summaries"] = self._summaries(pool, int(node.attributes["summary"]))
             choice = choice_of(node, one)
             self.movements[b].add(layer, choice, n_tokens, page_size)
             run_nodes([node], one)

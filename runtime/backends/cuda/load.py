@@ -28,7 +28,6 @@ from trt_kv.runtime.loading import (
     check_heads_together,
     check_kv_as_computed,
     check_no_host_tier,
-    check_ranks_on_devices,
     check_reads_whole_prompts,
 )
 from trt_kv.runtime.memory import available_bytes
@@ -136,7 +135,6 @@ def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOpt
             fix="use the device cpu, or build the engine without --quant",
         )
     check_reads_whole_prompts(folder, manifest)
-    check_ranks_on_devices(folder, manifest)
     check_heads_together(folder, manifest)
     if not manifest.applied_policy.recalls:
         check_no_host_tier(folder, manifest, options)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.kv_memory import kv_bytes, token_bytes
 from trt_kv.manifest import Manifest
+from trt_kv.plugins.recall_attention.page_counts import most_rows
 from trt_kv.program import recalling_layers
 from trt_kv.runtime.arguments import is_integer
 from trt_kv.runtime.backends.cuda.recall.driver import RecallCapacity
@@ -92,7 +93,7 @@ def device_plan(manifest: Manifest, wanted: Wanted, *, dtype: str, free_device: 
     host_pages = recalling * _pages(host_tokens, size)
     # Layers that do not recall get the memory they would have if no layer recalled; the others share the rest.
     n_pages = whole_pages(free_device // 2 * whole // config.n_layers) if whole else 0
-    summaries = host_pages * page_bytes // size
+    summaries = host_pages * page_bytes // (2 * size) * most_rows(manifest.programs["decode"], size, dtype)
     free = max(0, free_device // 2 - n_pages * size * of_token - summaries)
     if wanted.cache_tokens is not None:
         free = recalling * _pages(wanted.cache_tokens, size) * page_bytes

@@ -28,10 +28,13 @@ class DeviceKvPool(KvPool[Tensor]):
         head_size: int,
         dtype: str = "float32",
         n_query_heads: int = 0,
+        summary_rows: int = 2,
         device: str | torch.device = "cuda",
         spare_page: bool = False,
     ) -> None:
-        """``spare_page``: one more page after the last, which is never allocated: padding of steps writes to it."""
+        """``summary_rows``: as ``page_counts.summary_rows`` counts them. ``spare_page``: one more page after the last, which is
+        never allocated: padding of steps writes to it.
+        """
         super().__init__(n_pages=n_pages, page_size=page_size)
         self.device = torch.device(device)
         self.kv_dtype, self.dtype = dtype, TORCH_TYPES[dtype]
@@ -41,7 +44,7 @@ class DeviceKvPool(KvPool[Tensor]):
         self.kv = self._empty(n_rows, 2, n_kv_heads, page_size, head_size)
         self.token_positions = self._empty(n_rows, n_kv_heads, page_size, dtype=torch.int64)
         self.scores = self._empty(n_rows, n_kv_heads, page_size, dtype=torch.float32)
-        self.summaries = self._empty(n_recalling, n_kv_heads, 2, head_size)
+        self.summaries = self._empty(n_recalling, n_kv_heads, summary_rows, head_size)
         self.last_query = self._empty(n_recalling, n_query_heads, head_size)
 
     def read_pages(self, state: str, pages_M: Ints) -> np.ndarray:

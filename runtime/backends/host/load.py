@@ -10,8 +10,8 @@ from trt_kv.errors import CapacityError, UsageError, load_option
 from trt_kv.kv_memory import token_bytes
 from trt_kv.manifest import Manifest
 from trt_kv.plugins.kv_rows import converts_halves
-from trt_kv.plugins.recall_attention.page_counts import summary_rows
-from trt_kv.program import PAGE_SUMMARIES, finds_budgets, recalling_layers
+from trt_kv.plugins.recall_attention.page_counts import most_rows
+from trt_kv.program import finds_budgets, recalling_layers
 from trt_kv.runtime.backends.host.dense import open_dense
 from trt_kv.runtime.backends.host.executor import warm_up_kernels
 from trt_kv.runtime.backends.host.recall.background import ThreadedCopies
@@ -103,7 +103,7 @@ def _memory(manifest: Manifest, options: LoadOptions, n_free: int) -> tuple[Host
     if on_disk is None and host_tokens is not None:
         _check_free("host_tokens", _n_bytes(manifest, dataclasses.replace(whole, n_pages=n_pages)), available_bytes())
     sizes = dataclasses.asdict(whole) | {"n_pages": n_pages}
-    n_rows = summary_rows(PAGE_SUMMARIES[manifest.applied_policy.page_summary], manifest.page_size, whole.dtype)
+    n_rows = most_rows(manifest.programs["decode"], manifest.page_size, whole.dtype)
     if on_disk is None:
         tier = MemoryTier(**sizes)
         pool = _pool(manifest, options, max(0, n_free - tier.n_pages * tier.page_bytes))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from trt_kv.kv_memory import recall_row_bytes, token_bytes
 from trt_kv.model_config import ModelConfig
-from trt_kv.plugins.recall_attention.page_counts import PageLimits, summary_rows
+from trt_kv.plugins.recall_attention.page_counts import PageLimits, most_rows
 from trt_kv.policy import Policy
-from trt_kv.program import Program, budgets_of, recall_nodes, recalling_layers, windows_of
+from trt_kv.program import Program, budgets_of, recalling_layers, windows_of
 from trt_kv.runtime.cache.draws import most_generated
 from trt_kv.runtime.cache.page_pool import PagePool
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK
@@ -96,8 +96,7 @@ class HostSizing:
         self.config = config
         self.page_size = page_size
         self.page_bytes = page_size * token_bytes(config, kv_dtype)
-        summaries = {int(node.attributes["summary"]) for node in recall_nodes(programs["decode"]) if node is not None}
-        n_rows = max((summary_rows(summary, page_size, kv_dtype) for summary in summaries), default=0)
+        n_rows = most_rows(programs["decode"], page_size, kv_dtype)
         self.tier_page_bytes = self.page_bytes + recall_row_bytes(config, kv_dtype, n_rows)
         self._n_host_layers = len(recalling_layers(programs["decode"]))
         pools = [PagePool(n_pages=1, page_size=page_size) for _ in range(2)]

@@ -5,6 +5,7 @@ from pathlib import Path
 from trt_kv.errors import EngineError, UsageError
 from trt_kv.layer_budget import ALL
 from trt_kv.manifest import Manifest, Plan
+from trt_kv.plugins.recall_attention.page_counts import most_rows
 from trt_kv.program import budgets_of
 from trt_kv.runtime.backends.cuda.reservation import LargestStep
 from trt_kv.runtime.backends.cuda.step_buffers import StepSizes
@@ -19,7 +20,6 @@ from trt_kv.runtime.loading import (
     check_heads_together,
     check_kv_as_computed,
     check_no_host_tier,
-    check_ranks_on_devices,
     check_reads_whole_prompts,
     pool_sizes,
 )
@@ -35,7 +35,6 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     """
     check_no_host_tier(folder, manifest, options)
     check_reads_whole_prompts(folder, manifest)
-    check_ranks_on_devices(folder, manifest)
     check_heads_together(folder, manifest)
     if options.batch_invariant:
         raise UsageError("a TensorRT plan is not batch-invariant", got="batch_invariant=True", fix="leave it out")
@@ -64,6 +63,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
         n_kv_heads=sizes.n_kv_heads,
         head_size=sizes.head_size,
         n_query_heads=n_query_heads,
+        summary_rows=most_rows(manifest.programs["prefill"], sizes.page_size, manifest.dtype),
         dtype=manifest.dtype,
     )
     tell("loading the plan", 1, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trt_kv.plugins.recall_attention.arguments import Arguments
 from trt_kv.plugins.recall_attention.choice_triton import PageCounts, counted, is_steady_query
-from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.plugins.recall_attention.page_counts import DEVIATION, PageLimits
 from trt_kv.plugins.recall_attention.triton import summarise
 from trt_kv.plugins.triton_launch import launch, power_of_2
 from trt_kv.runtime.backends.cuda.recall.moves import WorkingSets
@@ -36,6 +36,7 @@ def keep_token(
     K: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
     DEVIATION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -54,7 +55,8 @@ def keep_token(
             i = start + tl.arange(0, BLOCK)
             tl.store(host_ptr + i, tl.load(page_ptr + i, mask=i < P * D), mask=i < P * D)
             tl.store(host_ptr + K * P * D + i, tl.load(page_ptr + K * P * D + i, mask=i < P * D), mask=i < P * D)
-        summarise(page_ptr, summary_ptr + (host_page * K + head) * 2 * D, P, D, DEVIATION, BLOCK_D, BLOCK_P)
+        summary_ptr += (host_page * K + head) * ROWS * D
+        summarise(page_ptr, summary_ptr, P, D, DEVIATION, ROWS > 2, BLOCK_D, BLOCK_P)
 
 
 @triton.jit(
@@ -101,6 +103,7 @@ def begin_kernel(
     K: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
     DEVIATION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -173,7 +176,7 @@ def begin_kernel(
         page_ptr = kv_ptr + ((block * block_pages + own_page(number, sink_pages, newest_pages)) * 2 * K + head) * P * D
         keep_token(
             *(k_ptr + token, v_ptr + token, page_ptr, host_ptr, summaries_ptr, table_ptr + b * table_stride_b),
-            *(number, (n - 1) % P, head, K, P, D, DEVIATION, BLOCK_D, BLOCK_P, BLOCK),
+            *(number, (n - 1) % P, head, K, P, D, ROWS, DEVIATION, BLOCK_D, BLOCK_P, BLOCK),
         )
 
 
@@ -269,7 +272,8 @@ def begin_layer(sets: WorkingSets, block_of: Tensor, step: LayerStep) -> BegunLa
         K=n_kv_heads,
         P=page_size,
         D=head_size,
-        DEVIATION=args.summary,
+        ROWS=sets.summaries.shape[2],
+        DEVIATION=int(args.summary == DEVIATION),
         BLOCK_D=power_of_2(head_size),
         BLOCK_G=power_of_2(n_heads // n_kv_heads),
         BLOCK_P=min(32, power_of_2(page_size)),

@@ -34,8 +34,8 @@ from torch import Tensor
 from trt_kv.errors import CapacityError, UsageError
 from trt_kv.plugins.attention_triton import attend_one
 from trt_kv.plugins.recall_attention.arguments import Arguments
-from trt_kv.plugins.recall_attention.choice_triton import page_bounds
-from trt_kv.plugins.recall_attention.page_counts import PageLimits
+from trt_kv.plugins.recall_attention.bounds_triton import page_bounds
+from trt_kv.plugins.recall_attention.page_counts import PageLimits, most_rows
 from trt_kv.plugins.recall_attention.triton import summaries_of_filled
 from trt_kv.plugins.registry import Kernel, called_by_name
 from trt_kv.program import Program, recalling_layers
@@ -102,7 +102,12 @@ class DeviceRecall:
         self.device = pool
         self.host = PinnedTier(capacity.host_pages, pool.kv.shape[1:], pool.dtype, on)
         self.sets = DeviceSets(
-            self.host, sizes, n_blocks=capacity.sequences * len(layers), n_query_heads=n_query_heads, device=on
+            self.host,
+            sizes,
+            n_blocks=capacity.sequences * len(layers),
+            n_query_heads=n_query_heads,
+            summary_rows=most_rows(program, pool.page_size, pool.kv_dtype),
+            device=on,
         )
         self.prompts = PromptStaging(self.sets, largest_chunk=capacity.largest_chunk, block_tokens=capacity.prompt_block)
         self._longest_prompt = capacity.longest_prompt

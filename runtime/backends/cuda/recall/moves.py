@@ -29,7 +29,7 @@ class WorkingSets:
     kv: Tensor
     """[U * block_pages, 2, K, P, D]."""
     summaries: Tensor
-    """[M, K, 2, D]."""
+    """[M, K, R, D]: bounds, and codes behind them if there are any."""
     last_query: Tensor
     """[U, H, D]: the query of each block's last token."""
     held: Tensor

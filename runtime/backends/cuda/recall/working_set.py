@@ -88,7 +88,17 @@ class HeldBlock:
 class DeviceSets:
     """Allocates blocks to layers of sequences, which are identified by their row, the number of their first host page."""
 
-    def __init__(self, host: PinnedTier, sizes: BlockSizes, *, n_blocks: int, n_query_heads: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        host: PinnedTier,
+        sizes: BlockSizes,
+        *,
+        n_blocks: int,
+        n_query_heads: int,
+        summary_rows: int = 2,
+        device: torch.device,
+    ) -> None:
+        """``summary_rows``: as ``page_counts.summary_rows`` counts them."""
         self.host = host
         self.sizes = sizes
         dtype, (_, n_kv_heads, _, head_size) = host.kv.dtype, host.kv.shape[1:]
@@ -103,7 +113,7 @@ class DeviceSets:
         self.tensors = WorkingSets(
             host_kv=host.kv,
             kv=floats(n_rows * sizes.n_pages, *host.kv.shape[1:]),
-            summaries=floats(host.n_pages, n_kv_heads, 2, head_size),
+            summaries=floats(host.n_pages, n_kv_heads, summary_rows, head_size),
             last_query=floats(n_rows, n_query_heads, head_size),
             held=integers(NO_PAGE, n_rows, n_kv_heads, sizes.n_slots),
             chosen=integers(NO_PAGE, n_rows, n_kv_heads, sizes.n_chosen),
