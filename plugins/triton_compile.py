@@ -62,7 +62,9 @@ def op_launches(spec: OpSpec, model: str, step: str, dtype: torch.dtype) -> Iter
     defaults |= {"scale": sizes["D"] ** -0.5} if "scale" in defaults else {}
     optional = [t.name for t in spec.inputs if t.optional]
     for case in spec.cases:
-        sizes["S"] = summary_rows(int(case.attributes.get("summary", 0)), sizes["P"], str(dtype).removeprefix("torch."))
+        summary = case.attributes.get("summary", 0)
+        assert isinstance(summary, int)
+        sizes["S"] = summary_rows(summary, sizes["P"], str(dtype).removeprefix("torch."))
         tensors = {t.name: torch.empty([sizes[a] for a in t.axes], dtype=types[t.dtype], device="meta") for t in spec.inputs}
         given = {name: t for name, t in tensors.items() if name not in optional or name in case.values}
         with recording() as launches:
