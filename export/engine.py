@@ -92,6 +92,13 @@ class EngineRequest:
                 expected="target onnxruntime, float32",
                 fix="build with --set heads=each, whose budgets are per layer",
             )
+        if self.is_for_gpus and self.applied_policy.scoring.predicts:
+            raise UsageError(
+                "predicted scores are for ONNX Runtime on a CPU",
+                got=f"score {self.policy.score!r} for target {self.target}, {self.dtype}",
+                expected="target onnxruntime, float32",
+                fix="take another policy, such as prefixkv",
+            )
         if self.applied_policy.needs_recipe and self.recipe is None:
             raise RecipeError(f"policy {self.policy.name!r} needs a recipe", fix="calibrate one: trt-kv calibrate --help")
         if self.recipe is not None:

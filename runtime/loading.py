@@ -109,14 +109,23 @@ def check_reads_whole_prompts(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def check_heads_together(folder: Path, manifest: Manifest) -> None:
-    """``UsageError`` for an engine whose KV heads have budgets of their own; for devices that have one per layer."""
+def check_policy_for_devices(folder: Path, manifest: Manifest) -> None:
+    """``UsageError`` for an engine whose KV heads have budgets of their own, as devices have one per layer, or whose scores are
+    predicted, for which there are no kernels.
+    """
     if manifest.heads_apart > 1:
         raise UsageError(
             f"{folder} has a budget for each KV head, which runs on a CPU only",
             got=f"policy {manifest.policy.name!r} with heads=own",
             expected="heads shared or each",
             fix="use the device cpu, or build the engine with --set heads=each",
+        )
+    if manifest.applied_policy.scoring.predicts:
+        raise UsageError(
+            f"{folder} predicts scores, which runs on a CPU only",
+            got=f"policy {manifest.policy.name!r} with score {manifest.policy.score}",
+            expected="another score",
+            fix="use the device cpu, or build the engine with another policy",
         )
 
 

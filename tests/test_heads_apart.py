@@ -30,7 +30,7 @@ from trt_kv.runtime.backends.host.reservation import HostSizing
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.engine import Engine
-from trt_kv.runtime.loading import check_heads_together
+from trt_kv.runtime.loading import check_policy_for_devices
 from trt_kv.runtime.model_runner import ModelRunner
 from trt_kv.runtime.reservation import RequestSize
 
@@ -217,7 +217,7 @@ def test_an_engine_tells_the_shares_of_its_heads(small_lukv_folder: Path) -> Non
 def test_other_targets_and_devices_are_refused(small_lukv_folder: Path, small_checkpoint_folder: Path) -> None:
     manifest = load_manifest(small_lukv_folder)
     with pytest.raises(UsageError, match="runs on a CPU only"):
-        check_heads_together(small_lukv_folder, manifest)
+        check_policy_for_devices(small_lukv_folder, manifest)
     request = lukv_request(open_checkpoint(small_checkpoint_folder), HEAD_SHARES)
     with pytest.raises(UsageError, match="ONNX Runtime on a CPU"):
         dataclasses.replace(request, dtype="float16")

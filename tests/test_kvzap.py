@@ -30,6 +30,7 @@ from trt_kv.program import PHASES, program_of_model
 from trt_kv.recipe import Recipe, RecipeModel, RecipeScore
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
+from trt_kv.runtime.loading import check_policy_for_devices
 from trt_kv.surrogate import Predictor, check_predictors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,6 +290,19 @@ def test_calibration_refuses_what_it_cannot_use() -> None:
         Tokens(features=np.zeros((1, 1, 2, 3)), use=-np.ones((1, 1, 2)))
     with pytest.raises(UsageError, match="do not fit together"):
         Tokens(features=np.zeros((1, 1, 2, 3)), use=np.ones((1, 1, 3)))
+
+
+def test_gpus_are_refused(small_kvzap_folder: Path, small_checkpoint_folder: Path) -> None:
+    """When built, and where an engine for CPUs is loaded on a device."""
+    request = kvzap_request(open_checkpoint(small_checkpoint_folder), heads="each")
+    with pytest.raises(UsageError, match="predicted scores are for"):
+        dataclasses.replace(request, dtype="float16")
+    manifest = load_manifest(small_kvzap_folder)
+    with pytest.raises(UsageError, match="a budget for each KV head"):
+        check_policy_for_devices(small_kvzap_folder, manifest)
+    together = dataclasses.replace(manifest, policy=dataclasses.replace(manifest.policy, heads="each"))
+    with pytest.raises(UsageError, match="predicts scores"):
+        check_policy_for_devices(small_kvzap_folder, together)
 
 
 def test_recipes_of_another_kind_do_not_build(small_checkpoint_folder: Path) -> None:

@@ -25,9 +25,9 @@ from trt_kv.runtime.loading import (
     Loaded,
     LoadOptions,
     OnProgress,
-    check_heads_together,
     check_kv_as_computed,
     check_no_host_tier,
+    check_policy_for_devices,
     check_reads_whole_prompts,
 )
 from trt_kv.runtime.memory import available_bytes
@@ -135,7 +135,7 @@ def _check(folder: Path, manifest: Manifest, options: LoadOptions, on: DeviceOpt
             fix="use the device cpu, or build the engine without --quant",
         )
     check_reads_whole_prompts(folder, manifest)
-    check_heads_together(folder, manifest)
+    check_policy_for_devices(folder, manifest)
     if not manifest.applied_policy.recalls:
         check_no_host_tier(folder, manifest, options)
     elif finds_budgets(manifest.programs["prefill"]):

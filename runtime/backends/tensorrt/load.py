@@ -17,9 +17,9 @@ from trt_kv.runtime.loading import (
     Loaded,
     LoadOptions,
     OnProgress,
-    check_heads_together,
     check_kv_as_computed,
     check_no_host_tier,
+    check_policy_for_devices,
     check_reads_whole_prompts,
     pool_sizes,
 )
@@ -35,7 +35,7 @@ def load(folder: Path, manifest: Manifest, options: LoadOptions, tell: OnProgres
     """
     check_no_host_tier(folder, manifest, options)
     check_reads_whole_prompts(folder, manifest)
-    check_heads_together(folder, manifest)
+    check_policy_for_devices(folder, manifest)
     if options.batch_invariant:
         raise UsageError("a TensorRT plan is not batch-invariant", got="batch_invariant=True", fix="leave it out")
     if options.dense is not None:
