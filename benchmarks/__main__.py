@@ -29,6 +29,7 @@ MODULES = {
     "page_ranking": "benchmarks.quality.page_ranking",
     "recall_tasks": "benchmarks.quality.recall_tasks",
     "page_choice": "benchmarks.speed.page_choice",
+    "advice": "benchmarks.speed.advice",
     "recall_memory": "benchmarks.speed.recall_memory",
     "recall_speed": "benchmarks.speed.recall_speed",
     "recall_steps": "benchmarks.speed.recall_steps",
