@@ -46,15 +46,23 @@ class RecipeKind:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """With what each layer of the cache predicts scores at a budget."""
+
+    budget: float
+    predictors: tuple[Predictor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """All recipes of a report. ``predicted``: with what each layer of the cache predicts scores, by budget."""
+    """All recipes of a report, and what predicts scores at each budget, if a policy needs that."""
 
     facts: tuple[RecipeFacts, ...]
-    predicted: tuple[tuple[float, tuple[Predictor, ...]], ...] = ()
+    predicted: tuple[Predicted, ...] = ()
 
     def predictors(self, budget: float) -> tuple[Predictor, ...]:
         """With what the layers of the cache predict scores at a budget."""
-        return dict(self.predicted)[budget]
+        return next(of.predictors for of in self.predicted if of.budget == budget)
 
     def have(self, kinds: Collection[RecipeKind], budgets: Collection[float]) -> bool:
         """Whether there is a recipe of each of ``kinds`` at each of ``budgets``."""
@@ -181,8 +189,14 @@ def surrogate_recipes(
     facts = [_facts(kind, recipe.with_budget(budget)) for budget in budgets]
     assert recipe.surrogate is not None
     frequencies, heads_apart = key_frequencies(config), config.n_kv_heads
-    found = [recipe.surrogate.predictors(config, budget, frequencies, heads_apart=heads_apart) for budget in budgets]
-    return Recipes(facts=tuple(facts), predicted=tuple(zip(budgets, map(tuple, found), strict=True)))
+    predicted = [
+        Predicted(
+            budget=budget,
+            predictors=tuple(recipe.surrogate.predictors(config, budget, frequencies, heads_apart=heads_apart)),
+        )
+        for budget in budgets
+    ]
+    return Recipes(facts=tuple(facts), predicted=tuple(predicted))
 
 
 def _facts(kind: RecipeKind, recipe: Recipe, *, heads_apart: int = 1) -> RecipeFacts:

@@ -28,13 +28,14 @@ class Store:
     conditions: dict[str, Any]
 
     def get_or_measure(self, name: str, part_of: type[T], measure: Callable[[], T], **more_conditions: Any) -> T:
-        """The part called ``name``, a dataclass of the type ``part_of``: read back, or measured and stored.
+        """The part called ``name``, a dataclass of the type ``part_of``: read back, or measured and stored. Fields that have a
+        default may be missing in a stored part.
 
         ``more_conditions`` are those of this part alone. ``ReportError`` if the folder cannot be written to.
         """
         found = self._read(name, {**self.conditions, **more_conditions})
         if found is not None:
-            return dataclass_from_json(part_of, found, where=name, error=ReportError)
+            return dataclass_from_json(part_of, found, where=name, error=ReportError, with_defaults=True)
         part = measure()
         self._write(name, dataclasses.asdict(part), {**self.conditions, **more_conditions})  # type: ignore[call-overload]
         return part
