@@ -1,7 +1,9 @@
 """KV heads with budgets of their own in the report of a real model: measured as other policies are, and as engines run them."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -12,7 +14,8 @@ from benchmarks.quality.real.answering import PAGE_SIZE, Answerer, Question
 from benchmarks.quality.real.asking import Asker
 from benchmarks.quality.real.contenders import contenders
 from benchmarks.quality.real.conversations import MODES, Talk, talked
-from benchmarks.quality.recipes import calibrated_head_recipes, recipe_kind
+from benchmarks.quality.recipes import Predicted, Recipes, calibrated_head_recipes, recipe_kind
+from benchmarks.quality.store import Store
 from tests.engines import HEAD_SHARES, random_ids
 from trt_kv.cache_layers import cache_config, each_repeated
 from trt_kv.calibration.lukv import Usefulness, UsefulnessOf
@@ -26,6 +29,7 @@ from trt_kv.runtime.backends.host.executor import SplitStepExecutor
 from trt_kv.runtime.backends.host.runner import host_runner
 from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.engine import Engine
+from trt_kv.surrogate import Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,6 +158,19 @@ def test_recipes_of_heads_are_for_every_layer_of_the_cache() -> None:
     assert recipes.facts[0].mass > recipes.facts[1].mass > 0.0
     shared = dataclasses.replace(LUKV, heads="each")
     assert recipe_kind(LUKV).name != recipe_kind(shared).name, "both may be in one report"
+
+
+def test_stored_recipes_are_read_back_with_what_predicts_and_from_before_there_was_that(tmp_path: Path) -> None:
+    store = Store(folder=tmp_path, conditions={})
+    predicted = Predicted(budget=0.5, predictors=(Predictor(weights=(0.25, -1.0), frequencies=(1.0,), threshold=-0.5),))
+    recipes = Recipes(facts=(), predicted=(predicted,))
+    store.get_or_measure("recipes", Recipes, lambda: recipes)
+    assert store.get_or_measure("recipes", Recipes, lambda: pytest.fail("measured again")) == recipes
+    assert recipes.predictors(0.5) == predicted.predictors
+    document = json.loads((tmp_path / "recipes.json").read_text())
+    del document["part"]["predicted"]
+    (tmp_path / "recipes.json").write_text(json.dumps(document))
+    assert store.get_or_measure("recipes", Recipes, lambda: pytest.fail("measured again")) == Recipes(facts=())
 
 
 def test_every_preset_is_in_the_report_of_a_real_model() -> None:
