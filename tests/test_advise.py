@@ -14,6 +14,7 @@ from tests.engines import Run, build_for_test
 from tests.serving import engine_under, small_policy
 from trt_kv.calibration.pareto_plot import picture_from_policies
 from trt_kv.errors import UsageError
+from trt_kv.export.checkpoints.base import Checkpoint
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.manifest import KV_DTYPES, load_manifest
@@ -21,16 +22,17 @@ from trt_kv.pipeline import AdviceRequest, MeasuredPolicy, advise
 from trt_kv.pipeline.advice_model import open_subject, weight_bytes
 from trt_kv.pipeline.advice_probe import CHUNK
 from trt_kv.pipeline.advice_tasks import is_on_front, recommended
-from trt_kv.pipeline.advice_time import prompt_times, token_times
+from trt_kv.pipeline.advice_time import kind_of, prompt_times, token_times
 from trt_kv.pipeline.advise import MOST_BATCH, largest
 from trt_kv.pipeline.plans import WeightPlan
-from trt_kv.policies import policy_from_name
-from trt_kv.program import program_of
+from trt_kv.policies import policy_from_name, policy_names
+from trt_kv.program import PHASES, program_of, program_of_model
 from trt_kv.runtime.backends.host.recall.in_place import RecallInPlace
 from trt_kv.runtime.backends.host.reservation import HostSizing
 from trt_kv.runtime.engine import Engine
 from trt_kv.runtime.loading import MAX_SEQUENCES
 from trt_kv.runtime.model_runner import DEFAULT_CHUNK
+from trt_kv.runtime.probes.layers import LayerProbe, LayerShape
 from trt_kv.runtime.reservation import RequestSize
 from trt_kv.weight_index import load_weight_index
 
@@ -177,6 +179,29 @@ def test_the_largest_context_and_batch_fit_and_one_more_does_not(full_folder: Pa
     (policy,) = asked(**exactly)
     assert 2000 < policy.largest_context < 8192
     assert 3 < policy.largest_batch < MOST_BATCH
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_the_time_of_every_policy_depends_on_known_attributes(name: str) -> None:
+    for phase in PHASES:
+        program = program_of(policy_from_name(name), phase=phase, n_layers=3, scale=0.5, page_size=8)
+        assert all(kind_of(nodes) for nodes in program)
+
+
+def test_a_layer_with_predicted_scores_is_timed_with_weights_for_all_its_heads(bundled_checkpoint: Checkpoint) -> None:
+    config = bundled_checkpoint.config
+    programs = {phase: program_of_model(config, policy_from_name("kvzap"), phase=phase, page_size=8)[0] for phase in PHASES}
+    shape = LayerShape(
+        n_layers=2,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        kv_dtype="float32",
+        page_size=8,
+        chunk=64,
+        n_threads=1,
+    )
+    assert LayerProbe(shape, programs).prompt_ms(100) > 0.0
 
 
 def test_bisection_finds_the_last_that_fits() -> None:

@@ -15,7 +15,7 @@ from trt_kv.layer_budget import LayerBudget, check_exempt_layers, layer_budgets
 from trt_kv.model_config import ModelConfig
 from trt_kv.opspec import AttributeValue
 from trt_kv.policy import Policy
-from trt_kv.surrogate import Predictor
+from trt_kv.surrogate import Predictor, neutral_predictor
 
 PHASES = ("prefill", "decode")
 PAGE_SUMMARIES = {"minmax": 0, "deviation": 1, "codes": 2}
@@ -63,13 +63,15 @@ def program_of_model(
     """``program_of`` with the layers, the windows and the arithmetic of attention of a model.
 
     ``kept_shares``: one for each layer of the cache, so with heads "own" for each KV head of each layer; or then also one for
-    each layer, which its heads share.
+    each layer, which its heads share. ``predictors``: without it scores are predicted as 0, which takes as long.
     """
     applied = policy.applied_to(config.windows)
     check_exempt_layers(applied, config.n_layers)
     n_apart, cache = heads_apart(config, applied), cache_config(config, applied)
     if kept_shares is not None and len(kept_shares) == config.n_layers:
         kept_shares = each_repeated(kept_shares, n_apart)
+    if predictors is None and applied.scoring.predicts:
+        predictors = [neutral_predictor(cache)] * cache.n_layers
     return program_of(
         cache_policy(applied, n_apart),
         phase=phase,

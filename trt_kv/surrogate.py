@@ -106,6 +106,13 @@ class Surrogate:
         return found
 
 
+def neutral_predictor(cache: ModelConfig) -> Predictor:
+    """Predicts 0 in a layer of ``cache_config``, from weights as large as others."""
+    return Predictor(
+        weights=(0.0,) * (cache.n_kv_heads * n_weights(cache.head_dim)), frequencies=(0.0,) * (cache.head_dim // 2)
+    )
+
+
 def check_predictors(predictors: Sequence[Predictor | None], config: ModelConfig, *, heads_apart: int) -> None:
     """``EngineError`` unless kernels can run them on a cache of the model: they do not check what they read."""
     if not any(predictors):

@@ -21,6 +21,7 @@ from trt_kv.runtime.backends.host.store import HostKvPool
 from trt_kv.runtime.backends.step import Ints
 from trt_kv.runtime.cache.sequence import SequenceCache
 from trt_kv.runtime.model_runner import ModelRunner
+from trt_kv.surrogate import n_weights
 
 DECODE_STEPS = 5
 MOST_BYTES = 2**28
@@ -112,7 +113,7 @@ class LayerProbe:
     def _runner(self, n_layers: int, n_tokens: int) -> tuple[ModelRunner, list[HostKvPool]]:
         """A runner for a sequence of ``n_tokens`` in ``n_layers`` layers, and the pools that hold its cache."""
         shape = self._shape
-        programs = {phase: _layers(nodes, n_layers) for phase, nodes in self._nodes.items()}
+        programs = {phase: _layers(nodes, n_layers, shape) for phase, nodes in self._nodes.items()}
         sizes: dict[str, Any] = {
             "page_size": shape.page_size,
             "n_kv_heads": shape.n_kv_heads,
@@ -155,11 +156,19 @@ class LayerProbe:
             last_query[:] = 1.0
 
 
-def _layers(nodes: tuple[OpNode, ...], n_layers: int) -> Program:
-    """``n_layers`` layers with the same nodes."""
+def _layers(nodes: tuple[OpNode, ...], n_layers: int, shape: LayerShape) -> Program:
+    """``n_layers`` layers with the same nodes, for all KV heads of ``shape``."""
     return tuple(
-        tuple(OpNode(op=node.op, attributes={**node.attributes, "layer": layer}) for node in nodes) for layer in range(n_layers)
+        tuple(OpNode(op=node.op, attributes={**_for_heads(node, shape), "layer": layer}) for node in nodes)
+        for layer in range(n_layers)
     )
+
+
+def _for_heads(node: OpNode, shape: LayerShape) -> Mapping[str, Any]:
+    """The attributes of a node, whose weights may be of one KV head that is a layer of the cache."""
+    if not (weights := node.attributes.get("weights", ())):
+        return node.attributes
+    return {**node.attributes, "weights": weights * (shape.n_kv_heads * n_weights(shape.head_dim) // len(weights))}
 
 
 def _fill(pool: HostKvPool, shape: LayerShape) -> None:

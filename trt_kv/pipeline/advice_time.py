@@ -20,6 +20,7 @@ _MATTER = {
     "CachedAttention": ("window", "soft_cap"),
     "TokenScores": ("window", "per_head", "pooling", "average", "generated"),
     "AdaptiveBudget": ("ranking", "row"),
+    "PredictedScores": (),
     "EvictTokens": ("ranking",),
     "RecallAttention": ("summary", "pooling"),
 }
