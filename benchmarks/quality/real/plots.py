@@ -11,11 +11,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = {
-    "prefixkv": Style(color="#111827", width=2.4),
-    "widewindow": Style(color="#b8860b", width=2.0),
+    "kvzap": Style(color="#111827", width=2.4),
+    "lukv": Style(color="#b8860b", width=2.0),
+    "prefixkv": Style(color="#c2410c"),
     "snapkv": Style(color="#1d4ed8"),
-    "h2o": Style(color="#15803d"),
-    "prefixkv_paper": Style(color="#c2410c"),
     "random": Style(color=FAINT, dash="--"),
 }
 """Policies in the picture; the tables have all."""
@@ -23,7 +22,7 @@ TITLES = {"aware": "Question read before the eviction", "agnostic": "Question as
 
 
 def kept_picture(results: RealResults) -> "Figure":
-    """Mean marks of the families that the model can do, at the main length."""
+    """Mean marks of the families that the model can do, at the main length, against what is held."""
     plan = results.settings.main
     found = {mode: marks_of(results, mode, plan.n_tokens) for mode in TITLES}
     known = {mode: marks for mode, marks in found.items() if marks is not None}
@@ -33,7 +32,7 @@ def kept_picture(results: RealResults) -> "Figure":
         for name, style in SHOWN.items():
             keys = [key for key in ((name, budget) for budget in plan.budgets) if key in marks.keys]
             if keys:
-                curve(axis, [key[1] for key in keys], [marks.mean(key) for key in keys], style, name)
+                curve(axis, [marks.mean_of(key, "kept") or 0.0 for key in keys], [marks.mean(key) for key in keys], style, name)
         share_axis(axis, sorted(plan.budgets))
         accuracy_axis(axis, "mean mark")
         title(axis, f"{TITLES[mode]}: {marks.n_documents} documents")

@@ -15,6 +15,10 @@ NO_RIVALS = ("refreekv",)
 """Published policies that are no rivals at equal bytes, because they choose their bytes themselves."""
 
 
+TOLD_APART = 0.03
+"""What is held is told where it differs by more from the share of a row, as with a threshold."""
+
+
 def percent(estimate: Estimate) -> str:
     """E.g. "75 (69–80)", in %."""
     return f"{100 * estimate.value:.0f} ({100 * estimate.low:.0f}–{100 * estimate.high:.0f})"
@@ -58,15 +62,17 @@ def share_table(results: RealResults, marks: Marks, budgets: Sequence[float]) ->
         keys: list[Key] = (
             [(policy.name, None)] if policy.name == "full" or policy.adaptive else [(policy.name, b) for b in budgets]
         )
-        shown = [percent(marks.mean(key)) if key in marks.keys else "" for key in keys]
-        own = [_with_kept(marks, keys[0], shown[0])] if keys[0][1] is None else []
+        shown = [_with_kept(marks, key, percent(marks.mean(key))) if key in marks.keys else "" for key in keys]
+        own = [shown[0]] if keys[0][1] is None else []
         rows.append([label(policy), *([""] * len(budgets) if own else shown), *(own or [""])])
     return table(["kept", *[f"{100 * budget:g} %" for budget in budgets], "own budget"], rows)
 
 
 def _with_kept(marks: Marks, key: Key, text: str) -> str:
+    """``text``, with what is held unless that is about the share of the row."""
     kept = marks.mean_of(key, "kept")
-    return text if not text or kept is None else f"{text} at {100 * kept:.0f} %"
+    is_told = kept is None or (key[1] is not None and abs(kept - key[1]) <= TOLD_APART)
+    return text if is_told else f"{text} at {100 * (kept or 0.0):.0f} %"
 
 
 def label(policy: PolicyRow) -> str:
@@ -121,8 +127,8 @@ def compact_table(results: RealResults, budgets: Sequence[float]) -> str:
             own = policy.adaptive or policy.name == "full"
             for at, budget in enumerate(budgets):
                 key: Key = (policy.name, None if own else budget)
-                text = percent(marks.mean(key)) if key in marks.keys else ""
-                shown.append("" if own and at else _with_kept(marks, key, text) if policy.adaptive else text)
+                text = _with_kept(marks, key, percent(marks.mean(key))) if key in marks.keys else ""
+                shown.append("" if own and at else text)
         rows.append([label(policy), *shown, _talked(results, policy)])
     header = [f"{names[mode]}, {100 * budget:g} % kept" for mode in known for budget in budgets]
     return table(["policy", *header, "20 questions in turn"], rows)
