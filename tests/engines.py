@@ -26,6 +26,7 @@ from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.graph import graph_from_checkpoint
 from trt_kv.head_shares import HeadShares, Shares, means
+from trt_kv.model_config import ModelConfig
 from trt_kv.policies import policy_from_name, policy_without_floor
 from trt_kv.presets import PRESETS
 from trt_kv.program import Program
@@ -146,9 +147,20 @@ def lukv_request(checkpoint: Checkpoint, shares: Shares, **settings: Any) -> Eng
 
 def kvzap_request(checkpoint: Checkpoint, **settings: Any) -> EngineRequest:
     """An engine whose scores are predicted with weights at random; ``settings`` of the policy."""
-    policy, config = dataclasses.replace(policy_without_floor("kvzap"), **settings), checkpoint.config
+    policy = dataclasses.replace(policy_without_floor("kvzap"), **settings)
+    surrogate = surrogate_of(checkpoint.config)
+    recipe = dataclasses.replace(
+        recipe_for(checkpoint, surrogate.kept_at(policy.kept), budget=policy.kept, score=recipe_score(policy)),
+        method="kvzap",
+        surrogate=surrogate,
+    )
+    return EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe)
+
+
+def surrogate_of(config: ModelConfig) -> Surrogate:
+    """Weights at random."""
     rng = np.random.default_rng(8)
-    surrogate = Surrogate(
+    return Surrogate(
         weights=tuple(
             tuple(tuple(rng.normal(size=n_weights(config.head_dim)).round(4).tolist()) for _ in range(config.n_kv_heads))
             for _ in range(config.n_layers)
@@ -156,12 +168,6 @@ def kvzap_request(checkpoint: Checkpoint, **settings: Any) -> EngineRequest:
         thresholds=tuple((np.arange(99) / 30.0 - 1.6).round(4).tolist()),
         kept=tuple(((99 - row) / 100.0,) * config.n_layers for row in range(99)),
     )
-    recipe = dataclasses.replace(
-        recipe_for(checkpoint, surrogate.kept_at(policy.kept), budget=policy.kept, score=recipe_score(policy)),
-        method="kvzap",
-        surrogate=surrogate,
-    )
-    return EngineRequest(checkpoint=checkpoint, policy=policy, recipe=recipe)
 
 
 def load_for_test(folder: Path) -> Engine:

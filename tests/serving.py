@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.engines import random_ids
+from tests.engines import random_ids, surrogate_of
 from trt_kv.cache_layers import heads_apart
 from trt_kv.plugins.paging import Floats
+from trt_kv.plugins.predicted_scores.frequencies import key_frequencies
 from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with
@@ -40,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pyramidkv": {"window": 16, "recent": 16},
     "defensivekv_v": {"window": 16, "recent": 16},
     "randomdecode": {"draw_tokens": 8},
+    "kvzap": {"recent": 9, "kept": 0.3},
 }
 """What presets need to evict anything from the prompts of these tests."""
 
@@ -61,8 +63,13 @@ def engine_under(dense: Engine, policy: Policy, *, windows: Any = (), **options:
     assert isinstance(steps, SplitStepExecutor)
     page_size, config = dense.manifest.page_size, dataclasses.replace(dense.manifest.config, windows=tuple(windows))
     shares = [share * (0.8**head) for share in SHARES for head in range(heads_apart(config, policy))]
+    predictors = None
+    if policy.scoring.predicts:
+        frequencies, n_apart = key_frequencies(config), heads_apart(config, policy)
+        predictors = surrogate_of(config).predictors(config, policy.kept, frequencies, heads_apart=n_apart)
     programs = {
-        phase: program_of_model(config, policy, phase=phase, page_size=page_size, kept_shares=shares) for phase in PHASES
+        phase: program_of_model(config, policy, phase=phase, page_size=page_size, kept_shares=shares, predictors=predictors)
+        for phase in PHASES
     }
     manifest = dataclasses.replace(dense.manifest, config=config, policy=policy, programs=programs)
     host = {"host_tokens": 900} if policy.recalls else {}
