@@ -27,12 +27,14 @@ from trt_kv.export.engine import EngineRequest, build_engine
 from trt_kv.export.graph import graph_from_checkpoint
 from trt_kv.head_shares import HeadShares, Shares, means
 from trt_kv.model_config import ModelConfig
+from trt_kv.plugins.predicted_scores.frequencies import key_frequencies
 from trt_kv.policies import policy_from_name, policy_without_floor
+from trt_kv.policy import Policy
 from trt_kv.presets import PRESETS
 from trt_kv.program import Program
 from trt_kv.recipe import CREATED_BY, CalibrationRecord, Protected, Recipe, RecipeModel, RecipeScore, recipe_score
 from trt_kv.runtime.engine import Engine
-from trt_kv.surrogate import Surrogate, n_weights
+from trt_kv.surrogate import Predictor, Surrogate, n_weights
 
 SHARES = (0.72, 0.28, 0.54, 0.5, 0.62, 0.49, 0.53, 0.32)
 """Kept shares of the 50 % engine: all different, mean 0.5, much like calibrated ones."""
@@ -168,6 +170,13 @@ def surrogate_of(config: ModelConfig) -> Surrogate:
         thresholds=tuple((np.arange(99) / 30.0 - 1.6).round(4).tolist()),
         kept=tuple(((99 - row) / 100.0,) * config.n_layers for row in range(99)),
     )
+
+
+def predictors_for(policy: Policy, config: ModelConfig, *, heads_apart: int = 1) -> list[Predictor] | None:
+    """Of ``surrogate_of``, for each layer of the cache; None if the policy predicts no scores."""
+    if not policy.scoring.predicts:
+        return None
+    return surrogate_of(config).predictors(config, policy.kept, key_frequencies(config), heads_apart=heads_apart)
 
 
 def load_for_test(folder: Path) -> Engine:

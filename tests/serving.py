@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.engines import random_ids, surrogate_of
+from tests.engines import predictors_for, random_ids
 from trt_kv.cache_layers import heads_apart
 from trt_kv.plugins.paging import Floats
-from trt_kv.plugins.predicted_scores.frequencies import key_frequencies
 from trt_kv.policies import policy_without_floor
 from trt_kv.policy import Policy
 from trt_kv.policy_settings import policy_with
@@ -63,10 +62,7 @@ def engine_under(dense: Engine, policy: Policy, *, windows: Any = (), **options:
     assert isinstance(steps, SplitStepExecutor)
     page_size, config = dense.manifest.page_size, dataclasses.replace(dense.manifest.config, windows=tuple(windows))
     shares = [share * (0.8**head) for share in SHARES for head in range(heads_apart(config, policy))]
-    predictors = None
-    if policy.scoring.predicts:
-        frequencies, n_apart = key_frequencies(config), heads_apart(config, policy)
-        predictors = surrogate_of(config).predictors(config, policy.kept, frequencies, heads_apart=n_apart)
+    predictors = predictors_for(policy, config, heads_apart=heads_apart(config, policy))
     programs = {
         phase: program_of_model(config, policy, phase=phase, page_size=page_size, kept_shares=shares, predictors=predictors)
         for phase in PHASES

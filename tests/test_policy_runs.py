@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.engines import CHUNK, SHARES, assert_nothing_leaked, build_for_test, load_for_test, random_ids
+from tests.engines import CHUNK, SHARES, assert_nothing_leaked, build_for_test, load_for_test, predictors_for, random_ids
 from trt_kv.export.checkpoints.opening import open_checkpoint
 from trt_kv.export.engine import EngineRequest
 from trt_kv.layer_budget import layer_budgets
@@ -29,7 +29,15 @@ def runner_of(engine: Engine, policy: Policy, *, chunk: int = CHUNK, implementat
     steps = engine.runner._executor
     assert isinstance(steps, SplitStepExecutor)
     programs = {
-        phase: program_of(policy, phase=phase, n_layers=N_LAYERS, scale=32**-0.5, page_size=32, kept_shares=SHARES)
+        phase: program_of(
+            policy,
+            phase=phase,
+            n_layers=N_LAYERS,
+            scale=32**-0.5,
+            page_size=32,
+            kept_shares=SHARES,
+            predictors=predictors_for(policy, engine.manifest.config),
+        )
         for phase in PHASES
     }
     return host_runner(
@@ -55,7 +63,7 @@ def test_a_preset_keeps_its_budgets_and_decodes_as_it_says(name: str, full_engin
     runner.prefill(sequence, ids)
     kept = sequence.kv_len.copy()
     for layer, budget in enumerate(layer_budgets(policy, N_LAYERS, SHARES)):
-        if policy.budget != "unimetric" or layer in policy.exempt_layers:
+        if policy.budget not in ("unimetric", "above") or layer in policy.exempt_layers:
             protected = min(N_PROMPT, policy.sinks + policy.recent)
             assert kept[layer] == max(budget.of(N_PROMPT), protected if budget.share < 1 else 0)
         positions_KS = runner.kept_positions(sequence, layer)
@@ -105,7 +113,7 @@ def test_kernels_keep_what_the_references_keep(name: str, full_engine: Engine) -
             assert len(set(ours) - set(reference)) <= 1, "rounding may swap two tokens of equal score, not more"
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("name", [*ADAPTIVE, "kvzap"])
 def test_a_budget_found_from_the_input_does_not_hang_on_chunks(name: str, full_engine: Engine) -> None:
     ids = random_ids(full_engine, 150, seed=8)
     lengths = [

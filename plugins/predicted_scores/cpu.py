@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kv.plugins.jit import njit
-from trt_kv.plugins.kv_rows import number, scale_of
+from trt_kv.plugins.kv_rows import head_size_of, number, scale_of
 from trt_kv.plugins.paging import Floats, Ints, Rows, pages_of
 from trt_kv.plugins.predicted_scores.arguments import Arguments
 from trt_kv.plugins.predicted_scores.spec import SMALLEST_NORM
@@ -19,7 +19,7 @@ LEAST_SQUARE = np.float32(SMALLEST_NORM**2)
 def run(args: Arguments[NDArray[Any]]) -> tuple[Ints]:
     """Spec: ``spec.py``. Returns (budget [B],); updates scores in place."""
     budget = args.kv_len[args.layer].copy()
-    weights_KF = np.array(args.weights, np.float32).reshape(args.kv.shape[2], -1)
+    weights_KF = np.array(args.weights, np.float32).reshape(args.kv.shape[2], 2 * head_size_of(args.kv) + 3)
     frequencies = np.array(args.frequencies, np.float32)
     for b in np.flatnonzero(args.evict == 1):
         n_cached = int(args.kv_len[args.layer, b])
