@@ -56,7 +56,8 @@ def policy_of_recipe(policy: Policy, recipe: Recipe, on_note: OnNote) -> Policy:
             expected=recipe.budget,
             fix="leave --budget out",
         )
-    if recipe_score(policy) != recipe.score and not policy.recalls:
+    ranks_otherwise = recipe_score(policy) != recipe.score and not policy.recalls
+    if ranks_otherwise and recipe.surrogate is None and not policy.scoring.predicts:  # those recipes are of no other policy
         score = recipe.score
         settings = [f"score={score.name}", *([f"window={score.window}"] if score.window else [])]
         settings += [f"heads={score.heads}", f"pooling={score.pooling}"]
