@@ -203,6 +203,7 @@ def test_every_attribute_of_the_spec_stands_on_the_nodes(folder: Path, phase: st
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
 
 
