@@ -34,13 +34,13 @@ def new_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
     the next process with the same destination removes it. Of several at once with the same destination, the first to end has
     it, or with ``replace`` the last.
     """
-    check_destination(destination, replace=replace)
     destination = destination.absolute()
     folder = destination.with_name(f"{_prefix(destination)}{secrets.token_hex(4)}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             with _alone_in(destination.parent):  # else another process could take the folder for a leftover before it is locked
+                check_destination(destination, replace=replace)  # which another process may be about to replace
                 _remove_leftovers(destination)
                 folder.mkdir()
                 with contextlib.suppress(OSError):  # some file systems have no locks; then no folder counts as a leftover
