@@ -64,3 +64,20 @@ def test_published_files_of_the_other_kind_are_refused(run: Run, small_checkpoin
         code, _, said = run("calibrate", *words, "--out", "recipe.json")
         assert code == 2
         assert expected in said
+
+
+def test_a_calibrated_surrogate_builds_engines_of_any_budget(
+    run: Run, small_checkpoint_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    of = ("--checkpoint", small_checkpoint_folder, "--policy", "kvzap")
+    assert run("calibrate", *of, "--prompts", prompts, "--samples", "2", "--out", "kvzap.json")[0] == 0
+    recipe = Recipe.load(tmp_path / "kvzap.json")
+    assert recipe.surrogate is not None
+    assert recipe.mass is not None
+    assert recipe.mass > recipe.budget, "what is predicted to matter is attended to more"
+    build = ("build", *of, "--budget", "0.4", "--set", "floor=0", "recent=4", "--recipe", "kvzap.json", "--out", "engine")
+    assert run(*build)[0] == 0
+    thresholds = {one.threshold for one in load_manifest(tmp_path / "engine").predictors if one is not None}
+    assert list(thresholds) == [pytest.approx(recipe.surrogate.threshold_at(0.4))]
+    with Engine.load(tmp_path / "engine", cache_tokens=400, n_threads=1) as engine:
+        assert len(engine.generate("the old storm marched toward a narrow tower .", max_new_tokens=3).kv_tokens) == 6

@@ -29,6 +29,7 @@ def tokens_of(checkpoint: "Checkpoint", max_tokens: int, on_note: OnNote) -> "To
     query of the repetition gives it in any query head of the KV head, times the norm of its value after the output projection.
     """
     from trt_kv.calibration.kvzap import Tokens
+    from trt_kv.plugins.predicted_scores.frequencies import key_frequencies
     from trt_kv.runtime.backends.host.runner import host_runner
     from trt_kv.runtime.backends.host.store import HostKvPool
     from trt_kv.runtime.backends.host.torch_decoder import TorchDecoderExecutor
@@ -48,21 +49,20 @@ def tokens_of(checkpoint: "Checkpoint", max_tokens: int, on_note: OnNote) -> "To
     )
     dense = TorchDecoderExecutor(decoder_for(checkpoint))
     reading = host_runner(dense, pool, programs_for(checkpoint, Policy(name="whole", summary=""), DEFAULT_PAGE_SIZE))
-    projections = _projections(checkpoint, reading.whole_layers)
+    projections, frequencies = _projections(checkpoint, reading.whole_layers), key_frequencies(config)
 
     def of(token_ids: Sequence[int], with_use: bool) -> "Tokens":
         import numpy as np
 
         ids = list(token_ids[:most])
-        if not with_use:
-            features, _ = _features(reading, pool, ids, len(ids), checkpoint)
-            return Tokens(features=features, use=np.zeros(features.shape[:3], np.float32))
-        scoring = host_runner(dense, pool, largest_weights(checkpoint, len(ids)))
-        sequence = scoring.new_sequence()
+        runner = host_runner(dense, pool, largest_weights(checkpoint, len(ids))) if with_use else reading
+        sequence = runner.new_sequence()
         try:
-            scoring.prefill(sequence, [*ids, *between, *ids], evict=False)
-            weights_LKN = scoring.scores(sequence)[:, :, : len(ids)]
-            features, values = _read(scoring, pool, sequence, len(ids), checkpoint)
+            runner.prefill(sequence, [*ids, *between, *ids] if with_use else ids, evict=False)
+            features, values = _read(runner, pool, sequence, len(ids), frequencies)
+            if not with_use:
+                return Tokens(features=features, use=np.zeros(features.shape[:3], np.float32))
+            weights_LKN = runner.scores(sequence)[:, :, : len(ids)]
         finally:
             sequence.release()
         norms = np.sqrt(np.maximum(np.einsum("lknd,lkde,lkne->lkn", values, projections, values, optimize=True), 0.0))
@@ -71,20 +71,8 @@ def tokens_of(checkpoint: "Checkpoint", max_tokens: int, on_note: OnNote) -> "To
     return of
 
 
-def _features(
-    runner: "ModelRunner", pool: "HostKvPool", token_ids: Sequence[int], n_tokens: int, checkpoint: "Checkpoint"
-) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
-    """``_read`` of a prompt."""
-    sequence = runner.new_sequence()
-    try:
-        runner.prefill(sequence, token_ids, evict=False)
-        return _read(runner, pool, sequence, n_tokens, checkpoint)
-    finally:
-        sequence.release()
-
-
 def _read(
-    runner: "ModelRunner", pool: "HostKvPool", sequence: Any, n_tokens: int, checkpoint: "Checkpoint"
+    runner: "ModelRunner", pool: "HostKvPool", sequence: Any, n_tokens: int, frequencies: Sequence[tuple[float, ...]]
 ) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
     """Features [L, K, N, F], as PredictedScores reads them, and values [L, K, N, D] of the first ``n_tokens``, of layers
     without an attention window.
@@ -93,9 +81,7 @@ def _read(
 
     from trt_kv.plugins.paging import gather_kv, pages_of
     from trt_kv.plugins.predicted_scores.features import features_of
-    from trt_kv.plugins.predicted_scores.frequencies import key_frequencies
 
-    frequencies = key_frequencies(checkpoint.config)
     features, values = [], []
     for layer in runner.whole_layers:
         pages = pages_of(sequence.page_table[:, None], layer, 0, n_tokens, pool.page_size)
